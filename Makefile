@@ -1,0 +1,32 @@
+# make bench: install (once) and run the default suite. make test: the same for the tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
+INSTALL_INPUTS := pyproject.toml constraints.txt scripts/install.py
+
+.PHONY: bench test lint format clean
+
+bench: $(VENV)/.installed-bench
+	$(RUN) -m flexgen_bench $(ARGS)
+
+# OMP_WAIT_POLICY: with a busy neighbour, torch's spinning threads make a run several times slower.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.installed-test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(VENV)/.installed-%: $(INSTALL_INPUTS)
+	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11 or newer, or run: make $* PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) scripts/install.py $* --venv $(VENV)
+
+# Records in results/ and the cache stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

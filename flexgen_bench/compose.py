@@ -1,0 +1,149 @@
+"""From a command line to cells: which suite applies, and what each of its cells is composed of.
+
+Hydra composes; this module decides what it composes, and says in our words what Hydra objects to.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+
+from flexgen_bench.conf_schema import AppConf, CellGroupConf
+from flexgen_bench.config import app_conf, cell_spec
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.errors import UserError, unknown_choice
+
+CONFIG_NAME = "config"
+COMMAND = "python -m flexgen_bench"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell with its name in the suite ("" outside one) and the overrides that compose it again."""
+
+    name: str
+    spec: CellSpec
+    overrides: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What to type to measure this cell again."""
+        return f"{COMMAND} {shlex.join([*self.overrides, 'rerun=true'])}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for. ``suite`` is "" where cells were asked for one by one."""
+
+    suite: str
+    cells: tuple[Cell, ...]
+
+
+def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
+    """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
+
+    Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
+    the suite's cells. Must be called while Hydra is initialised. Raises UserError.
+    """
+    given = {key_of(override) for override in overrides}
+    if conf.suite is None or ("suite" not in given and given & {"model", "system"}):
+        names = [conf.system.name] if conf.system else system_names()
+        group = CellGroupConf(name="", systems=names)
+        return Plan("", tuple(_cells(group, overrides)))
+    wanted = [conf.system.name] if conf.system else None
+    cells = [cell for group in conf.suite.cells for cell in _cells(group, overrides, wanted)]
+    if not cells:
+        raise UserError("suite", suite, "a suite that holds cells for the system asked for")
+    return Plan(suite, tuple(cells))
+
+
+def key_of(override: str) -> str:
+    """``+gpu.cpu_memory=2GiB`` -> ``gpu.cpu_memory``."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def system_names() -> list[str]:
+    """Every system in conf/system (and in the user's own --config-dir)."""
+    options: list[str] = GlobalHydra.instance().config_loader().get_group_options("system")
+    return sorted(options)
+
+
+def _cells(
+    group: CellGroupConf, overrides: Sequence[str], wanted: Sequence[str] | None = None
+) -> list[Cell]:
+    unknown = set(group.system_overrides) - set(group.systems)
+    if unknown:
+        raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
+    user = [o for o in overrides if key_of(o) not in ("suite", "system")]
+    cells = []
+    for name in group.systems:
+        if wanted is None or name in wanted:
+            own = [f"system={name}", *group.system_overrides.get(name, [])]
+            lines = merged([*group.overrides, *own], user)
+            cells.append(Cell(group.name, cell_spec(composed(lines)), tuple(lines)))
+    return cells
+
+
+def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:
+    """``first``, with what ``then`` sets again left out (Hydra refuses a group chosen twice), and ``then``."""
+    again = {key_of(line) for line in then}
+    return [line for line in first if key_of(line) not in again] + list(then)
+
+
+def composed(overrides: Sequence[str]) -> AppConf:
+    """The typed configuration of some overrides. Raises UserError in our words for what Hydra refuses."""
+    try:
+        return app_conf(compose(CONFIG_NAME, overrides=list(overrides)))
+    except HydraException as error:
+        raise user_error(error) from error
+
+
+def user_error(error: HydraException) -> UserError:
+    """What Hydra objects to, naming the key and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return unknown_choice(group or "config", name, error.options or [])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    quoted = lines[0].split("'") if lines else []
+    if "Could not override" in lines[0] and len(quoted) > 2:
+        key = quoted[1].rstrip(".")
+        return _unknown_key(key, lines)
+    action = "Run with --help for the groups and keys."
+    return UserError(
+        "command line", " ".join(lines)[:190], "key=value overrides that exist", action
+    )
+
+
+def _unknown_key(key: str, lines: list[str]) -> UserError:
+    parent = key.rpartition(".")[0]
+    hint = "Run with --help for the groups and keys, with --cfg job for those of your choices."
+    if parent.startswith("policy") and key.rpartition(".")[2] in _keys_of(parent):
+        hint = "policy=auto has no settings of its own: start from another, e.g. policy=half-disk."
+        return UserError("key", key, "a key of the policy chosen", hint)
+    if parent.startswith("system"):
+        hint = "Options belong to one system: name it with system=..., and see its file in conf/system."
+        return UserError("key", key, "a key of the system chosen", hint)
+    known = _keys_of(parent)
+    if known:
+        return unknown_choice(
+            "key", key, [f"{parent}.{name}" if parent else name for name in known]
+        )
+    return UserError("key", key, "a key of the configuration", hint)
+
+
+def _keys_of(path: str) -> list[str]:
+    """The keys of a part of the configuration such as ``workload``; none for free mappings like options."""
+    owner: Any = AppConf
+    for name in filter(None, path.split(".")):
+        hint = get_type_hints(owner).get(name)
+        classes = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+        if not classes:
+            return []
+        owner = classes[0]
+    return sorted(f.name for f in fields(owner))

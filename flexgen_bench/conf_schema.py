@@ -1,0 +1,161 @@
+"""Schemas of the conf groups: which keys a YAML file may have, and of which type. ``config.py`` enforces them.
+
+Not frozen, although nothing changes them: OmegaConf takes frozen classes for nodes that cannot be merged into.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# What OmegaConf takes for "must be given"; written out so that config.py alone knows OmegaConf.
+MISSING: Any = "???"
+
+
+@dataclass
+class ModelConf:
+    """conf/model: a shape, and where its weights can come from. ``locations``: source -> hub id, package, path."""
+
+    name: str = MISSING
+    family: str = MISSING
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = MISSING
+    ffn_size: int = MISSING
+    vocab_size: int = MISSING
+    max_positions: int = MISSING
+    tied_embeddings: bool = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str = "dummy"
+    locations: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass
+class GpuConf:
+    """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has."""
+
+    name: str = MISSING
+    accelerator: str = MISSING
+    gpu_memory: Any = None
+    cpu_memory: Any = None
+    disk: Any = None
+    device_match: str = ""
+    links: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class WorkloadConf:
+    """conf/workload: what is asked of a system."""
+
+    name: str = MISSING
+    kind: str = MISSING
+    num_prompts: int = MISSING
+    prompt_len: int = MISSING
+    gen_len: int = MISSING
+    min_prompt_len: int = 1
+    seed: int = 0
+
+
+@dataclass
+class PlacementConf:
+    """Shares per tier."""
+
+    gpu: float = 0.0
+    cpu: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass
+class PolicyConf:
+    """conf/policy. With ``auto`` the system chooses and the rest is not looked at."""
+
+    name: str = MISSING
+    auto: bool = False
+    gpu_batch_size: int = 8
+    num_gpu_batches: int = 1
+    weights: PlacementConf = field(default_factory=PlacementConf)
+    kv_cache: PlacementConf = field(default_factory=PlacementConf)
+    activations: PlacementConf = field(default_factory=PlacementConf)
+    prefetch: int = 2
+    overlap: bool = True
+    attention: str = "compute"
+
+
+@dataclass
+class SystemConf:
+    """conf/system: the class behind a system, its options, and what each option may be."""
+
+    name: str = MISSING
+    target: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class TrackerConf:
+    """conf/tracker: where finished records are sent besides the disk."""
+
+    name: str = "none"
+    mode: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    timeout_s: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The tracker's settings that are given."""
+        return {
+            key: value for key, value in asdict(self).items() if key != "name" and value is not None
+        }
+
+
+@dataclass
+class CellGroupConf:
+    """Cells that differ in the system alone. Each override is one of the command line's."""
+
+    name: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+    systems: list[str] = field(default_factory=list)
+    system_overrides: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class SuiteConf:
+    """conf/suite: a list of cell groups."""
+
+    cells: list[CellGroupConf] = field(default_factory=list)
+
+
+@dataclass
+class MeasureConf:
+    """How each cell is measured; see core.cell.MeasureSpec."""
+
+    repetitions: int = 3
+    warmup: int = 1
+    time_limit_s: float = 600.0
+    batch_sizes: list[int] = field(default_factory=list)
+    tuning_gen_len: int = 2
+
+
+@dataclass
+class AppConf:
+    """The whole configuration, as conf/config.yaml lays it out."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    gpu: GpuConf = field(default_factory=GpuConf)
+    workload: WorkloadConf = field(default_factory=WorkloadConf)
+    policy: PolicyConf = field(default_factory=PolicyConf)
+    system: SystemConf | None = None
+    tracker: TrackerConf = field(default_factory=TrackerConf)
+    suite: SuiteConf | None = None
+    weights: str | None = None
+    location: str | None = None
+    dtype: str = "bfloat16"
+    threads: int | None = None
+    measure: MeasureConf = field(default_factory=MeasureConf)
+    rerun: bool = False
+    results_dir: str = "results"
+    cache_dir: str | None = None

@@ -1,0 +1,239 @@
+"""The conf groups checked against their schemas and each other, and turned into core types.
+
+The only module that knows OmegaConf: everything behind it sees frozen dataclasses of ``flexgen_bench.core``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from flexgen_bench.conf_schema import AppConf, GpuConf, ModelConf, PolicyConf, SystemConf
+from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.units import parse_bytes
+from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.runner import machine
+
+
+def conf_dir() -> Path:
+    """The folder of the conf groups: inside an installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"flexgen-bench is installed without its conf folder (looked beside {package})"
+    )
+
+
+def default_cache_dir() -> Path:
+    """$FLEXGEN_BENCH_CACHE, or ~/.cache/flexgen-bench."""
+    named = os.environ.get("FLEXGEN_BENCH_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "flexgen-bench"
+
+
+def app_conf(composed: Any) -> AppConf:
+    """Check a composed configuration against the schema. Raises UserError naming the key at fault."""
+    conf: AppConf = _typed(AppConf, composed, "")
+    return conf
+
+
+def _typed(schema: Any, node: Any, prefix: str) -> Any:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        assert isinstance(merged, DictConfig)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _user_error(schema, error, prefix) from error
+
+
+def _user_error(schema: Any, error: OmegaConfBaseException, prefix: str) -> UserError:
+    key = f"{prefix}{error.full_key or error.key or 'configuration'}"
+    reason = (error.msg or str(error)).splitlines()[0]
+    if isinstance(error, ConfigKeyError):
+        owner: Any = error.object_type
+        owner = owner if hasattr(owner, "__dataclass_fields__") else schema
+        return unknown_choice(
+            f"key of {key.rpartition('.')[0] or 'the configuration'}",
+            str(error.key),
+            [f.name for f in fields(owner)],
+        )
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(key, None, "given", "The YAML file leaves it out.")
+    if isinstance(error, ValidationError):
+        return UserError(key, getattr(error, "value", None), f"of the right type ({reason})")
+    return UserError(key, None, f"readable ({reason})")
+
+
+def _choice(enum: Any, value: str, name: str) -> Any:
+    if value not in [member.value for member in enum]:
+        raise unknown_choice(name, value, [member.value for member in enum])
+    return enum(value)
+
+
+def _model(conf: ModelConf, weights: str | None, location: str | None) -> ModelSpec:
+    shape_keys = [f.name for f in fields(ModelShape)]
+    shape = ModelShape(**{key: getattr(conf, key) for key in shape_keys})
+    source: WeightSource = _choice(WeightSource, weights or conf.weights, "weights")
+    if source is WeightSource.DUMMY:
+        return ModelSpec(shape, source, "", conf.seed)
+    where = location or conf.locations.get(source.value)
+    if not where and source is WeightSource.PATH:
+        raise UserError(
+            "location", None, "the checkpoint folder or .gguf file", "Add location=/path/to/it."
+        )
+    if not where:
+        known = ", ".join(["dummy", *conf.locations, "path"])
+        raise UserError(
+            "weights",
+            source.value,
+            f"one of {known} for model {conf.name}",
+            f"Or name where it is: location=<{source.value} name>.",
+        )
+    if source is WeightSource.PATH:
+        where = str(Path(where).expanduser().absolute())
+        if not Path(where).exists():
+            raise UserError("location", where, "an existing checkpoint folder or .gguf file")
+    return ModelSpec(shape, source, where, conf.seed)
+
+
+def _hardware(conf: GpuConf) -> HardwareProfile:
+    name, match, accelerator = conf.name, conf.device_match, conf.accelerator
+    gpus = machine.local_gpus() if accelerator == "auto" and machine.torch_has_cuda() else ()
+    if accelerator == "auto":
+        # Resolved here, so that gpu=auto and gpu=cpu are one and the same cell on a machine without a GPU.
+        name, match = (gpus[0].name, gpus[0].name) if gpus else ("cpu", "")
+        accelerator = "cuda" if gpus else "none"
+    known = [kind.value for kind in Accelerator]
+    if accelerator not in known:
+        raise unknown_choice("gpu.accelerator", accelerator, ["auto", *known])
+    sizes = {
+        key: None if getattr(conf, key) is None else parse_bytes(getattr(conf, key), f"gpu.{key}")
+        for key in ("gpu_memory", "cpu_memory", "disk")
+    }
+    gpu_memory = sizes["gpu_memory"] or (gpus[0].memory_bytes if gpus else None)
+    return HardwareProfile(
+        name=name,
+        accelerator=Accelerator(accelerator),
+        gpu_memory_bytes=gpu_memory if sizes["gpu_memory"] is None else sizes["gpu_memory"],
+        cpu_memory_bytes=sizes["cpu_memory"],
+        disk_bytes=sizes["disk"],
+        device_match=match,
+        links=conf.links,
+        sources=conf.sources,
+    )
+
+
+def _policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
+    if conf.auto:
+        return None
+    placements = {}
+    for key in ("weights", "kv_cache", "activations"):
+        shares = getattr(conf, key)
+        try:
+            placements[key] = Placement(shares.gpu, shares.cpu, shares.disk)
+        except UserError as error:
+            raise UserError(f"policy.{key}", error.value, error.allowed, error.action) from error
+        if placements[key].share(Tier.GPU) > 0 and Tier.GPU not in hardware.tiers:
+            raise UserError(
+                f"policy.{key}.gpu",
+                shares.gpu,
+                f"0 on gpu={hardware.name}, which has no accelerator",
+                "Take gpu=emulated, or a policy such as policy=all-cpu.",
+            )
+    return Policy(
+        gpu_batch_size=conf.gpu_batch_size,
+        num_gpu_batches=conf.num_gpu_batches,
+        prefetch=conf.prefetch,
+        overlap=conf.overlap,
+        attention=_choice(AttentionSite, conf.attention, "policy.attention"),
+        **placements,
+    )
+
+
+def _check_system(conf: SystemConf) -> None:
+    if conf.target.count(":") != 1:
+        raise UserError("system.target", conf.target, "written module:Class")
+    for name, value in conf.options.items():
+        if name in conf.choices and str(value) not in conf.choices[name]:
+            raise unknown_choice(f"system.options.{name}", str(value), conf.choices[name])
+
+
+def cell_spec(conf: AppConf) -> CellSpec:
+    """The cell that a configuration with a system describes. Raises UserError for anything that cannot be."""
+    if conf.system is None:
+        raise UserError("system", None, "given to make a cell of a configuration")
+    _check_system(conf.system)
+    model = _model(conf.model, conf.weights, conf.location)
+    kind = _choice(PromptKind, conf.workload.kind, "workload.kind")
+    workload = Workload(
+        **({f.name: getattr(conf.workload, f.name) for f in fields(Workload)} | {"kind": kind})
+    )
+    positions = workload.prompt_len + workload.gen_len
+    if positions > model.shape.max_positions:
+        raise UserError(
+            "workload.prompt_len + workload.gen_len",
+            positions,
+            f"at most the {model.shape.max_positions} positions of {model.shape.name}",
+            "Shorten either, e.g. workload.prompt_len=128.",
+        )
+    threads = machine.physical_cores() if conf.threads is None else conf.threads
+    if threads > machine.logical_cores():
+        raise UserError(
+            "threads", threads, f"at most the {machine.logical_cores()} hardware threads here"
+        )
+    hardware = _hardware(conf.gpu)
+    return CellSpec(
+        system=conf.system.name,
+        target=conf.system.target,
+        model=model,
+        workload=workload,
+        hardware=hardware,
+        dtype=_choice(DType, conf.dtype, "dtype"),
+        threads=threads,
+        measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
+        policy=_policy(conf.policy, hardware),
+        system_options=conf.system.options,
+    )
+
+
+def list_models() -> list[str]:
+    """The names in conf/model."""
+    return sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+
+
+def model_spec(name: str, weights: str | None = None, location: str | None = None) -> ModelSpec:
+    """The model ``conf/model/<name>.yaml`` describes, for callers that do not come through the command line.
+
+    Raises UserError listing the names for an unknown one.
+    """
+    if name not in list_models():
+        raise unknown_choice("model", name, list_models())
+    node = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    return _model(_typed(ModelConf, node, "model."), weights, location)
+
+
+def hardware_profile(name: str) -> HardwareProfile:
+    """The machine ``conf/gpu/<name>.yaml`` describes, for callers that do not come through the command line.
+
+    Raises UserError listing the names for an unknown one.
+    """
+    known = sorted(path.stem for path in (conf_dir() / "gpu").glob("*.yaml"))
+    if name not in known:
+        raise unknown_choice("gpu", name, known)
+    return _hardware(_typed(GpuConf, OmegaConf.load(conf_dir() / "gpu" / f"{name}.yaml"), "gpu."))

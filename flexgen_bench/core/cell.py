@@ -1,0 +1,145 @@
+"""One cell of a benchmark: system x model x workload x machine, as data that crosses a process border."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.workload import Workload
+
+
+class WeightSource(StrEnum):
+    """Where a model's numbers come from."""
+
+    DUMMY = "dummy"  # seeded random weights of sane scale; throughput only
+    PACKAGE = "package"  # a trained model carried by a package of the package index
+    HUB = "hub"  # downloaded from the Hugging Face hub
+    PATH = "path"  # a checkpoint folder or .gguf file on this machine
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A shape and where its weights come from. ``location``: hub id, package name or path."""
+
+    shape: ModelShape
+    weights: WeightSource = WeightSource.DUMMY
+    location: str = ""
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape.to_dict(),
+            "weights": self.weights.value,
+            "location": self.location,
+            "seed": self.seed,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ModelSpec:
+        return ModelSpec(
+            shape=ModelShape(**data["shape"]),
+            weights=WeightSource(data["weights"]),
+            location=data["location"],
+            seed=data["seed"],
+        )
+
+
+@dataclass(frozen=True)
+class MeasureSpec:
+    """How a cell is measured. A repetition is one full generation of the workload.
+
+    repetitions: measured repetitions; warmup: repetitions before them, kept apart.
+    time_limit_s: the cell's process is ended after this long and recorded as a timeout.
+    batch_sizes: candidates for the tuning search; empty means the system's own default batch.
+    tuning_gen_len: tokens generated per tuning probe.
+    """
+
+    repetitions: int = 3
+    warmup: int = 1
+    time_limit_s: float = 600.0
+    batch_sizes: tuple[int, ...] = ()
+    tuning_gen_len: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("repetitions", 1), ("warmup", 0), ("tuning_gen_len", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"measure.{name}", value, f"an integer of at least {least}")
+        if not self.time_limit_s > 0:
+            raise UserError("measure.time_limit_s", self.time_limit_s, "more than zero seconds")
+        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
+        if any(not isinstance(b, int) or b < 1 for b in self.batch_sizes):
+            raise UserError("measure.batch_sizes", self.batch_sizes, "integers of at least 1")
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """Everything that decides what a cell measures. Equal specs have equal hashes.
+
+    system: a name from ``conf/system``; ``target``: the ``module:Class`` that implements it;
+    ``system_options``: that system's own settings. policy None means the system chooses ("auto").
+    """
+
+    system: str
+    target: str
+    model: ModelSpec
+    workload: Workload
+    hardware: HardwareProfile
+    dtype: DType
+    threads: int
+    measure: MeasureSpec = field(default_factory=MeasureSpec)
+    policy: Policy | None = None
+    system_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise UserError("threads", self.threads, "an integer of at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "system": self.system,
+            "target": self.target,
+            "model": self.model.to_dict(),
+            "workload": self.workload.to_dict(),
+            "hardware": self.hardware.to_dict(),
+            "dtype": self.dtype.value,
+            "threads": self.threads,
+            "measure": {
+                "repetitions": self.measure.repetitions,
+                "warmup": self.measure.warmup,
+                "time_limit_s": self.measure.time_limit_s,
+                "batch_sizes": list(self.measure.batch_sizes),
+                "tuning_gen_len": self.measure.tuning_gen_len,
+            },
+            "policy": None if self.policy is None else self.policy.to_dict(),
+            "system_options": dict(self.system_options),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> CellSpec:
+        return CellSpec(
+            system=data["system"],
+            target=data["target"],
+            model=ModelSpec.from_dict(data["model"]),
+            workload=Workload.from_dict(data["workload"]),
+            hardware=HardwareProfile.from_dict(data["hardware"]),
+            dtype=DType(data["dtype"]),
+            threads=data["threads"],
+            measure=MeasureSpec(**data["measure"]),
+            policy=None if data["policy"] is None else Policy.from_dict(data["policy"]),
+            system_options=data["system_options"],
+        )
+
+    @property
+    def spec_hash(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical JSON of this spec."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

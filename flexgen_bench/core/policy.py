@@ -1,0 +1,123 @@
+"""Everything the engine may choose: batch shape, placement, prefetch, attention device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.tiers import Tier
+
+
+class AttentionSite(StrEnum):
+    """Where decode attention over a KV cache on the cpu or disk tier is computed."""
+
+    COMPUTE = "compute"  # the KV cache is moved to the compute device
+    CPU = "cpu"  # queries are moved to the cpu, the KV cache stays
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Shares of one tensor kind on each tier, in 0..1, summing to one."""
+
+    gpu: float = 0.0
+    cpu: float = 0.0
+    disk: float = 0.0
+
+    def __post_init__(self) -> None:
+        for tier in Tier:
+            share = self.share(tier)
+            if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+                raise UserError(f"placement.{tier}", share, "a share between 0 and 1")
+        total = self.gpu + self.cpu + self.disk
+        if abs(total - 1) > 1e-6:
+            raise UserError(
+                "placement",
+                {str(tier): self.share(tier) for tier in Tier},
+                f"shares that sum to 1 (these sum to {total:g})",
+                "Shares are fractions, not percents.",
+            )
+
+    def share(self, tier: Tier) -> float:
+        return float(getattr(self, tier.value))
+
+    @property
+    def lowest_tier(self) -> Tier:
+        """The slowest tier that holds a part."""
+        return max((t for t in Tier if self.share(t) > 0), key=list(Tier).index)
+
+    @staticmethod
+    def all_on(tier: Tier) -> Placement:
+        return Placement(**{tier.value: 1.0})
+
+    def to_dict(self) -> dict[str, float]:
+        return {tier.value: self.share(tier) for tier in Tier}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a job is run. ``block_size`` sequences share every weight load.
+
+    gpu_batch_size: sequences computed together (one micro-batch).
+    num_gpu_batches: micro-batches that share one weight load.
+    weights, kv_cache, activations: placement of each tensor kind.
+    prefetch: staging slots for streamed layers; layer i+prefetch-1 loads while layer i computes. At least 1.
+    overlap: lanes run concurrently; off is strictly one step after the other (for debugging and comparison).
+    attention: where decode attention runs for KV that is not on the compute device.
+    """
+
+    gpu_batch_size: int = 8
+    num_gpu_batches: int = 1
+    weights: Placement = field(default_factory=lambda: Placement(cpu=1.0))
+    kv_cache: Placement = field(default_factory=lambda: Placement(cpu=1.0))
+    activations: Placement = field(default_factory=lambda: Placement(cpu=1.0))
+    prefetch: int = 2
+    overlap: bool = True
+    attention: AttentionSite = AttentionSite.COMPUTE
+
+    def __post_init__(self) -> None:
+        for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefetch", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"policy.{name}", value, f"an integer of at least {least}")
+        if not isinstance(self.overlap, bool):
+            raise UserError("policy.overlap", self.overlap, "true or false")
+        if self.attention not in list(AttentionSite):
+            raise UserError("policy.attention", self.attention, "'compute' or 'cpu'")
+        object.__setattr__(self, "attention", AttentionSite(self.attention))
+        for name in ("weights", "kv_cache", "activations"):
+            if not isinstance(getattr(self, name), Placement):
+                raise UserError(f"policy.{name}", getattr(self, name), "a Placement")
+
+    @property
+    def block_size(self) -> int:
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @property
+    def lowest_tier(self) -> Tier:
+        """The slowest tier that anything is on."""
+        return max(
+            (p.lowest_tier for p in (self.weights, self.kv_cache, self.activations)),
+            key=list(Tier).index,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "gpu_batch_size": self.gpu_batch_size,
+            "num_gpu_batches": self.num_gpu_batches,
+            "weights": self.weights.to_dict(),
+            "kv_cache": self.kv_cache.to_dict(),
+            "activations": self.activations.to_dict(),
+            "prefetch": self.prefetch,
+            "overlap": self.overlap,
+            "attention": self.attention.value,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Policy:
+        known = dict(data)
+        for name in ("weights", "kv_cache", "activations"):
+            if isinstance(known.get(name), dict):
+                known[name] = Placement(**known[name])
+        return Policy(**known)

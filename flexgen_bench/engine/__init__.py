@@ -1,0 +1,1 @@
+"""Runs a schedule with real tensors: lanes, weights, KV cache, sampling, generation."""

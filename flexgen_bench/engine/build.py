@@ -1,0 +1,93 @@
+"""From a checkpoint folder to a running engine: shape, packed store, policy, device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import Engine, store_plan
+from flexgen_bench.memory.checkpoint import Checkpoint
+from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
+from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.registry import family, shape_from_config
+from flexgen_bench.planner.default_policy import default_policy
+from flexgen_bench.planner.memory_plan import Request
+from flexgen_bench.planner.units import PackedModel, pack
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A model whose weights are packed and ready to be placed by any policy."""
+
+    family: ModelFamily
+    shape: ModelShape
+    dtype: DType
+    packed: PackedModel
+    store: WeightStore
+
+    @staticmethod
+    def from_checkpoint(
+        folder: Path,
+        dtype: DType,
+        cache: Path,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> PackedWeights:
+        """Open the packed store of a checkpoint, converting it first if need be.
+
+        progress gets (bytes done, bytes in all). Raises UserError or StoreError for what is wrong with the checkpoint.
+        """
+        checkpoint = Checkpoint(folder)
+        try:
+            kind, shape, packed = _read(checkpoint, dtype)
+            plan = store_plan(kind, shape, packed, dtype)
+            store = open_or_convert(checkpoint, plan, _stores(cache), progress)
+        finally:
+            checkpoint.close()
+        return PackedWeights(kind, shape, dtype, packed, store)
+
+    @staticmethod
+    def is_packed(folder: Path, dtype: DType, cache: Path) -> bool:
+        """Whether ``from_checkpoint`` would have nothing to convert."""
+        checkpoint = Checkpoint(folder)
+        kind, shape, packed = _read(checkpoint, dtype)
+        return is_complete(checkpoint, store_plan(kind, shape, packed, dtype), _stores(cache))
+
+    def choose_policy(
+        self,
+        device: Device,
+        offload_dir: Path,
+        requests: Sequence[Request],
+        block_size: int | None = None,
+    ) -> Policy:
+        """A policy for these requests on this device."""
+        return default_policy(
+            self.shape, self.packed, self.dtype, device.hardware, requests,
+            device.available(offload_dir), block_size,
+        )  # fmt: skip
+
+    def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
+        """Weights placed by ``policy`` on ``device``."""
+        return Engine(
+            self.family,
+            self.shape,
+            self.packed,
+            self.store,
+            self.dtype,
+            policy,
+            device,
+            offload_dir,
+        )
+
+
+def _stores(cache: Path) -> Path:
+    return cache / "packed"
+
+
+def _read(checkpoint: Checkpoint, dtype: DType) -> tuple[ModelFamily, ModelShape, PackedModel]:
+    shape = shape_from_config(checkpoint.config, checkpoint.folder.name)
+    kind = family(shape.family)
+    return kind, shape, pack(shape, kind.inventory(shape), dtype)

@@ -1,0 +1,91 @@
+"""The compute device: a CUDA GPU, an emulated one, or the host itself; and how bytes reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.executor import LaneSettings
+from flexgen_bench.memory import host
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where matrix products run. On a plain host and on the emulated accelerator that is the cpu."""
+
+    hardware: HardwareProfile
+    torch_device: torch.device
+    threads: int
+
+    @staticmethod
+    def open(hardware: HardwareProfile, threads: int) -> Device:
+        """The device of a profile; CannotRun if the profile wants CUDA and there is none."""
+        if hardware.accelerator is Accelerator.CUDA:
+            if not torch.cuda.is_available():
+                raise CannotRun(
+                    f"gpu={hardware.name} needs a CUDA device, and torch sees none here. "
+                    "Use gpu=cpu or gpu=emulated, or install a CUDA build of torch (see README)."
+                )
+            return Device(hardware, torch.device("cuda"), threads)
+        return Device(hardware, torch.device("cpu"), threads)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @property
+    def compute_tier(self) -> Tier:
+        return self.hardware.compute_tier
+
+    def allocate(self, tier: Tier, num_bytes: int) -> Tensor:
+        """uint8 memory of exact size on a tier (gpu or cpu); host memory is registered with CUDA if there is one."""
+        if tier is Tier.GPU and self.is_cuda:
+            return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=self.torch_device)
+        return host.allocate(num_bytes, pinned=self.is_cuda)
+
+    def lane_settings(self) -> dict[Lane, LaneSettings]:
+        """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
+        settings = {
+            Lane.DISK_READ: LaneSettings(),
+            Lane.DISK_WRITE: LaneSettings(),
+            Lane.CPU: LaneSettings(threads=self.threads),
+        }
+        if self.hardware.accelerator is Accelerator.NONE:
+            return settings
+        rates = self._throttle()
+        for lane in (Lane.H2D, Lane.D2H, Lane.GPU):
+            settings[lane] = LaneSettings(
+                threads=self.threads if lane is Lane.GPU else 1,
+                bytes_per_s=rates.get(lane),
+                stream=torch.cuda.Stream() if self.is_cuda else None,
+            )
+        for lane in (Lane.DISK_READ, Lane.DISK_WRITE):
+            settings[lane] = LaneSettings(bytes_per_s=rates.get(lane))
+        return settings
+
+    def _throttle(self) -> Mapping[Lane, float]:
+        """Only an emulated accelerator's links are slowed down; real links have the speed they have."""
+        if self.hardware.accelerator is not Accelerator.EMULATED:
+            return {}
+        return {Lane(lane): rate for lane, rate in self.hardware.links.items()}
+
+    def available(self, offload_dir: Path) -> dict[Tier, int]:
+        """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of it."""
+        free = {
+            Tier.CPU: psutil.virtual_memory().available,
+            Tier.DISK: psutil.disk_usage(str(offload_dir)).free,
+        }
+        cap = self.hardware.cpu_memory_bytes
+        if cap is not None:  # Python, torch and their libraries live under the cap too
+            free[Tier.CPU] = min(free[Tier.CPU], max(0, cap - psutil.Process().memory_info().rss))
+        if self.is_cuda:
+            free[Tier.GPU] = torch.cuda.mem_get_info()[0]
+        return free

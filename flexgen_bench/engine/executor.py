@@ -1,0 +1,248 @@
+"""Runs steps on lanes: each lane in order, each step as soon as what it waits for is done.
+
+A host lane is a thread. A stream lane (CUDA) is a thread that issues work to a stream: waits between stream lanes are
+events on the device, and only a host lane that needs a stream's result waits for it. With ``overlap`` off, every
+step runs to its end before the next one is taken: the same steps, no concurrency.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
+from flexgen_bench.schedule.steps import Step
+
+Action = Callable[[Step], None]
+
+
+@dataclass
+class LaneUse:
+    """What a lane did: steps, seconds it worked, bytes its steps moved."""
+
+    steps: int = 0
+    busy_s: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """How a lane runs. threads: torch threads of its own; bytes_per_s: throttle of an emulated link;
+    stream: the CUDA stream it issues to."""
+
+    threads: int = 1
+    bytes_per_s: float | None = None
+    stream: torch.cuda.Stream | None = None
+
+
+@dataclass
+class _Board:
+    """What all lanes share: one condition for every wait, and the first failure."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    failure: BaseException | None = None
+    closing: bool = False
+
+
+class Aborted(RuntimeError):
+    """Raised inside a lane when another one has failed."""
+
+
+class LaneWorker:
+    """One lane: its queue, its thread, and how far it has come."""
+
+    def __init__(self, lane: Lane, settings: LaneSettings, board: _Board) -> None:
+        self.lane = lane
+        self.use = LaneUse()
+        self._settings = settings
+        self._board = board
+        self._queue: deque[tuple[Step, int, list[tuple[LaneWorker, int]], Action]] = deque()
+        self._done = 0  # steps finished (stream lanes: issued)
+        self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event, int]] = {}
+        self._free_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name=f"lane-{self.lane}", daemon=True)
+        self._thread.start()
+
+    def put(
+        self, step: Step, number: int, waits: list[tuple[LaneWorker, int]], action: Action
+    ) -> None:
+        with self._board.changed:
+            self._queue.append((step, number, waits, action))
+            self._board.changed.notify_all()
+
+    def wait(self, number: int) -> None:
+        """Block the calling thread until the lane's ``number``-th step has really finished."""
+        self._wait_done(number)
+        if self._settings.stream is not None and number in self._events:
+            self._events[number][1].synchronize()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def run(self, step: Step, number: int, action: Action) -> None:
+        """One step, timed; on a throttled link it takes at least bytes / bandwidth."""
+        stream = self._settings.stream
+        with torch.inference_mode():
+            if stream is not None:
+                with torch.cuda.stream(stream):
+                    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    started.record(stream)
+                    action(step)
+                    ended.record(stream)
+                self._events[number] = (started, ended, step.bytes)
+                return
+            begin = time.perf_counter()
+            action(step)
+        if self._settings.bytes_per_s and step.bytes:
+            self._free_at = max(self._free_at, begin) + step.bytes / self._settings.bytes_per_s
+            time.sleep(max(0.0, self._free_at - time.perf_counter()))
+        self.use.steps += 1
+        self.use.busy_s += time.perf_counter() - begin
+        self.use.bytes += step.bytes
+
+    def collect(self) -> None:
+        """Stream lanes: add finished events to the lane's use. Called when everything is done."""
+        for started, ended, count in self._events.values():
+            ended.synchronize()
+            self.use.steps += 1
+            self.use.busy_s += started.elapsed_time(ended) / 1000
+            self.use.bytes += count
+        self._events.clear()
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._settings.threads)
+        try:
+            while True:
+                item = self._next()
+                if item is None:
+                    return
+                step, number, waits, action = item
+                for other, n in waits:
+                    self._wait_for(other, n)
+                self.run(step, number, action)
+                with self._board.changed:
+                    self._done = number
+                    self._board.changed.notify_all()
+        except Aborted:
+            return
+        except BaseException as error:  # handed to the caller by Executor.check
+            with self._board.changed:
+                self._board.failure = self._board.failure or error
+                self._board.changed.notify_all()
+
+    def _next(self) -> tuple[Step, int, list[tuple[LaneWorker, int]], Action] | None:
+        with self._board.changed:
+            while not self._queue:
+                if self._board.closing or self._board.failure is not None:
+                    return None
+                self._board.changed.wait()
+            if self._board.failure is not None:
+                return None
+            return self._queue.popleft()
+
+    def _wait_for(self, other: LaneWorker, number: int) -> None:
+        """Device to device: an event on this lane's stream. Otherwise the thread waits."""
+        mine, theirs = self._settings.stream, other._settings.stream
+        if mine is None or theirs is None:
+            other.wait(number)
+            return
+        other._wait_done(number)
+        event = other._events.get(number)
+        if event is not None:  # collected events have long finished
+            mine.wait_event(event[1])
+
+    def _wait_done(self, number: int) -> None:
+        if self._done >= number:
+            return
+        with self._board.changed:
+            while self._done < number:
+                if self._board.failure is not None:
+                    raise Aborted
+                self._board.changed.wait()
+
+
+class Executor:
+    """Takes steps in program order and keeps every lane as busy as the dependencies allow."""
+
+    def __init__(self, lanes: Mapping[Lane, LaneSettings], overlap: bool = True) -> None:
+        self._board = _Board()
+        self._overlap = overlap
+        self._tracker = DependencyTracker()
+        self._workers = {
+            lane: LaneWorker(lane, settings, self._board) for lane, settings in lanes.items()
+        }
+        self._last: dict[Lane, int] = {}
+        if overlap:
+            for worker in self._workers.values():
+                worker.start()
+
+    def submit(self, step: Step, action: Action) -> tuple[Lane, int]:
+        """Queue one step; returns its ticket for ``wait``. Raises what a lane has failed with."""
+        self._raise_failure()
+        number, waits = self._tracker.add(step)
+        worker = self._workers[step.lane]
+        self._last[step.lane] = number
+        if self._overlap:
+            worker.put(step, number, _resolve(self._workers, waits), action)
+        else:
+            worker.run(step, number, action)
+            worker._done = number
+            worker.collect()
+        return step.lane, number
+
+    def wait(self, tickets: Iterable[tuple[Lane, int]]) -> None:
+        """Block until these steps are done; raises what a lane has failed with."""
+        try:
+            for lane, number in tickets:
+                self._workers[lane].wait(number)
+        except Aborted:
+            self._raise_failure()
+            raise
+
+    def drain(self) -> None:
+        """Block until everything submitted is done."""
+        self.wait(list(self._last.items()))
+        for worker in self._workers.values():
+            worker.collect()
+
+    def settle(self) -> None:
+        """Block until no step is running, even after a failure: what steps use may be released then."""
+        if self._board.failure is None:
+            self.drain()
+        else:
+            for worker in self._workers.values():
+                worker.join()
+
+    def use(self) -> dict[Lane, LaneUse]:
+        return {lane: worker.use for lane, worker in self._workers.items()}
+
+    def close(self) -> None:
+        """End the lanes. Steps that have not begun are dropped."""
+        with self._board.changed:
+            self._board.closing = True
+            if any(worker._queue for worker in self._workers.values()):
+                self._board.failure = self._board.failure or Aborted("closed")
+            self._board.changed.notify_all()
+        for worker in self._workers.values():
+            worker.join()
+
+    def _raise_failure(self) -> None:
+        failure = self._board.failure
+        if failure is not None:
+            raise failure
+
+
+def _resolve(
+    workers: Mapping[Lane, LaneWorker], waits: Dependencies
+) -> list[tuple[LaneWorker, int]]:
+    return [(workers[lane], number) for lane, number in waits.items()]

@@ -1,0 +1,189 @@
+"""A model's weights in their places: resident blobs, staging slots, embedding tables read by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.device import Device
+from flexgen_bench.memory.checksum import verify
+from flexgen_bench.memory.direct_file import DirectFile
+from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
+from flexgen_bench.planner.units import PackedEntry, PackedModel
+from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.steps import Step
+
+
+class Weights:
+    """Holds every unit on its tier and serves the steps that load, gather and use them."""
+
+    def __init__(
+        self,
+        store: WeightStore,
+        packed: PackedModel,
+        dtype: DType,
+        tiers: list[Tier],
+        device: Device,
+        slots: int,
+    ) -> None:
+        self._packed = packed
+        self._dtype = TORCH_DTYPES[dtype]
+        self._tiers = tiers
+        self._device = device
+        self._checksums = store.checksums
+        self._file = DirectFile(store.path)
+        self._verified: set[int] = set()
+        self._resident: dict[int, tuple[Tensor, int]] = {}  # unit -> (memory, its file offset)
+        self.direct_io = self._file.direct
+        try:
+            self._load_resident()
+        except BaseException:
+            self._file.close()
+            raise
+        streamed = [
+            unit.num_bytes
+            for unit, tier in zip(packed.units, tiers, strict=True)
+            if tier is not device.compute_tier
+        ]
+        from_disk = Tier.DISK in tiers and device.compute_tier is Tier.GPU
+        largest = max(streamed, default=0)
+        self._slots = [
+            device.allocate(device.compute_tier, largest) for _ in range(slots if largest else 0)
+        ]
+        self._host_slots = [
+            device.allocate(Tier.CPU, largest) for _ in range(slots if from_disk else 0)
+        ]
+        self._views = lru_cache(maxsize=None)(self._make_views)
+
+    def home_bytes(self) -> dict[Tier, int]:
+        """Bytes of weights on each tier, as placed."""
+        placed: dict[Tier, int] = {}
+        for unit, tier in zip(self._packed.units, self._tiers, strict=True):
+            placed[tier] = placed.get(tier, 0) + unit.home_bytes
+        return placed
+
+    def load(self, step: Step) -> None:
+        """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
+        unit = self._packed.units[step.unit]
+        if step.lane is Lane.DISK_READ:
+            into = (self._host_slots if self._host_slots else self._slots)[step.slot]
+            self._read_unit(step.unit, into)
+            return
+        if self._tiers[step.unit] is Tier.DISK:
+            source = self._host_slots[step.reads[0].key][: unit.num_bytes]
+        else:
+            memory, base = self._resident[step.unit]
+            source = memory[unit.offset - base :][: unit.num_bytes]
+        self._slots[step.slot][: source.numel()].copy_(source, non_blocking=True)
+
+    def of(self, step: Step) -> Mapping[str, Tensor]:
+        """The tensors of the step's unit by name, on the compute tier: in place, or in the step's slot."""
+        return self._views(step.unit, step.slot)
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Rows of an embedding table, from wherever it lies: (N,) indices -> (N, E)."""
+        entry = next(t for t in self._packed.tables if t.tensor.spec.name == name)
+        if self._tiers[0] is Tier.DISK:
+            return self._rows_from_disk(entry, indices)
+        memory, base = self._resident[0]
+        table = _view(memory, entry, base, self._dtype)
+        return table.index_select(0, indices.to(table.device))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._device.is_cuda:
+            from flexgen_bench.memory.host import release_pinned
+
+            pinned = {id(m): m for m, _ in self._resident.values() if not m.is_cuda}
+            for memory in (*pinned.values(), *self._host_slots):
+                release_pinned(memory)
+
+    def _load_resident(self) -> None:
+        """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it."""
+        units = self._packed.units
+        for unit, tier in zip(units, self._tiers, strict=True):
+            if tier is Tier.DISK or unit.index in self._resident:
+                continue
+            start, stop = unit.offset, unit.offset + unit.num_bytes
+            if unit.kind is UnitKind.EMBED:
+                last = units[-1] if self._packed.tied else unit
+                tables = self._packed.tables[-1]
+                stop = max(last.offset + last.num_bytes, tables.offset + tables.num_bytes)
+                start = 0
+            start, stop = (
+                start // PAGE * PAGE,
+                min(-(-stop // PAGE) * PAGE, self._packed.file_bytes),
+            )
+            memory = self._device.allocate(tier, stop - start)
+            if memory.is_cuda:
+                staging = allocate(stop - start)
+                self._file.read(start, staging[: stop - start])
+                memory.copy_(staging[: stop - start])
+            else:
+                self._file.read(start, memory[: stop - start])
+            self._resident[unit.index] = (memory, start)
+            if unit.kind is UnitKind.EMBED and self._packed.tied:
+                self._resident[units[-1].index] = (memory, start)
+        for entry in self._packed.entries:
+            for memory, base in self._resident.values():
+                inside = (
+                    base <= entry.offset and entry.offset + entry.num_bytes <= base + memory.numel()
+                )
+                if inside and not memory.is_cuda:
+                    self._verify(entry, memory, base)
+                    break
+
+    def _read_unit(self, index: int, into: Tensor) -> None:
+        unit = self._packed.units[index]
+        self._file.read(unit.offset, into[: unit.num_bytes])
+        if (
+            index not in self._verified
+        ):  # once per process; a disk that lies later is a disk to replace
+            for entry in unit.entries:
+                self._verify(entry, into, unit.offset)
+            self._verified.add(index)
+
+    def _verify(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
+        data = memory[entry.offset - base :][: entry.num_bytes]
+        if not verify(data, self._checksums.get(entry.offset)):
+            raise StoreError(
+                f"{self._file.path}: checksum of {', '.join(entry.tensor.sources)} is wrong: the block is corrupt. "
+                f"Delete {self._file.path.parent} to convert the checkpoint again."
+            )
+
+    def _rows_from_disk(self, entry: PackedEntry, indices: Tensor) -> Tensor:
+        """Read just the pages that hold the wanted rows; a row is far smaller than its table."""
+        width = entry.tensor.spec.shape[1]
+        size = width * self._dtype.itemsize
+        wanted, back = torch.unique(indices.cpu(), return_inverse=True)
+        window = allocate((-(-size // PAGE) + 1) * PAGE)
+        rows = torch.empty((len(wanted), width), dtype=self._dtype)
+        for place, row in enumerate(wanted.tolist()):
+            first = entry.offset + row * size
+            start = first // PAGE * PAGE
+            length = -(-(first + size - start) // PAGE) * PAGE
+            self._file.read(start, window[:length])
+            rows[place] = window[first - start :][:size].view(self._dtype)
+        return rows[back]
+
+    def _make_views(self, index: int, slot: int) -> Mapping[str, Tensor]:
+        unit = self._packed.units[index]
+        if slot >= 0:
+            memory, base = self._slots[slot], unit.offset
+        elif unit.entries:
+            memory, base = self._resident[index]
+        else:
+            return {}
+        return {e.tensor.spec.name: _view(memory, e, base, self._dtype) for e in unit.entries}
+
+
+def _view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> Tensor:
+    flat = memory[entry.offset - base :][: entry.num_bytes].view(dtype)
+    return flat.view(entry.tensor.spec.shape)

@@ -1,0 +1,81 @@
+"""Pure functions on tensors that model families are written with. N tokens, H heads, D head dim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexgen_bench.core.errors import unknown_choice
+
+linear = F.linear
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalisation over the last dimension; without weight and bias it only normalises."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight (Zhang & Sennrich 2019), the division in float32 as the published models do."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """The named activation; UserError lists the known ones."""
+    if name not in _ACTIVATIONS:
+        raise unknown_choice("activation", name, _ACTIVATIONS)
+    return _ACTIVATIONS[name](x)
+
+
+def rotary_table(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    scaling: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, D) of the rotary angles (Su et al. 2021), computed in float32.
+
+    ``scaling``: None, {"rope_type": "linear", "factor"} (positions divided), or {"rope_type": "llama3", ...}
+    (Llama 3.1: long wavelengths divided by factor, short ones kept, a smooth ramp between).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    inverse = 1.0 / (theta ** (exponents / head_dim))
+    if scaling is not None:
+        inverse = _scaled_frequencies(inverse, scaling)
+    angles = positions.float()[:, None] * inverse[None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled_frequencies(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return inverse / factor
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    original = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inverse
+    ramp = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return inverse / factor * (1 - ramp) + inverse * ramp
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head's halves by the angles: x (N, H, D), cos and sin (N, 1, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

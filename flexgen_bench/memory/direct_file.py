@@ -1,0 +1,105 @@
+"""Reads and writes that bypass the page cache, several requests in flight.
+
+Offsets, lengths and buffers are multiples of 4096 bytes. Where the file system refuses O_DIRECT, the file is read
+through the page cache, the pages are dropped after use, and ``direct`` is False so that a record can say so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.units import MIB, format_bytes
+
+# Chosen by measurement (docs/notes/disk.md): larger requests and more threads gain nothing on the disks tried.
+CHUNK_BYTES = 4 * MIB
+IN_FLIGHT = 4
+
+
+class DirectFile:
+    """One file, opened for direct I/O."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.path = path
+        self.direct = True
+        try:
+            self._fd = os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.direct = False
+            self._fd = os.open(path, flags, 0o600)
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="disk")
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make the file this large now, so that a full disk is found before the run and not in the middle of it."""
+        try:
+            os.posix_fallocate(self._fd, 0, num_bytes)
+        except OSError as error:
+            raise disk_error(error, self.path, f"reserve {format_bytes(num_bytes)}") from error
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Fill ``into`` (uint8, page-aligned) from ``offset``; StoreError if the file ends early."""
+        self._in_chunks(offset, into, self._read_chunk)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write ``data`` (uint8, page-aligned) at ``offset``; StoreError on a full disk."""
+        self._in_chunks(offset, data, self._write_chunk)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._pool.shutdown(wait=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _in_chunks(self, offset, buffer, work) -> None:  # type: ignore[no-untyped-def]
+        view = memoryview(buffer.numpy())
+        if len(view) <= CHUNK_BYTES:
+            work(offset, view)
+            return
+        pieces = [
+            self._pool.submit(work, offset + start, view[start : start + CHUNK_BYTES])
+            for start in range(0, len(view), CHUNK_BYTES)
+        ]
+        for piece in pieces:
+            piece.result()
+
+    def _read_chunk(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise disk_error(error, self.path, f"read at byte {offset + done}") from error
+            if count == 0:
+                raise StoreError(
+                    f"{self.path} ends at byte {offset + done}, {len(view) - done} bytes too early: "
+                    "the file is truncated. Delete it and let it be made again."
+                )
+            done += count
+        if not self.direct:
+            os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    def _write_chunk(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwritev(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise disk_error(error, self.path, f"write at byte {offset + done}") from error
+
+
+def disk_error(error: OSError, path: Path, doing: str) -> StoreError:
+    """A disk's refusal in words: what was being done, where, and what helps."""
+    if error.errno == errno.ENOSPC:
+        free = os.statvfs(path.parent if path.parent.exists() else Path("/"))
+        left = format_bytes(free.f_bavail * free.f_frsize)
+        return StoreError(
+            f"disk full: could not {doing} in {path} ({left} left). Free space or use another directory."
+        )
+    return StoreError(f"could not {doing} in {path}: {error.strerror} (errno {error.errno})")

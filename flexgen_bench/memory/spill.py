@@ -1,0 +1,56 @@
+"""Scratch space on disk for KV cache and activations of a running job."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.memory.direct_file import DirectFile
+
+
+class SpillFile:
+    """A file of fixed size without a name: whatever happens to the process, nothing is left on the disk.
+
+    The space is reserved up front; StoreError on a full disk, UserError if the directory is not writable.
+    """
+
+    def __init__(self, directory: Path, num_bytes: int) -> None:
+        path = make_writable(directory, "offload_dir")
+        handle, name = tempfile.mkstemp(prefix="spill-", dir=path)
+        os.close(handle)
+        try:
+            self._file = DirectFile(Path(name), os.O_RDWR)
+        finally:
+            os.unlink(name)
+        try:
+            self._file.reserve(num_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+        self.direct = self._file.direct
+
+    def read(self, offset: int, into: Tensor) -> None:
+        self._file.read(offset, into)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        self._file.write(offset, data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def make_writable(directory: Path, field: str) -> Path:
+    """The directory, created if missing; UserError naming ``field`` if nothing can be written there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            field, str(directory), f"a writable directory ({error.strerror})", "Choose another."
+        ) from error
+    return directory

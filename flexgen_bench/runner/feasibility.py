@@ -1,0 +1,174 @@
+"""Whether a cell can be measured on this machine at all; if not, what it would need and what can be done here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.units import format_bytes
+from flexgen_bench.models.registry import family
+from flexgen_bench.runner import machine
+from flexgen_bench.runner.checkpoints import is_prepared
+
+# Data sheets count a card's memory before what the driver keeps.
+_CARD_SHARE = 0.93
+# A process, its libraries and the page cache need their part of the memory, too.
+_USABLE_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a cell takes, in bytes. ``kv_prompt_bytes``: the KV cache of one prompt with its answer."""
+
+    weight_bytes: int
+    kv_prompt_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``reason``: why not, and what it needs; the same each time, so that it can be recorded. ``here``: what
+    this machine has at the moment and what can be done on it."""
+
+    reason: str
+    here: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.reason}\n{self.here}"
+
+
+def needs(spec: CellSpec) -> Needs:
+    """Weights as the family lists them, and the KV cache of the workload if all prompts ran at once."""
+    shape, work = spec.model.shape, spec.workload
+    tokens = work.prompt_len + work.gen_len
+    per_prompt = shape.kv_values_per_token_layer * shape.num_layers * spec.dtype.bytes * tokens
+    weights = weight_bytes(shape, spec.dtype)
+    return Needs(weights, per_prompt, per_prompt * work.num_prompts)
+
+
+def weight_bytes(shape: ModelShape, dtype: DType) -> int:
+    """Bytes of all parameters; tied embeddings count once."""
+    return family(shape.family).inventory(shape).num_values * dtype.bytes
+
+
+def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Refusal | None:
+    """None if the cell can be tried here; else why not, what it needs, what is here, and what to do.
+
+    cache: where checkpoints go (its disk must hold them). known: shapes to choose a smaller model from.
+    """
+    reasons = _machine_reasons(spec.hardware)
+    wrong_machine = bool(reasons)
+    if not is_prepared(spec.model, spec.dtype, cache):
+        need, free = _disk_bytes(spec), machine.free_disk_bytes(cache)
+        if need > free:
+            reasons.append(f"its files need {format_bytes(need)} of free disk, more than there is")
+    if not reasons:
+        return None
+    what, work = needs(spec), spec.workload
+    return Refusal(
+        f"{spec.model.shape.name} on gpu={spec.hardware.name} cannot be measured on this machine: "
+        f"{'; '.join(reasons)}.\n"
+        f"It needs {format_bytes(what.weight_bytes)} for weights ({spec.dtype}) and "
+        f"{format_bytes(what.kv_prompt_bytes)} of KV cache for each sequence of {work.prompt_len}+{work.gen_len} "
+        f"tokens ({format_bytes(what.kv_bytes)} for all {work.num_prompts}), spread over gpu, cpu and disk."
+        f"{_described(spec.hardware)}",
+        f"Here: {_gpus_here()}, {format_bytes(machine.memory_bytes())} of host memory, "
+        f"{format_bytes(machine.free_disk_bytes(cache))} free on the disk of {cache}.\n"
+        + "\n".join(_advice(spec, cache, known, wrong_machine)),
+    )
+
+
+def _machine_reasons(hardware: HardwareProfile) -> list[str]:
+    reasons = []
+    if hardware.accelerator is Accelerator.CUDA:
+        reasons += _gpu_reasons(hardware)
+    cap = hardware.cpu_memory_bytes
+    if cap is not None and cap > machine.memory_bytes():
+        reasons.append(
+            f"the profile has {format_bytes(cap)} of host memory, more than there is here"
+        )
+    return reasons
+
+
+def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
+    gpus = machine.local_gpus()
+    matching = [gpu for gpu in gpus if hardware.device_match.lower() in gpu.name.lower()]
+    if not matching:
+        return [f"there is no NVIDIA GPU whose name contains {hardware.device_match!r} here"]
+    if not machine.torch_has_cuda():
+        return ["the installed torch is a build without CUDA (the README says how to get one with)"]
+    wanted = hardware.gpu_memory_bytes
+    sizes = [gpu.memory_bytes for gpu in matching if gpu.memory_bytes is not None]
+    if wanted is not None and sizes and max(sizes) < _CARD_SHARE * wanted:
+        return [f"the GPU here has {format_bytes(max(sizes))}, the profile {format_bytes(wanted)}"]
+    return []
+
+
+def _disk_bytes(spec: CellSpec) -> int:
+    """The checkpoint, and a second copy packed for streaming if the weights exceed what memory there is."""
+    weights = weight_bytes(spec.model.shape, spec.dtype)
+    hardware = spec.hardware
+    memory = min(hardware.cpu_memory_bytes or machine.memory_bytes(), machine.memory_bytes())
+    if hardware.accelerator is Accelerator.CUDA:
+        memory += max((gpu.memory_bytes or 0 for gpu in machine.local_gpus()), default=0)
+    return weights if weights <= _USABLE_SHARE * memory else 2 * weights
+
+
+def _described(hardware: HardwareProfile) -> str:
+    parts = {
+        "GPU memory": hardware.gpu_memory_bytes,
+        "host memory": hardware.cpu_memory_bytes,
+        "disk": hardware.disk_bytes,
+    }
+    given = [f"{format_bytes(size)} of {name}" for name, size in parts.items() if size is not None]
+    return f" gpu={hardware.name} stands for {', '.join(given)}." if given else ""
+
+
+def _gpus_here() -> str:
+    gpus = machine.local_gpus()
+    if not gpus:
+        return "no NVIDIA GPU"
+    return ", ".join(
+        gpu.name + (f" ({format_bytes(gpu.memory_bytes)})" if gpu.memory_bytes else "")
+        for gpu in gpus
+    )
+
+
+def _advice(
+    spec: CellSpec, cache: Path, known: Sequence[ModelShape], wrong_machine: bool
+) -> list[str]:
+    free, memory = machine.free_disk_bytes(cache), machine.memory_bytes()
+    shape = spec.model.shape
+    weights = weight_bytes(shape, spec.dtype)
+    resident = weights <= _USABLE_SHARE * memory
+    need = 0 if is_prepared(spec.model, spec.dtype, cache) else weights if resident else 2 * weights
+    lines = []
+    if need <= free and wrong_machine:
+        how = "in memory" if resident else f"streamed from disk (takes {format_bytes(need)} of it)"
+        lines.append(f"Here you can run model={shape.name} gpu=auto: its weights fit {how}.")
+    elif need > free:
+        lines.append(
+            f"To run model={shape.name} gpu=auto here, {format_bytes(need)} of free disk are needed (the "
+            "checkpoint, and a copy packed for streaming): name a larger disk with cache_dir=/path."
+        )
+    fitting = {
+        other.name: weight_bytes(other, spec.dtype)
+        for other in known
+        if other.family == shape.family and other.name != shape.name
+    }
+    in_memory = {n: b for n, b in fitting.items() if b <= min(_USABLE_SHARE * memory, free)}
+    streamed = {n: b for n, b in fitting.items() if n not in in_memory and 2 * b <= free}
+    for names, how in ((in_memory, "fits in memory"), (streamed, "can be streamed from disk")):
+        smaller = {n: b for n, b in names.items() if b < weights}
+        if smaller:
+            name = max(smaller, key=lambda n: smaller[n])
+            lines.append(
+                f"The largest {shape.family} model that {how} here is {name} "
+                f"({format_bytes(smaller[name])}): model={name} gpu=auto."
+            )
+    return lines

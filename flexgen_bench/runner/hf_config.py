@@ -1,0 +1,65 @@
+"""A model's shape in the words of transformers: its config, and the tensors a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.models.registry import family, shape_from_config
+
+
+def hf_config(shape: ModelShape, dtype: DType) -> Any:
+    """The transformers config of a shape. Raises UserError for a family that is not known here."""
+    from transformers import AutoConfig
+
+    kind = family(shape.family)
+    config = AutoConfig.for_model(kind.model_type, **kind.config_from_shape(shape))
+    config.dtype = dtype.value
+    config.architectures = [kind.architecture]
+    return config
+
+
+def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint, as transformers itself would build the model.
+
+    A tied head appears once, under the embedding's name.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:
+    """Raise StoreError naming every field in which a checkpoint's config is not this shape."""
+    try:
+        theirs = shape_from_config(config, shape.name).to_dict()
+    except UserError as error:
+        raise StoreError(f"{where} is not a model that is known here: {error}") from error
+    ours = shape.to_dict()
+    options, their_options = ours.pop("options"), theirs.pop("options")
+    pairs = [(key, ours[key], theirs[key]) for key in ours]
+    pairs += [(f"options.{key}", options[key], their_options.get(key)) for key in options]
+    differ = [
+        f"{key} is {there!r} there and {here!r} in model {shape.name}"
+        for key, here, there in pairs
+        if not _same(here, there)
+    ]
+    if differ:
+        raise StoreError(f"{where} is not a checkpoint of {shape.name}: {'; '.join(differ)}")
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = (set(ours) | set(theirs)) - {"type"}
+        return all(_same(ours.get(key), theirs.get(key)) for key in keys)
+    return bool(theirs == ours)

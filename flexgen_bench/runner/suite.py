@@ -1,0 +1,147 @@
+"""Run the cells of a suite one after the other; every end of a cell is a record on disk."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.record import Record
+from flexgen_bench.core.status import Status
+from flexgen_bench.runner.cell import make_record, run_cell
+from flexgen_bench.runner.environment import describe_environment
+from flexgen_bench.runner.events import Display
+from flexgen_bench.runner.job import CellState
+from flexgen_bench.runner.launch import cell_environment
+from flexgen_bench.runner.memory_cap import MemoryCap
+from flexgen_bench.runner.prepare import Prepared, preparation_key, prepare
+from flexgen_bench.store.reader import find_record, read_record
+from flexgen_bench.store.writer import write_record
+
+
+@dataclass(frozen=True)
+class SuiteCell:
+    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why."""
+
+    label: str
+    spec: CellSpec
+    rerun_command: str
+    unavailable_reason: str | None = None
+
+
+def run_suite(
+    cells: Sequence[SuiteCell],
+    *,
+    suite: str,
+    results_dir: Path,
+    cache_dir: Path,
+    rerun: bool,
+    display: Display,
+    on_record: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Run every cell that is not finished and return the path of each cell's record, in order.
+
+    A cell is finished when ``results_dir`` holds a record of its spec for this suite, however it ended;
+    only ``unavailable`` is looked at again. ``rerun`` runs all of them. ``on_record`` gets each new record's
+    path (a tracker); what it raises is told on stderr and loses nothing.
+
+    Raises StoreError if a record cannot be saved, and KeyboardInterrupt; either way no process of a cell is
+    left, and the records written so far stand.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    runner = _Runner(suite, results_dir, cache_dir, display)
+    paths = []
+    for index, cell in enumerate(cells, start=1):
+        display.cell_start(cell.label, index, len(cells))
+        path = None if rerun else finished_record(results_dir, cell.spec.spec_hash, suite)
+        skipped = path is not None
+        if path is None:
+            path, skipped = runner.run(cell)
+        record = read_record(path)
+        display.cell_end(cell.label, record.status, record.reason, path, skipped)
+        paths.append(path)
+        if on_record is not None and not skipped:
+            _tell_tracker(on_record, path)
+    return paths
+
+
+def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | None:
+    """The record that makes running a cell again needless; None if it has to run.
+
+    Records of failures count: running them again is asked for with ``rerun``. A cell that could not run is
+    looked at again, as what was missing may have been installed.
+    """
+    path = find_record(results_dir, spec_hash, suite)
+    if path is None:
+        return None
+    return None if read_record(path).status is Status.UNAVAILABLE else path
+
+
+@dataclass(frozen=True)
+class _Runner:
+    suite: str
+    results_dir: Path
+    cache_dir: Path
+    display: Display
+    preparations: dict[str, Prepared] = field(default_factory=dict)
+
+    def run(self, cell: SuiteCell) -> tuple[Path, bool]:
+        """Run a cell. The path of its record, and whether that one was there before."""
+        started = datetime.now(UTC)
+        variables = cell_environment(cell.spec.threads)
+        environment = describe_environment(self.cache_dir, self.results_dir, variables)
+        # On the cache's file system: offload files of a cell must lie on the disk that is measured.
+        workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
+        try:
+            state, cap = self._outcome(cell, workdir)
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+        record = make_record(
+            cell.spec,
+            suite=self.suite,
+            rerun_command=cell.rerun_command,
+            started=started,
+            state=state,
+            cap=cap,
+            environment=environment,
+        )
+        same = self._same_refusal(record)
+        return (write_record(record, self.results_dir), False) if same is None else (same, True)
+
+    def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
+        no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")
+        if cell.unavailable_reason is not None:
+            return CellState(status=Status.UNAVAILABLE, reason=cell.unavailable_reason), no_cap
+        key = preparation_key(cell.spec)
+        if key not in self.preparations:
+            self.preparations[key] = prepare(cell.spec, self.cache_dir, workdir, self.display)
+        prepared = self.preparations[key]
+        if prepared.status is not Status.OK:
+            return CellState(status=prepared.status, reason=prepared.reason), no_cap
+        return run_cell(cell.spec, prepared, self.cache_dir, workdir, self.display)
+
+    def _same_refusal(self, record: Record) -> Path | None:
+        """The last record of the cell, if that says the same: every look would else leave one more."""
+        if record.status is not Status.UNAVAILABLE:
+            return None
+        path = find_record(self.results_dir, record.spec_hash, self.suite)
+        if path is None:
+            return None
+        last = read_record(path)
+        return path if (last.status, last.reason) == (record.status, record.reason) else None
+
+
+def _tell_tracker(on_record: Callable[[Path], None], path: Path) -> None:
+    try:
+        on_record(path)
+    except StoreError:
+        raise
+    except Exception as error:
+        # The record is the truth and is saved: a tracker that fails must not end the run.
+        print(f"tracker failed for {path.name}: {error!r}. The record is saved.", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""The unit of work: one step on one lane, with the buffers it reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from flexgen_bench.core.tiers import Lane
+
+
+class StepKind(StrEnum):
+    """What a step does. The engine has one action per kind; the lane says where it happens."""
+
+    LOAD_WEIGHTS = "load_weights"  # a unit's blob, one tier up
+    GATHER_ROWS = "gather_rows"  # embedding rows of the tokens, from where the table lies
+    MOVE_ROWS = "move_rows"  # gathered rows, cpu -> gpu
+    EMBED = "embed"  # rows -> hidden states
+    LOAD_HIDDEN = "load_hidden"  # a part of the hidden states, one tier up
+    STORE_HIDDEN = "store_hidden"  # a part of the hidden states, one tier down
+    PROJECT = "project"  # hidden -> q, k, v
+    MOVE_QKV = "move_qkv"  # q, k, v of one token, gpu -> cpu
+    LOAD_KV = "load_kv"  # a KV part, one tier up
+    ATTEND = "attend"  # attention of one part (decode) or of all parts (prefill)
+    MOVE_ATTENTION = "move_attention"  # attention output, cpu -> gpu
+    STORE_KV = "store_kv"  # new keys and values, one tier down
+    APPEND_KV = "append_kv"  # one token's keys and values into the cpu part of the cache
+    OUTPUT = "output"  # attention output -> output projection, MLP -> hidden
+    HEAD = "head"  # hidden -> logits
+    MOVE_LOGITS = "move_logits"  # what sampling needs, gpu -> cpu
+    SAMPLE = "sample"  # logits -> next tokens, on the host
+
+
+class Buffer(NamedTuple):
+    """A named piece of memory. Staging buffers are named by slot, so reuse shows as a dependency."""
+
+    name: str
+    key: int = 0
+    layer: int = 0
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit of work.
+
+    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. batch: micro-batch, -1 for weight loads.
+    part: which span of the micro-batch's sequences, -1 for all. slot: staging slot of the weights (-1: in place).
+    stage: staging slot of the micro-batch's own data (rows, hidden states, q/k/v, attention, KV).
+    token: 0 in prefill, n when the n-th token after the prompt is fed (n >= 1). bytes moved over the lane's link;
+    flops on a compute lane (2 per multiply-add).
+    """
+
+    lane: Lane
+    kind: StepKind
+    unit: int
+    batch: int = -1
+    part: int = -1
+    slot: int = -1
+    stage: int = 0
+    token: int = 0
+    reads: tuple[Buffer, ...] = ()
+    writes: tuple[Buffer, ...] = ()
+    bytes: int = 0
+    flops: int = 0

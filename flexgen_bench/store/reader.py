@@ -1,0 +1,108 @@
+"""Reading records back. One damaged record is reported and never hides the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.record import Record
+from flexgen_bench.store.schema import decode, parse_utc
+from flexgen_bench.store.writer import suite_folder
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A record and the file it came from."""
+
+    path: Path
+    record: Record
+
+    @property
+    def age(self) -> tuple[datetime, str]:
+        """Sorts older before newer; the run id decides between equal times."""
+        return parse_utc(self.record.ended_utc, "record.ended_utc"), self.record.run_id
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that should be a record and cannot be used, and why."""
+
+    path: Path
+    message: str
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file. Raises StoreError naming the file, what is wrong with it and what to do."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"cannot read record {path}: {error}") from error
+    try:
+        return decode(json.loads(text, parse_constant=_no_constant))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StoreError(
+            f"{path} is not a whole JSON document ({error}). Delete it and measure the cell again."
+        ) from error
+    except StoreError as error:
+        raise StoreError(f"{path} is not a usable record: {error}") from error
+
+
+def read_paths(paths: Iterable[Path]) -> tuple[list[StoredRecord], list[Problem]]:
+    """Every record that can be read, in the order given, and what is wrong with the others."""
+    records, problems = [], []
+    for path in paths:
+        try:
+            records.append(StoredRecord(Path(path), read_record(path)))
+        except StoreError as error:
+            problems.append(Problem(Path(path), str(error)))
+    return records, problems
+
+
+def read_all(results_dir: Path) -> tuple[list[StoredRecord], list[Problem]]:
+    """The newest record of every spec in every suite, and the files that could not be used.
+
+    Suites are kept apart: the same cell may stand in two of them, and each has its own table.
+    An absent folder holds no records. Raises StoreError if ``results_dir`` cannot be listed.
+    """
+    records, problems = read_paths(_files(Path(results_dir)))
+    newest: dict[tuple[str, str], StoredRecord] = {}
+    for stored in sorted(records, key=lambda s: s.age):
+        newest[suite_folder(stored.record.suite), stored.record.spec_hash] = stored
+    return sorted(newest.values(), key=lambda s: s.path), problems
+
+
+def find_record(results_dir: Path, spec_hash: str, suite: str | None = None) -> Path | None:
+    """The newest valid record of a spec, in ``suite`` if one is named; None if there is none.
+
+    A record that is damaged or half-written is no record: the cell counts as not measured.
+    """
+    files = [
+        path
+        for path in _files(Path(results_dir))
+        if f"--{spec_hash}--" in path.name
+        and (suite is None or path.parent.name == suite_folder(suite))
+    ]
+    records, _ = read_paths(files)
+    matching = [s for s in records if s.record.spec_hash == spec_hash]
+    return max(matching, key=lambda s: s.age).path if matching else None
+
+
+def _files(results_dir: Path) -> Iterator[Path]:
+    """The record files, sorted; hidden and temporary names are skipped."""
+    if not results_dir.exists():
+        return iter(())
+    try:
+        folders = sorted(p for p in results_dir.iterdir() if p.is_dir())
+        found = [f for d in folders for f in sorted(d.iterdir())]
+    except OSError as error:
+        raise StoreError(f"cannot list the records in {results_dir}: {error}") from error
+    return (f for f in found if f.suffix == ".json" and not f.name.startswith("."))
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise StoreError(f"holds {text}, which is not JSON. Delete it and measure the cell again.")

@@ -1,0 +1,124 @@
+"""Our engine behind the contract that every system under test stands behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.record import LinkUse, SystemReport
+from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.tiers import LINKS, Lane
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import Engine, JobResult
+from flexgen_bench.engine.generation import Running
+from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.planner.memory_plan import Request
+from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+
+_stage = logging.getLogger("flexgen_bench.stage")
+
+
+class FlexGenSystem(System):
+    """The engine under the cell's policy, or under one that fits the cell's memory."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("none", "cuda", "emulated"))
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._engine: Engine | None = None
+        self._weights: PackedWeights | None = None
+        self._results: list[JobResult] = []
+
+    def check(self) -> None:
+        Device.open(self.spec.hardware, self.spec.threads)
+
+    def is_prepared(self) -> bool:
+        return PackedWeights.is_packed(self.files.checkpoint, self.spec.dtype, self.files.cache)
+
+    def prepare(self) -> None:
+        """Pack the checkpoint's weights, once per model and dtype."""
+        self._pack()
+
+    def _pack(self) -> PackedWeights:
+        def tell(done: int, total: int) -> None:
+            _stage.info("packing weights", extra={"progress": ("convert", done, total, "B")})
+
+        return PackedWeights.from_checkpoint(
+            self.files.checkpoint, self.spec.dtype, self.files.cache, tell
+        )
+
+    def load(self, batch_size: int) -> None:
+        self.close()
+        workload = self.spec.workload
+        weights = self._pack()
+        device = Device.open(self.spec.hardware, self.spec.threads)
+        policy = self.spec.policy or weights.choose_policy(
+            device,
+            self.files.scratch,
+            [Request(workload.prompt_len, workload.gen_len)] * workload.num_prompts,
+            batch_size,
+        )
+        self._engine = weights.engine(policy, device, self.files.scratch)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
+    ) -> Generation:
+        assert self._engine is not None, "load comes before generate"
+        params = SamplingParams(max_tokens=gen_len, ignore_eos=True)
+        sequences = [
+            Running(prompt, params, Sampler(params, prompt, i), frozenset(), _never)
+            for i, prompt in enumerate(prompts)
+        ]
+        result = self._engine.generate(sequences, progress)
+        self._results.append(result)
+        return Generation(
+            tuple(tuple(sequence.new) for sequence in sequences), result.prefill_s, result.decode_s
+        )
+
+    def report(self) -> SystemReport:
+        assert self._engine is not None
+        plan = self._results[-1].plan
+        assert plan is not None
+        policy: Policy = self._engine.policy
+        lanes = [lane for lane in Lane if any(lane in r.lanes for r in self._results)]
+        notes = (
+            () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
+        )
+        return SystemReport(
+            requested=policy.to_dict(),
+            realised={
+                "weights": dict(plan.realised_weights),
+                "kv_cache": dict(plan.realised_kv_cache),
+                "activations": dict(plan.realised_activations),
+                "bytes": {str(tier): dict(parts) for tier, parts in plan.bytes.items()},
+            },
+            planned_bytes={str(tier): plan.total(tier) for tier in plan.bytes},
+            links={
+                str(lane): LinkUse(
+                    sum(r.lanes[lane].bytes for r in self._results if lane in r.lanes),
+                    sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes),
+                )
+                for lane in lanes
+                if lane in LINKS
+            },
+            lane_busy_s={
+                str(lane): sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes)
+                for lane in lanes
+            },
+            lowest_tier=str(policy.lowest_tier),
+            notes=notes,
+        )
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._results.clear()
+
+
+def _never(new: list[int]) -> bool:
+    """Throughput runs end at the asked length only."""
+    return False

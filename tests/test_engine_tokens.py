@@ -1,0 +1,152 @@
+"""The engine says what transformers says: every family, tier mixture, batch shape, overlap on and off."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_models import MODELS, greedy_reference, random_model, random_prompts, save
+
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import JobResult
+from flexgen_bench.engine.generation import Running
+from flexgen_bench.engine.sampling import Sampler
+
+HOST = HardwareProfile("cpu", Accelerator.NONE)
+EMULATED = HardwareProfile(
+    "emulated", Accelerator.EMULATED, gpu_memory_bytes=2**28, links={"h2d": 4e9, "d2h": 4e9}
+)
+NEW_TOKENS = 9
+LENGTHS = [1, 30, 2, 9, 9, 17, 5]  # very different, two alike
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tiny model, packed, and its greedy tokens according to transformers."""
+
+    weights: PackedWeights
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = random_model(request.param)
+    prompts = random_prompts(LENGTHS)
+    tokens = greedy_reference(model, prompts, NEW_TOKENS)
+    weights = PackedWeights.from_checkpoint(
+        save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache"
+    )
+    return Reference(weights, prompts, tokens)
+
+
+def run(
+    reference: Reference, policy: Policy, hardware: HardwareProfile, folder: Path
+) -> tuple[list[list[int]], JobResult]:
+    engine = reference.weights.engine(policy, Device.open(hardware, 1), folder)
+    params = SamplingParams(max_tokens=NEW_TOKENS)
+    sequences = [
+        Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
+        for i, prompt in enumerate(reference.prompts)
+    ]
+    try:
+        result = engine.generate(sequences)
+    finally:
+        engine.close()
+    return [s.new for s in sequences], result
+
+
+def on(tier: Tier) -> Placement:
+    return Placement.all_on(tier)
+
+
+HOST_MIXES = [on(Tier.CPU), on(Tier.DISK), Placement(cpu=0.5, disk=0.5)]
+GPU_MIXES = [
+    on(Tier.GPU), on(Tier.CPU), on(Tier.DISK), Placement(0.4, 0.3, 0.3), Placement(gpu=0.5, disk=0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("everything", HOST_MIXES, ids=["cpu", "disk", "mixed"])
+def test_plain_host(
+    reference: Reference, everything: Placement, overlap: bool, tmp_path: Path
+) -> None:
+    policy = Policy(3, 2, everything, everything, everything, overlap=overlap)
+    assert run(reference, policy, HOST, tmp_path)[0] == reference.tokens
+
+
+@pytest.mark.parametrize("attention", AttentionSite)
+@pytest.mark.parametrize("everything", GPU_MIXES, ids=["gpu", "cpu", "disk", "thirds", "gpu+disk"])
+def test_accelerator(
+    reference: Reference, everything: Placement, attention: AttentionSite, tmp_path: Path
+) -> None:
+    policy = Policy(2, 3, everything, everything, everything, attention=attention)
+    assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
+    """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth."""
+    rng = random.Random(f"{reference.weights.shape.family}{seed}")
+    hardware = rng.choice([HOST, EMULATED])
+    mixes = HOST_MIXES if hardware is HOST else GPU_MIXES
+    policy = Policy(
+        gpu_batch_size=rng.choice([1, 2, 3, 7, 20]),
+        num_gpu_batches=rng.choice([1, 2, 3]),
+        weights=rng.choice(mixes),
+        kv_cache=rng.choice(mixes),
+        activations=rng.choice(mixes),
+        prefetch=rng.choice([1, 2, 3, 9]),
+        overlap=rng.choice([True, False]),
+        attention=rng.choice(list(AttentionSite)),
+    )
+    assert run(reference, policy, hardware, tmp_path)[0] == reference.tokens, policy
+
+
+def test_links_carry_what_the_placement_says(reference: Reference, tmp_path: Path) -> None:
+    """Streamed weights cross the link once per pass and block, whatever the number of micro-batches."""
+    policy = Policy(2, 2, on(Tier.CPU), on(Tier.GPU), on(Tier.GPU), prefetch=2)
+    _, result = run(reference, policy, EMULATED, tmp_path)
+    units = reference.weights.packed.units
+    streamed = sum(unit.num_bytes for unit in units)
+    blocks = -(-len(LENGTHS) // policy.block_size)
+    rows = result.lanes[Lane.H2D].bytes - streamed * NEW_TOKENS * blocks
+    embedded = sum(LENGTHS) + sum(
+        min(policy.block_size, len(LENGTHS) - b * policy.block_size) * (NEW_TOKENS - 1)
+        for b in range(blocks)
+    )
+    tables = sum(t.tensor.spec.shape[1] for t in reference.weights.packed.tables)
+    assert rows == embedded * tables * 4
+    assert result.lanes[Lane.DISK_READ].bytes == 0
+
+
+def test_realised_shares_follow_requested_ones(reference: Reference, tmp_path: Path) -> None:
+    placement = Placement(cpu=0.5, disk=0.5)
+    _, result = run(reference, Policy(1, 7, on(Tier.CPU), placement, placement), HOST, tmp_path)
+    assert result.plan is not None
+    assert abs(result.plan.realised_kv_cache["disk"] - 0.5) < 0.25
+    assert result.plan.realised_weights == {"gpu": 0.0, "cpu": 1.0, "disk": 0.0}
+
+
+def test_a_resident_micro_batch_does_not_disturb_a_spilled_one(tmp_path: Path) -> None:
+    """Two micro-batches share a stage; one keeps its hidden states on the compute tier and claims no staging buffer.
+    It used to overwrite what the other one still had to write to disk."""
+    folder = tmp_path / "model"
+    model = random_model("opt-350m-like")
+    prompts = random_prompts([4] * 6)
+    weights = PackedWeights.from_checkpoint(save(model, folder), DType.FLOAT32, tmp_path / "cache")
+    reference = Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
+    policy = Policy(1, 6, on(Tier.GPU), on(Tier.GPU), Placement(gpu=0.5, disk=0.5))
+    for _ in range(3):
+        assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
