@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class BlockRun:
         self._x: dict[
             int, Tensor
         ] = {}  # stage -> hidden states before the attention, for the residual
+        self._angles: dict[int, tuple[int, Any]] = {}  # micro-batch -> (token, angles)
         self._qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._qkv_host: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._attended: dict[tuple[int, int], Tensor] = {}
@@ -98,6 +99,16 @@ class BlockRun:
     def act(self, step: Step) -> None:
         """Do one step."""
         self._actions[step.kind](step)
+
+    def close(self) -> None:
+        """Release the block's memory now: actions refer back to this object, so it would linger until collected."""
+        self._actions.clear()
+        for held in (
+            self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._rows,
+            self._gpu_rows, self._found, self._found_host, self._angles,
+        ):  # fmt: skip
+            held.clear()
+        del self._cache, self._hidden
 
     @property
     def _kv(self) -> BlockCache:
@@ -138,10 +149,18 @@ class BlockRun:
     def _project(self, step: Step) -> None:
         batch = self._batch(step)
         x = self._x[step.stage] = self._hidden.take(step, batch)
-        positions = _positions(batch, step.token).to(x.device, non_blocking=True)
         self._qkv[step.stage] = self._family.project(
-            ops, self._shape, self._weights.of(step), x, positions
+            ops, self._shape, self._weights.of(step), x, self._angles_of(batch, step.token, x)
         )
+
+    def _angles_of(self, batch: MicroBatch, token: int, x: Tensor) -> Any:
+        """The same in every layer of a pass, so made in the first and kept until the next pass."""
+        made_for, angles = self._angles.get(batch.index, (None, None))
+        if made_for != token:
+            positions = _positions(batch, token).to(x.device, non_blocking=True)
+            angles = self._family.angles(ops, self._shape, positions, x)
+            self._angles[batch.index] = (token, angles)
+        return angles
 
     def _move_qkv(self, step: Step) -> None:
         span = self._batch(step).kv[step.part]

@@ -176,6 +176,7 @@ class _JobRun:
         engine, job = self._engine, plan.job
         kv, hidden = spill_bytes(job, engine._shape)
         spill = SpillFile(engine._offload_dir, kv + hidden) if kv + hidden else None
+        block: BlockRun | None = None
         try:
             block = BlockRun(
                 engine._family, engine._shape, engine._dtype, job, engine._weights, engine._device,
@@ -189,11 +190,14 @@ class _JobRun:
                 self._account(active, token, time.perf_counter() - begin)
                 token += 1
                 active = [b for b in active if not self._is_done(b)]
-            # Later blocks reuse names of buffers, and the spill file is about to go.
-            self._executor.drain()
+            self._executor.drain()  # the spill file is about to go
+        except BaseException:
+            self._executor.abort()
+            raise
         finally:
+            if block is not None:
+                block.close()
             if spill is not None:
-                self._executor.settle()
                 spill.close()
 
     def _pass(

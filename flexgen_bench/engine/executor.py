@@ -215,23 +215,21 @@ class Executor:
         for worker in self._workers.values():
             worker.collect()
 
-    def settle(self) -> None:
-        """Block until no step is running, even after a failure: what steps use may be released then."""
-        if self._board.failure is None:
-            self.drain()
-        else:
-            for worker in self._workers.values():
-                worker.join()
+    def abort(self) -> None:
+        """Drop what has not begun and block until no step is running: what steps use may be released then."""
+        with self._board.changed:
+            self._board.failure = self._board.failure or Aborted("stopped from outside")
+            self._board.changed.notify_all()
+        for worker in self._workers.values():
+            worker.join()
 
     def use(self) -> dict[Lane, LaneUse]:
         return {lane: worker.use for lane, worker in self._workers.items()}
 
     def close(self) -> None:
-        """End the lanes. Steps that have not begun are dropped."""
+        """End the lanes when their queues are empty, or at once after a failure."""
         with self._board.changed:
             self._board.closing = True
-            if any(worker._queue for worker in self._workers.values()):
-                self._board.failure = self._board.failure or Aborted("closed")
             self._board.changed.notify_all()
         for worker in self._workers.values():
             worker.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.device import Device
 from flexgen_bench.memory.checksum import verify
 from flexgen_bench.memory.direct_file import DirectFile
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.host import PAGE, allocate, release_pinned
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.planner.units import PackedEntry, PackedModel
 from flexgen_bench.schedule.job import UnitKind
@@ -60,7 +59,7 @@ class Weights:
         self._host_slots = [
             device.allocate(Tier.CPU, largest) for _ in range(slots if from_disk else 0)
         ]
-        self._views = lru_cache(maxsize=None)(self._make_views)
+        self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
 
     def home_bytes(self) -> dict[Tier, int]:
         """Bytes of weights on each tier, as placed."""
@@ -85,7 +84,10 @@ class Weights:
 
     def of(self, step: Step) -> Mapping[str, Tensor]:
         """The tensors of the step's unit by name, on the compute tier: in place, or in the step's slot."""
-        return self._views(step.unit, step.slot)
+        key = (step.unit, step.slot)
+        if key not in self._views:
+            self._views[key] = self._make_views(*key)
+        return self._views[key]
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows of an embedding table, from wherever it lies: (N,) indices -> (N, E)."""
@@ -97,13 +99,16 @@ class Weights:
         return table.index_select(0, indices.to(table.device))
 
     def close(self) -> None:
+        """Release the memory now; views that are still held elsewhere would keep it."""
         self._file.close()
         if self._device.is_cuda:
-            from flexgen_bench.memory.host import release_pinned
-
             pinned = {id(m): m for m, _ in self._resident.values() if not m.is_cuda}
             for memory in (*pinned.values(), *self._host_slots):
                 release_pinned(memory)
+        self._views.clear()
+        self._resident.clear()
+        self._slots.clear()
+        self._host_slots.clear()
 
     def _load_resident(self) -> None:
         """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it."""

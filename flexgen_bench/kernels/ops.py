@@ -21,10 +21,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight (Zhang & Sennrich 2019), the division in float32 as the published models do."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    """x / rms(x) * weight (Zhang & Sennrich 2019), accumulated in float32."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -82,11 +82,18 @@ class ModelFamily(ABC):
     def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
         """Gathered rows (table name -> (N, E)) -> hidden states (N, hidden)."""
 
+    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, like: Tensor) -> Any:
+        """What every layer needs to know of positions (N,): made once per pass, in the dtype of ``like``.
+
+        None for families that put positions into the embedding.
+        """
+        return None
+
     @abstractmethod
     def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, positions: Tensor
+        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden (N, hidden) -> q (N, H, D), k (N, G, D), v (N, G, D), positions applied."""
+        """Hidden (N, hidden) -> q (N, H, D), k (N, G, D), v (N, G, D), with ``angles`` applied."""
 
     def attention_scale(self, shape: ModelShape) -> float:
         """What scores are multiplied with before the softmax (Vaswani et al. 2017, section 3.2.1)."""

@@ -137,20 +137,18 @@ class Llama(ModelFamily):
     def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
         return rows["tokens"]
 
+    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, like: Tensor) -> Any:
+        scaling = shape.options.get("rope_scaling")
+        return ops.rotary_table(positions, shape.head_dim, _rope_theta(shape), scaling, like.dtype)
+
     def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, positions: Tensor
+        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = ops.rms_norm(x, w["attention_norm"], _norm_eps(shape))
         qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
         heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         q, k, v = qkv.view(-1, sum(heads), shape.head_dim).split(heads, dim=1)
-        cos, sin = ops.rotary_table(
-            positions,
-            shape.head_dim,
-            _rope_theta(shape),
-            shape.options.get("rope_scaling"),
-            x.dtype,
-        )
+        cos, sin = angles
         return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v
 
     def output(

@@ -148,7 +148,7 @@ class OPT(ModelFamily):
         return x + rows["positions"]
 
     def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, positions: Tensor
+        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         if shape.options.get("norm_before", True):
             x = ops.layer_norm(

@@ -51,10 +51,12 @@ class MemoryPlan:
             Tier.DISK: hardware.disk_bytes,
         }
         for tier, parts in self.bytes.items():
-            capacity = min(
-                (c for c in (stated[tier], available.get(tier)) if c is not None), default=None
-            )
             need = sum(parts.values())
+            # Weights on disk are in the packed store already: they do not take from what is free.
+            stored = parts.get("weights", 0) if tier is Tier.DISK else 0
+            free = available.get(tier)
+            limits = (stated[tier], None if free is None else free + stored)
+            capacity = min((limit for limit in limits if limit is not None), default=None)
             if capacity is not None and need > capacity:
                 largest = sorted(parts.items(), key=lambda item: -item[1])
                 named = ", ".join(
