@@ -22,9 +22,10 @@ from flexgen_bench.engine.engine import Engine, check_prompt
 from flexgen_bench.engine.generation import Running, ScoreRequest
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
+from flexgen_bench.memory.checkpoint import read_config
 from flexgen_bench.memory.spill import make_writable
 from flexgen_bench.planner.memory_plan import Request
-from flexgen_bench.runner.checkpoints import prepare_checkpoint, read_config
+from flexgen_bench.runner.checkpoints import prepare_checkpoint
 from flexgen_bench.runner.gguf_shape import gguf_shape
 from flexgen_bench.runner.hub import hub_folder
 from flexgen_bench.runner.machine import physical_cores

@@ -315,3 +315,13 @@ def test_run_cell_without_cap_says_so(tmp_path: Path) -> None:
     )
     assert state.status is Status.OK
     assert cap == MemoryCap(reason="no cap was asked for")
+
+
+def test_records_that_came_with_the_checkout_do_not_finish_a_cell(
+    suite: Callable[..., list[Record]], tmp_path: Path
+) -> None:
+    """A fresh clone holds our records. `make bench` used to take them for its own and measured nothing."""
+    first = suite(spec_of("Counting"))[0]
+    assert suite(spec_of("Counting"))[0].run_id == first.run_id, "measured here: finished"
+    (tmp_path / "results" / ".measured-here").unlink()
+    assert suite(spec_of("Counting"))[0].run_id != first.run_id, "measured elsewhere: not finished"

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.cache import BlockCache
-from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.hidden import HiddenStates, page_aligned
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
@@ -63,6 +63,7 @@ class BlockRun:
         kv_bytes, _ = spill_bytes(job, shape)
         self._cache = BlockCache(job, shape, self._dtype, device, spill, 0) if job.keep_kv else None
         self._hidden = HiddenStates(job, self._dtype, device, spill, kv_bytes)
+        device.settle()
         self._rows: dict[int, Mapping[str, Tensor]] = {}
         self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
         self._x: dict[
@@ -132,7 +133,7 @@ class BlockRun:
 
     def _move_rows(self, step: Step) -> None:
         self._gpu_rows[step.stage] = {
-            name: self._to_device(rows) for name, rows in self._rows[step.stage].items()
+            name: self._device.to_compute(rows) for name, rows in self._rows[step.stage].items()
         }
 
     def _embed(self, step: Step) -> None:
@@ -140,7 +141,8 @@ class BlockRun:
             indices = self._indices(step)
             rows = {name: self._weights.rows(name, index) for name, index in indices.items()}
         else:
-            rows = dict((self._gpu_rows if self._job.has_accelerator else self._rows)[step.stage])
+            gathered = (self._gpu_rows if self._job.has_accelerator else self._rows)[step.stage]
+            rows = {name: crossing(found) for name, found in gathered.items()}
         x = self._family.embed(ops, self._shape, self._weights.of(step), rows)
         self._hidden.put(step, self._batch(step), x)
 
@@ -164,7 +166,7 @@ class BlockRun:
 
     def _move_qkv(self, step: Step) -> None:
         span = self._batch(step).kv[step.part]
-        q, k, v = (self._kv.to_host(t[span.start : span.stop]) for t in self._qkv[step.stage])
+        q, k, v = (self._device.to_host(t[span.start : span.stop]) for t in self._qkv[step.stage])
         self._qkv_host[step.stage, step.part] = (q, k, v)
 
     def _attend(self, step: Step) -> None:
@@ -193,12 +195,12 @@ class BlockRun:
 
     def _move_attention(self, step: Step) -> None:
         key = (step.stage, step.part)
-        self._attended[key] = self._to_device(self._attended_host[key])
+        self._attended[key] = self._device.to_compute(self._attended_host[key])
 
     def _output(self, step: Step) -> None:
         batch = self._batch(step)
         parts = len(batch.kv) if step.token else 1
-        outs = [self._attended[step.stage, part] for part in range(parts)]
+        outs = [crossing(self._attended[step.stage, part]) for part in range(parts)]
         attended = outs[0] if parts == 1 else torch.cat(outs)
         x = self._family.output(
             ops, self._shape, self._weights.of(step), self._x.pop(step.stage), attended
@@ -219,18 +221,11 @@ class BlockRun:
         )
 
     def _move_logits(self, step: Step) -> None:
-        out = self._found[step.stage]
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=self._device.is_cuda)
-        self._found_host[step.stage] = host.copy_(out, non_blocking=True)
+        self._found_host[step.stage] = self._device.to_host(self._found[step.stage])
 
     def _sample(self, step: Step) -> None:
         found = (self._found_host if self._job.has_accelerator else self._found)[step.stage]
         self._consumer.finish(self._batch(step), step.token, found)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.is_cuda:
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device.torch_device, non_blocking=True)
 
 
 def spill_bytes(job: Job, shape: ModelShape) -> tuple[int, int]:

@@ -80,7 +80,7 @@ class BlockCache:
             if step.lane is Lane.DISK_WRITE:
                 home.write_segment(layer, home.region.layout.full_segments(step.token) - 1)
             else:
-                self._new_host[key] = self.to_host(self._new[key])
+                self._new_host[key] = self._device.to_host(self._new[key])
             return
         if step.lane is Lane.DISK_WRITE:
             source = self._prompt_host if self._job.has_accelerator else self._prompt
@@ -154,11 +154,6 @@ class BlockCache:
             mask = torch.arange(batch.padded_len)[None, :] < lengths[:, None]
             self._masks[key] = None if bool(mask.all()) else mask.to(device)
         return self._masks[key]
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory, asynchronous on CUDA."""
-        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.is_cuda)
-        return out.copy_(tensor, non_blocking=True)
 
     def _staging(
         self, pool: dict[tuple[int, int], Tensor], key: tuple[int, int], what: str, tier: Tier

@@ -51,6 +51,22 @@ class Device:
             return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=self.torch_device)
         return host.allocate(num_bytes, pinned=self.is_cuda)
 
+    def settle(self) -> None:
+        """Wait until memory that was allocated and filled outside the lanes is ready for their streams."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory: asynchronous, on the lane's stream, for a CUDA tensor."""
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.is_cuda)
+        return out.copy_(crossing(tensor), non_blocking=True)
+
+    def to_compute(self, tensor: Tensor) -> Tensor:
+        """A copy on the compute device: asynchronous, on the lane's stream, on CUDA."""
+        if self.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.torch_device, non_blocking=True, copy=True)
+
     def lane_settings(self) -> dict[Lane, LaneSettings]:
         """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
         settings = {
@@ -89,3 +105,14 @@ class Device:
         if self.is_cuda:
             free[Tier.GPU] = torch.cuda.mem_get_info()[0]
         return free
+
+
+def crossing(tensor: Tensor) -> Tensor:
+    """Mark a tensor as used by this lane's stream although another one allocated it.
+
+    torch reuses freed GPU memory in the order of the stream that allocated it; without the mark a later
+    tensor of that stream could be written while this one is still being read.
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream())
+    return tensor

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 
 from flexgen_bench.core.tiers import Lane
-from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
+from flexgen_bench.schedule.dependencies import DependencyTracker
 from flexgen_bench.schedule.steps import Step
 
 Action = Callable[[Step], None]
@@ -41,29 +41,40 @@ class LaneSettings:
     stream: torch.cuda.Stream | None = None
 
 
-@dataclass
-class _Board:
-    """What all lanes share: one condition for every wait, and the first failure."""
-
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    failure: BaseException | None = None
-    closing: bool = False
-
-
 class Aborted(RuntimeError):
     """Raised inside a lane when another one has failed."""
 
 
-class LaneWorker:
-    """One lane: its queue, its thread, and how far it has come."""
+class Failure:
+    """The first error of any lane, shared by all of them."""
 
-    def __init__(self, lane: Lane, settings: LaneSettings, board: _Board) -> None:
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A step with its number on its lane, and the steps of other lanes that must be done first."""
+
+    step: Step
+    number: int
+    waits: list[tuple[LaneWorker, int]]
+    action: Action
+
+
+class LaneWorker:
+    """One lane: its inbox, its thread, and how far it has come."""
+
+    def __init__(self, lane: Lane, settings: LaneSettings, failure: Failure) -> None:
         self.lane = lane
         self.use = LaneUse()
         self._settings = settings
-        self._board = board
-        self._queue: deque[tuple[Step, int, list[tuple[LaneWorker, int]], Action]] = deque()
+        self._failure = failure
+        self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._done = 0  # steps finished (stream lanes: issued)
+        self._progress = (
+            threading.Condition()
+        )  # guards _done; waited on by whoever needs a step of this lane
         self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event, int]] = {}
         self._free_at = 0.0
         self._thread: threading.Thread | None = None
@@ -72,12 +83,18 @@ class LaneWorker:
         self._thread = threading.Thread(target=self._loop, name=f"lane-{self.lane}", daemon=True)
         self._thread.start()
 
-    def put(
-        self, step: Step, number: int, waits: list[tuple[LaneWorker, int]], action: Action
-    ) -> None:
-        with self._board.changed:
-            self._queue.append((step, number, waits, action))
-            self._board.changed.notify_all()
+    def put(self, task: Task) -> None:
+        self._inbox.put(task)
+
+    def end(self) -> None:
+        """End the thread after what is in its inbox, or at once if a lane has failed."""
+        self._inbox.put(None)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let everybody who waits for this lane look at the failure."""
+        with self._progress:
+            self._progress.notify_all()
 
     def wait(self, number: int) -> None:
         """Block the calling thread until the lane's ``number``-th step has really finished."""
@@ -119,36 +136,25 @@ class LaneWorker:
             self.use.bytes += count
         self._events.clear()
 
+    def finish(self, number: int) -> None:
+        with self._progress:
+            self._done = number
+            self._progress.notify_all()
+
     def _loop(self) -> None:
         torch.set_num_threads(self._settings.threads)
         try:
-            while True:
-                item = self._next()
-                if item is None:
-                    return
-                step, number, waits, action = item
-                for other, n in waits:
-                    self._wait_for(other, n)
-                self.run(step, number, action)
-                with self._board.changed:
-                    self._done = number
-                    self._board.changed.notify_all()
+            while (task := self._inbox.get()) is not None and self._failure.error is None:
+                for other, number in task.waits:
+                    self._wait_for(other, number)
+                self.run(task.step, task.number, task.action)
+                self.finish(task.number)
         except Aborted:
-            return
-        except BaseException as error:  # handed to the caller by Executor.check
-            with self._board.changed:
-                self._board.failure = self._board.failure or error
-                self._board.changed.notify_all()
-
-    def _next(self) -> tuple[Step, int, list[tuple[LaneWorker, int]], Action] | None:
-        with self._board.changed:
-            while not self._queue:
-                if self._board.closing or self._board.failure is not None:
-                    return None
-                self._board.changed.wait()
-            if self._board.failure is not None:
-                return None
-            return self._queue.popleft()
+            pass
+        except BaseException as error:  # handed to the caller by Executor
+            self._failure.error = self._failure.error or error
+        finally:
+            self.wake()  # whoever waits for this lane must learn that it has ended
 
     def _wait_for(self, other: LaneWorker, number: int) -> None:
         """Device to device: an event on this lane's stream. Otherwise the thread waits."""
@@ -164,22 +170,22 @@ class LaneWorker:
     def _wait_done(self, number: int) -> None:
         if self._done >= number:
             return
-        with self._board.changed:
+        with self._progress:
             while self._done < number:
-                if self._board.failure is not None:
+                if self._failure.error is not None:
                     raise Aborted
-                self._board.changed.wait()
+                self._progress.wait()
 
 
 class Executor:
     """Takes steps in program order and keeps every lane as busy as the dependencies allow."""
 
     def __init__(self, lanes: Mapping[Lane, LaneSettings], overlap: bool = True) -> None:
-        self._board = _Board()
+        self._failure = Failure()
         self._overlap = overlap
         self._tracker = DependencyTracker()
         self._workers = {
-            lane: LaneWorker(lane, settings, self._board) for lane, settings in lanes.items()
+            lane: LaneWorker(lane, settings, self._failure) for lane, settings in lanes.items()
         }
         self._last: dict[Lane, int] = {}
         if overlap:
@@ -188,15 +194,17 @@ class Executor:
 
     def submit(self, step: Step, action: Action) -> tuple[Lane, int]:
         """Queue one step; returns its ticket for ``wait``. Raises what a lane has failed with."""
-        self._raise_failure()
+        if self._failure.error is not None:
+            raise self._failure.error
         number, waits = self._tracker.add(step)
         worker = self._workers[step.lane]
         self._last[step.lane] = number
         if self._overlap:
-            worker.put(step, number, _resolve(self._workers, waits), action)
+            others = [(self._workers[lane], n) for lane, n in waits.items()]
+            worker.put(Task(step, number, others, action))
         else:
             worker.run(step, number, action)
-            worker._done = number
+            worker.finish(number)
             worker.collect()
         return step.lane, number
 
@@ -206,8 +214,7 @@ class Executor:
             for lane, number in tickets:
                 self._workers[lane].wait(number)
         except Aborted:
-            self._raise_failure()
-            raise
+            raise (self._failure.error or Aborted()) from None
 
     def drain(self) -> None:
         """Block until everything submitted is done."""
@@ -217,30 +224,16 @@ class Executor:
 
     def abort(self) -> None:
         """Drop what has not begun and block until no step is running: what steps use may be released then."""
-        with self._board.changed:
-            self._board.failure = self._board.failure or Aborted("stopped from outside")
-            self._board.changed.notify_all()
+        self._failure.error = self._failure.error or Aborted("stopped from outside")
+        self.close()
+
+    def close(self) -> None:
+        """End the lanes after what they were given, or at once after a failure."""
+        for worker in self._workers.values():
+            worker.end()
         for worker in self._workers.values():
             worker.join()
 
     def use(self) -> dict[Lane, LaneUse]:
+        """What every lane did so far."""
         return {lane: worker.use for lane, worker in self._workers.items()}
-
-    def close(self) -> None:
-        """End the lanes when their queues are empty, or at once after a failure."""
-        with self._board.changed:
-            self._board.closing = True
-            self._board.changed.notify_all()
-        for worker in self._workers.values():
-            worker.join()
-
-    def _raise_failure(self) -> None:
-        failure = self._board.failure
-        if failure is not None:
-            raise failure
-
-
-def _resolve(
-    workers: Mapping[Lane, LaneWorker], waits: Dependencies
-) -> list[tuple[LaneWorker, int]]:
-    return [(workers[lane], number) for lane, number in waits.items()]

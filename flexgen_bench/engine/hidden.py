@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.memory.host import PAGE
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.schedule.job import Job, MicroBatch
@@ -66,7 +66,7 @@ class HiddenStates:
         parts = [
             self._on_compute[batch.index, part]
             if span.tier is self._job.compute_tier
-            else self._staged[step.stage, part]
+            else crossing(self._staged[step.stage, part])
             for part, span in enumerate(batch.hidden)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -84,7 +84,7 @@ class HiddenStates:
             return
         on_disk = span.tier is Tier.DISK
         source = self._host[stage_key] if on_disk else self._home(batch, step.part, count)
-        self._staged[stage_key] = source.to(self._device.torch_device, non_blocking=True, copy=True)
+        self._staged[stage_key] = self._device.to_compute(source)
 
     def store(self, step: Step, batch: MicroBatch) -> None:
         """STORE_HIDDEN: accelerator -> host, or memory -> disk."""
@@ -105,7 +105,7 @@ class HiddenStates:
             if on_disk
             else self._home(batch, step.part, count)
         )
-        target.copy_(rows, non_blocking=True)
+        target.copy_(crossing(rows), non_blocking=True)
 
     def _home(self, batch: MicroBatch, part: int, count: int) -> Tensor:
         return self._as_rows(self._at_home[batch.index, part], count)

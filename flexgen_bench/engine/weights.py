@@ -56,6 +56,7 @@ class Weights:
         self._slots = [
             device.allocate(device.compute_tier, largest) for _ in range(slots if largest else 0)
         ]
+        device.settle()
         self._host_slots = [
             device.allocate(Tier.CPU, largest) for _ in range(slots if from_disk else 0)
         ]

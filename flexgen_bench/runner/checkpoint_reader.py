@@ -1,12 +1,8 @@
-"""Reading the tensors of a checkpoint folder one at a time: safetensors or pickle, sharded or not, and GGUF."""
+"""The tensors of a source checkpoint under the names of the full model: a folder, or a GGUF file."""
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,34 +12,28 @@ from flexgen_bench.core.model import DType
 if TYPE_CHECKING:
     import torch
 
+    from flexgen_bench.memory.checkpoint import Tensors
+
 _ADVICE = "Fetch the checkpoint again."
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: what its header says, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: str  # torch's name
-    read: Callable[[], torch.Tensor]
 
 
 class CheckpointReader:
     """Tensors by name. ``safe`` says that the files are safetensors."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], where: Path, safe: bool) -> None:
-        self._tensors, self.where, self.safe = dict(tensors), where, safe
+    def __init__(self, tensors: Tensors, where: Path, safe: bool) -> None:
+        self._tensors, self.where, self.safe = tensors, where, safe
+        self._names = tensors.names()
 
-    def _find(self, name: str) -> StoredTensor | None:
-        # Checkpoints of the bare decoder lack the prefix.
-        return self._tensors.get(name) or self._tensors.get(name.removeprefix("model."))
+    def _find(self, name: str) -> str | None:
+        """The name it has there. Checkpoints of the bare decoder lack the prefix."""
+        bare = name.removeprefix("model.")
+        return name if name in self._names else bare if bare in self._names else None
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called ``name`` in the full model; ``check`` has found it."""
         found = self._find(name)
         assert found is not None, f"{name} was not checked first"
-        return found.read()
+        return self._tensors.tensor(found)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise StoreError naming what is missing or has the wrong shape."""
@@ -54,102 +44,43 @@ class CheckpointReader:
                 f"{self.where} lacks {len(missing)} of {len(expected)} tensors: {shown}. {_ADVICE}"
             )
         for name, shape in expected.items():
-            found = self._find(name)
-            if found is not None and found.shape != shape:
+            found, _ = self._tensors.header(self._find(name) or name)
+            if found != shape:
                 raise StoreError(
-                    f"{self.where}: tensor {name} has shape {found.shape}, the model needs {shape}"
+                    f"{self.where}: tensor {name} has shape {found}, the model needs {shape}"
                 )
 
     def is_plain(self, expected: Mapping[str, tuple[int, ...]], dtype: DType) -> bool:
         """Whether every system can read the files as they are: safetensors, the usual names, this dtype."""
         return self.safe and all(
-            name in self._tensors and self._tensors[name].dtype == dtype.value for name in expected
+            name in self._names and self._tensors.header(name)[1] == dtype.value
+            for name in expected
         )
+
+
+class _InMemory:
+    """Tensors that are all in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        found = self._tensors[name]
+        return tuple(found.shape), str(found.dtype).removeprefix("torch.")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
 
 
 def open_folder(folder: Path) -> CheckpointReader:
     """The tensors of a Hugging Face style folder. Safetensors win over pickles where both are there."""
-    for single, opener in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickle)):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            parts = [opener(folder / part) for part in _parts(index)]
-            return CheckpointReader(_merge(parts), folder, opener is _safetensors)
-        if (folder / single).is_file():
-            return CheckpointReader(opener(folder / single), folder, opener is _safetensors)
-    raise StoreError(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index"
-    )
+    from flexgen_bench.memory.checkpoint import Checkpoint
 
-
-def _parts(index: Path) -> list[str]:
-    try:
-        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{index} is not a weight index ({error!r}). {_ADVICE}") from error
-    for part in parts:
-        if Path(part).name != part:
-            raise StoreError(f"{index} names {part!r}, which is not a file of the same folder")
-        if not (index.parent / part).is_file():
-            raise StoreError(
-                f"{index.parent} lacks the shard {part} that its index names. {_ADVICE}"
-            )
-    return parts
-
-
-def _merge(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file: Any = safe_open(path, framework="pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"{path} is truncated or not a safetensors file ({error}). {_ADVICE}"
-        ) from error
-    return {
-        name: StoredTensor(
-            tuple(part.get_shape()),
-            _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
-            partial(file.get_tensor, name),
-        )
-        for name, part in slices.items()
-    }
-
-
-def _in_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
-        for name, t in tensors.items()
-    }
-
-
-def _pickle(path: Path) -> dict[str, StoredTensor]:
-    """Only tensors are unpickled; anything else in the file is refused, so nothing of it can run."""
-    import torch
-
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):  # files of before torch 1.6 cannot be mapped
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise StoreError(
-            f"{path} holds more than tensors, or is damaged; it was not loaded, because a pickle can run code "
-            f"({str(error).splitlines()[0]}). Use a safetensors checkpoint."
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise StoreError(
-            f"{path} is truncated or not a torch checkpoint ({error}). {_ADVICE}"
-        ) from error
-    if not isinstance(state, dict):
-        raise StoreError(f"{path} holds a {type(state).__name__}, not a state dictionary")
-    return _in_memory({n: t for n, t in state.items() if isinstance(t, torch.Tensor)})
+    checkpoint = Checkpoint(folder)
+    return CheckpointReader(checkpoint, folder, checkpoint.is_safetensors)
 
 
 def open_gguf(path: Path) -> tuple[CheckpointReader, Any]:
@@ -176,4 +107,4 @@ def open_gguf(path: Path) -> tuple[CheckpointReader, Any]:
     # GGUF stores this in single precision; take the decimal number that was meant.
     if hasattr(config, "rms_norm_eps"):
         config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    return CheckpointReader(_in_memory(dict(model.named_parameters())), path, False), config
+    return CheckpointReader(_InMemory(dict(model.named_parameters())), path, False), config

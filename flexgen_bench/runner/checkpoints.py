@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError, UserError
@@ -159,6 +158,7 @@ def _convert_gguf(
 def _convert_folder(
     model: ModelSpec, dtype: DType, source: Path, target: Path, progress: Progress
 ) -> Path:
+    from flexgen_bench.memory.checkpoint import read_config
     from flexgen_bench.runner.checkpoint_reader import open_folder
     from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
 
@@ -177,21 +177,6 @@ def _convert_folder(
         (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype.value}, indent=2))
         write_weights(folder, expected, dtype, reader.get, progress)
     return target
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises StoreError if there is none or it is not one."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{folder} has no config.json, so it is not a checkpoint folder"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{folder / 'config.json'} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise StoreError(f"{folder / 'config.json'} is not a JSON object")
-    return config
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:

@@ -20,6 +20,7 @@ from flexgen_bench.runner.events import Display
 from flexgen_bench.runner.job import CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
+from flexgen_bench.runner.own_records import is_own, note_own
 from flexgen_bench.runner.prepare import Prepared, preparation_key, prepare
 from flexgen_bench.store.reader import find_record, read_record
 from flexgen_bench.store.writer import write_record
@@ -75,12 +76,16 @@ def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | Non
     """The record that makes running a cell again needless; None if it has to run.
 
     Records of failures count: running them again is asked for with ``rerun``. A cell that could not run is
-    looked at again, as what was missing may have been installed.
+    looked at again, as what was missing may have been installed. Records that came with the checkout were
+    measured elsewhere and do not count.
     """
     path = find_record(results_dir, spec_hash, suite)
     if path is None:
         return None
-    return None if read_record(path).status is Status.UNAVAILABLE else path
+    record = read_record(path)
+    if record.status is Status.UNAVAILABLE or not is_own(results_dir, record.run_id):
+        return None
+    return path
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,10 @@ class _Runner:
             environment=environment,
         )
         same = self._same_refusal(record)
-        return (write_record(record, self.results_dir), False) if same is None else (same, True)
+        if same is not None:
+            return same, True
+        note_own(self.results_dir, record.run_id)
+        return write_record(record, self.results_dir), False
 
     def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
         no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")
@@ -129,7 +137,7 @@ class _Runner:
     def _same_refusal(self, record: Record) -> Path | None:
         """The last record of the cell, if that says the same: every look would else leave one more."""
         if record.status is not Status.UNAVAILABLE:
-            return None
+            return None  # a measurement is always worth a record
         path = find_record(self.results_dir, record.spec_hash, self.suite)
         if path is None:
             return None
