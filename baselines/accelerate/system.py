@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from baselines import hf_generate as hf
+from baselines.hf_system import HFSystem
 from flexgen_bench.core.errors import unknown_choice
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities
 
 MODES = ("auto", "cpu", "disk")
 
 
-class AccelerateSystem(System):
+class AccelerateSystem(HFSystem):
     """Option ``offload``: where the transformer layers lie when they are not computing.
 
     cpu: host memory. disk: the checkpoint's own files, which Accelerate maps. auto: Accelerate's own device
@@ -23,7 +23,6 @@ class AccelerateSystem(System):
     capabilities: ClassVar[Capabilities] = Capabilities(
         needs=("torch", "transformers", "accelerate")
     )
-    _model: Any = None
 
     def check(self) -> None:
         self._mode = str(self.spec.system_options.get("offload", "auto"))
@@ -81,18 +80,6 @@ class AccelerateSystem(System):
         hf.make_resident(model)
         self._model = hf.prepare_model(model)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
-        return hf.generate_batches(
-            self._model,
-            prompts,
-            gen_len,
-            batch_size=self._batch_size,
-            device=self._device,
-            progress=progress,
-        )
-
     def report(self) -> SystemReport:
         lowest = next(tier for tier in ("disk", "cpu", "gpu") if self._held.get(tier))
         notes = ["prompts of similar length are batched together"]
@@ -107,6 +94,3 @@ class AccelerateSystem(System):
             lowest_tier=lowest,
             notes=tuple(notes),
         )
-
-    def close(self) -> None:
-        self._model = None

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from baselines import hf_generate as hf
 from baselines.deepspeed import jit
+from baselines.hf_system import HFSystem
 from flexgen_bench.core.errors import CannotRun, unknown_choice
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities
 
 MODES = ("cpu", "nvme")
 # What DeepSpeed compiles for nvme, by the names of torch's extension folders.
@@ -21,7 +21,7 @@ OPERATORS = ("pin_memory", "async_io")
 _stage = logging.getLogger("flexgen_bench.stage")
 
 
-class DeepSpeedSystem(System):
+class DeepSpeedSystem(HFSystem):
     """Option ``offload``: cpu or nvme (a swap folder, read and written with asynchronous direct I/O)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -69,7 +69,7 @@ class DeepSpeedSystem(System):
         self._keep = HfDeepSpeedConfig(config)
         model = hf.load_model(self.files.checkpoint, hf.torch_dtype(self.spec))
         self._engine = deepspeed.initialize(model=hf.prepare_model(model), config=config)[0]
-        self._engine.module.eval()
+        self._model = self._engine.module.eval()
 
     def _join_alone(self) -> None:
         """A process group of one, without a launcher."""
@@ -134,23 +134,11 @@ class DeepSpeedSystem(System):
             },
         }
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
-        return hf.generate_batches(
-            self._engine.module,
-            prompts,
-            gen_len,
-            batch_size=self._batch_size,
-            device=self._device,
-            progress=progress,
-        )
-
     def report(self) -> SystemReport:
         away = "disk" if self._mode == "nvme" else "cpu"
         here = "gpu" if self._device.type == "cuda" else "cpu"
         held: dict[str, int] = {}
-        for parameter in self._engine.module.parameters():
+        for parameter in self._model.parameters():
             # Small parameters "persist" on the compute device.
             tier = here if parameter.ds_persist else away
             held[tier] = held.get(tier, 0) + parameter.ds_numel * parameter.element_size()
@@ -168,6 +156,7 @@ class DeepSpeedSystem(System):
     def close(self) -> None:
         import torch
 
+        super().close()
         self._engine = None
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

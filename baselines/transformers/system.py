@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from baselines import hf_generate as hf
+from baselines.hf_system import HFSystem
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities
 
 
-class TransformersSystem(System):
+class TransformersSystem(HFSystem):
     """``model.generate`` of transformers, greedy, in batches."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
         needs=("torch", "transformers"), reference=True
     )
-    _model: Any = None
 
     def check(self) -> None:
         self._device = hf.compute_device(self.spec)
@@ -30,18 +29,6 @@ class TransformersSystem(System):
             hf.make_resident(model)
             self._model = hf.prepare_model(model.to(self._device))
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
-        return hf.generate_batches(
-            self._model,
-            prompts,
-            gen_len,
-            batch_size=self._batch_size,
-            device=self._device,
-            progress=progress,
-        )
-
     def report(self) -> SystemReport:
         tier = "gpu" if self._device.type == "cuda" else "cpu"
         held = hf.bytes_per_tier(hf.parameter_sizes(self._model), lambda _: tier)
@@ -52,6 +39,3 @@ class TransformersSystem(System):
             lowest_tier=tier,
             notes=("all weights resident; prompts of similar length are batched together",),
         )
-
-    def close(self) -> None:
-        self._model = None
