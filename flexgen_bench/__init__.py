@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read when torch is loaded, so it has to be set before. Lanes are threads: OpenMP threads that spin while they wait for
+# work take the cores from the others, which makes a run on two cores several times slower. A value set outside wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams

@@ -52,12 +52,21 @@ def reference(
 
 
 def run(
-    reference: Reference, policy: Policy, hardware: HardwareProfile, folder: Path
+    reference: Reference,
+    policy: Policy,
+    hardware: HardwareProfile,
+    folder: Path,
+    new_tokens: int = NEW_TOKENS,
+    stop: dict[int, int] | None = None,
 ) -> tuple[list[list[int]], JobResult]:
+    """Tokens of every prompt; ``stop`` gives some prompts an id that ends them."""
     engine = reference.weights.engine(policy, Device.open(hardware, 1), folder)
-    params = SamplingParams(max_tokens=NEW_TOKENS)
+    params = SamplingParams(max_tokens=new_tokens)
+    ends = {i: frozenset([token]) for i, token in (stop or {}).items()}
     sequences = [
-        Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
+        Running(
+            prompt, params, Sampler(params, prompt, i), ends.get(i, frozenset()), lambda new: False
+        )
         for i, prompt in enumerate(reference.prompts)
     ]
     try:
@@ -112,6 +121,33 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
         attention=rng.choice(list(AttentionSite)),
     )
     assert run(reference, policy, hardware, tmp_path)[0] == reference.tokens, policy
+
+
+@pytest.mark.parametrize("hardware", [HOST, EMULATED], ids=["host", "emulated"])
+def test_one_new_token_needs_no_cache(
+    reference: Reference, hardware: HardwareProfile, tmp_path: Path
+) -> None:
+    policy = Policy(2, 2, on(Tier.DISK), on(Tier.DISK), on(Tier.DISK), prefetch=1)
+    tokens, result = run(reference, policy, hardware, tmp_path, new_tokens=1)
+    assert tokens == [ids[:1] for ids in reference.tokens]
+    assert result.plan is not None
+    assert not any("kv" in part for parts in result.plan.bytes.values() for part in parts)
+
+
+@pytest.mark.parametrize(
+    "kv", [on(Tier.GPU), on(Tier.CPU), on(Tier.DISK), Placement(0.4, 0.3, 0.3)]
+)
+@pytest.mark.parametrize("attention", AttentionSite)
+def test_sequences_that_stop_early_leave_and_the_others_go_on(
+    reference: Reference, kv: Placement, attention: AttentionSite, tmp_path: Path
+) -> None:
+    """Whole micro-batches leave at different passes, in several blocks; stages move to the ones that stay."""
+    stop = {i: ids[i % 5] for i, ids in enumerate(reference.tokens) if i != 3}
+    expected = [
+        ids if i == 3 else ids[: ids.index(stop[i]) + 1] for i, ids in enumerate(reference.tokens)
+    ]
+    policy = Policy(1, 4, on(Tier.DISK), kv, kv, prefetch=3, attention=attention)
+    assert run(reference, policy, EMULATED, tmp_path, stop=stop)[0] == expected
 
 
 def test_links_carry_what_the_placement_says(reference: Reference, tmp_path: Path) -> None:
