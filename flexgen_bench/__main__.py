@@ -19,10 +19,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from flexgen_bench.compose import CONFIG_NAME, Cell, Plan, plan, user_error
+from flexgen_bench.compose import CONFIG_NAME, Cell, Plan, check_groups, plan, user_error
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir, list_models, model_spec
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.status import Status
 from flexgen_bench.runner.feasibility import Refusal, explain
 
@@ -52,7 +53,10 @@ def main() -> int:
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
+        check_groups(sys.argv[1:])
         app(run_composed)()
+    except UserError as error:
+        return _complain(error)
     except HydraException as error:
         if traceback_wanted:
             raise
@@ -97,8 +101,9 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
     from flexgen_bench.store.reader import read_record
     from flexgen_bench.trackers.registry import make_tracker
 
-    results = Path(conf.results_dir).expanduser()
+    results = make_writable(Path(conf.results_dir).expanduser(), "results_dir")
     cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
+    make_writable(cache, "cache_dir")
     tracker = make_tracker(
         conf.tracker.name, conf.tracker.options(), results.absolute().parent / "wandb"
     )

@@ -5,6 +5,7 @@ Hydra composes; this module decides what it composes, and says in our words what
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,17 +16,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
-from flexgen_bench.config import app_conf, cell_spec
+from flexgen_bench.config import app_conf, cell_spec, conf_dir
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import UserError, unknown_choice
 
 CONFIG_NAME = "config"
 COMMAND = "python -m flexgen_bench"
+# What Hydra reads as text, and so as the name of a file.
+_NAME = re.compile(
+    r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*"
+)
+_OPTIONAL = ("system", "suite")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with its name in the suite ("" outside one) and the overrides that compose it again."""
+    """A cell with its name in the suite ("" outside one) and the overrides that choose it again."""
 
     name: str
     spec: CellSpec
@@ -57,10 +63,30 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
         group = CellGroupConf(name="", systems=names)
         return Plan("", tuple(_cells(group, overrides)))
     wanted = [conf.system.name] if conf.system else None
-    cells = [cell for group in conf.suite.cells for cell in _cells(group, overrides, wanted)]
+    groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
+    if not groups:
+        raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
+    cells = [cell for group in groups for cell in _cells(group, overrides, wanted, suite)]
     if not cells:
         raise UserError("suite", suite, "a suite that holds cells for the system asked for")
     return Plan(suite, tuple(cells))
+
+
+def check_groups(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would not take as the name of a group's file: a bare number, a list, an empty name.
+
+    ``model=a,b`` (several names for --multirun) passes; ``system=null`` means every system.
+    """
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        folder = conf_dir() / key.lstrip("+~")
+        optional = value == "null" and key in _OPTIONAL
+        if not (equals and key and folder.is_dir()) or optional or "(" in value:
+            continue
+        known = [path.stem for path in folder.glob("*.yaml")]
+        for name in value.split(","):
+            if name not in known and not _NAME.fullmatch(name):
+                raise unknown_choice(key, name, known)
 
 
 def key_of(override: str) -> str:
@@ -75,18 +101,27 @@ def system_names() -> list[str]:
 
 
 def _cells(
-    group: CellGroupConf, overrides: Sequence[str], wanted: Sequence[str] | None = None
+    group: CellGroupConf,
+    overrides: Sequence[str],
+    wanted: Sequence[str] | None = None,
+    suite: str = "",
 ) -> list[Cell]:
     unknown = set(group.system_overrides) - set(group.systems)
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
-    user = [o for o in overrides if key_of(o) not in ("suite", "system")]
+    user = [o for o in overrides if key_of(o) not in ("suite", "system", "cell", "rerun")]
     cells = []
     for name in group.systems:
         if wanted is None or name in wanted:
             own = [f"system={name}", *group.system_overrides.get(name, [])]
             lines = merged([*group.overrides, *own], user)
-            cells.append(Cell(group.name, cell_spec(composed(lines)), tuple(lines)))
+            # A record that is made again must land in the same suite, where its table finds it.
+            chosen = (
+                [f"suite={suite}", f"cell={group.name}", f"system={name}", *user]
+                if suite
+                else lines
+            )
+            cells.append(Cell(group.name, cell_spec(composed(lines)), tuple(chosen)))
     return cells
 
 

@@ -151,6 +151,7 @@ class AppConf:
     system: SystemConf | None = None
     tracker: TrackerConf = field(default_factory=TrackerConf)
     suite: SuiteConf | None = None
+    cell: str | None = None
     weights: str | None = None
     location: str | None = None
     dtype: str = "bfloat16"

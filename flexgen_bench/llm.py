@@ -12,6 +12,7 @@ from typing import Any
 from flexgen_bench.config import default_cache_dir, hardware_profile, list_models, model_spec
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
@@ -23,7 +24,6 @@ from flexgen_bench.engine.generation import Running, ScoreRequest
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.memory.checkpoint import read_config
-from flexgen_bench.memory.spill import make_writable
 from flexgen_bench.planner.memory_plan import Request
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
 from flexgen_bench.runner.gguf_shape import gguf_shape
@@ -83,6 +83,7 @@ class LLM:
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
+        self._closed = False
         cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
         if offload_dir is None:  # beside the weights, not in a /tmp that may be memory
@@ -91,6 +92,10 @@ class LLM:
         self._offload_dir = Path(offload_dir)
         try:
             hardware = gpu if isinstance(gpu, HardwareProfile) else hardware_profile(gpu)
+            if threads is not None and (not isinstance(threads, int) or threads < 1):
+                raise UserError(
+                    "threads", threads, "an integer of at least 1, or None for all cores"
+                )
             self._device = Device.open(hardware, threads or physical_cores())
             checkpoint, chosen = _checkpoint(model, dtype, cache, self._progress)
             self._weights = PackedWeights.from_checkpoint(
@@ -124,6 +129,7 @@ class LLM:
 
         Results come in the order of the prompts and do not depend on how they are batched.
         """
+        self._check_open()
         asked: Sequence[Prompt] = [prompts] if _is_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
         if not asked:
             raise UserError("prompts", asked, "at least one prompt")
@@ -137,6 +143,7 @@ class LLM:
 
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
+        self._check_open()
         if len(contexts) != len(continuations):
             raise UserError(
                 "continuations", len(continuations), f"as many as contexts ({len(contexts)})"
@@ -151,11 +158,16 @@ class LLM:
 
     def close(self) -> None:
         """Release the weights and delete the offload directory if it was made here."""
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
             self._engine = None
         if self._own_dir is not None:
             self._own_dir.cleanup()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("LLM", "closed", "open", "Make a new one.")
 
     def __enter__(self) -> LLM:
         return self
@@ -245,7 +257,9 @@ def _dtype(asked: str | DType | None, config: dict[str, Any]) -> DType:
 
 
 def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """A single text, or a single list of token ids."""
+    """A single text, or a single list of token ids. UserError for what is neither nor a list of them."""
+    if not isinstance(prompts, str | Sequence):
+        raise UserError("prompts", prompts, "a text, a list of token ids, or a list of these")
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
 
 
@@ -254,6 +268,8 @@ def _per_prompt(
 ) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or any(not isinstance(p, SamplingParams) for p in params):
+        raise UserError("sampling_params", params, "SamplingParams, or a list of them")
     if len(params) != count:
         raise UserError("sampling_params", len(params), f"one, or as many as prompts ({count})")
     return params

@@ -90,6 +90,7 @@ def test_a_machine_that_is_not_here(run, tmp_path: Path) -> None:  # type: ignor
         assert answer.returncode == 1
         assert "55.83 GiB for weights" in answer.stdout
         assert document(answer)["status"] == {"unavailable": len(GROUPS["system"])}
+    (tmp_path / "results" / ".measured-here").unlink()
     written = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
     records = [p for p in written if p.parts[0] == "results"]
     assert len(records) == len(GROUPS["system"])
@@ -135,7 +136,7 @@ def test_a_cell_from_start_to_table(run, tmp_path: Path) -> None:  # type: ignor
     assert isinstance(names, list)
     record = json.loads((tmp_path / names[0]).read_text())
     assert record["spec"]["system"] == "transformers"
-    assert "suite=tiny" not in record["rerun_command"]
+    assert "suite=tiny cell=tiny system=transformers" in record["rerun_command"]
     assert "rerun=true" in record["rerun_command"]
 
 
@@ -160,3 +161,23 @@ def test_fetch_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str])
     assert fetch.main(["gpt-5"]) == 2
     assert "one of smollm2" in capsys.readouterr().err
     assert set(fetch.NAMES.values()) == set(packages.PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gpu=3090", "rtx3090"),
+        ("workload=32", "512-32"),
+        ("model=null", "opt-125m"),
+        ("model=[opt-125m,opt-350m]", "opt-125m"),
+        ("cell=nowhere", "capped"),
+        ("results_dir=/proc/nowhere", "results_dir"),
+        ("cache_dir=/proc/nowhere", "cache_dir"),
+    ],
+)
+def test_values_that_hydra_would_stumble_over(run, override: str, message: str) -> None:  # type: ignore[no-untyped-def]
+    """A bare number or null as a group's choice, folders that cannot be: one sentence, before anything runs."""
+    answer = run(override)
+    assert answer.returncode == 2, answer.stderr
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_models import VOCAB, greedy_reference, random_model, random_prompts, s
 
 from flexgen_bench import LLM, Placement, Policy, SamplingParams
 from flexgen_bench.core.cell import ModelSpec
-from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.errors import DoesNotFit, StoreError, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 
 
@@ -245,3 +246,56 @@ def test_a_trained_model_continues_text(
         right, wrong = llm.score(["The capital of France is"] * 2, [" Paris", " Lima"])
         assert right.logprob > wrong.logprob
         assert right.is_greedy
+
+
+def test_a_short_answer_at_the_last_position_beside_a_long_one(tmp_path: Path) -> None:
+    """A sequence that has ended keeps its row; its position used to run past the model's table."""
+    folder = save(random_model("opt"), tmp_path / "ckpt")
+    prompts = random_prompts([64, 2])
+    params = [
+        SamplingParams(max_tokens=1, ignore_eos=True),
+        SamplingParams(max_tokens=50, ignore_eos=True),
+    ]
+    for weights in (Placement(cpu=1.0), Placement(disk=1.0)):
+        policy = Policy(2, 1, weights=weights)
+        with LLM(
+            folder, dtype="float32", cache_dir=tmp_path / "cache", gpu="cpu", policy=policy
+        ) as llm:
+            outputs = llm.generate(prompts, params)
+        assert [len(o.token_ids) for o in outputs] == [1, 50]
+        assert (
+            list(outputs[1].token_ids) == greedy_reference(random_model("opt"), prompts[1:], 50)[0]
+        )
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5])
+def test_bad_thread_counts_are_refused(folder: Path, threads: float) -> None:
+    """-1 used to end a lane before it began, and the caller waited for ever."""
+    with pytest.raises(UserError, match="threads"):
+        LLM(folder, gpu="cpu", threads=threads, cache_dir=folder.parent / "cache")  # type: ignore[arg-type]
+
+
+def test_nothing_runs_code_from_a_model_folder(tmp_path: Path) -> None:
+    folder = save(random_model("opt"), tmp_path / "ckpt")
+    (folder / "tokenizer.json").write_text("{}")
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n")
+    with (
+        LLM(folder, gpu="cpu", dtype="float32", cache_dir=tmp_path / "cache") as llm,
+        pytest.raises(StoreError, match="tokenizer"),
+    ):
+        llm.generate("some text")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_closed_llm_and_wrong_types_are_refused(folder: Path) -> None:
+    llm = LLM(folder, gpu="cpu", dtype="float32", cache_dir=folder.parent / "cache")
+    for prompts in (None, 7, torch.tensor([1, 2])):
+        with pytest.raises(UserError, match="prompts"):
+            llm.generate(prompts)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="sampling_params"):
+        llm.generate([[5]], {"max_tokens": 3})  # type: ignore[arg-type]
+    llm.close()
+    with pytest.raises(UserError, match="closed"):
+        llm.generate([[5]])

@@ -127,3 +127,25 @@ def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:
     assert 0 < tight.weights.disk < 1
     with pytest.raises(DoesNotFit):
         default_policy(shape, packed, DType.FLOAT32, HOST, requests, {Tier.CPU: 1000})
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=12),
+    st.integers(40_000, 900_000),
+)  # fmt: skip
+def test_the_default_policy_fits_the_job_it_was_chosen_for(
+    lengths: list[tuple[int, int]], memory: int
+) -> None:
+    """A micro-batch pads to its longest prompt and runs to its longest answer, which may be another sequence's."""
+    shape = opt_shape(num_layers=3)
+    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
+    requests = [Request(p, g) for p, g in lengths]
+    available = {Tier.CPU: memory}
+    try:
+        policy = default_policy(shape, packed, DType.FLOAT32, HOST, requests, available)
+    except DoesNotFit:
+        return
+    order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)
+    for start in range(0, len(order), policy.block_size):
+        batches = form_batches(requests, order[start : start + policy.block_size], policy)
+        plan_block(shape, packed, DType.FLOAT32, policy, HOST, batches).check(HOST, available)

@@ -50,7 +50,7 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="cannot be loaded"):
         build_prompts(work(PromptKind.TEXT), tmp_path, opt_shape())
 
 

@@ -232,3 +232,50 @@ def test_cache_that_is_a_file_is_named(tmp_path: Path, checkpoint: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cache_dir"):
         convert(checkpoint, tmp_path / "file")
+
+
+def test_two_crashes_do_not_make_an_empty_store_look_complete(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last rename and the manifest, a conversion left its journal behind. The next one started a new
+    file, was killed too, and the third took the new, empty file for complete because of the old journal."""
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weight_store, "_write_durably", crash)
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr(weight_store, "_write_group", crash)
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, tmp_path / "cache")
+    monkeypatch.undo()
+    expected = stored_bytes(convert(checkpoint, tmp_path / "other"))
+    assert stored_bytes(convert(checkpoint, tmp_path / "cache")) == expected
+
+
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK])
+def test_corrupt_embedding_table_is_found(tmp_path: Path, tier: Tier) -> None:
+    """An untied table on disk is only ever read by row: it used to escape the checksum."""
+    weights = convert(
+        save(random_model("llama-multi-query"), tmp_path / "llama"), tmp_path / "cache"
+    )
+    with weights.store.path.open("r+b") as file:
+        file.seek(weights.packed.tables[-1].offset + 777)
+        file.write(b"\x55\xaa")
+    with pytest.raises(StoreError, match=r"embed_tokens.*corrupt"):
+        place(weights, tier, tmp_path)
+
+
+def test_swapped_query_and_key_matrices_are_refused(tmp_path: Path) -> None:
+    """They are packed as one tensor, and the sum of their rows is right either way."""
+    folder = save(random_model("llama-tied-grouped"), tmp_path / "llama")
+    q, k = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
+
+    def swap(state: dict[str, torch.Tensor]) -> None:
+        state[q], state[k] = state[k], state[q]
+
+    _edit(folder, swap)
+    with pytest.raises(StoreError, match=r"layers\.1\.self_attn\.q_proj"):
+        convert(folder, tmp_path / "cache")

@@ -18,7 +18,7 @@ DeviceMap = dict[str, str | int]
 
 def empty_model(checkpoint: Path, dtype: torch.dtype) -> Any:
     """The model of a checkpoint on the meta device: shapes without numbers."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -124,7 +124,9 @@ class BlockRun:
     def _indices(self, step: Step) -> Mapping[str, Tensor]:
         batch = self._batch(step)
         ids = torch.tensor(self._consumer.tokens(batch, step.token), dtype=torch.long)
-        return self._family.rows(self._shape, ids, _positions(batch, step.token))
+        return self._family.rows(
+            self._shape, ids, _positions(batch, step.token, self._shape.max_positions)
+        )
 
     def _gather_rows(self, step: Step) -> None:
         self._rows[step.stage] = {
@@ -159,7 +161,9 @@ class BlockRun:
         """The same in every layer of a pass, so made in the first and kept until the next pass."""
         made_for, angles = self._angles.get(batch.index, (None, None))
         if made_for != token:
-            positions = _positions(batch, token).to(x.device, non_blocking=True)
+            positions = _positions(batch, token, self._shape.max_positions).to(
+                x.device, non_blocking=True
+            )
             angles = self._family.angles(ops, self._shape, positions, x)
             self._angles[batch.index] = (token, angles)
         return angles
@@ -245,8 +249,11 @@ def spill_bytes(job: Job, shape: ModelShape) -> tuple[int, int]:
     return kv, hidden
 
 
-def _positions(batch: MicroBatch, token: int) -> Tensor:
-    """Position of every row: 0 .. length-1 of each prompt, or the place of the token-th new token."""
+def _positions(batch: MicroBatch, token: int, max_positions: int) -> Tensor:
+    """Position of every row: 0 .. length-1 of each prompt, or the place of the token-th new token.
+
+    Sequences that have ended keep their row until their micro-batch leaves; theirs stay inside the model's positions.
+    """
     if token == 0:
         return torch.cat([torch.arange(length) for length in batch.prompt_lens])
-    return torch.tensor([length + token - 1 for length in batch.prompt_lens])
+    return torch.tensor([min(length + token, max_positions) - 1 for length in batch.prompt_lens])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.device import Device
@@ -63,11 +64,14 @@ class PackedWeights:
         requests: Sequence[Request],
         block_size: int | None = None,
     ) -> Policy:
-        """A policy for these requests on this device."""
+        """A policy for these requests on this device. A little is kept back: the engine looks at what is free again."""
+        free = {
+            tier: int(count * 0.98)
+            for tier, count in device.available(make_writable(offload_dir, "offload_dir")).items()
+        }
         return default_policy(
-            self.shape, self.packed, self.dtype, device.hardware, requests,
-            device.available(offload_dir), block_size,
-        )  # fmt: skip
+            self.shape, self.packed, self.dtype, device.hardware, requests, free, block_size
+        )
 
     def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
         """Weights placed by ``policy`` on ``device``."""

@@ -99,10 +99,12 @@ class Device:
             Tier.CPU: psutil.virtual_memory().available,
             Tier.DISK: psutil.disk_usage(str(offload_dir)).free,
         }
-        cap = self.hardware.cpu_memory_bytes
+        caps = (self.hardware.cpu_memory_bytes, host.group_limit())
+        cap = min((c for c in caps if c is not None), default=None)
         if cap is not None:  # Python, torch and their libraries live under the cap too
             free[Tier.CPU] = min(free[Tier.CPU], max(0, cap - psutil.Process().memory_info().rss))
         if self.is_cuda:
+            torch.cuda.empty_cache()  # what torch keeps for later would count as used
             free[Tier.GPU] = torch.cuda.mem_get_info()[0]
         return free
 

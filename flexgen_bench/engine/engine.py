@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, Tier
@@ -16,7 +17,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.generation import Generation, Running, ScoreRequest, Scoring
 from flexgen_bench.engine.weights import Weights
-from flexgen_bench.memory.spill import SpillFile, make_writable
+from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.weight_store import StoredTensor, StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.memory_plan import (
@@ -221,6 +222,7 @@ class _JobRun:
         for place, ticket in enumerate(ends.values(), start=1):
             self._executor.wait([ticket])
             self._tell(token, rows * place // len(ends))
+        self._executor.collect()
 
     def _account(self, active: Sequence[MicroBatch], token: int, seconds: float) -> None:
         rows = sum(batch.tokens(token) for batch in active)
@@ -245,7 +247,12 @@ def store_plan(
     """What the packed store of a model must hold: tables, embedding and head together, then layer by layer."""
     stored = {
         e.offset: StoredTensor(
-            e.tensor.spec.name, e.tensor.spec.shape, e.offset, e.num_bytes, e.tensor.sources
+            e.tensor.spec.name,
+            e.tensor.spec.shape,
+            e.offset,
+            e.num_bytes,
+            e.tensor.sources,
+            e.tensor.source_rows,
         )
         for e in packed.entries
     }

@@ -99,12 +99,16 @@ class LaneWorker:
     def wait(self, number: int) -> None:
         """Block the calling thread until the lane's ``number``-th step has really finished."""
         self._wait_done(number)
-        if self._settings.stream is not None and number in self._events:
-            self._events[number][1].synchronize()
+        pair = self._events.get(number)  # a pair that has been collected is over
+        if pair is not None:
+            pair[1].synchronize()
 
     def join(self) -> None:
+        """Until the thread, and the device with what it was given, has come to an end."""
         if self._thread is not None:
             self._thread.join()
+        if self._settings.stream is not None:
+            self._settings.stream.synchronize()
 
     def run(self, step: Step, number: int, action: Action) -> None:
         """One step, timed; on a throttled link it takes at least bytes / bandwidth."""
@@ -128,13 +132,13 @@ class LaneWorker:
         self.use.bytes += step.bytes
 
     def collect(self) -> None:
-        """Stream lanes: add finished events to the lane's use. Called when everything is done."""
-        for started, ended, count in self._events.values():
-            ended.synchronize()
-            self.use.steps += 1
-            self.use.busy_s += started.elapsed_time(ended) / 1000
-            self.use.bytes += count
-        self._events.clear()
+        """Stream lanes: add the events that are over to the lane's use, and forget them."""
+        for number, (started, ended, count) in list(self._events.items()):
+            if number <= self._done and ended.query():
+                self.use.steps += 1
+                self.use.busy_s += started.elapsed_time(ended) / 1000
+                self.use.bytes += count
+                del self._events[number]
 
     def finish(self, number: int) -> None:
         with self._progress:
@@ -142,8 +146,9 @@ class LaneWorker:
             self._progress.notify_all()
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._settings.threads)
         try:
+            torch.get_num_threads()  # torch takes its own default on a thread's first use: have that first
+            torch.set_num_threads(self._settings.threads)
             while (task := self._inbox.get()) is not None and self._failure.error is None:
                 for other, number in task.waits:
                     self._wait_for(other, number)
@@ -188,9 +193,8 @@ class Executor:
             lane: LaneWorker(lane, settings, self._failure) for lane, settings in lanes.items()
         }
         self._last: dict[Lane, int] = {}
-        if overlap:
-            for worker in self._workers.values():
-                worker.start()
+        for worker in self._workers.values():
+            worker.start()
 
     def submit(self, step: Step, action: Action) -> tuple[Lane, int]:
         """Queue one step; returns its ticket for ``wait``. Raises what a lane has failed with."""
@@ -199,13 +203,10 @@ class Executor:
         number, waits = self._tracker.add(step)
         worker = self._workers[step.lane]
         self._last[step.lane] = number
-        if self._overlap:
-            others = [(self._workers[lane], n) for lane, n in waits.items()]
-            worker.put(Task(step, number, others, action))
-        else:
-            worker.run(step, number, action)
-            worker.finish(number)
-            worker.collect()
+        others = [(self._workers[lane], n) for lane, n in waits.items()]
+        worker.put(Task(step, number, others, action))
+        if not self._overlap:
+            self.wait([(step.lane, number)])
         return step.lane, number
 
     def wait(self, tickets: Iterable[tuple[Lane, int]]) -> None:
@@ -219,6 +220,10 @@ class Executor:
     def drain(self) -> None:
         """Block until everything submitted is done."""
         self.wait(list(self._last.items()))
+        self.collect()
+
+    def collect(self) -> None:
+        """Account for what streams have finished, so that events do not pile up."""
         for worker in self._workers.values():
             worker.collect()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import StoreError, UserError
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class TextTokenizer:
@@ -22,11 +22,7 @@ class TextTokenizer:
     def encode(self, prompt: str | Sequence[int], field: str) -> list[int]:
         """Ids of a prompt, with the tokenizer's own special tokens. UserError if text comes without a tokenizer."""
         if not isinstance(prompt, str):
-            ids = list(prompt)
-            wrong = [t for t in ids if not isinstance(t, int) or isinstance(t, bool)]
-            if wrong:
-                raise UserError(field, wrong[:5], "text, or token ids as integers")
-            return ids
+            return _token_ids(prompt, field)
         if self._loaded is None:
             raise UserError(
                 field,
@@ -109,16 +105,34 @@ class TextTokenizer:
 
     @cached_property
     def _loaded(self) -> Any:
-        if not any((self._folder / name).exists() for name in _FILES):
-            return None
-        from transformers import AutoTokenizer
+        return load_tokenizer(self._folder) if has_tokenizer(self._folder) else None
 
-        try:
-            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(
-                f"the tokenizer in {self._folder} cannot be loaded: {error}"
-            ) from error
+
+def _token_ids(prompt: Any, field: str) -> list[int]:
+    if not isinstance(prompt, Sequence):
+        raise UserError(field, prompt, "text, or a list of token ids")
+    wrong = [t for t in prompt if type(t) is not int]
+    if wrong:
+        raise UserError(field, wrong[:5], "text, or token ids as integers")
+    return list(prompt)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the files are there that hold a tokenizer's vocabulary."""
+    return any((folder / name).exists() for name in _VOCABULARIES)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder; StoreError if it cannot be loaded. Code in the folder is never run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged or foreign file makes the library raise
+        first = str(error).strip().splitlines()
+        raise StoreError(
+            f"the tokenizer in {folder} cannot be loaded: {first[0] if first else type(error).__name__}"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from torch import Tensor
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.device import Device
-from flexgen_bench.memory.checksum import verify
+from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.direct_file import DirectFile
-from flexgen_bench.memory.host import PAGE, allocate, release_pinned
+from flexgen_bench.memory.host import PAGE, allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.planner.units import PackedEntry, PackedModel
 from flexgen_bench.schedule.job import UnitKind
@@ -102,10 +103,6 @@ class Weights:
     def close(self) -> None:
         """Release the memory now; views that are still held elsewhere would keep it."""
         self._file.close()
-        if self._device.is_cuda:
-            pinned = {id(m): m for m, _ in self._resident.values() if not m.is_cuda}
-            for memory in (*pinned.values(), *self._host_slots):
-                release_pinned(memory)
         self._views.clear()
         self._resident.clear()
         self._slots.clear()
@@ -128,23 +125,36 @@ class Weights:
                 min(-(-stop // PAGE) * PAGE, self._packed.file_bytes),
             )
             memory = self._device.allocate(tier, stop - start)
+            on_host = allocate(stop - start) if memory.is_cuda else memory
+            self._file.read(start, on_host[: stop - start])
+            self._verify_inside(on_host, start)
             if memory.is_cuda:
-                staging = allocate(stop - start)
-                self._file.read(start, staging[: stop - start])
-                memory.copy_(staging[: stop - start])
-            else:
-                self._file.read(start, memory[: stop - start])
+                memory.copy_(on_host[: stop - start])
             self._resident[unit.index] = (memory, start)
             if unit.kind is UnitKind.EMBED and self._packed.tied:
                 self._resident[units[-1].index] = (memory, start)
+        if self._tiers[0] is Tier.DISK:
+            self._verify_tables()
+
+    def _verify_inside(self, memory: Tensor, base: int) -> None:
+        """Check every tensor that lies wholly in this part of the file."""
         for entry in self._packed.entries:
-            for memory, base in self._resident.values():
-                inside = (
-                    base <= entry.offset and entry.offset + entry.num_bytes <= base + memory.numel()
-                )
-                if inside and not memory.is_cuda:
-                    self._verify(entry, memory, base)
-                    break
+            if base <= entry.offset and entry.offset + entry.num_bytes <= base + memory.numel():
+                self._verify(entry, memory, base)
+
+    def _verify_tables(self) -> None:
+        """Tables on disk are read by single rows later; check them as a whole now."""
+        window = allocate(64 * MIB)
+        for entry in self._packed.tables:
+            start, found = entry.offset // PAGE * PAGE, 0
+            stop = entry.offset + entry.num_bytes
+            for offset in range(start, stop, window.numel()):
+                size = min(window.numel(), -(-(stop - offset) // PAGE) * PAGE)
+                self._file.read(offset, window[:size])
+                first = max(entry.offset - offset, 0)
+                found = checksum(window[first : min(size, stop - offset)], found)
+            if found != self._checksums.get(entry.offset):
+                raise self._corrupt(entry)
 
     def _read_unit(self, index: int, into: Tensor) -> None:
         unit = self._packed.units[index]
@@ -158,11 +168,14 @@ class Weights:
 
     def _verify(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
         data = memory[entry.offset - base :][: entry.num_bytes]
-        if not verify(data, self._checksums.get(entry.offset)):
-            raise StoreError(
-                f"{self._file.path}: checksum of {', '.join(entry.tensor.sources)} is wrong: the block is corrupt. "
-                f"Delete {self._file.path.parent} to convert the checkpoint again."
-            )
+        if checksum(data) != self._checksums.get(entry.offset):
+            raise self._corrupt(entry)
+
+    def _corrupt(self, entry: PackedEntry) -> StoreError:
+        return StoreError(
+            f"{self._file.path}: checksum of {', '.join(entry.tensor.sources)} is wrong: the block is corrupt. "
+            f"Delete {self._file.path.parent} to convert the checkpoint again."
+        )
 
     def _rows_from_disk(self, entry: PackedEntry, indices: Tensor) -> Tensor:
         """Read just the pages that hold the wanted rows; a row is far smaller than its table."""

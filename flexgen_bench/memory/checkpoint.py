@@ -128,6 +128,10 @@ def _read_index(path: Path) -> dict[str, str]:
         where = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a checkpoint index: {error!r}") from error
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise StoreError(
+            f"{path} is not a checkpoint index: weight_map does not map names to files."
+        )
     for file in where.values():
         if Path(file).name != file:  # an index must not reach outside its folder
             raise StoreError(f"{path} names {file!r}, which is not a file of the same folder.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.memory.direct_file import DirectFile
 
 
@@ -41,16 +41,3 @@ class SpillFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def make_writable(directory: Path, field: str) -> Path:
-    """The directory, created if missing; UserError naming ``field`` if nothing can be written there."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(
-            field, str(directory), f"a writable directory ({error.strerror})", "Choose another."
-        ) from error
-    return directory

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
 from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.direct_file import disk_error
-from flexgen_bench.memory.spill import make_writable
 
 FORMAT_VERSION = 1
 TORCH_DTYPES = {
@@ -44,6 +44,7 @@ class StoredTensor:
     offset: int
     num_bytes: int
     sources: tuple[str, ...]
+    rows: tuple[int, ...]  # rows each source must have
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _convert(
     checkpoint: Checkpoint, plan: StorePlan, folder: Path, progress: Callable[[int, int], None]
 ) -> None:
     partial, journal = folder / "weights.partial", folder / "journal.jsonl"
+    # A journal speaks of the partial file beside it, and of no other.
     done = _read_journal(journal) if partial.exists() else {}
     total = sum(t.num_bytes for group in plan.groups for t in group)
     written = 0
@@ -132,7 +134,7 @@ def _convert(
         fd = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             os.posix_fallocate(fd, 0, plan.file_bytes)
-            with journal.open("a") as notes:
+            with journal.open("a" if done else "w") as notes:
                 for number, group in enumerate(plan.groups):
                     if number not in done:
                         done[number] = _write_group(fd, checkpoint, plan, group)
@@ -187,19 +189,13 @@ def _write_group(
     """Write the tensors of one group; returns their checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
-        cursor, checksum, rows = stored.offset, 0, 0
-        for source in stored.sources:
+        cursor, checksum = stored.offset, 0
+        for source, rows in zip(stored.sources, stored.rows, strict=True):
             tensor = _find(checkpoint, plan, source)
-            rows += tensor.shape[0] if tensor.dim() else 0
-            _check(tensor, stored, source, rows, checkpoint)
+            _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
             data = _bytes_of(tensor.to(TORCH_DTYPES[plan.dtype]))
             checksum = zlib.crc32(data, checksum)
             cursor += _write_all(fd, data, cursor)
-        if cursor - stored.offset != stored.num_bytes:
-            raise StoreError(
-                f"{', '.join(stored.sources)}: {rows} rows in all, expected {stored.shape[0]} "
-                f"for {stored.name} {stored.shape}."
-            )
         sums[str(stored.offset)] = checksum
     return sums
 
@@ -215,18 +211,11 @@ def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:
     )
 
 
-def _check(
-    tensor: Tensor, stored: StoredTensor, source: str, rows: int, checkpoint: Checkpoint
-) -> None:
-    expected = stored.shape
-    if (
-        tensor.dim() != len(expected)
-        or tuple(tensor.shape[1:]) != expected[1:]
-        or rows > expected[0]
-    ):
+def _check(tensor: Tensor, expected: tuple[int, ...], source: str, checkpoint: Checkpoint) -> None:
+    if tuple(tensor.shape) != expected:
         raise StoreError(
             f"tensor {source} in {checkpoint.folder} has shape {tuple(tensor.shape)}; "
-            f"config.json implies {expected} for {stored.name} (from {', '.join(stored.sources)})."
+            f"config.json implies {expected}."
         )
     if not bool(torch.isfinite(tensor).all()):
         raise StoreError(f"tensor {source} in {checkpoint.folder} holds NaN or infinite values.")

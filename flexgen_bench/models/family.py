@@ -24,10 +24,19 @@ Weights = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0."""
+    """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
+
+    rows: how many rows each source has; empty if all have the same number.
+    """
 
     spec: TensorSpec
     sources: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+
+    @property
+    def source_rows(self) -> tuple[int, ...]:
+        count = len(self.sources)
+        return self.rows or (self.spec.shape[0] // count,) * count
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,13 @@ from flexgen_bench.models.family import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Ways of scaling rotary frequencies, and the numbers each needs.
+_ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 class Llama(ModelFamily):
     name = "llama"
@@ -35,9 +42,17 @@ class Llama(ModelFamily):
         # Newer checkpoints keep base and scaling together in rope_parameters; older ones have two entries.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise UserError("config.json: rope_type", kind, "one of default, linear, llama3")
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if kind not in _ROPE_NUMBERS:
+            raise UserError("config.json: rope_type", kind, f"one of {', '.join(_ROPE_NUMBERS)}")
+        needed = _ROPE_NUMBERS[kind]
+        bad = [
+            key for key in needed if not isinstance(rope.get(key), int | float) or rope[key] <= 0
+        ]
+        if bad:
+            raise UserError(
+                f"config.json: {bad[0]} of rope_type {kind}", rope.get(bad[0]), "a number above 0"
+            )
         if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(
                 "config.json: partial_rotary_factor", rope["partial_rotary_factor"], "1"
@@ -87,33 +102,33 @@ class Llama(ModelFamily):
         h, f, d = shape.hidden_size, shape.ffn_size, shape.head_dim
         queries, keys = shape.num_heads * d, shape.num_kv_heads * d
 
-        def linear(packed: str, out: int, inp: int, bias: str, *sources: str) -> list[PackedTensor]:
-            made = [
-                PackedTensor(
-                    TensorSpec(f"{packed}.weight", (out, inp)),
-                    tuple(f"{s}.weight" for s in sources),
-                )
-            ]
+        def linear(
+            packed: str, rows: tuple[int, ...], inp: int, bias: str, *sources: str
+        ) -> list[PackedTensor]:
+            shapes: dict[str, tuple[int, ...]] = {"weight": (sum(rows), inp)}
             if shape.options.get(bias):
-                made.append(
-                    PackedTensor(
-                        TensorSpec(f"{packed}.bias", (out,)), tuple(f"{s}.bias" for s in sources)
-                    )
+                shapes["bias"] = (sum(rows),)
+            return [
+                PackedTensor(
+                    TensorSpec(f"{packed}.{part}", dims),
+                    tuple(f"{s}.{part}" for s in sources),
+                    rows,
                 )
-            return made
+                for part, dims in shapes.items()
+            ]
 
         def layer(i: int) -> tuple[PackedTensor, ...]:
             p, attn, mlp = f"layers.{i}", f"layers.{i}.self_attn", f"layers.{i}.mlp"
             qkv = [f"{attn}.{x}_proj" for x in "qkv"]
             return (
                 PackedTensor(TensorSpec("attention_norm", (h,)), (f"{p}.input_layernorm.weight",)),
-                *linear("qkv", queries + 2 * keys, h, "attention_bias", *qkv),
-                *linear("out", h, queries, "attention_bias", f"{attn}.o_proj"),
+                *linear("qkv", (queries, keys, keys), h, "attention_bias", *qkv),
+                *linear("out", (h,), queries, "attention_bias", f"{attn}.o_proj"),
                 PackedTensor(
                     TensorSpec("mlp_norm", (h,)), (f"{p}.post_attention_layernorm.weight",)
                 ),
-                *linear("gate_up", 2 * f, h, "mlp_bias", f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-                *linear("down", h, f, "mlp_bias", f"{mlp}.down_proj"),
+                *linear("gate_up", (f, f), h, "mlp_bias", f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+                *linear("down", (h,), f, "mlp_bias", f"{mlp}.down_proj"),
             )
 
         head = [PackedTensor(TensorSpec("norm", (h,)), ("norm.weight",))]

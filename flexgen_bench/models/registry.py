@@ -37,16 +37,21 @@ def family(name: str) -> ModelFamily:
     return families[name]
 
 
-def family_names() -> list[str]:
-    return sorted(_scan()[0])
-
-
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape described by a checkpoint's ``config.json``; UserError if no family here knows it."""
     _, architectures = _scan()
     for architecture in config.get("architectures") or ():
         if architecture in architectures:
-            return architectures[architecture].shape_from_config(config, name)
+            try:
+                return architectures[architecture].shape_from_config(config, name)
+            except (TypeError, ValueError, KeyError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    "config.json",
+                    repr(error),
+                    f"a config of {architecture} with values of the right type",
+                ) from error
     raise UserError(
         "config.json: architectures",
         config.get("architectures"),

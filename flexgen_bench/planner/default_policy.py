@@ -34,8 +34,9 @@ def default_policy(
     block_size: sequences per block to aim at; None means the whole job.
     """
     wanted = min(block_size or len(requests), len(requests))
-    longest = max(requests, key=lambda r: r.prompt_len + r.gen_len)
-    job = [longest] * wanted  # plan for the worst block: all prompts as long as the longest
+    # The worst block there can be: a micro-batch pads prompts to its longest and runs to its longest answer.
+    worst = Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
+    job = [worst] * wanted
     refusal: DoesNotFit | None = None
     for policy in _candidates(hardware, wanted):
         batches = form_batches(job, range(min(wanted, policy.block_size)), policy)

@@ -209,9 +209,13 @@ def _add_staging(
         from_disk = [u.load_bytes for u in streamed if u.tier is Tier.DISK]
         if from_disk and hardware.compute_tier is Tier.GPU:
             parts[Tier.CPU]["host weight slots"] = job.host_slots * max(from_disk)
+    spilled = [s for batch in job.batches for s in batch.hidden if s.tier is Tier.DISK]
+    if spilled:  # aligned pages between disk and memory
+        rows = max(batch.tokens(0) for batch in job.batches)
+        parts[Tier.CPU]["activation slots"] = job.stages * rows * job.hidden_row_bytes
     if not job.keep_kv:
         return
-    slot, host, tails = 0, 0, 0
+    slot, host, tails, prompts = 0, 0, 0, 0
     for batch, row in zip(job.batches, job.kv_layouts, strict=True):
         away = sum(
             layout.region_bytes
@@ -221,9 +225,15 @@ def _add_staging(
         on_disk = [
             layout for span, layout in zip(batch.kv, row, strict=True) if span.tier is Tier.DISK
         ]
+        moved = sum(
+            layout.prompt_bytes
+            for span, layout in zip(batch.kv, row, strict=True)
+            if span.tier is not compute
+        )
+        prompts = max(prompts, moved)
         slot, host = max(slot, away), max(host, sum(layout.region_bytes for layout in on_disk))
         tails += sum(layout.segment_bytes for layout in on_disk) * shape.num_layers
-    parts[compute]["kv slots"] = parts[compute].get("kv slots", 0) + job.stages * slot
+    parts[compute]["kv slots"] = job.stages * (slot + prompts)
     # Read staging and the staging of what is about to be written.
     parts[Tier.CPU]["kv host slots"] = 2 * job.stages * host
     parts[Tier.CPU]["kv tails"] = tails

@@ -13,7 +13,9 @@ def gguf_tokenizer(file: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     except (ValueError, KeyError, OSError) as error:
         raise StoreError(f"the tokenizer in {file} cannot be read ({error})") from error
     if _splitting(file) == "smollm":

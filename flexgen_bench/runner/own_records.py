@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flexgen_bench.core.errors import StoreError
+
 LIST = ".measured-here"
 
 
 def note_own(results_dir: Path, run_id: str) -> None:
-    """Remember a run before its record is written: a name without a record does no harm."""
-    results_dir.mkdir(parents=True, exist_ok=True)
-    with (results_dir / LIST).open("a") as file:
-        file.write(run_id + "\n")
+    """Remember a run whose record is written. StoreError if that fails: the cell would be measured again."""
+    try:
+        with (results_dir / LIST).open("a") as file:
+            file.write(run_id + "\n")
+    except OSError as error:
+        raise StoreError(
+            f"the record of {run_id} is saved, but {results_dir / LIST} cannot be written: {error.strerror}"
+        ) from error
 
 
 def is_own(results_dir: Path, run_id: str) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
 
 _PASSAGES = Path(__file__).with_name("passages.txt")
 # Ids below are special tokens in every family here (begin, pad, end, unknown).
 _FIRST_ID = 4
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def build_prompts(workload: Workload, checkpoint: Path, shape: ModelShape) -> list[list[int]]:
@@ -99,14 +99,9 @@ def read_passages() -> list[str]:
 
 
 def _tokenizer(checkpoint: Path) -> Any:
-    if not any((checkpoint / name).is_file() for name in _TOKENIZERS):
+    if not has_tokenizer(checkpoint):
         raise StoreError(
             f"{checkpoint} holds no tokenizer, so it cannot take text: use a workload of token ids such as "
             "workload=32-32, or weights that come with a tokenizer (model=smollm2-135m, or weights=hub)"
         )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise StoreError(f"the tokenizer in {checkpoint} cannot be read ({error})") from error
+    return load_tokenizer(checkpoint)

@@ -119,8 +119,9 @@ class _Runner:
         same = self._same_refusal(record)
         if same is not None:
             return same, True
+        path = write_record(record, self.results_dir)
         note_own(self.results_dir, record.run_id)
-        return write_record(record, self.results_dir), False
+        return path, False
 
     def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
         no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")

@@ -23,6 +23,7 @@ from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError, unknown_
 from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
+from flexgen_bench.engine.tokenization import load_tokenizer
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.extras import how_to_install
@@ -200,9 +201,7 @@ class Worker:
         if load_target(self.spec.target).capabilities.reference:
             outputs["reference"] = True
         if self.spec.workload.kind is PromptKind.TEXT:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.job.checkpoint, local_files_only=True)
+            tokenizer = load_tokenizer(self.job.checkpoint)
             outputs["texts"] = [tokenizer.decode(ids) for ids in lists]
         return outputs
 
