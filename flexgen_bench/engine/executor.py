@@ -72,9 +72,8 @@ class LaneWorker:
         self._failure = failure
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._done = 0  # steps finished (stream lanes: issued)
-        self._progress = (
-            threading.Condition()
-        )  # guards _done; waited on by whoever needs a step of this lane
+        # Guards _done; whoever needs a step of this lane waits on it.
+        self._progress = threading.Condition()
         self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event, int]] = {}
         self._free_at = 0.0
         self._thread: threading.Thread | None = None

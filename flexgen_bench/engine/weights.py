@@ -63,13 +63,6 @@ class Weights:
         ]
         self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
 
-    def home_bytes(self) -> dict[Tier, int]:
-        """Bytes of weights on each tier, as placed."""
-        placed: dict[Tier, int] = {}
-        for unit, tier in zip(self._packed.units, self._tiers, strict=True):
-            placed[tier] = placed.get(tier, 0) + unit.home_bytes
-        return placed
-
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
         unit = self._packed.units[step.unit]

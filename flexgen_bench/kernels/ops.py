@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from flexgen_bench.core.errors import unknown_choice
 
-# Up to this many rows, float32 products on a processor are faster with the weight as the left operand: 65 against 45
-# GFLOP/s at 8 rows, 172 against 145 at 32, equal at 128 (benchmarks/small_products.py, docs/notes/cpu_products.md).
-SMALL_ROWS = 64
+# Up to this many rows, float32 products on a processor are faster with the weight as the left operand: 68 against 47
+# GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 (benchmarks/small_products.py, docs/notes/cpu_products.md).
+SMALL_ROWS = 48
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
