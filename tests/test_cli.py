@@ -181,3 +181,20 @@ def test_values_that_hydra_would_stumble_over(run, override: str, message: str) 
     assert answer.returncode == 2, answer.stderr
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_the_engine_on_the_emulated_accelerator(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Real numerics over throttled links: the figure is marked, and says what was placed where."""
+    answer = run(
+        "suite=tiny", "system=flexgen", "gpu=emulated", "policy=half-disk", "measure.repetitions=1"
+    )
+    assert answer.returncode == 0, answer.stderr
+    names = document(answer)["records"]
+    assert isinstance(names, list)
+    record = json.loads((tmp_path / names[0]).read_text())
+    assert record["evidence"] == "EMULATED"
+    assert "EMULATED" in answer.stdout
+    report = record["report"]
+    assert report["realised"]["weights"]["disk"] == pytest.approx(0.5, abs=0.1)
+    assert report["links"]["h2d"]["bytes"] > 0
+    assert report["links"]["disk_read"]["bytes"] > 0

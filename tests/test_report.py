@@ -274,3 +274,11 @@ def test_the_module_runs_without_torch(tmp_path: Path) -> None:
     )
     arguments = [sys.executable, "-c", program, str(tmp_path / "results"), str(tmp_path / "out")]
     assert subprocess.run(arguments, check=False, capture_output=True).returncode == 0
+
+
+def test_figures_of_benchmark_scripts_are_not_taken_for_records(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "disk.json").write_text('{"rows": []}')
+    records, problems = read_all(tmp_path)
+    assert not list(records)
+    assert not list(problems)

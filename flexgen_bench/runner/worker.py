@@ -202,6 +202,7 @@ class Worker:
             outputs["reference"] = True
         if self.spec.workload.kind is PromptKind.TEXT:
             tokenizer = load_tokenizer(self.job.checkpoint)
+            outputs["prompts"] = [tokenizer.decode(ids) for ids in self.job.prompts]
             outputs["texts"] = [tokenizer.decode(ids) for ids in lists]
         return outputs
 

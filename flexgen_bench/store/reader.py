@@ -14,6 +14,9 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.store.schema import decode, parse_utc
 from flexgen_bench.store.writer import suite_folder
 
+# Figures of the scripts in benchmarks/ lie beside the suites; they are not records.
+BENCHMARKS = "benchmarks"
+
 
 @dataclass(frozen=True)
 class StoredRecord:
@@ -97,7 +100,7 @@ def _files(results_dir: Path) -> Iterator[Path]:
     if not results_dir.exists():
         return iter(())
     try:
-        folders = sorted(p for p in results_dir.iterdir() if p.is_dir())
+        folders = sorted(p for p in results_dir.iterdir() if p.is_dir() and p.name != BENCHMARKS)
         found = [f for d in folders for f in sorted(d.iterdir())]
     except OSError as error:
         raise StoreError(f"cannot list the records in {results_dir}: {error}") from error
