@@ -1,7 +1,8 @@
 """A policy that fits, for when none is given. No cost model yet: the rule is to load weights as rarely as possible.
 
-Streamed weight bytes per sequence are (weights - resident) / block, so memory goes first to a block as large as
-the job, then to resident weights, and only what does not fit goes a tier down.
+If everything fits on the compute tier, it goes there. Otherwise streamed weight bytes per sequence are
+(weights - resident) / block, so memory goes first to a block as large as the job, then to resident weights, and only
+what does not fit goes a tier down.
 """
 
 from __future__ import annotations
@@ -51,11 +52,14 @@ def default_policy(
 
 
 def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
-    """Best first: large blocks before small ones, caches high before low, weights high before low."""
+    """Best first. Nothing is streamed if everything fits beside one micro-batch: then larger blocks would only take
+    memory. Otherwise large blocks before small ones, caches high before low, weights high before low."""
     compute, below = (
         hardware.compute_tier,
         hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1],
     )
+    here = Placement.all_on(compute)
+    yield Policy(min(wanted, LARGEST_MICRO_BATCH), 1, here, here, here)
     homes = [(compute, compute), (below, compute), (below, below)]
     if Tier.DISK is not below:
         homes.append((Tier.DISK, below))
