@@ -78,8 +78,9 @@ def check_groups(arguments: Sequence[str]) -> None:
     ``model=a,b`` (several names for --multirun) passes; ``system=null`` means every system.
     """
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        folder = conf_dir() / key.lstrip("+~")
+        _, equals, value = argument.partition("=")
+        key = key_of(argument)
+        folder = conf_dir() / key
         optional = value == "null" and key in _OPTIONAL
         if not (equals and key and folder.is_dir()) or optional or "(" in value:
             continue

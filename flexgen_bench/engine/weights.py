@@ -145,7 +145,8 @@ class Weights:
                 size = min(window.numel(), -(-(stop - offset) // PAGE) * PAGE)
                 self._file.read(offset, window[:size])
                 first = max(entry.offset - offset, 0)
-                found = checksum(window[first : min(size, stop - offset)], found)
+                part = window[first : min(size, stop - offset)]
+                found = checksum(part.numpy().data, found)
             if found != self._checksums.get(entry.offset):
                 raise self._corrupt(entry)
 
@@ -161,7 +162,7 @@ class Weights:
 
     def _verify(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
         data = memory[entry.offset - base :][: entry.num_bytes]
-        if checksum(data) != self._checksums.get(entry.offset):
+        if checksum(data.numpy().data) != self._checksums.get(entry.offset):
             raise self._corrupt(entry)
 
     def _corrupt(self, entry: PackedEntry) -> StoreError:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
 from flexgen_bench.memory.checkpoint import Checkpoint
+from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.direct_file import disk_error
 
 FORMAT_VERSION = 1
@@ -189,14 +189,14 @@ def _write_group(
     """Write the tensors of one group; returns their checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
-        cursor, checksum = stored.offset, 0
+        cursor, found = stored.offset, 0
         for source, rows in zip(stored.sources, stored.rows, strict=True):
             tensor = _find(checkpoint, plan, source)
             _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
             data = _bytes_of(tensor.to(TORCH_DTYPES[plan.dtype]))
-            checksum = zlib.crc32(data, checksum)
+            found = checksum(data, found)
             cursor += _write_all(fd, data, cursor)
-        sums[str(stored.offset)] = checksum
+        sums[str(stored.offset)] = found
     return sums
 
 
