@@ -70,8 +70,18 @@ class PlacementConf:
 
 
 @dataclass
+class LossyConf:
+    """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null."""
+
+    weights: int | None = None
+    kv_cache: int | None = None
+    group_size: int = 64
+    value_share: float = 1.0
+
+
+@dataclass
 class PolicyConf:
-    """conf/policy. With ``auto`` the system chooses and the rest is not looked at."""
+    """conf/policy. With ``auto`` the system chooses, and of the rest only ``lossy`` is looked at."""
 
     name: str = MISSING
     auto: bool = False
@@ -83,6 +93,10 @@ class PolicyConf:
     prefetch: int = 2
     overlap: bool = True
     attention: str = "compute"
+    schedule: str = "block"
+    prefill_chunk: int | None = None
+    offloaded: str = "move"
+    lossy: LossyConf = field(default_factory=LossyConf)
 
 
 @dataclass

@@ -18,12 +18,13 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from flexgen_bench.conf_schema import AppConf, GpuConf, ModelConf, PolicyConf, SystemConf
+from flexgen_bench.conf_schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -162,8 +163,28 @@ def _policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
         prefetch=conf.prefetch,
         overlap=conf.overlap,
         attention=_choice(AttentionSite, conf.attention, "policy.attention"),
+        schedule=_choice(Schedule, conf.schedule, "policy.schedule"),
+        prefill_chunk=conf.prefill_chunk,
+        offloaded=_choice(Offloaded, conf.offloaded, "policy.offloaded"),
+        lossy=_lossy(conf.lossy),
         **placements,
     )
+
+
+def _lossy(conf: LossyConf) -> Lossy:
+    """UserErrors name the key as it is written on the command line."""
+    given = {}
+    for key in ("weights", "kv_cache"):
+        bits = getattr(conf, key)
+        try:
+            given[key] = None if bits is None else Compression(bits, conf.group_size)
+        except UserError as error:
+            name = "group_size" if error.field.endswith("group_size") else key
+            raise UserError(f"policy.lossy.{name}", error.value, error.allowed) from error
+    try:
+        return Lossy(value_share=conf.value_share, **given)
+    except UserError as error:
+        raise UserError("policy.lossy.value_share", error.value, error.allowed) from error
 
 
 def _check_system(conf: SystemConf) -> None:
@@ -208,6 +229,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         threads=threads,
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
         policy=_policy(conf.policy, hardware),
+        lossy=_lossy(conf.policy.lossy),
         system_options=conf.system.options,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
@@ -85,7 +86,8 @@ class CellSpec:
     """Everything that decides what a cell measures. Equal specs have equal hashes.
 
     system: a name from ``conf/system``; ``target``: the ``module:Class`` that implements it;
-    ``system_options``: that system's own settings. policy None means the system chooses ("auto").
+    ``system_options``: that system's own settings. policy None means the system chooses ("auto"); ``lossy`` is
+    what it may change of the results then (a given policy brings its own).
     """
 
     system: str
@@ -98,8 +100,11 @@ class CellSpec:
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     policy: Policy | None = None
     system_options: Mapping[str, Any] = field(default_factory=dict)
+    lossy: Lossy = EXACT
 
     def __post_init__(self) -> None:
+        if self.policy is not None:
+            object.__setattr__(self, "lossy", self.policy.lossy)
         if not isinstance(self.threads, int) or self.threads < 1:
             raise UserError("threads", self.threads, "an integer of at least 1")
 
@@ -121,7 +126,7 @@ class CellSpec:
             },
             "policy": None if self.policy is None else self.policy.to_dict(),
             "system_options": dict(self.system_options),
-        }
+        } | ({} if self.lossy.is_exact else {"lossy": self.lossy.to_dict()})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CellSpec:
@@ -136,6 +141,7 @@ class CellSpec:
             measure=MeasureSpec(**data["measure"]),
             policy=None if data["policy"] is None else Policy.from_dict(data["policy"]),
             system_options=data["system_options"],
+            lossy=Lossy.from_dict(data.get("lossy")),
         )
 
     @property

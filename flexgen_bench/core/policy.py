@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.tiers import Tier
 
@@ -15,6 +16,22 @@ class AttentionSite(StrEnum):
 
     COMPUTE = "compute"  # the KV cache is moved to the compute device
     CPU = "cpu"  # queries are moved to the cpu, the KV cache stays
+
+
+class Schedule(StrEnum):
+    """When micro-batches of a job start."""
+
+    BLOCK = (
+        "block"  # a block prefills together, decodes together, and ends before the next one starts
+    )
+    CONTINUOUS = "continuous"  # a new micro-batch starts as soon as there is room, beside older ones that decode
+
+
+class Offloaded(StrEnum):
+    """Where decoder layers that do not live on the compute tier are computed."""
+
+    MOVE = "move"  # their weights are moved to the compute device in every pass
+    IN_PLACE = "in_place"  # on the cpu, where they lie: for few sequences, where moving is slower
 
 
 @dataclass(frozen=True)
@@ -60,8 +77,12 @@ class Policy:
     """How a job is run. ``block_size`` sequences share every weight load.
 
     gpu_batch_size: sequences computed together (one micro-batch).
-    num_gpu_batches: micro-batches that share one weight load.
+    num_gpu_batches: micro-batches that share one weight load; there is room for this many in the KV cache.
     weights, kv_cache, activations: placement of each tensor kind.
+    schedule: block by block, or continuous.
+    prefill_chunk: prompt tokens of a micro-batch computed at once; None is all of them. Bounds the workspace of long prompts.
+    offloaded: whether layers below the compute tier are moved up or computed where they lie.
+    lossy: compression and sparse attention. Nothing else here changes a result.
     prefetch: staging slots for streamed layers; layer i+prefetch-1 loads while layer i computes. At least 1.
     overlap: lanes run concurrently; off is strictly one step after the other (for debugging and comparison).
     attention: where decode attention runs for KV that is not on the compute device.
@@ -75,6 +96,10 @@ class Policy:
     prefetch: int = 2
     overlap: bool = True
     attention: AttentionSite = AttentionSite.COMPUTE
+    schedule: Schedule = Schedule.BLOCK
+    prefill_chunk: int | None = None
+    offloaded: Offloaded = Offloaded.MOVE
+    lossy: Lossy = EXACT
 
     def __post_init__(self) -> None:
         for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefetch", 1)):
@@ -83,9 +108,21 @@ class Policy:
                 raise UserError(f"policy.{name}", value, f"an integer of at least {least}")
         if not isinstance(self.overlap, bool):
             raise UserError("policy.overlap", self.overlap, "true or false")
-        if self.attention not in list(AttentionSite):
-            raise UserError("policy.attention", self.attention, "'compute' or 'cpu'")
-        object.__setattr__(self, "attention", AttentionSite(self.attention))
+        chunk = self.prefill_chunk
+        if chunk is not None and (
+            not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1
+        ):
+            raise UserError("policy.prefill_chunk", chunk, "an integer of at least 1, or null")
+        choices: dict[str, type[StrEnum]] = {
+            "attention": AttentionSite, "schedule": Schedule, "offloaded": Offloaded,
+        }  # fmt: skip
+        for name, enum in choices.items():
+            value = getattr(self, name)
+            if value not in list(enum):
+                raise UserError(f"policy.{name}", value, " or ".join(repr(str(v)) for v in enum))
+            object.__setattr__(self, name, enum(value))
+        if not isinstance(self.lossy, Lossy):
+            raise UserError("policy.lossy", self.lossy, "a Lossy")
         for name in ("weights", "kv_cache", "activations"):
             if not isinstance(getattr(self, name), Placement):
                 raise UserError(f"policy.{name}", getattr(self, name), "a Placement")
@@ -112,6 +149,10 @@ class Policy:
             "prefetch": self.prefetch,
             "overlap": self.overlap,
             "attention": self.attention.value,
+            "schedule": self.schedule.value,
+            "prefill_chunk": self.prefill_chunk,
+            "offloaded": self.offloaded.value,
+            "lossy": self.lossy.to_dict(),
         }
 
     @staticmethod
@@ -120,4 +161,6 @@ class Policy:
         for name in ("weights", "kv_cache", "activations"):
             if isinstance(known.get(name), dict):
                 known[name] = Placement(**known[name])
+        if isinstance(known.get("lossy"), dict):
+            known["lossy"] = Lossy.from_dict(known["lossy"])
         return Policy(**known)

@@ -13,6 +13,9 @@ class StepKind(StrEnum):
     """What a step does. The engine has one action per kind; the lane says where it happens."""
 
     LOAD_WEIGHTS = "load_weights"  # a unit's blob, one tier up
+    DEQUANTIZE = (
+        "dequantize"  # a unit's compressed weights, unpacked once for all micro-batches of a pass
+    )
     GATHER_ROWS = "gather_rows"  # embedding rows of the tokens, from where the table lies
     MOVE_ROWS = "move_rows"  # gathered rows, cpu -> gpu
     EMBED = "embed"  # rows -> hidden states
@@ -46,6 +49,7 @@ class Step:
 
     unit: 0 = embedding, 1..L = decoder layers, L+1 = head. batch: micro-batch, -1 for weight loads.
     part: which span of the micro-batch's sequences, -1 for all. slot: staging slot of the weights (-1: in place).
+    plain: slot of the unpacked weights, where compressed ones are unpacked by a step of their own (-1: they are not).
     stage: staging slot of the micro-batch's own data (rows, hidden states, q/k/v, attention, KV).
     token: 0 in prefill, n when the n-th token after the prompt is fed (n >= 1). bytes moved over the lane's link;
     flops on a compute lane (2 per multiply-add).
@@ -57,6 +61,7 @@ class Step:
     batch: int = -1
     part: int = -1
     slot: int = -1
+    plain: int = -1
     stage: int = 0
     token: int = 0
     reads: tuple[Buffer, ...] = ()
