@@ -1,0 +1,243 @@
+"""Group-wise quantization of rows: codes and two float16 numbers per group, and the way back.
+
+A group is a run of ``compression.group_size`` values along the last dimension; the last group of a row may be shorter.
+Value of a code: ``smallest + code * scale``, computed in float32 and rounded once to the type that is asked for.
+``code * scale`` is exact in float32 (8 times 11 bits), so every implementation gives the same bits.
+
+Layout of a row of codes, ``compression.code_bytes(N)`` bytes: one group after the other, whole bytes each. Within a group
+of m values (a short last one is filled up to a multiple of 8 with code 0) neighbouring bytes hold neighbouring values, so
+that packing and unpacking are operations on contiguous vectors:
+
+- 8 bits: byte j is value j.
+- 4 bits: byte j holds value j (low half) and value j + m/2 (high half).
+- 3 bits: three planes of e = m/8 bytes, p0, p1, p2. Byte j of a plane holds two values in its bits 0-2 and 3-5:
+  p0 values j and j + e, p1 values j + 2e and j + 3e, p2 values j + 4e and j + 5e. Value j + 6e: bits 6-7 of p0, then bit 6 of
+  p1. Value j + 7e: bits 6-7 of p2, then bit 7 of p1.
+
+Layout of a row of parameters: (groups, 2) float16, each group's scale and smallest value.
+
+What odd groups give: a constant group has scale 0 and every value is its value as float16 holds it (all-zero groups are
+exactly zero). An outlier widens its group's steps and no other's. Values beyond float16's finite range (+-65504, from float32
+or bfloat16 tensors) saturate to it. NaN and infinities give unspecified codes for their group, without an error: callers check
+(weights when a store is converted, the cache in the engine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.compression import Compression
+
+# Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound memory.
+TILE_VALUES, DEVICE_TILE_VALUES = 1 << 16, 1 << 24
+FLOAT16_LARGEST = 65504.0
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix (out, in) whose rows are quantized; ``ops.linear`` takes it in place of a tensor.
+
+    codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16; dtype: what its values are rounded to.
+    """
+
+    codes: Tensor
+    params: Tensor
+    shape: tuple[int, int]
+    compression: Compression
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(weight: Tensor, compression: Compression) -> QuantizedWeight:
+        """Quantize a matrix (out, in)."""
+        outputs, inputs = weight.shape
+        codes, params = quantize(weight, compression)
+        return QuantizedWeight(codes, params, (outputs, inputs), compression, weight.dtype)
+
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Output rows start to stop, dequantized: (stop - start, in)."""
+        part = slice(start, stop)
+        return dequantize(
+            self.codes[part], self.params[part], self.shape[1], self.compression, dtype or self.dtype, out
+        )  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix (out, in)."""
+        return self.rows(0, self.shape[0])
+
+
+def quantize(x: Tensor, compression: Compression) -> tuple[Tensor, Tensor]:
+    """x (..., N) -> codes (..., compression.code_bytes(N)) uint8 and params (..., groups, 2) float16.
+
+    Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: TILE_VALUES float32
+    values a few times over, whatever the size of x.
+    """
+    *lead, n = x.shape
+    codes = x.new_empty((*lead, compression.code_bytes(n)), dtype=torch.uint8)
+    params = x.new_empty((*lead, compression.groups(n), 2), dtype=torch.float16)
+    if x.numel() == 0:
+        return codes, params
+    rows = codes.numel() // codes.shape[-1]
+    flat_codes, flat_params = codes.view(rows, -1), params.view(rows, -1, 2)
+    flat = x.reshape(rows, n)
+    for part in _tiles(rows, n, x.device):
+        for values, stored, group_params, width in _columns(
+            flat[part], flat_codes[part], flat_params[part], compression
+        ):
+            _quantize_groups(values, stored, group_params, width, compression)
+    return codes, params
+
+
+def dequantize(
+    codes: Tensor,
+    params: Tensor,
+    n: int,
+    compression: Compression,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """codes (..., compression.code_bytes(n)) and params (..., groups, 2) -> values (..., n) of ``dtype``.
+
+    ``out`` (..., n) receives them if given; its strides are free, contiguous rows are fastest.
+    """
+    lead = codes.shape[:-1]
+    if out is None:
+        out = torch.empty((*lead, n), dtype=dtype, device=codes.device)
+    assert out.shape == (*lead, n), (out.shape, lead, n)
+    assert out.dtype == dtype, (out.dtype, dtype)
+    assert codes.shape[-1] == compression.code_bytes(n), (codes.shape, n, compression)
+    assert params.shape == (*lead, compression.groups(n), 2), (params.shape, lead, n)
+    if out.numel() == 0:
+        return out
+    rows = out.numel() // n
+    flat_codes, flat_params = codes.reshape(rows, -1), params.reshape(rows, -1, 2)
+    if out.is_contiguous():
+        _dequantize_rows(flat_codes, flat_params, out.view(rows, n), compression)
+    else:
+        values = torch.empty((rows, n), dtype=dtype, device=out.device)
+        _dequantize_rows(flat_codes, flat_params, values, compression)
+        out.copy_(values.view(out.shape))
+    return out
+
+
+def fake_quantize(x: Tensor, compression: Compression) -> Tensor:
+    """What is left of x after quantizing and dequantizing, in x's shape and type."""
+    codes, params = quantize(x, compression)
+    return dequantize(codes, params, x.shape[-1], compression, x.dtype)
+
+
+def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
+    """Matrices of rows, ``out`` contiguous: the fastest way that this device has."""
+    dequantize_with_torch(codes, params, out, compression)
+
+
+def dequantize_with_torch(
+    codes: Tensor, params: Tensor, out: Tensor, compression: Compression
+) -> None:
+    """The reference, on any device: codes (R, bytes), params (R, groups, 2) -> out (R, n)."""
+    for part in _tiles(out.shape[0], out.shape[1], out.device):
+        for values, stored, group_params, width in _columns(
+            out[part], codes[part], params[part], compression
+        ):
+            unpacked = _unpack(stored, compression.bits)
+            numbers = unpacked[..., :width].mul_(group_params[..., :1].float())
+            values.copy_(numbers.add_(group_params[..., 1:].float()))
+
+
+def _tiles(rows: int, n: int, device: torch.device) -> list[slice]:
+    """Slices of rows with about as many values as temporaries may have."""
+    values = TILE_VALUES if device.type == "cpu" else DEVICE_TILE_VALUES
+    step = max(1, values // n)
+    return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+
+
+def _columns(
+    values: Tensor, codes: Tensor, params: Tensor, compression: Compression
+) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+    """Views of R rows by group: (values (R, groups, width), codes, params (R, groups, 2), width).
+
+    The groups of full width, then the short last one, where there are any.
+    """
+    n = values.shape[1]
+    size = compression.group_size
+    full, rest = divmod(n, size)
+    stop = full * compression.code_bytes(size)
+    pieces = []
+    if full:
+        pieces.append((
+            values[:, : full * size].unflatten(1, (full, size)),
+            codes[:, :stop].unflatten(1, (full, -1)), params[:, :full], size,
+        ))  # fmt: skip
+    if rest:
+        pieces.append((
+            values[:, full * size :].unflatten(1, (1, rest)),
+            codes[:, stop:].unflatten(1, (1, -1)), params[:, full:], rest,
+        ))  # fmt: skip
+    return pieces
+
+
+def _quantize_groups(
+    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression
+) -> None:
+    """values (R, groups, width) -> codes (R, groups, bytes) and params (R, groups, 2), written in place."""
+    numbers = values.float()
+    low, high = numbers.aminmax(dim=-1, keepdim=True)
+    limits = (-FLOAT16_LARGEST, FLOAT16_LARGEST)
+    smallest = low.clamp(*limits).half().float()
+    # Both ends are rounded first: groups that float16 cannot tell from constant ones get scale 0.
+    largest = high.clamp(*limits).half().float()
+    scale = ((largest - smallest) / (compression.levels - 1)).half()
+    # A scale rounded up may put the largest code beyond float16; the next smaller float16 does not.
+    beyond = smallest + scale.float() * (compression.levels - 1) > FLOAT16_LARGEST
+    scale = torch.where(beyond, (scale.view(torch.int16) - 1).view(torch.float16), scale)
+    params[..., :1], params[..., 1:] = scale, smallest
+    divisor = scale.float().masked_fill_(scale == 0, torch.inf)  # constant groups: code 0
+    steps = numbers.sub(smallest).div_(divisor).round_().clamp_(0, compression.levels - 1)
+    padded = -(-width // 8) * 8
+    whole = torch.zeros((*steps.shape[:-1], padded), dtype=torch.uint8, device=values.device)
+    whole[..., :width] = steps
+    _pack(whole, compression.bits, codes)
+
+
+def _pack(whole: Tensor, bits: int, out: Tensor) -> None:
+    """whole (..., m) codes, m a multiple of 8 -> out (..., m * bits / 8), see the module's layout."""
+    if bits == 8:
+        out.copy_(whole)
+    elif bits == 4:
+        low, high = whole.chunk(2, dim=-1)
+        out.copy_(low | (high << 4))
+    else:
+        v = whole.chunk(8, dim=-1)
+        p0 = v[0] | (v[1] << 3) | (v[6] << 6)
+        p1 = v[2] | (v[3] << 3) | ((v[6] & 4) << 4) | ((v[7] & 4) << 5)
+        p2 = v[4] | (v[5] << 3) | (v[7] << 6)
+        out.copy_(torch.cat((p0, p1, p2), dim=-1))
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """packed (..., m * bits / 8) -> codes (..., m) as float32, see the module's layout."""
+    if bits == 8:
+        return packed.float()
+    values = packed.shape[-1] * 8 // bits
+    out = torch.empty((*packed.shape[:-1], values), dtype=torch.float32, device=packed.device)
+    if bits == 4:
+        low, high = out.chunk(2, dim=-1)
+        low.copy_(packed & 15)
+        high.copy_(packed >> 4)
+        return out
+    p0, p1, p2 = packed.chunk(3, dim=-1)
+    parts = (
+        p0 & 7, (p0 >> 3) & 7, p1 & 7, (p1 >> 3) & 7, p2 & 7, (p2 >> 3) & 7,
+        (p0 >> 6) | ((p1 >> 4) & 4), (p2 >> 6) | ((p1 >> 5) & 4),
+    )  # fmt: skip
+    for chunk, part in zip(out.chunk(8, dim=-1), parts, strict=True):
+        chunk.copy_(part)
+    return out
