@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -13,8 +14,13 @@ from torch import Tensor
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.memory import host
+
+# What torch takes on a GPU besides the tensors of a plan: cuBLAS workspaces (32 MiB for each stream on recent GPUs),
+# segments that are cut in pieces, and tensors another stream has not let go of yet. Not measured yet.
+GPU_RESERVE_BYTES = 384 * MIB
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Device:
             settings[lane] = LaneSettings(
                 threads=self.threads if lane is Lane.GPU else 1,
                 bytes_per_s=rates.get(lane),
-                stream=torch.cuda.Stream() if self.is_cuda else None,
+                stream=_stream(lane) if self.is_cuda else None,
             )
         for lane in (Lane.DISK_READ, Lane.DISK_WRITE):
             settings[lane] = LaneSettings(bytes_per_s=rates.get(lane))
@@ -105,8 +111,26 @@ class Device:
             free[Tier.CPU] = min(free[Tier.CPU], max(0, cap - psutil.Process().memory_info().rss))
         if self.is_cuda:
             torch.cuda.empty_cache()  # what torch keeps for later would count as used
-            free[Tier.GPU] = torch.cuda.mem_get_info()[0]
+            free[Tier.GPU] = gpu_room(
+                torch.cuda.mem_get_info()[0],
+                self.hardware.gpu_memory_bytes,
+                torch.cuda.memory_reserved(),
+            )
         return free
+
+
+def gpu_room(free: int, cap: int | None, reserved: int) -> int:
+    """Bytes a plan may use on the GPU: what is free, and under a cap what this process (``reserved`` bytes held)
+    has left of it; less what torch takes for itself."""
+    room = free if cap is None else min(free, cap - reserved)
+    return max(0, room - min(GPU_RESERVE_BYTES, room // 8))
+
+
+@cache
+def _stream(lane: Lane) -> torch.cuda.Stream:
+    """The lane's stream, one for the whole process: torch keeps freed memory and cuBLAS workspaces per stream, and
+    those of a stream that is not used again would be lost to the next job."""
+    return torch.cuda.Stream()
 
 
 def crossing(tensor: Tensor) -> Tensor:

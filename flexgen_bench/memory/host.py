@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 PAGE = 4096
+HUGE_PAGE = 2**21
+
+
+class _Region(mmap.mmap):
+    """Anonymous memory that is unregistered from CUDA before it is unmapped, when its last tensor is gone.
+
+    A weak reference would be told only after the unmapping, when the addresses may belong to somebody else already.
+    """
+
+    registered_at = 0
+
+    def __del__(self) -> None:
+        if self.registered_at:
+            torch.cuda.cudart().cudaHostUnregister(self.registered_at)
 
 
 def allocate(num_bytes: int, pinned: bool = False) -> Tensor:
     """A page-aligned uint8 tensor of exactly ``num_bytes`` (rounded up to a page) from the system, zeroed.
 
-    torch's own pinned allocator rounds up to powers of two; anonymous memory registered with CUDA does not.
+    torch's own pinned allocator rounds up to powers of two; anonymous memory registered with CUDA does not. Whoever frees
+    pinned memory must know that no copy still uses it: torch knows nothing of it.
     Raises MemoryError if the system refuses.
     """
     size = max(PAGE, -(-num_bytes // PAGE) * PAGE)
     try:
-        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = _Region(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"cannot allocate {size} bytes of host memory: {error}") from error
     tensor = torch.frombuffer(region, dtype=torch.uint8)
@@ -29,14 +44,24 @@ def allocate(num_bytes: int, pinned: bool = False) -> Tensor:
     return tensor
 
 
-def _register(region: mmap.mmap, address: int, size: int) -> None:
+def _register(region: _Region, address: int, size: int) -> None:
     """Page-lock memory for CUDA until it is unmapped."""
+    if size >= HUGE_PAGE:
+        with contextlib.suppress(
+            OSError
+        ):  # fewer pages to lock; a kernel without them has plain ones
+            region.madvise(mmap.MADV_HUGEPAGE)
     runtime = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(address, size, 0))
-    if status != 0:
-        raise MemoryError(f"cudaHostRegister refused {size} bytes (error {status})")
-    # The tensor keeps the mapping alive, and so do its views; this runs when the last of them is gone.
-    weakref.finalize(region, runtime.cudaHostUnregister, address)
+    status = runtime.cudaHostRegister(address, size, 0)
+    if int(status) != 0:
+        with contextlib.suppress(RuntimeError):
+            # CUDA keeps the error for whoever launches next, which must not be an innocent kernel.
+            torch.zeros(1, device="cuda")
+        raise MemoryError(
+            f"CUDA cannot page-lock {size} bytes of host memory: {runtime.cudaGetErrorString(status)} (error "
+            f"{int(status)}). Free host memory, lower gpu.cpu_memory, or move weights or kv_cache to another tier."
+        )
+    region.registered_at = address
 
 
 def group_limit() -> int | None:
