@@ -10,6 +10,7 @@ import torch
 
 from flexgen_bench.core.units import GIB, MIB
 from flexgen_bench.engine.device import GPU_RESERVE_BYTES, gpu_room
+from flexgen_bench.memory import host
 from flexgen_bench.memory.host import PAGE, allocate
 
 
@@ -72,11 +73,16 @@ def test_plain_memory_asks_nothing_of_cuda(runtime: FakeRuntime) -> None:
     assert runtime.mapped_when_unregistered == []
 
 
-def test_memory_that_cannot_be_locked_is_refused_and_released(runtime: FakeRuntime) -> None:
+def test_memory_that_cannot_be_locked_is_refused_and_released(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[bool] = []
+    monkeypatch.setattr(host, "_forget_error", lambda: forgotten.append(True))
     runtime.status = 2
     with pytest.raises(MemoryError, match=r"page-lock 4096 bytes.*out of memory"):
         allocate(PAGE, pinned=True)
     assert runtime.mapped_when_unregistered == []
+    assert forgotten, "the next kernel launch would report the error of this one"
 
 
 @pytest.mark.parametrize(

@@ -54,14 +54,18 @@ def _register(region: _Region, address: int, size: int) -> None:
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(address, size, 0)
     if int(status) != 0:
-        with contextlib.suppress(RuntimeError):
-            # CUDA keeps the error for whoever launches next, which must not be an innocent kernel.
-            torch.zeros(1, device="cuda")
+        _forget_error()
         raise MemoryError(
             f"CUDA cannot page-lock {size} bytes of host memory: {runtime.cudaGetErrorString(status)} (error "
             f"{int(status)}). Free host memory, lower gpu.cpu_memory, or move weights or kv_cache to another tier."
         )
     region.registered_at = address
+
+
+def _forget_error() -> None:
+    """CUDA keeps its last error for whoever launches a kernel next, which must not be an innocent one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def group_limit() -> int | None:
