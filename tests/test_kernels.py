@@ -12,7 +12,12 @@ from tiny_models import MODELS, random_model, random_prompts, save
 from torch.nn import functional as F
 
 from flexgen_bench import LLM
-from flexgen_bench.kernels.attention import decode_attention, prefill_attention
+from flexgen_bench.kernels.attention import (
+    Padding,
+    PlainSegment,
+    decode_attention,
+    prefill_attention,
+)
 
 
 @given(
@@ -33,7 +38,8 @@ def test_decode_attention_equals_sdpa(
     ]  # fmt: skip
     real = torch.randint(1, lengths[0] + 1, (sequences,), generator=generator)
     mask = torch.arange(lengths[0])[None, :] < real[:, None]
-    out = decode_attention(q, segments, None if bool(mask.all()) else mask, 0.3)
+    plain = [PlainSegment(k, v) for k, v in segments]
+    out = decode_attention(q, plain, Padding.of(real, lengths[0], q.device), 0.3)
     keys = torch.cat([k for k, _ in segments], dim=2)
     values = torch.cat([v for _, v in segments], dim=2)
     whole = torch.cat([mask, torch.ones(sequences, sum(lengths[1:]), dtype=torch.bool)], dim=1)

@@ -15,7 +15,11 @@ from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.hidden import HiddenStates, page_aligned
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
-from flexgen_bench.kernels.attention import decode_attention, prefill_attention
+from flexgen_bench.kernels.attention import (
+    PlainSegment,
+    decode_attention,
+    prefill_attention,
+)
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
 from flexgen_bench.models.family import ModelFamily
@@ -193,8 +197,9 @@ class BlockRun:
         segments = (
             self._kv.attend_moved(step, k, v) if moved else self._kv.attend_in_memory(step, k, v)
         )
-        mask = self._kv.prompt_mask(batch, step.part, q.device)
-        out = decode_attention(q, segments, mask, self._scale)
+        padding = self._kv.padding(batch, step.part, q.device)
+        plain = [PlainSegment(keys, values) for keys, values in segments]
+        out = decode_attention(q, plain, padding, self._scale)
         (self._attended_host if for_accelerator else self._attended)[step.stage, step.part] = out
 
     def _move_attention(self, step: Step) -> None:

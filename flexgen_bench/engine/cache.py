@@ -8,6 +8,7 @@ from torch import Tensor
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.device import Device
+from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVHome, KVRegion, Segment
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.schedule.job import Job, MicroBatch, Span
@@ -41,7 +42,7 @@ class BlockCache:
             tuple[int, int], Tensor
         ] = {}  # one token's K/V (2, S, G, D) on the compute device
         self._new_host: dict[tuple[int, int], Tensor] = {}
-        self._masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
+        self._paddings: dict[tuple[int, int, torch.device], Padding | None] = {}
         layers = shape.num_layers
         for batch, layouts in zip(job.batches, job.kv_layouts, strict=True):
             for part, (span, layout) in enumerate(zip(batch.kv, layouts, strict=True)):
@@ -145,15 +146,14 @@ class BlockCache:
         """Whether this ATTEND reads a cache that was moved to an accelerator."""
         return self._job.has_accelerator and step.lane is Lane.GPU and span.tier is not Tier.GPU
 
-    def prompt_mask(self, batch: MicroBatch, part: int, device: torch.device) -> Tensor | None:
-        """(S, P), True where a prompt slot holds a token; None if all do."""
+    def padding(self, batch: MicroBatch, part: int, device: torch.device) -> Padding | None:
+        """Which prompt slots hold a token; None if all do."""
         key = (batch.index, part, device)
-        if key not in self._masks:
+        if key not in self._paddings:
             span = batch.kv[part]
             lengths = torch.tensor(batch.prompt_lens[span.start : span.stop])
-            mask = torch.arange(batch.padded_len)[None, :] < lengths[:, None]
-            self._masks[key] = None if bool(mask.all()) else mask.to(device)
-        return self._masks[key]
+            self._paddings[key] = Padding.of(lengths, batch.padded_len, device)
+        return self._paddings[key]
 
     def _staging(
         self, pool: dict[tuple[int, int], Tensor], key: tuple[int, int], what: str, tier: Tier

@@ -1,0 +1,96 @@
+"""Decode attention with torch's operators, on any device.
+
+S sequences, H query heads, G KV heads, R = H / G query heads to a KV head, D head dim, T cached tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.kernels.segments import Padding, Segment
+from flexgen_bench.kernels.value_share import drop_small, kept
+
+
+def attend_with_torch(
+    q: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    scale: float,
+    value_share: float = 1.0,
+    slots: Sequence[int] | None = None,
+) -> Tensor:
+    """See ``attention.decode_attention``."""
+    if slots is None:
+        return _attend(q, segments, padding, scale, value_share)
+    outputs = []
+    row = 0
+    for start, stop in _contiguous(slots):
+        part = [segment.part(start, stop) for segment in segments]
+        pad = padding and padding.part(start, stop)
+        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share))
+        row += stop - start
+    if not outputs:
+        return q.new_empty(0, q.shape[1] * q.shape[2])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend(
+    q: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    scale: float,
+    value_share: float,
+) -> Tensor:
+    """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
+    key is read once."""
+    sequences, heads, dim = q.shape
+    groups = segments[0].heads
+    folded = q.reshape(sequences * groups, heads // groups, dim)
+    scores = []
+    for segment in segments:
+        keys = segment.keys(q.dtype).flatten(0, 1)
+        scores.append(torch.bmm(folded, keys.transpose(1, 2)).float())
+    if padding is not None:
+        first = scores[0].view(sequences, heads, -1)
+        first.masked_fill_(~padding.mask[:, None, :], float("-inf"))
+    joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    weights = torch.softmax(joined.mul_(scale), dim=-1)
+    if value_share < 1:
+        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share)
+    pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)
+    out: Tensor | None = None
+    for piece, segment in zip(pieces, segments, strict=True):
+        values = segment.values(q.dtype).flatten(0, 1)
+        out = torch.bmm(piece, values) if out is None else out.baddbmm_(piece, values)
+    assert out is not None, "attention over no segment"
+    return out.reshape(sequences, heads * dim)
+
+
+def _use_share(
+    weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float
+) -> None:
+    """weights (S, H, T over all segments): those of value rows that are not used become 0.
+
+    No value row is skipped in memory: on an accelerator the rows are there already, and on a processor the native kernel
+    reads only those it uses.
+    """
+    sequences, _, tokens = weights.shape
+    first = segments[0].tokens
+    lengths = [first] * sequences if padding is None else padding.lengths.tolist()
+    later = tokens - first
+    last = [tokens - 1 if later else length - 1 for length in lengths]
+    drop_small(weights, last, [kept(value_share, length + later) for length in lengths])
+
+
+def _contiguous(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of neighbours: [0, 1, 4, 5, 6] -> [(0, 2), (4, 7)]."""
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], slot + 1)
+        else:
+            runs.append((slot, slot + 1))
+    return runs
