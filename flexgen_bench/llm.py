@@ -11,6 +11,7 @@ from typing import Any
 
 from flexgen_bench.config import default_cache_dir, hardware_profile, list_models, model_spec
 from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import HardwareProfile
@@ -59,6 +60,8 @@ class LLM:
 
     model: a name from conf/model, a checkpoint folder, a .gguf file, a hub id ("facebook/opt-1.3b") or a ModelSpec.
     policy: a Policy, or None to let the engine choose one that fits each job.
+    lossy: what the engine's own choice may change of the results: ``Lossy(weights=Compression(4))`` quantizes weights. A
+        given policy brings its own.
     gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
     offload_dir: where KV cache and activations spill to disk. cache_dir: where weights are kept, packed.
     dtype: "float32", "bfloat16", "float16", or None for the checkpoint's own. threads: of the compute lane.
@@ -79,7 +82,9 @@ class LLM:
         dtype: str | DType | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
+        lossy: Lossy = EXACT,
     ) -> None:
+        self._lossy = _agreed(lossy, policy)
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
@@ -103,6 +108,7 @@ class LLM:
                 chosen,
                 cache,
                 lambda done, total: self._progress("convert", done, total),
+                self._lossy.weights,
             )
             self._tokenizer = TextTokenizer(checkpoint)
             if policy is not None:  # refuse a policy that does not fit now, not at the first prompt
@@ -188,7 +194,9 @@ class LLM:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
-            policy = self._weights.choose_policy(self._device, self._offload_dir, requests)
+            policy = self._weights.choose_policy(
+                self._device, self._offload_dir, requests, lossy=self._lossy
+            )
             self._engine = self._weights.engine(policy, self._device, self._offload_dir)
         assert self._engine is not None, "closed"
         return self._engine
@@ -220,6 +228,22 @@ class LLM:
         before, both = self._tokenizer.encode_pair(context, continuation, index)
         check_prompt(self.shape, index, both, 1)
         return ScoreRequest(both, before)
+
+
+def _agreed(lossy: Lossy, policy: Policy | None) -> Lossy:
+    """What changes the results: as the policy says, if there is one."""
+    if not isinstance(lossy, Lossy):
+        raise UserError("lossy", lossy, "a Lossy")
+    if policy is None:
+        return lossy
+    if lossy not in (EXACT, policy.lossy):
+        raise UserError(
+            "lossy",
+            str(lossy),
+            f"that of the policy ({policy.lossy}), where a policy is given",
+            "Leave it out, or put it into the policy: Policy(..., lossy=...).",
+        )
+    return policy.lossy
 
 
 def _checkpoint(

@@ -6,7 +6,7 @@ every record and table names them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
@@ -55,6 +55,11 @@ class Compression:
         """Bytes of a row: codes, scales and smallest values."""
         return self.code_bytes(row) + self.groups(row) * GROUP_PARAMETER_BYTES
 
+    def __str__(self) -> str:
+        """``4-bit``; a group size other than the usual one is named, so that equal names mean equal results."""
+        usual = self.group_size == Compression.group_size
+        return f"{self.bits}-bit" if usual else f"{self.bits}-bit/{self.group_size}"
+
     def to_dict(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size}
 
@@ -86,9 +91,14 @@ class Lossy:
     def is_exact(self) -> bool:
         return self == EXACT
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The names of the fields that change something."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+
     def __str__(self) -> str:
-        parts = [f"{c.bits}-bit weights" for c in (self.weights,) if c]
-        parts += [f"{c.bits}-bit KV" for c in (self.kv_cache,) if c]
+        parts = [f"{self.weights} weights"] if self.weights else []
+        parts += [f"{self.kv_cache} KV"] if self.kv_cache else []
         if self.value_share < 1:
             parts.append(f"{self.value_share:.0%} of V")
         return ", ".join(parts) or "exact"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
@@ -36,14 +38,15 @@ class PackedWeights:
         dtype: DType,
         cache: Path,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        compression: Compression | None = None,
     ) -> PackedWeights:
         """Open the packed store of a checkpoint, converting it first if need be.
 
-        progress gets (bytes done, bytes in all). Raises UserError or StoreError for what is wrong with the checkpoint.
+        compression: of the weight matrices, quantized from the checkpoint's own dtype. progress gets (bytes done, bytes in all). Raises UserError or StoreError for what is wrong with the checkpoint.
         """
         checkpoint = Checkpoint(folder)
         try:
-            kind, shape, packed = _read(checkpoint, dtype)
+            kind, shape, packed = _read(checkpoint, dtype, compression)
             plan = store_plan(kind, shape, packed, dtype)
             store = open_or_convert(checkpoint, plan, _stores(cache), progress)
         finally:
@@ -51,10 +54,12 @@ class PackedWeights:
         return PackedWeights(kind, shape, dtype, packed, store)
 
     @staticmethod
-    def is_packed(folder: Path, dtype: DType, cache: Path) -> bool:
+    def is_packed(
+        folder: Path, dtype: DType, cache: Path, compression: Compression | None = None
+    ) -> bool:
         """Whether ``from_checkpoint`` would have nothing to convert."""
         checkpoint = Checkpoint(folder)
-        kind, shape, packed = _read(checkpoint, dtype)
+        kind, shape, packed = _read(checkpoint, dtype, compression)
         return is_complete(checkpoint, store_plan(kind, shape, packed, dtype), _stores(cache))
 
     def choose_policy(
@@ -63,18 +68,26 @@ class PackedWeights:
         offload_dir: Path,
         requests: Sequence[Request],
         block_size: int | None = None,
+        lossy: Lossy = EXACT,
     ) -> Policy:
-        """A policy for these requests on this device. A little is kept back: the engine looks at what is free again."""
+        """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. A little is kept back: the engine looks at what is free again."""
         free = {
             tier: int(count * 0.98)
             for tier, count in device.available(make_writable(offload_dir, "offload_dir")).items()
         }
         return default_policy(
-            self.shape, self.packed, self.dtype, device.hardware, requests, free, block_size
+            self.shape, self.packed, self.dtype, device.hardware, requests, free, block_size, lossy
         )
 
     def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
-        """Weights placed by ``policy`` on ``device``."""
+        """Weights placed by ``policy`` on ``device``. UserError if the policy wants them compressed in another way."""
+        if policy.lossy.weights != self.packed.compression:
+            raise UserError(
+                "policy.lossy.weights",
+                _words(policy.lossy.weights),
+                f"{_words(self.packed.compression)}: that is how these weights are packed",
+                "Change the policy, or pack the weights again with this compression.",
+            )
         return Engine(
             self.family,
             self.shape,
@@ -91,7 +104,15 @@ def _stores(cache: Path) -> Path:
     return cache / "packed"
 
 
-def _read(checkpoint: Checkpoint, dtype: DType) -> tuple[ModelFamily, ModelShape, PackedModel]:
+def _words(compression: Compression | None) -> str:
+    if compression is None:
+        return "uncompressed"
+    return f"{compression.bits} bits in groups of {compression.group_size}"
+
+
+def _read(
+    checkpoint: Checkpoint, dtype: DType, compression: Compression | None
+) -> tuple[ModelFamily, ModelShape, PackedModel]:
     shape = shape_from_config(checkpoint.config, checkpoint.folder.name)
     kind = family(shape.family)
-    return kind, shape, pack(shape, kind.inventory(shape), dtype)
+    return kind, shape, pack(shape, kind.inventory(shape), dtype, compression)

@@ -18,7 +18,8 @@ from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.generation import Generation, Running, ScoreRequest, Scoring
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.memory.weight_store import StoredTensor, StorePlan, WeightStore
+from flexgen_bench.memory.stored_tensor import StoredTensor
+from flexgen_bench.memory.weight_store import StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.memory_plan import (
     MemoryPlan,
@@ -253,6 +254,8 @@ def store_plan(
             e.num_bytes,
             e.tensor.sources,
             e.tensor.source_rows,
+            e.compression,
+            e.params_offset if e.compression else 0,
         )
         for e in packed.entries
     }
@@ -265,6 +268,7 @@ def store_plan(
         dtype=dtype,
         prefixes=family.prefixes,
         description=shape.to_dict(),
+        compression=packed.compression,
     )
 
 

@@ -1,10 +1,13 @@
-"""A model's weights in their places: resident blobs, staging slots, embedding tables read by row."""
+"""A model's weights in their places: resident blobs, staging slots, embedding tables read by row.
+
+Compressed weights are held, staged and loaded compressed. They are used in one of two ways: as they are, by kernels that
+unpack a tile at a time (``QuantizedWeight``), or unpacked once per pass into a plain slot by a DEQUANTIZE step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from flexgen_bench.core.errors import StoreError
@@ -12,6 +15,8 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.table_rows import rows_in_memory, rows_on_disk
+from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view, views
 from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import PAGE, allocate
@@ -32,7 +37,9 @@ class Weights:
         tiers: list[Tier],
         device: Device,
         slots: int,
+        plain_slots: int = 0,
     ) -> None:
+        """slots: staging slots, each for the largest streamed unit; plain_slots: each for the largest unit unpacked."""
         self._packed = packed
         self._dtype = TORCH_DTYPES[dtype]
         self._tiers = tiers
@@ -57,11 +64,17 @@ class Weights:
         self._slots = [
             device.allocate(device.compute_tier, largest) for _ in range(slots if largest else 0)
         ]
+        unpacked = max(unit.plain_bytes for unit in packed.units)
+        self._plain_slots = [
+            device.allocate(device.compute_tier, unpacked)
+            for _ in range(plain_slots if unpacked else 0)
+        ]
         device.settle()
         self._host_slots = [
             device.allocate(Tier.CPU, largest) for _ in range(slots if from_disk else 0)
         ]
-        self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        self._views: dict[tuple[int, int], Mapping[str, Weight]] = {}
+        self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
 
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
@@ -77,29 +90,37 @@ class Weights:
             source = memory[unit.offset - base :][: unit.num_bytes]
         self._slots[step.slot][: source.numel()].copy_(source, non_blocking=True)
 
-    def of(self, step: Step) -> Mapping[str, Tensor]:
-        """The tensors of the step's unit by name, on the compute tier: in place, or in the step's slot."""
-        key = (step.unit, step.slot)
-        if key not in self._views:
-            self._views[key] = self._make_views(*key)
-        return self._views[key]
+    def dequantize(self, step: Step) -> None:
+        """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's plain slot."""
+        unpack(self._packed_views(step.unit, step.slot), self._unpacked(step.unit, step.plain))
+
+    def of(self, step: Step) -> Mapping[str, Weight]:
+        """The tensors of the step's unit by name, on the compute tier.
+
+        In its plain slot, if it names one: only plain tensors then. Else in place or in its slot, where compressed ones
+        are compressed.
+        """
+        if step.plain >= 0:
+            return self._unpacked(step.unit, step.plain)
+        return self._packed_views(step.unit, step.slot)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Rows of an embedding table, from wherever it lies: (N,) indices -> (N, E)."""
+        """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E)."""
         entry = next(t for t in self._packed.tables if t.tensor.spec.name == name)
         if self._tiers[0] is Tier.DISK:
-            return self._rows_from_disk(entry, indices)
+            return rows_on_disk(self._file, entry, indices, self._dtype)
         memory, base = self._resident[0]
-        table = _view(memory, entry, base, self._dtype)
-        return table.index_select(0, indices.to(table.device))
+        return rows_in_memory(view(memory, entry, base, self._dtype), indices)
 
     def close(self) -> None:
         """Release the memory now; views that are still held elsewhere would keep it."""
         self._file.close()
         self._views.clear()
+        self._plain_views.clear()
         self._resident.clear()
         self._slots.clear()
         self._host_slots.clear()
+        self._plain_slots.clear()
 
     def _load_resident(self) -> None:
         """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it."""
@@ -139,16 +160,19 @@ class Weights:
         """Tables on disk are read by single rows later; check them as a whole now."""
         window = allocate(64 * MIB)
         for entry in self._packed.tables:
-            start, found = entry.offset // PAGE * PAGE, 0
-            stop = entry.offset + entry.num_bytes
-            for offset in range(start, stop, window.numel()):
-                size = min(window.numel(), -(-(stop - offset) // PAGE) * PAGE)
-                self._file.read(offset, window[:size])
-                first = max(entry.offset - offset, 0)
-                part = window[first : min(size, stop - offset)]
-                found = checksum(part.numpy().data, found)
-            if found != self._checksums.get(entry.offset):
-                raise self._corrupt(entry)
+            for first, count in entry.parts:
+                if self._checksum_on_disk(first, count, window) != self._checksums.get(first):
+                    raise self._corrupt(entry)
+
+    def _checksum_on_disk(self, first: int, count: int, window: Tensor) -> int:
+        """Of ``count`` bytes of the file, read through ``window``."""
+        start, stop, found = first // PAGE * PAGE, first + count, 0
+        for offset in range(start, stop, window.numel()):
+            size = min(window.numel(), -(-(stop - offset) // PAGE) * PAGE)
+            self._file.read(offset, window[:size])
+            part = window[max(first - offset, 0) : min(size, stop - offset)]
+            found = checksum(part.numpy().data, found)
+        return found
 
     def _read_unit(self, index: int, into: Tensor) -> None:
         unit = self._packed.units[index]
@@ -161,9 +185,10 @@ class Weights:
             self._verified.add(index)
 
     def _verify(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
-        data = memory[entry.offset - base :][: entry.num_bytes]
-        if checksum(data.numpy().data) != self._checksums.get(entry.offset):
-            raise self._corrupt(entry)
+        for offset, count in entry.parts:
+            data = memory[offset - base :][:count]
+            if checksum(data.numpy().data) != self._checksums.get(offset):
+                raise self._corrupt(entry)
 
     def _corrupt(self, entry: PackedEntry) -> StoreError:
         return StoreError(
@@ -171,32 +196,24 @@ class Weights:
             f"Delete {self._file.path.parent} to convert the checkpoint again."
         )
 
-    def _rows_from_disk(self, entry: PackedEntry, indices: Tensor) -> Tensor:
-        """Read just the pages that hold the wanted rows; a row is far smaller than its table."""
-        width = entry.tensor.spec.shape[1]
-        size = width * self._dtype.itemsize
-        wanted, back = torch.unique(indices.cpu(), return_inverse=True)
-        window = allocate((-(-size // PAGE) + 1) * PAGE)
-        rows = torch.empty((len(wanted), width), dtype=self._dtype)
-        for place, row in enumerate(wanted.tolist()):
-            first = entry.offset + row * size
-            start = first // PAGE * PAGE
-            length = -(-(first + size - start) // PAGE) * PAGE
-            self._file.read(start, window[:length])
-            rows[place] = window[first - start :][:size].view(self._dtype)
-        return rows[back]
+    def _packed_views(self, index: int, slot: int) -> Mapping[str, Weight]:
+        key = (index, slot)
+        if key not in self._views:
+            self._views[key] = self._make_views(*key)
+        return self._views[key]
 
-    def _make_views(self, index: int, slot: int) -> Mapping[str, Tensor]:
+    def _make_views(self, index: int, slot: int) -> Mapping[str, Weight]:
         unit = self._packed.units[index]
         if slot >= 0:
-            memory, base = self._slots[slot], unit.offset
-        elif unit.entries:
-            memory, base = self._resident[index]
-        else:
+            return views(self._slots[slot], unit, unit.offset, self._dtype)
+        if not unit.entries:
             return {}
-        return {e.tensor.spec.name: _view(memory, e, base, self._dtype) for e in unit.entries}
+        memory, base = self._resident[index]
+        return views(memory, unit, base, self._dtype)
 
-
-def _view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> Tensor:
-    flat = memory[entry.offset - base :][: entry.num_bytes].view(dtype)
-    return flat.view(entry.tensor.spec.shape)
+    def _unpacked(self, index: int, plain: int) -> Mapping[str, Tensor]:
+        key = (index, plain)
+        if key not in self._plain_views:
+            unit = self._packed.units[index]
+            self._plain_views[key] = plain_views(self._plain_slots[plain], unit, self._dtype)
+        return self._plain_views[key]

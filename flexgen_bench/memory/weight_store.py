@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
 from flexgen_bench.memory.checkpoint import Checkpoint
-from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.direct_file import disk_error
+from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
 FORMAT_VERSION = 1
+COMPRESSED_VERSION = 1  # of codes and parameters; plain stores stay valid when it changes
 TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
     DType.BFLOAT16: torch.bfloat16,
@@ -36,40 +38,35 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-    sources: tuple[str, ...]
-    rows: tuple[int, ...]  # rows each source must have
-
-
-@dataclass(frozen=True)
 class StorePlan:
-    """What a store holds: groups of tensors (written and noted as one), total size, dtype, name prefixes."""
+    """What a store holds: groups of tensors (written and noted as one), total size, dtype, name prefixes.
+
+    compression: of the tensors that have one; part of the fingerprint.
+    """
 
     groups: tuple[tuple[StoredTensor, ...], ...]
     file_bytes: int
     dtype: DType
     prefixes: tuple[str, ...]
     description: Mapping[str, Any]
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)
 class WeightStore:
-    """A complete store: the packed file, and the checksum of every tensor by its offset."""
+    """A complete store: the packed file, and checksums by offset (of a tensor, or of its codes and its parameters)."""
 
     path: Path
     checksums: Mapping[int, int]
 
 
 def fingerprint(plan: StorePlan, files: list[Path]) -> str:
-    """Changes whenever the checkpoint's files, the model or the format do."""
+    """Changes whenever the checkpoint's files, the model, the format or the compression do."""
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = json.dumps([FORMAT_VERSION, plan.dtype, plan.description, stamp], sort_keys=True)
+    what: list[Any] = [FORMAT_VERSION, plan.dtype, plan.description, stamp]
+    if plan.compression is not None:
+        what += [COMPRESSED_VERSION, plan.compression.to_dict()]
+    text = json.dumps(what, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -81,8 +78,8 @@ def open_or_convert(
 ) -> WeightStore:
     """The store for this checkpoint, converted first if it does not exist yet.
 
-    progress is called with (bytes done, bytes in all). Raises StoreError if a tensor is missing, misshapen or not
-    finite, or if the disk is full; what was converted until then is kept and used by the next attempt.
+    progress is called with (bytes done, bytes in all). Raises StoreError if a tensor is missing, misshapen, not
+    finite, or (compressed) outside float16, or if the disk is full; what was converted until then is kept and used by the next attempt.
     """
     folder = make_writable(cache, "cache_dir") / fingerprint(plan, checkpoint.files)
     with _locked(folder):
@@ -153,6 +150,7 @@ def _convert(
             "dtype": plan.dtype.value,
             "file_bytes": plan.file_bytes,
             "description": dict(plan.description),
+            "compression": plan.compression and plan.compression.to_dict(),
             "checksums": checksums,
         }
         _write_durably(folder / "manifest.json", json.dumps(manifest))
@@ -186,18 +184,24 @@ def _write_durably(path: Path, text: str) -> None:
 def _write_group(
     fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[StoredTensor, ...]
 ) -> dict[str, int]:
-    """Write the tensors of one group; returns their checksums by offset."""
+    """Write the tensors of one group; returns checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
-        cursor, found = stored.offset, 0
-        for source, rows in zip(stored.sources, stored.rows, strict=True):
-            tensor = _find(checkpoint, plan, source)
-            _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
-            data = _bytes_of(tensor.to(TORCH_DTYPES[plan.dtype]))
-            found = checksum(data, found)
-            cursor += _write_all(fd, data, cursor)
-        sums[str(stored.offset)] = found
+        found = write_tensor(
+            fd, stored, _sources(checkpoint, plan, stored), TORCH_DTYPES[plan.dtype]
+        )
+        sums |= {str(offset): value for offset, value in found.items()}
     return sums
+
+
+def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> Iterator[Tensor]:
+    """The checkpoint tensors that one packed tensor is made of, checked, one at a time."""
+    for source, rows in zip(stored.sources, stored.rows, strict=True):
+        tensor = _find(checkpoint, plan, source)
+        _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
+        if stored.compression is not None:
+            _check_range(tensor, source, checkpoint)
+        yield tensor.detach()  # some .bin files hold parameters that want gradients
 
 
 def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:
@@ -221,13 +225,12 @@ def _check(tensor: Tensor, expected: tuple[int, ...], source: str, checkpoint: C
         raise StoreError(f"tensor {source} in {checkpoint.folder} holds NaN or infinite values.")
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
-    return done
+def _check_range(tensor: Tensor, source: str, checkpoint: Checkpoint) -> None:
+    """A group's smallest value and scale are kept in float16."""
+    limit = torch.finfo(torch.float16).max
+    least, most = (float(v) for v in tensor.aminmax())
+    if max(-least, most) > limit:
+        raise StoreError(
+            f"tensor {source} in {checkpoint.folder} holds values from {least:g} to {most:g}; compressed weights lie "
+            f"within {limit:g} of zero (float16). Use this model without policy.lossy.weights."
+        )

@@ -2,7 +2,8 @@
 
 Tensors are given and returned as flattened tokens, so that prompts of different lengths share one matrix
 product without padding: N = tokens of all sequences of a micro-batch, H = query heads, G = KV heads, D = head
-dim, E = embedding width. ``ops`` is ``flexgen_bench.kernels.ops`` (or another set of kernels with its names);
+dim, E = embedding width. A weight is a tensor, or what ``ops.linear`` takes in its place (a compressed one): formulas
+only hand weights to ``ops``. ``ops`` is ``flexgen_bench.kernels.ops`` (or another set of kernels with its names);
 passing it in keeps torch out of this package.
 """
 
@@ -19,7 +20,7 @@ from flexgen_bench.core.model import ModelShape, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weights = Mapping[str, "Tensor"]
+Weights = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

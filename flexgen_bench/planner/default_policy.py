@@ -8,7 +8,9 @@ what does not fit goes a tier down.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
@@ -29,17 +31,20 @@ def default_policy(
     requests: Sequence[Request],
     available: Mapping[Tier, int],
     block_size: int | None = None,
+    lossy: Lossy = EXACT,
 ) -> Policy:
     """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
 
-    block_size: sequences per block to aim at; None means the whole job.
+    block_size: sequences per block to aim at; None means the whole job. lossy: goes into the policy as it is; ``packed``
+    is compressed accordingly.
     """
     wanted = min(block_size or len(requests), len(requests))
     # The worst block there can be: a micro-batch pads prompts to its longest and runs to its longest answer.
     worst = Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
     job = [worst] * wanted
     refusal: DoesNotFit | None = None
-    for policy in _candidates(hardware, wanted):
+    for candidate in _candidates(hardware, wanted):
+        policy = replace(candidate, lossy=lossy)
         batches = form_batches(job, range(min(wanted, policy.block_size)), policy)
         try:
             plan_block(shape, packed, dtype, policy, hardware, batches).check(hardware, available)

@@ -2,12 +2,18 @@
 
 File order: [embedding weights][tables, token table last][head][layer 0][layer 1]... With tied embeddings the head
 reads the token table and its own weights as one extent, because they are neighbours; without, only its own.
+
+Compressed weights: every matrix that is multiplied with or gathered from by token is quantized in groups along its last
+(input) dimension, so that a row of codes and its parameters speak for themselves: rows of a table are gathered alone, and any
+range of output rows is unpacked alone. (The original groups along the output dimension, where a row needs the parameters of
+63 others.) Position tables, norms and biases stay as they are: they are small, and added rather than multiplied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES, Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.models.family import Inventory, PackedTensor
 from flexgen_bench.schedule.job import UnitKind
@@ -18,11 +24,38 @@ TENSOR_ALIGN = 64  # tensors start on a cache line
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """One tensor at ``offset`` bytes from the start of the file."""
+    """One tensor at ``offset`` bytes from the start of the file.
+
+    A compressed one is all its codes, (rows, code bytes of a row), then from ``params_offset`` all its parameters,
+    (rows, groups, 2) in float16. num_bytes covers both, and the gap between them.
+    """
 
     tensor: PackedTensor
     offset: int
     num_bytes: int
+    compression: Compression | None = None
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a compressed tensor's codes."""
+        assert self.compression is not None, "only compressed tensors have codes"
+        rows, columns = self.tensor.spec.shape
+        return rows * self.compression.code_bytes(columns)
+
+    @property
+    def params_offset(self) -> int:
+        return _align(self.offset + self.code_bytes, TENSOR_ALIGN)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of what is written and checked as one: the tensor, or its codes and its parameters."""
+        if self.compression is None:
+            return ((self.offset, self.num_bytes),)
+        stop = self.offset + self.num_bytes
+        return (
+            (self.offset, self.code_bytes),
+            (self.params_offset, stop - self.params_offset),
+        )
 
 
 @dataclass(frozen=True)
@@ -30,6 +63,8 @@ class PackedUnit:
     """The extent that one load of a unit reads, and the tensors in it.
 
     home_bytes: what the unit occupies where it lives; a tied token table counts with the embedding.
+    plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that; () and 0 if nothing
+    in the unit is compressed, so that there is nothing to unpack.
     """
 
     index: int
@@ -39,6 +74,8 @@ class PackedUnit:
     entries: tuple[PackedEntry, ...]
     home_bytes: int
     num_values: int
+    plain_offsets: tuple[int, ...] = ()
+    plain_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +87,7 @@ class PackedModel:
     entries: tuple[PackedEntry, ...]  # every tensor once, in file order
     file_bytes: int
     tied: bool
+    compression: Compression | None = None
 
     @property
     def head(self) -> PackedUnit:
@@ -60,11 +98,16 @@ def _align(offset: int, to: int) -> int:
     return -(-offset // to) * to
 
 
-def pack(shape: ModelShape, inventory: Inventory, dtype: DType) -> PackedModel:
-    """Lay out every weight of a model; pure arithmetic."""
-    width = dtype.bytes
+def pack(
+    shape: ModelShape,
+    inventory: Inventory,
+    dtype: DType,
+    compression: Compression | None = None,
+) -> PackedModel:
+    """Lay out every weight of a model; pure arithmetic. dtype: of what is not compressed, and of what is unpacked."""
     cursor = 0
     everything: list[PackedEntry] = []
+    uncompressed = inventory.tables[:-1]  # positions
 
     def place(tensors: tuple[PackedTensor, ...], align: int) -> tuple[PackedEntry, ...]:
         nonlocal cursor
@@ -72,7 +115,8 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType) -> PackedModel:
         placed = []
         for tensor in tensors:
             cursor = _align(cursor, TENSOR_ALIGN)
-            entry = PackedEntry(tensor, cursor, tensor.spec.num_values * width)
+            is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
+            entry = _entry(tensor, cursor, dtype, compression if is_matrix else None)
             placed.append(entry)
             cursor += entry.num_bytes
         everything.extend(placed)
@@ -82,15 +126,17 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType) -> PackedModel:
         index: int, kind: UnitKind, entries: tuple[PackedEntry, ...], start: int, home: int
     ) -> PackedUnit:
         stop = max((e.offset + e.num_bytes for e in entries), default=start)
-        values = sum(e.tensor.spec.num_values for e in entries)
+        offsets, plain_bytes = _unpacked(entries, dtype)
         return PackedUnit(
-            index,
-            kind,
-            start,
-            _align(stop - start, EXTENT_ALIGN) if entries else 0,
-            entries,
-            home,
-            values,
+            index=index,
+            kind=kind,
+            offset=start,
+            num_bytes=_align(stop - start, EXTENT_ALIGN) if entries else 0,
+            entries=entries,
+            home_bytes=home,
+            num_values=sum(e.tensor.spec.num_values for e in entries),
+            plain_offsets=offsets,
+            plain_bytes=plain_bytes,
         )
 
     embed = place(inventory.embed, EXTENT_ALIGN)
@@ -125,4 +171,28 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType) -> PackedModel:
         tuple(everything),
         _align(cursor, EXTENT_ALIGN),
         inventory.tied,
+        compression,
     )
+
+
+def _entry(
+    tensor: PackedTensor, offset: int, dtype: DType, compression: Compression | None
+) -> PackedEntry:
+    if compression is None:
+        return PackedEntry(tensor, offset, tensor.spec.num_values * dtype.bytes)
+    rows, columns = tensor.spec.shape
+    codes = _align(rows * compression.code_bytes(columns), TENSOR_ALIGN)
+    params = rows * compression.groups(columns) * GROUP_PARAMETER_BYTES
+    return PackedEntry(tensor, offset, codes + params, compression)
+
+
+def _unpacked(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int, ...], int]:
+    """Where each tensor of a unit lies once all are unpacked, and the bytes in all; nothing if none is compressed."""
+    if not any(e.compression for e in entries):
+        return (), 0
+    offsets, cursor = [], 0
+    for entry in entries:
+        cursor = _align(cursor, TENSOR_ALIGN)
+        offsets.append(cursor)
+        cursor += entry.tensor.spec.num_values * dtype.bytes
+    return tuple(offsets), cursor

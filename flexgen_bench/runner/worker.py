@@ -121,6 +121,12 @@ class Worker:
         if accelerator not in kind.capabilities.accelerators:
             known = ", ".join(kind.capabilities.accelerators)
             raise CannotRun(f"{self.spec.system} runs on {known}, not on {accelerator}")
+        refused = [n for n in self.spec.lossy.changed if n not in kind.capabilities.lossy]
+        if refused:
+            keys = ", ".join(f"policy.lossy.{name}" for name in refused)
+            raise CannotRun(
+                f"{self.spec.system} cannot follow {keys} ({self.spec.lossy}): it computes with what the checkpoint holds"
+            )
         files = ModelFiles(self.job.checkpoint, self.job.scratch, self.job.cache)
         return kind(self.spec, files)
 

@@ -34,6 +34,7 @@ class Capabilities:
     accelerators: tuple[str, ...] = ("none", "cuda")
     needs: tuple[str, ...] = ()  # importable modules it cannot work without
     reference: bool = False  # its tokens are what the others' are compared with
+    lossy: tuple[str, ...] = ()  # fields of core.compression.Lossy that it can follow
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ _stage = logging.getLogger("flexgen_bench.stage")
 class FlexGenSystem(System):
     """The engine under the cell's policy, or under one that fits the cell's memory."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("none", "cuda", "emulated"))
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        accelerators=("none", "cuda", "emulated"), lossy=("weights",)
+    )
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -36,10 +38,12 @@ class FlexGenSystem(System):
         Device.open(self.spec.hardware, self.spec.threads)
 
     def is_prepared(self) -> bool:
-        return PackedWeights.is_packed(self.files.checkpoint, self.spec.dtype, self.files.cache)
+        return PackedWeights.is_packed(
+            self.files.checkpoint, self.spec.dtype, self.files.cache, self.spec.lossy.weights
+        )
 
     def prepare(self) -> None:
-        """Pack the checkpoint's weights, once per model and dtype."""
+        """Pack the checkpoint's weights, once per model, dtype and compression."""
         self._pack()
 
     def _pack(self) -> PackedWeights:
@@ -47,7 +51,7 @@ class FlexGenSystem(System):
             _stage.info("packing weights", extra={"progress": ("convert", done, total, "B")})
 
         return PackedWeights.from_checkpoint(
-            self.files.checkpoint, self.spec.dtype, self.files.cache, tell
+            self.files.checkpoint, self.spec.dtype, self.files.cache, tell, self.spec.lossy.weights
         )
 
     def load(self, batch_size: int) -> None:
@@ -60,6 +64,7 @@ class FlexGenSystem(System):
             self.files.scratch,
             [Request(workload.prompt_len, workload.gen_len)] * workload.num_prompts,
             batch_size,
+            self.spec.lossy,
         )
         self._engine = weights.engine(policy, device, self.files.scratch)
 

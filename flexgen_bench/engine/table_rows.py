@@ -1,0 +1,54 @@
+"""Rows of an embedding table, from memory or from disk; compressed rows are unpacked alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES
+from flexgen_bench.engine.weight_views import Weight
+from flexgen_bench.kernels.quantization import dequantize
+from flexgen_bench.memory.direct_file import DirectFile
+from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.planner.units import PackedEntry
+
+
+def rows_in_memory(table: Weight, indices: Tensor) -> Tensor:
+    """(N,) indices -> (N, E), on the table's device."""
+    if isinstance(table, Tensor):
+        return table.index_select(0, indices.to(table.device))
+    wanted = indices.to(table.codes.device)
+    codes, params = table.codes.index_select(0, wanted), table.params.index_select(0, wanted)
+    return dequantize(codes, params, table.shape[1], table.compression, table.dtype)
+
+
+def rows_on_disk(
+    file: DirectFile, entry: PackedEntry, indices: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(N,) indices -> (N, E). Reads just the pages that hold the wanted rows: a row is far smaller than its table."""
+    width = entry.tensor.spec.shape[1]
+    wanted, back = torch.unique(indices.cpu(), return_inverse=True)
+    rows = wanted.tolist()
+    if entry.compression is None:
+        found = _read(file, entry.offset, width * dtype.itemsize, rows).view(dtype)
+        return found[back]
+    groups = entry.compression.groups(width)
+    codes = _read(file, entry.offset, entry.compression.code_bytes(width), rows)
+    params = _read(file, entry.params_offset, groups * GROUP_PARAMETER_BYTES, rows)
+    params = params.view(torch.float16).view(len(rows), groups, 2)
+    return dequantize(codes, params, width, entry.compression, dtype)[back]
+
+
+def _read(file: DirectFile, base: int, size: int, rows: Sequence[int]) -> Tensor:
+    """Rows of ``size`` bytes of a table that starts at ``base``: uint8 (rows, size)."""
+    window = allocate((-(-size // PAGE) + 1) * PAGE)
+    found = torch.empty((len(rows), size), dtype=torch.uint8)
+    for place, row in enumerate(rows):
+        first = base + row * size
+        start = first // PAGE * PAGE
+        length = -(-(first + size - start) // PAGE) * PAGE
+        file.read(start, window[:length])
+        found[place] = window[first - start :][:size]
+    return found

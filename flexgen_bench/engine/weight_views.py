@@ -1,0 +1,52 @@
+"""A unit's bytes seen as named tensors: plain ones, compressed ones, and compressed ones unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.kernels.quantization import QuantizedWeight, dequantize
+from flexgen_bench.planner.units import PackedEntry, PackedUnit
+
+# What kernels.ops takes as a weight.
+Weight = Tensor | QuantizedWeight
+
+
+def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> Weight:
+    """One tensor in ``memory`` (uint8), whose first byte is that at ``base`` of the file."""
+    shape = entry.tensor.spec.shape
+    parts = [memory[offset - base :][:count] for offset, count in entry.parts]
+    if entry.compression is None:
+        return parts[0].view(dtype).view(shape)
+    rows, columns = shape
+    codes = parts[0].view(rows, entry.compression.code_bytes(columns))
+    params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
+    return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype)
+
+
+def views(memory: Tensor, unit: PackedUnit, base: int, dtype: torch.dtype) -> Mapping[str, Weight]:
+    """All tensors of a unit by name."""
+    return {e.tensor.spec.name: view(memory, e, base, dtype) for e in unit.entries}
+
+
+def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """Where the tensors of a unit go when it is unpacked into ``memory`` (uint8)."""
+    found = {}
+    for entry, offset in zip(unit.entries, unit.plain_offsets, strict=True):
+        spec = entry.tensor.spec
+        flat = memory[offset:][: spec.num_values * dtype.itemsize].view(dtype)
+        found[spec.name] = flat.view(spec.shape)
+    return found
+
+
+def unpack(packed: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> None:
+    """Fill ``plain`` with all of a unit, so that whoever uses it needs the packed bytes no longer."""
+    for name, out in plain.items():
+        weight = packed[name]
+        if isinstance(weight, Tensor):
+            out.copy_(weight, non_blocking=True)
+        else:
+            columns = weight.shape[1]
+            dequantize(weight.codes, weight.params, columns, weight.compression, out.dtype, out=out)

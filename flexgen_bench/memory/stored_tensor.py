@@ -1,0 +1,90 @@
+"""One tensor of a packed store: from the checkpoint tensors it is made of to its bytes in the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES, Compression
+from flexgen_bench.kernels.quantization import quantize
+from flexgen_bench.memory.checksum import checksum
+
+# Values quantized at once, so that the codes of a large embedding are not held as a whole.
+BLOCK_VALUES = 1 << 23
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
+
+    compression: None, or how its rows are quantized; its codes are at ``offset`` then, its parameters at ``params_offset``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    sources: tuple[str, ...]
+    rows: tuple[int, ...]  # rows each source must have
+    compression: Compression | None = None
+    params_offset: int = 0
+
+
+def write_tensor(
+    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype
+) -> dict[int, int]:
+    """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset."""
+    if stored.compression is None:
+        return _Region(fd, stored.offset).filled_with(source.to(dtype) for source in sources)
+    codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
+    for source in sources:
+        for block in _row_blocks(source):
+            found = quantize(block, stored.compression)
+            codes.append(found[0])
+            params.append(found[1])
+    columns, rows = stored.shape[1], stored.shape[0]
+    assert codes.written == rows * stored.compression.code_bytes(columns)
+    assert params.written == rows * stored.compression.groups(columns) * GROUP_PARAMETER_BYTES
+    return codes.checksums | params.checksums
+
+
+class _Region:
+    """A run of bytes in the file, written from its start, and the checksum of what was."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self._fd, self._offset = fd, offset
+        self._sum, self.written = 0, 0
+
+    def append(self, tensor: Tensor) -> None:
+        data = _bytes_of(tensor)
+        self._sum = checksum(data, self._sum)
+        self.written += _write_all(self._fd, data, self._offset + self.written)
+
+    def filled_with(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        for tensor in tensors:
+            self.append(tensor)
+        return self.checksums
+
+    @property
+    def checksums(self) -> dict[int, int]:
+        return {self._offset: self._sum}
+
+
+def _row_blocks(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.split(max(1, BLOCK_VALUES // tensor.shape[1]))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
+    return done
