@@ -142,7 +142,8 @@ def _refusals(cells: Sequence[Cell], cache: Path) -> dict[str, Refusal]:
 
 def _label(cell: Cell) -> str:
     spec = cell.spec
-    parts = [cell.name, spec.system, spec.model.shape.name, spec.workload.name]
+    lossy = "" if spec.lossy.is_exact else f"({spec.lossy})"
+    parts = [cell.name, spec.system, lossy, spec.model.shape.name, spec.workload.name]
     return " ".join(filter(None, parts))
 
 

@@ -46,7 +46,7 @@ UNKNOWN = "-"
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of one row, in the order of ``HEADERS``; a line break is where a narrow table may break."""
     return (
-        row.system,
+        row.label,
         _headline(row),
         UNKNOWN if row.batch_size is None else str(row.batch_size),
         row.lowest_tier or UNKNOWN,
@@ -76,7 +76,7 @@ def heading(row: Row) -> str:
 def failures(rows: Sequence[Row]) -> list[str]:
     """One line for every row that has no figures: who, how it ended, and the whole reason."""
     return [
-        f"{r.system}: {STATUS_WORDS[r.status]}. {one_line(r.reason, _LONG_REASON)}"
+        f"{r.label}: {STATUS_WORDS[r.status]}. {one_line(r.reason, _LONG_REASON)}"
         for r in rows
         if r.status is not Status.OK
     ]
@@ -103,7 +103,12 @@ def legend(rows: Sequence[Row]) -> list[str]:
         )
     if any(r.best for r in rows):
         lines.append(
-            "The fastest of each table is marked (* or bold); only ok, MEASURED rows compete."
+            "The fastest of each table is marked (* or bold); only ok, MEASURED, exact rows compete."
+        )
+    if any(r.lossy for r in rows):
+        lines.append(
+            "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
+            "with the reference, and it is not marked fastest."
         )
     marks = [f"({MARKS[e]}) = {e.value}" for e in Evidence if MARKS[e] and _occurs(e, rows)]
     if marks:

@@ -109,9 +109,9 @@ def _texts(rows: Sequence[Row]) -> list[str]:
                 break
             lines += [f"Prompt {index + 1}{_prompt(told, index)}", ""]
             writers: dict[str, list[str]] = {}
-            for row in sorted(told, key=lambda r: r.system):
+            for row in sorted(told, key=lambda r: r.label):
                 text = one_line(str(_listed(row, "texts")[index]), _SHOWN_CHARACTERS)
-                writers.setdefault(text, []).append(row.system)
+                writers.setdefault(text, []).append(row.label)
             lines += [
                 f"- {escape(', '.join(who))}: {escape(text)}" for text, who in writers.items()
             ]
@@ -142,7 +142,7 @@ def _prompt(rows: Sequence[Row], index: int) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of a system's figures must know, each note once per system."""
-    notes = {(r.system, note) for r in rows for note in _facts(r.stored.record)}
+    notes = {(r.label, note) for r in rows for note in _facts(r.stored.record)}
     if not notes:
         return []
     return ["## Notes", "", *(f"- {escape(s)}: {escape(n)}" for s, n in sorted(notes)), ""]

@@ -20,7 +20,7 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import format_bytes
-from flexgen_bench.report.same_tokens import Agreement, compare_group
+from flexgen_bench.report.same_tokens import Agreement, compare_group, lossy_of
 from flexgen_bench.store.reader import StoredRecord
 
 
@@ -60,7 +60,8 @@ class Row:
     """One cell of the benchmark. ``group``: only rows of equal group may be compared.
 
     Figures are None unless the cell ended OK: a failed or invalid run has a reason, not a speed.
-    ``best``: highest generation throughput among the OK, MEASURED rows of its group.
+    ``best``: highest generation throughput among the OK, MEASURED rows of its group that compute the model exactly.
+    lossy: what the run changed of the results ("4-bit weights"); "" for an exact one.
     """
 
     group: str
@@ -87,7 +88,13 @@ class Row:
     memory: Memory
     disk: DiskReads | None
     same_tokens: Agreement
+    lossy: str = ""
     best: bool = False
+
+    @property
+    def label(self) -> str:
+        """The system, and what makes its results differ: a lossy run is never shown as the system's plain one."""
+        return f"{self.system} ({self.lossy})" if self.lossy else self.system
 
 
 def build_rows(records: Sequence[StoredRecord]) -> list[Row]:
@@ -158,6 +165,7 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         memory=_memory(record, hardware),
         disk=_disk_reads(record),
         same_tokens=agreement,
+        lossy="" if lossy_of(record).is_exact else str(lossy_of(record)),
     )
 
 
@@ -205,11 +213,14 @@ def kernel_read_bytes(record: Record) -> int | None:
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
-    """Mark the fastest row, where "fastest" means something: OK, MEASURED, one machine, more than one such row."""
+    """Mark the fastest row, where "fastest" means something: OK, MEASURED, exact, one machine, more than one such row."""
     fair = [
         r
         for r in rows
-        if r.status is Status.OK and r.evidence is Evidence.MEASURED and r.generation is not None
+        if r.status is Status.OK
+        and r.evidence is Evidence.MEASURED
+        and r.generation is not None
+        and not r.lossy
     ]
     if len(fair) < 2 or len({r.machine for r in fair}) > 1:
         return rows
@@ -224,7 +235,7 @@ def _speed(row: Row) -> float:
 def _order(row: Row) -> tuple[Any, ...]:
     return (
         *(row.model, row.dtype, row.workload, row.hardware, row.group),
-        *(-_speed(row), row.system, row.stored.path.name),
+        *(-_speed(row), row.label, row.stored.path.name),
     )
 
 

@@ -6,21 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many prompts got exactly the reference's tokens. ``total`` None: nothing to compare with."""
+    """How many prompts got exactly the reference's tokens. ``total`` None: nothing to compare with.
+
+    is_lossy: a compressed run need not say the same; how well it does is a matter of accuracy, not of being right.
+    """
 
     is_reference: bool = False
+    is_lossy: bool = False
     equal: int | None = None
     total: int | None = None
 
     def __str__(self) -> str:
         if self.is_reference:
             return "reference"
+        if self.is_lossy:
+            return "not compared: lossy"
         if self.equal is None or self.total is None:
             return "-"
         if self.equal == self.total:
@@ -32,20 +39,28 @@ def compare_group(records: Sequence[Record]) -> list[Agreement]:
     """One agreement per record of a comparable group, in order.
 
     The reference is the record whose ``outputs["reference"]`` is true; with none, or several whose tokens
-    differ, nothing is compared. A record with another number of prompts equals the reference in none.
+    differ, nothing is compared. Lossy runs are not compared, and are no reference. A record with another number of prompts equals the reference in none.
     """
     references = [r for r in records if _is_reference(r)]
     answers = [_tokens(r) for r in references]
-    if not answers or any(answer != answers[0] for answer in answers):
-        return [Agreement()] * len(records)
-    return [_agreement(r, answers[0]) for r in records]
+    agreed = bool(answers) and all(answer == answers[0] for answer in answers)
+    return [_agreement(r, answers[0] if agreed else None) for r in records]
+
+
+def lossy_of(record: Record) -> Lossy:
+    """What a run was allowed to change of the results; a spec that says nothing is exact."""
+    return Lossy.from_dict(record.spec.get("lossy"))
 
 
 def _agreement(record: Record, wanted: list[Any] | None) -> Agreement:
+    if not lossy_of(record).is_exact:
+        return Agreement(is_lossy=True)
+    if wanted is None:
+        return Agreement()
     if _is_reference(record):
         return Agreement(is_reference=True)
     got = _tokens(record)
-    if not got or wanted is None:
+    if not got:
         return Agreement()
     same_prompts = len(got) == len(wanted)
     equal = sum(g == w for g, w in zip(got, wanted, strict=True)) if same_prompts else 0
@@ -56,6 +71,7 @@ def _is_reference(record: Record) -> bool:
     """Only a whole run can be what others are held against."""
     return (
         record.status is Status.OK
+        and lossy_of(record).is_exact
         and record.outputs.get("reference") is True
         and bool(_tokens(record))
     )

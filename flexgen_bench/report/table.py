@@ -119,6 +119,7 @@ def csv_values(row: Row, results_dir: Path) -> Iterator[tuple[str, object]]:
     yield from (
         ("suite", record.suite),
         ("system", row.system),
+        ("lossy", row.lossy),
         ("model", row.model),
         ("weights", row.weights),
         ("dtype", row.dtype),

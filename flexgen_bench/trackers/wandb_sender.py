@@ -15,6 +15,7 @@ from typing import Any
 from flexgen_bench.core.metrics import metrics, summaries
 from flexgen_bench.core.record import Record
 from flexgen_bench.report.rows import build_rows
+from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.report.table import csv_values
 from flexgen_bench.store.reader import StoredRecord, read_record
 from flexgen_bench.store.schema import encode
@@ -52,7 +53,8 @@ def run_config(record: Record) -> dict[str, Any]:
     """The run's configuration: the resolved spec, and everything else a record tells about the circumstances."""
     data = encode(record)
     spec = data["spec"]
-    named = {"system": spec.get("system"), "dtype": spec.get("dtype")}
+    lossy = str(lossy_of(record))
+    named = {"system": spec.get("system"), "dtype": spec.get("dtype"), "lossy": lossy}
     for part, inner in (
         ("model", spec.get("model", {}).get("shape", {})),
         ("workload", spec.get("workload", {})),
@@ -101,6 +103,8 @@ def _send_record(wandb: Any, stored: StoredRecord, options: Mapping[str, Any]) -
     config = run_config(record)
     name = f"{config['system']} {config['model']} {config['workload']}"
     tags = [record.status.value, record.evidence.value, str(config["system"])]
+    if not lossy_of(record).is_exact:
+        name, tags = f"{name} ({config['lossy']})", [*tags, str(config["lossy"])]
     run, trouble = _start(
         wandb, options, name=name, suite=record.suite, job_type="cell", config=config, tags=tags
     )
