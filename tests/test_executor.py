@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from flexgen_bench.core.errors import OutOfMemory
+from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine import timeline
 from flexgen_bench.engine.executor import Executor, LaneSettings
+from flexgen_bench.engine.progress import Aborted, Failure, Progress
+from flexgen_bench.engine.throttle import Throttle
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 LANES = {lane: LaneSettings() for lane in Lane}
@@ -109,9 +116,174 @@ def test_use_counts_steps_and_bytes() -> None:
 
 def test_a_throttled_link_takes_at_least_bytes_over_bandwidth() -> None:
     executor = Executor({**LANES, Lane.H2D: LaneSettings(bytes_per_s=1e6)})
+    start = time.perf_counter()
     for unit in range(4):
         executor.submit(step(Lane.H2D, unit, writes="a", size=10_000), lambda s: None)
     executor.drain()
+    wall = time.perf_counter() - start
     busy = executor.use()[Lane.H2D].busy_s
     executor.close()
-    assert busy >= 4 * 10_000 / 1e6
+    assert wall >= busy >= 4 * 10_000 / 1e6 - 1e-9
+
+
+class _LateClock:
+    """A clock on which every sleep ends 1 s late."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("flexgen_bench.engine.throttle.time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + 1.0
+
+
+def test_sleeps_that_end_late_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every transfer of a busy link once began when the sleep of the one before had ended: 200 us took 300."""
+    clock = _LateClock(monkeypatch)
+    link = Throttle(bytes_per_s=1.0)
+    held = [link.hold(10, clock.now, was_waiting=True) for _ in range(50)]
+    assert held == [(10.0 * i, 10.0 * (i + 1)) for i in range(50)]
+    assert clock.now == 50 * 10 + 1
+
+
+def test_a_link_that_was_idle_has_nothing_to_catch_up_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _LateClock(monkeypatch)
+    link = Throttle(bytes_per_s=1.0)
+    assert link.hold(10, 0.0, was_waiting=False) == (0.0, 10.0)
+    clock.now = 100.0
+    assert link.hold(10, 100.0, was_waiting=False) == (100.0, 110.0)
+    clock.now = 150.0  # a copy that took longer than the link would have
+    assert link.hold(10, 111.0, was_waiting=True) == (110.0, 150.0)
+    assert link.hold(10, 150.0, was_waiting=True) == (150.0, 160.0)
+
+
+def test_the_timeline_holds_every_step_of_every_lane() -> None:
+    executor = Executor({**LANES, Lane.H2D: LaneSettings(bytes_per_s=1e9)})
+    for unit in range(5):
+        executor.submit(step(Lane.H2D, unit, writes="a", size=100), lambda s: None)
+        executor.submit(step(Lane.CPU, unit, reads="a", writes="b"), lambda s: None)
+    executor.drain()
+    lanes, use = executor.timeline().lanes, executor.use()
+    executor.close()
+    assert set(lanes) == {str(lane) for lane in Lane}
+    assert lanes["h2d"].bytes_per_s == 1e9
+    assert lanes["gpu"].bytes_per_s is None
+    for lane, did in use.items():
+        slices = list(lanes[lane])
+        assert len(lanes[lane]) == len(slices) == did.steps
+        assert [s.unit for s in slices] == list(range(did.steps))
+        assert sum(s.bytes for s in slices) == did.bytes
+        assert sum(s.seconds for s in slices) == pytest.approx(did.busy_s)
+        ends = [0.0, *(s.end_s for s in slices)]
+        assert all(s.begin_s >= end for s, end in zip(slices, ends, strict=False))
+    assert {s.kind for s in lanes["h2d"]} == {"load_weights"}
+    loads, reads = list(lanes["h2d"]), list(lanes["cpu"])
+    assert all(r.end_s >= w.end_s for w, r in zip(loads, reads, strict=True))
+
+
+def test_a_long_job_keeps_its_beginning_and_counts_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timeline.Room.__init__, "__defaults__", (7,))
+    executor = Executor(LANES, overlap=False)
+    for unit in range(10):
+        executor.submit(step(Lane.CPU, unit), lambda s: None)
+    executor.drain()
+    found = executor.timeline()
+    executor.close()
+    assert [s.unit for s in found.lanes["cpu"]] == list(range(7))
+    assert found.dropped == found.lanes["cpu"].dropped == 3
+    assert executor.use()[Lane.CPU].steps == 10
+
+
+@pytest.mark.parametrize(
+    ("error", "tier"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "gpu"),
+        (MemoryError("cannot allocate 4096 bytes of host memory"), "cpu"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "cpu"),
+    ],
+)
+def test_memory_that_runs_out_in_a_step_says_where_and_what_to_do(
+    error: BaseException, tier: str
+) -> None:
+    executor = Executor(LANES)
+    executor.submit(step(Lane.H2D, 7, writes="a"), _fail(error))
+    with pytest.raises(OutOfMemory, match="another process may have taken the memory") as caught:
+        executor.drain()
+    executor.close()
+    message = str(caught.value)
+    assert f"out of memory on tier {tier} in step load_weights of unit 7 (lane h2d)" in message
+    assert str(error).splitlines()[0].rstrip(".") in message
+    assert "\n" not in message
+    assert caught.value.status is Status.OOM
+    assert caught.value.__cause__ is error
+
+
+def test_any_other_error_tells_which_step_it_was() -> None:
+    executor = Executor(LANES)
+    doing = Step(Lane.CPU, StepKind.ATTEND, 3, part=1)
+    executor.submit(doing, _fail(ValueError("odd")))
+    with pytest.raises(ValueError, match="odd") as caught:
+        executor.drain()
+    executor.close()
+    assert caught.value.__notes__ == ["in step attend of unit 3 (lane cpu, part 1)"]
+
+
+def test_only_who_waits_for_what_is_done_is_woken() -> None:
+    progress, woken = Progress(Failure()), []
+
+    def waiter(number: int) -> None:
+        progress.wait(number)
+        woken.append(number)
+
+    threads = [threading.Thread(target=waiter, args=(n,)) for n in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for number in (1, 2):
+        progress.reach(number)
+    threads[0].join(20)
+    assert woken == [2]
+    for number in (3, 4):
+        progress.reach(number)
+    threads[1].join(20)
+    assert woken == [2, 4]
+    assert not progress.wait(4), "what is done needs no waiting"
+
+
+def test_a_failure_wakes_who_waits_for_a_step_that_will_not_come() -> None:
+    failure = Failure()
+    progress, raised = Progress(failure), threading.Event()
+
+    def waiter() -> None:
+        try:
+            progress.wait(1)
+        except Aborted:
+            raised.set()
+
+    thread = threading.Thread(target=waiter)
+    thread.start()
+    failure.set(OSError("first"))
+    failure.set(OSError("second"))
+    progress.wake_all()
+    thread.join(20)
+    assert raised.is_set()
+    assert str(failure.error) == "first"
+
+
+def test_many_lanes_under_contention_lose_no_wakeup() -> None:
+    """Chains across all lanes, driven from outside with waits in between: a lost wakeup would hang here."""
+    executor = Executor(LANES)
+    lanes = list(Lane)
+    for unit in range(2000):
+        ticket = executor.submit(
+            step(lanes[unit % len(lanes)], unit, reads="a", writes="a"), lambda s: None
+        )
+        if unit % 7 == 0:
+            executor.wait([ticket])
+    executor.drain()
+    assert sum(use.steps for use in executor.use().values()) == 2000
+    executor.close()

@@ -55,3 +55,15 @@ class CannotRun(RuntimeError):
     def __init__(self, reason: str, status: Status = Status.UNAVAILABLE) -> None:
         super().__init__(reason)
         self.status = status
+
+
+class OutOfMemory(CannotRun):
+    """A tier's memory ran out in the middle of a step, although the plan fitted. Ends a cell as ``oom``."""
+
+    def __init__(self, tier: str, doing: str, cause: str, action: str) -> None:
+        self.tier, self.doing = tier, doing
+        super().__init__(
+            f"out of memory on tier {tier} in {doing}: {cause}. "
+            f"The plan fitted; another process may have taken the memory: {action}",
+            Status.OOM,
+        )

@@ -1,0 +1,145 @@
+"""One lane: a thread that carries out its steps in order, each when what it waits for is done."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine.progress import Aborted, Failure, Progress
+from flexgen_bench.engine.step_errors import explain
+from flexgen_bench.engine.throttle import Throttle
+from flexgen_bench.engine.timeline import LaneLog
+from flexgen_bench.schedule.steps import Step
+
+Action = Callable[[Step], None]
+
+
+@dataclass
+class LaneUse:
+    """What a lane did: steps, seconds it worked, bytes its steps moved."""
+
+    steps: int = 0
+    busy_s: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """How a lane runs. threads: torch threads of its own; bytes_per_s: throttle of an emulated link;
+    stream: the CUDA stream it issues to."""
+
+    threads: int = 1
+    bytes_per_s: float | None = None
+    stream: torch.cuda.Stream | None = None
+
+
+@dataclass(slots=True)
+class Task:
+    """A step with its number on its lane, and the steps of other lanes that must be done first."""
+
+    step: Step
+    number: int
+    waits: list[tuple[LaneWorker, int]]
+    action: Action
+
+
+class LaneWorker:
+    """One lane on the host: its inbox, its thread, how far it has come, and what it did."""
+
+    def __init__(self, lane: Lane, settings: LaneSettings, failure: Failure, log: LaneLog) -> None:
+        self.lane, self.settings, self.log = lane, settings, log
+        self.use = LaneUse()
+        self.progress = Progress(failure)  # steps finished (on a stream: issued)
+        self._failure = failure
+        self._throttle = Throttle(settings.bytes_per_s) if settings.bytes_per_s else None
+        self._inbox: SimpleQueue[Task | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=f"lane-{lane}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, task: Task) -> None:
+        self._inbox.put(task)
+
+    def end(self) -> None:
+        """End the thread after what is in its inbox, or at once if a lane has failed."""
+        self._inbox.put(None)
+        self.progress.wake_all()
+
+    def join(self) -> None:
+        """Until the thread has come to an end."""
+        self._thread.join()
+
+    def wait(self, number: int) -> bool:
+        """Block the calling thread until the ``number``-th step has really finished; whether that took waiting."""
+        return self.progress.wait(number)
+
+    def wait_for(self, other: LaneWorker, number: int) -> bool:
+        """Let this lane's next step begin after a step of another lane; whether that took waiting."""
+        return other.wait(number)
+
+    def run(self, task: Task, was_waiting: bool) -> None:
+        """One step, timed. was_waiting: it could have begun as soon as the lane was free."""
+        step = task.step
+        begin = time.perf_counter()
+        task.action(step)
+        if self._throttle is not None:
+            begin, end = self._throttle.hold(step.bytes, begin, was_waiting)
+        else:
+            end = time.perf_counter()
+        self.account(step, begin, end)
+
+    def collect(self) -> None:
+        """Account for what has ended since; a lane on the host does so at once."""
+
+    def settle(self) -> None:
+        """Once the thread has ended: until nothing that it was given is running elsewhere."""
+
+    def account(self, step: Step, begin_s: float, end_s: float) -> None:
+        """Add a step that is over, with its times on the host's clock."""
+        use = self.use
+        use.steps += 1
+        use.busy_s += end_s - begin_s
+        use.bytes += step.bytes
+        self.log.add(step, begin_s, end_s)
+
+    def _loop(self) -> None:
+        try:
+            torch.get_num_threads()  # torch takes its own default on a thread's first use: have that first
+            torch.set_num_threads(self.settings.threads)
+            # Entered once for all steps: each of these costs more than the rest of a step's overhead.
+            with torch.inference_mode(), self._context():
+                self._work()
+        except Aborted:
+            pass
+        except BaseException as error:  # handed to the caller by Executor
+            self._failure.set(error)
+        finally:
+            self.progress.wake_all()  # whoever waits for this lane must learn that it has ended
+
+    def _context(self) -> contextlib.AbstractContextManager[object]:
+        """What the thread is in while it works."""
+        return contextlib.nullcontext()
+
+    def _work(self) -> None:
+        while True:
+            was_waiting = not self._inbox.empty()
+            task = self._inbox.get()
+            if task is None or self._failure.error is not None:
+                return
+            for other, number in task.waits:
+                if self.wait_for(other, number):
+                    was_waiting = False
+            try:
+                self.run(task, was_waiting)
+            except BaseException as error:
+                explain(error, task.step)
+                raise
+            self.progress.reach(task.number)

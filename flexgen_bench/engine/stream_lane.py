@@ -1,0 +1,112 @@
+"""A lane on a CUDA stream: its thread issues work and goes on; events on the device say when it is done.
+
+Waits between stream lanes are events on the device. Only a host lane that needs a stream's result waits for it, asleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import torch
+
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine.lane import LaneSettings, LaneWorker, Task
+from flexgen_bench.engine.progress import Failure
+from flexgen_bench.engine.timeline import LaneLog
+from flexgen_bench.schedule.steps import Step
+
+# The driver tells the time between two events as milliseconds in 32 bits: to the microsecond for 8 s, no longer.
+_EXACT_MS = 8000.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An event of the device, and when it happened on the host's clock (seconds)."""
+
+    event: torch.cuda.Event
+    time_s: float
+
+    @staticmethod
+    def record(stream: torch.cuda.Stream) -> Origin:
+        """The present. Waits for what the stream was given before."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        event.synchronize()
+        return Origin(event, time.perf_counter())
+
+    def time_of(self, event: torch.cuda.Event) -> float:
+        """When an event that is over happened, on the host's clock."""
+        return self.time_s + float(self.event.elapsed_time(event)) / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A step that the device was given, between two events."""
+
+    step: Step
+    started: torch.cuda.Event
+    ended: torch.cuda.Event
+
+
+class StreamWorker(LaneWorker):
+    """A lane whose steps are done when the device says so; ``progress`` counts what was issued."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        settings: LaneSettings,
+        failure: Failure,
+        log: LaneLog,
+        stream: torch.cuda.Stream,
+        origin: Origin,
+    ) -> None:
+        super().__init__(lane, settings, failure, log)
+        self._stream, self._origin = stream, origin
+        self._issued: dict[int, Issued] = {}  # by number; until they are over and collected
+        self._collected = 0
+
+    def wait(self, number: int) -> bool:
+        waited = super().wait(number)
+        issued = self._issued.get(number)  # what has been collected is over
+        if issued is not None and not issued.ended.query():
+            issued.ended.synchronize()
+            return True
+        return waited
+
+    def wait_for(self, other: LaneWorker, number: int) -> bool:
+        if not isinstance(other, StreamWorker):
+            return super().wait_for(other, number)
+        waited = other.progress.wait(number)
+        issued = other._issued.get(number)
+        if issued is not None:
+            self._stream.wait_event(issued.ended)
+        return waited
+
+    def run(self, task: Task, was_waiting: bool) -> None:
+        started = torch.cuda.Event(enable_timing=True)
+        # blocking: threads that wait for it sleep, where the driver would have them spin on cores the cpu lane needs.
+        ended = torch.cuda.Event(enable_timing=True, blocking=True)
+        started.record(self._stream)
+        task.action(task.step)
+        ended.record(self._stream)
+        self._issued[task.number] = Issued(task.step, started, ended)
+
+    def collect(self) -> None:
+        """Account for the steps that are over, and forget their events. Called by one thread, not the lane's own."""
+        while (issued := self._issued.get(self._collected + 1)) and issued.ended.query():
+            begin, end = (self._origin.time_of(e) for e in (issued.started, issued.ended))
+            self.account(issued.step, begin, end)
+            if end - self._origin.time_s > _EXACT_MS / 1000:
+                self._origin = Origin(issued.ended, end)
+            self._collected += 1
+            del self._issued[self._collected]
+
+    def settle(self) -> None:
+        """Until the device has done what it was given. Raises what it has failed with."""
+        self._stream.synchronize()
+
+    def _context(self) -> contextlib.AbstractContextManager[object]:
+        context: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._stream)
+        return context
