@@ -15,6 +15,7 @@ from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.runner.feasibility import weight_bytes
 from flexgen_bench.systems.contract import Generation, Progress
 
 PAD = 0  # any token will do: padding is masked out
@@ -44,7 +45,9 @@ def check_weights_fit(spec: CellSpec, checkpoint: Path, holder: str) -> None:
 
     Without this a memory-mapped checkpoint would be paged in and out, which is not "resident" any more.
     """
-    limit, need = spec.hardware.cpu_memory_bytes, checkpoint_bytes(checkpoint)
+    # A large dummy checkpoint is smaller than what it becomes in memory: its layers share their numbers on disk.
+    need = max(checkpoint_bytes(checkpoint), weight_bytes(spec.model.shape, spec.dtype))
+    limit = spec.hardware.cpu_memory_bytes
     if limit is not None and need > limit:
         raise CannotRun(
             f"{holder} keeps all weights in memory: {format_bytes(need)}, more than the "

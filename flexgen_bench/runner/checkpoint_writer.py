@@ -63,6 +63,36 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def write_repeated(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: DType,
+    get: Callable[[str], torch.Tensor],
+    first: Callable[[str], str],
+    progress: Progress,
+) -> None:
+    """Write every expected tensor as ``dtype``, those with the same ``first`` name as one piece of memory in one file.
+
+    Only torch's own format can hold a piece of memory under several names.
+    """
+    import torch
+
+    sizes = {name: math.prod(shape) * dtype.bytes for name, shape in expected.items()}
+    unique = list(dict.fromkeys(map(first, expected)))
+    total, done, made = sum(sizes[name] for name in unique), 0, {}
+    with ThreadPoolExecutor(2) as pool:
+        for name, tensor in zip(
+            unique, pool.map(lambda n: _as(get(n), dtype), unique), strict=True
+        ):
+            made[name] = tensor
+            done += sizes[name]
+            progress("convert", done, total)
+    tensors = {name: made[first(name)] for name in expected}
+    for name, shape in expected.items():
+        assert tuple(tensors[name].shape) == tuple(shape), f"{name} does not repeat {first(name)}"
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
 def _as(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
     import torch
 

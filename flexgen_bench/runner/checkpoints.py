@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError, UserError
@@ -24,8 +25,12 @@ from flexgen_bench.runner.checkpoint_writer import (
     is_complete,
     needed_bytes,
     new_folder,
+    write_repeated,
     write_weights,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger("flexgen_bench.stage")
 
@@ -116,20 +121,24 @@ def _lock(target: Path) -> Iterator[None]:
 
 
 def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progress) -> None:
-    from flexgen_bench.runner.dummy_weights import dummy_tensor
+    from flexgen_bench.runner.dummy_weights import REPEATED_FROM_BYTES, dummy_tensor, first_of
     from flexgen_bench.runner.hf_config import expected_tensors, hf_config
 
     config = hf_config(model.shape, dtype)
     expected = expected_tensors(config)
-    with new_folder(target, needed_bytes(expected, dtype)) as folder:
+
+    def get(name: str) -> torch.Tensor:
+        return dummy_tensor(name, expected[name], dtype, model.shape.num_layers, model.seed)
+
+    if needed_bytes(expected, dtype) < REPEATED_FROM_BYTES:
+        with new_folder(target, needed_bytes(expected, dtype)) as folder:
+            config.save_pretrained(folder)
+            write_weights(folder, expected, dtype, get, progress)
+        return
+    stored = {name: shape for name, shape in expected.items() if first_of(name) == name}
+    with new_folder(target, needed_bytes(stored, dtype)) as folder:
         config.save_pretrained(folder)
-        write_weights(
-            folder,
-            expected,
-            dtype,
-            lambda n: dummy_tensor(n, expected[n], dtype, model.shape.num_layers, model.seed),
-            progress,
-        )
+        write_repeated(folder, expected, dtype, get, first_of, progress)
 
 
 def _convert_gguf(

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.cell import CellSpec, ModelSpec, WeightSource
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.models.registry import family
 from flexgen_bench.runner import machine
 from flexgen_bench.runner.checkpoints import is_prepared
+from flexgen_bench.runner.dummy_weights import REPEATED_FROM_BYTES
 
 # Data sheets count a card's memory before what the driver keeps.
 _CARD_SHARE = 0.93
@@ -116,7 +117,29 @@ def _disk_bytes(spec: CellSpec) -> int:
     memory = min(hardware.cpu_memory_bytes or machine.memory_bytes(), machine.memory_bytes())
     if hardware.accelerator is Accelerator.CUDA:
         memory += max((gpu.memory_bytes or 0 for gpu in machine.local_gpus()), default=0)
-    return weights if weights <= _USABLE_SHARE * memory else 2 * weights
+    packed = _packed_bytes(spec, weights)
+    if packed <= _USABLE_SHARE * memory:
+        packed = 0
+    return checkpoint_bytes(spec.model, spec.dtype) + packed
+
+
+def _packed_bytes(spec: CellSpec, weights: int) -> int:
+    """Weights as a system keeps them: compressed if the cell says so."""
+    compression = spec.lossy.weights
+    if compression is None:
+        return weights
+    group = compression.group_size
+    return weights * compression.row_bytes(group) // (group * spec.dtype.bytes)
+
+
+def checkpoint_bytes(model: ModelSpec, dtype: DType) -> int:
+    """Bytes of a model's checkpoint; a large dummy one holds its first layer only."""
+    inventory = family(model.shape.family).inventory(model.shape)
+    whole = inventory.num_values * dtype.bytes
+    if model.weights is not WeightSource.DUMMY or whole < REPEATED_FROM_BYTES:
+        return whole
+    repeated = sum(t.spec.num_values for layer in inventory.layers[1:] for t in layer)
+    return whole - repeated * dtype.bytes
 
 
 def _described(hardware: HardwareProfile) -> str:
@@ -146,7 +169,7 @@ def _advice(
     shape = spec.model.shape
     weights = weight_bytes(shape, spec.dtype)
     resident = weights <= _USABLE_SHARE * memory
-    need = 0 if is_prepared(spec.model, spec.dtype, cache) else weights if resident else 2 * weights
+    need = 0 if is_prepared(spec.model, spec.dtype, cache) else _disk_bytes(spec)
     lines = []
     if need <= free and wrong_machine:
         how = "in memory" if resident else f"streamed from disk (takes {format_bytes(need)} of it)"
