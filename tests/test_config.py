@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from flexgen_bench.compose import composed, merged, plan
 from flexgen_bench.config import app_conf, cell_spec, conf_dir, list_models, model_spec
 from flexgen_bench.core.cell import CellSpec, WeightSource
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.policy import Placement
@@ -172,6 +173,15 @@ def test_weights_from_elsewhere(tmp_path: Path) -> None:
     assert spec("model=smollm2-135m", "weights=dummy").model.location == ""
 
 
+@pytest.mark.parametrize("policy", ["auto", "half-disk"])
+def test_what_is_lossy_is_asked_for_under_any_policy(policy: str) -> None:
+    exact, lossy = spec(f"policy={policy}"), spec(f"policy={policy}", "policy.lossy.weights=4")
+    assert exact.lossy == EXACT
+    assert lossy.lossy == Lossy(weights=Compression(4))
+    assert lossy.spec_hash != exact.spec_hash
+    assert CellSpec.from_dict(lossy.to_dict()) == lossy
+
+
 REFUSED = [
     (["model=opt-31b"], "one of llama-2-13b", "opt-30b"),
     (["gpu=t5"], "one of a100", "t4"),
@@ -187,6 +197,11 @@ REFUSED = [
     (["policy=all-gpu", "gpu=cpu"], "policy.weights.gpu", "no accelerator"),
     (["policy=half-disk", "policy.attention=gpu"], "policy.attention", "one of compute, cpu"),
     (["policy.prefetch=2"], "policy.prefetch", "policy=half-disk"),
+    (["policy.lossy.weights=5"], "policy.lossy.weights = 5", "one of 3, 4, 8, or none"),
+    (["policy=half-disk", "policy.lossy.kv_cache=2"], "policy.lossy.kv_cache = 2", "one of 3, 4, 8"),
+    (["policy.lossy.weights=4", "policy.lossy.group_size=12"], "policy.lossy.group_size", "multiple of 8"),
+    (["policy.lossy.value_share=2"], "policy.lossy.value_share", "at most 1"),
+    (["policy.lossy.bits=4"], "policy.lossy.bits", "one of policy.lossy.group_size"),
     (["system=accelerate", "system.options.offload=nvme"], "system.options.offload", "one of auto"),
     (["system=flexgen", "system.options.offload=disk"], "system.options.offload", "one system"),
     (["gpu.cpu_memory=plenty"], "gpu.cpu_memory", "2GiB"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from record_factory import GIB, make_record, make_samples, make_spec
 
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.record import Record, SystemReport
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind
@@ -156,6 +157,33 @@ def test_same_tokens_against_the_reference() -> None:
         "silent": "-",
         "elsewhere": "-",
     }
+
+
+def test_a_lossy_run_is_named_so_and_neither_compared_nor_marked_fastest() -> None:
+    four, eight = (Lossy(weights=Compression(bits)) for bits in (4, 8))
+    rows = rows_of(
+        make_record("reference", [(4.0, 4.0)], outputs={"token_ids": [[1]], "reference": True}),
+        make_record("flexgen", [(2.0, 2.0)], outputs={"token_ids": [[1]]}),
+        make_record(
+            "flexgen", [(1.0, 1.0)], outputs={"token_ids": [[7]]}, spec=make_spec("flexgen", lossy=four)
+        ),
+        make_record(
+            "lossy", outputs={"token_ids": [[9]], "reference": True}, spec=make_spec("lossy", lossy=eight)
+        ),
+    )  # fmt: skip
+    by_label = {row.label: row for row in rows}
+    assert [row.label for row in rows if row.best] == ["flexgen"]
+    assert str(by_label["flexgen"].same_tokens) == "= reference"
+    assert str(by_label["flexgen (4-bit weights)"].same_tokens) == "not compared: lossy"
+    assert str(by_label["lossy (8-bit weights)"].same_tokens) == "not compared: lossy"
+    text = to_markdown(rows)
+    assert "| flexgen (4-bit weights) |" in text
+    assert "computes with compressed numbers" in text
+    assert "compressed" not in to_markdown(rows_of(make_record("flexgen")))
+    table = list(csv.DictReader(io.StringIO(to_csv(rows, Path()))))
+    assert {(r["system"], r["lossy"]) for r in table} == {
+        ("reference", ""), ("flexgen", ""), ("flexgen", "4-bit weights"), ("lossy", "8-bit weights"),
+    }  # fmt: skip
 
 
 def test_a_failed_reference_is_no_reference() -> None:

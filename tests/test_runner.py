@@ -17,6 +17,7 @@ import pytest
 
 import flexgen_bench.runner.suite
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.record import Record, TuningProbe
@@ -124,6 +125,13 @@ def test_every_bad_end_is_a_record_and_the_suite_goes_on(suite: Any) -> None:
     assert "exact_lengths" in by_name["Short"].reason
     assert by_name["Missing"].status is Status.FAILED
     assert "Missing" in by_name["Missing"].reason
+
+
+def test_a_system_that_cannot_compress_refuses_a_lossy_cell(suite: Any) -> None:
+    """It would otherwise stand in the table as if it had computed the same thing."""
+    [record] = suite(replace(spec_of("Counting"), lossy=Lossy(weights=Compression(4))))
+    assert record.status is Status.UNAVAILABLE
+    assert "counting cannot follow policy.lossy.weights (4-bit weights)" in record.reason
 
 
 def test_unavailable_is_looked_at_again_without_leaving_copies(suite: Any, tmp_path: Path) -> None:
