@@ -11,9 +11,10 @@ from typing import Any
 
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.workload import Workload
 
 
@@ -143,6 +144,12 @@ class CellSpec:
             system_options=data["system_options"],
             lossy=Lossy.from_dict(data.get("lossy")),
         )
+
+    @property
+    def evidence(self) -> Evidence:
+        """What numbers of a run of this cell are."""
+        emulated = self.hardware.accelerator is Accelerator.EMULATED
+        return Evidence.EMULATED if emulated else Evidence.MEASURED
 
     @property
     def spec_hash(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexgen_bench.core.status import Evidence, Status
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -100,4 +100,7 @@ class Record:
     outputs: Mapping[str, Any] = field(default_factory=dict)
     validity: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    trace: str = (
+        ""  # the file with every step of the last repetition, seen from the record's folder
+    )
     schema_version: int = SCHEMA_VERSION

@@ -12,6 +12,7 @@ from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.block import BlockRun, Consumer, spill_bytes
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
@@ -45,6 +46,7 @@ class JobResult:
     decode_s: float = 0.0
     plan: MemoryPlan | None = None
     lanes: dict[Lane, LaneUse] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 class Engine:
@@ -143,7 +145,7 @@ class Engine:
             executor.drain()
         finally:
             executor.close()
-        result.lanes = executor.use()
+        result.lanes, result.timeline = executor.use(), executor.timeline()
         return result
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
-from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.record import Record, TuningProbe
-from flexgen_bench.core.status import Evidence, Status
+from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Display
@@ -145,11 +144,7 @@ def make_record(
         started_utc=started.isoformat(),
         ended_utc=datetime.now(UTC).isoformat(),
         rerun_command=rerun_command,
-        evidence=(
-            Evidence.EMULATED
-            if spec.hardware.accelerator is Accelerator.EMULATED
-            else Evidence.MEASURED
-        ),
+        evidence=spec.evidence,
         batch_size=state.batch_size,
         load_s=state.load_s,
         samples=tuple(state.samples),

@@ -14,6 +14,9 @@ from flexgen_bench.core.status import Status
 
 Prompts = list[list[int]]
 
+# Beside the state file: what ``store/trace.py`` made of the last repetition, if the system keeps a timeline.
+TRACE_FILE = "trace.json.gz"
+
 
 @dataclass(frozen=True)
 class Job:

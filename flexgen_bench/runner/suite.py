@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.runner.cell import make_record, run_cell
 from flexgen_bench.runner.environment import describe_environment
 from flexgen_bench.runner.events import Display
-from flexgen_bench.runner.job import CellState
+from flexgen_bench.runner.job import TRACE_FILE, CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
 from flexgen_bench.runner.own_records import is_own, note_own
 from flexgen_bench.runner.prepare import Prepared, preparation_key, prepare
 from flexgen_bench.store.reader import find_record, read_record
+from flexgen_bench.store.trace import write_trace
 from flexgen_bench.store.writer import write_record
 
 
@@ -105,6 +106,7 @@ class _Runner:
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
         try:
             state, cap = self._outcome(cell, workdir)
+            trace = _bytes_of(workdir / TRACE_FILE)
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
         record = make_record(
@@ -119,6 +121,8 @@ class _Runner:
         same = self._same_refusal(record)
         if same is not None:
             return same, True
+        if trace is not None and record.samples:
+            record = replace(record, trace=write_trace(record, trace, self.results_dir))
         path = write_record(record, self.results_dir)
         note_own(self.results_dir, record.run_id)
         return path, False
@@ -144,6 +148,10 @@ class _Runner:
             return None
         last = read_record(path)
         return path if (last.status, last.reason) == (record.status, record.reason) else None
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _tell_tracker(on_record: Callable[[Path], None], path: Path) -> None:

@@ -27,8 +27,9 @@ from flexgen_bench.engine.tokenization import load_tokenizer
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.extras import how_to_install
-from flexgen_bench.runner.job import CellState, Job
+from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
 from flexgen_bench.runner.probes import io_counters, peak_resident_bytes
+from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
 
 TRACEBACK_LINES, LINE_LENGTH = 12, 300
@@ -101,7 +102,11 @@ class Worker:
         self.state.report = _with_peak(system.report())
         self._judge(outputs)
         self.state.outputs = self._outputs(outputs[-1])
+        timeline = system.timeline()
         system.close()
+        if timeline is not None:  # after closing: writing it takes memory, too
+            trace = Trace(self.spec.spec_hash, self.spec.evidence, timeline)
+            self.state_path.with_name(TRACE_FILE).write_bytes(encode_trace(trace))
         self._end(self.state.status or Status.OK, self.state.reason)
 
     def _build(self) -> System:

@@ -30,6 +30,15 @@ def write_record(record: Record, results_dir: Path) -> Path:
         content = to_json(record)
     except StoreError as error:
         raise StoreError(f"cannot save record {path}: {error}") from error
+    write_new(path, content, "record")
+    return path
+
+
+def write_new(path: Path, content: bytes, what: str) -> None:
+    """Write a file that does not exist yet, whole or not at all; its folders are made.
+
+    Raises StoreError naming ``what`` it is, where, and why if it cannot be saved.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,14 +54,13 @@ def write_record(record: Record, results_dir: Path) -> Path:
             _sync_directory(folder)
     except FileExistsError as error:
         raise StoreError(
-            f"cannot save record {path}: a record of that name exists and is never overwritten. "
+            f"cannot save {what} {path}: a {what} of that name exists and is never overwritten. "
             "Every run needs a run id of its own."
         ) from error
     except OSError as error:
         raise StoreError(
-            f"cannot save record {path}: {error.strerror or error}. Make room or choose another results folder."
+            f"cannot save {what} {path}: {error.strerror or error}. Make room or choose another results folder."
         ) from error
-    return path
 
 
 def record_path(record: Record, results_dir: Path) -> Path:

@@ -8,6 +8,7 @@ A system lives in its own process (``runner/worker.py``) and is used in this ord
     system.load(batch_size) # weights in place; may be called again with another batch size while tuning
     system.generate(...)    # once per repetition
     system.report()         # after the last repetition
+    system.timeline()
     system.close()
 """
 
@@ -21,6 +22,7 @@ from typing import ClassVar
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.record import SystemReport
+from flexgen_bench.core.timeline import Timeline
 
 # Called while tokens appear: (phase "prefill" or "decode", tokens done in it, tokens of it in all).
 Progress = Callable[[str, int, int], None]
@@ -97,6 +99,10 @@ class System(ABC):
     @abstractmethod
     def report(self) -> SystemReport:
         """What was done with the memory and the links, over all calls of ``generate`` since ``load``."""
+
+    def timeline(self) -> Timeline | None:
+        """What every lane did in the last call of ``generate``; None if the system does not keep that."""
+        return None
 
     def close(self) -> None:  # noqa: B027
         """Release everything, files included."""

@@ -10,6 +10,7 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import LINKS, Lane
+from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, JobResult
@@ -33,6 +34,7 @@ class FlexGenSystem(System):
         self._engine: Engine | None = None
         self._weights: PackedWeights | None = None
         self._results: list[JobResult] = []
+        self._timeline = Timeline()
 
     def check(self) -> None:
         Device.open(self.spec.hardware, self.spec.threads)
@@ -78,6 +80,8 @@ class FlexGenSystem(System):
             for i, prompt in enumerate(prompts)
         ]
         result = self._engine.generate(sequences, progress)
+        # Only the last timeline is wanted, and the memory of the others may be what the next repetition needs.
+        self._timeline, result.timeline = result.timeline, Timeline()
         self._results.append(result)
         return Generation(
             tuple(tuple(sequence.new) for sequence in sequences), result.prefill_s, result.decode_s
@@ -116,6 +120,9 @@ class FlexGenSystem(System):
             lowest_tier=str(policy.lowest_tier),
             notes=notes,
         )
+
+    def timeline(self) -> Timeline:
+        return self._timeline
 
     def close(self) -> None:
         if self._engine is not None:
