@@ -1,6 +1,6 @@
 """Large-language-model inference beyond GPU memory, inside a reproducible benchmark.
 
-``from flexgen_bench import LLM, SamplingParams, Policy, Placement``
+``from flexgen_bench import LLM, SamplingParams, Policy, Placement, Lossy, Compression``
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 # work take the cores from the others, which makes a run on two cores several times slower. A value set outside wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from flexgen_bench.llm import LLM, Output, Score
 
-__all__ = ["LLM", "Output", "Placement", "Policy", "SamplingParams", "Score"]
+__all__ = [
+    "LLM", "Compression", "Lossy", "Output", "Placement", "Policy", "SamplingParams", "Score",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
