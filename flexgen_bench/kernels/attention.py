@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flexgen_bench.kernels.decode import attend_with_torch
+from flexgen_bench.kernels.decode_native import attend_natively
 from flexgen_bench.kernels.prefill import chunk_attention, prefill_attention
 from flexgen_bench.kernels.segments import PackedSegment, Padding, PlainSegment, Segment
 
@@ -40,4 +41,7 @@ def decode_attention(
     max(1, ceil(value_share * tokens)) of them, with the weights that they have among all tokens.
     Softmax in float32. A sequence's result depends on no other one.
     """
-    return attend_with_torch(q, segments, padding, scale, value_share, slots)
+    found = attend_natively(q, segments, padding, scale, value_share, slots)
+    if found is None:
+        found = attend_with_torch(q, segments, padding, scale, value_share, slots)
+    return found

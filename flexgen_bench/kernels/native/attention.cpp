@@ -1,0 +1,237 @@
+// Decode attention over a cache in segments: one query token of each sequence against all of its keys.
+//
+// Every row of K and then of V is read once, in the order in which it lies in memory. Between the two sweeps the scores of one
+// sequence and KV head are all there (4 bytes for each token and query head, which stay in cache), so softmax and the choice of
+// value rows are exact, and there are long sequential reads for the hardware to prefetch.
+//
+// R query heads to a KV head, D head dim. Sizes in bytes are called so, other sizes count elements.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "packed_rows.h"
+#include "row_kernels.h"
+
+namespace {
+
+struct Job {
+  const float* q;          // (rows, heads, dim)
+  float* out;              // (rows, heads, dim)
+  const int32_t* slots;    // (rows,): sequence of each row
+  const int32_t* lengths;  // (sequences,): tokens in the first segment; null: all
+  const int32_t* keep;     // (rows,): value rows to use; null: all
+  float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
+  int64_t* next;           // work is taken from here by all threads
+  int64_t rows, heads, kv_heads, dim, segments, splits;
+  float scale;
+};
+
+// What one thread needs for one KV head of one sequence.
+struct Scratch {
+  Queries queries;
+  std::vector<float> scores, acc, tile, coefficients;
+  std::vector<uint64_t> order;
+  std::vector<int32_t> chosen;
+};
+
+// The rows of one segment that belong to one KV head of one sequence, from a token on.
+struct Run {
+  const uint8_t *data, *params;
+  int64_t tokens;
+};
+
+Run run_of(const Rows& rows, int64_t sequence, int64_t head, int64_t first, int64_t tokens) {
+  const uint8_t* data =
+      rows.data + sequence * rows.stride[0] + head * rows.stride[1] + first * rows.stride[2];
+  const uint8_t* params = rows.params ? rows.params + sequence * rows.param_stride[0] +
+                                            head * rows.param_stride[1] + first * rows.param_stride[2]
+                                      : nullptr;
+  return {data, params, tokens};
+}
+
+// Calls f(rows, run, tokens before it) for the parts of [start, stop) in each segment.
+template <class F>
+void over_segments(const Job& job, const Rows* rows, int64_t sequence, int64_t head, int64_t start,
+                   int64_t stop, F f) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < job.segments; i++) {
+    const int64_t tokens = i == 0 && job.lengths ? job.lengths[sequence] : rows[i].tokens;
+    const int64_t a = std::max(start, before), b = std::min(stop, before + tokens);
+    if (a < b) f(rows[i], run_of(rows[i], sequence, head, a - before, b - a), a - start);
+    before += tokens;
+  }
+}
+
+int64_t tokens_of(const Job& job, const Rows* rows, int64_t sequence) {
+  int64_t tokens = job.lengths ? job.lengths[sequence] : rows[0].tokens;
+  for (int64_t i = 1; i < job.segments; i++) tokens += rows[i].tokens;
+  return tokens;
+}
+
+// Scores of R queries against a run of keys.
+void score_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& scratch, float* out,
+               int64_t ld) {
+  if (fused_keys(rows, run.data, run.params, run.tokens, shape, scratch.queries, scratch.coefficients, out)) return;
+  for (int64_t t = 0; t < run.tokens; t += TILE) {
+    const int64_t n = std::min<int64_t>(TILE, run.tokens - t);
+    const Plain tile = unpacked(rows, run.data, run.params, t, n, shape, scratch.tile);
+    for (int r = 0; r < shape.queries;) {
+      const int many = std::min(shape.queries - r, MOST);
+      score_tile(tile, scratch.queries, r, many, n, shape, out + r * ld + t, ld);
+      r += many;
+    }
+  }
+}
+
+// acc (R, padded) += weights times a run of values.
+void add_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& scratch,
+             const float* weights, int64_t ld) {
+  float* acc = scratch.acc.data();
+  if (fused_values(rows, run.data, run.params, run.tokens, shape, weights, scratch.coefficients, acc))
+    return;
+  for (int64_t t = 0; t < run.tokens; t += TILE) {
+    const int64_t n = std::min<int64_t>(TILE, run.tokens - t);
+    const Plain tile = unpacked(rows, run.data, run.params, t, n, shape, scratch.tile);
+    for (int r = 0; r < shape.queries;) {
+      const int many = std::min(shape.queries - r, MOST);
+      add_tile(tile, weights + r * ld + t, ld, many, n, shape, acc + r * shape.padded);
+      r += many;
+    }
+  }
+}
+
+// Scores (n, then room up to whole vectors) -> e^(score * scale - largest). Returns {largest, sum}.
+std::pair<float, float> exponentials(float* x, int64_t n, float scale) {
+  const int64_t whole = (n + L - 1) / L * L;
+  Floats high = all(-std::numeric_limits<float>::infinity());
+  for (int64_t i = n; i < whole; i++) x[i] = x[n - 1];
+  for (int64_t i = 0; i < whole; i += L) {
+    const Floats v = load<Floats>(x + i) * scale;
+    high = v > high ? v : high;
+    store(x + i, v);
+  }
+  std::fill(x + n, x + whole, -std::numeric_limits<float>::infinity());
+  float largest = high[0];
+  for (int i = 1; i < L; i++) largest = std::max(largest, high[i]);
+  Floats total{};
+  for (int64_t i = 0; i < whole; i += L) {
+    const Floats v = exp_negative(load<Floats>(x + i) - largest);
+    total += v;
+    store(x + i, v);
+  }
+  return {largest, sum(total)};
+}
+
+// The last token and the keep - 1 others of largest weight, of equal ones the earlier, in ascending order. Weights are not
+// negative, so their bits are ordered as they are.
+void choose(const float* weights, int64_t n, int64_t keep, Scratch& scratch) {
+  auto& order = scratch.order;
+  order.resize(static_cast<size_t>(n - 1));
+  for (int64_t i = 0; i < n - 1; i++) {
+    const uint64_t bits = load<uint32_t>(weights + i);
+    order[static_cast<size_t>(i)] = bits << 32 | (0xffffffffu - static_cast<uint32_t>(i));
+  }
+  const auto others = order.begin() + (keep - 1);
+  if (keep - 1 < n - 1) std::nth_element(order.begin(), others, order.end(), std::greater<>());
+  scratch.chosen.clear();
+  for (auto key = order.begin(); key != others; key++)
+    scratch.chosen.push_back(static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(*key)));
+  std::sort(scratch.chosen.begin(), scratch.chosen.end());
+  scratch.chosen.push_back(static_cast<int32_t>(n - 1));
+}
+
+// acc += weights times values, of the chosen rows of each query only.
+void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t head, int64_t n,
+                int64_t keep, const Shape& shape, Scratch& scratch, int64_t ld) {
+  for (int r = 0; r < shape.queries; r++) {
+    const float* weights = scratch.scores.data() + r * ld;
+    choose(weights, n, keep, scratch);
+    auto next = scratch.chosen.begin();
+    over_segments(job, values, sequence, head, 0, n, [&](const Rows& rows, const Run& run, int64_t before) {
+      for (; next != scratch.chosen.end() && *next < before + run.tokens; next++) {
+        const Plain row = unpacked(rows, run.data, run.params, *next - before, 1, shape, scratch.tile);
+        add_tile(row, weights + *next, ld, 1, 1, shape, scratch.acc.data() + r * shape.padded);
+      }
+    });
+  }
+}
+
+void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t item, Scratch& scratch) {
+  const int64_t split = item % job.splits, pair = item / job.splits;
+  const int64_t row = pair / job.kv_heads, head = pair % job.kv_heads;
+  const int64_t sequence = job.slots[row], queries = job.heads / job.kv_heads;
+  const Shape shape(static_cast<int>(job.dim), static_cast<int>(queries));
+  const int64_t tokens = tokens_of(job, keys, sequence);
+  const int64_t start = tokens * split / job.splits, stop = tokens * (split + 1) / job.splits;
+  const int64_t n = stop - start, ld = (n + L - 1) / L * L + L;
+  const int64_t first_head = row * job.heads + head * queries;
+
+  scratch.queries.set(job.q + first_head * job.dim, shape);
+  scratch.acc.assign(static_cast<size_t>(queries * shape.padded), 0.0f);
+  // Room for the last vector of the last query.
+  if (scratch.scores.size() < static_cast<size_t>(queries * ld + L))
+    scratch.scores.resize(static_cast<size_t>(queries * ld + L));
+  float* scores = scratch.scores.data();
+
+  over_segments(job, keys, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
+    score_run(rows, run, shape, scratch, scores + before, ld);
+  });
+  std::vector<std::pair<float, float>> totals;
+  for (int64_t r = 0; r < queries && n; r++) totals.push_back(exponentials(scores + r * ld, n, job.scale));
+  if (job.keep && job.keep[row] < n)
+    add_chosen(job, values, sequence, head, n, job.keep[row], shape, scratch, ld);
+  else
+    over_segments(job, values, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
+      add_run(rows, run, shape, scratch, scores + before, ld);
+    });
+
+  for (int64_t r = 0; r < queries; r++) {
+    const float* acc = scratch.acc.data() + r * shape.padded;
+    if (job.splits > 1) {
+      float* to = job.partial + (item * queries + r) * (job.dim + 2);
+      to[0] = n ? totals[static_cast<size_t>(r)].first : -std::numeric_limits<float>::infinity();
+      to[1] = n ? totals[static_cast<size_t>(r)].second : 0.0f;
+      std::copy(acc, acc + job.dim, to + 2);
+    } else {
+      const float scale = n ? 1 / totals[static_cast<size_t>(r)].second : 0.0f;
+      float* to = job.out + (first_head + r) * job.dim;
+      for (int64_t d = 0; d < job.dim; d++) to[d] = acc[d] * scale;
+    }
+  }
+}
+
+}  // namespace
+
+// Takes pieces of work until there are none left; any number of threads may be in here for the same job.
+extern "C" void attend(const Job* job, const Rows* keys, const Rows* values) {
+  static thread_local Scratch scratch;
+  const int64_t items = job->rows * job->kv_heads * job->splits;
+  while (true) {
+    const int64_t item = __atomic_fetch_add(job->next, 1, __ATOMIC_RELAXED);
+    if (item >= items) return;
+    attend_one(*job, keys, values, item, scratch);
+  }
+}
+
+// Joins what the splits of each head found, when all threads have returned.
+extern "C" void join_splits(const Job* job) {
+  const int64_t queries = job->heads / job->kv_heads, width = job->dim + 2;
+  for (int64_t h = 0; h < job->rows * job->heads; h++) {
+    const int64_t pair = h / queries, r = h % queries;
+    const auto part = [&](int64_t split) {
+      return job->partial + ((pair * job->splits + split) * queries + r) * width;
+    };
+    float largest = part(0)[0], total = 0;
+    for (int64_t i = 1; i < job->splits; i++) largest = std::max(largest, part(i)[0]);
+    float* out = job->out + h * job->dim;
+    std::fill(out, out + job->dim, 0.0f);
+    for (int64_t i = 0; i < job->splits; i++) {
+      const float weight = part(i)[1] > 0 ? std::exp(part(i)[0] - largest) : 0.0f;
+      total += weight * part(i)[1];
+      for (int64_t d = 0; d < job->dim; d++) out[d] += weight * part(i)[2 + d];
+    }
+    for (int64_t d = 0; d < job->dim; d++) out[d] /= total;
+  }
+}

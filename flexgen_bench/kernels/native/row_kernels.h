@@ -1,0 +1,179 @@
+// Dot products of queries with rows of keys, and weighted sums of rows of values, for a few query heads at a time.
+#pragma once
+
+#include <vector>
+
+#include "row_types.h"
+
+constexpr int MOST = L < 8 ? L : 8;  // query heads at a time
+constexpr int TILE = 64;             // rows that several sweeps read; they stay in the first-level cache
+constexpr int AHEAD = 4096;          // bytes between what is read and what is prefetched
+
+// Keys or values (S, G, T, D): where they are, strides in bytes of sequence, head and token, the type of an element.
+struct Rows {
+  const uint8_t* data;
+  int64_t stride[3];
+  const uint8_t* params;
+  int64_t param_stride[3];
+  int64_t tokens;
+  int64_t kind;   // 32: float32, 16: bfloat16, 15: float16, otherwise bits of a code
+  int64_t group;  // values to a group of codes
+};
+constexpr int64_t FLOAT32 = 32, BFLOAT16 = 16, FLOAT16 = 15;
+
+struct Shape {
+  int dim, queries, units, rest, padded;  // units: full ones; rest: elements after them; padded: elements in whole units
+  Shape(int d, int r) : dim(d), queries(r), units(d / U), rest(d % U), padded((d + U - 1) / U * U) {}
+};
+
+// Rows of plain numbers.
+struct Plain {
+  const uint8_t* data;
+  int64_t stride;
+  int64_t kind;
+};
+
+// Queries (R, padded) in the order that a type of keys wants them in.
+struct Queries {
+  std::vector<float> plain, split, dots;
+  bool are_bfloat16;
+
+  void set(const float* q, const Shape& shape) {
+    const auto size = static_cast<size_t>(shape.queries * shape.padded);
+    plain.assign(size, 0.0f), split.assign(size, 0.0f), dots.assign(size, 0.0f);
+    are_bfloat16 = true;
+    for (int r = 0; r < shape.queries; r++)
+      for (int d = 0; d < shape.dim; d++) {
+        const float value = q[r * shape.dim + d];
+        plain[static_cast<size_t>(r * shape.padded + d)] = value;
+        are_bfloat16 &= (load<uint32_t>(&value) & 0xffffu) == 0;
+      }
+    for (size_t at = 0; at < size; at += U) {
+      split_unit(plain.data() + at, split.data() + at);
+      for (int i = 0; i < U; i++)  // the upper half of each float, one after the other
+        std::memcpy(reinterpret_cast<uint8_t*>(dots.data() + at) + 2 * i,
+                    reinterpret_cast<const uint8_t*>(plain.data() + at + i) + 2, 2);
+    }
+  }
+};
+
+// q (R, padded), n rows -> out[r * ld + t]. Writes up to L - 1 floats too many, which the caller has room for.
+template <class E, int R>
+void score_rows(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape, const float* q,
+                float* out, int64_t ld) {
+  constexpr int K = L / R;  // keys at a time: one vector of scores
+  for (int64_t t = 0; t < n; t += K) {
+    Floats acc[L] = {};
+    const uint8_t* row[K];
+    for (int j = 0; j < K; j++) row[j] = data + (t + j < n ? t + j : n - 1) * stride;
+    for (int u = 0; u < shape.units; u++)
+#pragma GCC unroll 16
+      for (int j = 0; j < K; j++) {
+        const uint8_t* at = row[j] + u * U * E::size;
+        for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(at + AHEAD + line);
+        const auto key = E::key(at);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) E::multiply(acc[r * K + j], key, q + r * shape.padded + u * U);
+      }
+    if (shape.rest)
+#pragma GCC unroll 16
+      for (int j = 0; j < K; j++) {
+        const auto unit = beginning<E::size>(row[j] + shape.units * U * E::size, shape.rest);
+        const auto key = E::key(unit.bytes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+          E::multiply(acc[r * K + j], key, q + r * shape.padded + shape.units * U);
+      }
+    const Floats found = sums(acc);
+    if (R == 1) {
+      store(out + t, found);
+    } else {
+      float each[L];
+      store(each, found);
+      for (int r = 0; r < R; r++) std::memcpy(out + r * ld + t, each + r * K, K * sizeof(float));
+    }
+  }
+}
+
+// acc (R, padded) += weights[r * ld + t] * row t, for C units of each row from unit u on; the last C = 1 may be a part.
+template <class E, int R, int C>
+void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape, int u, int rest,
+                 const float* weights, int64_t ld, float* acc) {
+  Pair sum[R][C];
+  float moved[U];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < C; i++) {
+      const float* from = acc + r * shape.padded + (u + i) * U;
+      if (E::split) split_unit(from, moved), from = moved;
+      sum[r][i] = {load<Floats>(from), load<Floats>(from + L)};
+    }
+  const uint8_t* at = data + u * U * E::size;
+  for (int64_t t = 0; t < n; t++, at += stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < C; i++) {
+      const uint8_t* from = at + i * U * E::size;
+      for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(from + AHEAD + line);
+      const Pair value = C == 1 && rest ? E::pair(beginning<E::size>(from, rest).bytes) : E::pair(from);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const float weight = weights[r * ld + t];
+        sum[r][i].a += value.a * weight;
+        sum[r][i].b += value.b * weight;
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < C; i++) {
+      float* to = acc + r * shape.padded + (u + i) * U;
+      store(E::split ? moved : to, sum[r][i].a);
+      store((E::split ? moved : to) + L, sum[r][i].b);
+      if (E::split) join_unit(moved, to);
+    }
+}
+
+template <class E, int R>
+void add_rows(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape,
+              const float* weights, int64_t ld, float* acc) {
+  constexpr int C = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // at most 16 vectors of sums, so that they stay in registers
+  int u = 0;
+  for (; u + C <= shape.units; u += C)
+    add_columns<E, R, C>(data, stride, n, shape, u, 0, weights, ld, acc);
+  for (; u < shape.units; u++) add_columns<E, R, 1>(data, stride, n, shape, u, 0, weights, ld, acc);
+  if (shape.rest) add_columns<E, R, 1>(data, stride, n, shape, u, shape.rest, weights, ld, acc);
+}
+
+// f.template operator()<R>() for a number of query heads that is known only now.
+template <int R = MOST, class F>
+void with_queries(int queries, F f) {
+  if (queries == R) return f.template operator()<R>();
+  if constexpr (R > 1) with_queries<R - 1>(queries, f);
+}
+
+// Scores of queries r to r + many against n rows.
+inline void score_tile(const Plain& rows, const Queries& queries, int r, int many, int64_t n,
+                       const Shape& shape, float* out, int64_t ld) {
+  const int64_t offset = r * shape.padded;
+  with_queries(many, [&]<int R>() {
+    const auto score = [&]<class E>(const std::vector<float>& q) {
+      score_rows<E, R>(rows.data, rows.stride, n, shape, q.data() + offset, out, ld);
+    };
+    if (rows.kind == FLOAT32) return score.template operator()<Float32>(queries.plain);
+    if (rows.kind == FLOAT16) return score.template operator()<Float16>(queries.plain);
+#if defined(__AVX512BF16__)
+    if (queries.are_bfloat16) return score.template operator()<BFloat16Dot>(queries.dots);
+#endif
+    score.template operator()<BFloat16>(queries.split);
+  });
+}
+
+inline void add_tile(const Plain& rows, const float* weights, int64_t ld, int many, int64_t n,
+                     const Shape& shape, float* acc) {
+  with_queries(many, [&]<int R>() {
+    const auto add = [&]<class E>() {
+      add_rows<E, R>(rows.data, rows.stride, n, shape, weights, ld, acc);
+    };
+    if (rows.kind == FLOAT32) return add.template operator()<Float32>();
+    if (rows.kind == FLOAT16) return add.template operator()<Float16>();
+    add.template operator()<BFloat16>();
+  });
+}
