@@ -22,16 +22,12 @@ PAD = 0  # any token will do: padding is masked out
 
 
 def compute_device(spec: CellSpec) -> torch.device:
-    """Where the cell computes; limits this process's GPU memory to the profile's."""
+    """Where the cell computes."""
     if spec.hardware.accelerator is not Accelerator.CUDA:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise CannotRun("torch finds no CUDA device here")
-    device, wanted = torch.device("cuda", 0), spec.hardware.gpu_memory_bytes
-    total = torch.cuda.get_device_properties(device).total_memory
-    if wanted is not None and wanted < total:
-        torch.cuda.set_per_process_memory_fraction(wanted / total, device)
-    return device
+    return torch.device("cuda", 0)
 
 
 def torch_dtype(spec: CellSpec) -> torch.dtype:

@@ -99,6 +99,9 @@ def _machine_reasons(hardware: HardwareProfile) -> list[str]:
 def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
     gpus = machine.local_gpus()
     matching = [gpu for gpu in gpus if hardware.device_match.lower() in gpu.name.lower()]
+    if not gpus:
+        named = f" whose name contains {hardware.device_match!r}" if hardware.device_match else ""
+        return [f"there is no NVIDIA GPU{named} here"]
     if not matching:
         return [f"there is no NVIDIA GPU whose name contains {hardware.device_match!r} here"]
     if not machine.torch_has_cuda():

@@ -27,6 +27,7 @@ from flexgen_bench.engine.tokenization import load_tokenizer
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.extras import how_to_install
+from flexgen_bench.runner.gpu_cap import apply_gpu_cap
 from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
 from flexgen_bench.runner.probes import io_counters, peak_resident_bytes
 from flexgen_bench.store.trace import Trace, encode_trace
@@ -132,6 +133,9 @@ class Worker:
             raise CannotRun(
                 f"{self.spec.system} cannot follow {keys} ({self.spec.lossy}): it computes with what the checkpoint holds"
             )
+        cap = apply_gpu_cap(self.spec.hardware)
+        if cap is not None:
+            self.state.process["gpu_memory_cap"] = cap
         files = ModelFiles(self.job.checkpoint, self.job.scratch, self.job.cache)
         return kind(self.spec, files)
 
