@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flexgen_bench"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TORCH_FREE = ("core", "schedule", "planner", "store", "report", "models")
+TORCH_FREE = ("core", "schedule", "planner", "store", "report", "models", "trace")
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers"}
 MAY_IMPORT_HEAVY = ("kernels", "memory", "engine")
 BASELINES = sorted(p.name for p in (ROOT / "baselines").iterdir() if (p / "__init__.py").is_file())
@@ -74,7 +74,7 @@ def test_module(path: Path) -> None:
         assert not first & HEAVY, "starting must stay quick: import these where they are used"
     if part in TORCH_FREE:
         assert not everywhere & HEAVY, f"{part} works without torch"
-    if part in ("report", "store"):
+    if part in ("report", "store", "trace"):
         assert not uses(path, "engine", "runner", "systems"), "tables come from records alone"
     if part == "models":
         assert not uses(path, "memory", "engine", "runner", "systems")

@@ -20,7 +20,7 @@ class Room:
 
 
 class LaneLog:
-    """What one lane did; written by the lane alone."""
+    """What one lane did; written by one thread."""
 
     def __init__(self, room: Room) -> None:
         self._room = room

@@ -72,7 +72,7 @@ def read_all(results_dir: Path) -> tuple[list[StoredRecord], list[Problem]]:
     Suites are kept apart: the same cell may stand in two of them, and each has its own table.
     An absent folder holds no records. Raises StoreError if ``results_dir`` cannot be listed.
     """
-    records, problems = read_paths(_files(Path(results_dir)))
+    records, problems = read_paths(record_files(Path(results_dir)))
     newest: dict[tuple[str, str], StoredRecord] = {}
     for stored in sorted(records, key=lambda s: s.age):
         newest[suite_folder(stored.record.suite), stored.record.spec_hash] = stored
@@ -86,7 +86,7 @@ def find_record(results_dir: Path, spec_hash: str, suite: str | None = None) -> 
     """
     files = [
         path
-        for path in _files(Path(results_dir))
+        for path in record_files(Path(results_dir))
         if f"--{spec_hash}--" in path.name
         and (suite is None or path.parent.name == suite_folder(suite))
     ]
@@ -95,8 +95,8 @@ def find_record(results_dir: Path, spec_hash: str, suite: str | None = None) -> 
     return max(matching, key=lambda s: s.age).path if matching else None
 
 
-def _files(results_dir: Path) -> Iterator[Path]:
-    """The record files, sorted; hidden and temporary names are skipped."""
+def record_files(results_dir: Path) -> Iterator[Path]:
+    """The record files, sorted; hidden and temporary names are skipped. StoreError if they cannot be listed."""
     if not results_dir.exists():
         return iter(())
     try:

@@ -1,0 +1,1 @@
+"""Looking at what the lanes did in a recorded run: pictures, Perfetto, figures. Works from records alone."""
