@@ -1,28 +1,28 @@
 """What the executor itself costs per step: the steps of real jobs with actions that do nothing.
 
-``python benchmarks/step_overhead.py [--rounds 7] [--out results/benchmarks/step_overhead.json]``
+``python benchmarks/step_overhead.py [--quick] [--rounds 7] [--out results/benchmarks/step_overhead.json]``
 
-The steps come from the generator, for OPT-6.7B's shape under policies that use different lanes, and are driven as the
-engine drives them: pass by pass, waiting for the last compute step of every unit. Per step: ``wall`` of the whole job,
+The steps come from the generator, for a model's shape (nothing is loaded) under policies that use different lanes, and are driven
+as the engine drives them: pass by pass, waiting for the last compute step of every unit. Per step: ``wall`` of the whole job,
 ``generate`` (making the steps), ``submit`` (queueing them while every lane is held back) and ``execute`` (letting the
 lanes run what is queued). Rounds are interleaved, so that a busy neighbour disturbs every setting.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
+
+from common import Bar, Report, median, options
 
 from flexgen_bench.config import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
@@ -34,6 +34,7 @@ from flexgen_bench.schedule.job import Job, Work
 from flexgen_bench.schedule.steps import Step, StepKind
 from flexgen_bench.schedule.weights import WeightStream
 
+LIMIT_US = 60
 PASSES, BATCHES, BATCH_SIZE = 8, 4, 8
 HOST = HardwareProfile("host", Accelerator.NONE)
 EMULATED = HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=16 * GIB)
@@ -50,9 +51,9 @@ JOBS: dict[str, tuple[HardwareProfile, dict[str, Any]]] = {
 }
 
 
-def job_of(hardware: HardwareProfile, choices: dict[str, Any]) -> Job:
-    """One block of OPT-6.7B's shape."""
-    shape, dtype = model_spec("opt-6.7b").shape, DType.FLOAT16
+def job_of(model: str, hardware: HardwareProfile, choices: dict[str, Any]) -> Job:
+    """One block of a model's shape."""
+    shape, dtype = model_spec(model).shape, DType.FLOAT16
     policy = Policy(gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, **choices)
     requests = [Request(32, PASSES)] * policy.block_size
     batches = form_batches(requests, range(len(requests)), policy)
@@ -116,43 +117,38 @@ def settings() -> dict[Lane, LaneSettings]:
     return {lane: LaneSettings() for lane in Lane}
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Per job and figure: microseconds per step, one value per round."""
-    jobs = {name: job_of(*choices) for name, choices in JOBS.items()}
-    rows: list[dict[str, Any]] = [{"job": name} for name in jobs]
-    taken: list[dict[str, list[float]]] = [
-        {name: [] for name in ("wall", "wall_no_overlap", "generate", "submit", "execute")}
-        for _ in jobs
-    ]
-    for _ in range(rounds):
-        for row, lists, job in zip(rows, taken, jobs.values(), strict=True):
-            wall, count = run(job, overlap=True)
-            serial, _ = run(job, overlap=False)
-            row["steps"] = count
-            for name, seconds in zip(lists, (wall, serial, *in_parts(job)), strict=True):
-                lists[name].append(round(seconds / count * 1e6, 2))
-    return [row | {"us_per_step": lists} for row, lists in zip(rows, taken, strict=True)]
+def one_round(job: Job) -> dict[str, float]:
+    """Every figure once: microseconds per step."""
+    wall, count = run(job, overlap=True)
+    serial, _ = run(job, overlap=False)
+    made, submitted, executed = in_parts(job)
+    seconds = {
+        "wall": wall, "wall_no_overlap": serial, "generate": made, "submit": submitted,
+        "execute": executed,
+    }  # fmt: skip
+    return {"steps": count} | {name: round(s / count * 1e6, 2) for name, s in seconds.items()}
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        print(f"{row['job']}: {row['steps']} steps")
-        for name, values in row["us_per_step"].items():
-            low, high = min(values), max(values)
-            print(f"  {name:16} {statistics.median(values):6.1f} us/step ({low:.1f} to {high:.1f})")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows = measure(options.rounds)
-    show(rows)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"evidence": "MEASURED", "rows": rows}, indent=1) + "\n")
+def main() -> int:
+    opts = options(__doc__, rounds=7)
+    report = Report("step_overhead", Evidence.MEASURED, opts)
+    jobs = {name: job_of(opts.model, *choices) for name, choices in JOBS.items()}
+    for _ in range(opts.rounds):
+        report.rounds.append({name: one_round(job) for name, job in jobs.items()})
+    report.settings = {"passes": PASSES, "batches": BATCHES, "unit": "us per step"}
+    for name in jobs:
+        taken = {
+            key: [found[name][key] for found in report.rounds] for key in report.rounds[0][name]
+        }
+        walls = tuple(wall / LIMIT_US for wall in taken["wall"])
+        bar = Bar(
+            name, f"{LIMIT_US} us", f"{median(taken['wall']):.1f} us", walls, 1.0, at_most=True
+        )
+        report.bars.append(bar)
+        parts = [f"{key} {median(values):.1f}" for key, values in taken.items() if key != "steps"]
+        report.where_time_goes.append(f"{name}: us per step, median: {', '.join(parts)}")
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
