@@ -31,7 +31,7 @@ struct Job {
 // What one thread needs for one KV head of one sequence.
 struct Scratch {
   Queries queries;
-  std::vector<float> scores, acc, tile, coefficients;
+  Buffer scores, acc, tile, coefficients;
   std::vector<uint64_t> order;
   std::vector<int32_t> chosen;
 };
@@ -88,7 +88,7 @@ void score_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& sc
 // acc (R, padded) += weights times a run of values.
 void add_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& scratch,
              const float* weights, int64_t ld) {
-  float* acc = scratch.acc.data();
+  float* acc = scratch.acc.get();
   if (fused_values(rows, run.data, run.params, run.tokens, shape, weights, scratch.coefficients, acc))
     return;
   for (int64_t t = 0; t < run.tokens; t += TILE) {
@@ -146,13 +146,13 @@ void choose(const float* weights, int64_t n, int64_t keep, Scratch& scratch) {
 void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t head, int64_t n,
                 int64_t keep, const Shape& shape, Scratch& scratch, int64_t ld) {
   for (int r = 0; r < shape.queries; r++) {
-    const float* weights = scratch.scores.data() + r * ld;
+    const float* weights = scratch.scores.get() + r * ld;
     choose(weights, n, keep, scratch);
     auto next = scratch.chosen.begin();
     over_segments(job, values, sequence, head, 0, n, [&](const Rows& rows, const Run& run, int64_t before) {
       for (; next != scratch.chosen.end() && *next < before + run.tokens; next++) {
         const Plain row = unpacked(rows, run.data, run.params, *next - before, 1, shape, scratch.tile);
-        add_tile(row, weights + *next, ld, 1, 1, shape, scratch.acc.data() + r * shape.padded);
+        add_tile(row, weights + *next, ld, 1, 1, shape, scratch.acc.get() + r * shape.padded);
       }
     });
   }
@@ -169,11 +169,9 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
   const int64_t first_head = row * job.heads + head * queries;
 
   scratch.queries.set(job.q + first_head * job.dim, shape);
-  scratch.acc.assign(static_cast<size_t>(queries * shape.padded), 0.0f);
-  // Room for the last vector of the last query.
-  if (scratch.scores.size() < static_cast<size_t>(queries * ld + L))
-    scratch.scores.resize(static_cast<size_t>(queries * ld + L));
-  float* scores = scratch.scores.data();
+  float* acc = scratch.acc.get(queries * shape.padded);
+  std::fill(acc, acc + queries * shape.padded, 0.0f);
+  float* scores = scratch.scores.get(queries * ld + L);  // room for the last vector of the last query
 
   over_segments(job, keys, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
     score_run(rows, run, shape, scratch, scores + before, ld);
@@ -188,16 +186,16 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
     });
 
   for (int64_t r = 0; r < queries; r++) {
-    const float* acc = scratch.acc.data() + r * shape.padded;
+    const float* found = acc + r * shape.padded;
     if (job.splits > 1) {
       float* to = job.partial + (item * queries + r) * (job.dim + 2);
       to[0] = n ? totals[static_cast<size_t>(r)].first : -std::numeric_limits<float>::infinity();
       to[1] = n ? totals[static_cast<size_t>(r)].second : 0.0f;
-      std::copy(acc, acc + job.dim, to + 2);
+      std::copy(found, found + job.dim, to + 2);
     } else {
       const float scale = n ? 1 / totals[static_cast<size_t>(r)].second : 0.0f;
       float* to = job.out + (first_head + r) * job.dim;
-      for (int64_t d = 0; d < job.dim; d++) to[d] = acc[d] * scale;
+      for (int64_t d = 0; d < job.dim; d++) to[d] = found[d] * scale;
     }
   }
 }

@@ -1,7 +1,7 @@
 // Dot products of queries with rows of keys, and weighted sums of rows of values, for a few query heads at a time.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "row_types.h"
 
@@ -35,27 +35,40 @@ struct Plain {
 
 // Queries (R, padded) in the order that a type of keys wants them in.
 struct Queries {
-  std::vector<float> plain, split, dots;
-  bool are_bfloat16;
+  Buffer plain, split;
 
   void set(const float* q, const Shape& shape) {
-    const auto size = static_cast<size_t>(shape.queries * shape.padded);
-    plain.assign(size, 0.0f), split.assign(size, 0.0f), dots.assign(size, 0.0f);
-    are_bfloat16 = true;
+    const int size = shape.queries * shape.padded;
+    float *in_order = plain.get(size), *apart = split.get(size);
+    std::fill(in_order, in_order + size, 0.0f);
     for (int r = 0; r < shape.queries; r++)
-      for (int d = 0; d < shape.dim; d++) {
-        const float value = q[r * shape.dim + d];
-        plain[static_cast<size_t>(r * shape.padded + d)] = value;
-        are_bfloat16 &= (load<uint32_t>(&value) & 0xffffu) == 0;
-      }
-    for (size_t at = 0; at < size; at += U) {
-      split_unit(plain.data() + at, split.data() + at);
-      for (int i = 0; i < U; i++)  // the upper half of each float, one after the other
-        std::memcpy(reinterpret_cast<uint8_t*>(dots.data() + at) + 2 * i,
-                    reinterpret_cast<const uint8_t*>(plain.data() + at + i) + 2, 2);
+      std::copy(q + r * shape.dim, q + (r + 1) * shape.dim, in_order + r * shape.padded);
+    for (int at = 0; at < size; at += U) {
+      const Pair pair = ::split(in_order + at);
+      store(apart + at, pair.a), store(apart + at + L, pair.b);
     }
   }
 };
+
+// acc[r * K + j] += q[r] * a unit of row j.
+template <class E, int R, int K, bool PART>
+inline void score_unit(Floats* acc, const uint8_t* const* row, int64_t offset, int part, const float* q,
+                       int64_t padded) {
+  const auto read = [&](int j) {
+    const uint8_t* at = row[j] + offset * E::size;
+    for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(at + AHEAD + line);
+    return PART ? E::pair(beginning<E::size>(at, part).bytes) : E::pair(at);
+  };
+#pragma GCC unroll 16
+  for (int j = 0; j < K; j++) {
+    const Pair key = read(j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      acc[r * K + j] += key.a * load<Floats>(q + r * padded + offset);
+      acc[r * K + j] += key.b * load<Floats>(q + r * padded + offset + L);
+    }
+  }
+}
 
 // q (R, padded), n rows -> out[r * ld + t]. Writes up to L - 1 floats too many, which the caller has room for.
 template <class E, int R>
@@ -66,24 +79,10 @@ void score_rows(const uint8_t* data, int64_t stride, int64_t n, const Shape& sha
     Floats acc[L] = {};
     const uint8_t* row[K];
     for (int j = 0; j < K; j++) row[j] = data + (t + j < n ? t + j : n - 1) * stride;
-    for (int u = 0; u < shape.units; u++)
-#pragma GCC unroll 16
-      for (int j = 0; j < K; j++) {
-        const uint8_t* at = row[j] + u * U * E::size;
-        for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(at + AHEAD + line);
-        const auto key = E::key(at);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) E::multiply(acc[r * K + j], key, q + r * shape.padded + u * U);
-      }
-    if (shape.rest)
-#pragma GCC unroll 16
-      for (int j = 0; j < K; j++) {
-        const auto unit = beginning<E::size>(row[j] + shape.units * U * E::size, shape.rest);
-        const auto key = E::key(unit.bytes);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-          E::multiply(acc[r * K + j], key, q + r * shape.padded + shape.units * U);
-      }
+    int u = 0;
+    for (; u < shape.units; u++)
+      score_unit<E, R, K, false>(acc, row, u * U, 0, q, shape.padded);
+    if (shape.rest) score_unit<E, R, K, true>(acc, row, u * U, shape.rest, q, shape.padded);
     const Floats found = sums(acc);
     if (R == 1) {
       store(out + t, found);
@@ -95,17 +94,14 @@ void score_rows(const uint8_t* data, int64_t stride, int64_t n, const Shape& sha
   }
 }
 
-// acc (R, padded) += weights[r * ld + t] * row t, for C units of each row from unit u on; the last C = 1 may be a part.
-template <class E, int R, int C>
-void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape, int u, int rest,
-                 const float* weights, int64_t ld, float* acc) {
+// acc (R, padded) += weights[r * ld + t] * row t, for C units of each row from unit u on. PART: one unit, not full.
+template <class E, int R, int C, bool PART>
+void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape, int u, const float* weights, int64_t ld, float* acc) {
   Pair sum[R][C];
-  float moved[U];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < C; i++) {
       const float* from = acc + r * shape.padded + (u + i) * U;
-      if (E::split) split_unit(from, moved), from = moved;
-      sum[r][i] = {load<Floats>(from), load<Floats>(from + L)};
+      sum[r][i] = E::split ? split(from) : Pair{load<Floats>(from), load<Floats>(from + L)};
     }
   const uint8_t* at = data + u * U * E::size;
   for (int64_t t = 0; t < n; t++, at += stride) {
@@ -113,7 +109,7 @@ void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& sh
     for (int i = 0; i < C; i++) {
       const uint8_t* from = at + i * U * E::size;
       for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(from + AHEAD + line);
-      const Pair value = C == 1 && rest ? E::pair(beginning<E::size>(from, rest).bytes) : E::pair(from);
+      const Pair value = PART ? E::pair(beginning<E::size>(from, shape.rest).bytes) : E::pair(from);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const float weight = weights[r * ld + t];
@@ -125,9 +121,11 @@ void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& sh
   for (int r = 0; r < R; r++)
     for (int i = 0; i < C; i++) {
       float* to = acc + r * shape.padded + (u + i) * U;
-      store(E::split ? moved : to, sum[r][i].a);
-      store((E::split ? moved : to) + L, sum[r][i].b);
-      if (E::split) join_unit(moved, to);
+      if (E::split) {
+        join(sum[r][i], to);
+      } else {
+        store(to, sum[r][i].a), store(to + L, sum[r][i].b);
+      }
     }
 }
 
@@ -137,9 +135,9 @@ void add_rows(const uint8_t* data, int64_t stride, int64_t n, const Shape& shape
   constexpr int C = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // at most 16 vectors of sums, so that they stay in registers
   int u = 0;
   for (; u + C <= shape.units; u += C)
-    add_columns<E, R, C>(data, stride, n, shape, u, 0, weights, ld, acc);
-  for (; u < shape.units; u++) add_columns<E, R, 1>(data, stride, n, shape, u, 0, weights, ld, acc);
-  if (shape.rest) add_columns<E, R, 1>(data, stride, n, shape, u, shape.rest, weights, ld, acc);
+    add_columns<E, R, C, false>(data, stride, n, shape, u, weights, ld, acc);
+  for (; u < shape.units; u++) add_columns<E, R, 1, false>(data, stride, n, shape, u, weights, ld, acc);
+  if (shape.rest) add_columns<E, R, 1, true>(data, stride, n, shape, u, weights, ld, acc);
 }
 
 // f.template operator()<R>() for a number of query heads that is known only now.
@@ -154,14 +152,11 @@ inline void score_tile(const Plain& rows, const Queries& queries, int r, int man
                        const Shape& shape, float* out, int64_t ld) {
   const int64_t offset = r * shape.padded;
   with_queries(many, [&]<int R>() {
-    const auto score = [&]<class E>(const std::vector<float>& q) {
-      score_rows<E, R>(rows.data, rows.stride, n, shape, q.data() + offset, out, ld);
+    const auto score = [&]<class E>(const Buffer& q) {
+      score_rows<E, R>(rows.data, rows.stride, n, shape, q.get() + offset, out, ld);
     };
     if (rows.kind == FLOAT32) return score.template operator()<Float32>(queries.plain);
     if (rows.kind == FLOAT16) return score.template operator()<Float16>(queries.plain);
-#if defined(__AVX512BF16__)
-    if (queries.are_bfloat16) return score.template operator()<BFloat16Dot>(queries.dots);
-#endif
     score.template operator()<BFloat16>(queries.split);
   });
 }

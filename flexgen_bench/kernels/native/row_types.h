@@ -28,27 +28,16 @@ inline Unit<SIZE> beginning(const uint8_t* from, int n) {
   return unit;
 }
 
-// Each type has: its size; where element i of a unit goes (even ones first, or all in order); a unit as floats; a unit of keys
-// as it is multiplied with queries; that product, added to acc.
+// Each type has: the bytes of an element; whether it takes even and odd elements of a unit apart, or all in order; how to read a unit.
 
-template <class E>
-struct Products {
-  using Key = Pair;
-  static Key key(const uint8_t* from) { return E::pair(from); }
-  static void multiply(Floats& acc, const Key& key, const float* query) {
-    acc += key.a * load<Floats>(query);
-    acc += key.b * load<Floats>(query + L);
-  }
-};
-
-struct Float32 : Products<Float32> {
+struct Float32 {
   static constexpr int size = 4;
   static constexpr bool split = false;
   static Pair pair(const uint8_t* from) { return {load<Floats>(from), load<Floats>(from + 4 * L)}; }
 };
 
 // Even and odd elements apart: the upper half of a word is a float as it stands, the lower half after a shift.
-struct BFloat16 : Products<BFloat16> {
+struct BFloat16 {
   static constexpr int size = 2;
   static constexpr bool split = true;
   static Pair pair(const uint8_t* from) {
@@ -57,7 +46,7 @@ struct BFloat16 : Products<BFloat16> {
   }
 };
 
-struct Float16 : Products<Float16> {
+struct Float16 {
   static constexpr int size = 2;
   static constexpr bool split = false;
   static Floats vector(const uint8_t* from) {
@@ -74,22 +63,12 @@ struct Float16 : Products<Float16> {
   static Pair pair(const uint8_t* from) { return {vector(from), vector(from + 2 * L)}; }
 };
 
-#if defined(__AVX512BF16__)
-// bfloat16 keys with queries that are bfloat16 too, U of them in the room of the first L floats: exact products, two at once.
-struct BFloat16Dot {
-  static constexpr int size = 2;
-  using Key = Words;
-  static Key key(const uint8_t* from) { return load<Words>(from); }
-  static void multiply(Floats& acc, const Key& key, const float* query) {
-    acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)key, (__m512bh)load<Words>(query));
-  }
-};
-#endif
-
-// A row of U floats in the order of a type with split units, and back.
-inline void split_unit(const float* from, float* to) {
-  for (int i = 0; i < L; i++) to[i] = from[2 * i], to[L + i] = from[2 * i + 1];
+// U floats in order to even and odd ones apart, and back.
+inline Pair split(const float* from) {
+  const Floats a = load<Floats>(from), b = load<Floats>(from + L);
+  return {every_second<0>(a, b, Lanes{}), every_second<1>(a, b, Lanes{})};
 }
-inline void join_unit(const float* from, float* to) {
-  for (int i = 0; i < L; i++) to[2 * i] = from[i], to[2 * i + 1] = from[L + i];
+inline void join(const Pair& from, float* to) {
+  store(to, in_turn<0>(from.a, from.b, Lanes{}));
+  store(to + L, in_turn<L / 2>(from.a, from.b, Lanes{}));
 }

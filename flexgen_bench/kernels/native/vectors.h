@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -36,6 +38,25 @@ inline void store(void* to, const T& value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
+// Memory for floats that starts at a cache line: a vector that lies across two of them takes twice as long to load.
+class Buffer {
+ public:
+  float* get() { return lines_.empty() ? nullptr : lines_[0].floats; }
+  const float* get() const { return lines_.empty() ? nullptr : lines_[0].floats; }
+  // At least this many floats; what was in them may be lost.
+  float* get(int64_t floats) {
+    const auto needed = static_cast<size_t>(floats + 15) / 16;
+    if (lines_.size() < needed) lines_.resize(needed);
+    return get();
+  }
+
+ private:
+  struct alignas(64) Line {
+    float floats[16];
+  };
+  std::vector<Line> lines_;
+};
+
 inline Floats all(float x) { return x - Floats{}; }
 
 inline float half_to_float(uint16_t bits) {
@@ -50,8 +71,6 @@ inline float half_to_float(uint16_t bits) {
   return load<float>(&word);
 #endif
 }
-
-inline Floats widened(Halves halves) { return (Floats)(__builtin_convertvector(halves, Words) << 16); }
 
 // L bytes as floats.
 inline Floats widened(Bytes bytes) {
@@ -68,30 +87,30 @@ inline float sum(Floats x) {
   return total;
 }
 
-// Two vectors to one: pairs of lanes added, a's and b's in turn.
-inline Floats fold(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  constexpr Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  const __m512 x = _mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
-  const __m512 y = _mm512_permutex2var_ps((__m512)a, (__m512i)(low + 8), (__m512)b);
-  return (Floats)(x + y);
-#else
-  Floats x, y;
-  for (int i = 0; i < L / 2; i++) {
-    x[2 * i] = a[i], x[2 * i + 1] = b[i];
-    y[2 * i] = a[i + L / 2], y[2 * i + 1] = b[i + L / 2];
-  }
-  return x + y;
-#endif
+using Lanes = std::make_index_sequence<L>;
+
+// Lanes 0, 2, 4 ... of a and then of b, plus OFFSET.
+template <int OFFSET, size_t... I>
+inline Floats every_second(Floats a, Floats b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(2 * I + OFFSET)...);
 }
 
-// Sums of L vectors, in order.
-inline Floats sums(Floats* x) {
-#pragma GCC unroll 8
-  for (int n = L / 2; n >= 1; n /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < n; i++) x[i] = fold(x[i], x[i + n]);
-  return x[0];
+// Lanes of a and b in turn, from lane START on.
+template <int START, size_t... I>
+inline Floats in_turn(Floats a, Floats b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I / 2 + START + I % 2 * L)...);
+}
+
+// Sums of L vectors, in order: two vectors become one as lanes are added in pairs, a's and b's in turn. Written as one expression
+// because the vectors stay in registers only if no loop remains.
+template <int I = 0, int N = 1>
+inline Floats sums(const Floats* x) {
+  if constexpr (N == L) {
+    return x[I];
+  } else {
+    const Floats a = sums<I, 2 * N>(x), b = sums<I + N, 2 * N>(x);
+    return in_turn<0>(a, b, Lanes{}) + in_turn<L / 2>(a, b, Lanes{});
+  }
 }
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87. Polynomial of degree 6 on [-ln2 / 2, ln2 / 2].
