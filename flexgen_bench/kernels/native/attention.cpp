@@ -31,7 +31,7 @@ struct Job {
 // What one thread needs for one KV head of one sequence.
 struct Scratch {
   Queries queries;
-  Buffer scores, acc, tile, coefficients;
+  Buffer scores, acc, tile;
   std::vector<uint64_t> order;
   std::vector<int32_t> chosen;
 };
@@ -73,7 +73,12 @@ int64_t tokens_of(const Job& job, const Rows* rows, int64_t sequence) {
 // Scores of R queries against a run of keys.
 void score_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& scratch, float* out,
                int64_t ld) {
-  if (fused_keys(rows, run.data, run.params, run.tokens, shape, scratch.queries, scratch.coefficients, out)) return;
+  const Packed packed = {run.data, run.params, rows.stride[2], rows.param_stride[2]};
+  if (from_codes(rows, shape, [&]<class C>() {
+        score_codes<C>(packed, run.tokens, static_cast<int>(shape.dim / rows.group),
+                       scratch.queries.plain.get(), out);
+      }))
+    return;
   for (int64_t t = 0; t < run.tokens; t += TILE) {
     const int64_t n = std::min<int64_t>(TILE, run.tokens - t);
     const Plain tile = unpacked(rows, run.data, run.params, t, n, shape, scratch.tile);
@@ -89,7 +94,10 @@ void score_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& sc
 void add_run(const Rows& rows, const Run& run, const Shape& shape, Scratch& scratch,
              const float* weights, int64_t ld) {
   float* acc = scratch.acc.get();
-  if (fused_values(rows, run.data, run.params, run.tokens, shape, weights, scratch.coefficients, acc))
+  const Packed packed = {run.data, run.params, rows.stride[2], rows.param_stride[2]};
+  if (from_codes(rows, shape, [&]<class C>() {
+        add_codes<C>(packed, run.tokens, static_cast<int>(shape.dim / rows.group), weights, acc);
+      }))
     return;
   for (int64_t t = 0; t < run.tokens; t += TILE) {
     const int64_t n = std::min<int64_t>(TILE, run.tokens - t);

@@ -1,48 +1,48 @@
-// Quantized rows (layout: kernels/quantization.py) turned into floats, a tile at a time.
+// Attention over quantized rows: tiles of them as floats for several query heads, straight from their codes for a single one.
 #pragma once
 
 #include <algorithm>
 
+#include "codes.h"
 #include "row_kernels.h"
 
-constexpr int LARGEST_GROUP = 4096;  // of values; Python asks for no larger one
+inline float scale_of(const uint8_t* params) { return half_to_float(load<uint16_t>(params)); }
+inline float smallest_of(const uint8_t* params) { return half_to_float(load<uint16_t>(params + 2)); }
 
-// The codes of a group of m values, a multiple of 8, one byte each. W: what is handled at once, a word of bytes or one byte.
-template <class W>
-inline void codes_to_bytes(const uint8_t* codes, int bits, int m, int from, uint8_t* out) {
-  const auto every = [](int byte) { return static_cast<W>(W(~W(0)) / 255 * byte); };
-  if (bits == 4) {
-    const W pair = load<W>(codes + from);
-    store<W>(out + from, pair & every(15));
-    store<W>(out + from + m / 2, pair >> 4 & every(15));
-    return;
-  }
-  const int e = m / 8;
-  const W p0 = load<W>(codes + from), p1 = load<W>(codes + e + from), p2 = load<W>(codes + 2 * e + from);
-  const W low = every(7), high = every(4), two = every(3);
-  const W values[] = {W(p0 & low), W(p0 >> 3 & low), W(p1 & low), W(p1 >> 3 & low), W(p2 & low), W(p2 >> 3 & low),
-                      W((p0 >> 6 & two) | (p1 >> 4 & high)), W((p2 >> 6 & two) | (p1 >> 5 & high))};
-  for (int i = 0; i < 8; i++) store<W>(out + i * e + from, values[i]);
+// Rows that belong together: codes and parameters with their strides in bytes.
+struct Packed {
+  const uint8_t *data, *params;
+  int64_t stride, param_stride;
+  const uint8_t* row(int64_t t) const { return data + t * stride; }
+  const uint8_t* row_params(int64_t t) const { return params + t * param_stride; }
+};
+
+// Full groups of n rows, in order; out is a matrix of shape.padded columns.
+template <class C>
+void unpack_groups(const Packed& rows, int64_t n, int groups, int64_t padded, float* out) {
+  constexpr int M = C::vectors * L;
+  for (int64_t t = 0; t < n; t++, out += padded)
+    for (int g = 0; g < groups; g++) {
+      Floats values[C::vectors];
+      C::read(rows.row(t) + g * C::bytes, values);
+      const uint8_t* params = rows.row_params(t) + 4 * g;
+      const float scale = scale_of(params), smallest = smallest_of(params);
+#pragma GCC unroll 8
+      for (int i = 0; i < C::vectors; i++) store(out + g * M + i * L, values[i] * scale + smallest);
+    }
 }
 
-inline void unpack_row(const uint8_t* codes, const uint8_t* params, int bits, int group, int dim,
-                       float* out) {
-  uint8_t room[LARGEST_GROUP];
-  for (int start = 0; start < dim; start += group, params += 4, out += group) {
-    const int n = std::min(group, dim - start), m = (n + 7) / 8 * 8;
-    const float scale = half_to_float(load<uint16_t>(params)), smallest = half_to_float(load<uint16_t>(params + 2));
-    const uint8_t* bytes = bits == 8 ? codes : room;
-    if (bits != 8) {
-      const int stored = bits == 4 ? m / 2 : m / 8;
-      int j = 0;
-      for (; j + 8 <= stored; j += 8) codes_to_bytes<uint64_t>(codes, bits, m, j, room);
-      for (; j < stored; j++) codes_to_bytes<uint8_t>(codes, bits, m, j, room);
+// Values from ``start`` on, the beginning of a group, of n rows.
+inline void unpack_slowly(const Packed& rows, int64_t n, int bits, int group, int start, int dim,
+                          int64_t padded, float* out) {
+  for (int64_t t = 0; t < n; t++, out += padded)
+    for (int from = start; from < dim; from += group) {
+      const int size = std::min(group, dim - from), m = (size + 7) / 8 * 8;
+      const uint8_t *codes = rows.row(t) + from / 8 * bits, *params = rows.row_params(t) + from / group * 4;
+      const float scale = scale_of(params), smallest = smallest_of(params);
+      for (int j = 0; j < size; j++)
+        out[from + j] = static_cast<float>(code_at(codes, bits, m, j)) * scale + smallest;
     }
-    int j = 0;
-    for (; j + L <= n; j += L) store(out + j, widened(load<Bytes>(bytes + j)) * scale + smallest);
-    for (; j < n; j++) out[j] = static_cast<float>(bytes[j]) * scale + smallest;
-    codes += m / 8 * bits;
-  }
 }
 
 // n rows from row t on as plain ones: themselves, or unpacked into ``tile``.
@@ -50,20 +50,74 @@ inline Plain unpacked(const Rows& rows, const uint8_t* data, const uint8_t* para
                       int64_t n, const Shape& shape, Buffer& tile) {
   data += t * rows.stride[2];
   if (!params) return {data, rows.stride[2], rows.kind};
-  params += t * rows.param_stride[2];
+  const Packed part = {data, params + t * rows.param_stride[2], rows.stride[2], rows.param_stride[2]};
   float* out = tile.get(int64_t{TILE} * shape.padded);
-  for (int64_t i = 0; i < n; i++)
-    unpack_row(data + i * rows.stride[2], params + i * rows.param_stride[2],
-               static_cast<int>(rows.kind), static_cast<int>(rows.group), shape.dim, out + i * shape.padded);
+  const int bits = static_cast<int>(rows.kind), group = static_cast<int>(rows.group);
+  const int groups = shape.dim / group;
+  const bool fast = with_codes(bits, group, [&]<class C>() {
+    unpack_groups<C>(part, n, groups, shape.padded, out);
+  });
+  unpack_slowly(part, n, bits, group, fast ? groups * group : 0, shape.dim, shape.padded, out);
   return {reinterpret_cast<const uint8_t*>(out), shape.padded * 4, FLOAT32};
 }
 
-// Keys and values of one query head straight from their codes, where a faster way than a tile is known.
-inline bool fused_keys(const Rows&, const uint8_t*, const uint8_t*, int64_t, const Shape&, const Queries&,
-                       Buffer&, float*) {
-  return false;
+// Scores of one query: of each group scale * (codes . q) + smallest * (sum of q). L keys at a time.
+template <class C>
+void score_codes(const Packed& rows, int64_t n, int groups, const float* q, float* out) {
+  constexpr int M = C::vectors * L;
+  for (int64_t t = 0; t < n; t += L) {
+    Floats acc[L];
+    float offsets[L] = {};
+    const auto key = [&](int j) { return t + j < n ? t + j : n - 1; };
+    for (int g = 0; g < groups; g++) {
+      Floats query[C::vectors], total{};
+#pragma GCC unroll 8
+      for (int i = 0; i < C::vectors; i++) query[i] = load<Floats>(q + g * M + i * L), total += query[i];
+      const float whole = sum(total);
+#pragma GCC unroll 16
+      for (int j = 0; j < L; j++) {
+        const uint8_t *codes = rows.row(key(j)) + g * C::bytes, *params = rows.row_params(key(j)) + 4 * g;
+        __builtin_prefetch(codes + AHEAD);
+        Floats values[C::vectors], product{};
+        C::read(codes, values);
+#pragma GCC unroll 8
+        for (int i = 0; i < C::vectors; i++) product += values[i] * query[i];
+        acc[j] = g ? acc[j] + product * scale_of(params) : product * scale_of(params);
+        offsets[j] += smallest_of(params) * whole;
+      }
+    }
+    store(out + t, sums(acc) + load<Floats>(offsets));
+  }
 }
-inline bool fused_values(const Rows&, const uint8_t*, const uint8_t*, int64_t, const Shape&,
-                         const float*, Buffer&, float*) {
-  return false;
+
+// acc += weights times the values of the rows, for one query.
+template <class C>
+void add_codes(const Packed& rows, int64_t n, int groups, const float* weights, float* acc) {
+  constexpr int M = C::vectors * L;
+  for (int64_t start = 0; start < n; start += TILE)
+    for (int g = 0; g < groups; g++) {
+      Floats total[C::vectors] = {};
+      float offset = 0;
+      for (int64_t t = start; t < std::min(n, start + TILE); t++) {
+        const uint8_t *codes = rows.row(t) + g * C::bytes, *params = rows.row_params(t) + 4 * g;
+        __builtin_prefetch(codes + AHEAD);
+        Floats values[C::vectors];
+        C::read(codes, values);
+        const float scale = scale_of(params) * weights[t];
+        offset += smallest_of(params) * weights[t];
+#pragma GCC unroll 8
+        for (int i = 0; i < C::vectors; i++) total[i] += values[i] * scale;
+      }
+      for (int i = 0; i < C::vectors; i++) {
+        float* to = acc + g * M + i * L;
+        store(to, load<Floats>(to) + total[i] + offset);
+      }
+    }
+}
+
+// Whether one query's scores or sums were found straight from codes: full groups only, of a size that is known here.
+template <class F>
+inline bool from_codes(const Rows& rows, const Shape& shape, F f) {
+  return rows.params && shape.queries == 1 && shape.dim % rows.group == 0 &&
+         with_codes(rows.kind, rows.group, f);
 }

@@ -59,26 +59,18 @@ class Buffer {
 
 inline Floats all(float x) { return x - Floats{}; }
 
-inline float half_to_float(uint16_t bits) {
-#if defined(__FLT16_MAX__)
-  return static_cast<float>(load<_Float16>(&bits));
+inline float half_to_float(uint16_t bits) { return static_cast<float>(load<_Float16>(&bits)); }
+
+inline Words words_of(Bytes bytes) {
+#if defined(__AVX512F__)  // GCC 12 takes convertvector of bytes apart
+  return (Words)_mm512_cvtepu8_epi32((__m128i)bytes);
 #else
-  const uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
-  const float scaled = load<float>(&(const uint32_t&)(rest << 13)) * 0x1p112f;  // exponent bias 127 - 15
-  uint32_t word = load<uint32_t>(&scaled);
-  if (rest >= 0x7c00u) word |= 0x7f800000u;
-  word |= sign;
-  return load<float>(&word);
+  return __builtin_convertvector(bytes, Words);
 #endif
 }
 
-// L bytes as floats.
 inline Floats widened(Bytes bytes) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
-#else
-  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
-#endif
+  return __builtin_convertvector((Ints)words_of(bytes), Floats);
 }
 
 inline float sum(Floats x) {
