@@ -58,7 +58,19 @@ def all_steps(results: Path) -> list[Step]:
         Step(
             "tests",
             "pytest -m gpu: tokens, memory, copies, streams",
-            ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"),
+            (
+                "-m",
+                "pytest",
+                "-m",
+                "gpu",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "default",
+                "--continue-on-collection-errors",
+                "tests",
+            ),
             560,
         ),
         Step(
