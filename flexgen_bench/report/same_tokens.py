@@ -27,7 +27,7 @@ class Agreement:
         if self.is_reference:
             return "reference"
         if self.is_lossy:
-            return "not compared: lossy"
+            return "lossy"
         if self.equal is None or self.total is None:
             return "-"
         if self.equal == self.total:
@@ -54,7 +54,7 @@ def lossy_of(record: Record) -> Lossy:
 
 def _agreement(record: Record, wanted: list[Any] | None) -> Agreement:
     if not lossy_of(record).is_exact:
-        return Agreement(is_lossy=True)
+        return Agreement(is_lossy=bool(_tokens(record)))
     if wanted is None:
         return Agreement()
     if _is_reference(record):
