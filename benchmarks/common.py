@@ -21,17 +21,21 @@ FULL_MODEL, QUICK_MODEL = "opt-1.3b", "opt-125m"
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. quick: a small model and one round, to see that everything works; nothing is judged."""
+    """The command line. quick: a small model and one round, to see that everything works; nothing is judged.
+
+    small_model: what a benchmark that needs many passes runs instead of the full model.
+    """
 
     quick: bool
     rounds: int
     threads: int
     out: Path | None
     cache: Path
+    small_model: str = ""
 
     @property
     def model(self) -> str:
-        return QUICK_MODEL if self.quick else FULL_MODEL
+        return QUICK_MODEL if self.quick else self.small_model or FULL_MODEL
 
 
 def options(doc: str | None, rounds: int = 3, arguments: Sequence[str] | None = None) -> Options:
