@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 DISTRIBUTION = "flexgen-bench"
 
@@ -30,7 +32,7 @@ def requirements() -> dict[str, str | None]:
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return {}
+        lines = _declared()
     found: dict[str, str | None] = {}
     for line in lines:
         name = re.match(r"[A-Za-z0-9._-]+", line)
@@ -38,6 +40,21 @@ def requirements() -> dict[str, str | None]:
         assert name is not None, line
         found.setdefault(_normal(name.group()), extra.group(1) if extra else None)
     return found
+
+
+def _declared() -> list[str]:
+    """The same from the checkout's pyproject.toml; nothing where there is none."""
+    path = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
+    if not path.is_file():
+        return []
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    if project.get("name") != DISTRIBUTION:
+        return []
+    extras = project.get("optional-dependencies", {})
+    return [
+        *project.get("dependencies", []),
+        *(f"{line}; extra == '{extra}'" for extra, lines in extras.items() for line in lines),
+    ]
 
 
 def _normal(name: str) -> str:
