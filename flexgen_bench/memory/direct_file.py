@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +20,9 @@ from flexgen_bench.core.units import MIB, format_bytes
 # Chosen by measurement (docs/notes/disk.md): larger requests and more threads gain nothing on the disks tried.
 CHUNK_BYTES = 4 * MIB
 IN_FLIGHT = 4
+
+# Told how many bytes, from the start of what is read, have arrived.
+Arrived = Callable[[int], None]
 
 
 class DirectFile:
@@ -43,13 +47,17 @@ class DirectFile:
         except OSError as error:
             raise disk_error(error, self.path, f"reserve {format_bytes(num_bytes)}") from error
 
-    def read(self, offset: int, into: Tensor) -> None:
-        """Fill ``into`` (uint8, page-aligned) from ``offset``; StoreError if the file ends early."""
-        self._in_chunks(offset, into, self._read_chunk)
+    def read(self, offset: int, into: Tensor, arrived: Arrived = lambda count: None) -> None:
+        """Fill ``into`` (uint8, page-aligned) from ``offset``; StoreError if the file ends early.
+
+        ``arrived`` is called with how many bytes of ``into``, from its start, are there, each time there are more, on the
+        calling thread and while the rest is being read: whoever looks at all of them (a checksum) need not wait for the end.
+        """
+        self._in_chunks(offset, into, self._read_chunk, arrived)
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write ``data`` (uint8, page-aligned) at ``offset``; StoreError on a full disk."""
-        self._in_chunks(offset, data, self._write_chunk)
+        self._in_chunks(offset, data, self._write_chunk, lambda count: None)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -57,17 +65,29 @@ class DirectFile:
             os.close(self._fd)
             self._fd = -1
 
-    def _in_chunks(self, offset, buffer, work) -> None:  # type: ignore[no-untyped-def]
-        view = memoryview(buffer.numpy())
+    def _in_chunks(
+        self, offset: int, buffer: Tensor, work: Callable[[int, memoryview], None], arrived: Arrived
+    ) -> None:
+        view: memoryview = buffer.numpy().data
         if len(view) <= CHUNK_BYTES:
             work(offset, view)
+            arrived(len(view))
             return
+        starts = range(0, len(view), CHUNK_BYTES)
         pieces = [
             self._pool.submit(work, offset + start, view[start : start + CHUNK_BYTES])
-            for start in range(0, len(view), CHUNK_BYTES)
+            for start in starts
         ]
-        for piece in pieces:
-            piece.result()
+        try:
+            for start, piece in zip(starts, pieces, strict=True):
+                piece.result()
+                arrived(min(start + CHUNK_BYTES, len(view)))
+        except BaseException:
+            # The buffer is the caller's again once this has returned: nothing may still be written to it.
+            for piece in pieces:
+                piece.cancel()
+            wait(pieces)
+            raise
 
     def _read_chunk(self, offset: int, view: memoryview) -> None:
         done = 0
