@@ -27,18 +27,19 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.memory_plan import Request, form_batches, plan_block
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import pack
-from flexgen_bench.schedule.generator import pass_steps
-from flexgen_bench.schedule.job import Job, Work
+from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.steps import Step, StepKind
-from flexgen_bench.schedule.weights import WeightStream
 
 LIMIT_US = 60
 PASSES, BATCHES, BATCH_SIZE = 8, 4, 8
 HOST = HardwareProfile("host", Accelerator.NONE)
 EMULATED = HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=16 * GIB)
-JOBS: dict[str, tuple[HardwareProfile, dict[str, Any]]] = {
+Choices = tuple[HardwareProfile, dict[str, Any]]
+JOBS: dict[str, Choices] = {
     "weights on disk, cpu computes": (HOST, {"weights": Placement(cpu=0.5, disk=0.5)}),
     "weights on cpu and disk, cpu attends, gpu computes": (
         EMULATED,
@@ -51,33 +52,34 @@ JOBS: dict[str, tuple[HardwareProfile, dict[str, Any]]] = {
 }
 
 
-def job_of(model: str, hardware: HardwareProfile, choices: dict[str, Any]) -> Job:
+def program(model: str, choices: Choices) -> tuple[Program, Job]:
     """One block of a model's shape."""
+    hardware, chosen = choices
     shape, dtype = model_spec(model).shape, DType.FLOAT16
-    policy = Policy(gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, **choices)
-    requests = [Request(32, PASSES)] * policy.block_size
-    batches = form_batches(requests, range(len(requests)), policy)
+    policy = Policy(gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, **chosen)
     packed = pack(shape, family(shape.family).inventory(shape), dtype)
-    return plan_block(shape, packed, dtype, policy, hardware, batches).job
+    requests = [Request(32, PASSES)] * policy.block_size
+    plan = plan_job(shape, packed, dtype, policy, hardware, requests)
+    return Program(policy, plan), plan.job
 
 
-def passes(job: Job) -> Iterator[Iterator[Step]]:
+def passes(running: Program) -> Iterator[Iterator[Step]]:
     """The job's steps, one iterator per pass."""
-    weights = WeightStream(job)
-    for token in range(PASSES):
-        work = [Work(batch, token, i % job.stages) for i, batch in enumerate(job.batches)]
-        yield pass_steps(job, weights, token, work, token == PASSES - 1)
+    while not running.is_done:
+        yield running.steps(running.begin_pass())
+        running.end_pass()
 
 
 def nothing(step: Step) -> None:
     """The action of every step."""
 
 
-def run(job: Job, overlap: bool) -> tuple[float, int]:
+def run(model: str, choices: Choices, overlap: bool) -> tuple[float, int]:
     """Drive a whole job as the engine does; seconds and steps."""
+    running, job = program(model, choices)
     executor, count = Executor(settings(), overlap), 0
     start = time.perf_counter()
-    for steps in passes(job):
+    for steps in passes(running):
         ends: dict[int, tuple[Lane, int]] = {}
         for step in steps:
             ticket = executor.submit(step, nothing)
@@ -93,10 +95,11 @@ def run(job: Job, overlap: bool) -> tuple[float, int]:
     return seconds, count
 
 
-def in_parts(job: Job) -> tuple[float, float, float]:
+def in_parts(model: str, choices: Choices) -> tuple[float, float, float]:
     """Seconds to make all steps, to queue them while every lane is held back, and to execute what is queued."""
+    running, _ = program(model, choices)
     start = time.perf_counter()
-    steps = [step for part in passes(job) for step in part]
+    steps = [step for part in passes(running) for step in part]
     made = time.perf_counter() - start
     executor, gate = Executor(settings()), threading.Event()
     for lane in Lane:
@@ -117,11 +120,11 @@ def settings() -> dict[Lane, LaneSettings]:
     return {lane: LaneSettings() for lane in Lane}
 
 
-def one_round(job: Job) -> dict[str, float]:
+def one_round(model: str, choices: Choices) -> dict[str, float]:
     """Every figure once: microseconds per step."""
-    wall, count = run(job, overlap=True)
-    serial, _ = run(job, overlap=False)
-    made, submitted, executed = in_parts(job)
+    wall, count = run(model, choices, overlap=True)
+    serial, _ = run(model, choices, overlap=False)
+    made, submitted, executed = in_parts(model, choices)
     seconds = {
         "wall": wall, "wall_no_overlap": serial, "generate": made, "submit": submitted,
         "execute": executed,
@@ -132,11 +135,12 @@ def one_round(job: Job) -> dict[str, float]:
 def main() -> int:
     opts = options(__doc__, rounds=7)
     report = Report("step_overhead", Evidence.MEASURED, opts)
-    jobs = {name: job_of(opts.model, *choices) for name, choices in JOBS.items()}
     for _ in range(opts.rounds):
-        report.rounds.append({name: one_round(job) for name, job in jobs.items()})
+        report.rounds.append(
+            {name: one_round(opts.model, choices) for name, choices in JOBS.items()}
+        )
     report.settings = {"passes": PASSES, "batches": BATCHES, "unit": "us per step"}
-    for name in jobs:
+    for name in JOBS:
         taken = {
             key: [found[name][key] for found in report.rounds] for key in report.rounds[0][name]
         }

@@ -25,7 +25,7 @@ from flexgen_bench.engine.generation import Running, ScoreRequest
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.memory.checkpoint import read_config
-from flexgen_bench.planner.memory_plan import Request
+from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
 from flexgen_bench.runner.gguf_shape import gguf_shape
 from flexgen_bench.runner.hub import hub_folder

@@ -19,6 +19,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import store_plan
@@ -29,8 +30,9 @@ from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
 from flexgen_bench.llm import LLM
 from flexgen_bench.memory import weight_store
 from flexgen_bench.models.registry import family
+from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.memory_plan import Request, weight_tiers
+from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import pack
 from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
@@ -152,6 +154,15 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
     assert found == reference.tokens, policy
 
 
+def hold(weights: PackedWeights, tier: Tier, plain_slots: int = 0) -> Weights:
+    """All weights on one tier, with one staging slot and this many for unpacked units."""
+    device, packed = Device.open(HOST, 1), weights.packed
+    policy = Policy(weights=on(tier), prefetch=1, lossy=Lossy(packed.compression))
+    plan = plan_job(weights.shape, packed, DType.FLOAT32, policy, HOST, [Request(1, 1)])
+    job = replace(plan.job, plain_slots=plain_slots)
+    return Weights(weights.store, packed, DType.FLOAT32, job, device, Arenas(device))
+
+
 @pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK])
 def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
     model_name: str, tier: Tier, tmp_path: Path
@@ -159,13 +170,9 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
     """The way taken where a pass unpacks a layer once for all micro-batches: from its slot, or from where it lives."""
     weights = convert(random_model(model_name), tmp_path, FOUR)
     plain = convert(random_model(model_name), tmp_path, None)
-    device = Device.open(HOST, 1)
-    tiers = weight_tiers(weights.packed, on(tier))
     units = weights.packed.units
-    held = Weights(weights.store, weights.packed, DType.FLOAT32, tiers, device, 1, plain_slots=2)
-    expected = Weights(
-        plain.store, plain.packed, DType.FLOAT32, weight_tiers(plain.packed, on(Tier.CPU)), device, 1
-    )  # fmt: skip
+    held = hold(weights, tier, plain_slots=2)
+    expected = hold(plain, Tier.CPU)
     try:
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0
@@ -179,7 +186,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
                 continue
             held.dequantize(step)
             if slot == 0:  # what was loaded is needed no longer
-                held._slots[0].fill_(255)
+                held._slots[Tier.CPU][0].fill_(255)
             wanted = expected.of(replace(step, slot=-1, plain=-1))
             found = held.of(step)
             assert set(found) == set(wanted)
@@ -197,9 +204,7 @@ def test_rows_of_a_compressed_table_are_unpacked_alone(tier: Tier, tmp_path: Pat
     weights = convert(random_model("opt-350m-like"), tmp_path, Compression(3, 16))
     original = random_model("opt-350m-like").model.decoder.embed_tokens.weight.detach()
     table = fake_quantize(original, Compression(3, 16))
-    tiers = weight_tiers(weights.packed, on(tier))
-    device = Device.open(HOST, 1)
-    held = Weights(weights.store, weights.packed, DType.FLOAT32, tiers, device, 1)
+    held = hold(weights, tier)
     try:
         indices = torch.tensor([130, 0, 7, 7, 64])
         assert torch.equal(held.rows("tokens", indices), table[indices])
@@ -390,8 +395,7 @@ def test_llm_with_compressed_weights(tmp_path: Path) -> None:
 
 def test_compressed_and_plain_weights_are_told_apart(tmp_path: Path) -> None:
     weights = convert(random_model("opt"), tmp_path, FOUR)
-    tiers = weight_tiers(weights.packed, on(Tier.CPU))
-    held = Weights(weights.store, weights.packed, DType.FLOAT32, tiers, Device.open(HOST, 1), 1)
+    held = hold(weights, Tier.CPU)
     try:
         found = held.of(Step(Lane.CPU, StepKind.PROJECT, 1))
         assert isinstance(found["qkv.weight"], QuantizedWeight)

@@ -4,85 +4,101 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import dataclass
 
 import pytest
+from conftest import opt_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_bench.core.policy import AttentionSite
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.models.registry import family
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.planner.program import Program
+from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohort import Room, Span, start_cohort
 from flexgen_bench.schedule.dependencies import DependencyTracker
-from flexgen_bench.schedule.generator import pass_steps
-from flexgen_bench.schedule.job import (
-    Job,
-    KVLayout,
-    MicroBatch,
-    Span,
-    Unit,
-    UnitKind,
-    Work,
-)
+from flexgen_bench.schedule.kv_layout import KVLayout
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
-from flexgen_bench.schedule.weights import WeightStream
 
 LAYERS = 3
+SHAPE = opt_shape(num_layers=LAYERS)
+PACKED = pack(SHAPE, family("opt").inventory(SHAPE), DType.FLOAT32)
+HOST = HardwareProfile("cpu", Accelerator.NONE)
+EMULATED = HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=2**30)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job of random shape under a random policy; ``early`` are sequences that end after so many tokens."""
+
+    policy: Policy
+    hardware: HardwareProfile
+    requests: tuple[Request, ...]
+    early: dict[int, int]
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return plan_job(SHAPE, PACKED, DType.FLOAT32, self.policy, self.hardware, self.requests)
 
 
 @st.composite
-def spans(draw: st.DrawFn, count: int, tiers: tuple[Tier, ...]) -> tuple[Span, ...]:
-    cuts = sorted(
-        draw(st.lists(st.integers(0, count), min_size=len(tiers) - 1, max_size=len(tiers) - 1))
-    )
-    edges = [0, *cuts, count]
-    pieces = zip(tiers, edges, edges[1:], strict=False)
-    return tuple(Span(tier, start, stop) for tier, start, stop in pieces if stop > start)
+def placements(draw: st.DrawFn, tiers: tuple[Tier, ...]) -> Placement:
+    shares = draw(st.tuples(*[st.integers(0, 3)] * len(tiers)).filter(any))
+    return Placement(**{str(t): n / sum(shares) for t, n in zip(tiers, shares, strict=True)})
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> Job:
-    accelerator = draw(st.booleans())
-    tiers = tuple(Tier) if accelerator else (Tier.CPU, Tier.DISK)
-    compute = tiers[0]
-    kinds = [UnitKind.EMBED, *[UnitKind.LAYER] * LAYERS, UnitKind.HEAD]
-    units = tuple(
-        Unit(
-            i, kind, draw(st.sampled_from(tiers)), draw(st.sampled_from([0, 10])) if i == 0 else 10
-        )
-        for i, kind in enumerate(kinds)
+def cases(draw: st.DrawFn) -> Case:
+    hardware = draw(st.sampled_from([HOST, EMULATED]))
+    policy = Policy(
+        gpu_batch_size=draw(st.integers(1, 4)),
+        num_gpu_batches=draw(st.integers(1, 4)),
+        weights=draw(placements(hardware.tiers)),
+        kv_cache=draw(placements(hardware.tiers)),
+        activations=draw(placements(hardware.tiers)),
+        prefetch=draw(st.integers(1, 3)),
+        attention=draw(st.sampled_from(AttentionSite)),
+        schedule=draw(st.sampled_from(Schedule)),
+        prefill_chunk=draw(st.sampled_from([None, 1, 3])),
+        offloaded=draw(st.sampled_from(Offloaded)),
     )
-    gen_len = draw(st.integers(1, 4))
-    batches, layouts = [], []
-    for index in range(draw(st.integers(1, 4))):
-        size = draw(st.integers(1, 3))
-        batch = MicroBatch(
-            index, tuple(range(size)), tuple(draw(st.integers(1, 5)) for _ in range(size)), gen_len,
-            draw(spans(size, tiers)), draw(spans(size, tiers)),
-        )  # fmt: skip
-        batches.append(batch)
-        segment = draw(st.integers(1, 3))
-        layouts.append(
-            tuple(KVLayout(s.count, batch.padded_len, gen_len - 1, segment, 8) for s in batch.kv)
+    lengths = st.tuples(st.integers(1, 5), st.integers(1, 5))
+    requests = tuple(Request(*r) for r in draw(st.lists(lengths, min_size=1, max_size=9)))
+    early = draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(1, 4), max_size=4))
+    return Case(policy, hardware, requests, early)
+
+
+def all_passes(case: Case, plan: MemoryPlan) -> list[list[Step]]:
+    """Every step of a job by pass; sequences leave when they have their tokens, some early."""
+    program = Program(case.policy, plan)
+    tokens = dict.fromkeys(range(len(case.requests)), 0)
+    found = []
+    while not program.is_done:
+        batches = program.begin_pass()
+        found.append(list(program.steps(batches)))
+        for batch in batches:
+            for member in batch.members:
+                if member.token or member.is_last_chunk:
+                    for i in member.cohort.sequences:
+                        tokens[i] += 1
+        program.end_pass(
+            lambda cohort: [
+                i
+                for i in cohort.sequences
+                if tokens[i] >= min(case.requests[i].gen_len, case.early.get(i, 99))
+            ]
         )
-    slots = draw(st.integers(1, 3))
-    return Job(
-        units=units, batches=tuple(batches), compute_tier=compute,
-        attention=draw(st.sampled_from(AttentionSite)), weight_slots=slots, host_slots=slots,
-        stages=max(2, slots), hidden_row_bytes=4, embed_row_bytes=4, qkv_row_bytes=12,
-        attention_row_bytes=4, logits_row_bytes=8, attention_flops_per_pair=2,
-        kv_layouts=tuple(layouts), keep_kv=gen_len > 1,
-    )  # fmt: skip
+    assert all(n == min(case.requests[i].gen_len, case.early.get(i, 99)) for i, n in tokens.items())
+    return found
 
 
-def all_steps(job: Job) -> list[Step]:
-    """Every step of a job of one block, passes in order; micro-batches that end early leave."""
-    weights = WeightStream(job)
-    steps = []
-    passes = max(b.gen_len for b in job.batches)
-    for token in range(passes):
-        active = [b for b in job.batches if b.index % 2 == 0 or token < 2]
-        work = [Work(b, token, place % job.stages) for place, b in enumerate(active)]
-        steps += list(pass_steps(job, weights, token, work, token == passes - 1))
-    return steps
+def all_steps(case: Case) -> list[Step]:
+    return [step for steps in all_passes(case, case.plan) for step in steps]
 
 
 def meaning(steps: list[Step]) -> list[tuple[object, ...]]:
@@ -120,46 +136,104 @@ def any_legal_order(steps: list[Step], rng: random.Random) -> list[Step]:
     return order
 
 
-@given(jobs(), st.integers(0, 10**6))
-@settings(max_examples=120, deadline=None)
-def test_every_legal_order_means_the_same(job: Job, seed: int) -> None:
-    steps = all_steps(job)
+@given(cases(), st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None)
+def test_every_legal_order_means_the_same(case: Case, seed: int) -> None:
+    steps = all_steps(case)
     order = any_legal_order(steps, random.Random(seed))
     assert len(order) == len(steps)
     assert meaning(order) == meaning(steps)
 
 
-@given(jobs())
-@settings(max_examples=60, deadline=None)
-def test_staged_units_are_loaded_before_use_once_per_pass(job: Job) -> None:
-    """A compute step that names a slot finds its own unit there, and every streamed unit is loaded once a pass."""
-    into = Lane.H2D if job.has_accelerator else Lane.DISK_READ
-    slots: dict[int, int] = {}
-    loads = dict.fromkeys([u.index for u in job.streamed], 0)
-    for step in all_steps(job):
-        if step.kind is StepKind.LOAD_WEIGHTS and step.lane is into:
-            slots[step.slot] = step.unit
-            loads[step.unit] += 1
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
+    """A compute step that names a slot finds its own unit there, and every streamed unit is loaded once a pass; a last pass that
+    nobody could foresee leaves loads for one more behind."""
+    plan = case.plan
+    passes = all_passes(case, plan)
+    slots: dict[tuple[Tier, int], int] = {}
+    streamed = [u.index for u in plan.job.streamed]
+    loads = dict.fromkeys(streamed, 0)
+    for step in (step for steps in passes for step in steps):
+        unit = plan.job.units[step.unit]
+        if step.kind is StepKind.LOAD_WEIGHTS:
+            tier = Tier.GPU if step.lane is Lane.H2D else Tier.CPU
+            slots[tier, step.slot] = step.unit
+            loads[step.unit] += tier is unit.site.tier
         elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD):
             assert (step.slot >= 0) == (step.unit in loads)
             if step.slot >= 0:
-                assert slots[step.slot] == step.unit
-    passes = max(b.gen_len for b in job.batches)
-    assert set(loads.values()) <= {passes}
+                assert slots[unit.site.tier, step.slot] == step.unit
+    extra = [count - len(passes) for count in loads.values()]
+    assert all(count >= 0 for count in extra)
+    assert sum(extra) <= (plan.job.weight_slots if case.early else 0)
 
 
-@given(jobs())
-@settings(max_examples=60, deadline=None)
-def test_only_links_move_bytes_and_every_layer_is_computed(job: Job) -> None:
-    steps = all_steps(job)
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_only_links_move_bytes_and_every_prompt_token_passes_every_layer(case: Case) -> None:
+    steps = all_steps(case)
     assert all(step.bytes == 0 for step in steps if step.lane not in LINKS)
     used = {step.lane for step in steps}
-    assert job.has_accelerator or used <= {Lane.CPU, Lane.DISK_READ, Lane.DISK_WRITE}
-    for batch in job.batches:
-        outputs = [
-            s for s in steps if s.kind is StepKind.OUTPUT and s.batch == batch.index and not s.token
+    accelerator = case.hardware is EMULATED
+    assert accelerator or used <= {Lane.CPU, Lane.DISK_READ, Lane.DISK_WRITE}
+    prompt_tokens = sum(r.prompt_len for r in case.requests)
+    for layer in range(1, LAYERS + 1):
+        rows = [
+            s.work.rows
+            for s in steps
+            if s.kind is StepKind.OUTPUT and s.unit == layer and s.work and s.work.is_prefill
         ]
-        assert [s.unit for s in outputs] == list(range(1, LAYERS + 1))
+        assert sum(rows) == prompt_tokens
+
+
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_rooms_and_micro_batches_keep_to_the_policy(case: Case) -> None:
+    """Never more sequences than a block, no two cohorts in a room, decode shared up to the micro-batch size."""
+    plan = case.plan
+    program = Program(case.policy, plan)
+    while not program.is_done:
+        batches = program.begin_pass()
+        list(program.steps(batches))
+        running = {m.cohort.index: m.cohort for b in batches for m in b.members}
+        assert len({c.room for c in running.values()}) == len(running)
+        assert sum(c.size for c in running.values()) <= case.policy.block_size
+        assert all(
+            sum(m.cohort.size for m in b.members) <= case.policy.gpu_batch_size for b in batches
+        )
+        program.end_pass()
+
+
+def test_the_continuous_schedule_spreads_prefill_over_the_passes() -> None:
+    """Eight blocks of 8 sequences that live 8 passes: once all rooms are taken, one sequence starts in every pass."""
+    policy = Policy(4, 2, schedule=Schedule.CONTINUOUS)
+    case = Case(policy, HOST, (Request(5, 8),) * 64, {})
+    starts = [
+        sum(s.kind is StepKind.EMBED and s.work is not None and s.work.is_prefill for s in steps)
+        for steps in all_passes(case, case.plan)
+    ]
+    assert starts == [1] * 64 + [0] * 7
+    block = Case(Policy(4, 2), HOST, (Request(5, 8),) * 64, {})
+    assert len(all_passes(block, block.plan)) == 64
+
+
+def test_the_cpu_attends_while_the_accelerator_computes() -> None:
+    """Projections of a layer come before its prefill, and a micro-batch's output is followed by its next projection."""
+    policy = Policy(
+        2, 2, Placement(cpu=1), Placement(cpu=1), Placement(gpu=1), attention=AttentionSite.CPU,
+    )  # fmt: skip
+    case = Case(policy, EMULATED, (Request(3, 3),) * 4, {})
+    decode = all_passes(case, case.plan)[1]
+    on_gpu = [(s.kind, s.unit, s.batch) for s in decode if s.lane is Lane.GPU][2:-2]
+    project, output = StepKind.PROJECT, StepKind.OUTPUT
+    assert on_gpu == [
+        (project, 1, 0), (project, 1, 1),
+        (output, 1, 0), (project, 2, 0), (output, 1, 1), (project, 2, 1),
+        (output, 2, 0), (project, 3, 0), (output, 2, 1), (project, 3, 1),
+        (output, 3, 0), (output, 3, 1),
+    ]  # fmt: skip
 
 
 def test_a_slot_is_not_overwritten_while_it_is_used() -> None:
@@ -182,25 +256,27 @@ def test_a_slot_is_not_overwritten_while_it_is_used() -> None:
 
 
 def test_loads_run_ahead_over_the_end_of_a_pass_but_not_over_the_end_of_the_job() -> None:
-    units = tuple(
-        Unit(i, kind, Tier.DISK, 0 if i == 0 else 10)
-        for i, kind in enumerate([UnitKind.EMBED, UnitKind.LAYER, UnitKind.LAYER, UnitKind.HEAD])
-    )
-    batch = MicroBatch(0, (0,), (2,), 2, (Span(Tier.CPU, 0, 1),), (Span(Tier.CPU, 0, 1),))
-    layout = KVLayout(1, 2, 1, 1, 8)
-    job = Job(
-        units, (batch,), Tier.CPU, AttentionSite.COMPUTE, 2, 2, 2, 4, 4, 12, 4, 8, 2, ((layout,),)
-    )
-    weights = WeightStream(job)
-    passes = [
-        [
-            s.unit
-            for s in pass_steps(job, weights, n, [Work(batch, n, 0)], n == 1)
-            if s.kind is StepKind.LOAD_WEIGHTS
-        ]
-        for n in range(2)
+    policy = Policy(1, 1, Placement(disk=1), Placement(cpu=1), Placement(cpu=1), prefetch=2)
+    case = Case(policy, HOST, (Request(2, 2),), {})
+    loads = [
+        [s.unit for s in steps if s.kind is StepKind.LOAD_WEIGHTS]
+        for steps in all_passes(case, case.plan)
     ]
-    assert passes == [[1, 2, 3, 1], [2, 3]]
+    # The embedding's own weights are read with its rows; the tied head is streamed like a layer.
+    assert loads == [[1, 2, 3, 4, 1, 2], [3, 4]]
+
+
+def test_sequences_that_leave_give_up_their_rows_and_keep_their_slots() -> None:
+    room = Room(0, (Span(Tier.GPU, 0, 2), Span(Tier.DISK, 2, 5)), (Span(Tier.CPU, 0, 5),))
+    layouts = (KVLayout(2, 9, 3, 3, 8), KVLayout(3, 9, 3, 1, 8))
+    cohort = start_cohort(7, room, (10, 11, 12, 13, 14), (1, 2, 3, 4, 9), 4, layouts)
+    assert cohort.slots == (0, 1, 0, 1, 2)
+    left = cohort.without([10, 13]).without([12])
+    assert left.sequences == (11, 14)
+    assert left.prompt_lens == (2, 9)
+    assert left.kv == (Span(Tier.GPU, 0, 1), Span(Tier.DISK, 1, 2))
+    assert left.slots == (1, 2)
+    assert left.whole == cohort
 
 
 @pytest.mark.parametrize(("tokens", "full", "used"), [(0, 0, 0), (1, 0, 1), (4, 1, 1), (5, 1, 2)])

@@ -67,3 +67,13 @@ class OutOfMemory(CannotRun):
             f"The plan fitted; another process may have taken the memory: {action}",
             Status.OOM,
         )
+
+
+class NotFinite(RuntimeError):
+    """A layer has produced NaN or infinite keys or values: nothing after it means anything."""
+
+    def __init__(self, layer: int, tensor: str) -> None:
+        super().__init__(
+            f"layer {layer} has produced {tensor} that are NaN or infinite. The weights of layers 0 to {layer} or the dtype are "
+            "to blame: float16 overflows above 65504; try dtype=bfloat16 or float32, and check the checkpoint."
+        )

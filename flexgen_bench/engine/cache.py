@@ -1,181 +1,273 @@
-"""The KV cache of one block: homes on every tier, staging, and where each step reads and writes."""
+"""The KV cache of a job: rooms on every tier, staging, and where each step reads and writes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.kernels.attention import Padding
-from flexgen_bench.memory.kv_cache import KVHome, KVRegion, Segment
+from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.schedule.job import Job, MicroBatch, Span
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.micro_batch import Part
 from flexgen_bench.schedule.steps import Step
 
-TokenKV = tuple[Tensor, Tensor]  # keys and values of one token: (S, G, D) each
+Home = tuple[int, int, int]  # room, span of the room, layer unit
 
 
-class BlockCache:
-    """Keys and values of all micro-batches of a block."""
+class KVCache:
+    """Keys and values of all rooms of a job, and their staging buffers, allocated from its plan."""
 
     def __init__(
         self,
-        job: Job,
-        shape: ModelShape,
-        dtype: torch.dtype,
+        plan: MemoryPlan,
+        form: KVForm,
         device: Device,
+        arenas: Arenas,
         spill: SpillFile | None,
-        spill_offset: int,
     ) -> None:
-        self._job = job
+        self._job = plan.job
+        self._form = form
         self._device = device
-        self._homes: dict[tuple[int, int], KVHome] = {}
-        self._prompt: dict[
-            tuple[int, int], Tensor
-        ] = {}  # padded prompt K/V on their way home, by (stage, part)
-        self._prompt_host: dict[tuple[int, int], Tensor] = {}
-        self._host_slots: dict[tuple[int, int], Tensor] = {}
-        self._slots: dict[tuple[int, int], Tensor] = {}
-        self._new: dict[
-            tuple[int, int], Tensor
-        ] = {}  # one token's K/V (2, S, G, D) on the compute device
-        self._new_host: dict[tuple[int, int], Tensor] = {}
+        self._spill = spill
+        self._memory: dict[Home, Tensor] = {}
+        self._offset: dict[Home, int] = {}  # on disk
+        self._tails: dict[Home, Tensor] = {}
+        self.spilled = 0  # bytes of the spill file in use
+        if plan.job.keep_kv:
+            self._make_rooms(plan, arenas)
+        self._make_staging(plan, arenas)
+        # One token's K and V, by (stage, part): made by attention, on its way home.
+        self._new: dict[tuple[int, int], list[Stored]] = {}
+        self._new_host: dict[tuple[int, int], list[Stored]] = {}
+        self._regions: dict[tuple[int, int], KVRegion] = {}  # by cohort and span
         self._paddings: dict[tuple[int, int, torch.device], Padding | None] = {}
-        layers = shape.num_layers
-        for batch, layouts in zip(job.batches, job.kv_layouts, strict=True):
-            for part, (span, layout) in enumerate(zip(batch.kv, layouts, strict=True)):
-                region = KVRegion(layout, shape.num_kv_heads, shape.head_dim, dtype)
-                if span.tier is Tier.DISK:
-                    tails = device.allocate(Tier.CPU, layout.segment_bytes * layers)
-                    home = KVHome(span.tier, region, None, spill, spill_offset, tails)
-                    spill_offset += layout.region_bytes * layers
-                else:
-                    memory = device.allocate(span.tier, layout.region_bytes * layers)
-                    if memory.is_cuda:
-                        memory.zero_()  # padding is multiplied by zero: it must not hold NaN
-                    home = KVHome(span.tier, region, memory)
-                self._homes[batch.index, part] = home
 
-    def keep_prompt(self, step: Step, batch: MicroBatch, k: Tensor, v: Tensor) -> None:
-        """Prefill: lay the prompt's k, v (N, G, D) out per sequence, at home or on the way there."""
-        for part, span in enumerate(batch.kv):
-            home = self._homes[batch.index, part]
-            if span.tier is self._device.compute_tier:
-                target = home.region.prompt(home.raw(step.unit - 1))
-            else:
-                staging = self._staging(
-                    self._prompt, (step.stage, part), "prompt", self._device.compute_tier
-                )
-                target = home.region.prompt(staging)
-            _scatter(target[0], k, batch, span)
-            _scatter(target[1], v, batch, span)
+    def _make_rooms(self, plan: MemoryPlan, arenas: Arenas) -> None:
+        layers = [u for u in plan.job.units if u.kind is UnitKind.LAYER]
+        for room, sizes in zip(plan.cohorts.rooms, plan.rooms, strict=True):
+            for number, span in enumerate(room.kv):
+                size, tail = sizes.kv[number], sizes.tails[number]
+                if span.tier is Tier.DISK:
+                    arenas.note(Tier.DISK, "kv_cache", size * len(layers))
+                    for unit in layers:
+                        self._offset[room.index, number, unit.index] = self.spilled
+                        self.spilled += size
+                    tails = arenas.allocate(Tier.CPU, "kv tails", tail * len(layers))
+                    for place, unit in enumerate(layers):
+                        self._tails[room.index, number, unit.index] = tails[place * tail :][:tail]
+                    continue
+                # Layers computed on the cpu keep their cache there.
+                tiers = [Tier.CPU if span.tier is Tier.CPU else unit.site.tier for unit in layers]
+                for tier in set(tiers):
+                    mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
+                    arena = arenas.allocate(tier, "kv_cache", size * len(mine))
+                    for place, unit in enumerate(mine):
+                        home = arena[place * size :][:size]
+                        self._memory[room.index, number, unit.index] = home
+
+    def _make_staging(self, plan: MemoryPlan, arenas: Arenas) -> None:
+        sizes, compute = plan.staging, plan.job.compute_tier
+
+        def make(tier: Tier, name: str, size: int) -> list[Tensor]:
+            return [arenas.allocate(tier, name, size) for _ in range(sizes.stages if size else 0)]
+
+        self._prompts = {
+            tier: make(tier, "kv prompts", size) for tier, size in sizes.prompt.items()
+        }
+        self._prompts_host = make(Tier.CPU, "kv prompts from accelerator", sizes.prompt_host)
+        self._slots = make(compute, "kv slots", sizes.kv_slot)
+        self._host_slots = make(Tier.CPU, "kv host slots", sizes.kv_host)
+
+    # Prefill
+
+    def keep_prompt(self, step: Step, k: Sequence[Stored]) -> None:
+        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the way."""
+        assert step.work is not None
+        for part in step.work.kv_parts:
+            raw = self._prompt_bytes(step, part)
+            region, member = self._region(part), part.member
+            rows = [tuple(t[part.row : part.stop] for t in stored) for stored in k]
+            ranges = member.ranges[part.span.start : part.span.stop]
+            if len(set(ranges)) == 1 and part.span.count == region.layout.sequences and (
+                ranges[0][1] < member.cohort.prompt_lens[part.span.start]
+                or ranges[0][1] == region.layout.prompt_tokens
+            ):  # fmt: skip
+                region.put_prompts(raw, ranges[0][0], rows)
+                continue
+            cursor = 0
+            for place, (first, last) in enumerate(ranges, start=part.span.start):
+                count = last - first
+                if count:
+                    own = [tuple(t[cursor : cursor + count] for t in stored) for stored in rows]
+                    slot, length = part.cohort.slots[place], part.cohort.prompt_lens[place]
+                    region.put_prompt(raw, slot, first, own, length)
+                cursor += count
+
+    def prompt_so_far(self, step: Step, part: Part, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, G, stop, D) of a part's prompts up to ``stop``, as attention sees them."""
+        stored = self._region(part).prompt(self._prompt_bytes(step, part))
+        both = self._form.decode(tuple(t[:, :, :, :stop] for t in stored))
+        return both[0], both[1]
+
+    def _prompt_bytes(self, step: Step, part: Part) -> Tensor:
+        """Where the prompt gathers: its home if that is where the layer is computed, else a staging buffer."""
+        unit = self._job.units[step.unit]
+        if self._job.keep_kv and self._job.kv_tier(unit, part) is unit.site.tier:
+            return self._memory[_home(step, part)]
+        assert step.work is not None
+        return self._slice(self._prompts[unit.site.tier][step.work.prompt_slot], step, part)
+
+    def _slice(self, staging: Tensor, step: Step, part: Part) -> Tensor:
+        """The part's share of a staging buffer: parts that are staged lie one after the other."""
+        assert step.work is not None
+        unit, start = self._job.units[step.unit], 0
+        for other in step.work.kv_parts[: part.index]:
+            if not (self._job.keep_kv and self._job.kv_tier(unit, other) is unit.site.tier):
+                start += self._region(other).layout.prompt_bytes
+        return staging[start:]
+
+    # Steps that move
 
     def store(self, step: Step) -> None:
-        """STORE_KV: prompt or finished segment to disk, prompt or token from the compute device to the host."""
-        home = self._homes[step.batch, step.part]
-        key = (step.stage, step.part)
-        layer, to_disk = step.unit - 1, home.tier is Tier.DISK
-        if step.token:
+        """STORE_KV: prompt or finished segment to disk, prompt or token from the accelerator to the host."""
+        part = _part(step)
+        layout, to_disk = self._region(part).layout, part.tier is Tier.DISK
+        home = _home(step, part)
+        if part.token:
             if step.lane is Lane.DISK_WRITE:
-                home.write_segment(layer, home.region.layout.full_segments(step.token) - 1)
+                segment = layout.full_segments(part.token) - 1
+                offset = self._offset[home] + layout.prefix_bytes(segment)
+                self._file.write(offset, self._tails[home][: layout.segment_bytes])
             else:
-                self._new_host[key] = self._device.to_host(self._new[key])
+                key = (step.stage, step.part)
+                self._new_host[key] = [
+                    tuple(self._device.to_host(t) for t in stored) for stored in self._new[key]
+                ]
             return
+        size, from_accelerator = layout.prompt_bytes, self._job.units[step.unit].site.is_accelerator
         if step.lane is Lane.DISK_WRITE:
-            source = self._prompt_host if self._job.has_accelerator else self._prompt
-            home.write_prompt(layer, source[key])
+            source = (
+                self._host_prompt(step, part)
+                if from_accelerator
+                else self._prompt_bytes(step, part)
+            )
+            self._file.write(self._offset[home], source[:size])
             return
-        target = (
-            self._staging(self._prompt_host, key, "prompt", Tier.CPU)
-            if to_disk
-            else home.raw(layer)
-        )
-        size = home.region.layout.prompt_bytes
-        target[:size].copy_(self._prompt[key][:size], non_blocking=True)
+        target = self._host_prompt(step, part) if to_disk else self._memory[home]
+        target[:size].copy_(self._prompt_bytes(step, part)[:size], non_blocking=True)
+
+    def _host_prompt(self, step: Step, part: Part) -> Tensor:
+        """Only parts on disk pass through here; each has its place after the ones before it."""
+        assert step.work is not None
+        before = (p for p in step.work.kv_parts[: part.index] if p.tier is Tier.DISK)
+        start = sum(self._region(p).layout.prompt_bytes for p in before)
+        return self._prompts_host[step.work.prompt_slot][start:]
 
     def load(self, step: Step) -> None:
-        """LOAD_KV: disk -> host slot, or host -> compute device."""
-        home, key = self._homes[step.batch, step.part], (step.stage, step.part)
-        layout, layer = home.region.layout, step.unit - 1
-        full, used = layout.full_segments(step.token - 1), layout.used_segments(step.token - 1)
+        """LOAD_KV: disk -> host slot, or host -> accelerator."""
+        part = _part(step)
+        layout, home = self._region(part).layout, _home(step, part)
+        full, used = layout.full_segments(part.token - 1), layout.used_segments(part.token - 1)
+        size = layout.prefix_bytes(full)
         if step.lane is Lane.DISK_READ:
-            home.read_prefix(layer, full, self._staging(self._host_slots, key, "region", Tier.CPU))
+            self._file.read(self._offset[home], self._host_slots[part.slot][:size])
             return
-        slot = self._staging(self._slots, key, "region", Tier.GPU)
-        if home.tier is Tier.DISK:
-            size = layout.prefix_bytes(full)
-            slot[:size].copy_(self._host_slots[key][:size], non_blocking=True)
+        slot = self._slots[part.slot]
+        if part.tier is Tier.DISK:
+            slot[:size].copy_(self._host_slots[part.slot][:size], non_blocking=True)
             if used > full:
-                slot[size : size + layout.segment_bytes].copy_(home.loose(layer), non_blocking=True)
+                tail = self._tails[home][: layout.segment_bytes]
+                slot[size:][: layout.segment_bytes].copy_(tail, non_blocking=True)
         else:
             size = layout.prefix_bytes(used)
-            slot[:size].copy_(home.raw(layer)[:size], non_blocking=True)
-
-    def attend_in_memory(self, step: Step, k: Tensor, v: Tensor) -> list[Segment]:
-        """Append one token's k, v (S, G, D) to a cache in this device's memory; returns all of it."""
-        home, layer = self._homes[step.batch, step.part], step.unit - 1
-        layout = home.region.layout
-        if home.tier is not Tier.DISK:
-            home.region.append(home.raw(layer), step.token, k, v)
-            return home.region.segments(home.raw(layer), step.token)
-        home.region.append_loose(home.loose(layer), step.token, k, v)
-        on_disk = layout.full_segments(step.token - 1) * layout.segment_tokens
-        segments = home.region.segments(self._host_slots[step.stage, step.part], on_disk)
-        tail = home.region.loose_tail(home.loose(layer))[:, :, :, : step.token - on_disk]
-        return [*segments, (tail[0], tail[1])]
-
-    def attend_moved(self, step: Step, k: Tensor, v: Tensor) -> list[Segment]:
-        """The cache that was moved to the compute device, and the new token, which is kept for its way home."""
-        region = self._homes[step.batch, step.part].region
-        segments = region.segments(self._slots[step.stage, step.part], step.token - 1)
-        self._new[step.stage, step.part] = torch.stack((k, v))
-        return [*segments, (k[:, :, None], v[:, :, None])]
+            slot[:size].copy_(self._memory[home][:size], non_blocking=True)
 
     def append(self, step: Step) -> None:
-        """APPEND_KV: a token that came back from the compute device, into the cache on the host."""
-        home, layer = self._homes[step.batch, step.part], step.unit - 1
-        k, v = self._new_host[step.stage, step.part]
-        if home.tier is Tier.DISK:
-            home.region.append_loose(home.loose(layer), step.token, k, v)
-        else:
-            home.region.append(home.raw(layer), step.token, k, v)
+        """APPEND_KV: a token that came back from the accelerator, into the cache on the host."""
+        part = _part(step)
+        self._append_at_home(step, part, self._new_host[step.stage, step.part])
 
-    def is_moved(self, step: Step, span: Span) -> bool:
+    # Decode
+
+    def attend_in_memory(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
+        """Append one token's stored k, v (S', G, ...) to a cache in this device's memory; returns all of it."""
+        self._append_at_home(step, part, new)
+        region, home, token = self._region(part), _home(step, part), part.token
+        if part.tier is not Tier.DISK:
+            return region.segments(self._memory[home], token)
+        on_disk = region.layout.full_segments(token - 1) * region.layout.segment_tokens
+        segments = region.segments(self._host_slots[part.slot], on_disk)
+        tail = region.loose_tail(self._tails[home])
+        return [*segments, region.first_tokens(tail, token - on_disk)]
+
+    def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
+        """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
+        region, slot = self._region(part), self._slots[part.slot]
+        region.append(slot, part.token, _slots(part), new)
+        self._new[step.stage, step.part] = list(new)
+        return region.segments(slot, part.token)
+
+    def is_moved(self, step: Step, part: Part) -> bool:
         """Whether this ATTEND reads a cache that was moved to an accelerator."""
-        return self._job.has_accelerator and step.lane is Lane.GPU and span.tier is not Tier.GPU
+        return step.lane is Lane.GPU and part.tier is not Tier.GPU
 
-    def padding(self, batch: MicroBatch, part: int, device: torch.device) -> Padding | None:
+    def live_slots(self, part: Part) -> Sequence[int] | None:
+        """Which of the region's sequences are still running; None if all are."""
+        slots = _slots(part)
+        return None if len(slots) == self._region(part).layout.sequences else slots
+
+    def padding(self, part: Part, device: torch.device) -> Padding | None:
         """Which prompt slots hold a token; None if all do."""
-        key = (batch.index, part, device)
+        key = (part.cohort.index, part.home, device)
         if key not in self._paddings:
-            span = batch.kv[part]
-            lengths = torch.tensor(batch.prompt_lens[span.start : span.stop])
-            self._paddings[key] = Padding.of(lengths, batch.padded_len, device)
+            whole = part.cohort.whole
+            span = whole.kv[part.home]
+            lengths = torch.tensor(whole.prompt_lens[span.start : span.stop])
+            tokens = whole.layouts[part.home].prompt_tokens
+            self._paddings[key] = Padding.of(lengths, tokens, device)
         return self._paddings[key]
 
-    def _staging(
-        self, pool: dict[tuple[int, int], Tensor], key: tuple[int, int], what: str, tier: Tier
-    ) -> Tensor:
-        """A staging buffer for (stage, part), made once, large enough for every micro-batch."""
-        if key not in pool:
-            layouts = [row[key[1]] for row in self._job.kv_layouts if len(row) > key[1]]
-            size = max(x.region_bytes if what == "region" else x.prompt_bytes for x in layouts)
-            pool[key] = self._device.allocate(tier, size)
-            if pool[key].is_cuda:
-                pool[key].zero_()
-        return pool[key]
+    def forget(self, cohort: Cohort) -> None:
+        """A cohort has left its room."""
+        regions, paddings = self._regions, self._paddings
+        self._regions = {key: r for key, r in regions.items() if key[0] != cohort.index}
+        self._paddings = {key: p for key, p in paddings.items() if key[0] != cohort.index}
+
+    def _append_at_home(self, step: Step, part: Part, new: Sequence[Stored]) -> None:
+        region, home = self._region(part), _home(step, part)
+        if part.tier is Tier.DISK:
+            region.append_loose(self._tails[home], part.token, _slots(part), new)
+        else:
+            region.append(self._memory[home], part.token, _slots(part), new)
+
+    def _region(self, part: Part) -> KVRegion:
+        key = (part.cohort.index, part.home)
+        if key not in self._regions:
+            self._regions[key] = KVRegion(part.cohort.layouts[part.home], self._form)
+        return self._regions[key]
+
+    @property
+    def _file(self) -> SpillFile:
+        assert self._spill is not None, "a cache on disk has a spill file"
+        return self._spill
 
 
-def _scatter(target: Tensor, flat: Tensor, batch: MicroBatch, span: Span) -> None:
-    """Flattened tokens (N, G, D) of a span's sequences -> (S, G, P, D); slots past a prompt's end stay as they are."""
-    lengths = batch.prompt_lens[span.start : span.stop]
-    first = batch.offsets[span.start]
-    if min(lengths) == target.shape[2]:
-        rows = flat[first : batch.offsets[span.stop]]
-        target.copy_(rows.view(len(lengths), -1, *flat.shape[1:]).transpose(1, 2))
-        return
-    for i, length in enumerate(lengths):
-        start = batch.offsets[span.start + i]
-        target[i, :, :length] = flat[start : start + length].transpose(0, 1)
+def _part(step: Step) -> Part:
+    assert step.work is not None
+    return step.work.kv_parts[step.part]
+
+
+def _home(step: Step, part: Part) -> Home:
+    return part.cohort.room, part.home, step.unit
+
+
+def _slots(part: Part) -> Sequence[int]:
+    return part.cohort.slots[part.span.start : part.span.stop]

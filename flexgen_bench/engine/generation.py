@@ -1,4 +1,4 @@
-"""Generation as a consumer of blocks: which tokens are fed, and what becomes of the logits."""
+"""Generation and scoring: which tokens are fed, and what becomes of the logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.schedule.job import MicroBatch
+from flexgen_bench.planner.program import last_rows
+from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 
 
 @dataclass
@@ -37,39 +39,51 @@ class Running:
 
 
 class Generation:
-    """Feeds tokens to a block and samples the next ones. ``sequences`` are numbered as in the job."""
+    """Feeds tokens to micro-batches and samples the next ones. ``sequences`` are numbered as in the job."""
 
     def __init__(self, sequences: Sequence[Running]) -> None:
         self._sequences = sequences
+        # Whether the host needs no more than the number of the largest logit.
+        self.is_greedy = all(_plain_greedy(s.params) for s in sequences)
 
-    def tokens(self, batch: MicroBatch, token: int) -> Sequence[int]:
-        members = [self._sequences[i] for i in batch.sequences]
-        if token == 0:
-            return [t for member in members for t in member.prompt]
-        # A finished sequence keeps its place in the micro-batch; what it is fed does not matter.
-        return [m.new[token - 1] if len(m.new) >= token else m.new[-1] for m in members]
+    def tokens(self, member: Member) -> Sequence[int]:
+        mine = [self._sequences[i] for i in member.cohort.sequences]
+        if member.token:
+            return [sequence.new[member.token - 1] for sequence in mine]
+        return [
+            token
+            for sequence, (first, last) in zip(mine, member.ranges, strict=True)
+            for token in sequence.prompt[first:last]
+        ]
 
-    def rows(self, batch: MicroBatch, token: int) -> Sequence[int] | None:
-        return None if token else [stop - 1 for stop in batch.offsets[1:]]
+    def wanted(self, member: Member) -> Sequence[int]:
+        """The last row of every sequence whose prompt ends here, or which decodes."""
+        return last_rows(member)
 
-    def reduce(
-        self, batch: MicroBatch, token: int, head: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
-        """Logits, or their greedy choice if every sequence wants only that."""
+    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Logits, or their greedy choice if every sequence of the job wants only that."""
         logits = head(x)
-        if all(_plain_greedy(self._sequences[i].params) for i in batch.sequences):
-            return logits.argmax(dim=-1)
-        return logits.float()
+        return logits.argmax(dim=-1) if self.is_greedy else logits.float()
 
-    def finish(self, batch: MicroBatch, token: int, found: Tensor) -> None:
-        chosen = found.tolist() if found.dim() == 1 else None
-        for row, i in enumerate(batch.sequences):
+    def finish(self, work: MicroBatch, found: Tensor) -> None:
+        numbers = [i for member in work.members for _, i in self._ending(member)]
+        chosen = found.tolist() if self.is_greedy else None
+        for row, i in enumerate(numbers):
             sequence = self._sequences[i]
-            if not sequence.finish_reason:
-                sequence.take(chosen[row] if chosen else sequence.sampler.choose(found[row]))
+            sequence.take(chosen[row] if chosen else sequence.sampler.choose(found[row]))
 
-    def is_done(self, batch: MicroBatch) -> bool:
-        return all(self._sequences[i].finish_reason for i in batch.sequences)
+    def ended(self, cohort: Cohort) -> list[int]:
+        """Sequences of a cohort that have nothing left to do."""
+        return [i for i in cohort.sequences if self._sequences[i].finish_reason]
+
+    def _ending(self, member: Member) -> list[tuple[int, int]]:
+        """(place in the cohort, number in the job) of sequences that get a token from this member."""
+        return [
+            (place, i)
+            for place, i in enumerate(member.cohort.sequences)
+            if member.token
+            or member.ranges[place][0] < member.ranges[place][1] == member.cohort.prompt_lens[place]
+        ]
 
 
 def _plain_greedy(params: SamplingParams) -> bool:
@@ -92,30 +106,35 @@ class Scoring:
 
     def __init__(self, requests: Sequence[ScoreRequest]) -> None:
         self._requests = requests
-        self.results: dict[int, list[tuple[float, bool]]] = {}
+        self.results: dict[int, list[tuple[float, bool]]] = {i: [] for i in range(len(requests))}
 
-    def tokens(self, batch: MicroBatch, token: int) -> Sequence[int]:
-        return [t for i in batch.sequences for t in self._requests[i].tokens]
-
-    def rows(self, batch: MicroBatch, token: int) -> Sequence[int]:
-        """The row before each scored token predicts it."""
+    def tokens(self, member: Member) -> Sequence[int]:
         return [
-            batch.offsets[place] + position - 1
-            for place, i in enumerate(batch.sequences)
-            for position in range(self._requests[i].start, len(self._requests[i].tokens))
+            token
+            for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True)
+            for token in self._requests[i].tokens[first:last]
         ]
 
-    def reduce(
-        self, batch: MicroBatch, token: int, head: Callable[[Tensor], Tensor], x: Tensor
-    ) -> Tensor:
+    def wanted(self, member: Member) -> Sequence[int]:
+        """The row before each scored token predicts it."""
+        return [
+            member.offsets[place] + target - 1 - member.ranges[place][0]
+            for place, targets in enumerate(self._targets(member))
+            for target in targets
+        ]
+
+    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """(log-probability, is argmax) of every target, on the compute device."""
         targets = torch.tensor(
             [
-                t
-                for i in batch.sequences
-                for t in self._requests[i].tokens[self._requests[i].start :]
-            ],
-            device=x.device,
+                self._requests[i].tokens[target]
+                for member in work.members
+                for i, own in zip(member.cohort.sequences, self._targets(member), strict=True)
+                for target in own
+            ]
         )
+        if x.is_cuda:
+            targets = targets.pin_memory().to(x.device, non_blocking=True)
         pieces = []
         for start in range(0, len(targets), self.rows_at_once):
             part = slice(start, start + self.rows_at_once)
@@ -127,11 +146,25 @@ class Scoring:
                     (chosen - logits.logsumexp(-1), (logits.argmax(-1) == wanted).float()), dim=1
                 )
             )
-        return torch.cat(pieces) if pieces else torch.empty((0, 2))
+        return torch.cat(pieces)
 
-    def finish(self, batch: MicroBatch, token: int, found: Tensor) -> None:
+    def finish(self, work: MicroBatch, found: Tensor) -> None:
         row = 0
-        for i in batch.sequences:
-            count = len(self._requests[i].tokens) - self._requests[i].start
-            self.results[i] = [(float(p), bool(g)) for p, g in found[row : row + count].tolist()]
-            row += count
+        for member in work.members:
+            for i, targets in zip(member.cohort.sequences, self._targets(member), strict=True):
+                rows = found[row : row + len(targets)].tolist()
+                self.results[i] += [(float(p), bool(g)) for p, g in rows]
+                row += len(targets)
+
+    def ended(self, cohort: Cohort) -> list[int]:
+        """A prompt is all there is."""
+        return list(cohort.sequences)
+
+    def _targets(self, member: Member) -> list[range]:
+        """Per sequence, the positions of scored tokens that rows of this member predict."""
+        found = []
+        for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True):
+            request = self._requests[i]
+            start = max(request.start, first + 1)
+            found.append(range(start, max(start, min(len(request.tokens), last + 1))))
+        return found

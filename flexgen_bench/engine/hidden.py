@@ -1,126 +1,185 @@
-"""Hidden states between layers: at home on any tier, or staged on the compute device."""
+"""Hidden states between units: at home on any tier, or staged where a unit is computed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
-from flexgen_bench.memory.host import PAGE
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.schedule.job import Job, MicroBatch
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.staging import chunk_len, chunk_rows, page_aligned
+from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.steps import Step
 
-Key = tuple[int, int]
+Home = tuple[int, int, int]  # room, chunk, span of the room
+Staged = tuple[Tier, int, int]  # site, stage, part
 
 
 class HiddenStates:
-    """Hidden states (N, hidden) of every micro-batch of a block, cut into spans by tier."""
+    """Hidden states (rows, hidden) of every room, cut into spans by tier.
+
+    Rows that live on the compute tier are kept as the tensors that compute steps made; rows on the host or on disk
+    have a place of their own.
+    """
 
     def __init__(
         self,
-        job: Job,
+        plan: MemoryPlan,
+        policy: Policy,
         dtype: torch.dtype,
         device: Device,
+        arenas: Arenas,
         spill: SpillFile | None,
         spill_offset: int,
     ) -> None:
-        self._job = job
-        self._dtype = dtype
-        self._device = device
-        self._spill = spill
-        self._width = job.hidden_row_bytes // dtype.itemsize
-        self._on_compute: dict[
-            Key, Tensor
-        ] = {}  # (batch, part) -> rows that live on the compute tier
-        self._at_home: dict[
-            Key, Tensor
-        ] = {}  # (batch, part) -> memory of rows that live on the host
-        self._offset: dict[Key, int] = {}  # (batch, part) -> place in the spill file
-        self._staged: dict[Key, Tensor] = {}  # (stage, part) -> rows brought to the compute device
-        self._host: dict[Key, Tensor] = {}  # (stage, part) -> rows between disk and an accelerator
-        self._pages: dict[Key, Tensor] = {}  # (stage, part) -> aligned bytes for disk transfers
-        self._current: dict[int, Tensor] = {}  # stage -> what the last compute step left
-        for batch in job.batches:
-            for part, span in enumerate(batch.hidden):
-                size = batch.tokens(0, span) * job.hidden_row_bytes
-                if span.tier is Tier.DISK:
-                    self._offset[batch.index, part] = spill_offset
-                    spill_offset += page_aligned(size)
-                elif span.tier is not job.compute_tier:
-                    self._at_home[batch.index, part] = device.allocate(Tier.CPU, size)
-
-    def put(self, step: Step, batch: MicroBatch, x: Tensor) -> None:
-        """Compute has made new hidden states; spans that live on the compute tier are home with this."""
-        if any(span.tier is not self._job.compute_tier for span in batch.hidden):
-            # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
-            self._current[step.stage] = x
-        for part, span in enumerate(batch.hidden):
-            if span.tier is self._job.compute_tier:
-                rows = slice(batch.row(step.token, span.start), batch.row(step.token, span.stop))
-                self._on_compute[batch.index, part] = x[rows]
-
-    def take(self, step: Step, batch: MicroBatch) -> Tensor:
-        """All rows on the compute device, in order."""
-        parts = [
-            self._on_compute[batch.index, part]
-            if span.tier is self._job.compute_tier
-            else crossing(self._staged[step.stage, part])
-            for part, span in enumerate(batch.hidden)
+        self._job, self._policy = plan.job, policy
+        self._dtype, self._device, self._spill = dtype, device, spill
+        self._row_bytes = plan.job.hidden_row_bytes
+        self._rows: dict[Home, Tensor] = {}  # rows that live on the compute tier
+        self._joined: dict[tuple[Home, ...], Tensor] = {}  # the same as one tensor
+        self._memory: dict[tuple[int, int], Tensor] = {}  # (room, span) -> rows on the host
+        self._offset: dict[tuple[int, int], int] = {}  # (room, span) -> place in the spill file
+        self._staged: dict[Staged, Tensor] = {}  # rows brought to a unit's site
+        self._host: dict[Staged, Tensor] = {}  # rows between disk and an accelerator
+        # (site, stage) -> what the last compute step left
+        self._current: dict[tuple[Tier, int], Tensor] = {}
+        for room, sizes in zip(plan.cohorts.rooms, plan.rooms, strict=True):
+            for number, (span, size) in enumerate(zip(room.hidden, sizes.hidden, strict=True)):
+                if span.tier is plan.job.compute_tier:
+                    arenas.note(span.tier, "activations", size)
+                elif span.tier is Tier.DISK:
+                    arenas.note(span.tier, "activations", size)
+                    self._offset[room.index, number] = spill_offset
+                    spill_offset += size
+                else:
+                    memory = arenas.allocate(span.tier, "activations", size)
+                    self._memory[room.index, number] = memory
+        stages, pages = plan.staging.stages + plan.staging.apart, plan.staging.pages
+        self._pages = [
+            arenas.allocate(Tier.CPU, "activation pages", pages)
+            for _ in range(stages if pages else 0)
         ]
+
+    def put(self, step: Step, x: Tensor) -> None:
+        """A compute step has made new hidden states; parts that live at its site are home with this."""
+        work, tier = _work(step), self._site(step)
+        if any(part.tier is not tier for part in work.hidden_parts):
+            # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
+            self._current[tier, step.stage] = x
+        keys = []
+        for part in work.hidden_parts:
+            if part.tier is not tier:
+                continue
+            rows = x[part.row : part.stop]
+            if tier is self._job.compute_tier:
+                keys.append(_home(work, part))
+                self._rows[keys[-1]] = rows
+            else:
+                self._in_memory(work, part).copy_(rows)
+        if len(keys) == len(work.hidden_parts):
+            self._joined[tuple(keys)] = x
+
+    def take(self, step: Step) -> Tensor:
+        """All rows of the micro-batch at the site of the step, in order."""
+        work, tier = _work(step), self._site(step)
+        joined = self._joined.get(tuple(_home(work, part) for part in work.hidden_parts))
+        if joined is not None and tier is self._job.compute_tier:
+            return joined
+        parts = [self._part(step, work, part) for part in work.hidden_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def load(self, step: Step, batch: MicroBatch) -> None:
-        """LOAD_HIDDEN: disk -> memory, or host -> accelerator."""
-        span, stage_key = batch.hidden[step.part], (step.stage, step.part)
-        count = batch.tokens(step.token, span)
-        if step.lane is Lane.DISK_READ:
-            pages = self._paged(stage_key, count)
-            assert self._spill is not None
-            self._spill.read(self._offset[batch.index, step.part], pages)
-            target = self._host if self._job.has_accelerator else self._staged
-            target[stage_key] = self._as_rows(pages, count)
-            return
-        on_disk = span.tier is Tier.DISK
-        source = self._host[stage_key] if on_disk else self._home(batch, step.part, count)
-        self._staged[stage_key] = self._device.to_compute(source)
+    def _part(self, step: Step, work: MicroBatch, part: Part) -> Tensor:
+        tier = self._site(step)
+        if part.tier is not tier:
+            return crossing(self._staged[tier, step.stage, part.index])
+        if tier is self._job.compute_tier:
+            return self._rows[_home(work, part)]
+        return self._in_memory(work, part)
 
-    def store(self, step: Step, batch: MicroBatch) -> None:
-        """STORE_HIDDEN: accelerator -> host, or memory -> disk."""
-        span, stage_key = batch.hidden[step.part], (step.stage, step.part)
-        first, last = batch.row(step.token, span.start), batch.row(step.token, span.stop)
-        count = last - first
-        if step.lane is Lane.DISK_WRITE:
-            pages = self._paged(stage_key, count)
-            if not self._job.has_accelerator:
-                self._as_rows(pages, count).copy_(self._current[step.stage][first:last])
+    def load(self, step: Step) -> None:
+        """LOAD_HIDDEN: one tier nearer to the site."""
+        work = _work(step)
+        part, key = work.hidden_parts[step.part], (self._site(step), step.stage, step.part)
+        if step.lane is Lane.DISK_READ:
+            pages = self._paged(step, part)
             assert self._spill is not None
-            self._spill.write(self._offset[batch.index, step.part], pages)
+            self._spill.read(self._disk_offset(work, part), pages)
+            at_site = self._site(step) is Tier.CPU
+            (self._staged if at_site else self._host)[key] = self._as_rows(pages, part.rows)
+        elif step.lane is Lane.D2H:
+            self._staged[key] = self._device.to_host(self._rows[_home(work, part)])
+        else:
+            on_disk = part.tier is Tier.DISK
+            source = self._host[key] if on_disk else self._in_memory(work, part)
+            self._staged[key] = self._device.to_compute(source)
+
+    def store(self, step: Step) -> None:
+        """STORE_HIDDEN: one tier nearer to home."""
+        work = _work(step)
+        part = work.hidden_parts[step.part]
+        if step.lane is Lane.DISK_WRITE:
+            pages = self._paged(step, part)
+            if self._site(step) is Tier.CPU:
+                rows = self._current[self._site(step), step.stage][part.row : part.stop]
+                self._as_rows(pages, part.rows).copy_(rows)
+            assert self._spill is not None
+            self._spill.write(self._disk_offset(work, part), pages)
             return
-        rows = self._current[step.stage][first:last]
-        on_disk = span.tier is Tier.DISK
+        rows = self._current[self._site(step), step.stage][part.row : part.stop]
+        if step.lane is Lane.H2D:
+            self._rows[_home(work, part)] = self._device.to_compute(rows)
+            self._joined.clear()  # what was joined before holds the old rows
+            return
+        on_disk = part.tier is Tier.DISK
         target = (
-            self._as_rows(self._paged(stage_key, count), count)
+            self._as_rows(self._paged(step, part), part.rows)
             if on_disk
-            else self._home(batch, step.part, count)
+            else self._in_memory(work, part)
         )
         target.copy_(crossing(rows), non_blocking=True)
 
-    def _home(self, batch: MicroBatch, part: int, count: int) -> Tensor:
-        return self._as_rows(self._at_home[batch.index, part], count)
+    def begin_pass(self) -> None:
+        """No hidden states outlive a pass: what the last one left on the compute tier is released."""
+        self._rows.clear()
+        self._joined.clear()
+
+    def _site(self, step: Step) -> Tier:
+        return self._job.units[step.unit].site.tier
+
+    def _in_memory(self, work: MicroBatch, part: Part) -> Tensor:
+        """A part's rows in its home in host memory."""
+        start = sum(self._chunks(part)[: work.chunk]) if work.chunk else 0
+        memory = self._memory[part.cohort.room, part.home][start * self._row_bytes :]
+        return self._as_rows(memory, part.rows)
+
+    def _disk_offset(self, work: MicroBatch, part: Part) -> int:
+        before = self._chunks(part)[: work.chunk] if work.chunk else ()
+        base = self._offset[part.cohort.room, part.home]
+        return base + sum(page_aligned(rows * self._row_bytes) for rows in before)
+
+    def _chunks(self, part: Part) -> list[int]:
+        """Prompt rows of each chunk; prompts are computed before anybody leaves."""
+        return chunk_rows(part.cohort, part.span, chunk_len(self._policy, part.cohort.size))
 
     def _as_rows(self, raw: Tensor, count: int) -> Tensor:
-        size = count * self._width * self._dtype.itemsize
-        return raw[:size].view(self._dtype).view(count, self._width)
+        return raw[: count * self._row_bytes].view(self._dtype).view(count, -1)
 
-    def _paged(self, key: Key, count: int) -> Tensor:
-        """Page-aligned bytes for ``count`` rows, from a buffer made once for the largest micro-batch."""
-        if key not in self._pages:
-            largest = max(batch.tokens(0) for batch in self._job.batches)
-            self._pages[key] = self._device.allocate(Tier.CPU, largest * self._job.hidden_row_bytes)
-        return self._pages[key][: page_aligned(count * self._job.hidden_row_bytes)]
+    def _paged(self, step: Step, part: Part) -> Tensor:
+        """The part's page-aligned share of its stage's buffer."""
+        before = (p for p in _work(step).hidden_parts[: part.index] if p.tier is Tier.DISK)
+        start = sum(page_aligned(p.rows * self._row_bytes) for p in before)
+        size = page_aligned(part.rows * self._row_bytes)
+        return self._pages[step.stage][start : start + size]
 
 
-def page_aligned(size: int) -> int:
-    return -(-size // PAGE) * PAGE
+def _work(step: Step) -> MicroBatch:
+    assert step.work is not None
+    return step.work
+
+
+def _home(work: MicroBatch, part: Part) -> Home:
+    return part.cohort.room, work.chunk, part.home

@@ -14,6 +14,7 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import MIB
+from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.table_rows import rows_in_memory, rows_on_disk
 from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view, views
@@ -22,7 +23,7 @@ from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import PAGE, allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.planner.units import PackedEntry, PackedModel
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step
 
 
@@ -34,16 +35,16 @@ class Weights:
         store: WeightStore,
         packed: PackedModel,
         dtype: DType,
-        tiers: list[Tier],
+        job: Job,
         device: Device,
-        slots: int,
-        plain_slots: int = 0,
+        arenas: Arenas,
     ) -> None:
-        """slots: staging slots, each for the largest streamed unit; plain_slots: each for the largest unit unpacked."""
+        """job: where its units live and are computed, and how many slots there are."""
         self._packed = packed
         self._dtype = TORCH_DTYPES[dtype]
-        self._tiers = tiers
-        self._device = device
+        self._job = job
+        self._tiers = [unit.tier for unit in job.units]
+        self._arenas = arenas
         self._checksums = store.checksums
         self._file = DirectFile(store.path)
         self._verified: set[int] = set()
@@ -54,55 +55,45 @@ class Weights:
         except BaseException:
             self._file.close()
             raise
-        streamed = [
-            unit.num_bytes
-            for unit, tier in zip(packed.units, tiers, strict=True)
-            if tier is not device.compute_tier
-        ]
-        from_disk = Tier.DISK in tiers and device.compute_tier is Tier.GPU
-        largest = max(streamed, default=0)
-        self._slots = [
-            device.allocate(device.compute_tier, largest) for _ in range(slots if largest else 0)
-        ]
-        unpacked = max(unit.plain_bytes for unit in packed.units)
+        self._slots = {
+            tier: [arenas.allocate(tier, "weight slots", largest) for _ in range(job.weight_slots)]
+            for tier, largest in job.slot_bytes.items()
+        }
+        unpacked = job.plain_slot_bytes
         self._plain_slots = [
-            device.allocate(device.compute_tier, unpacked)
-            for _ in range(plain_slots if unpacked else 0)
+            arenas.allocate(job.compute_tier, "unpacked weights", unpacked)
+            for _ in range(job.plain_slots)
         ]
         device.settle()
-        self._host_slots = [
-            device.allocate(Tier.CPU, largest) for _ in range(slots if from_disk else 0)
-        ]
-        self._views: dict[tuple[int, int], Mapping[str, Weight]] = {}
+        self._views: dict[tuple[int, int, Tier], Mapping[str, Weight]] = {}
         self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
 
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
         unit = self._packed.units[step.unit]
         if step.lane is Lane.DISK_READ:
-            into = (self._host_slots if self._host_slots else self._slots)[step.slot]
-            self._read_unit(step.unit, into)
+            self._read_unit(step.unit, self._slots[Tier.CPU][step.slot])
             return
         if self._tiers[step.unit] is Tier.DISK:
-            source = self._host_slots[step.reads[0].key][: unit.num_bytes]
+            source = self._slots[Tier.CPU][step.reads[0].key][: unit.num_bytes]
         else:
             memory, base = self._resident[step.unit]
             source = memory[unit.offset - base :][: unit.num_bytes]
-        self._slots[step.slot][: source.numel()].copy_(source, non_blocking=True)
+        self._slots[Tier.GPU][step.slot][: source.numel()].copy_(source, non_blocking=True)
 
     def dequantize(self, step: Step) -> None:
         """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's plain slot."""
-        unpack(self._packed_views(step.unit, step.slot), self._unpacked(step.unit, step.plain))
+        unpack(self._packed_views(step), self._unpacked(step.unit, step.plain))
 
     def of(self, step: Step) -> Mapping[str, Weight]:
-        """The tensors of the step's unit by name, on the compute tier.
+        """The tensors of the step's unit by name, where the unit is computed.
 
         In its plain slot, if it names one: only plain tensors then. Else in place or in its slot, where compressed ones
         are compressed.
         """
         if step.plain >= 0:
             return self._unpacked(step.unit, step.plain)
-        return self._packed_views(step.unit, step.slot)
+        return self._packed_views(step)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E)."""
@@ -119,7 +110,6 @@ class Weights:
         self._plain_views.clear()
         self._resident.clear()
         self._slots.clear()
-        self._host_slots.clear()
         self._plain_slots.clear()
 
     def _load_resident(self) -> None:
@@ -138,7 +128,7 @@ class Weights:
                 start // PAGE * PAGE,
                 min(-(-stop // PAGE) * PAGE, self._packed.file_bytes),
             )
-            memory = self._device.allocate(tier, stop - start)
+            memory = self._arenas.allocate(tier, "weights", stop - start)
             on_host = allocate(stop - start) if memory.is_cuda else memory
             self._file.read(start, on_host[: stop - start])
             self._verify_inside(on_host, start)
@@ -196,16 +186,17 @@ class Weights:
             f"Delete {self._file.path.parent} to convert the checkpoint again."
         )
 
-    def _packed_views(self, index: int, slot: int) -> Mapping[str, Weight]:
-        key = (index, slot)
+    def _packed_views(self, step: Step) -> Mapping[str, Weight]:
+        site = self._job.units[step.unit].site.tier
+        key = (step.unit, step.slot, site)
         if key not in self._views:
             self._views[key] = self._make_views(*key)
         return self._views[key]
 
-    def _make_views(self, index: int, slot: int) -> Mapping[str, Weight]:
+    def _make_views(self, index: int, slot: int, site: Tier) -> Mapping[str, Weight]:
         unit = self._packed.units[index]
         if slot >= 0:
-            return views(self._slots[slot], unit, unit.offset, self._dtype)
+            return views(self._slots[site][slot], unit, unit.offset, self._dtype)
         if not unit.entries:
             return {}
         memory, base = self._resident[index]

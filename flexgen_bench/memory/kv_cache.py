@@ -1,123 +1,138 @@
-"""Keys and values at home: one region per layer for each span of sequences, on one tier.
+"""The form of keys and values in memory: plain or compressed, in segments of a region.
 
-A region is laid out by ``schedule.job.KVLayout``: a prompt segment and tail segments, each
-(2, S, G, T, D): K then V, S sequences, G KV heads, T tokens, D head dim.
+A region is laid out by ``schedule.kv_layout.KVLayout``: a prompt segment and tail segments, each of shape
+(2, S, G, T, ...): K then V, S sequences, G KV heads, T tokens. Plain, the last dimension is D, the head dim. Compressed, a segment is its
+codes (2, S, G, T, C) followed by its group parameters (2, S, G, T, groups, 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.tiers import Tier
-from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.schedule.job import KVLayout
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.kernels.attention import PackedSegment, PlainSegment
+from flexgen_bench.kernels.quantization import dequantize, quantize
+from flexgen_bench.schedule.kv_layout import KVLayout
 
-Segment = tuple[Tensor, Tensor]  # k, v: (S, G, T, D)
+Segment = PlainSegment | PackedSegment
+# Tensors that together hold keys or values: one (plain), or codes and group parameters.
+Stored = tuple[Tensor, ...]
+
+
+class KVForm:
+    """How one token's keys or values (..., D) are stored, and how they are read back."""
+
+    def __init__(
+        self, heads: int, head_dim: int, dtype: torch.dtype, compression: Compression | None
+    ) -> None:
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
+        self.compression = compression
+
+    def encode(self, x: Tensor) -> Stored:
+        """(..., D) -> what is stored of it."""
+        return (x,) if self.compression is None else quantize(x, self.compression)
+
+    def decode(self, stored: Stored) -> Tensor:
+        """What attention sees: (..., D) in the model's dtype."""
+        if self.compression is None:
+            return stored[0]
+        return dequantize(stored[0], stored[1], self.head_dim, self.compression, self.dtype)
+
+    def views(self, raw: Tensor, sequences: int, tokens: int) -> Stored:
+        """Bytes of one segment as tensors of shape (2, S, G, T, ...)."""
+        shape = (2, sequences, self.heads, tokens)
+        if self.compression is None:
+            size = 2 * sequences * self.heads * tokens * self.head_dim * self.dtype.itemsize
+            return (raw[:size].view(self.dtype).view(*shape, self.head_dim),)
+        codes = self.compression.code_bytes(self.head_dim)
+        groups = self.compression.groups(self.head_dim)
+        count = 2 * sequences * self.heads * tokens
+        parameters = raw[count * codes : count * (codes + 4 * groups)]
+        return (
+            raw[: count * codes].view(*shape, codes),
+            parameters.view(torch.float16).view(*shape, groups, 2),
+        )
+
+    def segment(self, stored: Stored) -> Segment:
+        """A segment (2, S, G, T, ...) as attention takes it."""
+        if self.compression is None:
+            return PlainSegment(stored[0][0], stored[0][1])
+        return PackedSegment(stored[0], stored[1], self.compression, self.head_dim)
 
 
 class KVRegion:
     """Views into the bytes of one region (or of a prefix of it), wherever they lie."""
 
-    def __init__(
-        self, layout: KVLayout, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layout: KVLayout, form: KVForm) -> None:
         self.layout = layout
-        self._heads = num_kv_heads
-        self._dim = head_dim
-        self._dtype = dtype
+        self.form = form
 
-    def prompt(self, raw: Tensor) -> Tensor:
-        """(2, S, G, P, D) at the start of ``raw`` (uint8)."""
-        return self._segment(raw, 0, self.layout.prompt_tokens)
+    def prompt(self, raw: Tensor) -> Stored:
+        """(2, S, G, P, ...) at the start of ``raw`` (uint8)."""
+        return self.form.views(raw, self.layout.sequences, self.layout.prompt_tokens)
 
-    def tail(self, raw: Tensor, segment: int) -> Tensor:
-        """(2, S, G, segment_tokens, D) of one tail segment of a region."""
-        return self._segment(raw, self.layout.prefix_bytes(segment), self.layout.segment_tokens)
+    def tail(self, raw: Tensor, segment: int) -> Stored:
+        """(2, S, G, segment_tokens, ...) of one tail segment of a region."""
+        return self.loose_tail(raw[self.layout.prefix_bytes(segment) :])
 
-    def loose_tail(self, raw: Tensor) -> Tensor:
+    def loose_tail(self, raw: Tensor) -> Stored:
         """The same for a segment that lies by itself."""
-        return self._segment(raw, 0, self.layout.segment_tokens)
+        return self.form.views(raw, self.layout.sequences, self.layout.segment_tokens)
 
     def segments(self, raw: Tensor, tokens: int) -> list[Segment]:
-        """The prompt and the first ``tokens`` generated tokens, as (k, v) pairs."""
-        found = [_pair(self.prompt(raw))]
+        """The prompt and the first ``tokens`` generated tokens."""
+        found = [self.form.segment(self.prompt(raw))]
         for number in range(self.layout.used_segments(tokens)):
             used = min(self.layout.segment_tokens, tokens - number * self.layout.segment_tokens)
-            found.append(_pair(self.tail(raw, number)[:, :, :, :used]))
+            found.append(self.first_tokens(self.tail(raw, number), used))
         return found
 
-    def append(self, raw: Tensor, token: int, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values (S, G, D) of the ``token``-th generated token (from 1) into a region."""
+    def first_tokens(self, stored: Stored, count: int) -> Segment:
+        return self.form.segment(tuple(t[:, :, :, :count] for t in stored))
+
+    def append(self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
+        """Write the ``token``-th generated token (from 1) of the sequences in these slots: K and V, (S', G, ...) each."""
         segment, place = divmod(token - 1, self.layout.segment_tokens)
-        self._put(self.tail(raw, segment), place, k, v)
+        self._put(self.tail(raw, segment), place, slots, new)
 
-    def append_loose(self, raw: Tensor, token: int, k: Tensor, v: Tensor) -> None:
-        """The same into the one segment that is kept by itself."""
-        self._put(self.loose_tail(raw), (token - 1) % self.layout.segment_tokens, k, v)
-
-    @staticmethod
-    def _put(segment: Tensor, place: int, k: Tensor, v: Tensor) -> None:
-        segment[0, :, :, place] = k
-        segment[1, :, :, place] = v
-
-    def _segment(self, raw: Tensor, offset: int, tokens: int) -> Tensor:
-        size = self.layout.sequences * tokens * self.layout.token_bytes
-        flat = raw[offset : offset + size].view(self._dtype)
-        return flat.view(2, self.layout.sequences, self._heads, tokens, self._dim)
-
-
-def _pair(segment: Tensor) -> Segment:
-    return segment[0], segment[1]
-
-
-class KVHome:
-    """The regions of all layers of one span. On disk: an extent of the spill file, and one tail segment per
-    layer in host memory until it is complete."""
-
-    def __init__(
-        self,
-        tier: Tier,
-        region: KVRegion,
-        memory: Tensor | None,
-        spill: SpillFile | None = None,
-        spill_offset: int = 0,
-        tails: Tensor | None = None,
+    def append_loose(
+        self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]
     ) -> None:
-        self.tier = tier
-        self.region = region
-        self._memory = memory
-        self._spill = spill
-        self._spill_offset = spill_offset
-        self._tails = tails
+        """The same into the one segment that is kept by itself."""
+        self._put(self.loose_tail(raw), (token - 1) % self.layout.segment_tokens, slots, new)
 
-    def raw(self, layer: int) -> Tensor:
-        """The bytes of a layer's region, for homes in memory."""
-        assert self._memory is not None
-        size = self.region.layout.region_bytes
-        return self._memory[layer * size : (layer + 1) * size]
+    def put_prompt(
+        self, raw: Tensor, slot: int, first: int, kv: Sequence[Stored], length: int
+    ) -> None:
+        """Write prompt tokens ``first ..`` (tokens, G, ...) of one sequence; what lies beyond the prompt's end is zeroed
+        with its last token, for it is multiplied by weight zero and must not hold NaN."""
+        for target, k, v in zip(self.prompt(raw), *kv, strict=True):
+            last = first + k.shape[0]
+            target[0, slot, :, first:last] = k.transpose(0, 1)
+            target[1, slot, :, first:last] = v.transpose(0, 1)
+            if last == length:
+                target[:, slot, :, last:] = 0
 
-    def loose(self, layer: int) -> Tensor:
-        """The bytes of a layer's unfinished tail segment, for homes on disk."""
-        assert self._tails is not None
-        size = self.region.layout.segment_bytes
-        return self._tails[layer * size : (layer + 1) * size]
+    def put_prompts(self, raw: Tensor, first: int, kv: Sequence[Stored]) -> None:
+        """The same for all sequences at once, if all have the same tokens: (S * tokens, G, ...)."""
+        sequences = self.layout.sequences
+        for target, k, v in zip(self.prompt(raw), *kv, strict=True):
+            tokens = k.shape[0] // sequences
+            for place, rows in enumerate((k, v)):
+                split = rows.view(sequences, tokens, *rows.shape[1:])
+                target[place, :, :, first : first + tokens] = split.transpose(1, 2)
 
-    def read_prefix(self, layer: int, segments: int, into: Tensor) -> None:
-        """Prompt segment and complete tail segments, disk -> ``into``."""
-        assert self._spill is not None
-        size = self.region.layout.prefix_bytes(segments)
-        self._spill.read(self._base(layer), into[:size])
-
-    def write_prompt(self, layer: int, data: Tensor) -> None:
-        assert self._spill is not None
-        self._spill.write(self._base(layer), data[: self.region.layout.prompt_bytes])
-
-    def write_segment(self, layer: int, segment: int) -> None:
-        """The finished tail segment, host memory -> disk."""
-        assert self._spill is not None
-        offset = self._base(layer) + self.region.layout.prefix_bytes(segment)
-        self._spill.write(offset, self.loose(layer))
-
-    def _base(self, layer: int) -> int:
-        return self._spill_offset + layer * self.region.layout.region_bytes
+    def _put(
+        self, segment: Stored, place: int, slots: Sequence[int], new: Sequence[Stored]
+    ) -> None:
+        every = len(slots) == self.layout.sequences
+        for target, k, v in zip(segment, *new, strict=True):
+            for part, rows in enumerate((k, v)):
+                if every:
+                    target[part, :, :, place] = rows
+                else:
+                    for row, slot in enumerate(slots):
+                        target[part, slot, :, place] = rows[row]

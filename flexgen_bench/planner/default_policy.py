@@ -16,7 +16,8 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.memory_plan import Request, form_batches, plan_block
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import PackedModel
 
 LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
@@ -39,15 +40,14 @@ def default_policy(
     is compressed accordingly.
     """
     wanted = min(block_size or len(requests), len(requests))
-    # The worst block there can be: a micro-batch pads prompts to its longest and runs to its longest answer.
+    # The worst job there can be: cohorts pad prompts to their longest and run to their longest answer.
     worst = Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
     job = [worst] * wanted
     refusal: DoesNotFit | None = None
     for candidate in _candidates(hardware, wanted):
         policy = replace(candidate, lossy=lossy)
-        batches = form_batches(job, range(min(wanted, policy.block_size)), policy)
         try:
-            plan_block(shape, packed, dtype, policy, hardware, batches).check(hardware, available)
+            plan_job(shape, packed, dtype, policy, hardware, job).check(hardware, available)
         except DoesNotFit as error:
             refusal = error
             continue

@@ -8,33 +8,34 @@ from dataclasses import dataclass
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.placement import ShareSpreader, place_sequences, place_units, realised
-from flexgen_bench.planner.units import PackedModel
-from flexgen_bench.schedule.job import Job, KVLayout, MicroBatch, Span, Unit, UnitKind
-
-# A tail segment of a KV cache on disk is written at once; below this size direct writes lose most of a disk's
-# bandwidth (measured: docs/notes/disk.md).
-DISK_SEGMENT_BYTES = 128 * 1024
-MAX_DISK_SEGMENTS = (
-    8  # more tail segments than this cost more in small matrix products than they save
+from flexgen_bench.planner.cohorts import Cohorts, Request, form_cohorts
+from flexgen_bench.planner.placement import place_units, realised
+from flexgen_bench.planner.staging import (
+    RoomBytes,
+    Staging,
+    chunk_len,
+    chunk_rows,
+    everything,
+    room_bytes,
+    staging,
 )
+from flexgen_bench.planner.units import PackedModel, PackedUnit
+from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
 
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to compute: prompt tokens and the most new tokens it may get."""
-
-    prompt_len: int
-    gen_len: int
+# What matrix products on compressed weights and small products on a processor take for a tile at a time.
+KERNEL_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per tier and part, the job for the generator, and the shares that came out."""
+    """Bytes per tier and part, the job for the generator, its cohorts and rooms, and the shares that came out."""
 
     job: Job
+    cohorts: Cohorts
+    rooms: tuple[RoomBytes, ...]
+    staging: Staging
     bytes: Mapping[Tier, Mapping[str, int]]
     realised_weights: Mapping[str, float]
     realised_kv_cache: Mapping[str, float]
@@ -66,31 +67,10 @@ class MemoryPlan:
 
 
 _REMEDY = {
-    Tier.GPU: "Lower policy.gpu_batch_size, or move shares of weights, kv_cache or activations to cpu.",
+    Tier.GPU: "Lower policy.gpu_batch_size or policy.prefill_chunk, or move shares of weights, kv_cache or activations to cpu.",
     Tier.CPU: "Lower the block size, move shares of weights or kv_cache to disk, or raise gpu.cpu_memory.",
     Tier.DISK: "Free space in the offload directory, choose another with offload_dir, or keep more in memory.",
 }
-
-
-def form_batches(
-    requests: Sequence[Request], order: Sequence[int], policy: Policy
-) -> tuple[MicroBatch, ...]:
-    """Cut a block's sequences (``order`` lists their numbers) into micro-batches, spread over the tiers."""
-    kv, hidden = ShareSpreader(policy.kv_cache), ShareSpreader(policy.activations)
-    batches = []
-    for index, start in enumerate(range(0, len(order), policy.gpu_batch_size)):
-        members = tuple(order[start : start + policy.gpu_batch_size])
-        batches.append(
-            MicroBatch(
-                index=index,
-                sequences=members,
-                prompt_lens=tuple(requests[i].prompt_len for i in members),
-                gen_len=max(requests[i].gen_len for i in members),
-                kv=place_sequences(len(members), kv),
-                hidden=place_sequences(len(members), hidden),
-            )
-        )
-    return tuple(batches)
 
 
 def weight_tiers(packed: PackedModel, placement: Placement) -> list[Tier]:
@@ -104,31 +84,18 @@ def weight_tiers(packed: PackedModel, placement: Placement) -> list[Tier]:
     return [*tiers, tiers[0]] if packed.tied else tiers
 
 
-def kv_layout(
-    shape: ModelShape, dtype: DType, batch: MicroBatch, span: Span, compute: Tier
-) -> KVLayout:
-    """Segments of one span's cache. Where attention happens in place, generated tokens are one segment."""
-    token_bytes = shape.kv_values_per_token_layer * dtype.bytes
-    new = max(batch.gen_len - 1, 0)  # the last token is never fed back
-    segment = max(new, 1)
-    if span.tier is Tier.DISK:
-        worthwhile = -(-DISK_SEGMENT_BYTES // (span.count * token_bytes))
-        segment = min(segment, max(worthwhile, -(-new // MAX_DISK_SEGMENTS), 1))
-    elif span.tier is not compute:
-        segment = min(segment, max(1, -(-new // MAX_DISK_SEGMENTS)))
-    return KVLayout(span.count, batch.padded_len, new, segment, token_bytes)
-
-
-def plan_block(
+def plan_job(
     shape: ModelShape,
     packed: PackedModel,
     dtype: DType,
     policy: Policy,
     hardware: HardwareProfile,
-    batches: tuple[MicroBatch, ...],
+    requests: Sequence[Request],
+    logits_row_bytes: int = 8,
     scored_rows: int = 0,
 ) -> MemoryPlan:
-    """Plan one block. ``scored_rows``: rows of logits a scoring job wants at once (0: one per sequence)."""
+    """Plan a job. ``logits_row_bytes``: what the host needs per row of logits; ``scored_rows``: rows of logits that a scoring job
+    wants at once (0: one per sequence)."""
     compute = hardware.compute_tier
     for name in ("weights", "kv_cache", "activations"):
         placement: Placement = getattr(policy, name)
@@ -137,126 +104,154 @@ def plan_block(
                 f"policy.{name}.gpu", placement.gpu, "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )  # fmt: skip
-    keep_kv = any(batch.gen_len > 1 for batch in batches) and not scored_rows
-    layouts = tuple(
-        tuple(kv_layout(shape, dtype, batch, span, compute) for span in batch.kv)
-        for batch in batches
-    )
     tiers = weight_tiers(packed, policy.weights)
     units = tuple(
-        Unit(
-            index=u.index, kind=u.kind, tier=tier, load_bytes=u.num_bytes,
-            flops_before=_flops_before(shape, u.kind, u.num_values),
-            flops_after=_flops_after(shape, u.kind, u.num_values),
-        )
-        for u, tier in zip(packed.units, tiers, strict=True)
-    )  # fmt: skip
-    logits_row = shape.vocab_size * 4
+        _unit(shape, unit, tier, policy, compute)
+        for unit, tier in zip(packed.units, tiers, strict=True)
+    )
+    overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
     job = Job(
         units=units,
-        batches=batches,
         compute_tier=compute,
         attention=policy.attention,
         weight_slots=policy.prefetch,
-        host_slots=policy.prefetch,
         stages=max(2, policy.prefetch),
         hidden_row_bytes=shape.hidden_size * dtype.bytes,
         embed_row_bytes=sum(t.tensor.spec.shape[1] for t in packed.tables) * dtype.bytes,
         qkv_row_bytes=(shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * dtype.bytes,
         attention_row_bytes=shape.num_heads * shape.head_dim * dtype.bytes,
-        logits_row_bytes=logits_row,
+        logits_row_bytes=logits_row_bytes,
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
-        kv_layouts=layouts,
-        keep_kv=keep_kv,
+        keep_kv=any(r.gen_len > 1 for r in requests) and not scored_rows,
+        plain_slots=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
+        plain_slot_bytes=max(u.plain_bytes for u in packed.units),
     )
-    home: dict[Tier, int] = dict.fromkeys(Tier, 0)
-    for u, tier in zip(packed.units, tiers, strict=True):
-        home[tier] += u.home_bytes
-    kv_home: dict[Tier, int] = dict.fromkeys(Tier, 0)
-    hidden_home: dict[Tier, int] = dict.fromkeys(Tier, 0)
-    for batch, row in zip(batches, layouts, strict=True):
-        for span, layout in zip(batch.kv, row, strict=True):
-            kv_home[span.tier] += layout.region_bytes * shape.num_layers
-        for span in batch.hidden:
-            hidden_home[span.tier] += batch.tokens(0, span) * job.hidden_row_bytes
+    cohorts = form_cohorts(shape, dtype, policy, requests, compute)
+    rooms = tuple(room_bytes(job, policy, cohorts, room) for room in cohorts.rooms)
+    moving = staging(job, policy, cohorts)
+    home = dict.fromkeys(Tier, 0)
+    for unit, tier in zip(packed.units, tiers, strict=True):
+        home[tier] += unit.home_bytes
+    kv, hidden = _homes(job, cohorts, rooms)
     parts: dict[Tier, dict[str, int]] = {
-        tier: {
-            "weights": home[tier],
-            "kv_cache": kv_home[tier] if keep_kv else 0,
-            "activations": hidden_home[tier],
-        }
+        tier: {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
         for tier in hardware.tiers
     }
-    _add_staging(parts, job, hardware, shape)
-    _add_workspace(parts, job, shape, dtype, scored_rows)
+    _add_slots(parts, job)
+    _add_staging(parts, job, moving, rooms)
+    parts[compute]["workspace"] = _workspace(
+        job, policy, cohorts, moving, shape, dtype, scored_rows
+    )
     return MemoryPlan(
         job=job,
+        cohorts=cohorts,
+        rooms=rooms,
+        staging=moving,
         bytes={tier: {k: v for k, v in p.items() if v} for tier, p in parts.items()},
         realised_weights=realised(home),
-        realised_kv_cache=realised(kv_home),
-        realised_activations=realised(hidden_home),
+        realised_kv_cache=realised(kv),
+        realised_activations=realised(hidden),
     )
+
+
+def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compute: Tier) -> Unit:
+    stays = unit.kind is UnitKind.LAYER and policy.offloaded is Offloaded.IN_PLACE
+    site = Site(Tier.CPU if stays and tier is not Tier.GPU else compute)
+    return Unit(
+        index=unit.index, kind=unit.kind, tier=tier, load_bytes=unit.num_bytes, site=site,
+        flops_before=_flops_before(shape, unit.kind, unit.num_values),
+        flops_after=_flops_after(shape, unit.kind, unit.num_values),
+        # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
+        unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
+    )  # fmt: skip
+
+
+def _homes(
+    job: Job, cohorts: Cohorts, rooms: tuple[RoomBytes, ...]
+) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """Bytes of KV cache and of hidden states at home, per tier."""
+    kv, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
+    layers = [u for u in job.units if u.kind is UnitKind.LAYER]
+    in_place = sum(not u.site.is_accelerator for u in layers)
+    for room, sizes in zip(cohorts.rooms, rooms, strict=True):
+        for span, size in zip(room.kv, sizes.kv, strict=True):
+            if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
+                kv[Tier.GPU] += size * (len(layers) - in_place)
+                kv[Tier.CPU] += size * in_place
+            else:
+                kv[span.tier] += size * len(layers)
+        for span, size in zip(room.hidden, sizes.hidden, strict=True):
+            hidden[span.tier] += size
+    return kv, hidden
+
+
+def _add_slots(parts: dict[Tier, dict[str, int]], job: Job) -> None:
+    """Staging slots of weights, per tier as large as the largest unit that passes through, and unpacked weights."""
+    for tier, size in job.slot_bytes.items():
+        parts[tier]["weight slots"] = job.weight_slots * size
+    parts[job.compute_tier]["unpacked weights"] = job.plain_slots * job.plain_slot_bytes
 
 
 def _add_staging(
-    parts: dict[Tier, dict[str, int]], job: Job, hardware: HardwareProfile, shape: ModelShape
+    parts: dict[Tier, dict[str, int]], job: Job, moving: Staging, rooms: tuple[RoomBytes, ...]
 ) -> None:
-    compute = job.compute_tier
-    streamed = job.streamed
-    if streamed:
-        largest = max(u.load_bytes for u in streamed)
-        parts[compute]["weight slots"] = job.weight_slots * largest
-        from_disk = [u.load_bytes for u in streamed if u.tier is Tier.DISK]
-        if from_disk and hardware.compute_tier is Tier.GPU:
-            parts[Tier.CPU]["host weight slots"] = job.host_slots * max(from_disk)
-    spilled = [s for batch in job.batches for s in batch.hidden if s.tier is Tier.DISK]
-    if spilled:  # aligned pages between disk and memory
-        rows = max(batch.tokens(0) for batch in job.batches)
-        parts[Tier.CPU]["activation slots"] = job.stages * rows * job.hidden_row_bytes
-    if not job.keep_kv:
-        return
-    slot, host, tails, prompts = 0, 0, 0, 0
-    for batch, row in zip(job.batches, job.kv_layouts, strict=True):
-        away = sum(
-            layout.region_bytes
-            for span, layout in zip(batch.kv, row, strict=True)
-            if span.tier is not compute and job.has_accelerator and not job.attends_on_cpu(span)
-        )
-        on_disk = [
-            layout for span, layout in zip(batch.kv, row, strict=True) if span.tier is Tier.DISK
-        ]
-        moved = sum(
-            layout.prompt_bytes
-            for span, layout in zip(batch.kv, row, strict=True)
-            if span.tier is not compute
-        )
-        prompts = max(prompts, moved)
-        slot, host = max(slot, away), max(host, sum(layout.region_bytes for layout in on_disk))
-        tails += sum(layout.segment_bytes for layout in on_disk) * shape.num_layers
-    parts[compute]["kv slots"] = job.stages * (slot + prompts)
-    # Read staging and the staging of what is about to be written.
-    parts[Tier.CPU]["kv host slots"] = 2 * job.stages * host
-    parts[Tier.CPU]["kv tails"] = tails
+    layers = sum(u.kind is UnitKind.LAYER for u in job.units)
+    for tier, size in moving.prompt.items():
+        parts[tier]["kv prompts"] = moving.stages * size
+    parts[Tier.CPU]["kv prompts from accelerator"] = moving.stages * moving.prompt_host
+    parts[job.compute_tier]["kv slots"] = moving.stages * moving.kv_slot
+    parts[Tier.CPU]["kv host slots"] = moving.stages * moving.kv_host
+    parts[Tier.CPU]["kv tails"] = layers * sum(sum(room.tails) for room in rooms)
+    parts[Tier.CPU]["activation pages"] = (moving.stages + moving.apart) * moving.pages
 
 
-def _add_workspace(
-    parts: dict[Tier, dict[str, int]], job: Job, shape: ModelShape, dtype: DType, scored_rows: int
-) -> None:
+def _workspace(
+    job: Job,
+    policy: Policy,
+    cohorts: Cohorts,
+    moving: Staging,
+    shape: ModelShape,
+    dtype: DType,
+    scored_rows: int,
+) -> int:
     """Temporaries of the largest compute step, from the shapes the kernels create.
 
     A projection holds x, its norm, and q, k, v twice (fused and split); an MLP holds x, its norm and up to three
-    tensors of the inner width; logits are kept in float32 next to their original.
+    tensors of the inner width; logits are kept in float32 next to their original. A compressed cache is unpacked
+    for the attention of one cohort at a time.
     """
     width = dtype.bytes
-    tokens = max((batch.tokens(0) for batch in job.batches), default=0)
+    largest = [cohorts.start(i, cohorts.rooms[i % len(cohorts.rooms)]) for i in _extremes(cohorts)]
+    prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
+    decode = min(policy.gpu_batch_size, sum(room.size for room in cohorts.rooms))
+    tokens = max(prefill, decode)
     attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     per_token = max(2 * shape.hidden_size + attention, 3 * shape.hidden_size + 3 * shape.ffn_size)
-    # q, k, v and the padded keys and values of every stage stay until their stage is used again.
+    # q, k, v of every stage stay until their stage is used again.
     staged = (shape.num_heads * 2 + 4 * shape.num_kv_heads) * shape.head_dim + 2 * shape.hidden_size
-    rows = max([scored_rows, *(batch.size for batch in job.batches)])
+    rows = max(scored_rows, decode, *(c.size for c in largest))
     logits = rows * shape.vocab_size * (width + 4)
-    need = tokens * (per_token + job.stages * staged) * width + logits
-    parts[job.compute_tier]["workspace"] = need
+    unpacked = 0
+    if policy.lossy.kv_cache is not None and job.keep_kv:
+        unpacked = max(
+            sum(c.prompt_lens) + c.size * c.gen_len for c in largest
+        ) * shape.kv_values_per_token_layer * width  # fmt: skip
+    return (
+        tokens * (per_token + job.stages * staged) * width
+        + moving.apart * decode * staged * width
+        + logits + unpacked + KERNEL_BYTES
+    )  # fmt: skip
+
+
+def _extremes(cohorts: Cohorts) -> list[int]:
+    """Groups that may be the largest in some respect: by tokens, by sequences, by length."""
+    asked, groups = cohorts.requests, cohorts.groups
+    measures = (
+        lambda g: sum(asked[i].prompt_len for i in g),
+        lambda g: sum(asked[i].prompt_len + asked[i].gen_len for i in g),
+        len,
+    )
+    return [max(range(len(groups)), key=lambda n: measure(groups[n])) for measure in measures]
 
 
 def _flops_before(shape: ModelShape, kind: UnitKind, num_values: int) -> int:

@@ -62,7 +62,7 @@ class PackedEntry:
 class PackedUnit:
     """The extent that one load of a unit reads, and the tensors in it.
 
-    home_bytes: what the unit occupies where it lives; a tied token table counts with the embedding.
+    home_bytes: what the unit occupies in memory where it lives; a tied head counts with the embedding.
     plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that; () and 0 if nothing
     in the unit is compressed, so that there is nothing to unpack.
     """
@@ -123,17 +123,22 @@ def pack(
         return tuple(placed)
 
     def unit(
-        index: int, kind: UnitKind, entries: tuple[PackedEntry, ...], start: int, home: int
+        index: int,
+        kind: UnitKind,
+        entries: tuple[PackedEntry, ...],
+        start: int,
+        home: int | None = None,
     ) -> PackedUnit:
         stop = max((e.offset + e.num_bytes for e in entries), default=start)
         offsets, plain_bytes = _unpacked(entries, dtype)
+        num_bytes = _align(stop - start, EXTENT_ALIGN) if entries else 0
         return PackedUnit(
             index=index,
             kind=kind,
             offset=start,
-            num_bytes=_align(stop - start, EXTENT_ALIGN) if entries else 0,
+            num_bytes=num_bytes,
             entries=entries,
-            home_bytes=home,
+            home_bytes=num_bytes if home is None else home,
             num_values=sum(e.tensor.spec.num_values for e in entries),
             plain_offsets=offsets,
             plain_bytes=plain_bytes,
@@ -148,23 +153,16 @@ def pack(
         head_start = head_start_own
     head_own = place(inventory.head, TENSOR_ALIGN)
     head_entries = (*tokens, *head_own) if inventory.tied else head_own
-    table_bytes = sum(e.num_bytes for e in (*rest, *tokens))
-    units = [
-        unit(0, UnitKind.EMBED, embed, 0, table_bytes + sum(e.num_bytes for e in embed)),
-    ]
+    # In memory the embedding is one extent from the start of the file: with its tables, and with a tied head.
+    last = (*rest, *tokens, *(head_own if inventory.tied else ()))
+    table_stop = _align(max(e.offset + e.num_bytes for e in last), EXTENT_ALIGN)
+    units = [unit(0, UnitKind.EMBED, embed, 0, table_stop)]
     for i, tensors in enumerate(inventory.layers):
         start = _align(cursor, EXTENT_ALIGN)
-        entries = place(tensors, EXTENT_ALIGN)
-        units.append(unit(i + 1, UnitKind.LAYER, entries, start, sum(e.num_bytes for e in entries)))
-    units.append(
-        unit(
-            shape.num_layers + 1,
-            UnitKind.HEAD,
-            head_entries,
-            head_start,
-            sum(e.num_bytes for e in head_own),
-        )
-    )
+        units.append(unit(i + 1, UnitKind.LAYER, place(tensors, EXTENT_ALIGN), start))
+    head_home = 0 if inventory.tied else None
+    number = shape.num_layers + 1
+    units.append(unit(number, UnitKind.HEAD, head_entries, head_start, head_home))
     return PackedModel(
         tuple(units),
         (*rest, *tokens),

@@ -5,158 +5,168 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.schedule.job import Job, Span, Unit, Work
+from flexgen_bench.schedule.job import Job, Unit
+from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
-def attention_buffers(work: Work) -> tuple[Buffer, ...]:
-    """Where the attention's output lies: one buffer per span in decode, one for all in prefill."""
-    parts = range(len(work.batch.kv)) if work.token else (0,)
+def attention_buffers(work: MicroBatch) -> tuple[Buffer, ...]:
+    """Where the attention's output lies: one buffer per part in decode, one for all in prefill."""
+    parts = range(len(work.kv_parts)) if work.token else (0,)
     return tuple(work.buffer("attn", part) for part in parts)
 
 
-def attention_steps(job: Job, unit: Unit, work: Work) -> Iterator[Step]:
-    """Prefill attends on the compute device over the keys just made; decode attends over the cache, span by span."""
-    if work.token == 0:
+def attention_steps(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+    """Prefill attends at the site over the keys just made; decode attends over the cache, part by part."""
+    if work.is_prefill:
         yield from _prefill(job, unit, work)
         return
-    for part, span in enumerate(work.batch.kv):
-        if job.attends_on_cpu(span):
-            yield from _decode_on_cpu(job, unit, work, part, span)
+    for part in work.kv_parts:
+        if job.attends_on_cpu(unit, part):
+            yield from _decode_on_cpu(job, unit, work, part)
         else:
-            yield from _decode_on_compute(job, unit, work, part, span)
+            yield from _decode_at_site(job, unit, work, part)
 
 
-def _home(unit: Unit, work: Work, part: int) -> Buffer:
-    return Buffer("kv", work.batch.index, unit.index, part)
+def _home(unit: Unit, part: Part) -> Buffer:
+    return Buffer("kv", part.cohort.room, unit.index, part.home)
 
 
-def _appendix(unit: Unit, work: Work, part: int) -> Buffer:
+def _appendix(unit: Unit, part: Part) -> Buffer:
     """What one more token is written to. On disk that is the unfinished tail segment, kept in host memory."""
-    if work.batch.kv[part].tier is Tier.DISK:
-        return Buffer("kv_tail", work.batch.index, unit.index, part)
-    return _home(unit, work, part)
+    if part.tier is Tier.DISK:
+        return Buffer("kv_tail", part.cohort.room, unit.index, part.home)
+    return _home(unit, part)
 
 
-def _prefill(job: Job, unit: Unit, work: Work) -> Iterator[Step]:
-    batch = work.batch
-    spans = tuple(enumerate(batch.kv)) if job.keep_kv else ()
-    kept = tuple(
-        _home(unit, work, part) if span.tier is job.compute_tier else work.buffer("kv_new", part)
-        for part, span in spans
-    )
-    pairs = sum(length * (length + 1) // 2 for length in batch.prompt_lens)
+def _prefill(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+    """The prompt's keys and values gather in place, or in a staging buffer that is sent home after the last chunk."""
+    chunk = work.members[0]
+    parts = work.kv_parts if job.keep_kv or not (chunk.start == 0 and chunk.is_last_chunk) else ()
+    here = {p.index: job.keep_kv and job.kv_tier(unit, p) is unit.site.tier for p in parts}
+    kept = tuple(_home(unit, p) if here[p.index] else _staged(unit, work) for p in parts)
     yield Step(
-        job.compute_lane, StepKind.ATTEND, unit.index, batch.index, stage=work.stage,
-        reads=(work.buffer("qkv"),), writes=(*attention_buffers(work), *kept),
-        flops=pairs * job.attention_flops_per_pair,
+        unit.site.lane, StepKind.ATTEND, unit.index, work,
+        reads=(work.buffer("qkv"), *(kept if chunk.start else ())),
+        writes=(*attention_buffers(work), *kept),
+        flops=job.attention_flops_per_pair * sum(_pairs(*r) for m in work.members for r in m.ranges),
     )  # fmt: skip
-    for part, span in spans:
-        if span.tier is job.compute_tier:
+    if not job.keep_kv or not chunk.is_last_chunk:
+        return
+    for part, source in zip(parts, kept, strict=True):
+        if here[part.index]:
             continue
-        moved = job.kv_layouts[batch.index][part].prompt_bytes
-        source = kept[part]
-        if span.tier is Tier.DISK and job.has_accelerator:
-            source = work.buffer("kv_new_host", part)
-            yield Step(
-                Lane.D2H, StepKind.STORE_KV, unit.index, batch.index, part, stage=work.stage,
-                reads=(kept[part],), writes=(source,), bytes=moved,
-            )  # fmt: skip
+        yield from _store_prompt(unit, work, part, source)
+
+
+def _store_prompt(unit: Unit, work: MicroBatch, part: Part, source: Buffer) -> Iterator[Step]:
+    moved = part.cohort.layouts[part.home].prompt_bytes
+    if part.tier is Tier.DISK and unit.site.is_accelerator:
+        staged = Buffer("kv_new_host", work.prompt_slot)
         yield Step(
-            Lane.DISK_WRITE if span.tier is Tier.DISK else Lane.D2H,
-            StepKind.STORE_KV, unit.index, batch.index, part, stage=work.stage,
-            reads=(source,), writes=(_home(unit, work, part),), bytes=moved,
+            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index,
+            reads=(source,), writes=(staged,), bytes=moved,
         )  # fmt: skip
+        source = staged
+    yield Step(
+        Lane.DISK_WRITE if part.tier is Tier.DISK else Lane.D2H,
+        StepKind.STORE_KV, unit.index, work, part.index,
+        reads=(source,), writes=(_home(unit, part),), bytes=moved,
+    )  # fmt: skip
 
 
-def _decode_on_compute(job: Job, unit: Unit, work: Work, part: int, span: Span) -> Iterator[Step]:
-    batch, token = work.batch, work.token
-    layout = job.kv_layouts[batch.index][part]
-    cache, load = _in_memory(job, unit, work, part, span)
+def _staged(unit: Unit, work: MicroBatch) -> Buffer:
+    """One buffer for all parts: where each lies in it depends on the others."""
+    return Buffer(f"kv_new.{unit.site.tier}", work.prompt_slot)
+
+
+def _pairs(first: int, last: int) -> int:
+    """Token t attends t + 1 keys: the sum over first <= t < last."""
+    return (last * (last + 1) - first * (first + 1)) // 2
+
+
+def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+    layout, token = part.cohort.layouts[part.home], part.token
+    cache, load = _in_memory(job, unit, work, part)
     yield from load
-    appendix = _appendix(unit, work, part)
-    away = (
-        job.has_accelerator and span.tier is not Tier.GPU
-    )  # the cache lives in host memory or below
+    appendix = _appendix(unit, part)
+    # The cache lives in host memory or below, and is moved to the accelerator.
+    away = unit.site.is_accelerator and part.tier is not Tier.GPU
     if away:
-        moving = work.buffer("kv_slot", part)
+        moving = Buffer("kv_slot", part.slot)
         yield Step(
-            Lane.H2D, StepKind.LOAD_KV, unit.index, batch.index, part, stage=work.stage, token=token,
+            Lane.H2D, StepKind.LOAD_KV, unit.index, work, part.index,
             reads=(cache, appendix), writes=(moving,),
             bytes=layout.prefix_bytes(layout.used_segments(token - 1)),
         )  # fmt: skip
         cache = moving
-    new = work.buffer("kv_new", part)
+    new = work.buffer("kv_token", part.index)
     yield Step(
-        job.compute_lane, StepKind.ATTEND, unit.index, batch.index, part, stage=work.stage,
-        token=token, reads=(work.buffer("qkv"), cache),
-        writes=(work.buffer("attn", part), new if away else appendix),
-        flops=_attend_flops(job, work, span),
+        unit.site.lane, StepKind.ATTEND, unit.index, work, part.index,
+        reads=(work.buffer("qkv"), cache),
+        writes=(work.buffer("attn", part.index), new if away else appendix),
+        flops=_attend_flops(job, part),
     )  # fmt: skip
     if away:
-        staged = work.buffer("kv_new_host", part)
+        staged = work.buffer("kv_token_host", part.index)
         yield Step(
-            Lane.D2H, StepKind.STORE_KV, unit.index, batch.index, part, stage=work.stage,
-            token=token, reads=(new,), writes=(staged,), bytes=span.count * layout.token_bytes,
+            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index,
+            reads=(new,), writes=(staged,), bytes=part.rows * layout.token_bytes,
         )  # fmt: skip
         yield Step(
-            Lane.CPU, StepKind.APPEND_KV, unit.index, batch.index, part, stage=work.stage,
-            token=token, reads=(staged,), writes=(appendix,),
+            Lane.CPU, StepKind.APPEND_KV, unit.index, work, part.index,
+            reads=(staged,), writes=(appendix,),
         )  # fmt: skip
-    yield from _flush(job, unit, work, part, span)
+    yield from _flush(unit, work, part)
 
 
-def _decode_on_cpu(job: Job, unit: Unit, work: Work, part: int, span: Span) -> Iterator[Step]:
+def _decode_on_cpu(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
     """Queries go down, the cache stays, the attention output comes back up."""
-    batch, token = work.batch, work.token
-    query, result = work.buffer("qkv_host", part), work.buffer("attn_host", part)
+    query, result = work.buffer("qkv_host", part.index), work.buffer("attn_host", part.index)
     yield Step(
-        Lane.D2H, StepKind.MOVE_QKV, unit.index, batch.index, part, stage=work.stage, token=token,
-        reads=(work.buffer("qkv"),), writes=(query,), bytes=span.count * job.qkv_row_bytes,
+        Lane.D2H, StepKind.MOVE_QKV, unit.index, work, part.index,
+        reads=(work.buffer("qkv"),), writes=(query,), bytes=part.rows * job.qkv_row_bytes,
     )  # fmt: skip
-    cache, load = _in_memory(job, unit, work, part, span)
+    cache, load = _in_memory(job, unit, work, part)
     yield from load
     yield Step(
-        Lane.CPU, StepKind.ATTEND, unit.index, batch.index, part, stage=work.stage, token=token,
-        reads=(query, cache), writes=(result, _appendix(unit, work, part)),
-        flops=_attend_flops(job, work, span),
+        Lane.CPU, StepKind.ATTEND, unit.index, work, part.index,
+        reads=(query, cache), writes=(result, _appendix(unit, part)), flops=_attend_flops(job, part),
     )  # fmt: skip
     yield Step(
-        Lane.H2D, StepKind.MOVE_ATTENTION, unit.index, batch.index, part, stage=work.stage,
-        token=token, reads=(result,), writes=(work.buffer("attn", part),),
-        bytes=span.count * job.attention_row_bytes,
+        Lane.H2D, StepKind.MOVE_ATTENTION, unit.index, work, part.index,
+        reads=(result,), writes=(work.buffer("attn", part.index),),
+        bytes=part.rows * job.attention_row_bytes,
     )  # fmt: skip
-    yield from _flush(job, unit, work, part, span)
+    yield from _flush(unit, work, part)
 
 
 def _in_memory(
-    job: Job, unit: Unit, work: Work, part: int, span: Span
+    job: Job, unit: Unit, work: MicroBatch, part: Part
 ) -> tuple[Buffer, tuple[Step, ...]]:
-    """The buffer where a span's cache can be read in memory, and the step that brings it there from disk."""
-    home = _home(unit, work, part)
-    if span.tier is not Tier.DISK:
+    """The buffer where a part's cache can be read in memory, and the step that brings it there from disk."""
+    home = _home(unit, part)
+    if part.tier is not Tier.DISK:
         return home, ()
-    layout = job.kv_layouts[work.batch.index][part]
-    host = work.buffer("kv_host", part)
+    layout = part.cohort.layouts[part.home]
+    host = Buffer("kv_host", part.slot)
     load = Step(
-        Lane.DISK_READ, StepKind.LOAD_KV, unit.index, work.batch.index, part, stage=work.stage,
-        token=work.token, reads=(home,), writes=(host,),
-        bytes=layout.prefix_bytes(layout.full_segments(work.token - 1)),
+        Lane.DISK_READ, StepKind.LOAD_KV, unit.index, work, part.index, reads=(home,), writes=(host,),
+        bytes=layout.prefix_bytes(layout.full_segments(part.token - 1)),
     )  # fmt: skip
     return host, (load,)
 
 
-def _flush(job: Job, unit: Unit, work: Work, part: int, span: Span) -> Iterator[Step]:
+def _flush(unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
     """A tail segment of a cache on disk is written once, when it is complete."""
-    layout = job.kv_layouts[work.batch.index][part]
-    if span.tier is Tier.DISK and work.token % layout.segment_tokens == 0:
+    layout = part.cohort.layouts[part.home]
+    if part.tier is Tier.DISK and part.token % layout.segment_tokens == 0:
         yield Step(
-            Lane.DISK_WRITE, StepKind.STORE_KV, unit.index, work.batch.index, part,
-            stage=work.stage, token=work.token, reads=(_appendix(unit, work, part),),
-            writes=(_home(unit, work, part),), bytes=layout.segment_bytes,
+            Lane.DISK_WRITE, StepKind.STORE_KV, unit.index, work, part.index,
+            reads=(_appendix(unit, part),), writes=(_home(unit, part),), bytes=layout.segment_bytes,
         )  # fmt: skip
 
 
-def _attend_flops(job: Job, work: Work, span: Span) -> int:
-    cached = sum(work.batch.prompt_lens[span.start : span.stop]) + span.count * work.token
-    return cached * job.attention_flops_per_pair
+def _attend_flops(job: Job, part: Part) -> int:
+    lens = part.cohort.prompt_lens[part.span.start : part.span.stop]
+    return (sum(lens) + part.span.count * part.token) * job.attention_flops_per_pair

@@ -1,20 +1,21 @@
 """The schedule, said once: which steps a pass consists of, in program order.
 
 The engine executes these steps, the planner sums and simulates them. A pass sweeps all units once; each loaded
-unit serves every micro-batch. Nothing here waits for anything: what a step must wait for follows from the
-buffers it reads and writes (``dependencies.py``), so loads for the next layer and the next micro-batch run
-ahead as far as their staging slots allow.
+unit serves every micro-batch, whether that one is in prefill or in decode. Nothing here waits for anything: what a step must
+wait for follows from the buffers it reads and writes (``dependencies.py``), so loads for the next layer and the next
+micro-batch run ahead as far as their staging slots allow.
 
-Buffers, and who writes them:
-    resident(u), weights(slot), host_weights(slot)   a unit's blob: in place / staged on the compute tier / in host memory
-    tokens(b)               next tokens of micro-batch b      <- SAMPLE
+Buffers, and who writes them (tier is where the buffer lies):
+    resident(u), weights.tier(slot), plain(slot)     a unit's blob: in place / staged / unpacked
+    tokens(room)            next tokens of a room's cohort    <- SAMPLE
     rows(stage)             gathered embedding rows           <- GATHER_ROWS, MOVE_ROWS
-    x(stage)                hidden states being worked on     <- EMBED, LOAD_HIDDEN, OUTPUT
-    hidden(b, part)         hidden states at home             <- STORE_HIDDEN (or EMBED, OUTPUT if home is the compute tier)
+    x.tier(stage)           hidden states being worked on     <- EMBED, LOAD_HIDDEN, OUTPUT
+    hidden(room, chunk, part)  hidden states at home          <- STORE_HIDDEN (or EMBED, OUTPUT if computed where they live)
     qkv, attn(stage)        around the attention              <- PROJECT, ATTEND
-    kv(b, layer, part)      keys and values at home           <- ATTEND, STORE_KV, APPEND_KV
-    kv_tail(b, layer, part) the unfinished segment of a cache on disk, in host memory
-    kv_slot, kv_host(stage) keys and values being moved       <- LOAD_KV
+    residual(stage)         hidden states before it, for OUTPUT <- PROJECT
+    kv(room, layer, part)   keys and values at home           <- ATTEND, STORE_KV, APPEND_KV
+    kv_tail(room, layer, part) the unfinished segment of a cache on disk, in host memory
+    kv_slot, kv_host(slot)  keys and values being moved       <- LOAD_KV
 """
 
 from __future__ import annotations
@@ -24,109 +25,141 @@ from collections.abc import Iterator, Sequence
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.attention import attention_buffers, attention_steps
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
-from flexgen_bench.schedule.job import Job, Unit, UnitKind, Work
+from flexgen_bench.schedule.job import Job, Unit, UnitKind
+from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
-from flexgen_bench.schedule.weights import WeightStream
+from flexgen_bench.schedule.weights import Blob, WeightStream
 
 
 def pass_steps(
-    job: Job, weights: WeightStream, pass_index: int, work: Sequence[Work], last_pass: bool
+    job: Job, weights: WeightStream, batches: Sequence[MicroBatch], is_last: bool
 ) -> Iterator[Step]:
-    """All steps of one pass over ``work``. ``last_pass``: do not prefetch weights beyond it."""
-    for unit in job.units:
-        yield from weights.ahead_of(unit, pass_index, last_pass)
-        blob, slot = weights.where(unit, pass_index)
-        match unit.kind:
-            case UnitKind.EMBED:
-                for item in work:
-                    yield from _embed(job, unit, blob, slot, item)
-            case UnitKind.LAYER:
-                yield from _layer(job, unit, blob, slot, work)
-            case UnitKind.HEAD:
-                for item in work:
-                    yield from _head(job, unit, blob, slot, item)
+    """All steps of one pass over ``batches``; chunks of one prompt follow each other. ``is_last``: load nothing beyond it.
+
+    Decoding micro-batches that the cpu attends for are taken apart at the attention: their projections come first, then the
+    other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the same
+    micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch to work on.
+    """
+    weights.begin_pass(is_last)
+    apart: list[MicroBatch] = []
+    others: list[MicroBatch] = []
+    for batch in batches:
+        (apart if is_attended_apart(job, batch) else others).append(batch)
+    projected = (
+        False  # whether the layer's projections of ``apart`` were emitted with the layer before
+    )
+    for unit, following in zip(job.units, [*job.units[1:], None], strict=True):
+        yield from weights.ready(unit)
+        blob = weights.where(unit)
+        if unit.kind is UnitKind.LAYER:
+            ahead = following is not None and _may_overlap(job, unit, following)
+            split = apart if unit.site.is_accelerator else []
+            whole = others if split else batches
+            if not projected:
+                for batch in split:
+                    yield from _before_attention(job, unit, blob, batch)
+            for batch in whole:
+                yield from _before_attention(job, unit, blob, batch)
+                yield from _after_attention(job, unit, blob, batch)
+            projected = bool(split) and ahead
+            for batch in split:
+                yield from _after_attention(job, unit, blob, batch)
+                if projected:
+                    assert following is not None
+                    yield from weights.ready(following)
+                    yield from _before_attention(job, following, weights.where(following), batch)
+        else:
+            for batch in batches:
+                yield from (_embed if unit.kind is UnitKind.EMBED else _head)(
+                    job, unit, blob, batch
+                )
+        yield from weights.done(unit)
 
 
-def _embed(job: Job, unit: Unit, blob: Buffer, slot: int, work: Work) -> Iterator[Step]:
-    batch, token = work.batch, work.token
-    tokens = Buffer("tokens", batch.index)
+def is_attended_apart(job: Job, batch: MicroBatch) -> bool:
+    """Whether the cpu attends for this micro-batch while an accelerator computes the rest."""
+    return not batch.is_prefill and any(
+        job.attends_on_cpu(unit, part)
+        for unit in job.units
+        if unit.kind is UnitKind.LAYER
+        for part in batch.kv_parts
+    )
+
+
+def _may_overlap(job: Job, unit: Unit, following: Unit) -> bool:
+    """Whether two neighbouring layers can be in use at once: both on the accelerator, with a slot for each."""
+    return (
+        following.kind is UnitKind.LAYER
+        and following.site.is_accelerator
+        and (job.weight_slots > 1 or not following.is_streamed)
+        and (job.plain_slots > 1 or not following.unpack)
+    )
+
+
+def _embed(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+    tokens = tuple(Buffer("tokens", member.cohort.room) for member in work.members)
     rows = work.buffer("rows")
-    moved = batch.tokens(token) * job.embed_row_bytes
+    moved = work.rows * job.embed_row_bytes
     source = tokens
-    if unit.tier is not job.compute_tier:  # only the rows that are needed leave the table
-        lane = Lane.DISK_READ if unit.tier is Tier.DISK else Lane.CPU
+    if unit.tier is not unit.site.tier:  # only the rows that are needed leave the table
+        on_disk = unit.tier is Tier.DISK
         yield Step(
-            lane, StepKind.GATHER_ROWS, unit.index, batch.index, stage=work.stage, token=token,
-            reads=(tokens,), writes=(rows,), bytes=moved if unit.tier is Tier.DISK else 0,
+            Lane.DISK_READ if on_disk else Lane.CPU, StepKind.GATHER_ROWS, unit.index, work,
+            reads=tokens, writes=(rows,), bytes=moved if on_disk else 0,
         )  # fmt: skip
-        source = rows
-        if job.has_accelerator:
-            source = work.buffer("gpu_rows")
+        source = (rows,)
+        if unit.site.is_accelerator:
+            source = (work.buffer("gpu_rows"),)
             yield Step(
-                Lane.H2D, StepKind.MOVE_ROWS, unit.index, batch.index, stage=work.stage, token=token,
-                reads=(rows,), writes=(source,), bytes=moved,
+                Lane.H2D, StepKind.MOVE_ROWS, unit.index, work,
+                reads=(rows,), writes=source, bytes=moved,
             )  # fmt: skip
     yield Step(
-        job.compute_lane, StepKind.EMBED, unit.index, batch.index, slot=slot, stage=work.stage, token=token,
-        reads=(blob, source), writes=working_buffers(job, work), flops=unit.flops_before * batch.tokens(token),
+        unit.site.lane, StepKind.EMBED, unit.index, work, slot=blob.slot, plain=blob.plain,
+        reads=(*blob.buffers, *source), writes=working_buffers(unit, work), flops=unit.flops_before * work.rows,
     )  # fmt: skip
     yield from store_hidden(job, unit, work)
 
 
-def _layer(job: Job, unit: Unit, blob: Buffer, slot: int, work: Sequence[Work]) -> Iterator[Step]:
-    """A decoder layer. When the cpu attends for an accelerator, the next micro-batch's projection goes before
-    this one's output, so that both devices always have a micro-batch to work on."""
-    pending: Work | None = None
-    for item in work:
-        yield from _before_attention(job, unit, blob, slot, item)
-        if pending is not None:
-            yield from _after_attention(job, unit, blob, slot, pending)
-            pending = None
-        if any(job.attends_on_cpu(span) for span in item.batch.kv):
-            pending = item
-        else:
-            yield from _after_attention(job, unit, blob, slot, item)
-    if pending is not None:
-        yield from _after_attention(job, unit, blob, slot, pending)
-
-
-def _before_attention(job: Job, unit: Unit, blob: Buffer, slot: int, work: Work) -> Iterator[Step]:
-    batch, token = work.batch, work.token
+def _before_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     yield from load_hidden(job, unit, work)
     yield Step(
-        job.compute_lane, StepKind.PROJECT, unit.index, batch.index, slot=slot, stage=work.stage, token=token,
-        reads=(blob, *working_buffers(job, work)), writes=(work.buffer("qkv"),),
-        flops=unit.flops_before * batch.tokens(token),
+        unit.site.lane, StepKind.PROJECT, unit.index, work, slot=blob.slot, plain=blob.plain,
+        reads=(*blob.buffers, *working_buffers(unit, work)), writes=(work.buffer("qkv"), work.buffer("residual")),
+        flops=unit.flops_before * work.rows,
     )  # fmt: skip
     yield from attention_steps(job, unit, work)
 
 
-def _after_attention(job: Job, unit: Unit, blob: Buffer, slot: int, work: Work) -> Iterator[Step]:
-    batch, token = work.batch, work.token
+def _after_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     yield Step(
-        job.compute_lane, StepKind.OUTPUT, unit.index, batch.index, slot=slot, stage=work.stage, token=token,
-        reads=(blob, *attention_buffers(work)), writes=working_buffers(job, work),
-        flops=unit.flops_after * batch.tokens(token),
+        unit.site.lane, StepKind.OUTPUT, unit.index, work, slot=blob.slot, plain=blob.plain,
+        reads=(*blob.buffers, *attention_buffers(work), work.buffer("residual")), writes=working_buffers(unit, work),
+        flops=unit.flops_after * work.rows,
     )  # fmt: skip
-    yield from store_hidden(job, unit, work)
+    if work.wanted or job.units[unit.index + 1].kind is UnitKind.LAYER:
+        yield from store_hidden(job, unit, work)
 
 
-def _head(job: Job, unit: Unit, blob: Buffer, slot: int, work: Work) -> Iterator[Step]:
-    batch, token = work.batch, work.token
+def _head(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+    """Logits of the wanted rows only; a chunk that ends no prompt has none."""
+    if not work.wanted:
+        return
     logits = work.buffer("logits")
     yield from load_hidden(job, unit, work)
     yield Step(
-        job.compute_lane, StepKind.HEAD, unit.index, batch.index, slot=slot, stage=work.stage, token=token,
-        reads=(blob, *working_buffers(job, work)), writes=(logits,), flops=unit.flops_before * batch.size,
+        unit.site.lane, StepKind.HEAD, unit.index, work, slot=blob.slot, plain=blob.plain,
+        reads=(*blob.buffers, *working_buffers(unit, work)), writes=(logits,),
+        flops=unit.flops_before * len(work.wanted),
     )  # fmt: skip
-    if job.has_accelerator:
+    if unit.site.is_accelerator:
         on_host = work.buffer("host_logits")
         yield Step(
-            Lane.D2H, StepKind.MOVE_LOGITS, unit.index, batch.index, stage=work.stage, token=token,
-            reads=(logits,), writes=(on_host,), bytes=batch.size * job.logits_row_bytes,
+            Lane.D2H, StepKind.MOVE_LOGITS, unit.index, work,
+            reads=(logits,), writes=(on_host,), bytes=len(work.wanted) * job.logits_row_bytes,
         )  # fmt: skip
         logits = on_host
     yield Step(
-        Lane.CPU, StepKind.SAMPLE, unit.index, batch.index, stage=work.stage, token=token,
-        reads=(logits,), writes=(Buffer("tokens", batch.index),),
+        Lane.CPU, StepKind.SAMPLE, unit.index, work,
+        reads=(logits,), writes=tuple(Buffer("tokens", m.cohort.room) for m in work.members),
     )  # fmt: skip

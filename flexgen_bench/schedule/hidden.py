@@ -1,66 +1,77 @@
-"""Steps that move hidden states between their home and the compute tier, between layers."""
+"""Steps that move hidden states between their home and the site that computes a unit.
+
+On every tier a stage has one staging buffer for all parts, since their places in it depend on each other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.schedule.job import Job, Unit, Work
+from flexgen_bench.schedule.job import Job, Unit
+from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
-def working_buffers(job: Job, work: Work) -> tuple[Buffer, ...]:
-    """What a compute step on a micro-batch's hidden states touches: the staging slot for spans that live
-    elsewhere, and the homes of the spans that live on the compute tier."""
-    batch = work.batch
+def hidden_home(work: MicroBatch, part: Part) -> Buffer:
+    """Where a part's hidden states live between units; each chunk of a prompt has a place of its own."""
+    return Buffer("hidden", part.cohort.room, work.chunk, part.home)
+
+
+def working_buffers(unit: Unit, work: MicroBatch) -> tuple[Buffer, ...]:
+    """What a compute step on a micro-batch's hidden states touches: the staging slot for parts that live
+    elsewhere, and the homes of the parts that live where the unit is computed."""
     homes = tuple(
-        Buffer("hidden", batch.index, part=part)
-        for part, span in enumerate(batch.hidden)
-        if span.tier is job.compute_tier
+        hidden_home(work, part) for part in work.hidden_parts if part.tier is unit.site.tier
     )
-    if len(homes) == len(batch.hidden):
+    if len(homes) == len(work.hidden_parts):
         return homes
-    return (work.buffer("x"), *homes)
+    return (work.buffer(f"x.{unit.site.tier}"), *homes)
 
 
-def load_hidden(job: Job, unit: Unit, work: Work) -> Iterator[Step]:
-    """Bring every span of the hidden states that is not on the compute tier there."""
-    batch, token, x = work.batch, work.token, work.buffer("x")
-    for part, span in enumerate(batch.hidden):
-        if span.tier is job.compute_tier:
-            continue
-        moved = batch.tokens(token, span) * job.hidden_row_bytes
-        source = Buffer("hidden", batch.index, part=part)
-        if span.tier is Tier.DISK and job.has_accelerator:
-            host = work.buffer("x_host", part)
+def load_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+    """Bring every part of the hidden states to the site of the unit."""
+    for part, path in _paths(unit, work):
+        source = hidden_home(work, part)
+        for lower, upper in pairwise(path):
+            target = work.buffer(f"x.{upper}")
             yield Step(
-                Lane.DISK_READ, StepKind.LOAD_HIDDEN, unit.index, batch.index, part, stage=work.stage, token=token,
-                reads=(source,), writes=(host,), bytes=moved,
+                _LINK[lower, upper], StepKind.LOAD_HIDDEN, unit.index, work, part.index,
+                reads=(source,), writes=(target,), bytes=part.rows * job.hidden_row_bytes,
             )  # fmt: skip
-            source = host
-        yield Step(
-            Lane.H2D if job.has_accelerator else Lane.DISK_READ,
-            StepKind.LOAD_HIDDEN, unit.index, batch.index, part, stage=work.stage, token=token,
-            reads=(source,), writes=(x,), bytes=moved,
-        )  # fmt: skip
+            source = target
 
 
-def store_hidden(job: Job, unit: Unit, work: Work) -> Iterator[Step]:
-    """Bring every span of the hidden states that does not live on the compute tier home."""
-    batch, token, x = work.batch, work.token, work.buffer("x")
-    for part, span in enumerate(batch.hidden):
-        if span.tier is job.compute_tier:
-            continue
-        moved = batch.tokens(token, span) * job.hidden_row_bytes
-        source = x
-        if span.tier is Tier.DISK and job.has_accelerator:
-            source = work.buffer("x_host", part)
+def store_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+    """Bring every part of the hidden states home from the site of the unit."""
+    for part, path in _paths(unit, work):
+        back = path[::-1]
+        source = work.buffer(f"x.{unit.site.tier}")
+        for upper, lower in pairwise(back):
+            home = lower is part.tier
+            target = hidden_home(work, part) if home else work.buffer(f"x.{lower}")
             yield Step(
-                Lane.D2H, StepKind.STORE_HIDDEN, unit.index, batch.index, part, stage=work.stage, token=token,
-                reads=(x,), writes=(source,), bytes=moved,
+                _LINK[upper, lower], StepKind.STORE_HIDDEN, unit.index, work, part.index,
+                reads=(source,), writes=(target,), bytes=part.rows * job.hidden_row_bytes,
             )  # fmt: skip
-        yield Step(
-            Lane.DISK_WRITE if span.tier is Tier.DISK else Lane.D2H,
-            StepKind.STORE_HIDDEN, unit.index, batch.index, part, stage=work.stage, token=token,
-            reads=(source,), writes=(Buffer("hidden", batch.index, part=part),), bytes=moved,
-        )  # fmt: skip
+            source = target
+
+
+_LINK = {
+    (Tier.DISK, Tier.CPU): Lane.DISK_READ,
+    (Tier.CPU, Tier.GPU): Lane.H2D,
+    (Tier.GPU, Tier.CPU): Lane.D2H,
+    (Tier.CPU, Tier.DISK): Lane.DISK_WRITE,
+}
+
+
+def _paths(unit: Unit, work: MicroBatch) -> Iterator[tuple[Part, list[Tier]]]:
+    """Parts that live elsewhere, with the tiers between their home and the site, both included."""
+    order = [Tier.DISK, Tier.CPU, Tier.GPU]
+    for part in work.hidden_parts:
+        home, site = order.index(part.tier), order.index(unit.site.tier)
+        if home < site:
+            yield part, order[home : site + 1]
+        elif home > site:
+            yield part, order[site : home + 1][::-1]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flexgen_bench.core.tiers import Lane
+
+if TYPE_CHECKING:
+    from flexgen_bench.schedule.micro_batch import MicroBatch
 
 
 class StepKind(StrEnum):
@@ -47,24 +50,35 @@ class Buffer(NamedTuple):
 class Step:
     """One unit of work.
 
-    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. batch: micro-batch, -1 for weight loads.
+    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. work: the micro-batch it belongs to, None for weights.
     part: which span of the micro-batch's sequences, -1 for all. slot: staging slot of the weights (-1: in place).
     plain: slot of the unpacked weights, where compressed ones are unpacked by a step of their own (-1: they are not).
-    stage: staging slot of the micro-batch's own data (rows, hidden states, q/k/v, attention, KV).
-    token: 0 in prefill, n when the n-th token after the prompt is fed (n >= 1). bytes moved over the lane's link;
-    flops on a compute lane (2 per multiply-add).
+    bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
     """
 
     lane: Lane
     kind: StepKind
     unit: int
-    batch: int = -1
+    work: MicroBatch | None = None
     part: int = -1
     slot: int = -1
     plain: int = -1
-    stage: int = 0
-    token: int = 0
     reads: tuple[Buffer, ...] = ()
     writes: tuple[Buffer, ...] = ()
     bytes: int = 0
     flops: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Number of the micro-batch in its pass, -1 for weights."""
+        return -1 if self.work is None else self.work.index
+
+    @property
+    def stage(self) -> int:
+        """Staging slot of the micro-batch's own data (rows, hidden states, q/k/v, attention)."""
+        return 0 if self.work is None else self.work.stage
+
+    @property
+    def token(self) -> int:
+        """0 in prefill, n when the n-th token after the prompt is fed (n >= 1)."""
+        return 0 if self.work is None else self.work.token

@@ -1,64 +1,106 @@
-"""The endless stream of weight loads that runs ahead of the passes."""
+"""The endless stream of weight loads that runs ahead of the passes, and where a unit's weights are found."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.job import Job, Unit
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
-class WeightStream:
-    """Emits load steps for streamed units, cyclically over the passes, ``weight_slots - 1`` units ahead.
+@dataclass(frozen=True)
+class Blob:
+    """A unit's weights where it is computed. slot: staging slot (-1: in place); plain: slot of the unpacked weights
+    (-1: used as they are)."""
 
-    The n-th load of a job goes to slot ``n % weight_slots``. A load is emitted just before the steps of the unit
-    that comes ``weight_slots - 1`` streamed units earlier: after everything that used the slot before, so the
-    derived write-after-read dependency is the back-pressure. It does not stop at the end of a pass: while the
-    head computes, the first layers of the next pass are already on their way.
+    buffers: tuple[Buffer, ...]
+    slot: int
+    plain: int = -1
+
+
+class WeightStream:
+    """Emits load steps for streamed units, cyclically over the passes, ``weight_slots`` of them at a time.
+
+    The n-th load of a job is emitted when everything that uses the (n - weight_slots)-th has been: it takes that one's
+    slot, so the derived write-after-read dependency is the back-pressure. It does not stop at the end of a pass: while the head
+    computes, the first layers of the next pass are already on their way.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._position = {unit.index: i for i, unit in enumerate(job.streamed)}
-        self._loads = 0  # emitted so far, over all passes
-        self._disk_loads = 0  # of these, the ones that came from disk
+        self._loads = self._done = 0  # emitted so far, and used, over all passes
+        self._end = 0  # loads up to the end of the present pass
+        self._is_last = False
+        self._used: dict[Tier, int] = {}  # loads into the slots of a tier
+        self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
+        self._unpacked = 0
+        self._plain: dict[int, int] = {}  # unit -> plain slot of the present pass
 
-    def ahead_of(self, unit: Unit, pass_index: int, last_pass: bool) -> Iterator[Step]:
-        """The loads to emit before ``unit`` is computed in this pass."""
-        if unit.index not in self._position:
-            return
-        per_pass = len(self._job.streamed)
-        wanted = self._number(unit, pass_index) + self._job.weight_slots
-        if last_pass:
-            wanted = min(wanted, (pass_index + 1) * per_pass)
-        while self._loads < wanted:
-            yield from self._load(self._job.streamed[self._loads % per_pass])
+    def begin_pass(self, is_last: bool) -> None:
+        """Announce a pass. ``is_last``: nothing is loaded for a pass after it."""
+        self._end += len(self._job.streamed)
+        self._is_last = is_last
+        self._plain.clear()
 
-    def where(self, unit: Unit, pass_index: int) -> tuple[Buffer, int]:
-        """The buffer with the unit's weights on the compute tier, and its staging slot (-1: in place)."""
-        if unit.index not in self._position:
+    def ready(self, unit: Unit) -> Iterator[Step]:
+        """The steps to emit before the first use of ``unit`` in this pass."""
+        yield from self._fill()
+        if unit.unpack and unit.index not in self._plain:
+            plain = self._plain[unit.index] = self._unpacked % self._job.plain_slots
+            self._unpacked += 1
+            packed, slot = self._packed(unit)
+            yield Step(
+                unit.site.lane, StepKind.DEQUANTIZE, unit.index, slot=slot, plain=plain,
+                reads=(packed,), writes=(Buffer("plain", plain),),
+            )  # fmt: skip
+
+    def where(self, unit: Unit) -> Blob:
+        """Where the unit's weights are, in this pass, once ``ready`` has been emitted."""
+        packed, slot = self._packed(unit)
+        if unit.index in self._plain:
+            plain = self._plain[unit.index]
+            return Blob((packed, Buffer("plain", plain)), slot, plain)
+        return Blob((packed,), slot)
+
+    def done(self, unit: Unit) -> Iterator[Step]:
+        """The steps to emit after the last use of ``unit`` in this pass: the load that may take its slot."""
+        if unit.index in self._slots:
+            self._slots[unit.index].popleft()
+            self._done += 1
+            yield from self._fill()
+
+    def _packed(self, unit: Unit) -> tuple[Buffer, int]:
+        if unit.index not in self._slots:
             return Buffer("resident", unit.index), -1
-        slot = self._number(unit, pass_index) % self._job.weight_slots
-        return Buffer("weights", slot), slot
+        slot = self._slots[unit.index][0]
+        return Buffer(f"weights.{unit.site.tier}", slot), slot
 
-    def _number(self, unit: Unit, pass_index: int) -> int:
-        return pass_index * len(self._job.streamed) + self._position[unit.index]
+    def _fill(self) -> Iterator[Step]:
+        streamed = self._job.streamed
+        if not streamed:
+            return
+        # At most one pass ahead: whether there is one after that is not known yet.
+        last = self._end + (0 if self._is_last else len(streamed))
+        while self._loads < min(self._done + self._job.weight_slots, last):
+            yield from self._load(streamed[self._loads % len(streamed)])
+            self._loads += 1
 
     def _load(self, unit: Unit) -> Iterator[Step]:
-        slot = self._loads % self._job.weight_slots
-        self._loads += 1
+        """One tier after the other, up to where the unit is computed."""
         source = Buffer("resident", unit.index)
-        if unit.tier is Tier.DISK and self._job.has_accelerator:
-            host_slot = self._disk_loads % self._job.host_slots
-            self._disk_loads += 1
-            source = Buffer("host_weights", host_slot)
+        tiers = [unit.site.tier]
+        if unit.tier is Tier.DISK and unit.site.is_accelerator:
+            tiers.insert(0, Tier.CPU)
+        for tier in tiers:
+            slot = self._used.get(tier, 0) % self._job.weight_slots
+            self._used[tier] = self._used.get(tier, 0) + 1
+            target = Buffer(f"weights.{tier}", slot)
             yield Step(
-                Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index,
-                slot=host_slot, writes=(source,), bytes=unit.load_bytes,
+                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D, StepKind.LOAD_WEIGHTS, unit.index,
+                slot=slot, reads=(source,), writes=(target,), bytes=unit.load_bytes,
             )  # fmt: skip
-        yield Step(
-            Lane.H2D if self._job.has_accelerator else Lane.DISK_READ,
-            StepKind.LOAD_WEIGHTS, unit.index,
-            slot=slot, reads=(source,), writes=(Buffer("weights", slot),), bytes=unit.load_bytes,
-        )  # fmt: skip
+            source = target
+        self._slots[unit.index].append(slot)

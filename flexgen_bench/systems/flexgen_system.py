@@ -16,7 +16,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, JobResult
 from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.planner.memory_plan import Request
+from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 
 _stage = logging.getLogger("flexgen_bench.stage")

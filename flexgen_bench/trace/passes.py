@@ -28,12 +28,12 @@ class Pass:
 def find_passes(timeline: Timeline) -> list[Pass]:
     """The passes, in order. A pass ends where the next one begins to compute, the last one with its last step.
 
-    The lane that embeds takes the units of a pass in order, so a new pass begins where the unit falls.
+    A new pass begins where the lane that embeds comes back to the embedding, unit 0.
     """
     computed = next(
         (found for lane in timeline.lanes.values() if (found := _of_batches(list(lane)))), []
     )
-    starts = [i for i, s in enumerate(computed) if i == 0 or s.unit < computed[i - 1].unit]
+    starts = [i for i, s in enumerate(computed) if i == 0 or s.unit == 0 < computed[i - 1].unit]
     groups = [computed[a:b] for a, b in pairwise([*starts, len(computed)])]
     ends = [group[0].begin_s for group in groups[1:]] + [g[-1].end_s for g in groups[-1:]]
     return [

@@ -1,0 +1,291 @@
+"""The action behind each kind of step. Steps say what happens where; this does it with real tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.device import Device, crossing
+from flexgen_bench.engine.health import Health
+from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.weights import Weights
+from flexgen_bench.kernels import ops
+from flexgen_bench.kernels.attention import (
+    chunk_attention,
+    decode_attention,
+    prefill_attention,
+)
+from flexgen_bench.memory.kv_cache import KVForm
+from flexgen_bench.memory.spill import SpillFile
+from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.steps import Step, StepKind
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Consumer(Protocol):
+    """What becomes of a job's tokens and logits: generation or scoring."""
+
+    def tokens(self, member: Member) -> Sequence[int]:
+        """The token ids to feed, one per row of the member."""
+
+    def wanted(self, member: Member) -> Sequence[int]:
+        """Which of the member's rows need logits."""
+
+    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """On the compute device: the wanted hidden rows (R, hidden) -> what the host needs of their logits."""
+
+    def finish(self, work: MicroBatch, found: Tensor) -> None:
+        """On the host: take what ``reduce`` returned."""
+
+    def ended(self, cohort: Cohort) -> list[int]:
+        """Sequences of the cohort that have come to their end."""
+
+
+class Actions:
+    """Buffers of a job, and the actions that fill them."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        policy: Policy,
+        plan: MemoryPlan,
+        weights: Weights,
+        device: Device,
+        arenas: Arenas,
+        spill: SpillFile | None,
+        consumer: Consumer,
+    ) -> None:
+        self._family, self._shape = family, shape
+        self._job, self._weights, self._device = plan.job, weights, device
+        self._consumer = consumer
+        self._scale = family.attention_scale(shape)
+        self._value_share = policy.lossy.value_share
+        self._form = KVForm(shape.num_kv_heads, shape.head_dim, dtype, policy.lossy.kv_cache)
+        self._cache = KVCache(plan, self._form, device, arenas, spill)
+        self._hidden = HiddenStates(
+            plan, policy, dtype, device, arenas, spill, self._cache.spilled
+        )  # fmt: skip
+        self._health = Health(device)
+        device.settle()
+        # What passes between steps of a micro-batch, by its stage (and part).
+        self._rows: dict[int, Mapping[str, Tensor]] = {}
+        self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
+        self._x: dict[int, Tensor] = {}  # hidden states before the attention, for the residual
+        self._angles: dict[int, tuple[MicroBatch, Any]] = {}
+        self._qkv: dict[int, QKV] = {}
+        self._qkv_host: dict[tuple[int, int], QKV] = {}
+        self._attended: dict[tuple[int, int], Tensor] = {}
+        self._attended_host: dict[tuple[int, int], Tensor] = {}
+        self._found: dict[int, Tensor] = {}
+        self._found_host: dict[int, Tensor] = {}
+        self._actions: dict[StepKind, Callable[[Step], None]] = {
+            StepKind.LOAD_WEIGHTS: weights.load,
+            StepKind.DEQUANTIZE: weights.dequantize,
+            StepKind.GATHER_ROWS: self._gather_rows,
+            StepKind.MOVE_ROWS: self._move_rows,
+            StepKind.EMBED: self._embed,
+            StepKind.LOAD_HIDDEN: self._hidden.load,
+            StepKind.STORE_HIDDEN: self._hidden.store,
+            StepKind.PROJECT: self._project,
+            StepKind.MOVE_QKV: self._move_qkv,
+            StepKind.LOAD_KV: self._cache.load,
+            StepKind.ATTEND: self._attend,
+            StepKind.MOVE_ATTENTION: self._move_attention,
+            StepKind.STORE_KV: self._cache.store,
+            StepKind.APPEND_KV: self._cache.append,
+            StepKind.OUTPUT: self._output,
+            StepKind.HEAD: self._head,
+            StepKind.MOVE_LOGITS: self._move_logits,
+            StepKind.SAMPLE: self._sample,
+        }
+
+    def act(self, step: Step) -> None:
+        """Do one step."""
+        self._actions[step.kind](step)
+
+    def begin_pass(self) -> None:
+        """No step is running: release what the last pass has left."""
+        self._hidden.begin_pass()
+        self._angles.clear()
+
+    def forget(self, cohort: Cohort) -> None:
+        """A cohort has left its room."""
+        self._cache.forget(cohort)
+
+    def close(self) -> None:
+        """Release the job's memory now: actions refer back to this object, so it would linger until collected."""
+        self._actions.clear()
+        for held in (
+            self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._rows,
+            self._gpu_rows, self._found, self._found_host, self._angles,
+        ):  # fmt: skip
+            held.clear()
+        del self._cache, self._hidden
+
+    def _on_accelerator(self, step: Step) -> bool:
+        return self._job.units[step.unit].site.is_accelerator
+
+    # Embedding
+
+    def _indices(self, work: MicroBatch) -> Mapping[str, Tensor]:
+        ids = [t for member in work.members for t in self._consumer.tokens(member)]
+        return self._family.rows(self._shape, torch.tensor(ids), _positions(work))
+
+    def _gather_rows(self, step: Step) -> None:
+        self._rows[step.stage] = {
+            name: self._weights.rows(name, index)
+            for name, index in self._indices(_work(step)).items()
+        }
+
+    def _move_rows(self, step: Step) -> None:
+        self._gpu_rows[step.stage] = {
+            name: self._device.to_compute(rows) for name, rows in self._rows[step.stage].items()
+        }
+
+    def _embed(self, step: Step) -> None:
+        unit = self._job.units[step.unit]
+        if unit.tier is unit.site.tier:
+            rows = {
+                name: self._weights.rows(name, self._to_site(step, index))
+                for name, index in self._indices(_work(step)).items()
+            }
+        else:
+            gathered = (self._gpu_rows if unit.site.is_accelerator else self._rows)[step.stage]
+            rows = {name: crossing(found) for name, found in gathered.items()}
+        x = self._family.embed(ops, self._shape, self._weights.of(step), rows)
+        self._hidden.put(step, x)
+
+    # A decoder layer
+
+    def _project(self, step: Step) -> None:
+        x = self._x[step.stage] = self._hidden.take(step)
+        self._qkv[step.stage] = self._family.project(
+            ops, self._shape, self._weights.of(step), x, self._angles_of(step, x)
+        )
+
+    def _angles_of(self, step: Step, x: Tensor) -> Any:
+        """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
+        Layers computed on another device make their own."""
+        work = _work(step)
+        made_for, angles = self._angles.get(step.stage, (None, None))
+        if made_for is not work or (angles is not None and angles[0].device != x.device):
+            positions = self._to_site(step, _positions(work))
+            angles = self._family.angles(ops, self._shape, positions, x)
+            self._angles[step.stage] = (work, angles)
+        return angles
+
+    def _move_qkv(self, step: Step) -> None:
+        part = _work(step).kv_parts[step.part]
+        q, k, v = (self._device.to_host(t[part.row : part.stop]) for t in self._qkv[step.stage])
+        self._qkv_host[step.stage, step.part] = (q, k, v)
+
+    def _attend(self, step: Step) -> None:
+        work = _work(step)
+        if work.is_prefill:
+            self._attended[step.stage, 0] = self._attend_prompt(step, work, *self._qkv[step.stage])
+            return
+        part, key = work.kv_parts[step.part], (step.stage, step.part)
+        for_accelerator = step.lane is Lane.CPU and self._on_accelerator(step)
+        if for_accelerator:
+            q, k, v = self._qkv_host[key]
+        else:
+            q, k, v = (t[part.row : part.stop] for t in self._qkv[step.stage])
+        self._health.watch(step, k, v)
+        new = (self._form.encode(k), self._form.encode(v))
+        moved = self._cache.is_moved(step, part)
+        attend = self._cache.attend_moved if moved else self._cache.attend_in_memory
+        out = decode_attention(
+            q, attend(step, part, new), self._cache.padding(part, q.device), self._scale,
+            self._value_share, self._cache.live_slots(part),
+        )  # fmt: skip
+        (self._attended_host if for_accelerator else self._attended)[key] = out
+
+    def _attend_prompt(
+        self, step: Step, work: MicroBatch, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Prompts attend to what the cache holds of them, so that results do not depend on how they are cut into chunks."""
+        member = work.members[0]
+        chunked = member.start > 0 or not member.is_last_chunk
+        self._health.watch(step, k, v)
+        stored = (self._form.encode(k), self._form.encode(v))
+        if self._job.keep_kv or chunked:
+            self._cache.keep_prompt(step, stored)
+        if member.start == 0:
+            lens = [last - first for first, last in member.ranges]
+            keys, values = (self._form.decode(x) for x in stored)
+            return prefill_attention(q, keys, values, lens, self._scale)
+        outs = []
+        for part in work.kv_parts:
+            ranges = member.ranges[part.span.start : part.span.stop]
+            stop = max(last for _, last in ranges)
+            keys, values = self._cache.prompt_so_far(step, part, stop)
+            outs.append(chunk_attention(q[part.row : part.stop], keys, values, ranges, self._scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _move_attention(self, step: Step) -> None:
+        key = (step.stage, step.part)
+        self._attended[key] = self._device.to_compute(self._attended_host[key])
+
+    def _output(self, step: Step) -> None:
+        work = _work(step)
+        parts = 1 if work.is_prefill else len(work.kv_parts)
+        outs = [crossing(self._attended[step.stage, part]) for part in range(parts)]
+        attended = outs[0] if parts == 1 else torch.cat(outs)
+        x = self._family.output(
+            ops, self._shape, self._weights.of(step), self._x.pop(step.stage), attended
+        )
+        self._hidden.put(step, x)
+
+    # From hidden states to tokens
+
+    def _head(self, step: Step) -> None:
+        work = _work(step)
+        x = self._hidden.take(step)
+        if len(work.wanted) < work.rows:
+            x = x[self._to_site(step, torch.tensor(work.wanted))]
+        w = self._weights.of(step)
+        self._found[step.stage] = self._consumer.reduce(
+            work, lambda rows: self._family.head(ops, self._shape, w, rows), x
+        )
+
+    def _move_logits(self, step: Step) -> None:
+        self._found_host[step.stage] = self._device.to_host(self._found[step.stage])
+        self._health.move(step)
+
+    def _sample(self, step: Step) -> None:
+        self._health.judge(step)
+        on_accelerator = self._on_accelerator(step)
+        found = (self._found_host if on_accelerator else self._found)[step.stage]
+        self._consumer.finish(_work(step), found)
+
+    def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
+        """A small host tensor where the step computes, without waiting for the device."""
+        on_gpu = self._job.units[step.unit].site.tier is Tier.GPU and self._device.is_cuda
+        return self._device.to_compute(tensor) if on_gpu else tensor
+
+
+def _work(step: Step) -> MicroBatch:
+    assert step.work is not None
+    return step.work
+
+
+def _positions(work: MicroBatch) -> Tensor:
+    """Position of every row in its sequence."""
+    ranges = [r for member in work.members for r in member.ranges]
+    if not work.is_prefill:
+        return torch.tensor([first for first, _ in ranges])
+    return torch.cat([torch.arange(first, last) for first, last in ranges])

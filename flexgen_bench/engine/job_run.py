@@ -1,0 +1,91 @@
+"""One job being run: pass after pass, until no cohort is running and none is waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine.actions import Actions, Consumer
+from flexgen_bench.engine.executor import Executor
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.program import Program
+from flexgen_bench.schedule.micro_batch import MicroBatch
+
+# (phase "prefill" or "decode", tokens done in it, tokens of it in all)
+Progress = Callable[[str, int, int], None]
+
+
+class Times(Protocol):
+    """Where the seconds of the phases are summed."""
+
+    prefill_s: float
+    decode_s: float
+
+
+class JobRun:
+    """Drives an executor through a plan."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        plan: MemoryPlan,
+        executor: Executor,
+        actions: Actions,
+        consumer: Consumer,
+        progress: Progress,
+        times: Times,
+    ) -> None:
+        self._plan, self._executor, self._actions = plan, executor, actions
+        self._consumer, self._progress, self._times = consumer, progress, times
+        self._program = Program(policy, plan, consumer.wanted)
+        requests = plan.cohorts.requests
+        self._prompt_total = sum(r.prompt_len for r in requests)
+        self._decode_total = sum(r.gen_len - 1 for r in requests)
+        self._prompt_done = self._decode_done = 0
+
+    def run(self) -> None:
+        while not self._program.is_done:
+            begin = time.perf_counter()
+            batches = self._program.begin_pass()
+            self._actions.begin_pass()
+            self._pass(batches)
+            for cohort in self._program.end_pass(self._consumer.ended):
+                self._actions.forget(cohort)
+            self._account(batches, time.perf_counter() - begin)
+
+    def _pass(self, batches: list[MicroBatch]) -> None:
+        """Submit all steps of a pass, and wait for its last step on each unit: the host must see the tokens."""
+        ends: dict[int, tuple[Lane, int]] = {}
+        for step in self._program.steps(batches):
+            ticket = self._executor.submit(step, self._actions.act)
+            if step.lane in (self._plan.job.compute_lane, Lane.CPU):
+                ends[step.unit] = ticket
+        for done, ticket in enumerate(ends.values(), start=1):
+            self._executor.wait([ticket])
+            self._tell(batches, done / len(ends))
+        self._executor.collect()
+
+    def _account(self, batches: list[MicroBatch], seconds: float) -> None:
+        if all(batch.is_prefill for batch in batches):
+            self._times.prefill_s += seconds
+        else:
+            self._times.decode_s += seconds
+        for batch in batches:
+            if batch.is_prefill:
+                self._prompt_done += batch.rows
+            else:
+                self._decode_done += batch.rows
+
+    def _tell(self, batches: list[MicroBatch], share: float) -> None:
+        """Progress within a pass: after each unit, its share of the pass's tokens."""
+        prompts = sum(batch.rows for batch in batches if batch.is_prefill)
+        if prompts:
+            done = self._prompt_done + int(prompts * share)
+            self._progress("prefill", done, self._prompt_total)
+        decoded = sum(batch.rows for batch in batches if not batch.is_prefill)
+        if decoded:
+            done = self._decode_done + int(decoded * share)
+            self._progress("decode", done, self._decode_total)

@@ -1,0 +1,119 @@
+"""A job's sequences cut into cohorts, and the rooms they move into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy, Schedule
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.placement import ShareSpreader, place_sequences
+from flexgen_bench.schedule.cohort import Cohort, Room, Span, clipped, start_cohort
+from flexgen_bench.schedule.kv_layout import KVLayout
+
+# A tail segment of a KV cache on disk is written at once; below this size direct writes lose most of a disk's
+# bandwidth (measured: docs/notes/disk.md).
+DISK_SEGMENT_BYTES = 128 * 1024
+# More tail segments than this cost more in small matrix products than they save.
+MAX_DISK_SEGMENTS = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to compute: prompt tokens and the most new tokens it may get."""
+
+    prompt_len: int
+    gen_len: int
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Which sequences start together (``groups``, in the order they start), and the rooms there are for them."""
+
+    requests: tuple[Request, ...]
+    groups: tuple[tuple[int, ...], ...]
+    rooms: tuple[Room, ...]
+    token_bytes: int  # K and V of one token in one layer, as stored
+    compute: Tier
+    by_room: (
+        bool  # the n-th group moves into room n modulo rooms (block schedule); otherwise into any
+    )
+
+    def start(self, index: int, room: Room) -> Cohort:
+        """The cohort of a group that moves into a room."""
+        members = self.groups[index]
+        lens = tuple(self.requests[i].prompt_len for i in members)
+        gen_len = max(self.requests[i].gen_len for i in members)
+        layouts = tuple(
+            self._layout(span, max(lens), gen_len) for span in clipped(room.kv, len(members))
+        )
+        return start_cohort(index, room, members, lens, gen_len, layouts)
+
+    def possible(self, room: Room) -> list[Cohort]:
+        """Cohorts that may move into a room; of those alike in length one is enough, and only the largest."""
+        indices = range(len(self.groups))
+        mine = indices[room.index :: len(self.rooms)] if self.by_room else indices
+        distinct: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+        for index in mine:
+            members = [self.requests[i] for i in self.groups[index]]
+            distinct.setdefault(
+                (len(members), tuple((m.prompt_len, m.gen_len) for m in members)), index
+            )
+        return [self.start(index, room) for index in distinct.values()]
+
+    @property
+    def lifetime(self) -> int:
+        """Passes that the longest-lived cohort runs, if no sequence ends early."""
+        return max(request.gen_len for request in self.requests)
+
+    def _layout(self, span: Span, prompt_len: int, gen_len: int) -> KVLayout:
+        """Segments of one span's cache. Where attention happens in place, generated tokens are one segment."""
+        new = max(gen_len - 1, 0)  # the last token is never fed back
+        segment = max(new, 1)
+        if span.tier is Tier.DISK:
+            worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
+            segment = min(segment, max(worthwhile, -(-new // MAX_DISK_SEGMENTS), 1))
+        elif span.tier is not self.compute:
+            segment = min(segment, max(1, -(-new // MAX_DISK_SEGMENTS)))
+        return KVLayout(span.count, prompt_len, new, segment, self.token_bytes)
+
+
+def form_cohorts(
+    shape: ModelShape, dtype: DType, policy: Policy, requests: Sequence[Request], compute: Tier
+) -> Cohorts:
+    """Cut a job into cohorts; prompts of similar length start together.
+
+    Block schedule: a cohort is a micro-batch. Continuous: a cohort is what starts in one pass if a block's sequences are spread
+    evenly over the passes that a sequence lives; several cohorts share a micro-batch when they decode.
+    """
+    order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)
+    continuous = policy.schedule is Schedule.CONTINUOUS
+    size = min(policy.gpu_batch_size, len(requests))
+    if continuous:
+        lifetime = max(r.gen_len for r in requests)
+        size = min(size, max(1, policy.block_size // lifetime))
+    groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
+    count = min(policy.block_size // size if continuous else policy.num_gpu_batches, len(groups))
+    # In the block schedule the last room may be smaller; in the continuous one any cohort moves into any room.
+    sizes = [size if continuous else len(groups[room]) for room in range(count)]
+    kv, hidden = ShareSpreader(policy.kv_cache), ShareSpreader(policy.activations)
+    rooms = tuple(
+        Room(index, place_sequences(own, kv), place_sequences(own, hidden))
+        for index, own in enumerate(sizes)
+    )
+    return Cohorts(
+        tuple(requests), groups, rooms, kv_token_bytes(shape, dtype, policy), compute,
+        policy.schedule is Schedule.BLOCK,
+    )  # fmt: skip
+
+
+def kv_token_bytes(shape: ModelShape, dtype: DType, policy: Policy) -> int:
+    """K and V of one token in one layer, in the form in which they are stored."""
+    compression = policy.lossy.kv_cache
+    row = (
+        shape.head_dim * dtype.bytes
+        if compression is None
+        else compression.row_bytes(shape.head_dim)
+    )
+    return 2 * shape.num_kv_heads * row

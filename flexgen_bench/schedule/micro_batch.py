@@ -1,0 +1,139 @@
+"""What is computed together in a pass: prompt tokens of a cohort, or the next token of one or more cohorts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.schedule.cohort import Cohort, Span
+from flexgen_bench.schedule.steps import Buffer
+
+
+@dataclass(frozen=True)
+class Member:
+    """A cohort's share of a micro-batch.
+
+    token: 0 while its prompts are computed, n when their n-th new token is fed. start, stop: which tokens of each prompt
+    (token 0 only); stop None means to the end.
+    """
+
+    cohort: Cohort
+    token: int
+    start: int = 0
+    stop: int | None = None
+
+    @cached_property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter."""
+        if self.token:
+            return tuple((n + self.token - 1, n + self.token) for n in self.cohort.prompt_lens)
+        return tuple(
+            (min(self.start, n), n if self.stop is None else min(self.stop, n))
+            for n in self.cohort.prompt_lens
+        )
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each sequence's rows start in this member's rows; one more entry than sequences."""
+        found = [0]
+        for first, last in self.ranges:
+            found.append(found[-1] + last - first)
+        return tuple(found)
+
+    @property
+    def is_last_chunk(self) -> bool:
+        return self.stop is None or self.stop >= max(self.cohort.prompt_lens)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One span of one member: sequences whose KV cache (or hidden states) lie together, and their rows here.
+
+    index: its number in the micro-batch; home: the span's number in the room; slot: staging slot for a KV cache that is moved.
+    """
+
+    index: int
+    member: Member
+    home: int
+    span: Span
+    row: int  # first of its rows in the micro-batch
+    stop: int  # one after the last
+    slot: int = 0
+
+    @property
+    def cohort(self) -> Cohort:
+        return self.member.cohort
+
+    @property
+    def tier(self) -> Tier:
+        return self.span.tier
+
+    @property
+    def token(self) -> int:
+        return self.member.token
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.row
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences computed together.
+
+    stage: its staging slot; prompt_slot: the one where keys and values of its prompts gather (the same for all chunks); first_slot: of ``slots`` KV staging slots, the one for its first part. chunk: number of the chunk
+    of its prompts. wanted: rows whose logits are needed; without any, the head does not run.
+    """
+
+    index: int
+    members: tuple[Member, ...]
+    stage: int
+    prompt_slot: int
+    first_slot: int
+    slots: int
+    wanted: tuple[int, ...]
+    chunk: int = 0
+
+    @property
+    def token(self) -> int:
+        """0 in prefill; in decode, of the member that has come furthest."""
+        return max(member.token for member in self.members)
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.token == 0
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of hidden states: one per token computed."""
+        return sum(member.offsets[-1] for member in self.members)
+
+    @cached_property
+    def kv_parts(self) -> tuple[Part, ...]:
+        return self._parts([member.cohort.kv for member in self.members])
+
+    @cached_property
+    def hidden_parts(self) -> tuple[Part, ...]:
+        """Only those with rows here: in late chunks, short prompts have none."""
+        parts = self._parts([member.cohort.hidden for member in self.members])
+        with_rows = [part for part in parts if part.rows]
+        return tuple(replace(part, index=index) for index, part in enumerate(with_rows))
+
+    def buffer(self, name: str, part: int = 0) -> Buffer:
+        """A staging buffer of this micro-batch's stage."""
+        return Buffer(name, self.stage, part=part)
+
+    def _parts(self, spans: list[tuple[Span, ...]]) -> tuple[Part, ...]:
+        parts: list[Part] = []
+        row = 0
+        for member, own in zip(self.members, spans, strict=True):
+            for home, span in enumerate(own):
+                start, stop = row + member.offsets[span.start], row + member.offsets[span.stop]
+                if span.count:
+                    number = len(parts)
+                    parts.append(
+                        Part(number, member, home, span, start, stop, (self.first_slot + number) % self.slots)
+                    )  # fmt: skip
+            row += member.offsets[-1]
+        return tuple(parts)

@@ -1,0 +1,83 @@
+"""Which micro-batches a pass consists of, given the cohorts that are running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.generator import is_attended_apart
+from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+
+# For a member: which of its rows need logits.
+Wanted = Callable[[Member], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cohort in its room. token: 0 before its prefill, n when its n-th new token is to be fed."""
+
+    cohort: Cohort
+    token: int = 0
+
+
+def form_micro_batches(
+    job: Job,
+    running: Sequence[Running],
+    largest: int,
+    chunk_len: Callable[[int], int | None],
+    wanted: Wanted,
+) -> list[MicroBatch]:
+    """One pass. Every cohort that starts is a micro-batch per chunk of its prompts; cohorts that decode share
+    micro-batches of at most ``largest`` sequences. chunk_len: cohort size -> tokens of each prompt per chunk (None: all)."""
+    found: list[MicroBatch] = []
+    parts = prompts = 0
+
+    def add(members: tuple[Member, ...], chunk: int = 0) -> None:
+        nonlocal parts
+        slot = prompts % job.stages
+        rows, start = [], 0
+        for member in members:
+            rows += [start + row for row in wanted(member)]
+            start += member.offsets[-1]
+        batch = MicroBatch(len(found), members, 0, slot, parts, job.stages, tuple(rows), chunk)
+        parts += len(batch.kv_parts)
+        found.append(batch)
+
+    for together in _share([r for r in running if r.token], largest):
+        add(tuple(Member(r.cohort, r.token) for r in together))
+    for starting in running:
+        if starting.token == 0:
+            longest = max(starting.cohort.prompt_lens)
+            size = chunk_len(starting.cohort.size) or longest
+            for number, start in enumerate(range(0, longest, size)):
+                add((Member(starting.cohort, 0, start, start + size),), number)
+            prompts += 1
+    return _staged(job, found)
+
+
+def _share(decoding: Sequence[Running], largest: int) -> list[list[Running]]:
+    """Fill micro-batches with cohorts in order."""
+    groups: list[list[Running]] = []
+    size = 0
+    for one in decoding:
+        if not groups or size + one.cohort.size > largest:
+            groups.append([])
+            size = 0
+        groups[-1].append(one)
+        size += one.cohort.size
+    return groups
+
+
+def _staged(job: Job, batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Staging slots in turn; micro-batches that are all taken apart at the attention have one of their own each."""
+    found, plain, apart = [], 0, 0
+    for batch in batches:
+        if is_attended_apart(job, batch):
+            found.append(replace(batch, stage=job.stages + apart))
+            apart += 1
+        else:
+            found.append(replace(batch, stage=plain % job.stages))
+            plain += 1
+    return found
