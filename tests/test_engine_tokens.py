@@ -11,13 +11,13 @@ from tiny_models import MODELS, greedy_reference, random_model, random_prompts, 
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import JobResult
-from flexgen_bench.engine.generation import Running
+from flexgen_bench.engine.generation import Running, ScoreRequest
 from flexgen_bench.engine.sampling import Sampler
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
@@ -76,6 +76,11 @@ def run(
     return [s.new for s in sequences], result
 
 
+def until(ids: list[int], stop: int | None) -> list[int]:
+    """Up to and including the first ``stop``."""
+    return ids if stop is None else ids[: ids.index(stop) + 1]
+
+
 def on(tier: Tier) -> Placement:
     return Placement.all_on(tier)
 
@@ -104,9 +109,10 @@ def test_accelerator(
     assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
-    """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth."""
+    """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth, schedule and chunking; some
+    sequences end early. What the plan counts is what is allocated, on every tier and by name."""
     rng = random.Random(f"{reference.weights.shape.family}{seed}")
     hardware = rng.choice([HOST, EMULATED])
     mixes = HOST_MIXES if hardware is HOST else GPU_MIXES
@@ -119,8 +125,21 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
         prefetch=rng.choice([1, 2, 3, 9]),
         overlap=rng.choice([True, False]),
         attention=rng.choice(list(AttentionSite)),
+        schedule=rng.choice(list(Schedule)),
+        prefill_chunk=rng.choice([None, None, 1, 3, 8, 20]),
+        offloaded=rng.choice(list(Offloaded)),
     )
-    assert run(reference, policy, hardware, tmp_path)[0] == reference.tokens, policy
+    stop = {
+        i: ids[rng.randrange(9)] for i, ids in enumerate(reference.tokens) if rng.random() < 0.3
+    }
+    found, result = run(reference, policy, hardware, tmp_path, stop=stop)
+    assert found == [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)], policy
+    assert result.plan is not None
+    planned = {tier: dict(parts) for tier, parts in result.plan.bytes.items()}
+    planned[hardware.compute_tier].pop("workspace")  # torch's own allocator, within this bound
+    planned[Tier.DISK].pop("weights", None)  # the packed store itself
+    allocated = {t: {k: n for k, n in p.items() if n} for t, p in result.allocated.items()}
+    assert allocated == {tier: parts for tier, parts in planned.items() if parts}, policy
 
 
 @pytest.mark.parametrize("hardware", [HOST, EMULATED], ids=["host", "emulated"])
@@ -143,9 +162,7 @@ def test_sequences_that_stop_early_leave_and_the_others_go_on(
 ) -> None:
     """Whole micro-batches leave at different passes, in several blocks; stages move to the ones that stay."""
     stop = {i: ids[i % 5] for i, ids in enumerate(reference.tokens) if i != 3}
-    expected = [
-        ids if i == 3 else ids[: ids.index(stop[i]) + 1] for i, ids in enumerate(reference.tokens)
-    ]
+    expected = [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)]
     policy = Policy(1, 4, on(Tier.DISK), kv, kv, prefetch=3, attention=attention)
     assert run(reference, policy, EMULATED, tmp_path, stop=stop)[0] == expected
 
@@ -165,6 +182,62 @@ def test_links_carry_what_the_placement_says(reference: Reference, tmp_path: Pat
     tables = sum(t.tensor.spec.shape[1] for t in reference.weights.packed.tables)
     assert rows == embedded * tables * 4
     assert result.lanes[Lane.DISK_READ].bytes == 0
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_sampled_tokens_depend_on_the_seed_alone(
+    reference: Reference, schedule: Schedule, chunk: int | None, tmp_path: Path
+) -> None:
+    """Whatever the placement, batch shape, schedule and chunking."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.8, top_p=0.9, seed=5)
+    found = []
+    for policy, hardware in (
+        (Policy(7, 1), HOST),
+        (
+            Policy(
+                2, 3, *[Placement(0.4, 0.3, 0.3)] * 3, attention=AttentionSite.CPU,
+                schedule=schedule, prefill_chunk=chunk, offloaded=Offloaded.IN_PLACE,
+            ),
+            EMULATED,
+        ),
+    ):  # fmt: skip
+        engine = reference.weights.engine(policy, Device.open(hardware, 1), tmp_path)
+        sequences = [
+            Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
+            for i, prompt in enumerate(reference.prompts)
+        ]
+        engine.generate(sequences)
+        engine.close()
+        found.append([s.new for s in sequences])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 64])
+@pytest.mark.parametrize("schedule", Schedule)
+def test_scores_do_not_depend_on_chunks(
+    reference: Reference, chunk: int | None, schedule: Schedule, tmp_path: Path
+) -> None:
+    """A scored continuation that spans chunks has the log-likelihoods it has in one piece."""
+    requests = [
+        ScoreRequest([*prompt, *ids], len(prompt))
+        for prompt, ids in zip(reference.prompts, reference.tokens, strict=True)
+    ]
+    requests.append(ScoreRequest(reference.prompts[1], 1))
+    found = []
+    for policy, hardware in (
+        (Policy(8, 1), HOST),
+        (Policy(3, 2, *[on(Tier.DISK)] * 3, prefill_chunk=chunk, schedule=schedule), EMULATED),
+    ):
+        engine = reference.weights.engine(policy, Device.open(hardware, 1), tmp_path)
+        scoring, _ = engine.score(requests)
+        engine.close()
+        found.append(scoring.results)
+    for i, request in enumerate(requests):
+        assert len(found[0][i]) == len(request.tokens) - request.start
+        for (p, greedy), (q, other) in zip(found[0][i], found[1][i], strict=True):
+            assert p == pytest.approx(q, abs=1e-4)
+            assert greedy == other
 
 
 def test_realised_shares_follow_requested_ones(reference: Reference, tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import PackedModel
 
 LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
+# Up to this many sequences a layer's weights are read faster by the processor than moved and then read by an accelerator.
+IN_PLACE_SEQUENCES = 4
 SHARE_STEPS = 20  # weights are tried in steps of 5 %
 
 
@@ -58,7 +60,11 @@ def default_policy(
 
 def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
     """Best first. Nothing is streamed if everything fits beside one micro-batch: then larger blocks would only take
-    memory. Otherwise large blocks before small ones, caches high before low, weights high before low."""
+    memory. Otherwise large blocks before small ones, caches high before low, weights high before low.
+
+    A cache below an accelerator is attended by the cpu: reading it there is faster than moving it first, on every host considered.
+    For the same reason a few sequences have the layers that are not on the accelerator computed where they lie.
+    """
     compute, below = (
         hardware.compute_tier,
         hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1],
@@ -70,6 +76,7 @@ def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
         homes.append((Tier.DISK, below))
     for block in _halvings(wanted):
         micro_batch = min(block, LARGEST_MICRO_BATCH)
+        in_place = compute is Tier.GPU and block <= IN_PLACE_SEQUENCES
         for kv, hidden in homes:
             for weights in _weight_placements(hardware):
                 yield Policy(
@@ -78,6 +85,8 @@ def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
                     weights=weights,
                     kv_cache=Placement.all_on(kv),
                     activations=Placement.all_on(hidden),
+                    attention=AttentionSite.COMPUTE if kv is compute else AttentionSite.CPU,
+                    offloaded=Offloaded.IN_PLACE if in_place else Offloaded.MOVE,
                 )
 
 

@@ -26,7 +26,7 @@ class FlexGenSystem(System):
     """The engine under the cell's policy, or under one that fits the cell's memory."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        accelerators=("none", "cuda", "emulated"), lossy=("weights",)
+        accelerators=("none", "cuda", "emulated"), lossy=("weights", "kv_cache", "value_share")
     )
 
     def __init__(self, *arguments: Any) -> None:
@@ -103,6 +103,9 @@ class FlexGenSystem(System):
                 "kv_cache": dict(plan.realised_kv_cache),
                 "activations": dict(plan.realised_activations),
                 "bytes": {str(tier): dict(parts) for tier, parts in plan.bytes.items()},
+                "allocated": {
+                    str(tier): dict(parts) for tier, parts in self._results[-1].allocated.items()
+                },
             },
             planned_bytes={str(tier): plan.total(tier) for tier in plan.bytes},
             links={
