@@ -16,7 +16,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.policy import Policy, agreed_lossy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -84,7 +84,7 @@ class LLM:
         progress: Progress | None = None,
         lossy: Lossy = EXACT,
     ) -> None:
-        self._lossy = _agreed(lossy, policy)
+        self._lossy = agreed_lossy(lossy, policy)
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
@@ -228,22 +228,6 @@ class LLM:
         before, both = self._tokenizer.encode_pair(context, continuation, index)
         check_prompt(self.shape, index, both, 1)
         return ScoreRequest(both, before)
-
-
-def _agreed(lossy: Lossy, policy: Policy | None) -> Lossy:
-    """What changes the results: as the policy says, if there is one."""
-    if not isinstance(lossy, Lossy):
-        raise UserError("lossy", lossy, "a Lossy")
-    if policy is None:
-        return lossy
-    if lossy not in (EXACT, policy.lossy):
-        raise UserError(
-            "lossy",
-            str(lossy),
-            f"that of the policy ({policy.lossy}), where a policy is given",
-            "Leave it out, or put it into the policy: Policy(..., lossy=...).",
-        )
-    return policy.lossy
 
 
 def _checkpoint(

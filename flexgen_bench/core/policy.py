@@ -164,3 +164,19 @@ class Policy:
         if isinstance(known.get("lossy"), dict):
             known["lossy"] = Lossy.from_dict(known["lossy"])
         return Policy(**known)
+
+
+def agreed_lossy(lossy: Lossy, policy: Policy | None) -> Lossy:
+    """What may change the results: as the policy says, if there is one. UserError if ``lossy`` says otherwise."""
+    if not isinstance(lossy, Lossy):
+        raise UserError("lossy", lossy, "a Lossy")
+    if policy is None:
+        return lossy
+    if lossy not in (EXACT, policy.lossy):
+        raise UserError(
+            "lossy",
+            str(lossy),
+            f"that of the policy ({policy.lossy}), where a policy is given",
+            "Leave it out, or put it into the policy: Policy(..., lossy=...).",
+        )
+    return policy.lossy
