@@ -19,6 +19,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -365,7 +366,8 @@ def test_the_chosen_policy_carries_what_is_lossy_and_fits_more(tmp_path: Path) -
     inventory = family("opt").inventory(shape)
     plain = pack(shape, inventory, DType.FLOAT32)
     four = pack(shape, inventory, DType.FLOAT32, Compression(4))
-    free = {Tier.CPU: sum(u.home_bytes for u in plain.units) // 2}
+    rest = 20 * MIB  # workspace and what belongs to the sequences
+    free = {Tier.CPU: sum(u.home_bytes for u in plain.units) // 2 + rest}
     lossy = Lossy(weights=Compression(4))
     exact = default_policy(shape, plain, DType.FLOAT32, HOST, [Request(8, 4)], free)
     small = default_policy(shape, four, DType.FLOAT32, HOST, [Request(8, 4)], free, None, lossy)
