@@ -179,7 +179,7 @@ def test_policies_that_cannot_be_followed_are_refused_before_any_work(folder: Pa
 
 def test_a_job_that_does_not_fit_is_refused_and_the_next_one_runs(folder: Path) -> None:
     gpu = HardwareProfile(
-        "small", Accelerator.EMULATED, gpu_memory_bytes=600_000, links={"h2d": 4e9}
+        "small", Accelerator.EMULATED, gpu_memory_bytes=700_000, links={"h2d": 4e9}
     )
     policy = Policy(8, 1, Placement(cpu=1.0), Placement(gpu=1.0), Placement(gpu=1.0), prefetch=1)
     with LLM(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -232,7 +233,10 @@ class KVCache:
             span = whole.kv[part.home]
             lengths = torch.tensor(whole.prompt_lens[span.start : span.stop])
             tokens = whole.layouts[part.home].prompt_tokens
-            self._paddings[key] = Padding.of(lengths, tokens, device)
+            padding = Padding.of(lengths, tokens, torch.device("cpu"))
+            if padding is not None and device.type == "cuda":  # without waiting for the device
+                padding = replace(padding, mask=self._device.to_compute(padding.mask))
+            self._paddings[key] = padding
         return self._paddings[key]
 
     def forget(self, cohort: Cohort) -> None:

@@ -10,19 +10,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.table_rows import rows_in_memory, rows_on_disk
+from flexgen_bench.engine.verification import Verification
 from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view, views
 from flexgen_bench.memory.checksum import checksum
-from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import PAGE, allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
-from flexgen_bench.planner.units import PackedEntry, PackedModel
+from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step
 
@@ -45,9 +44,8 @@ class Weights:
         self._job = job
         self._tiers = [unit.tier for unit in job.units]
         self._arenas = arenas
-        self._checksums = store.checksums
-        self._file = DirectFile(store.path)
-        self._verified: set[int] = set()
+        self._verification = Verification(store)
+        self._file = store.open()
         self._resident: dict[int, tuple[Tensor, int]] = {}  # unit -> (memory, its file offset)
         self.direct_io = self._file.direct
         try:
@@ -130,8 +128,9 @@ class Weights:
             )
             memory = self._arenas.allocate(tier, "weights", stop - start)
             on_host = allocate(stop - start) if memory.is_cuda else memory
-            self._file.read(start, on_host[: stop - start])
-            self._verify_inside(on_host, start)
+            inside = [e for e in self._packed.entries if start <= e.offset < stop]
+            check = self._verification.while_reading(inside, on_host, start)
+            self._file.read(start, on_host[: stop - start], check)
             if memory.is_cuda:
                 memory.copy_(on_host[: stop - start])
             self._resident[unit.index] = (memory, start)
@@ -140,19 +139,15 @@ class Weights:
         if self._tiers[0] is Tier.DISK:
             self._verify_tables()
 
-    def _verify_inside(self, memory: Tensor, base: int) -> None:
-        """Check every tensor that lies wholly in this part of the file."""
-        for entry in self._packed.entries:
-            if base <= entry.offset and entry.offset + entry.num_bytes <= base + memory.numel():
-                self._verify(entry, memory, base)
-
     def _verify_tables(self) -> None:
         """Tables on disk are read by single rows later; check them as a whole now."""
         window = allocate(64 * MIB)
         for entry in self._packed.tables:
-            for first, count in entry.parts:
-                if self._checksum_on_disk(first, count, window) != self._checksums.get(first):
-                    raise self._corrupt(entry)
+            if not self._verification.is_right(entry):
+                sums = [
+                    self._checksum_on_disk(first, count, window) for first, count in entry.parts
+                ]
+                self._verification.judge(entry, sums)
 
     def _checksum_on_disk(self, first: int, count: int, window: Tensor) -> int:
         """Of ``count`` bytes of the file, read through ``window``."""
@@ -166,25 +161,8 @@ class Weights:
 
     def _read_unit(self, index: int, into: Tensor) -> None:
         unit = self._packed.units[index]
-        self._file.read(unit.offset, into[: unit.num_bytes])
-        if (
-            index not in self._verified
-        ):  # once per process; a disk that lies later is a disk to replace
-            for entry in unit.entries:
-                self._verify(entry, into, unit.offset)
-            self._verified.add(index)
-
-    def _verify(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
-        for offset, count in entry.parts:
-            data = memory[offset - base :][:count]
-            if checksum(data.numpy().data) != self._checksums.get(offset):
-                raise self._corrupt(entry)
-
-    def _corrupt(self, entry: PackedEntry) -> StoreError:
-        return StoreError(
-            f"{self._file.path}: checksum of {', '.join(entry.tensor.sources)} is wrong: the block is corrupt. "
-            f"Delete {self._file.path.parent} to convert the checkpoint again."
-        )
+        check = self._verification.while_reading(unit.entries, into, unit.offset)
+        self._file.read(unit.offset, into[: unit.num_bytes], check)
 
     def _packed_views(self, step: Step) -> Mapping[str, Weight]:
         site = self._job.units[step.unit].site.tier

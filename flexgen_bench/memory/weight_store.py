@@ -25,7 +25,9 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
 from flexgen_bench.memory.checkpoint import Checkpoint
-from flexgen_bench.memory.direct_file import disk_error
+from flexgen_bench.memory.direct_file import DirectFile, disk_error
+from flexgen_bench.memory.host import PAGE
+from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
 FORMAT_VERSION = 1
@@ -58,6 +60,11 @@ class WeightStore:
 
     path: Path
     checksums: Mapping[int, int]
+    repeats: tuple[Repeat, ...] = ()
+
+    def open(self) -> DirectFile:
+        """The packed file, to read from."""
+        return RepeatedFile(self.path, self.repeats) if self.repeats else DirectFile(self.path)
 
 
 def fingerprint(plan: StorePlan, files: list[Path]) -> str:
@@ -106,6 +113,7 @@ def _open(folder: Path, plan: StorePlan) -> WeightStore:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         checksums = {int(k): int(v) for k, v in manifest["checksums"].items()}
+        repeats = tuple(Repeat(*extent) for extent in manifest.get("repeats", []))
         size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
@@ -116,7 +124,7 @@ def _open(folder: Path, plan: StorePlan) -> WeightStore:
             f"{path} has {size} bytes instead of {plan.file_bytes}: it is truncated or of another model. "
             f"Delete {folder} to convert again."
         )
-    return WeightStore(path, checksums)
+    return WeightStore(path, checksums, repeats)
 
 
 def _convert(
@@ -127,13 +135,21 @@ def _convert(
     done = _read_journal(journal) if partial.exists() else {}
     total = sum(t.num_bytes for group in plan.groups for t in group)
     written = 0
+    same_as = _same_groups(checkpoint, plan)
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            os.posix_fallocate(fd, 0, plan.file_bytes)
+            if same_as:
+                os.ftruncate(fd, plan.file_bytes)  # what is repeated stays a hole
+            else:
+                os.posix_fallocate(fd, 0, plan.file_bytes)
             with journal.open("a" if done else "w") as notes:
                 for number, group in enumerate(plan.groups):
-                    if number not in done:
+                    if number in same_as:
+                        first = same_as[number]
+                        moved = group[0].offset - plan.groups[first][0].offset
+                        done[number] = {str(int(at) + moved): v for at, v in done[first].items()}
+                    elif number not in done:
                         done[number] = _write_group(fd, checkpoint, plan, group)
                         os.fdatasync(fd)  # the note may only follow what it notes
                         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -152,11 +168,37 @@ def _convert(
             "description": dict(plan.description),
             "compression": plan.compression and plan.compression.to_dict(),
             "checksums": checksums,
+            "repeats": [_extent(plan, number, first) for number, first in same_as.items()],
         }
         _write_durably(folder / "manifest.json", json.dumps(manifest))
     except OSError as error:
         raise disk_error(error, partial, "write packed weights") from error
     journal.unlink()
+
+
+def _same_groups(checkpoint: Checkpoint, plan: StorePlan) -> dict[int, int]:
+    """Groups whose tensors are, one by one, the same memory as an earlier group's: its number by theirs.
+
+    Only one file in torch's own format can hold a piece of memory under several names (large dummy models do).
+    """
+    if checkpoint.is_safetensors or len(checkpoint.files) != 1:
+        return {}
+    seen: dict[tuple[int, ...], int] = {}
+    found: dict[int, int] = {}
+    for number, group in enumerate(plan.groups):
+        if len(group) > 1 and group[0].offset % PAGE == 0:  # a layer: it has its pages for itself
+            sources = [_find(checkpoint, plan, name) for stored in group for name in stored.sources]
+            first = seen.setdefault(tuple(tensor.data_ptr() for tensor in sources), number)
+            if first != number:
+                found[number] = first
+    return found
+
+
+def _extent(plan: StorePlan, number: int, first: int) -> tuple[int, int, int]:
+    """Start and stop of a group, and where the group it repeats starts."""
+    group = plan.groups[number]
+    stop = group[-1].offset + group[-1].num_bytes
+    return group[0].offset, -(-stop // PAGE) * PAGE, plan.groups[first][0].offset
 
 
 def _read_journal(path: Path) -> dict[int, dict[str, int]]:

@@ -24,7 +24,7 @@ from flexgen_bench.planner.staging import (
 from flexgen_bench.planner.units import PackedModel, PackedUnit
 from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
 
-# What matrix products on compressed weights and small products on a processor take for a tile at a time.
+# What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in float32.
 KERNEL_BYTES = 16 * 1024 * 1024
 
 
@@ -239,7 +239,7 @@ def _workspace(
     return (
         tokens * (per_token + job.stages * staged) * width
         + moving.apart * decode * staged * width
-        + logits + unpacked + KERNEL_BYTES
+        + logits + unpacked + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
     )  # fmt: skip
 
 
