@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_bench.core.compression import BITS, Compression
+from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.quantization import (
     QuantizedWeight,
     dequantize,
+    dequantize_with_torch,
     fake_quantize,
     quantize,
 )
@@ -162,3 +164,49 @@ def test_quantized_weight() -> None:
     assert torch.equal(packed.rows(2, 5), packed.dequantize()[2:5])
     exact = packed.rows(2, 5, torch.float32)
     assert torch.equal(exact.bfloat16(), packed.rows(2, 5))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [8, 24, 64, 256])
+def test_native_gives_the_bits_of_torch(bits: int, size: int, dtype: torch.dtype) -> None:
+    if library("quantization") is None:
+        pytest.skip("no native kernels here")
+    compression = Compression(bits, size)
+    for n in (1, 8, 31, 64, 100, 1000):
+        x = torch.randn(5, n) * torch.tensor([1e-7, 1e-3, 1.0, 300.0, 60000.0])[:, None]
+        codes, params = quantize(x, compression)
+        expected = torch.empty(5, n, dtype=dtype)
+        dequantize_with_torch(codes, params, expected, compression)
+        assert torch.equal(dequantize(codes, params, n, compression, dtype), expected)
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_large_matrix_takes_many_tiles_and_threads(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXGEN_NATIVE", switch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.randn(1100, 1000)
+    whole = fake_quantize(x, Compression(4))
+    for row in (0, 65, 66, 527, 528, 1099):
+        assert torch.equal(whole[row], fake_quantize(x[row], Compression(4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [8, 24, 64])
+def test_cuda_gives_the_bits_of_the_processor(bits: int, size: int, dtype: torch.dtype) -> None:
+    """Through Triton where the device is new enough, through torch where it is not."""
+    compression = Compression(bits, size)
+    for n in (1, 8, 31, 64, 100, 3000):
+        codes, params = quantize(torch.randn(5, n), compression)
+        expected = dequantize(codes, params, n, compression, dtype)
+        found = dequantize(codes.cuda(), params.cuda(), n, compression, dtype)
+        assert torch.equal(found.cpu(), expected)
+    x = torch.randn(7, 200, dtype=dtype)
+    on_device = quantize(x.cuda(), compression)
+    for ours, theirs in zip(on_device, quantize(x, compression), strict=True):
+        assert torch.equal(ours.cpu(), theirs)

@@ -11,15 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexgen_bench.core.errors import unknown_choice
+from flexgen_bench.kernels.narrow_linear import is_faster, narrow_linear, tiled_linear
+from flexgen_bench.kernels.quantization import QuantizedWeight
 
-# Up to this many rows, float32 products on a processor are faster with the weight as the left operand: 68 against 47
-# GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 (benchmarks/small_products.py, docs/notes/cpu_products.md).
-SMALL_ROWS = 48
+# Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
+# operand: 68 against 47 GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 and at 4, half as fast at 2
+# (benchmarks/small_products.py, docs/notes/cpu_products.md).
+FEWEST_LEFT_ROWS, MOST_LEFT_ROWS = 5, 48
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, in) times weight (out, in) transposed, plus bias."""
-    if x.dtype is torch.float32 and x.device.type == "cpu" and x.shape[0] <= SMALL_ROWS:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (N, in) times weight (out, in) transposed, plus bias; a quantized weight has x's type."""
+    if is_faster(x, weight):
+        return narrow_linear(x, weight, bias)
+    if isinstance(weight, QuantizedWeight):
+        return tiled_linear(x, weight, bias)
+    on_processor = x.dtype is torch.float32 and x.device.type == "cpu"
+    if on_processor and FEWEST_LEFT_ROWS <= x.shape[0] <= MOST_LEFT_ROWS:
         y = torch.mm(weight, x.t()).t().contiguous()
         return y if bias is None else y.add_(bias)
     return F.linear(x, weight, bias)

@@ -24,16 +24,25 @@ or bfloat16 tensors) saturate to it. NaN and infinities give unspecified codes f
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import Compression
+from flexgen_bench.kernels.native import matrices
+from flexgen_bench.kernels.native.build import library
+from flexgen_bench.kernels.native.threads import share
 
 # Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound memory.
 TILE_VALUES, DEVICE_TILE_VALUES = 1 << 16, 1 << 24
 FLOAT16_LARGEST = 65504.0
+# Values that the native kernel writes in some 100 microseconds: what makes another thread worthwhile.
+THREAD_VALUES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,33 @@ def fake_quantize(x: Tensor, compression: Compression) -> Tensor:
 
 def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
     """Matrices of rows, ``out`` contiguous: the fastest way that this device has."""
-    dequantize_with_torch(codes, params, out, compression)
+    if out.device.type == "cuda" and (fused := _triton(out.device)) is not None:
+        fused(codes, params, out, compression)
+    elif out.device.type == "cpu" and (native := library("quantization")) is not None:
+        rows, n = out.shape
+        codes, params = codes.contiguous(), params.contiguous()
+        matrix = matrices.quantized(codes, params, n, compression, out.dtype)
+        share(
+            rows,
+            lambda start, stop: native.dequantize(
+                ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(start), ctypes.c_int64(stop)
+            ),
+            at_least=-(-THREAD_VALUES // n),
+        )  # fmt: skip
+    else:
+        dequantize_with_torch(codes, params, out, compression)
+
+
+@functools.cache
+def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Compression], None] | None:
+    """The kernel for this device: Triton generates code for compute capability 8.0 and later (not for a T4)."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from flexgen_bench.kernels.quantized_triton import dequantize_with_triton
+
+    return dequantize_with_triton
 
 
 def dequantize_with_torch(

@@ -1,0 +1,154 @@
+"""Products on the processor with weights narrower than float32 (bfloat16, float16, quantized), and with few float32 rows.
+
+The native kernel (native/linear.cpp) turns a piece of the weight into float32 in a core's own cache and multiplies in
+float32: processors without a matrix unit do that at nearly twice the rate of their bfloat16 instructions, and rounding
+happens once, at the end. docs/notes/cpu_products.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexgen_bench.kernels.native import matrices
+from flexgen_bench.kernels.native.build import library
+from flexgen_bench.kernels.native.threads import share
+from flexgen_bench.kernels.quantization import QuantizedWeight
+
+# Rows of x that are packed at a time; a weight is read once per block, which costs little from some hundred rows on.
+BLOCK_ROWS = 256
+# Values of a weight that are worth another thread, at 8 rows or fewer: about 100 microseconds of work.
+THREAD_VALUES = 1 << 20
+# Below this many values calling torch takes less time than calling the native kernel.
+SMALLEST_WEIGHT = 1 << 16
+# With a matrix unit, unpacking in registers still wins for quantized weights up to here: such products read, they don't compute.
+MATRIX_UNIT_ROWS = 16
+# Dequantized rows at a time where torch multiplies: on a processor larger than its L2 cache, because each call of torch
+# packs x anew (docs/notes/cpu_products.md); on a GPU whole matrices of small models, and pieces of 64 MiB of large ones.
+CPU_TILE_BYTES, DEVICE_TILE_BYTES = 8 << 20, 64 << 20
+# Rows of x for which products with plain weights are faster here. Fewer wait for memory, and torch reads without a detour
+# through a buffer; more float32 rows are what torch is tuned for.
+NARROW_ROWS, FLOAT32_ROWS = (4, 1 << 30), (4, 128)
+TILE_ROWS = 48  # of native/linear.cpp
+
+
+def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """Whether ``narrow_linear`` can take these and is expected to beat torch on this processor."""
+    if x.device.type != "cpu" or x.dim() != 2 or x.shape[0] == 0 or x.dtype not in matrices.TYPES:
+        return False
+    native = _native()
+    if native is None:
+        return False
+    if isinstance(weight, QuantizedWeight):
+        return x.shape[0] <= MATRIX_UNIT_ROWS or _beats_torch(native, x.dtype, True)
+    fewest, most = FLOAT32_ROWS if x.dtype is torch.float32 else NARROW_ROWS
+    if not fewest <= x.shape[0] <= most or weight.numel() < SMALLEST_WEIGHT:
+        return False
+    usable = weight.dim() == 2 and weight.stride(1) == 1 and weight.dtype == x.dtype
+    return usable and _beats_torch(native, x.dtype, False)
+
+
+def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x (N, in) times weight (out, in) transposed plus bias (out), summed in float32 and rounded once to x's type.
+
+    Memory: ``workspace_bytes``.
+    """
+    native = _native()
+    assert native is not None
+    outputs, inputs = weight.shape
+    assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
+    assert x.shape[1] == inputs, (x.shape, weight.shape)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    assert bias is None or (bias.dtype == x.dtype and bias.shape == (outputs,)), bias
+    if isinstance(weight, QuantizedWeight):
+        matrix = matrices.quantized(
+            weight.codes, weight.params, inputs, weight.compression, weight.dtype
+        )
+    else:
+        matrix = matrices.plain(weight)
+    y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
+    kind = matrices.TYPES[x.dtype]
+    for first in range(0, x.shape[0], BLOCK_ROWS):
+        part, into = x[first : first + BLOCK_ROWS], y[first : first + BLOCK_ROWS]
+        rows = part.shape[0]
+        # Zeros: rows for dot products are longer than x's.
+        packed = torch.zeros(native.packed_size(rows, inputs), dtype=torch.float32)
+
+        def pack(start: int, stop: int, part: Tensor = part, packed: Tensor = packed) -> None:
+            native.pack(part.data_ptr(), kind, part.stride(0), part.shape[0], inputs, packed.data_ptr(), start, stop)  # fmt: skip
+
+        share(inputs, pack, at_least=max(16, THREAD_VALUES // 4 // rows))
+        # Threads take tiles of the weight until there are none left: equal shares would wait for the slower one.
+        taken = ctypes.c_int64(0)
+
+        def multiply(
+            _start: int,
+            _stop: int,
+            part: Tensor = part,
+            packed: Tensor = packed,
+            into: Tensor = into,
+            taken: ctypes.c_int64 = taken,
+        ) -> None:
+            native.linear(
+                ctypes.byref(matrix), packed.data_ptr(), part.shape[0], outputs,
+                None if bias is None else bias.data_ptr(), into.data_ptr(), into.stride(0), ctypes.byref(taken),
+            )  # fmt: skip
+
+        worthwhile = THREAD_VALUES // (inputs * (1 + rows // 8))
+        share(outputs, multiply, at_least=max(TILE_ROWS, worthwhile))
+    return y
+
+
+def tiled_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """The same with torch, on any device: dequantize some output rows, multiply, go on with the next ones."""
+    outputs, inputs = weight.shape
+    assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
+    room = CPU_TILE_BYTES if x.device.type == "cpu" else DEVICE_TILE_BYTES
+    step = max(1, min(outputs, room // (inputs * x.element_size())))
+    if step == outputs:
+        return F.linear(x, weight.dequantize(), bias)
+    y = x.new_empty((x.shape[0], outputs))
+    tile = x.new_empty((step, inputs))
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        values = weight.rows(start, stop, out=tile[: stop - start])
+        y[:, start:stop] = F.linear(x, values, None if bias is None else bias[start:stop])
+    return y
+
+
+def workspace_bytes(rows: int, inputs: int, threads: int, group_size: int = 64) -> int:
+    """Upper bound of ``narrow_linear``'s temporary memory for ``rows`` rows and a weight of any number of outputs.
+
+    ``tiled_linear`` takes CPU_TILE_BYTES or DEVICE_TILE_BYTES instead, and as many bytes as y has in the worst case.
+    """
+    block = -(-min(rows, BLOCK_ROWS) // 16) * 16
+    packed = block * (inputs + 32)
+    per_thread = TILE_ROWS * (4 * max(256, group_size) + 16 + block) + 1024
+    return 4 * (packed + threads * per_thread)
+
+
+def _native() -> ctypes.CDLL | None:
+    native = library("linear")
+    return None if native is None else _declared(native)
+
+
+@functools.cache
+def _declared(native: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types, once per library: without them ctypes would pass pointers as 32-bit numbers."""
+    pointer, size, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    native.packed_size.argtypes, native.packed_size.restype = [size, size], size
+    native.beats_torch.argtypes, native.beats_torch.restype = [kind, kind], kind
+    native.pack.argtypes = [pointer, kind, size, size, size, pointer, size, size]
+    native.linear.argtypes = [pointer, pointer, size, size, pointer, pointer, size, pointer]
+    native.pack.restype = native.linear.restype = None
+    return native
+
+
+@functools.cache
+def _beats_torch(native: ctypes.CDLL, dtype: torch.dtype, quantized: bool) -> bool:
+    return bool(native.beats_torch(matrices.TYPES[dtype], quantized))
