@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from flexgen_bench.kernels.attention import (
     prefill_attention,
 )
 from flexgen_bench.kernels.decode import attend_with_torch
+from flexgen_bench.kernels.decode_native import attend_natively
 from flexgen_bench.kernels.native import build
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.kernels.value_share import kept
@@ -219,6 +221,15 @@ def test_chunks_of_prompts_equal_whole_prompts(grouped: bool) -> None:
         wanted = torch.cat([x[a:b] for x, (a, b) in zip(expected, ranges, strict=True)])
         torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert chunk_attention(q[:0], cache[0], cache[1], [(3, 3)] * 4, 0.3).shape == (0, 64)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no compiler")
+def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that does not compile here would otherwise pass all tests, by way of torch."""
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    assert build.library("attention") is not None
+    q, segments, padding, scale, slots = random_case(3, torch.float32)
+    assert attend_natively(q, segments, padding, scale, slots=slots) is not None
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

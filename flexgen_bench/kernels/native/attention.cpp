@@ -184,6 +184,10 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
   over_segments(job, keys, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
     score_run(rows, run, shape, scratch, scores + before, ld);
   });
+  // The values are on their way while there is nothing to read for the exponentials.
+  over_segments(job, values, sequence, head, start, stop, [](const Rows& rows, const Run& run, int64_t before) {
+    if (before == 0) fetch(run.data, std::min<int64_t>(AHEAD, run.tokens * rows.stride[2]));
+  });
   std::vector<std::pair<float, float>> totals;
   for (int64_t r = 0; r < queries && n; r++) totals.push_back(exponentials(scores + r * ld, n, job.scale));
   if (job.keep && job.keep[row] < n)

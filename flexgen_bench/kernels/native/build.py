@@ -38,9 +38,15 @@ def library(name: str) -> ctypes.CDLL | None:
     The environment variable FLEXGEN_NATIVE=0 turns all of them off; it is read at every call.
     """
     if os.environ.get(SWITCH) == "0":
+        _say_switched_off()
         return None
     with _lock:  # two lanes may ask at the same time
         return _load(name)
+
+
+@functools.cache
+def _say_switched_off() -> None:
+    _log.info("no native kernels, torch does their work: %s=0", SWITCH)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ void unpack_groups(const Packed& rows, int64_t n, int groups, int64_t padded, fl
   for (int64_t t = 0; t < n; t++, out += padded)
     for (int g = 0; g < groups; g++) {
       Floats values[C::vectors];
+      fetch(rows.row(t) + g * C::bytes + AHEAD, C::bytes);
       C::read(rows.row(t) + g * C::bytes, values);
       const uint8_t* params = rows.row_params(t) + 4 * g;
       const float scale = scale_of(params), smallest = smallest_of(params);
@@ -77,7 +78,7 @@ void score_codes(const Packed& rows, int64_t n, int groups, const float* q, floa
 #pragma GCC unroll 16
       for (int j = 0; j < L; j++) {
         const uint8_t *codes = rows.row(key(j)) + g * C::bytes, *params = rows.row_params(key(j)) + 4 * g;
-        __builtin_prefetch(codes + AHEAD);
+        fetch(codes + AHEAD, C::bytes);
         Floats values[C::vectors], product{};
         C::read(codes, values);
 #pragma GCC unroll 8
@@ -100,7 +101,7 @@ void add_codes(const Packed& rows, int64_t n, int groups, const float* weights, 
       float offset = 0;
       for (int64_t t = start; t < std::min(n, start + TILE); t++) {
         const uint8_t *codes = rows.row(t) + g * C::bytes, *params = rows.row_params(t) + 4 * g;
-        __builtin_prefetch(codes + AHEAD);
+        fetch(codes + AHEAD, C::bytes);
         Floats values[C::vectors];
         C::read(codes, values);
         const float scale = scale_of(params) * weights[t];

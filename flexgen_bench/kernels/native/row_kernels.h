@@ -9,6 +9,11 @@ constexpr int MOST = L < 8 ? L : 8;  // query heads at a time
 constexpr int TILE = 64;             // rows that several sweeps read; they stay in the first-level cache
 constexpr int AHEAD = 4096;          // bytes between what is read and what is prefetched
 
+// Has these bytes brought near, into the second-level cache: more of such reads than into the first can be under way.
+inline void fetch(const uint8_t* at, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+}
+
 // Keys or values (S, G, T, D): where they are, strides in bytes of sequence, head and token, the type of an element.
 struct Rows {
   const uint8_t* data;
@@ -56,7 +61,7 @@ inline void score_unit(Floats* acc, const uint8_t* const* row, int64_t offset, i
                        int64_t padded) {
   const auto read = [&](int j) {
     const uint8_t* at = row[j] + offset * E::size;
-    for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(at + AHEAD + line);
+    fetch(at + AHEAD, U * E::size);
     return PART ? E::pair(beginning<E::size>(at, part).bytes) : E::pair(at);
   };
 #pragma GCC unroll 16
@@ -103,12 +108,14 @@ void add_columns(const uint8_t* data, int64_t stride, int64_t n, const Shape& sh
       const float* from = acc + r * shape.padded + (u + i) * U;
       sum[r][i] = E::split ? split(from) : Pair{load<Floats>(from), load<Floats>(from + L)};
     }
+  // Where rows are read in parts, a whole tile is done before the next one is needed, and then sooner than AHEAD would notice.
+  const int64_t ahead = C == shape.units ? AHEAD : TILE * stride;
   const uint8_t* at = data + u * U * E::size;
   for (int64_t t = 0; t < n; t++, at += stride) {
 #pragma GCC unroll 4
     for (int i = 0; i < C; i++) {
       const uint8_t* from = at + i * U * E::size;
-      for (int line = 0; line < U * E::size; line += 64) __builtin_prefetch(from + AHEAD + line);
+      fetch(from + ahead, U * E::size);
       const Pair value = PART ? E::pair(beginning<E::size>(from, shape.rest).bytes) : E::pair(from);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
