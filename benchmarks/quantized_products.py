@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.kernels.narrow_linear import narrow_linear, tiled_linear
-from flexgen_bench.kernels.quantization import QuantizedWeight
+from flexgen_bench.kernels.quantization import QuantizedWeight, dequantize_with_torch, quantize
 
 SHAPES = [(6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (50272, 2048)]  # OPT-1.3B
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024]
@@ -68,6 +68,32 @@ def measure(x: Tensor, cases: dict[str, tuple[Callable[..., Tensor], list[Any]]]
     return taken
 
 
+def conversions(threads: int) -> list[dict[str, Any]]:
+    """Values per second of quantizing (torch) and dequantizing (native, torch) a matrix in bfloat16."""
+    weight = (torch.randn(6144, 2048) * 0.02).bfloat16()
+    results: list[dict[str, Any]] = []
+    for bits in (3, 4, 8):
+        compression = Compression(bits)
+        packed, out = QuantizedWeight.of(weight, compression), torch.empty_like(weight)
+        cases: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+            "quantize": (lambda _, w, c=compression: quantize(w, c), [weight]),
+            "dequantize": (lambda _, w, out=out: w.rows(0, 6144, out=out), [packed]),
+            "dequantize, torch": (
+                lambda _, w, out=out: dequantize_with_torch(w.codes, w.params, out, w.compression),
+                [packed],
+            ),
+        }
+        taken = measure(weight, cases)
+        results.append({"bits": bits, "values": weight.numel(), "seconds": taken})
+        shown = ", ".join(
+            f"{case} {weight.numel() / min(s['clock']) / 1e9:.2f} "
+            f"({weight.numel() * threads / min(s['processor']) / 1e9:.2f})"
+            for case, s in taken.items()
+        )
+        print(f"{bits} bits, 1e9 values/s: {shown}", flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -77,6 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    converted = conversions(options.threads)
     results: list[dict[str, Any]] = []
     for name in options.types:
         dtype = getattr(torch, name)
@@ -101,10 +128,13 @@ def main() -> None:
                 print(f"{name} {outputs}x{inputs}, {rows} rows, GFLOP/s: {shown}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"evidence": "MEASURED", "threads": options.threads, "rows": results}, indent=1
-        )
-        options.out.write_text(text + "\n")
+        record = {
+            "evidence": "MEASURED",
+            "threads": options.threads,
+            "conversions": converted,
+            "rows": results,
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
