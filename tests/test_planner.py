@@ -18,6 +18,7 @@ from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement import ShareSpreader, place_sequences, place_units
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.job import UnitKind
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 shares = (
@@ -110,8 +111,9 @@ def test_weights_count_where_they_are_placed() -> None:
     plan = plan_job(shape, packed, DType.FLOAT32, policy, HOST, [Request(2, 2)])
     home = plan.bytes[Tier.CPU]["weights"] + plan.bytes[Tier.DISK]["weights"]
     assert home == packed.file_bytes
-    streamed = max(u.load_bytes for u in plan.job.streamed)
-    assert plan.bytes[Tier.CPU]["weight slots"] == 3 * streamed
+    layer = max(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.LAYER)
+    head = sum(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.HEAD)
+    assert plan.bytes[Tier.CPU]["weight slots"] == 3 * layer + head
 
 
 def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:

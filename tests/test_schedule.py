@@ -167,7 +167,7 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
                 assert slots[unit.site.tier, step.slot] == step.unit
     extra = [count - len(passes) for count in loads.values()]
     assert all(count >= 0 for count in extra)
-    assert sum(extra) <= (plan.job.weight_slots if case.early else 0)
+    assert sum(extra) <= (plan.job.weight_slots + 1 if case.early else 0)
 
 
 @given(cases())
@@ -262,7 +262,7 @@ def test_loads_run_ahead_over_the_end_of_a_pass_but_not_over_the_end_of_the_job(
         [s.unit for s in steps if s.kind is StepKind.LOAD_WEIGHTS]
         for steps in all_passes(case, case.plan)
     ]
-    # The embedding's own weights are read with its rows; the tied head is streamed like a layer.
+    # The embedding's own weights are read with its rows; the tied head is streamed like a layer, into a slot of its own.
     assert loads == [[1, 2, 3, 4, 1, 2], [3, 4]]
 
 

@@ -54,8 +54,8 @@ class Weights:
             self._file.close()
             raise
         self._slots = {
-            tier: [arenas.allocate(tier, "weight slots", largest) for _ in range(job.weight_slots)]
-            for tier, largest in job.slot_bytes.items()
+            tier: [arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots]
+            for tier, slots in job.slots.items()
         }
         unpacked = job.plain_slot_bytes
         self._plain_slots = [

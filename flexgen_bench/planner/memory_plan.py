@@ -186,9 +186,9 @@ def _homes(
 
 
 def _add_slots(parts: dict[Tier, dict[str, int]], job: Job) -> None:
-    """Staging slots of weights, per tier as large as the largest unit that passes through, and unpacked weights."""
-    for tier, size in job.slot_bytes.items():
-        parts[tier]["weight slots"] = job.weight_slots * size
+    """Staging slots of weights, and unpacked weights."""
+    for tier, slots in job.slots.items():
+        parts[tier]["weight slots"] = sum(slot.bytes for slot in slots)
     parts[job.compute_tier]["unpacked weights"] = job.plain_slots * job.plain_slot_bytes
 
 

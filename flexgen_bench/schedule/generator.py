@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.schedule.attention import attention_buffers, attention_steps
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
 from flexgen_bench.schedule.job import Job, Unit, UnitKind
@@ -102,10 +102,9 @@ def _embed(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]
     moved = work.rows * job.embed_row_bytes
     source = tokens
     if unit.tier is not unit.site.tier:  # only the rows that are needed leave the table
-        on_disk = unit.tier is Tier.DISK
+        # By the cpu even from disk: on the disk's lane, weights would wait behind it for the tokens.
         yield Step(
-            Lane.DISK_READ if on_disk else Lane.CPU, StepKind.GATHER_ROWS, unit.index, work,
-            reads=tokens, writes=(rows,), bytes=moved if on_disk else 0,
+            Lane.CPU, StepKind.GATHER_ROWS, unit.index, work, reads=tokens, writes=(rows,)
         )  # fmt: skip
         source = (rows,)
         if unit.site.is_accelerator:

@@ -50,18 +50,33 @@ class Unit:
     unpack: bool = False
 
     @property
+    def path(self) -> tuple[Tier, ...]:
+        """The tiers it passes through in every pass, its site last; empty if it is used where it lives."""
+        if self.tier is self.site.tier or not self.load_bytes:
+            return ()
+        if self.tier is Tier.DISK and self.site.is_accelerator:
+            return (Tier.CPU, Tier.GPU)
+        return (self.site.tier,)
+
+    @property
     def is_streamed(self) -> bool:
         """Whether it must be brought to its site in every pass."""
-        if self.tier is self.site.tier or not self.load_bytes:
-            return False
-        return not (self.site.tier is Tier.CPU and self.tier is Tier.GPU)
+        return bool(self.path)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A staging slot for units of one kind, as large as the largest of them."""
+
+    kind: UnitKind
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Job:
     """A whole job for the generator.
 
-    weight_slots: staging slots for streamed units where they are computed, and as many in host memory for units on disk when an
+    weight_slots: staging slots for streamed layers where they are computed, and as many in host memory for those on disk when an
     accelerator computes. plain_slots: room for unpacked weights, of plain_slot_bytes each. stages: staging slots for what belongs to a
     micro-batch; at least two, since one is attended while the next is projected. keep_kv is False for jobs that never decode (scoring):
     nothing is cached then. The *_bytes give steps their bytes.
@@ -97,14 +112,27 @@ class Job:
         return tuple(u for u in self.units if u.is_streamed)
 
     @cached_property
-    def slot_bytes(self) -> dict[Tier, int]:
-        """How large a staging slot of weights must be, on every tier where there are any."""
-        passing = {
-            self.compute_tier: [u for u in self.streamed if u.site.tier is self.compute_tier]
-        }
-        if self.has_accelerator:
-            passing[Tier.CPU] = [u for u in self.streamed if u.tier is Tier.DISK]
-        return {tier: max(u.load_bytes for u in units) for tier, units in passing.items() if units}
+    def slots(self) -> dict[Tier, tuple[Slot, ...]]:
+        """Staging slots of weights on every tier where there are any.
+
+        Layers share ``weight_slots`` of them. The embedding and the head, which are often larger, have one each: it costs no
+        more memory than slots that hold anything would, and the head can be on its way while every layer slot is in use.
+        """
+        found: dict[Tier, tuple[Slot, ...]] = {}
+        for tier in (Tier.GPU, Tier.CPU):
+            passing = [u for u in self.streamed if tier in u.path]
+            slots: list[Slot] = []
+            for kind in UnitKind:
+                largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
+                if largest:
+                    slots += [Slot(kind, largest)] * (self.slots_for(kind))
+            if slots:
+                found[tier] = tuple(slots)
+        return found
+
+    def slots_for(self, kind: UnitKind) -> int:
+        """Staging slots that units of a kind share, on one tier."""
+        return self.weight_slots if kind is UnitKind.LAYER else 1
 
     def kv_tier(self, unit: Unit, part: Part) -> Tier:
         """Where a part's cache of this layer lives: never above the site that computes the layer."""

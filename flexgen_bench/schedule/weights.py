@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.schedule.job import Job, Unit
+from flexgen_bench.schedule.job import Job, Unit, UnitKind
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
@@ -22,19 +22,20 @@ class Blob:
 
 
 class WeightStream:
-    """Emits load steps for streamed units, cyclically over the passes, ``weight_slots`` of them at a time.
+    """Emits load steps for streamed units, in order, cyclically over the passes, as many as there are slots.
 
-    The n-th load of a job is emitted when everything that uses the (n - weight_slots)-th has been: it takes that one's
-    slot, so the derived write-after-read dependency is the back-pressure. It does not stop at the end of a pass: while the head
-    computes, the first layers of the next pass are already on their way.
+    A load is emitted once everything that uses the unit whose slot it takes has been, so the derived write-after-read
+    dependency is the back-pressure. It does not stop at the end of a pass: while the head computes, the first layers of the next
+    pass are already on their way.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._loads = self._done = 0  # emitted so far, and used, over all passes
+        self._loads = 0  # emitted so far, over all passes
+        self._held = dict.fromkeys(UnitKind, 0)  # of these, those whose slots are not free again
         self._end = 0  # loads up to the end of the present pass
         self._is_last = False
-        self._used: dict[Tier, int] = {}  # loads into the slots of a tier
+        self._used: dict[tuple[Tier, UnitKind], int] = {}  # loads into the slots of a tier and kind
         self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._unpacked = 0
         self._plain: dict[int, int] = {}  # unit -> plain slot of the present pass
@@ -69,7 +70,7 @@ class WeightStream:
         """The steps to emit after the last use of ``unit`` in this pass: the load that may take its slot."""
         if unit.index in self._slots:
             self._slots[unit.index].popleft()
-            self._done += 1
+            self._held[unit.kind] -= 1
             yield from self._fill()
 
     def _packed(self, unit: Unit) -> tuple[Buffer, int]:
@@ -84,19 +85,19 @@ class WeightStream:
             return
         # At most one pass ahead: whether there is one after that is not known yet.
         last = self._end + (0 if self._is_last else len(streamed))
-        while self._loads < min(self._done + self._job.weight_slots, last):
-            yield from self._load(streamed[self._loads % len(streamed)])
+        while self._loads < last:
+            unit = streamed[self._loads % len(streamed)]
+            if self._held[unit.kind] == self._job.slots_for(unit.kind):
+                return
+            self._held[unit.kind] += 1
             self._loads += 1
+            yield from self._load(unit)
 
     def _load(self, unit: Unit) -> Iterator[Step]:
         """One tier after the other, up to where the unit is computed."""
         source = Buffer("resident", unit.index)
-        tiers = [unit.site.tier]
-        if unit.tier is Tier.DISK and unit.site.is_accelerator:
-            tiers.insert(0, Tier.CPU)
-        for tier in tiers:
-            slot = self._used.get(tier, 0) % self._job.weight_slots
-            self._used[tier] = self._used.get(tier, 0) + 1
+        for tier in unit.path:
+            slot = self._next_slot(tier, unit.kind)
             target = Buffer(f"weights.{tier}", slot)
             yield Step(
                 Lane.DISK_READ if tier is Tier.CPU else Lane.H2D, StepKind.LOAD_WEIGHTS, unit.index,
@@ -104,3 +105,10 @@ class WeightStream:
             )  # fmt: skip
             source = target
         self._slots[unit.index].append(slot)
+
+    def _next_slot(self, tier: Tier, kind: UnitKind) -> int:
+        """The slots of a kind are used in turn."""
+        used = self._used.get((tier, kind), 0)
+        self._used[tier, kind] = used + 1
+        first = next(i for i, slot in enumerate(self._job.slots[tier]) if slot.kind is kind)
+        return first + used % self._job.slots_for(kind)
