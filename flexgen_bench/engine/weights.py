@@ -68,16 +68,16 @@ class Weights:
 
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
-        unit = self._packed.units[step.unit]
+        start, stop = self._job.pieces(self._job.units[step.unit])[step.part]
         if step.lane is Lane.DISK_READ:
-            self._read_unit(step.unit, self._slots[Tier.CPU][step.slot])
+            self._read_unit(step.unit, self._slots[Tier.CPU][step.slot], start, stop)
             return
         if self._tiers[step.unit] is Tier.DISK:
-            source = self._slots[Tier.CPU][step.reads[0].key][: unit.num_bytes]
+            source = self._slots[Tier.CPU][step.reads[0].key]
         else:
             memory, base = self._resident[step.unit]
-            source = memory[unit.offset - base :][: unit.num_bytes]
-        self._slots[Tier.GPU][step.slot][: source.numel()].copy_(source, non_blocking=True)
+            source = memory[self._packed.units[step.unit].offset - base :]
+        self._slots[Tier.GPU][step.slot][start:stop].copy_(source[start:stop], non_blocking=True)
 
     def dequantize(self, step: Step) -> None:
         """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's plain slot."""
@@ -159,10 +159,16 @@ class Weights:
             found = checksum(part.numpy().data, found)
         return found
 
-    def _read_unit(self, index: int, into: Tensor) -> None:
+    def _read_unit(self, index: int, into: Tensor, start: int, stop: int) -> None:
+        """One piece of a unit. Its tensors are checked as soon as all of them is there."""
         unit = self._packed.units[index]
         check = self._verification.while_reading(unit.entries, into, unit.offset)
-        self._file.read(unit.offset, into[: unit.num_bytes], check)
+        whole = stop == unit.num_bytes  # pieces come in order
+        self._file.read(
+            unit.offset + start,
+            into[start:stop],
+            lambda count: check(start + count) if whole else None,
+        )
 
     def _packed_views(self, step: Step) -> Mapping[str, Weight]:
         site = self._job.units[step.unit].site.tier

@@ -9,9 +9,7 @@ from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.cohorts import Cohorts
 from flexgen_bench.schedule.cohort import Cohort, Room, Span
-from flexgen_bench.schedule.job import Job, UnitKind
-
-PAGE = 4096  # direct I/O addresses whole pages
+from flexgen_bench.schedule.job import PAGE, Job, UnitKind
 
 
 def page_aligned(count: int) -> int:

@@ -10,6 +10,8 @@ from flexgen_bench.core.policy import AttentionSite
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.micro_batch import Part
 
+PAGE = 4096  # direct I/O addresses whole pages
+
 
 class UnitKind(StrEnum):
     EMBED = "embed"
@@ -129,6 +131,21 @@ class Job:
             if slots:
                 found[tier] = tuple(slots)
         return found
+
+    def pieces(self, unit: Unit) -> tuple[tuple[int, int], ...]:
+        """Byte ranges in which a streamed unit is loaded, in whole pages.
+
+        A head that is larger than a layer comes in pieces of about a layer's size, spread over the pass: as one piece it would keep
+        the link for so long that the layers in their slots are computed and the next are not there.
+        """
+        layer = max((u.load_bytes for u in self.streamed if u.kind is UnitKind.LAYER), default=0)
+        if unit.kind is not UnitKind.HEAD or not layer:
+            return ((0, unit.load_bytes),)
+        count = -(-unit.load_bytes // layer)
+        size = -(-unit.load_bytes // count // PAGE) * PAGE
+        return tuple(
+            (start, min(start + size, unit.load_bytes)) for start in range(0, unit.load_bytes, size)
+        )
 
     def slots_for(self, kind: UnitKind) -> int:
         """Staging slots that units of a kind share, on one tier."""

@@ -31,18 +31,20 @@ class WeightStream:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._order = _spread(job)
         self._loads = 0  # emitted so far, over all passes
         self._held = dict.fromkeys(UnitKind, 0)  # of these, those whose slots are not free again
-        self._end = 0  # loads up to the end of the present pass
+        self._end = 0  # of the loads, where the present pass ends
         self._is_last = False
         self._used: dict[tuple[Tier, UnitKind], int] = {}  # loads into the slots of a tier and kind
+        self._place: dict[tuple[Tier, int], int] = {}  # (tier, unit) -> slot of its latest load
         self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._unpacked = 0
         self._plain: dict[int, int] = {}  # unit -> plain slot of the present pass
 
     def begin_pass(self, is_last: bool) -> None:
         """Announce a pass. ``is_last``: nothing is loaded for a pass after it."""
-        self._end += len(self._job.streamed)
+        self._end += len(self._order)
         self._is_last = is_last
         self._plain.clear()
 
@@ -55,7 +57,7 @@ class WeightStream:
             packed, slot = self._packed(unit)
             yield Step(
                 unit.site.lane, StepKind.DEQUANTIZE, unit.index, slot=slot, plain=plain,
-                reads=(packed,), writes=(Buffer("plain", plain),),
+                reads=packed, writes=(Buffer("plain", plain),),
             )  # fmt: skip
 
     def where(self, unit: Unit) -> Blob:
@@ -63,8 +65,8 @@ class WeightStream:
         packed, slot = self._packed(unit)
         if unit.index in self._plain:
             plain = self._plain[unit.index]
-            return Blob((packed, Buffer("plain", plain)), slot, plain)
-        return Blob((packed,), slot)
+            return Blob((*packed, Buffer("plain", plain)), slot, plain)
+        return Blob(packed, slot)
 
     def done(self, unit: Unit) -> Iterator[Step]:
         """The steps to emit after the last use of ``unit`` in this pass: the load that may take its slot."""
@@ -73,38 +75,43 @@ class WeightStream:
             self._held[unit.kind] -= 1
             yield from self._fill()
 
-    def _packed(self, unit: Unit) -> tuple[Buffer, int]:
+    def _packed(self, unit: Unit) -> tuple[tuple[Buffer, ...], int]:
         if unit.index not in self._slots:
-            return Buffer("resident", unit.index), -1
-        slot = self._slots[unit.index][0]
-        return Buffer(f"weights.{unit.site.tier}", slot), slot
+            return (Buffer("resident", unit.index),), -1
+        slot, count = self._slots[unit.index][0], len(self._job.pieces(unit))
+        name = f"weights.{unit.site.tier}"
+        return tuple(Buffer(name, slot, part=piece) for piece in range(count)), slot
 
     def _fill(self) -> Iterator[Step]:
-        streamed = self._job.streamed
-        if not streamed:
+        if not self._order:
             return
         # At most one pass ahead: whether there is one after that is not known yet.
-        last = self._end + (0 if self._is_last else len(streamed))
+        last = self._end + (0 if self._is_last else len(self._order))
         while self._loads < last:
-            unit = streamed[self._loads % len(streamed)]
-            if self._held[unit.kind] == self._job.slots_for(unit.kind):
-                return
-            self._held[unit.kind] += 1
+            unit, piece = self._order[self._loads % len(self._order)]
+            if piece == 0:
+                if self._held[unit.kind] == self._job.slots_for(unit.kind):
+                    return
+                self._held[unit.kind] += 1
+                for tier in unit.path:
+                    self._place[tier, unit.index] = self._next_slot(tier, unit.kind)
+                self._slots[unit.index].append(self._place[unit.site.tier, unit.index])
             self._loads += 1
-            yield from self._load(unit)
+            yield from self._load(unit, piece)
 
-    def _load(self, unit: Unit) -> Iterator[Step]:
+    def _load(self, unit: Unit, piece: int) -> Iterator[Step]:
         """One tier after the other, up to where the unit is computed."""
         source = Buffer("resident", unit.index)
+        pieces = self._job.pieces(unit)
+        start, stop = pieces[piece]
         for tier in unit.path:
-            slot = self._next_slot(tier, unit.kind)
-            target = Buffer(f"weights.{tier}", slot)
+            slot = self._place[tier, unit.index]
+            target = Buffer(f"weights.{tier}", slot, part=piece)
             yield Step(
                 Lane.DISK_READ if tier is Tier.CPU else Lane.H2D, StepKind.LOAD_WEIGHTS, unit.index,
-                slot=slot, reads=(source,), writes=(target,), bytes=unit.load_bytes,
+                part=piece, slot=slot, reads=(source,), writes=(target,), bytes=stop - start,
             )  # fmt: skip
             source = target
-        self._slots[unit.index].append(slot)
 
     def _next_slot(self, tier: Tier, kind: UnitKind) -> int:
         """The slots of a kind are used in turn."""
@@ -112,3 +119,16 @@ class WeightStream:
         self._used[tier, kind] = used + 1
         first = next(i for i, slot in enumerate(self._job.slots[tier]) if slot.kind is kind)
         return first + used % self._job.slots_for(kind)
+
+
+def _spread(job: Job) -> list[tuple[Unit, int]]:
+    """(unit, piece) in the order in which a pass loads them: pieces of one unit evenly among the units before it."""
+    order: list[tuple[Unit, int]] = []
+    for unit in job.streamed:
+        count, before = len(job.pieces(unit)), len(order)
+        for piece in range(count):
+            # Into the middle of its share of the units before; the earlier pieces have moved that back by ``piece``. A unit in
+            # one piece stays in its place.
+            place = before * (2 * piece + 1) // (2 * count) + piece if count > 1 else before
+            order.insert(place, (unit, piece))
+    return order
