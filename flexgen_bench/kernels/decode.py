@@ -52,12 +52,14 @@ def _attend(
     scores = []
     for segment in segments:
         keys = segment.keys(q.dtype).flatten(0, 1)
-        scores.append(torch.bmm(folded, keys.transpose(1, 2)).float())
+        # Scaled before they are rounded to q's type: unscaled scores may be beyond float16.
+        room = q.new_empty(sequences * groups, heads // groups, segment.tokens)
+        scores.append(room.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale))
     if padding is not None:
         first = scores[0].view(sequences, heads, -1)
         first.masked_fill_(~padding.mask[:, None, :], float("-inf"))
     joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
-    weights = torch.softmax(joined.mul_(scale), dim=-1)
+    weights = torch.softmax(joined, dim=-1, dtype=torch.float32)
     if value_share < 1:
         _use_share(weights.view(sequences, heads, -1), segments, padding, value_share)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)

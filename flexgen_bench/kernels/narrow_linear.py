@@ -32,7 +32,7 @@ MATRIX_UNIT_ROWS = 16
 CPU_TILE_BYTES, DEVICE_TILE_BYTES = 8 << 20, 64 << 20
 # Rows of x for which products with plain weights are faster here. Fewer wait for memory, and torch reads without a detour
 # through a buffer; more float32 rows are what torch is tuned for.
-NARROW_ROWS, FLOAT32_ROWS = (4, 1 << 30), (4, 16)
+NARROW_ROWS, FLOAT32_ROWS = (4, 1 << 30), (4, 12)
 TILE_ROWS = 48  # of native/linear.cpp
 
 

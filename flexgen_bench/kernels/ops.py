@@ -16,7 +16,7 @@ from flexgen_bench.kernels.quantization import QuantizedWeight
 
 # Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
 # operand: 68 against 47 GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 and at 4, half as fast at 2
-# (benchmarks/small_products.py, docs/notes/cpu_products.md).
+# (benchmarks/small_products.py and quantized_products.py, docs/notes/cpu_products.md).
 FEWEST_LEFT_ROWS, MOST_LEFT_ROWS = 5, 48
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.kernels.native import matrices
@@ -224,7 +225,8 @@ def _quantize_groups(
 ) -> None:
     """values (R, groups, width) -> codes (R, groups, bytes) and params (R, groups, 2), written in place."""
     numbers = values.float()
-    low, high = numbers.aminmax(dim=-1, keepdim=True)
+    # aminmax would take six times as long as both of these on a processor.
+    low, high = numbers.amin(dim=-1, keepdim=True), numbers.amax(dim=-1, keepdim=True)
     limits = (-FLOAT16_LARGEST, FLOAT16_LARGEST)
     smallest = low.clamp(*limits).half().float()
     # Both ends are rounded first: groups that float16 cannot tell from constant ones get scale 0.
@@ -236,21 +238,18 @@ def _quantize_groups(
     params[..., :1], params[..., 1:] = scale, smallest
     divisor = scale.float().masked_fill_(scale == 0, torch.inf)  # constant groups: code 0
     steps = numbers.sub(smallest).div_(divisor).round_().clamp_(0, compression.levels - 1)
-    padded = -(-width // 8) * 8
-    whole = torch.zeros((*steps.shape[:-1], padded), dtype=torch.uint8, device=values.device)
-    whole[..., :width] = steps
-    _pack(whole, compression.bits, codes)
+    _pack(pad(steps, (0, -width % 8)) if width % 8 else steps, compression.bits, codes)
 
 
 def _pack(whole: Tensor, bits: int, out: Tensor) -> None:
-    """whole (..., m) codes, m a multiple of 8 -> out (..., m * bits / 8), see the module's layout."""
+    """whole (..., m) codes as float32, m a multiple of 8 -> out (..., m * bits / 8), see the module's layout."""
     if bits == 8:
         out.copy_(whole)
     elif bits == 4:
         low, high = whole.chunk(2, dim=-1)
-        out.copy_(low | (high << 4))
+        out.copy_(high.mul(16).add_(low))  # exact, and faster than shifting bytes
     else:
-        v = whole.chunk(8, dim=-1)
+        v = whole.to(torch.int32).to(torch.uint8).chunk(8, dim=-1)
         p0 = v[0] | (v[1] << 3) | (v[6] << 6)
         p1 = v[2] | (v[3] << 3) | ((v[6] & 4) << 4) | ((v[7] & 4) << 5)
         p2 = v[4] | (v[5] << 3) | (v[7] << 6)

@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr int ROWS_AHEAD = 16;  // rows that are prefetched where they do not follow each other
+
 struct Job {
   const float* q;          // (rows, heads, dim)
   float* out;              // (rows, heads, dim)
@@ -32,8 +34,7 @@ struct Job {
 struct Scratch {
   Queries queries;
   Buffer scores, acc, tile;
-  std::vector<uint64_t> order;
-  std::vector<int32_t> chosen;
+  std::vector<int32_t> bits, chosen;
 };
 
 // The rows of one segment that belong to one KV head of one sequence, from a token on.
@@ -132,22 +133,38 @@ std::pair<float, float> exponentials(float* x, int64_t n, float scale) {
   return {largest, sum(total)};
 }
 
-// The last token and the keep - 1 others of largest weight, of equal ones the earlier, in ascending order. Weights are not
-// negative, so their bits are ordered as they are.
+int64_t count_from(const int32_t* bits, int64_t n, int32_t least) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i++) found += bits[i] >= least;
+  return found;
+}
+
+// The last token and the keep - 1 others of largest weight, of equal ones the earlier, in ascending order. Weights lie in 0..1,
+// where the bits of floats are ordered as they are: the smallest that stays is found by halving the range, one vectorised count
+// each time, several times as fast as a partial sort.
 void choose(const float* weights, int64_t n, int64_t keep, Scratch& scratch) {
-  auto& order = scratch.order;
-  order.resize(static_cast<size_t>(n - 1));
-  for (int64_t i = 0; i < n - 1; i++) {
-    const uint64_t bits = load<uint32_t>(weights + i);
-    order[static_cast<size_t>(i)] = bits << 32 | (0xffffffffu - static_cast<uint32_t>(i));
+  const int64_t others = n - 1, wanted = keep - 1;
+  auto& bits = scratch.bits;
+  bits.resize(static_cast<size_t>(others));
+  std::memcpy(bits.data(), weights, static_cast<size_t>(others) * sizeof(float));
+  int32_t least = 0, beyond = 0x3f800001;  // the bits of 1.0, plus 1
+  for (int64_t found = others; found != wanted && beyond - least > 1;) {
+    const int32_t middle = least + (beyond - least) / 2;
+    const int64_t count = count_from(bits.data(), others, middle);
+    if (count >= wanted) least = middle, found = count;
+    else beyond = middle;
   }
-  const auto others = order.begin() + (keep - 1);
-  if (keep - 1 < n - 1) std::nth_element(order.begin(), others, order.end(), std::greater<>());
-  scratch.chosen.clear();
-  for (auto key = order.begin(); key != others; key++)
-    scratch.chosen.push_back(static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(*key)));
-  std::sort(scratch.chosen.begin(), scratch.chosen.end());
-  scratch.chosen.push_back(static_cast<int32_t>(n - 1));
+  int64_t equal = wanted - count_from(bits.data(), others, least + 1);  // how many that are exactly the smallest
+  auto& chosen = scratch.chosen;
+  chosen.resize(static_cast<size_t>(n));
+  size_t kept = 0;
+  for (int64_t i = 0; i < others && kept < static_cast<size_t>(wanted); i++) {
+    const int32_t weight = bits[static_cast<size_t>(i)];
+    chosen[kept] = static_cast<int32_t>(i);
+    kept += weight > least || (weight == least && equal-- > 0);
+  }
+  chosen[kept++] = static_cast<int32_t>(others);
+  chosen.resize(kept);
 }
 
 // acc += weights times values, of the chosen rows of each query only.
@@ -157,8 +174,17 @@ void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t he
     const float* weights = scratch.scores.get() + r * ld;
     choose(weights, n, keep, scratch);
     auto next = scratch.chosen.begin();
+    const auto end = scratch.chosen.end();
     over_segments(job, values, sequence, head, 0, n, [&](const Rows& rows, const Run& run, int64_t before) {
-      for (; next != scratch.chosen.end() && *next < before + run.tokens; next++) {
+      const auto stop = std::lower_bound(next, end, before + run.tokens);
+      const int64_t row_bytes = shape.dim * bits_of(rows.kind) / 8;
+      const auto fetch_row = [&](auto at) {
+        fetch(run.data + (*at - before) * rows.stride[2], row_bytes);
+      };
+      const auto near = next + std::min<int64_t>(ROWS_AHEAD, stop - next);
+      for (auto at = next; at < near; at++) fetch_row(at);
+      for (; next != stop; next++) {
+        if (stop - next > ROWS_AHEAD) fetch_row(next + ROWS_AHEAD);
         const Plain row = unpacked(rows, run.data, run.params, *next - before, 1, shape, scratch.tile);
         add_tile(row, weights + *next, ld, 1, 1, shape, scratch.acc.get() + r * shape.padded);
       }

@@ -7,8 +7,6 @@
 // Either way a piece of W becomes float32 in a buffer that stays in the core's own caches.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <memory>
 #include <vector>
 
 #include "numbers.h"
@@ -217,18 +215,10 @@ struct Task {
         }
     }
 
+    template <int M = 1>
     void run() const {
-        switch (rows) {
-            case 1: return dots<1>();
-            case 2: return dots<2>();
-            case 3: return dots<3>();
-            case 4: return dots<4>();
-            case 5: return dots<5>();
-            case 6: return dots<6>();
-            case 7: return dots<7>();
-            case 8: return dots<8>();
-            default: return outers();
-        }
+        if constexpr (M > DOT_ROWS) return outers();
+        else return rows == M ? dots<M>() : run<M + 1>();
     }
 };
 

@@ -25,6 +25,7 @@ struct Rows {
   int64_t group;  // values to a group of codes
 };
 constexpr int64_t FLOAT32 = 32, BFLOAT16 = 16, FLOAT16 = 15;
+inline int64_t bits_of(int64_t kind) { return kind == FLOAT16 ? 16 : kind; }
 
 struct Shape {
   int dim, queries, units, rest, padded;  // units: full ones; rest: elements after them; padded: elements in whole units
