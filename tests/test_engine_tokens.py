@@ -109,6 +109,32 @@ def test_accelerator(
     assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
 
 
+ONCE_WRONG = {
+    "chunks of one prompt gathered their keys in different staging buffers": Policy(
+        3, 2, on(Tier.CPU), on(Tier.DISK), on(Tier.CPU), prefill_chunk=8
+    ),
+    "parts of a micro-batch shared staging memory under two names": Policy(
+        7, 2, Placement(0.4, 0.3, 0.3), Placement(0.4, 0.3, 0.3), Placement(cpu=0.5, disk=0.5), prefill_chunk=1
+    ),
+    "pages read for the cpu and pages on their way to the accelerator were the same, under two names": Policy(
+        2, 3, Placement(gpu=0.5, disk=0.5), on(Tier.CPU), on(Tier.DISK), prefill_chunk=3, prefetch=1,
+        offloaded=Offloaded.IN_PLACE,
+    ),
+    "a layer on the cpu replaced the residual of another micro-batch on the accelerator": Policy(
+        1, 4, Placement(gpu=0.5, cpu=0.5), on(Tier.CPU), on(Tier.GPU), offloaded=Offloaded.IN_PLACE
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ONCE_WRONG.values(), ids=list(ONCE_WRONG))
+def test_policies_that_once_gave_wrong_tokens(
+    reference: Reference, policy: Policy, tmp_path: Path
+) -> None:
+    """What a step touches and does not name goes wrong only when the lanes run far apart: hence several times."""
+    for _ in range(3):
+        assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+
+
 @pytest.mark.parametrize("seed", range(14))
 def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
     """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth, schedule and chunking; some
