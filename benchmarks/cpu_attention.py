@@ -2,10 +2,10 @@
 
 ``python benchmarks/cpu_attention.py [--threads 1 2] [--rounds 5] [--only NAME ...] [--out results/benchmarks/cpu_attention.json]``
 
-Every call reads another layer's cache, and a round reads more than caches hold, so all bytes come from memory. A round
-is a few turns of: a read loop (another one each turn), the native kernel, torch's operators; each has its best rate of the round, and
-the ratio of a round is a path's rate over the read loops'. Best of a few: on a machine with other work each is disturbed at times.
-What follows from it is in docs/notes/cpu_attention.md.
+Every call reads another layer's cache, and all layers together are more than caches hold, so all bytes come from memory. A round
+is a number of turns of: a read loop (another one each turn), the native kernel, torch's operators, about as many bytes each. What
+counts is each one's fastest turn of the round, because on a machine with other work most turns are disturbed; the ratio of a round is
+a path's rate over the read loops'. What follows from it is in docs/notes/cpu_attention.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.runner.environment import cpu_model
 
-ROUND_BYTES = 512 * MIB
+ALL_BYTES = 512 * MIB  # of all layers' caches, and of the buffer of the read loops
+TURN_BYTES = 64 * MIB  # at least; a few milliseconds, in which a thread may well be left alone
+TURNS = 24
 # (streams, bytes prefetched ahead) of the read loops: which one is fastest differs between machines and numbers of threads.
 READ_LOOPS = [(1, 4096), (4, 1024), (8, 0)]
 BARS = {
@@ -74,7 +76,7 @@ CASES = [
 
 
 class Layers:
-    """Caches of as many layers as make ROUND_BYTES, and a query."""
+    """Caches of as many layers as make ALL_BYTES, and a query."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -89,34 +91,37 @@ class Layers:
             parts = quantize(fresh, compression)
             self.q = self.q.to(torch.bfloat16)
         self.layer_bytes = sum(part.nbytes for part in parts)
-        for _ in range(-(-ROUND_BYTES // self.layer_bytes)):
+        for _ in range(-(-ALL_BYTES // self.layer_bytes)):
             copy = [part.clone() for part in parts]
             if case.kind in DTYPES:
                 self.segments.append(PlainSegment(copy[0][0], copy[0][1]))
             else:
                 self.segments.append(PackedSegment(copy[0], copy[1], compression, case.dim))
 
-    def rate(self, attend: Callable[..., Tensor], most: int | None = None) -> float:
-        """bytes of cache per second of attention over (at most so many) layers, each once."""
-        segments = self.segments[:most]
+    def rate(self, attend: Callable[..., Tensor], turn: int) -> float:
+        """bytes of cache per second of attention over as many layers as make TURN_BYTES, others every turn."""
+        count = max(1, TURN_BYTES // self.layer_bytes)
+        chosen = [self.segments[(turn * count + i) % len(self.segments)] for i in range(count)]
         start = time.perf_counter()
-        for segment in segments:
+        for segment in chosen:
             attend(self.q, [segment], None, self.case.dim**-0.5, self.case.value_share)
-        return len(segments) * self.layer_bytes / (time.perf_counter() - start)
+        return count * self.layer_bytes / (time.perf_counter() - start)
 
 
-def read_rate(buffer: Tensor, streams: int, ahead: int) -> float:
+def read_rate(buffer: Tensor, turn: int) -> float:
     """bytes/s of a read loop over torch's number of threads."""
     native = library("bandwidth")
     assert native is not None, "this benchmark needs a C++ compiler"
     native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+    streams, ahead = READ_LOOPS[turn % len(READ_LOOPS)]
+    part = buffer.split(TURN_BYTES)[turn % (ALL_BYTES // TURN_BYTES)]
 
     def read(start: int, stop: int) -> None:
-        native.read_bytes(buffer.data_ptr() + start * MIB, (stop - start) * MIB, streams, ahead)
+        native.read_bytes(part.data_ptr() + start * MIB, (stop - start) * MIB, streams, ahead)
 
     begin = time.perf_counter()
-    share(buffer.numel() // MIB, read)
-    return buffer.numel() / (time.perf_counter() - begin)
+    share(TURN_BYTES // MIB, read)
+    return TURN_BYTES / (time.perf_counter() - begin)
 
 
 def with_torch(*args: Any) -> Tensor:
@@ -131,20 +136,22 @@ def with_torch(*args: Any) -> Tensor:
 def measure(case: Case, rounds: int, buffer: Tensor) -> dict[str, Any]:
     layers = Layers(case)
     paths: dict[str, Callable[..., Tensor]] = {"native": decode_attention, "torch": with_torch}
-    # Unpacking with torch takes seconds for what the kernel reads in milliseconds.
-    most = {"native": None, "torch": None if case.kind in DTYPES else 1}
+    # Unpacking with torch takes a second for what the kernel reads in milliseconds: once a round is enough.
+    turns = {"native": TURNS, "torch": TURNS if case.kind in DTYPES else 1}
     for attend in paths.values():
-        layers.rate(attend, 1)
+        layers.rate(attend, 0)
     reads: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(rounds):
-        reads.append(0.0)
-        for values in rates.values():
-            values.append(0.0)
-        for loop in READ_LOOPS:
-            reads[-1] = max(reads[-1], read_rate(buffer, *loop))
+    for number in range(rounds):
+        found: dict[str, list[float]] = {name: [] for name in ("read", *paths)}
+        for turn in range(number * TURNS, (number + 1) * TURNS):
+            found["read"].append(read_rate(buffer, turn))
             for name, attend in paths.items():
-                rates[name][-1] = max(rates[name][-1], layers.rate(attend, most[name]))
+                if len(found[name]) < turns[name]:
+                    found[name].append(layers.rate(attend, turn))
+        reads.append(max(found["read"]))
+        for name in paths:
+            rates[name].append(max(found[name]))
     return {
         "case": case.name,
         "threads": torch.get_num_threads(),
@@ -178,7 +185,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names of cases")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    buffer = torch.ones(ROUND_BYTES, dtype=torch.uint8)
+    buffer = torch.ones(ALL_BYTES, dtype=torch.uint8)
     rows = []
     for case in CASES:
         if not any(part in case.name for part in options.only):

@@ -70,10 +70,12 @@ class OutOfMemory(CannotRun):
 
 
 class NotFinite(RuntimeError):
-    """A layer has produced NaN or infinite keys or values: nothing after it means anything."""
+    """A layer (None: the head) has produced NaN or infinite values: nothing after it means anything."""
 
-    def __init__(self, layer: int, tensor: str) -> None:
+    def __init__(self, layer: int | None, tensor: str) -> None:
+        who = "the head" if layer is None else f"layer {layer}"
+        weights = "the head" if layer is None else f"layers 0 to {layer}"
         super().__init__(
-            f"layer {layer} has produced {tensor} that are NaN or infinite. The weights of layers 0 to {layer} or the dtype are "
+            f"{who} has produced {tensor} that are NaN or infinite. The weights of {weights} or the dtype are "
             "to blame: float16 overflows above 65504; try dtype=bfloat16 or float32, and check the checkpoint."
         )

@@ -258,9 +258,13 @@ class Actions:
         if len(work.wanted) < work.rows:
             x = x[self._to_site(step, torch.tensor(work.wanted))]
         w = self._weights.of(step)
-        self._found[step.stage] = self._consumer.reduce(
-            work, lambda rows: self._family.head(ops, self._shape, w, rows), x
-        )
+
+        def head(rows: Tensor) -> Tensor:
+            logits = self._family.head(ops, self._shape, w, rows)
+            self._health.watch_head(step, rows, logits)
+            return logits
+
+        self._found[step.stage] = self._consumer.reduce(work, head, x)
 
     def _move_logits(self, step: Step) -> None:
         self._found_host[step.stage] = self._device.to_host(self._found[step.stage])

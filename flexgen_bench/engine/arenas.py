@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.units import format_bytes
 from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.step_errors import explain_memory
 
 
 class Arenas:
@@ -16,9 +18,13 @@ class Arenas:
         self.bytes: dict[Tier, dict[str, int]] = {}
 
     def allocate(self, tier: Tier, name: str, num_bytes: int) -> Tensor:
-        """uint8 memory of exact size, zeroed."""
+        """uint8 memory of exact size, zeroed. OutOfMemory if the system refuses what the plan said would fit."""
         self.note(tier, name, num_bytes)
-        memory = self._device.allocate(tier, num_bytes)
+        try:
+            memory = self._device.allocate(tier, num_bytes)
+        except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+            explain_memory(error, f"allocating {format_bytes(num_bytes)} of {name}")
+            raise
         if memory.is_cuda:
             memory.zero_()  # padding is multiplied by zero: it must not hold NaN
         return memory

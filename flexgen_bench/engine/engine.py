@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
+from flexgen_bench.engine.frames import release_frames
 from flexgen_bench.engine.generation import Generation, Running, ScoreRequest, Scoring
 from flexgen_bench.engine.job_run import JobRun, Progress
 from flexgen_bench.engine.weights import Weights
@@ -68,13 +70,30 @@ class Engine:
         smallest = self.plan([Request(1, 1)])
         self._check(smallest)
         self._arenas = Arenas(device)
-        self._weights = Weights(store, packed, dtype, smallest.job, device, self._arenas)
+        try:
+            self._weights = Weights(store, packed, dtype, smallest.job, device, self._arenas)
+        except BaseException as error:
+            release_frames(type(error), error, error.__traceback__)
+            raise
+        self._closed = False
         self.direct_io = self._weights.direct_io
 
     def generate(
         self, sequences: Sequence[Running], progress: Progress = lambda phase, done, total: None
     ) -> JobResult:
-        """Run every sequence to its end. Results are in the sequences themselves."""
+        """Run every sequence to its end. Results are in the sequences themselves.
+
+        After an error the engine is ready for the next job, with new sequences: what the failed job has left in these
+        is no result.
+        """
+        used = [i for i, s in enumerate(sequences) if s.new or s.finish_reason]
+        if used:
+            raise UserError(
+                f"sequences[{used[0]}]",
+                f"{len(sequences[used[0]].new)} tokens from an earlier job",
+                "new, without tokens",
+                "Make it again from its prompt.",
+            )
         requests = [Request(len(s.prompt), s.params.max_tokens) for s in sequences]
         generation = Generation(sequences)
         row = 8 if generation.is_greedy else 4 * self._shape.vocab_size
@@ -107,6 +126,8 @@ class Engine:
         return True
 
     def close(self) -> None:
+        """Release the weights. A second time does nothing."""
+        self._closed = True
         self._weights.close()
 
     def _check(self, plan: MemoryPlan) -> None:
@@ -114,29 +135,31 @@ class Engine:
         plan.check(self._device.hardware, self._available)
 
     def _run(self, plan: MemoryPlan, consumer: Consumer, progress: Progress) -> JobResult:
+        if self._closed:
+            raise UserError("Engine", "closed", "open", "Make a new one.")
         self._check(plan)
         result = JobResult(plan=plan)
         spilled = sum(plan.bytes.get(Tier.DISK, {}).get(k, 0) for k in ("kv_cache", "activations"))
-        spill = SpillFile(self._offload_dir, spilled) if spilled else None
-        executor = Executor(self._device.lane_settings(), self.policy.overlap)
-        actions: Actions | None = None
         arenas = Arenas(self._device)
-        try:
+        # Released in reverse: no lane may be running when its memory goes.
+        with ExitStack() as held:
+            held.push(release_frames)
+            spill = SpillFile(self._offload_dir, spilled) if spilled else None
+            if spill is not None:
+                held.callback(spill.close)
             actions = Actions(
                 self._family, self._shape, TORCH_DTYPES[self._dtype], self.policy, plan,
                 self._weights, self._device, arenas, spill, consumer,
             )  # fmt: skip
-            JobRun(self.policy, plan, executor, actions, consumer, progress, result).run()
-            executor.drain()
-        except BaseException:
-            executor.abort()
-            raise
-        finally:
-            executor.close()
-            if actions is not None:
-                actions.close()
-            if spill is not None:
-                spill.close()
+            held.callback(actions.close)
+            executor = Executor(self._device.lane_settings(), self.policy.overlap)
+            held.callback(executor.close)
+            try:
+                JobRun(self.policy, plan, executor, actions, consumer, progress, result).run()
+                executor.drain()
+            except BaseException:
+                executor.abort()
+                raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
         result.allocated = _together(self._arenas.bytes, arenas.bytes)
         return result

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 
+from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, Task
@@ -31,8 +33,17 @@ class Executor:
         self._workers = self._make(lanes)
         self._last: dict[Lane, int] = {}
         self._begin_s = time.perf_counter()
-        for worker in self._workers.values():
-            worker.start()
+        try:
+            for worker in self._workers.values():
+                worker.start()
+        except RuntimeError as error:  # the system refuses another thread
+            self.abort()
+            raise OutOfMemory(
+                "cpu",
+                "starting the lanes",
+                str(error),
+                "free it, or raise the limits on memory and processes (ulimit -v, ulimit -u).",
+            ) from error
 
     def submit(self, step: Step, action: Action) -> tuple[Lane, int]:
         """Queue one step; returns its ticket for ``wait``. Raises what a lane has failed with."""
@@ -79,8 +90,9 @@ class Executor:
         """
         for worker in self._workers.values():
             worker.end()
-        for worker in self._workers.values():
-            worker.join()
+        with ExitStack() as joined:  # all of them, even if waiting for one is interrupted
+            for worker in self._workers.values():
+                joined.callback(worker.join)
         for worker in self._workers.values():
             try:
                 worker.settle()

@@ -60,6 +60,7 @@ class LaneWorker:
         self._failure = failure
         self._throttle = Throttle(settings.bytes_per_s) if settings.bytes_per_s else None
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=f"lane-{lane}", daemon=True)
 
     def start(self) -> None:
@@ -74,8 +75,21 @@ class LaneWorker:
         self.progress.wake_all()
 
     def join(self) -> None:
-        """Until the thread has come to an end."""
-        self._thread.join()
+        """Until the thread has come to an end, or at once if it never began.
+
+        An interrupt of the waiting thread is raised then, and not before: what the running step uses may be released after
+        this. (An interrupted ``Thread.join`` takes the thread for ended, up to Python 3.12.)
+        """
+        interrupt: KeyboardInterrupt | None = None
+        while self._thread.ident is not None and not self._ended.is_set():
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def wait(self, number: int) -> bool:
         """Block the calling thread until the ``number``-th step has really finished; whether that took waiting."""
@@ -123,6 +137,7 @@ class LaneWorker:
             self._failure.set(error)
         finally:
             self.progress.wake_all()  # whoever waits for this lane must learn that it has ended
+            self._ended.set()
 
     def _context(self) -> contextlib.AbstractContextManager[object]:
         """What the thread is in while it works."""

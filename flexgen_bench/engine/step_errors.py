@@ -1,4 +1,4 @@
-"""An error inside a step, in words: which step it was, and what to do if memory ran out."""
+"""An error inside a step or an allocation, in words: which one it was, and what to do if memory ran out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from flexgen_bench.schedule.steps import Step
 
 def explain(error: BaseException, step: Step) -> None:
     """Raise OutOfMemory in place of an error that means it; note the step on any other."""
+    explain_memory(error, describe(step))
+    error.add_note(f"in {describe(step)}")
+
+
+def explain_memory(error: BaseException, doing: str) -> None:
+    """Raise OutOfMemory, telling what was being done, in place of an error that means it."""
     tier = _exhausted(error)
     if tier is not None:
         cause = _first_line(error).rstrip(".")
-        raise OutOfMemory(str(tier), describe(step), cause, _REMEDY[tier]) from error
-    error.add_note(f"in {describe(step)}")
+        raise OutOfMemory(str(tier), doing, cause, _REMEDY[tier]) from error
 
 
 def describe(step: Step) -> str:

@@ -48,23 +48,25 @@ class Weights:
         self._file = store.open()
         self._resident: dict[int, tuple[Tensor, int]] = {}  # unit -> (memory, its file offset)
         self.direct_io = self._file.direct
-        try:
-            self._load_resident()
-        except BaseException:
-            self._file.close()
-            raise
-        self._slots = {
-            tier: [arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots]
-            for tier, slots in job.slots.items()
-        }
-        unpacked = job.plain_slot_bytes
-        self._plain_slots = [
-            arenas.allocate(job.compute_tier, "unpacked weights", unpacked)
-            for _ in range(job.plain_slots)
-        ]
-        device.settle()
+        self._slots: dict[Tier, list[Tensor]] = {}
+        self._plain_slots: list[Tensor] = []
         self._views: dict[tuple[int, int, Tier], Mapping[str, Weight]] = {}
         self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        try:
+            self._load_resident()
+            for tier, slots in job.slots.items():
+                self._slots[tier] = [
+                    arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots
+                ]
+            unpacked = job.plain_slot_bytes
+            self._plain_slots += [
+                arenas.allocate(job.compute_tier, "unpacked weights", unpacked)
+                for _ in range(job.plain_slots)
+            ]
+            device.settle()
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.units import MIB, format_bytes
+from flexgen_bench.memory.host import PAGE
 
 # Chosen by measurement (docs/notes/disk.md): larger requests and more threads gain nothing on the disks tried.
 CHUNK_BYTES = 4 * MIB
@@ -96,30 +97,45 @@ class DirectFile:
                 count = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
                 raise disk_error(error, self.path, f"read at byte {offset + done}") from error
-            if count == 0:
+            done += count
+            # A direct read stops off a page's boundary only at the end of the file, and cannot go on from there.
+            if count == 0 or (self.direct and done < len(view) and done % PAGE):
                 raise StoreError(
                     f"{self.path} ends at byte {offset + done}, {len(view) - done} bytes too early: "
                     "the file is truncated. Delete it and let it be made again."
                 )
-            done += count
         if not self.direct:
             os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
 
     def _write_chunk(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
+            doing = f"write at byte {offset + done}"
             try:
-                done += os.pwritev(self._fd, [view[done:]], offset + done)
+                count = os.pwritev(self._fd, [view[done:]], offset + done)
             except OSError as error:
-                raise disk_error(error, self.path, f"write at byte {offset + done}") from error
+                raise disk_error(error, self.path, doing) from error
+            if count == 0:
+                raise disk_error(OSError(errno.EIO, "nothing was written"), self.path, doing)
+            done += count
 
 
 def disk_error(error: OSError, path: Path, doing: str) -> StoreError:
     """A disk's refusal in words: what was being done, where, and what helps."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = os.statvfs(path.parent if path.parent.exists() else Path("/"))
         left = format_bytes(free.f_bavail * free.f_frsize)
         return StoreError(
             f"disk full: could not {doing} in {path} ({left} left). Free space or use another directory."
         )
-    return StoreError(f"could not {doing} in {path}: {error.strerror} (errno {error.errno})")
+    advice = _ADVICE.get(error.errno or 0, "Use another directory.")
+    return StoreError(
+        f"could not {doing} in {path}: {error.strerror} (errno {error.errno}). {advice}"
+    )
+
+
+_ADVICE = {
+    errno.EIO: "The disk fails: look at the kernel's log (dmesg), and use a directory on another disk.",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or use another file system.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+}

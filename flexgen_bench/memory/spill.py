@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flexgen_bench.core.folders import make_writable
-from flexgen_bench.memory.direct_file import DirectFile
+from flexgen_bench.memory.direct_file import DirectFile, disk_error
 
 
 class SpillFile:
@@ -20,12 +20,15 @@ class SpillFile:
 
     def __init__(self, directory: Path, num_bytes: int) -> None:
         path = make_writable(directory, "offload_dir")
-        handle, name = tempfile.mkstemp(prefix="spill-", dir=path)
-        os.close(handle)
         try:
-            self._file = DirectFile(Path(name), os.O_RDWR)
-        finally:
-            os.unlink(name)
+            handle, name = tempfile.mkstemp(prefix="spill-", dir=path)
+            os.close(handle)
+            try:
+                self._file = DirectFile(Path(name), os.O_RDWR)
+            finally:
+                os.unlink(name)
+        except OSError as error:
+            raise disk_error(error, path, "make a file") from error
         try:
             self._file.reserve(num_bytes)
         except BaseException:

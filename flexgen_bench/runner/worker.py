@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.engine.tokenization import load_tokenizer
 from flexgen_bench.runner import tuning
+from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.extras import how_to_install
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
@@ -32,8 +32,6 @@ from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
 from flexgen_bench.runner.probes import io_counters, peak_resident_bytes
 from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
-
-TRACEBACK_LINES, LINE_LENGTH = 12, 300
 
 
 class Worker:
@@ -49,17 +47,8 @@ class Worker:
         """Work until the state tells an end. Never raises for what a system does."""
         try:
             self._run()
-        except CannotRun as error:
-            self._end(error.status, str(error))
-        except DoesNotFit as error:
-            self._end(Status.OOM, str(error))
-        except ModuleNotFoundError as error:
-            self._end(Status.UNAVAILABLE, how_to_install(error.name or str(error)))
         except Exception as error:
-            if is_out_of_memory(error):
-                self._end(Status.OOM, _first_line(error))
-            else:
-                self._end(Status.FAILED, short_traceback(error))
+            self._end(*ending(error))
 
     def _run(self) -> None:
         self._enter("check", "importing")
@@ -165,7 +154,7 @@ class Worker:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                rate, reason = None, f"out of memory: {_first_line(error)}"
+                rate, reason = None, f"out of memory: {first_line(error)}"
             self.state.tuning.append(TuningProbe(size, rate, reason))
         return tuning.best(self.state.tuning)
 
@@ -251,26 +240,6 @@ def load_target(target: str) -> type[System]:
 
 def _systems_in(module: Any) -> list[str]:
     return [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, System)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: Python's, the GPU's, or torch's host allocator."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def short_traceback(error: BaseException) -> str:
-    """The error and its last few frames: enough to find the place, short enough for a record."""
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    return "\n".join(line[:LINE_LENGTH] for line in lines[-TRACEBACK_LINES:])
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 def _with_peak(report: SystemReport) -> SystemReport:
