@@ -36,7 +36,7 @@ from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import pack
 from flexgen_bench.schedule.job import UnitKind
-from flexgen_bench.schedule.steps import Buffer, Step, StepKind
+from flexgen_bench.schedule.steps import Step, StepKind
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 EMULATED = HardwareProfile(
@@ -174,20 +174,23 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
     units = weights.packed.units
     held = hold(weights, tier, plain_slots=2)
     expected = hold(plain, Tier.CPU)
+    slots = {slot.kind: i for i, slot in enumerate(held._job.slots.get(Tier.CPU, ()))}
     try:
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0
-            step = Step(Lane.CPU, StepKind.DEQUANTIZE, unit.index, slot=slot, plain=unit.index % 2)
+            place = slots[unit.kind] if slot == 0 else -1
+            step = Step(Lane.CPU, StepKind.DEQUANTIZE, unit.index, slot=place, plain=unit.index % 2)
             if slot == 0:
-                held.load(
-                    Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, slot=0,
-                         writes=(Buffer("weights", 0),))
-                )  # fmt: skip
+                load = Step(
+                    Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, slot=slots[unit.kind]
+                )
+                for piece in range(len(held._job.pieces(held._job.units[unit.index]))):
+                    held.load(replace(load, part=piece))
             if not unit.plain_bytes:
                 continue
             held.dequantize(step)
             if slot == 0:  # what was loaded is needed no longer
-                held._slots[Tier.CPU][0].fill_(255)
+                held._slots[Tier.CPU][place].fill_(255)
             wanted = expected.of(replace(step, slot=-1, plain=-1))
             found = held.of(step)
             assert set(found) == set(wanted)

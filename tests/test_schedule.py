@@ -160,7 +160,7 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
         if step.kind is StepKind.LOAD_WEIGHTS:
             tier = Tier.GPU if step.lane is Lane.H2D else Tier.CPU
             slots[tier, step.slot] = step.unit
-            loads[step.unit] += tier is unit.site.tier and step.part == 0
+            loads[step.unit] += tier is unit.site.tier and step.part <= 0
         elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD):
             assert (step.slot >= 0) == (step.unit in loads)
             if step.slot >= 0:

@@ -51,7 +51,7 @@ class Step:
     """One unit of work.
 
     unit: 0 = embedding, 1..L = decoder layers, L+1 = head. work: the micro-batch it belongs to, None for weights.
-    part: which span of the micro-batch's sequences, -1 for all; of weights, which piece. slot: staging slot of the weights (-1: in place).
+    part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one. slot: staging slot of the weights (-1: in place).
     plain: slot of the unpacked weights, where compressed ones are unpacked by a step of their own (-1: they are not).
     bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
     """

@@ -109,7 +109,7 @@ class WeightStream:
             target = Buffer(f"weights.{tier}", slot, part=piece)
             yield Step(
                 Lane.DISK_READ if tier is Tier.CPU else Lane.H2D, StepKind.LOAD_WEIGHTS, unit.index,
-                part=piece, slot=slot, reads=(source,), writes=(target,), bytes=stop - start,
+                part=piece if len(pieces) > 1 else -1, slot=slot, reads=(source,), writes=(target,), bytes=stop - start,
             )  # fmt: skip
             source = target
 
