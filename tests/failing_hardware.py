@@ -11,6 +11,7 @@ from shutil import copyfile
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import greedy_reference, random_model, random_prompts, save
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -148,3 +149,26 @@ class FailingDisk:
                 raise OSError(self._errno, os.strerror(self._errno))
             self._left -= 1
         return self._real(fd, buffers, offset)
+
+
+def told(error: BaseException) -> str:
+    """All of what an error tells."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def overflowing(folder: Path, name: str, factor: float) -> tuple[Path, Path]:
+    """A model in which one matrix makes float16 overflow, though all of its weights are finite."""
+    model = random_model("llama-multi-query")
+    with torch.no_grad():
+        matrix = dict(model.named_parameters())[name]
+        matrix.mul_(factor)
+        assert bool(torch.isfinite(matrix.half()).all())
+    return save(model, folder / "ckpt"), folder / "cache"
