@@ -45,7 +45,8 @@ def main() -> int:
     block = Shape(SEQUENCES * IN_FLIGHT, PROMPT_LEN, IN_FLIGHT)
     job = replace(block, prompts=block.prompts * (2 if opts.quick else BLOCKS))
     gpu = Placement.all_on(Tier.GPU)
-    policy = Policy(SEQUENCES, IN_FLIGHT, Placement.all_on(Tier.CPU), gpu, gpu)
+    # Both lanes are busy all the time: with one layer ahead, every hesitation of one would stop the other.
+    policy = Policy(SEQUENCES, IN_FLIGHT, Placement.all_on(Tier.CPU), gpu, gpu, prefetch=4)
     runs: dict[Schedule, list[Measured]] = {schedule: [] for schedule in Schedule}
     rates: list[float] = []
     for _ in range(opts.rounds):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import MODELS, greedy_reference, random_model, random_prompts, save
 
+import flexgen_bench.engine.actions as actions_module
+import flexgen_bench.engine.device as device_module
+import flexgen_bench.engine.hidden as hidden_module
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.actions import Actions
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import JobResult
 from flexgen_bench.engine.generation import Running, ScoreRequest
+from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.schedule.steps import Step
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 EMULATED = HardwareProfile(
@@ -285,3 +293,78 @@ def test_a_resident_micro_batch_does_not_disturb_a_spilled_one(tmp_path: Path) -
     policy = Policy(1, 6, on(Tier.GPU), on(Tier.GPU), Placement(gpu=0.5, disk=0.5))
     for _ in range(3):
         assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+
+
+def test_rows_that_stay_on_the_accelerator_do_not_keep_the_others(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of the hidden states on the accelerator takes that share: it used to be a view, and kept all rows of every
+    micro-batch there, whatever the plan had counted."""
+    put = HiddenStates.put
+
+    def put_and_look(self: HiddenStates, step: Step, x: torch.Tensor) -> None:
+        put(self, step, x)
+        assert step.work is not None
+        if any(part.tier is not Tier.GPU for part in step.work.hidden_parts):
+            for part in step.work.hidden_parts:
+                rows = self._rows.get((part.cohort.room, step.work.chunk, part.home))
+                assert rows is None or rows.untyped_storage().nbytes() == rows.nbytes
+
+    monkeypatch.setattr(HiddenStates, "put", put_and_look)
+    policy = Policy(7, 1, on(Tier.GPU), on(Tier.GPU), Placement(gpu=0.4, cpu=0.3, disk=0.3))
+    assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+
+
+@pytest.mark.parametrize("hidden", [on(Tier.GPU), Placement(0.4, 0.3, 0.3)], ids=["gpu", "thirds"])
+def test_what_a_link_brings_up_is_marked_as_used_by_the_stream_that_reads_it(
+    reference: Reference, hidden: Placement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA reuses freed memory in the order of the stream that allocated it. Hidden states that a layer on the cpu had sent
+    back were read without the mark: the next copy over the link could overwrite them. Which stream: by its lane's thread."""
+    brought: list[torch.Tensor] = []
+    marked: set[int] = set()
+    to_compute = Device.to_compute
+
+    def bring(self: Device, tensor: torch.Tensor) -> torch.Tensor:
+        found = to_compute(self, tensor)
+        if threading.current_thread().name == f"lane-{Lane.H2D}":
+            brought.append(found)  # kept, so that no two have the same address
+        return found
+
+    def mark(tensor: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread().name != f"lane-{Lane.H2D}":
+            marked.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    monkeypatch.setattr(Device, "to_compute", bring)
+    for module in (device_module, hidden_module, actions_module):
+        monkeypatch.setattr(module, "crossing", mark)
+    policy = Policy(
+        2, 3, Placement(gpu=0.5, cpu=0.5), on(Tier.CPU), hidden,
+        attention=AttentionSite.CPU, offloaded=Offloaded.IN_PLACE,
+    )  # fmt: skip
+    assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+    assert brought
+    assert {tensor.untyped_storage().data_ptr() for tensor in brought} <= marked
+
+
+def test_nothing_of_a_micro_batch_stays_behind(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathered rows, attention outputs and logits are gone when they have been used: kept until the next micro-batch of their
+    stage, those of a prompt doubled what the accelerator held, which no plan had counted."""
+    close, seen = Actions.close, []
+
+    def look_and_close(self: Actions) -> None:
+        seen.append([
+            dict(held) for held in (
+                self._rows, self._gpu_rows, self._x, self._qkv_host, self._attended, self._attended_host, self._found,
+                self._found_host, self._hidden._staged, self._hidden._host,
+            )
+        ])  # fmt: skip
+        close(self)
+
+    monkeypatch.setattr(Actions, "close", look_and_close)
+    policy = Policy(2, 3, *[Placement(0.4, 0.3, 0.3)] * 3, attention=AttentionSite.CPU)
+    assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
+    assert seen == [[{}] * 10]

@@ -266,6 +266,19 @@ def test_loads_run_ahead_over_the_end_of_a_pass_but_not_over_the_end_of_the_job(
     assert loads == [[1, 2, 3, 4, 1, 2], [3, 4]]
 
 
+def test_a_segment_that_nobody_will_attend_to_is_not_written() -> None:
+    """The last fed token used to complete the last segment, which went to disk although the cohort was about to leave."""
+    for gen_len in range(2, 40):
+        policy = Policy(2, 1, Placement(cpu=1), Placement(disk=1), Placement(cpu=1))
+        case = Case(policy, HOST, (Request(3, gen_len),) * 2, {})
+        steps = [s for s in all_steps(case) if s.work and s.work.token]
+        last_load = max(i for i, s in enumerate(steps) if s.kind is StepKind.LOAD_KV)
+        written = [i for i, s in enumerate(steps) if s.lane is Lane.DISK_WRITE]
+        assert all(i < last_load for i in written), gen_len
+        last = max(s.token for s in steps)
+        assert all(steps[i].token < last for i in written)
+
+
 def test_sequences_that_leave_give_up_their_rows_and_keep_their_slots() -> None:
     room = Room(0, (Span(Tier.GPU, 0, 2), Span(Tier.DISK, 2, 5)), (Span(Tier.CPU, 0, 5),))
     layouts = (KVLayout(2, 9, 3, 3, 8), KVLayout(3, 9, 3, 1, 8))

@@ -81,7 +81,8 @@ class Actions:
         )  # fmt: skip
         self._health = Health(device)
         device.settle()
-        # What passes between steps of a micro-batch, by its stage (and part).
+        # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use something takes
+        # it out: what a whole micro-batch's prompts leave behind would stay until its stage is used again.
         self._rows: dict[int, Mapping[str, Tensor]] = {}
         self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
         self._x: dict[int, Tensor] = {}  # hidden states before the attention, for the residual
@@ -153,7 +154,7 @@ class Actions:
 
     def _move_rows(self, step: Step) -> None:
         self._gpu_rows[step.stage] = {
-            name: self._device.to_compute(rows) for name, rows in self._rows[step.stage].items()
+            name: self._device.to_compute(rows) for name, rows in self._rows.pop(step.stage).items()
         }
 
     def _embed(self, step: Step) -> None:
@@ -164,8 +165,8 @@ class Actions:
                 for name, index in self._indices(_work(step)).items()
             }
         else:
-            gathered = (self._gpu_rows if unit.site.is_accelerator else self._rows)[step.stage]
-            rows = {name: crossing(found) for name, found in gathered.items()}
+            gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
+            rows = {name: crossing(r) for name, r in gathered.pop(step.stage).items()}
         x = self._family.embed(ops, self._shape, self._weights.of(step), rows)
         self._hidden.put(step, x)
 
@@ -196,12 +197,14 @@ class Actions:
     def _attend(self, step: Step) -> None:
         work = _work(step)
         if work.is_prefill:
-            self._attended[step.stage, 0] = self._attend_prompt(step, work, *self._qkv[step.stage])
+            self._attended[step.stage, 0] = self._attend_prompt(
+                step, work, *self._qkv.pop(step.stage)
+            )
             return
         part, key = work.kv_parts[step.part], (step.stage, step.part)
         for_accelerator = step.lane is Lane.CPU and self._on_accelerator(step)
         if for_accelerator:
-            q, k, v = self._qkv_host[key]
+            q, k, v = self._qkv_host.pop(key)
         else:
             q, k, v = (t[part.row : part.stop] for t in self._qkv[step.stage])
         self._health.watch(step, k, v)
@@ -238,12 +241,12 @@ class Actions:
 
     def _move_attention(self, step: Step) -> None:
         key = (step.stage, step.part)
-        self._attended[key] = self._device.to_compute(self._attended_host[key])
+        self._attended[key] = self._device.to_compute(self._attended_host.pop(key))
 
     def _output(self, step: Step) -> None:
         work = _work(step)
         parts = 1 if work.is_prefill else len(work.kv_parts)
-        outs = [crossing(self._attended[step.stage, part]) for part in range(parts)]
+        outs = [crossing(self._attended.pop((step.stage, part))) for part in range(parts)]
         attended = outs[0] if parts == 1 else torch.cat(outs)
         x = self._family.output(
             ops, self._shape, self._weights.of(step), self._x.pop(step.stage), attended
@@ -267,14 +270,14 @@ class Actions:
         self._found[step.stage] = self._consumer.reduce(work, head, x)
 
     def _move_logits(self, step: Step) -> None:
-        self._found_host[step.stage] = self._device.to_host(self._found[step.stage])
+        self._found_host[step.stage] = self._device.to_host(self._found.pop(step.stage))
         self._health.move(step)
 
     def _sample(self, step: Step) -> None:
         self._health.judge(step)
         on_accelerator = self._on_accelerator(step)
-        found = (self._found_host if on_accelerator else self._found)[step.stage]
-        self._consumer.finish(_work(step), found)
+        found = self._found_host if on_accelerator else self._found
+        self._consumer.finish(_work(step), found.pop(step.stage))
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""

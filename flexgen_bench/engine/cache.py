@@ -241,9 +241,10 @@ class KVCache:
 
     def forget(self, cohort: Cohort) -> None:
         """A cohort has left its room."""
-        regions, paddings = self._regions, self._paddings
-        self._regions = {key: r for key, r in regions.items() if key[0] != cohort.index}
-        self._paddings = {key: p for key, p in paddings.items() if key[0] != cohort.index}
+        for region in [key for key in list(self._regions) if key[0] == cohort.index]:
+            del self._regions[region]
+        for padding in [key for key in list(self._paddings) if key[0] == cohort.index]:
+            del self._paddings[padding]
 
     def _append_at_home(self, step: Step, part: Part, new: Sequence[Stored]) -> None:
         region, home = self._region(part), _home(step, part)
@@ -254,9 +255,11 @@ class KVCache:
 
     def _region(self, part: Part) -> KVRegion:
         key = (part.cohort.index, part.home)
-        if key not in self._regions:
-            self._regions[key] = KVRegion(part.cohort.layouts[part.home], self._form)
-        return self._regions[key]
+        # Looked up once: a cohort may be forgotten while its last segments are on their way to disk.
+        region = self._regions.get(key)
+        if region is None:
+            region = self._regions[key] = KVRegion(part.cohort.layouts[part.home], self._form)
+        return region
 
     @property
     def _file(self) -> SpillFile:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.errors import NotFinite
-from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.schedule.steps import Step
 
 _HIDDEN, _LOGITS = "hidden states", "logits"
@@ -37,7 +37,7 @@ class Health:
         """MOVE_LOGITS: what was watched of this micro-batch goes to the host with its logits."""
         watched = self._sums.pop(step.stage, None)
         if watched:
-            moved = self._device.to_host(torch.cat([sums for sums, *_ in watched]))
+            moved = self._device.to_host(torch.cat([crossing(sums) for sums, *_ in watched]))
             self._on_host[step.stage] = (moved, [place for _, *both in watched for place in both])
 
     def judge(self, step: Step) -> None:
@@ -45,8 +45,6 @@ class Health:
         sums, places = self._on_host.pop(step.stage, (None, []))
         if sums is not None:
             _judge(sums.tolist(), places)
-        # A head on the host moves no logits; what was wrong on the accelerator has reached the head's own watch.
-        self._sums.pop(step.stage, None)
 
     def _watch(self, step: Step, a: Tensor, of_a: Watched, b: Tensor, of_b: Watched) -> None:
         """A sum is finite only if all of them are (in float32: no overflow)."""

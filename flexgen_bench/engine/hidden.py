@@ -70,18 +70,16 @@ class HiddenStates:
         if any(part.tier is not tier for part in work.hidden_parts):
             # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
             self._current[tier, step.stage] = x
-        keys = []
-        for part in work.hidden_parts:
-            if part.tier is not tier:
-                continue
+        here = [part for part in work.hidden_parts if part.tier is tier]
+        for part in here:
             rows = x[part.row : part.stop]
-            if tier is self._job.compute_tier:
-                keys.append(_home(work, part))
-                self._rows[keys[-1]] = rows
-            else:
+            if tier is not self._job.compute_tier:
                 self._in_memory(work, part).copy_(rows)
-        if len(keys) == len(work.hidden_parts):
-            self._joined[tuple(keys)] = x
+            else:  # a view would keep the rows of the other parts, too
+                whole = len(here) == len(work.hidden_parts)
+                self._rows[_home(work, part)] = rows if whole else rows.clone()
+        if here and len(here) == len(work.hidden_parts) and tier is self._job.compute_tier:
+            self._joined[tuple(_home(work, part) for part in here)] = x
 
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
@@ -95,9 +93,9 @@ class HiddenStates:
     def _part(self, step: Step, work: MicroBatch, part: Part) -> Tensor:
         tier = self._site(step)
         if part.tier is not tier:
-            return crossing(self._staged[tier, step.stage, part.index])
-        if tier is self._job.compute_tier:
-            return self._rows[_home(work, part)]
+            return crossing(self._staged.pop((tier, step.stage, part.index)))
+        if tier is self._job.compute_tier:  # made by a compute step, or brought back by a link
+            return crossing(self._rows[_home(work, part)])
         return self._in_memory(work, part)
 
     def load(self, step: Step) -> None:
@@ -114,7 +112,7 @@ class HiddenStates:
             self._staged[key] = self._device.to_host(self._rows[_home(work, part)])
         else:
             on_disk = part.tier is Tier.DISK
-            source = self._host[key] if on_disk else self._in_memory(work, part)
+            source = self._host.pop(key) if on_disk else self._in_memory(work, part)
             self._staged[key] = self._device.to_compute(source)
 
     def store(self, step: Step) -> None:

@@ -28,11 +28,17 @@ def drop_small(weights: Tensor, last: Sequence[int], keep: Sequence[int]) -> Ten
     # so that which of equal weights stay is defined, on every device.
     index = torch.arange(tokens, device=weights.device)
     order = (weights.view(torch.int32).long() << 32) - index
-    latest = torch.tensor(last, device=weights.device)[:, None, None].expand(-1, order.shape[1], 1)
+    latest = _beside(weights, last)[:, None, None].expand(-1, order.shape[1], 1)
     order.scatter_(2, latest, torch.iinfo(torch.int64).max)
     top = order.topk(max(keep), dim=2).indices
     rank = torch.arange(max(keep), device=weights.device)
-    used = rank < torch.tensor(keep, device=weights.device)[:, None]
+    used = rank < _beside(weights, keep)[:, None]
     stays = torch.zeros_like(weights, dtype=torch.bool)
     stays.scatter_(2, top, used[:, None].expand(sequences, order.shape[1], -1))
     return weights.masked_fill_(~stays, 0)
+
+
+def _beside(weights: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Numbers where the weights are. From pinned memory: a GPU's stream would be waited for otherwise."""
+    found = torch.tensor(numbers)
+    return found.pin_memory().to(weights.device, non_blocking=True) if weights.is_cuda else found

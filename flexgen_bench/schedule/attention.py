@@ -158,9 +158,10 @@ def _in_memory(
 
 
 def _flush(unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
-    """A tail segment of a cache on disk is written once, when it is complete."""
+    """A tail segment of a cache on disk is written once, when it is complete, if more tokens are to attend to it."""
     layout = part.cohort.layouts[part.home]
-    if part.tier is Tier.DISK and part.token % layout.segment_tokens == 0:
+    is_complete = part.token % layout.segment_tokens == 0
+    if part.tier is Tier.DISK and is_complete and part.token < layout.new_tokens:
         yield Step(
             Lane.DISK_WRITE, StepKind.STORE_KV, unit.index, work, part.index,
             reads=(_appendix(unit, part),), writes=(_home(unit, part),), bytes=layout.segment_bytes,
