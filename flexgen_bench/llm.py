@@ -21,7 +21,7 @@ from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, check_prompt
-from flexgen_bench.engine.generation import Running, ScoreRequest
+from flexgen_bench.engine.generation import Running, ScoreRequest, Scoring
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.memory.checkpoint import read_config
@@ -158,7 +158,8 @@ class LLM:
             raise UserError("contexts", list(contexts), "at least one context")
         pairs = zip(contexts, continuations, strict=True)
         requests = [self._score_request(i, a, b) for i, (a, b) in enumerate(pairs)]
-        engine = self._engine_for([Request(len(r.tokens), 1) for r in requests])
+        asked = [Request(len(r.tokens), 1) for r in requests]
+        engine = self._engine_for(asked, Scoring.rows_at_once)
         scoring, _ = engine.score(requests, self._progress)
         return [_score(scoring.results[i]) for i in range(len(requests))]
 
@@ -186,16 +187,20 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+    def _engine_for(self, requests: Sequence[Request], scored_rows: int = 0) -> Engine:
         """The engine under the given policy, or under one chosen for these requests (kept while it still fits)."""
         if self._policy is None:
-            if self._engine is not None and self._engine.fits(requests):
+            if self._engine is not None and self._engine.fits(requests, scored_rows):
                 return self._engine
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
             policy = self._weights.choose_policy(
-                self._device, self._offload_dir, requests, lossy=self._lossy
+                self._device,
+                self._offload_dir,
+                requests,
+                lossy=self._lossy,
+                scored_rows=scored_rows,
             )
             self._engine = self._weights.engine(policy, self._device, self._offload_dir)
         assert self._engine is not None, "closed"

@@ -69,6 +69,7 @@ class PackedWeights:
         requests: Sequence[Request],
         block_size: int | None = None,
         lossy: Lossy = EXACT,
+        scored_rows: int = 0,
     ) -> Policy:
         """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. A little is kept back: the engine looks at what is free again."""
         free = {
@@ -76,7 +77,15 @@ class PackedWeights:
             for tier, count in device.available(make_writable(offload_dir, "offload_dir")).items()
         }
         return default_policy(
-            self.shape, self.packed, self.dtype, device.hardware, requests, free, block_size, lossy
+            self.shape,
+            self.packed,
+            self.dtype,
+            device.hardware,
+            requests,
+            free,
+            block_size,
+            lossy,
+            scored_rows,
         )
 
     def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:

@@ -117,10 +117,10 @@ class Engine:
             logits_row_bytes, scored_rows,
         )  # fmt: skip
 
-    def fits(self, requests: Sequence[Request]) -> bool:
+    def fits(self, requests: Sequence[Request], scored_rows: int = 0) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
         try:
-            self._check(self.plan(requests))
+            self._check(self.plan(requests, scored_rows=scored_rows))
         except DoesNotFit:
             return False
         return True

@@ -67,6 +67,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     mask = None
     if length < tokens:  # aligned to the lower right: the last query sees every key
         mask = torch.ones(length, tokens, dtype=torch.bool, device=q.device).tril_(tokens - length)
+    if grouped and q.is_cuda and (mask is not None or torch.cuda.get_device_capability()[0] < 8):
+        # On CUDA only the flash kernel takes grouped heads: no mask, Ampere or newer. The others would hold all scores at once;
+        # keys and values for every query head are far smaller.
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(
         queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

@@ -35,11 +35,12 @@ def default_policy(
     available: Mapping[Tier, int],
     block_size: int | None = None,
     lossy: Lossy = EXACT,
+    scored_rows: int = 0,
 ) -> Policy:
     """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
 
     block_size: sequences per block to aim at; None means the whole job. lossy: goes into the policy as it is; ``packed``
-    is compressed accordingly.
+    is compressed accordingly. scored_rows: rows of logits that a scoring job wants at once.
     """
     wanted = min(block_size or len(requests), len(requests))
     # The worst job there can be: cohorts pad prompts to their longest and run to their longest answer.
@@ -49,7 +50,8 @@ def default_policy(
     for candidate in _candidates(hardware, wanted):
         policy = replace(candidate, lossy=lossy)
         try:
-            plan_job(shape, packed, dtype, policy, hardware, job).check(hardware, available)
+            plan = plan_job(shape, packed, dtype, policy, hardware, job, scored_rows=scored_rows)
+            plan.check(hardware, available)
         except DoesNotFit as error:
             refusal = error
             continue

@@ -142,6 +142,9 @@ def plan_job(
     parts[compute]["workspace"] = _workspace(
         job, policy, cohorts, moving, shape, dtype, scored_rows
     )
+    if moving.apart:
+        attending = _attention_bytes(job, policy, cohorts, shape, dtype.bytes)
+        parts[Tier.CPU]["attention workspace"] = attending
     return MemoryPlan(
         job=job,
         cohorts=cohorts,
@@ -217,8 +220,8 @@ def _workspace(
     """Temporaries of the largest compute step, from the shapes the kernels create.
 
     A projection holds x, its norm, and q, k, v twice (fused and split); an MLP holds x, its norm and up to three
-    tensors of the inner width; logits are kept in float32 next to their original. A compressed cache is unpacked
-    for the attention of one cohort at a time.
+    tensors of the inner width; attention has its own (``_attention_bytes``) at another time; logits are kept in float32 next
+    to their original.
     """
     width = dtype.bytes
     largest = [cohorts.start(i, cohorts.rooms[i % len(cohorts.rooms)]) for i in _extremes(cohorts)]
@@ -231,16 +234,32 @@ def _workspace(
     staged = (shape.num_heads * 2 + 4 * shape.num_kv_heads) * shape.head_dim + 2 * shape.hidden_size
     rows = max(scored_rows, decode, *(c.size for c in largest))
     logits = rows * shape.vocab_size * (width + 4)
-    unpacked = 0
-    if policy.lossy.kv_cache is not None and job.keep_kv:
-        unpacked = max(
-            sum(c.prompt_lens) + c.size * c.gen_len for c in largest
-        ) * shape.kv_values_per_token_layer * width  # fmt: skip
+    attending = _attention_bytes(job, policy, cohorts, shape, width)
     return (
-        tokens * (per_token + job.stages * staged) * width
+        max(tokens * per_token * width, attending)
+        + tokens * job.stages * staged * width
         + moving.apart * decode * staged * width
-        + logits + unpacked + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
+        + logits + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
     )  # fmt: skip
+
+
+def _attention_bytes(
+    job: Job, policy: Policy, cohorts: Cohorts, shape: ModelShape, width: int
+) -> int:
+    """Temporaries of one cohort's attention: scores of a decode step in float32 and the dtype, twice; the mask of a prompt's
+    last chunk; keys and values of a compressed cache, unpacked."""
+    found = 0
+    for index in _extremes(cohorts):
+        cohort = cohorts.start(index, cohorts.rooms[index % len(cohorts.rooms)])
+        prompt, chunk = max(cohort.prompt_lens), chunk_len(policy, cohort.size)
+        mask = min(chunk, prompt) * prompt if chunk is not None else 0
+        tokens, unpacked, scores = cohort.size * (prompt + cohort.gen_len), 0, 0
+        if job.keep_kv:
+            scores = tokens * shape.num_heads * (8 + 2 * width)
+        if policy.lossy.kv_cache is not None:
+            unpacked = tokens * shape.kv_values_per_token_layer * width
+        found = max(found, mask + scores + unpacked)
+    return found
 
 
 def _extremes(cohorts: Cohorts) -> list[int]:

@@ -104,7 +104,7 @@ def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Itera
     yield Step(
         unit.site.lane, StepKind.ATTEND, unit.index, work, part.index,
         reads=(work.buffer("qkv"), cache),
-        writes=(work.buffer("attn", part.index), new if away else appendix),
+        writes=(work.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
         flops=_attend_flops(job, part),
     )  # fmt: skip
     if away:
