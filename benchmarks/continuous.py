@@ -5,8 +5,9 @@
 An emulated accelerator, weights on the cpu. The prefill of a block is bound by computing, its decode passes by the link;
 the link is throttled so that both take as long (measured at the start of every round). Block by block the two
 phases follow each other; continuously, each pass prefills one micro-batch while the others decode, so a pass takes the
-longer of the two. As many micro-batches as new tokens: then one ends, and one can start, in every pass. Both
-schedules have room for the same sequences. Bound: (8 blocks x both phases) / (passes of the continuous schedule).
+longer of the two. As many cohorts in flight as new tokens: then one ends, and one can start, in every pass; those that decode
+share one micro-batch. Both schedules have room for the same sequences, and compute as many at once. Bound, if decoding took no
+time to compute: (8 blocks x both phases) / (passes of the continuous schedule).
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from flexgen_bench.core.units import GB
 
 LIMIT = 1.3
 BLOCKS = 8
-# Micro-batches in flight, and new tokens per sequence: a micro-batch lives for this many passes.
-IN_FLIGHT = 5
-SEQUENCES, PROMPT_LEN = 4, 60  # of a micro-batch
+# Cohorts in flight, and new tokens per sequence: a cohort lives for this many passes.
+IN_FLIGHT = 8
+SEQUENCES, PROMPT_LEN = 4, 60  # of a cohort
 MODEL = "opt-350m"  # eight blocks of a larger one would take a quarter of an hour
 
 
@@ -46,7 +47,7 @@ def main() -> int:
     job = replace(block, prompts=block.prompts * (2 if opts.quick else BLOCKS))
     gpu = Placement.all_on(Tier.GPU)
     # Both lanes are busy all the time: with one layer ahead, every hesitation of one would stop the other.
-    policy = Policy(SEQUENCES, IN_FLIGHT, Placement.all_on(Tier.CPU), gpu, gpu, prefetch=4)
+    policy = Policy(block.prompts, 1, Placement.all_on(Tier.CPU), gpu, gpu, prefetch=4)
     runs: dict[Schedule, list[Measured]] = {schedule: [] for schedule in Schedule}
     rates: list[float] = []
     for _ in range(opts.rounds):
