@@ -28,7 +28,7 @@ class Schedule(StrEnum):
 
 
 class Offloaded(StrEnum):
-    """Where decoder layers that do not live on the compute tier are computed."""
+    """Where decoder layers and the head are computed if they do not live on the compute tier."""
 
     MOVE = "move"  # their weights are moved to the compute device in every pass
     IN_PLACE = "in_place"  # on the cpu, where they lie: for few sequences, where moving is slower

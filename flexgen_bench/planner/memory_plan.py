@@ -158,7 +158,8 @@ def plan_job(
 
 
 def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compute: Tier) -> Unit:
-    stays = unit.kind is UnitKind.LAYER and policy.offloaded is Offloaded.IN_PLACE
+    # The head, too; of the embedding only rows are moved anyway.
+    stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = Site(Tier.CPU if stays and tier is not Tier.GPU else compute)
     return Unit(
         index=unit.index, kind=unit.kind, tier=tier, load_bytes=unit.num_bytes, site=site,
