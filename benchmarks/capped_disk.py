@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common import Bar, Options, Report, median, options
 
+from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.store.reader import read_record
@@ -68,7 +69,9 @@ def main() -> int:
 def _run(opts: Options, results: Path) -> Mapping[Path, Record]:
     """Measure every cell of the suite anew; the last line that is printed names the records."""
     command = [sys.executable, "-m", "flexgen_bench", f"suite={SUITE}", "rerun=true"]
-    command += [f"results_dir={results}", f"threads={opts.threads}", f"cache_dir={opts.cache}"]
+    command += [f"results_dir={results}", f"threads={opts.threads}"]
+    if opts.cache != default_cache_dir():
+        command.append(f"cache_dir={opts.cache}")
     command += [f"measure.repetitions={opts.rounds}", *(QUICK if opts.quick else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, end="")
