@@ -11,6 +11,7 @@ from conftest import opt_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen_bench.config import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -277,6 +278,24 @@ def test_a_segment_that_nobody_will_attend_to_is_not_written() -> None:
         assert all(i < last_load for i in written), gen_len
         last = max(s.token for s in steps)
         assert all(steps[i].token < last for i in written)
+
+
+def test_a_large_head_is_loaded_in_pieces_between_the_layers() -> None:
+    """In one piece it held the link until the layers in their slots were computed and the next were not there."""
+    shape = model_spec(
+        "opt-1.3b"
+    ).shape  # the head is two layers large, and 24 layers come before it
+    packed = pack(shape, family("opt").inventory(shape), DType.BFLOAT16)
+    policy = Policy(1, 1, Placement(disk=1))
+    plan = plan_job(shape, packed, DType.BFLOAT16, policy, HOST, [Request(2, 1)])
+    program = Program(policy, plan)
+    steps = list(program.steps(program.begin_pass()))
+    loads = [s for s in steps if s.kind is StepKind.LOAD_WEIGHTS]
+    pieces = [i for i, s in enumerate(loads) if s.unit == 25]
+    assert pieces == [4, 13, 22]
+    assert sum(loads[i].bytes for i in pieces) == plan.job.units[25].load_bytes
+    assert max(loads[i].bytes for i in pieces) <= plan.job.units[1].load_bytes
+    assert [s.unit for s in loads if s.unit != 25] == list(range(1, 25))
 
 
 def test_sequences_that_leave_give_up_their_rows_and_keep_their_slots() -> None:

@@ -138,14 +138,17 @@ class Job:
         A head that is larger than a layer comes in pieces of about a layer's size, spread over the pass: as one piece it would keep
         the link for so long that the layers in their slots are computed and the next are not there.
         """
-        layer = max((u.load_bytes for u in self.streamed if u.kind is UnitKind.LAYER), default=0)
-        if unit.kind is not UnitKind.HEAD or not layer:
+        if unit.kind is not UnitKind.HEAD or not self._largest_layer:
             return ((0, unit.load_bytes),)
-        count = -(-unit.load_bytes // layer)
+        count = -(-unit.load_bytes // self._largest_layer)
         size = -(-unit.load_bytes // count // PAGE) * PAGE
         return tuple(
             (start, min(start + size, unit.load_bytes)) for start in range(0, unit.load_bytes, size)
         )
+
+    @cached_property
+    def _largest_layer(self) -> int:
+        return max((u.load_bytes for u in self.streamed if u.kind is UnitKind.LAYER), default=0)
 
     def slots_for(self, kind: UnitKind) -> int:
         """Staging slots that units of a kind share, on one tier."""
