@@ -119,7 +119,7 @@ class Actions:
         self._actions[step.kind](step)
 
     def begin_pass(self) -> None:
-        """No step is running: release what the last pass has left."""
+        """Nothing of the last pass is computed any more: release the hidden states that it has left."""
         self._hidden.begin_pass()
         self._angles.clear()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.planner.program import last_rows
+from flexgen_bench.planner.program import ending, last_rows
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 
@@ -66,7 +66,7 @@ class Generation:
         return logits.argmax(dim=-1) if self.is_greedy else logits.float()
 
     def finish(self, work: MicroBatch, found: Tensor) -> None:
-        numbers = [i for member in work.members for _, i in self._ending(member)]
+        numbers = [m.cohort.sequences[place] for m in work.members for place in ending(m)]
         chosen = found.tolist() if self.is_greedy else None
         for row, i in enumerate(numbers):
             sequence = self._sequences[i]
@@ -75,15 +75,6 @@ class Generation:
     def ended(self, cohort: Cohort) -> list[int]:
         """Sequences of a cohort that have nothing left to do."""
         return [i for i in cohort.sequences if self._sequences[i].finish_reason]
-
-    def _ending(self, member: Member) -> list[tuple[int, int]]:
-        """(place in the cohort, number in the job) of sequences that get a token from this member."""
-        return [
-            (place, i)
-            for place, i in enumerate(member.cohort.sequences)
-            if member.token
-            or member.ranges[place][0] < member.ranges[place][1] == member.cohort.prompt_lens[place]
-        ]
 
 
 def _plain_greedy(params: SamplingParams) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, Schedule
@@ -51,16 +52,21 @@ class Cohorts:
         return start_cohort(index, room, members, lens, gen_len, layouts)
 
     def possible(self, room: Room) -> list[Cohort]:
-        """Cohorts that may move into a room; of those alike in length one is enough, and only the largest."""
-        indices = range(len(self.groups))
-        mine = indices[room.index :: len(self.rooms)] if self.by_room else indices
-        distinct: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-        for index in mine:
-            members = [self.requests[i] for i in self.groups[index]]
-            distinct.setdefault(
-                (len(members), tuple((m.prompt_len, m.gen_len) for m in members)), index
-            )
-        return [self.start(index, room) for index in distinct.values()]
+        """Cohorts that may move into a room; one of those alike in all lengths is enough."""
+        first = room.index if self.by_room else 0
+        return [self.start(index, room) for index in self._distinct[first]]
+
+    @cached_property
+    def _distinct(self) -> tuple[tuple[int, ...], ...]:
+        """Groups that differ in their lengths, per room that they may move into (one list if that is any)."""
+        lists = len(self.rooms) if self.by_room else 1
+        found = []
+        for first in range(lists):
+            seen: dict[tuple[Request, ...], int] = {}
+            for index in range(first, len(self.groups), lists):
+                seen.setdefault(tuple(self.requests[i] for i in self.groups[index]), index)
+            found.append(tuple(seen.values()))
+        return tuple(found)
 
     @property
     def lifetime(self) -> int:

@@ -22,6 +22,7 @@ from flexgen_bench.planner.staging import (
     staging,
 )
 from flexgen_bench.planner.units import PackedModel, PackedUnit
+from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
 
 # What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in float32.
@@ -143,7 +144,7 @@ def plan_job(
         job, policy, cohorts, moving, shape, dtype, scored_rows
     )
     if moving.apart:
-        attending = _attention_bytes(job, policy, cohorts, shape, dtype.bytes)
+        attending = _attention_bytes(job, policy, _largest(cohorts), shape, dtype.bytes)
         parts[Tier.CPU]["attention workspace"] = attending
     return MemoryPlan(
         job=job,
@@ -225,7 +226,7 @@ def _workspace(
     to their original.
     """
     width = dtype.bytes
-    largest = [cohorts.start(i, cohorts.rooms[i % len(cohorts.rooms)]) for i in _extremes(cohorts)]
+    largest = _largest(cohorts)
     prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
     decode = min(policy.gpu_batch_size, sum(room.size for room in cohorts.rooms))
     tokens = max(prefill, decode)
@@ -235,7 +236,7 @@ def _workspace(
     staged = (shape.num_heads * 2 + 4 * shape.num_kv_heads) * shape.head_dim + 2 * shape.hidden_size
     rows = max(scored_rows, decode, *(c.size for c in largest))
     logits = rows * shape.vocab_size * (width + 4)
-    attending = _attention_bytes(job, policy, cohorts, shape, width)
+    attending = _attention_bytes(job, policy, largest, shape, width)
     return (
         max(tokens * per_token * width, attending)
         + tokens * job.stages * staged * width
@@ -245,13 +246,12 @@ def _workspace(
 
 
 def _attention_bytes(
-    job: Job, policy: Policy, cohorts: Cohorts, shape: ModelShape, width: int
+    job: Job, policy: Policy, largest: Sequence[Cohort], shape: ModelShape, width: int
 ) -> int:
     """Temporaries of one cohort's attention: scores of a decode step in float32 and the dtype, twice; the mask of a prompt's
     last chunk; keys and values of a compressed cache, unpacked."""
     found = 0
-    for index in _extremes(cohorts):
-        cohort = cohorts.start(index, cohorts.rooms[index % len(cohorts.rooms)])
+    for cohort in largest:
         prompt, chunk = max(cohort.prompt_lens), chunk_len(policy, cohort.size)
         mask = min(chunk, prompt) * prompt if chunk is not None else 0
         tokens, unpacked, scores = cohort.size * (prompt + cohort.gen_len), 0, 0
@@ -263,15 +263,16 @@ def _attention_bytes(
     return found
 
 
-def _extremes(cohorts: Cohorts) -> list[int]:
-    """Groups that may be the largest in some respect: by tokens, by sequences, by length."""
+def _largest(cohorts: Cohorts) -> list[Cohort]:
+    """Cohorts that may be the largest in some respect: by prompt tokens, by all tokens, by sequences."""
     asked, groups = cohorts.requests, cohorts.groups
     measures = (
         lambda g: sum(asked[i].prompt_len for i in g),
         lambda g: sum(asked[i].prompt_len + asked[i].gen_len for i in g),
         len,
     )
-    return [max(range(len(groups)), key=lambda n: measure(groups[n])) for measure in measures]
+    indices = [max(range(len(groups)), key=lambda n: measure(groups[n])) for measure in measures]
+    return [cohorts.start(i, cohorts.rooms[i % len(cohorts.rooms)]) for i in indices]
 
 
 def _flops_before(shape: ModelShape, kind: UnitKind, num_values: int) -> int:

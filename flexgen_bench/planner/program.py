@@ -12,18 +12,23 @@ from flexgen_bench.schedule.admission import Admission
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.generator import pass_steps
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
-from flexgen_bench.schedule.passes import Running, Wanted, form_micro_batches
+from flexgen_bench.schedule.passes import RunningCohort, Wanted, form_micro_batches
 from flexgen_bench.schedule.steps import Step
 from flexgen_bench.schedule.weights import WeightStream
 
 
-def last_rows(member: Member) -> list[int]:
-    """The rows that generation wants logits of: of every sequence whose prompt ends here, or which decodes."""
+def ending(member: Member) -> list[int]:
+    """Places in the cohort of the sequences that get a token from this member: their prompt ends here, or they decode."""
     return [
-        member.offsets[place + 1] - 1
+        place
         for place, (first, last) in enumerate(member.ranges)
         if member.token or first < last == member.cohort.prompt_lens[place]
     ]
+
+
+def last_rows(member: Member) -> list[int]:
+    """The rows that generation wants logits of: the last one of every sequence that gets a token."""
+    return [member.offsets[place + 1] - 1 for place in ending(member)]
 
 
 class Program:
@@ -36,7 +41,7 @@ class Program:
         self._admission = Admission(
             policy.schedule, len(cohorts.groups), len(cohorts.rooms), cohorts.lifetime
         )
-        self._running: dict[int, Running] = {}  # by room
+        self._running: dict[int, RunningCohort] = {}  # by room
 
     @property
     def is_done(self) -> bool:
@@ -47,7 +52,7 @@ class Program:
         rooms = self._plan.cohorts.rooms
         free = [room.index for room in rooms if room.index not in self._running]
         for index, room in self._admission.admit(free):
-            self._running[room] = Running(self._plan.cohorts.start(index, rooms[room]))
+            self._running[room] = RunningCohort(self._plan.cohorts.start(index, rooms[room]))
         return form_micro_batches(
             self._plan.job,
             [self._running[room] for room in sorted(self._running)],

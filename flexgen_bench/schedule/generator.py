@@ -16,17 +16,21 @@ Buffers, and who writes them (tier is where the buffer lies):
     kv(room, layer, part)   keys and values at home           <- ATTEND, STORE_KV, APPEND_KV
     kv_tail(room, layer, part) the unfinished segment of a cache on disk, in host memory
     kv_slot, kv_host(slot)  keys and values being moved       <- LOAD_KV
+    kv_new.tier(slot)       a prompt's keys and values on their way home <- ATTEND
+    kv_token(stage, part)   a token's, on their way home      <- ATTEND
+    logits(stage)           what sampling needs               <- HEAD
+    ..._host, gpu_rows      the same on the other side of a link <- MOVE_..., STORE_KV
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.attention import attention_buffers, attention_steps
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
 from flexgen_bench.schedule.job import Job, Unit, UnitKind
-from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 from flexgen_bench.schedule.weights import Blob, WeightStream
 
@@ -44,7 +48,7 @@ def pass_steps(
     apart: list[MicroBatch] = []
     others: list[MicroBatch] = []
     for batch in batches:
-        (apart if is_attended_apart(job, batch) else others).append(batch)
+        (apart if is_attended_apart(job, batch.members) else others).append(batch)
     projected = (
         False  # whether the layer's projections of ``apart`` were emitted with the layer before
     )
@@ -76,13 +80,12 @@ def pass_steps(
         yield from weights.done(unit)
 
 
-def is_attended_apart(job: Job, batch: MicroBatch) -> bool:
-    """Whether the cpu attends for this micro-batch while an accelerator computes the rest."""
-    return not batch.is_prefill and any(
-        job.attends_on_cpu(unit, part)
-        for unit in job.units
-        if unit.kind is UnitKind.LAYER
-        for part in batch.kv_parts
+def is_attended_apart(job: Job, members: Sequence[Member]) -> bool:
+    """Whether the cpu attends for a micro-batch of these members while an accelerator computes the rest."""
+    return job.delegates_attention and any(
+        member.token and span.count and span.tier is not Tier.GPU
+        for member in members
+        for span in member.cohort.kv
     )
 
 

@@ -160,6 +160,13 @@ class Job:
             return Tier.CPU
         return part.tier
 
+    @cached_property
+    def delegates_attention(self) -> bool:
+        """Whether the cpu attends for layers that an accelerator computes, where their cache is not on it."""
+        return self.attention is AttentionSite.CPU and any(
+            u.kind is UnitKind.LAYER and u.site.is_accelerator for u in self.units
+        )
+
     def attends_on_cpu(self, unit: Unit, part: Part) -> bool:
         """Decode attention of this part runs on the cpu although an accelerator computes the rest."""
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.generator import is_attended_apart
@@ -15,7 +15,7 @@ Wanted = Callable[[Member], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningCohort:
     """A cohort in its room. token: 0 before its prefill, n when its n-th new token is to be fed."""
 
     cohort: Cohort
@@ -24,7 +24,7 @@ class Running:
 
 def form_micro_batches(
     job: Job,
-    running: Sequence[Running],
+    running: Sequence[RunningCohort],
     largest: int,
     chunk_len: Callable[[int], int | None],
     wanted: Wanted,
@@ -32,16 +32,21 @@ def form_micro_batches(
     """One pass. Every cohort that starts is a micro-batch per chunk of its prompts; cohorts that decode share
     micro-batches of at most ``largest`` sequences. chunk_len: cohort size -> tokens of each prompt per chunk (None: all)."""
     found: list[MicroBatch] = []
-    parts = prompts = 0
+    parts = prompts = plain = apart = 0
 
     def add(members: tuple[Member, ...], chunk: int = 0) -> None:
-        nonlocal parts
+        nonlocal parts, plain, apart
+        # Staging slots in turn; micro-batches that are all taken apart at the attention have one of their own each.
+        if is_attended_apart(job, members):
+            stage, apart = job.stages + apart, apart + 1
+        else:
+            stage, plain = plain % job.stages, plain + 1
         slot = prompts % job.stages
         rows, start = [], 0
         for member in members:
             rows += [start + row for row in wanted(member)]
             start += member.offsets[-1]
-        batch = MicroBatch(len(found), members, 0, slot, parts, job.stages, tuple(rows), chunk)
+        batch = MicroBatch(len(found), members, stage, slot, parts, job.stages, tuple(rows), chunk)
         parts += len(batch.kv_parts)
         found.append(batch)
 
@@ -54,12 +59,12 @@ def form_micro_batches(
             for number, start in enumerate(range(0, longest, size)):
                 add((Member(starting.cohort, 0, start, start + size),), number)
             prompts += 1
-    return _staged(job, found)
+    return found
 
 
-def _share(decoding: Sequence[Running], largest: int) -> list[list[Running]]:
+def _share(decoding: Sequence[RunningCohort], largest: int) -> list[list[RunningCohort]]:
     """Fill micro-batches with cohorts in order."""
-    groups: list[list[Running]] = []
+    groups: list[list[RunningCohort]] = []
     size = 0
     for one in decoding:
         if not groups or size + one.cohort.size > largest:
@@ -68,16 +73,3 @@ def _share(decoding: Sequence[Running], largest: int) -> list[list[Running]]:
         groups[-1].append(one)
         size += one.cohort.size
     return groups
-
-
-def _staged(job: Job, batches: list[MicroBatch]) -> list[MicroBatch]:
-    """Staging slots in turn; micro-batches that are all taken apart at the attention have one of their own each."""
-    found, plain, apart = [], 0, 0
-    for batch in batches:
-        if is_attended_apart(job, batch):
-            found.append(replace(batch, stage=job.stages + apart))
-            apart += 1
-        else:
-            found.append(replace(batch, stage=plain % job.stages))
-            plain += 1
-    return found
