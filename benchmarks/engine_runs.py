@@ -26,8 +26,7 @@ from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.executor import LaneUse
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
 
@@ -118,11 +117,11 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
     """Generate greedily, without early ends, from random prompts that are the same for the same ``seed``."""
     rng = random.Random(seed)
     params = SamplingParams(max_tokens=shape.gen_len, ignore_eos=True)
-    sequences = []
-    for i in range(shape.prompts):
-        prompt = [rng.randrange(4, vocab_size) for _ in range(shape.prompt_len)]
-        sampler = Sampler(params, prompt, i)
-        sequences.append(Running(prompt, params, sampler, frozenset(), lambda new: False))
+    prompts = [
+        [rng.randrange(4, vocab_size) for _ in range(shape.prompt_len)]
+        for _ in range(shape.prompts)
+    ]
+    sequences = to_full_length(prompts, params)
     told: list[tuple[float, str, int]] = []
     start = time.perf_counter()
     result = made.generate(

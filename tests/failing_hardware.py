@@ -22,8 +22,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import Running, to_full_length
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 EMULATED = HardwareProfile(
@@ -79,12 +78,7 @@ class Tiny:
 
     def sequences(self, **changes: Any) -> list[Running]:
         params = SamplingParams(max_tokens=NEW_TOKENS)
-        return [
-            replace(
-                Running(p, params, Sampler(params, p, i), frozenset(), lambda new: False), **changes
-            )
-            for i, p in enumerate(self.prompts)
-        ]
+        return [replace(s, **changes) for s in to_full_length(self.prompts, params)]
 
     def engine(self, rig: str, offload: Path) -> Engine:
         hardware, policy = RIGS[rig]

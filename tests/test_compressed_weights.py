@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_shape, opt_shape
-from tiny_models import MODELS, greedy_reference, random_model, random_prompts, save
+from tiny_models import EMULATED, HOST, MODELS, greedy_reference, random_model, random_prompts, save
 
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -24,8 +24,7 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import store_plan
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
 from flexgen_bench.llm import LLM
@@ -38,10 +37,6 @@ from flexgen_bench.planner.units import pack
 from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
-HOST = HardwareProfile("cpu", Accelerator.NONE)
-EMULATED = HardwareProfile(
-    "emulated", Accelerator.EMULATED, gpu_memory_bytes=2**28, links={"h2d": 4e9, "d2h": 4e9}
-)
 NEW_TOKENS = 6
 # The models' dimensions are 20, 48, 60, 64, 90 and 100: most are no multiples of these groups, some none of 8.
 COMPRESSIONS = [Compression(3, 16), Compression(4, 64), Compression(8, 8)]
@@ -76,10 +71,7 @@ def greedy(
     prompts: list[list[int]],
 ) -> list[list[int]]:
     params = SamplingParams(max_tokens=NEW_TOKENS)
-    sequences = [
-        Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
-        for i, prompt in enumerate(prompts)
-    ]
+    sequences = to_full_length(prompts, params)
     lossy = Lossy(weights=weights.packed.compression)
     engine = weights.engine(replace(policy, lossy=lossy), Device.open(hardware, 1), folder)
     try:

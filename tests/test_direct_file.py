@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.units import PAGE
 from flexgen_bench.memory import direct_file
 from flexgen_bench.memory.direct_file import DirectFile
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.host import allocate
 
 SIZE = 37 * PAGE
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MODELS, greedy_reference, random_model, random_prompts, save
+from tiny_models import EMULATED, HOST, MODELS, greedy_reference, random_model, random_prompts, save
 
 import flexgen_bench.engine.actions as actions_module
 import flexgen_bench.engine.device as device_module
 import flexgen_bench.engine.hidden as hidden_module
-from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -23,15 +23,11 @@ from flexgen_bench.engine.actions import Actions
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import JobResult
-from flexgen_bench.engine.generation import Running, ScoreRequest
+from flexgen_bench.engine.generation import Running, ScoreRequest, to_full_length
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.schedule.steps import Step
 
-HOST = HardwareProfile("cpu", Accelerator.NONE)
-EMULATED = HardwareProfile(
-    "emulated", Accelerator.EMULATED, gpu_memory_bytes=2**28, links={"h2d": 4e9, "d2h": 4e9}
-)
 NEW_TOKENS = 9
 LENGTHS = [1, 30, 2, 9, 9, 17, 5]  # very different, two alike
 
@@ -238,10 +234,7 @@ def test_sampled_tokens_depend_on_the_seed_alone(
         ),
     ):  # fmt: skip
         engine = reference.weights.engine(policy, Device.open(hardware, 1), tmp_path)
-        sequences = [
-            Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
-            for i, prompt in enumerate(reference.prompts)
-        ]
+        sequences = to_full_length(reference.prompts, params)
         engine.generate(sequences)
         engine.close()
         found.append([s.new for s in sequences])

@@ -21,9 +21,9 @@ from tiny_models import random_model, save
 
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.units import PAGE
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.engine import Engine
-from flexgen_bench.memory.host import PAGE
 
 pytest_plugins = "failure_fixtures"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen_bench.core.units import GIB, MIB
+from flexgen_bench.core.units import GIB, MIB, PAGE
 from flexgen_bench.engine.device import GPU_RESERVE_BYTES, gpu_room
 from flexgen_bench.memory import host
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.host import allocate
 
 
 def is_mapped(address: int) -> bool:

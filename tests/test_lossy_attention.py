@@ -10,23 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, random_model, random_prompts, save
+from tiny_models import EMULATED, HOST, MODELS, greedy_reference, random_model, random_prompts, save
 
 from flexgen_bench.core.compression import Compression, Lossy
-from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.kernels.quantization import fake_quantize
 
-HOST = HardwareProfile("cpu", Accelerator.NONE)
-EMULATED = HardwareProfile(
-    "emulated", Accelerator.EMULATED, gpu_memory_bytes=2**28, links={"h2d": 4e9, "d2h": 4e9}
-)
 NEW_TOKENS = 9
 LENGTHS = [1, 30, 2, 9, 17, 5]
 NAMES = ["opt", "llama-tied-grouped", "llama-multi-query"]
@@ -73,17 +68,7 @@ def sparse_attention(share: float) -> Any:
 def reference(
     model: Any, prompts: Sequence[Sequence[int]], compression: Compression | None
 ) -> list[list[int]]:
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=1,
-                eos_token_id=None, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                past_key_values=fake_quantized_cache(compression),
-            )  # fmt: skip
-        outputs.append(out[0, len(prompt) :].tolist())
-    return outputs
+    return greedy_reference(model, prompts, NEW_TOKENS, lambda: fake_quantized_cache(compression))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -107,10 +92,7 @@ def run(
 ) -> list[list[int]]:
     engine = weights.engine(policy, Device.open(hardware, 1), folder)
     params = SamplingParams(max_tokens=NEW_TOKENS)
-    sequences = [
-        Running(p, params, Sampler(params, p, i), frozenset(), lambda new: False)
-        for i, p in enumerate(prompts)
-    ]
+    sequences = to_full_length(prompts, params)
     try:
         engine.generate(sequences)
     finally:

@@ -17,11 +17,11 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.units import PAGE
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.memory.host import allocate
 from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.runner import dummy_weights
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
@@ -81,10 +81,7 @@ def tokens(weights: PackedWeights, folder: Path) -> list[list[int]]:
     engine = weights.engine(policy, device, folder)
     params = SamplingParams(max_tokens=6)
     prompts = [[5, 9, 13], [7, 8]]
-    running = [
-        Running(p, params, Sampler(params, p, i), frozenset(), lambda new: False)
-        for i, p in enumerate(prompts)
-    ]
+    running = to_full_length(prompts, params)
     try:
         engine.generate(running)
     finally:

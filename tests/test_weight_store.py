@@ -21,8 +21,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import store_plan
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.memory import weight_store
 
 
@@ -46,9 +45,7 @@ def place(weights: PackedWeights, tier: Tier, folder: Path) -> None:
     engine = weights.engine(policy, device, folder)
     params = SamplingParams(max_tokens=2)
     try:
-        engine.generate(
-            [Running([5, 6], params, Sampler(params, [], 0), frozenset(), lambda n: False)]
-        )
+        engine.generate(to_full_length([[5, 6]], params))
     finally:
         engine.close()
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of awkward shapes, and what transformers generates with them."""
+"""Tiny random checkpoints of awkward shapes, machines to run them on, and what transformers generates with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+
 VOCAB = 131
+HOST = HardwareProfile("cpu", Accelerator.NONE)
+EMULATED = HardwareProfile(
+    "emulated", Accelerator.EMULATED, gpu_memory_bytes=2**28, links={"h2d": 4e9, "d2h": 4e9}
+)
 
 
 def _opt(**changes: Any) -> Any:
@@ -68,9 +74,13 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 
 
 def greedy_reference(
-    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    cache: Callable[[], Any] = lambda: None,
 ) -> list[list[int]]:
-    """Greedy tokens of transformers, one prompt at a time: no padding is involved."""
+    """Greedy tokens of transformers, one prompt at a time: no padding is involved. cache: makes each prompt's KV cache; None is
+    transformers' own."""
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
@@ -78,6 +88,7 @@ def greedy_reference(
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=1,
                 eos_token_id=None, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                past_key_values=cache(),
             )  # fmt: skip
         outputs.append(out[0, len(prompt) :].tolist())
     return outputs

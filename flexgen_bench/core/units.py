@@ -1,4 +1,4 @@
-"""Bytes and seconds as text. GiB = 2**30, GB = 10**9 (docs/vocabulary.md)."""
+"""Bytes: units, pages, and as text. GiB = 2**30, GB = 10**9 (docs/vocabulary.md)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from flexgen_bench.core.errors import UserError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
+PAGE = 4 * KIB  # what direct I/O addresses, and the system maps
+
 
 _UNITS = {
     "": 1,
@@ -22,6 +24,11 @@ _UNITS = {
     "tb": TB,
 }
 _PATTERN = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$")
+
+
+def aligned(count: int, to: int = PAGE) -> int:
+    """The smallest multiple of ``to`` that is not below ``count``."""
+    return -(-count // to) * to
 
 
 def parse_bytes(text: str | int | float, field: str = "size") -> int:

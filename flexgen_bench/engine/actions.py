@@ -149,7 +149,7 @@ class Actions:
     def _gather_rows(self, step: Step) -> None:
         self._rows[step.stage] = {
             name: self._weights.rows(name, index)
-            for name, index in self._indices(_work(step)).items()
+            for name, index in self._indices(step.micro_batch).items()
         }
 
     def _move_rows(self, step: Step) -> None:
@@ -162,7 +162,7 @@ class Actions:
         if unit.tier is unit.site.tier:
             rows = {
                 name: self._weights.rows(name, self._to_site(step, index))
-                for name, index in self._indices(_work(step)).items()
+                for name, index in self._indices(step.micro_batch).items()
             }
         else:
             gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
@@ -181,7 +181,7 @@ class Actions:
     def _angles_of(self, step: Step, x: Tensor) -> Any:
         """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
         Layers computed on another device make their own."""
-        work = _work(step)
+        work = step.micro_batch
         made_for, angles = self._angles.get(step.stage, (None, None))
         if made_for is not work or (angles is not None and angles[0].device != x.device):
             positions = self._to_site(step, _positions(work))
@@ -190,12 +190,12 @@ class Actions:
         return angles
 
     def _move_qkv(self, step: Step) -> None:
-        part = _work(step).kv_parts[step.part]
+        part = step.micro_batch.kv_parts[step.part]
         q, k, v = (self._device.to_host(t[part.row : part.stop]) for t in self._qkv[step.stage])
         self._qkv_host[step.stage, step.part] = (q, k, v)
 
     def _attend(self, step: Step) -> None:
-        work = _work(step)
+        work = step.micro_batch
         if work.is_prefill:
             self._attended[step.stage, 0] = self._attend_prompt(
                 step, work, *self._qkv.pop(step.stage)
@@ -244,7 +244,7 @@ class Actions:
         self._attended[key] = self._device.to_compute(self._attended_host.pop(key))
 
     def _output(self, step: Step) -> None:
-        work = _work(step)
+        work = step.micro_batch
         parts = 1 if work.is_prefill else len(work.kv_parts)
         outs = [crossing(self._attended.pop((step.stage, part))) for part in range(parts)]
         attended = outs[0] if parts == 1 else torch.cat(outs)
@@ -256,7 +256,7 @@ class Actions:
     # From hidden states to tokens
 
     def _head(self, step: Step) -> None:
-        work = _work(step)
+        work = step.micro_batch
         x = self._hidden.take(step)
         if len(work.wanted) < work.rows:
             x = x[self._to_site(step, torch.tensor(work.wanted))]
@@ -277,17 +277,12 @@ class Actions:
         self._health.judge(step)
         on_accelerator = self._on_accelerator(step)
         found = self._found_host if on_accelerator else self._found
-        self._consumer.finish(_work(step), found.pop(step.stage))
+        self._consumer.finish(step.micro_batch, found.pop(step.stage))
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""
         on_gpu = self._job.units[step.unit].site.tier is Tier.GPU and self._device.is_cuda
         return self._device.to_compute(tensor) if on_gpu else tensor
-
-
-def _work(step: Step) -> MicroBatch:
-    assert step.work is not None
-    return step.work
 
 
 def _positions(work: MicroBatch) -> Tensor:

@@ -91,8 +91,7 @@ class KVCache:
 
     def keep_prompt(self, step: Step, k: Sequence[Stored]) -> None:
         """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the way."""
-        assert step.work is not None
-        for part in step.work.kv_parts:
+        for part in step.micro_batch.kv_parts:
             raw = self._prompt_bytes(step, part)
             region, member = self._region(part), part.member
             rows = [tuple(t[part.row : part.stop] for t in stored) for stored in k]
@@ -123,14 +122,12 @@ class KVCache:
         unit = self._job.units[step.unit]
         if self._job.keep_kv and self._job.kv_tier(unit, part) is unit.site.tier:
             return self._memory[_home(step, part)]
-        assert step.work is not None
-        return self._slice(self._prompts[unit.site.tier][step.work.prompt_slot], step, part)
+        return self._slice(self._prompts[unit.site.tier][step.micro_batch.prompt_slot], step, part)
 
     def _slice(self, staging: Tensor, step: Step, part: Part) -> Tensor:
         """The part's share of a staging buffer: parts that are staged lie one after the other."""
-        assert step.work is not None
         unit, start = self._job.units[step.unit], 0
-        for other in step.work.kv_parts[: part.index]:
+        for other in step.micro_batch.kv_parts[: part.index]:
             if not (self._job.keep_kv and self._job.kv_tier(unit, other) is unit.site.tier):
                 start += self._region(other).layout.prompt_bytes
         return staging[start:]
@@ -167,10 +164,9 @@ class KVCache:
 
     def _host_prompt(self, step: Step, part: Part) -> Tensor:
         """Only parts on disk pass through here; each has its place after the ones before it."""
-        assert step.work is not None
-        before = (p for p in step.work.kv_parts[: part.index] if p.tier is Tier.DISK)
+        before = (p for p in step.micro_batch.kv_parts[: part.index] if p.tier is Tier.DISK)
         start = sum(self._region(p).layout.prompt_bytes for p in before)
-        return self._prompts_host[step.work.prompt_slot][start:]
+        return self._prompts_host[step.micro_batch.prompt_slot][start:]
 
     def load(self, step: Step) -> None:
         """LOAD_KV: disk -> host slot, or host -> accelerator."""
@@ -268,8 +264,7 @@ class KVCache:
 
 
 def _part(step: Step) -> Part:
-    assert step.work is not None
-    return step.work.kv_parts[step.part]
+    return step.micro_batch.kv_parts[step.part]
 
 
 def _home(step: Step, part: Part) -> Home:

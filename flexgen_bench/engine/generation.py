@@ -38,6 +38,14 @@ class Running:
             self.finish_reason = "length"
 
 
+def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Running]:
+    """One sequence per prompt, which nothing ends before ``max_tokens``."""
+    return [
+        Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
 class Generation:
     """Feeds tokens to micro-batches and samples the next ones. ``sequences`` are numbered as in the job."""
 

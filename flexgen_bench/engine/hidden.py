@@ -7,11 +7,12 @@ from torch import Tensor
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.units import aligned
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.staging import chunk_len, chunk_rows, page_aligned
+from flexgen_bench.planner.staging import chunk_len, chunk_rows
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.steps import Step
 
@@ -66,7 +67,7 @@ class HiddenStates:
 
     def put(self, step: Step, x: Tensor) -> None:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
-        work, tier = _work(step), self._site(step)
+        work, tier = step.micro_batch, self._site(step)
         if any(part.tier is not tier for part in work.hidden_parts):
             # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
             self._current[tier, step.stage] = x
@@ -83,7 +84,7 @@ class HiddenStates:
 
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
-        work, tier = _work(step), self._site(step)
+        work, tier = step.micro_batch, self._site(step)
         joined = self._joined.get(tuple(_home(work, part) for part in work.hidden_parts))
         if joined is not None and tier is self._job.compute_tier:
             return joined
@@ -100,7 +101,7 @@ class HiddenStates:
 
     def load(self, step: Step) -> None:
         """LOAD_HIDDEN: one tier nearer to the site."""
-        work = _work(step)
+        work = step.micro_batch
         part, key = work.hidden_parts[step.part], (self._site(step), step.stage, step.part)
         if step.lane is Lane.DISK_READ:
             pages = self._paged(step, part)
@@ -117,7 +118,7 @@ class HiddenStates:
 
     def store(self, step: Step) -> None:
         """STORE_HIDDEN: one tier nearer to home."""
-        work = _work(step)
+        work = step.micro_batch
         part = work.hidden_parts[step.part]
         if step.lane is Lane.DISK_WRITE:
             pages = self._paged(step, part)
@@ -157,7 +158,7 @@ class HiddenStates:
     def _disk_offset(self, work: MicroBatch, part: Part) -> int:
         before = self._chunks(part)[: work.chunk] if work.chunk else ()
         base = self._offset[part.cohort.room, part.home]
-        return base + sum(page_aligned(rows * self._row_bytes) for rows in before)
+        return base + sum(aligned(rows * self._row_bytes) for rows in before)
 
     def _chunks(self, part: Part) -> list[int]:
         """Prompt rows of each chunk; prompts are computed before anybody leaves."""
@@ -168,15 +169,10 @@ class HiddenStates:
 
     def _paged(self, step: Step, part: Part) -> Tensor:
         """The part's page-aligned share of its stage's buffer."""
-        before = (p for p in _work(step).hidden_parts[: part.index] if p.tier is Tier.DISK)
-        start = sum(page_aligned(p.rows * self._row_bytes) for p in before)
-        size = page_aligned(part.rows * self._row_bytes)
+        before = (p for p in step.micro_batch.hidden_parts[: part.index] if p.tier is Tier.DISK)
+        start = sum(aligned(p.rows * self._row_bytes) for p in before)
+        size = aligned(part.rows * self._row_bytes)
         return self._pages[step.stage][start : start + size]
-
-
-def _work(step: Step) -> MicroBatch:
-    assert step.work is not None
-    return step.work
 
 
 def _home(work: MicroBatch, part: Part) -> Home:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES
+from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.engine.weight_views import Weight
 from flexgen_bench.kernels.quantization import dequantize
 from flexgen_bench.memory.direct_file import DirectFile
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.host import allocate
 from flexgen_bench.planner.units import PackedEntry
 
 
@@ -43,12 +44,12 @@ def rows_on_disk(
 
 def _read(file: DirectFile, base: int, size: int, rows: Sequence[int]) -> Tensor:
     """Rows of ``size`` bytes of a table that starts at ``base``: uint8 (rows, size)."""
-    window = allocate((-(-size // PAGE) + 1) * PAGE)
+    window = allocate(aligned(size) + PAGE)
     found = torch.empty((len(rows), size), dtype=torch.uint8)
     for place, row in enumerate(rows):
         first = base + row * size
         start = first // PAGE * PAGE
-        length = -(-(first + size - start) // PAGE) * PAGE
+        length = aligned(first + size - start)
         file.read(start, window[:length])
         found[place] = window[first - start :][:size]
     return found

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.core.units import MIB
+from flexgen_bench.core.units import MIB, PAGE, aligned
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.table_rows import rows_in_memory, rows_on_disk
 from flexgen_bench.engine.verification import Verification
 from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view, views
 from flexgen_bench.memory.checksum import checksum
-from flexgen_bench.memory.host import PAGE, allocate
+from flexgen_bench.memory.host import allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
@@ -126,7 +126,7 @@ class Weights:
                 start = 0
             start, stop = (
                 start // PAGE * PAGE,
-                min(-(-stop // PAGE) * PAGE, self._packed.file_bytes),
+                min(aligned(stop), self._packed.file_bytes),
             )
             memory = self._arenas.allocate(tier, "weights", stop - start)
             on_host = allocate(stop - start) if memory.is_cuda else memory
@@ -155,7 +155,7 @@ class Weights:
         """Of ``count`` bytes of the file, read through ``window``."""
         start, stop, found = first // PAGE * PAGE, first + count, 0
         for offset in range(start, stop, window.numel()):
-            size = min(window.numel(), -(-(stop - offset) // PAGE) * PAGE)
+            size = min(window.numel(), aligned(stop - offset))
             self._file.read(offset, window[:size])
             part = window[max(first - offset, 0) : min(size, stop - offset)]
             found = checksum(part.numpy().data, found)

@@ -15,8 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flexgen_bench.core.errors import StoreError
-from flexgen_bench.core.units import MIB, format_bytes
-from flexgen_bench.memory.host import PAGE
+from flexgen_bench.core.units import MIB, PAGE, format_bytes
 
 # Chosen by measurement (docs/notes/disk.md): larger requests and more threads gain nothing on the disks tried.
 CHUNK_BYTES = 4 * MIB

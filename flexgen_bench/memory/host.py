@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PAGE = 4096
+from flexgen_bench.core.units import PAGE, aligned
+
 HUGE_PAGE = 2**21
 
 
@@ -33,7 +34,7 @@ def allocate(num_bytes: int, pinned: bool = False) -> Tensor:
     pinned memory must know that no copy still uses it: torch knows nothing of it.
     Raises MemoryError if the system refuses.
     """
-    size = max(PAGE, -(-num_bytes // PAGE) * PAGE)
+    size = max(PAGE, aligned(num_bytes))
     try:
         region = _Region(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -24,9 +24,9 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.direct_file import DirectFile, disk_error
-from flexgen_bench.memory.host import PAGE
 from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
@@ -198,7 +198,7 @@ def _extent(plan: StorePlan, number: int, first: int) -> tuple[int, int, int]:
     """Start and stop of a group, and where the group it repeats starts."""
     group = plan.groups[number]
     stop = group[-1].offset + group[-1].num_bytes
-    return group[0].offset, -(-stop // PAGE) * PAGE, plan.groups[first][0].offset
+    return group[0].offset, aligned(stop), plan.groups[first][0].offset
 
 
 def _read_journal(path: Path) -> dict[int, dict[str, int]]:

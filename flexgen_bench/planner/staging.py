@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.planner.cohorts import Cohorts
 from flexgen_bench.schedule.cohort import Cohort, Room, Span
-from flexgen_bench.schedule.job import PAGE, Job, UnitKind
-
-
-def page_aligned(count: int) -> int:
-    return -(-count // PAGE) * PAGE
+from flexgen_bench.schedule.job import Job, UnitKind
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def room_bytes(job: Job, policy: Policy, cohorts: Cohorts, room: Room) -> RoomBy
         for place, span in enumerate(cohort.hidden):
             sizes = [n * job.hidden_row_bytes for n in chunk_rows(cohort, span, chunk)]
             if span.tier is Tier.DISK:
-                sizes = [page_aligned(size) for size in sizes]
+                sizes = [aligned(size) for size in sizes]
             hidden[place] = max(hidden[place], sum(sizes))
     return RoomBytes(tuple(kv), tuple(tails), tuple(hidden))
 
@@ -109,12 +106,10 @@ def staging(job: Job, policy: Policy, cohorts: Cohorts) -> Staging:
                     kv_slot = max([kv_slot, *(x.region_bytes for x in away)])
             if any_disk:
                 rows = max(chunk_rows(cohort, everything(cohort), chunk))
-                pages = max(
-                    pages, page_aligned(rows * job.hidden_row_bytes) + len(cohort.hidden) * PAGE
-                )
+                pages = max(pages, aligned(rows * job.hidden_row_bytes) + len(cohort.hidden) * PAGE)
     size = max(len(group) for group in cohorts.groups)
     if any_disk:  # in decode, every sequence may be a part of its own
-        pages = max(pages, max(policy.gpu_batch_size, size) * page_aligned(job.hidden_row_bytes))
+        pages = max(pages, max(policy.gpu_batch_size, size) * aligned(job.hidden_row_bytes))
     split = attends and Tier.GPU in sites and any(
         s.tier is not Tier.GPU for room in cohorts.rooms for s in room.kv
     )  # fmt: skip

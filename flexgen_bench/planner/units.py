@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES, Compression
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.models.family import Inventory, PackedTensor
 from flexgen_bench.schedule.job import UnitKind
 
-EXTENT_ALIGN = 4096  # extents start where direct I/O can read
+EXTENT_ALIGN = PAGE  # extents start where direct I/O can read
 TENSOR_ALIGN = 64  # tensors start on a cache line
 
 
@@ -44,7 +45,7 @@ class PackedEntry:
 
     @property
     def params_offset(self) -> int:
-        return _align(self.offset + self.code_bytes, TENSOR_ALIGN)
+        return aligned(self.offset + self.code_bytes, TENSOR_ALIGN)
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -94,10 +95,6 @@ class PackedModel:
         return self.units[-1]
 
 
-def _align(offset: int, to: int) -> int:
-    return -(-offset // to) * to
-
-
 def pack(
     shape: ModelShape,
     inventory: Inventory,
@@ -111,10 +108,10 @@ def pack(
 
     def place(tensors: tuple[PackedTensor, ...], align: int) -> tuple[PackedEntry, ...]:
         nonlocal cursor
-        cursor = _align(cursor, align)
+        cursor = aligned(cursor, align)
         placed = []
         for tensor in tensors:
-            cursor = _align(cursor, TENSOR_ALIGN)
+            cursor = aligned(cursor, TENSOR_ALIGN)
             is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
             entry = _entry(tensor, cursor, dtype, compression if is_matrix else None)
             placed.append(entry)
@@ -131,7 +128,7 @@ def pack(
     ) -> PackedUnit:
         stop = max((e.offset + e.num_bytes for e in entries), default=start)
         offsets, plain_bytes = _unpacked(entries, dtype)
-        num_bytes = _align(stop - start, EXTENT_ALIGN) if entries else 0
+        num_bytes = aligned(stop - start, EXTENT_ALIGN) if entries else 0
         return PackedUnit(
             index=index,
             kind=kind,
@@ -149,16 +146,16 @@ def pack(
     tokens = place(inventory.tables[-1:], EXTENT_ALIGN)
     head_start = tokens[0].offset
     if not inventory.tied:
-        cursor = head_start_own = _align(cursor, EXTENT_ALIGN)
+        cursor = head_start_own = aligned(cursor, EXTENT_ALIGN)
         head_start = head_start_own
     head_own = place(inventory.head, TENSOR_ALIGN)
     head_entries = (*tokens, *head_own) if inventory.tied else head_own
     # In memory the embedding is one extent from the start of the file: with its tables, and with a tied head.
     last = (*rest, *tokens, *(head_own if inventory.tied else ()))
-    table_stop = _align(max(e.offset + e.num_bytes for e in last), EXTENT_ALIGN)
+    table_stop = aligned(max(e.offset + e.num_bytes for e in last), EXTENT_ALIGN)
     units = [unit(0, UnitKind.EMBED, embed, 0, table_stop)]
     for i, tensors in enumerate(inventory.layers):
-        start = _align(cursor, EXTENT_ALIGN)
+        start = aligned(cursor, EXTENT_ALIGN)
         units.append(unit(i + 1, UnitKind.LAYER, place(tensors, EXTENT_ALIGN), start))
     head_home = 0 if inventory.tied else None
     number = shape.num_layers + 1
@@ -167,7 +164,7 @@ def pack(
         tuple(units),
         (*rest, *tokens),
         tuple(everything),
-        _align(cursor, EXTENT_ALIGN),
+        aligned(cursor, EXTENT_ALIGN),
         inventory.tied,
         compression,
     )
@@ -179,7 +176,7 @@ def _entry(
     if compression is None:
         return PackedEntry(tensor, offset, tensor.spec.num_values * dtype.bytes)
     rows, columns = tensor.spec.shape
-    codes = _align(rows * compression.code_bytes(columns), TENSOR_ALIGN)
+    codes = aligned(rows * compression.code_bytes(columns), TENSOR_ALIGN)
     params = rows * compression.groups(columns) * GROUP_PARAMETER_BYTES
     return PackedEntry(tensor, offset, codes + params, compression)
 
@@ -190,7 +187,7 @@ def _unpacked(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int
         return (), 0
     offsets, cursor = [], 0
     for entry in entries:
-        cursor = _align(cursor, TENSOR_ALIGN)
+        cursor = aligned(cursor, TENSOR_ALIGN)
         offsets.append(cursor)
         cursor += entry.tensor.spec.num_values * dtype.bytes
     return tuple(offsets), cursor

@@ -8,9 +8,8 @@ from functools import cached_property
 
 from flexgen_bench.core.policy import AttentionSite
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.units import aligned
 from flexgen_bench.schedule.micro_batch import Part
-
-PAGE = 4096  # direct I/O addresses whole pages
 
 
 class UnitKind(StrEnum):
@@ -141,7 +140,7 @@ class Job:
         if unit.kind is not UnitKind.HEAD or not self._largest_layer:
             return ((0, unit.load_bytes),)
         count = -(-unit.load_bytes // self._largest_layer)
-        size = -(-unit.load_bytes // count // PAGE) * PAGE
+        size = aligned(-(-unit.load_bytes // count))
         return tuple(
             (start, min(start + size, unit.load_bytes)) for start in range(0, unit.load_bytes, size)
         )

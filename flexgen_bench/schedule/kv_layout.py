@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen_bench.core.units import PAGE, aligned
+
 
 @dataclass(frozen=True)
 class KVLayout:
@@ -19,18 +21,15 @@ class KVLayout:
     new_tokens: int
     segment_tokens: int
     token_bytes: int  # K and V of one token of one sequence in one layer, as stored
-    align: int = 4096
-
-    def _aligned(self, count: int) -> int:
-        return -(-count // self.align) * self.align
+    align: int = PAGE
 
     @property
     def prompt_bytes(self) -> int:
-        return self._aligned(self.sequences * self.prompt_tokens * self.token_bytes)
+        return aligned(self.sequences * self.prompt_tokens * self.token_bytes, self.align)
 
     @property
     def segment_bytes(self) -> int:
-        return self._aligned(self.sequences * self.segment_tokens * self.token_bytes)
+        return aligned(self.sequences * self.segment_tokens * self.token_bytes, self.align)
 
     @property
     def num_segments(self) -> int:

@@ -69,6 +69,12 @@ class Step:
     flops: int = 0
 
     @property
+    def micro_batch(self) -> MicroBatch:
+        """The micro-batch of a step that has one."""
+        assert self.work is not None, "only steps on weights belong to no micro-batch"
+        return self.work
+
+    @property
     def batch(self) -> int:
         """Number of the micro-batch in its pass, -1 for weights."""
         return -1 if self.work is None else self.work.index

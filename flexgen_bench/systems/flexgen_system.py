@@ -14,8 +14,7 @@ from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, JobResult
-from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 
@@ -75,10 +74,7 @@ class FlexGenSystem(System):
     ) -> Generation:
         assert self._engine is not None, "load comes before generate"
         params = SamplingParams(max_tokens=gen_len, ignore_eos=True)
-        sequences = [
-            Running(prompt, params, Sampler(params, prompt, i), frozenset(), _never)
-            for i, prompt in enumerate(prompts)
-        ]
+        sequences = to_full_length(prompts, params)
         result = self._engine.generate(sequences, progress)
         # Only the last timeline is wanted, and the memory of the others may be what the next repetition needs.
         self._timeline, result.timeline = result.timeline, Timeline()
@@ -132,8 +128,3 @@ class FlexGenSystem(System):
             self._engine.close()
             self._engine = None
         self._results.clear()
-
-
-def _never(new: list[int]) -> bool:
-    """Throughput runs end at the asked length only."""
-    return False
