@@ -50,7 +50,7 @@ class KVForm:
         codes = self.compression.code_bytes(self.head_dim)
         groups = self.compression.groups(self.head_dim)
         count = 2 * sequences * self.heads * tokens
-        parameters = raw[count * codes : count * (codes + 4 * groups)]
+        parameters = raw[count * codes : count * self.compression.row_bytes(self.head_dim)]
         return (
             raw[: count * codes].view(*shape, codes),
             parameters.view(torch.float16).view(*shape, groups, 2),
