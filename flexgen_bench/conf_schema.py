@@ -35,7 +35,10 @@ class ModelConf:
 
 @dataclass
 class GpuConf:
-    """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has."""
+    """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has.
+
+    rates: see core.rates.Rates. workload: what is asked of this machine where the command line names none.
+    """
 
     name: str = MISSING
     accelerator: str = MISSING
@@ -44,7 +47,9 @@ class GpuConf:
     disk: Any = None
     device_match: str = ""
     links: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, Any] | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    workload: str | None = None
 
 
 @dataclass
@@ -101,10 +106,17 @@ class PolicyConf:
 
 @dataclass
 class SystemConf:
-    """conf/system: the class behind a system, its options, and what each option may be."""
+    """conf/system: the class behind a system, its options, and what each option may be.
+
+    predictor: the class that predicts it (systems.predictor.Predictor); constants: what that one is told. printed_as: its name in
+    the FlexGen paper, for the values quoted beside it.
+    """
 
     name: str = MISSING
     target: str = MISSING
+    predictor: str | None = None
+    constants: dict[str, float] = field(default_factory=dict)
+    printed_as: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, list[str]] = field(default_factory=dict)
 

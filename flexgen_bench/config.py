@@ -25,6 +25,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
+from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -137,6 +138,7 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
         device_match=match,
         links=conf.links,
         sources=conf.sources,
+        rates=None if conf.rates is None else Rates.from_dict(conf.rates),
     )
 
 

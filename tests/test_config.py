@@ -249,4 +249,8 @@ def test_every_constant_of_a_machine_has_a_source() -> None:
     for name in GROUPS["gpu"]:
         conf = app_conf(compose("config", overrides=[f"gpu={name}"])).gpu
         sizes = [k for k in ("gpu_memory", "cpu_memory", "disk") if getattr(conf, k) is not None]
-        assert set(conf.sources) == {*sizes, *conf.links}, name
+        stated = {*sizes, *conf.links}
+        for part, constants in (conf.rates or {}).items():
+            names = constants if isinstance(constants, dict) else [None]
+            stated |= {".".join(filter(None, ("rates", part, key))) for key in names}
+        assert set(conf.sources) == stated, name

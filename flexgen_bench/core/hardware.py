@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
 
 
@@ -24,8 +25,9 @@ class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
     ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
-    ``links`` maps a lane to bytes/s; for an emulated accelerator h2d and d2h are throttled to these.
-    ``sources`` says where each constant comes from.
+    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these.
+    ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no result, so it is no part
+    of a cell's identity. ``sources`` says where each constant comes from.
     """
 
     name: str
@@ -36,6 +38,7 @@ class HardwareProfile:
     device_match: str = ""
     links: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    rates: Rates | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
@@ -64,11 +67,23 @@ class HardwareProfile:
             return (Tier.CPU, Tier.DISK)
         return (Tier.GPU, Tier.CPU, Tier.DISK)
 
+    def link_rate(self, lane: Lane) -> float | None:
+        """Bytes/s of a link: as the profile states, else as measured; None if neither is known."""
+        measured = self.rates.links if self.rates is not None else {}
+        return self.links.get(lane, measured.get(lane))
+
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self) | {"links": dict(self.links), "sources": dict(self.sources)}
+        """``rates`` only where there are any: records from before they existed read the same."""
+        data = asdict(replace(self, rates=None))
+        data |= {"links": dict(self.links), "sources": dict(self.sources)}
         data["accelerator"] = self.accelerator.value
-        return data
+        del data["rates"]
+        return data if self.rates is None else data | {"rates": self.rates.to_dict()}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> HardwareProfile:
-        return HardwareProfile(**(data | {"accelerator": Accelerator(data["accelerator"])}))
+        rates = data.get("rates")
+        known = data | {"accelerator": Accelerator(data["accelerator"])}
+        return HardwareProfile(
+            **(known | {"rates": None if rates is None else Rates.from_dict(rates)})
+        )

@@ -1,0 +1,77 @@
+"""What a system is predicted to do with a job, and the job as a predictor is told it. Nothing here was run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+
+
+@dataclass(frozen=True)
+class Question:
+    """A job on a machine. num_prompts None: as many as one of the system's blocks holds, as in the FlexGen paper.
+
+    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile each.
+    """
+
+    shape: ModelShape
+    dtype: DType
+    hardware: HardwareProfile
+    prompt_len: int
+    gen_len: int
+    num_prompts: int | None = None
+    lossy: Lossy = EXACT
+    num_gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted outcome of one job.
+
+    prefill_s: until every sequence of a block has its first token, summed over blocks; decode_s: the rest. batch_size: sequences
+    that share one load of the weights. bytes: memory needed per tier, by name. lane_busy_s: seconds each lane works.
+    bottleneck: the resource that bounds the run, in words. settings: what was chosen or asked for, as the system names it.
+    disk_written_bytes: by the job, in all.
+    """
+
+    prefill_s: float
+    decode_s: float
+    num_prompts: int
+    prompt_len: int
+    gen_len: int
+    batch_size: int
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    lane_busy_s: Mapping[str, float] = field(default_factory=dict)
+    bottleneck: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    disk_written_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
+    def tok_per_s(self) -> float:
+        """Generation throughput: the paper's metric."""
+        return self.num_prompts * self.gen_len / self.total_s
+
+    @property
+    def decode_tok_per_s(self) -> float | None:
+        """Of the tokens after each sequence's first; None if there are none."""
+        tokens = self.num_prompts * (self.gen_len - 1)
+        return tokens / self.decode_s if tokens and self.decode_s else None
+
+    @property
+    def prefill_tok_per_s(self) -> float:
+        return self.num_prompts * self.prompt_len / self.prefill_s
+
+    @property
+    def block_latency_s(self) -> float:
+        """Seconds from the start of a block to its last token."""
+        blocks = max(1, -(-self.num_prompts // self.batch_size))
+        return self.total_s / blocks

@@ -1,0 +1,236 @@
+"""How fast a machine does what the engine asks of it: the constants of the cost model, each with a unit and a source."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.tiers import LINKS, Tier
+
+# Nothing that computes or moves data is outside of this; a constant beyond it is a typing error or a wrong unit.
+_LEAST, _MOST = 1e3, 1e18
+# Ways of moving bytes that are slower or faster than the direct, pinned one that ``links`` holds.
+TRANSFERS = (
+    "h2d_pageable",  # from host memory that is not page-locked
+    "d2h_pageable",
+    "disk_read_cached",  # through the page cache, the file in it
+    "disk_write_cached",
+)
+Table = Mapping[int, float]  # size -> rate, in between interpolated
+
+
+def number_format(dtype: DType, compression: Compression | None = None) -> str:
+    """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in bfloat16."""
+    return str(dtype) if compression is None else f"{dtype}/{compression.bits}"
+
+
+@dataclass(frozen=True)
+class SiteRates:
+    """What a processor or an accelerator sustains.
+
+    matrix: FLOP/s of a product with a weight matrix, by number format, by width (the square root of the matrix' size) and by rows
+        of the other factor. Products with few rows are bound by ``memory``.
+    memory: bytes/s at which weights that are in its memory, not in its caches, are read.
+    prefill_attention: FLOP/s of the attention of a prompt, by its length in tokens.
+    decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV head.
+    unpack: bytes/s of plain weights that come out of unpacking compressed ones.
+    step: seconds a step takes beside its work (launches, Python, waking up a thread).
+    """
+
+    matrix: Mapping[str, Mapping[int, Table]]
+    memory: float
+    prefill_attention: Table
+    decode_attention: Mapping[str, Table]
+    unpack: float
+    step: float
+
+    def matrix_rate(self, number: str, rows: float, width: float) -> float:
+        """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""
+        widths = self.matrix[_nearest(number, self.matrix)]
+        return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
+
+    def decode_attention_rate(self, number: str, heads_per_kv_head: int) -> float:
+        table = self.decode_attention[_nearest(number, self.decode_attention)]
+        return interpolated(table, heads_per_kv_head)
+
+    def prefill_attention_rate(self, tokens: float) -> float:
+        return interpolated(self.prefill_attention, tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """All constants of a machine. sites: by tier; links: bytes/s by lane, where the profile states none; transfers: bytes/s of
+    ``TRANSFERS``; spread: of measured constants, half the range over the median; price_per_hour: USD."""
+
+    sites: Mapping[Tier, SiteRates]
+    links: Mapping[str, float] = field(default_factory=dict)
+    transfers: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
+    price_per_hour: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {str(tier): site.to_dict() for tier, site in self.sites.items()} | {
+            "links": dict(self.links),
+            "transfers": dict(self.transfers),
+            "spread": dict(self.spread),
+            "price_per_hour": self.price_per_hour,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "gpu.rates") -> Rates:
+        """Raises UserError naming the constant that is missing, unknown, negative or absurd."""
+        sites = {t: _site(data[t], f"{where}.{t}") for t in (Tier.GPU, Tier.CPU) if data.get(t)}
+        known = {*map(str, sites), "links", "transfers", "spread", "price_per_hour"}
+        _only(data, known | {"gpu", "cpu"}, where)
+        links = _rates_of(data.get("links"), f"{where}.links")
+        _only(links, {str(lane) for lane in LINKS}, f"{where}.links")
+        transfers = _rates_of(data.get("transfers"), f"{where}.transfers")
+        _only(transfers, TRANSFERS, f"{where}.transfers")
+        price = data.get("price_per_hour")
+        if price is not None and not 0 <= _number(price, f"{where}.price_per_hour") < 1e4:
+            raise UserError(
+                f"{where}.price_per_hour", price, "US dollars per hour, from 0 to 10000"
+            )
+        spread = {
+            k: _number(v, f"{where}.spread.{k}") for k, v in (data.get("spread") or {}).items()
+        }
+        return Rates(sites, links, transfers, spread, price)
+
+
+def interpolated(table: Mapping[int, float], size: float) -> float:
+    """The rate at a size: on a straight line between neighbours in logarithms, constant beyond the ends."""
+    sizes = sorted(table)
+    place = bisect_left(sizes, size)
+    if place == 0:
+        return table[sizes[0]]
+    if place == len(sizes):
+        return table[sizes[-1]]
+    low, high = sizes[place - 1], sizes[place]
+    part = math.log(size / low) / math.log(high / low)
+    return math.exp((1 - part) * math.log(table[low]) + part * math.log(table[high]))
+
+
+def _nearest(number: str, known: Mapping[str, Any]) -> str:
+    """The format itself, else one of the same width: as many bits, computed with in another dtype of as many bytes."""
+    if number in known:
+        return number
+    dtype, _, bits = number.partition("/")
+
+    def distance(other: str) -> tuple[bool, bool, int]:
+        its_dtype, _, its_bits = other.partition("/")
+        return (
+            bool(bits) != bool(its_bits),
+            DType(dtype).bytes != DType(its_dtype).bytes,
+            abs(int(bits or 16) - int(its_bits or 16)),
+        )
+
+    return min(known, key=distance)
+
+
+def _site(data: Any, where: str) -> SiteRates:
+    if not isinstance(data, Mapping):
+        raise UserError(where, data, "a mapping of constants")
+    names = [f.name for f in fields(SiteRates)]
+    _only(data, names, where)
+    missing = [name for name in names if data.get(name) in (None, {})]
+    if missing:
+        raise UserError(
+            f"{where}.{missing[0]}",
+            None,
+            "given",
+            "A profile states all of " + ", ".join(names) + ".",
+        )
+    step = _number(data["step"], f"{where}.step")
+    if not 0 <= step < 1:
+        raise UserError(f"{where}.step", step, "seconds, from 0 to 1")
+    formats = data["matrix"]
+    return SiteRates(
+        matrix={
+            _format(number, f"{where}.matrix"): {
+                _size(width, f"{where}.matrix.{number}"): _table(
+                    rows, f"{where}.matrix.{number}.{width}"
+                )
+                for width, rows in _mapping(widths, f"{where}.matrix.{number}").items()
+            }
+            for number, widths in _mapping(formats, f"{where}.matrix").items()
+        },
+        memory=_rate(data["memory"], f"{where}.memory"),
+        prefill_attention=_table(data["prefill_attention"], f"{where}.prefill_attention"),
+        decode_attention={
+            _format(number, f"{where}.decode_attention"): _table(
+                table, f"{where}.decode_attention.{number}"
+            )
+            for number, table in _mapping(
+                data["decode_attention"], f"{where}.decode_attention"
+            ).items()
+        },
+        unpack=_rate(data["unpack"], f"{where}.unpack"),
+        step=step,
+    )
+
+
+def _rates_of(data: Any, where: str) -> dict[str, float]:
+    return {str(k): _rate(v, f"{where}.{k}") for k, v in _mapping(data or {}, where, True).items()}
+
+
+def _table(data: Any, where: str) -> dict[int, float]:
+    return {_size(k, where): _rate(v, f"{where}.{k}") for k, v in _mapping(data, where).items()}
+
+
+def _mapping(data: Any, where: str, empty: bool = False) -> Mapping[Any, Any]:
+    if not isinstance(data, Mapping) or not (data or empty):
+        raise UserError(where, data, "a mapping with at least one entry")
+    return data
+
+
+def _format(name: Any, where: str) -> str:
+    dtype, slash, bits = str(name).partition("/")
+    if dtype not in list(DType) or (slash and bits not in ("3", "4", "8")):
+        raise UserError(where, name, "a dtype such as float16, or one with bits such as float16/4")
+    return str(name)
+
+
+def _size(value: Any, where: str) -> int:
+    if not str(value).isdigit() or int(value) < 1:
+        raise UserError(where, value, "sizes of at least 1 as keys")
+    return int(value)
+
+
+def _rate(value: Any, where: str) -> float:
+    number = _number(value, where)
+    if not _LEAST <= number <= _MOST:
+        raise UserError(where, value, f"between {_LEAST:g} and {_MOST:g}, in bytes/s or FLOP/s")
+    return number
+
+
+def _number(value: Any, where: str) -> float:
+    try:  # YAML reads 2.7e11 as text
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(where, value, "a finite number")
+    return number
+
+
+def _only(data: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in data:
+        if str(key) not in {str(k) for k in known}:
+            raise UserError(
+                f"{where}.{key}",
+                data[key],
+                f"left out: {where} has {', '.join(sorted(map(str, known)))}",
+            )
+
+
+def _plain(value: Any) -> Any:
+    return {str(k): _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value

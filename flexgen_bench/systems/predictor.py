@@ -1,0 +1,25 @@
+"""What answers "how fast would this system be there?" without running it: a system's own model of how it uses a machine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen_bench.core.prediction import Prediction, Question
+
+
+class Predictor(ABC):
+    """A system's performance model. One class per system; ``conf/system/<name>.yaml`` names it and states its constants.
+
+    constants: the model's few physical constants by name, each explained where it is used. options: the system's own settings,
+    as in ``CellSpec.system_options``; one that is None is for the predictor to choose as the system's users would.
+    """
+
+    def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
+        self.constants, self.options = dict(constants), dict(options)
+
+    @abstractmethod
+    def predict(self, question: Question) -> Prediction:
+        """Raises DoesNotFit where the system would run out of memory, CannotRun where it cannot do the job at all,
+        UserError for constants or options that cannot be."""
