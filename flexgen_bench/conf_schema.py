@@ -108,7 +108,7 @@ class PolicyConf:
 class SystemConf:
     """conf/system: the class behind a system, its options, and what each option may be.
 
-    predictor: the class that predicts it (systems.predictor.Predictor); constants: what that one is told. printed_as: its name in
+    predictor: the class that predicts it (planner.predictor.Predictor); constants: what that one is told. printed_as: its name in
     the FlexGen paper, for the values quoted beside it.
     """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.prediction import Prediction, Question
 
 
@@ -23,3 +25,17 @@ class Predictor(ABC):
     def predict(self, question: Question) -> Prediction:
         """Raises DoesNotFit where the system would run out of memory, CannotRun where it cannot do the job at all,
         UserError for constants or options that cannot be."""
+
+
+def make_predictor(
+    target: str, constants: Mapping[str, float], options: Mapping[str, Any]
+) -> Predictor:
+    """The predictor that a configuration names, written ``module:Class``. Raises UserError for one that is not there."""
+    module, _, name = target.partition(":")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError("system.predictor", target, "an importable module:Class") from error
+    if not (isinstance(kind, type) and issubclass(kind, Predictor)):
+        raise UserError("system.predictor", target, "a subclass of planner.predictor.Predictor")
+    return kind(constants, options)
