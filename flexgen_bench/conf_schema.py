@@ -156,6 +156,86 @@ class SuiteConf:
 
 
 @dataclass
+class PrintedSystemConf:
+    """What stands beside a system of a printed table. simulated_as: the ``printed_as`` of the conf/system that is simulated
+    (null: its own name); ours: what this project's engine may change of the results beside it (null: it is not asked)."""
+
+    simulated_as: str | None = None
+    ours: LossyConf | None = None
+
+
+@dataclass
+class NoteConf:
+    """A footnote: its text, or the key of one in conf/paper/footnotes.yaml. where: fields of the cells it is put at and their
+    values; none: it is said of the whole table."""
+
+    text: str | None = None
+    key: str | None = None
+    where: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class AssumedConf:
+    """What is taken for cells whose printed text is not enough: a policy to simulate, the value before it was rounded."""
+
+    where: dict[str, str] = field(default_factory=dict)
+    policy: str | None = None
+    num_prompts: int | None = None
+    unrounded: float | None = None
+    source: str = MISSING
+
+
+@dataclass
+class FigureConf:
+    """A plot of a table's cells. x: a field, or a quantity; y: a quantity; one line for each value of ``series``."""
+
+    name: str = MISSING
+    title: str = MISSING
+    x: str = MISSING
+    y: str = MISSING
+    series: list[str] = field(default_factory=list)
+    log: bool = False
+
+
+@dataclass
+class TableConf:
+    """conf/table: a table of the FlexGen paper, regenerated. Fields are columns of conf/paper/tables.csv.
+
+    printed: its ids there (column ``table``); select: the rows that are taken, by field, and their order; extra: cells of which
+    nothing is printed. rows, columns: the fields that make the table's rows and columns; grids: the field that cuts it in several.
+    labels: shorter words for values. models: conf/model of a printed name. predict: quantity -> what of a prediction it is.
+    machine: conf/gpu. lines: what is shown of each row; decimals: the paper's own.
+    """
+
+    title: str = MISSING
+    printed: list[str] = MISSING
+    rows: list[str] = MISSING
+    columns: list[str] = MISSING
+    grids: str | None = None
+    select: dict[str, list[str]] = field(default_factory=dict)
+    extra: list[dict[str, str]] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    machine: str = "t4"
+    models: dict[str, str] = field(default_factory=dict)
+    systems: dict[str, PrintedSystemConf] = field(default_factory=dict)
+    engine: str = "flexgen"
+    ours_missing: str = "-"
+    predict: dict[str, str] = field(default_factory=dict)
+    assumed: list[AssumedConf] = field(default_factory=list)
+    lines: list[str] = field(default_factory=lambda: ["printed", "simulated", "ours"])
+    decimals: int | None = None
+    notes: list[NoteConf] = field(default_factory=list)
+    figures: list[FigureConf] = field(default_factory=list)
+
+
+@dataclass
+class FootnotesConf:
+    """conf/paper/footnotes.yaml: what several tables say of the paper's numbers, by key."""
+
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class MeasureConf:
     """How each cell is measured; see core.cell.MeasureSpec."""
 

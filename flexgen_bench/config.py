@@ -17,6 +17,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import YAMLError
 
 from flexgen_bench.conf_schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
@@ -53,6 +54,23 @@ def app_conf(composed: Any) -> AppConf:
     """Check a composed configuration against the schema. Raises UserError naming the key at fault."""
     conf: AppConf = _typed(AppConf, composed, "")
     return conf
+
+
+def load_typed(schema: type[Any], path: Path, prefix: str) -> Any:
+    """A YAML file as an instance of ``schema``. Raises UserError naming the file, and the key at fault under ``prefix``."""
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            prefix.rstrip("."), str(path), f"a readable YAML file ({reason})"
+        ) from error
+    try:
+        return _typed(schema, node, prefix)
+    except UserError as error:
+        raise UserError(
+            f"{path.name}: {error.field}", error.value, error.allowed, error.action
+        ) from error
 
 
 def _typed(schema: Any, node: Any, prefix: str) -> Any:
@@ -168,12 +186,12 @@ def _policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
         schedule=_choice(Schedule, conf.schedule, "policy.schedule"),
         prefill_chunk=conf.prefill_chunk,
         offloaded=_choice(Offloaded, conf.offloaded, "policy.offloaded"),
-        lossy=_lossy(conf.lossy),
+        lossy=to_lossy(conf.lossy),
         **placements,
     )
 
 
-def _lossy(conf: LossyConf) -> Lossy:
+def to_lossy(conf: LossyConf) -> Lossy:
     """UserErrors name the key as it is written on the command line."""
     given = {}
     for key in ("weights", "kv_cache"):
@@ -231,7 +249,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         threads=threads,
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
         policy=_policy(conf.policy, hardware),
-        lossy=_lossy(conf.policy.lossy),
+        lossy=to_lossy(conf.policy.lossy),
         system_options=conf.system.options,
     )
 
