@@ -1,0 +1,134 @@
+"""Seconds of one step: what it computes or moves, over what the machine sustains.
+
+The only place where steps meet rates. The simulator and the closed form both ask here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.rates import Rates, SiteRates, number_format
+from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.steps import Step, StepKind
+
+_MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
+# Values of a decoder layer's matrices are 12 h^2 in OPT (q, k, v, output: 4 h^2; two of 4 h x h), so that is how many of width h
+# they count for; rates are listed by that width.
+_MATRICES_PER_LAYER = 12
+
+
+def rates_of(hardware: HardwareProfile) -> Rates:
+    """The machine's rates. UserError for a machine about which too little is known to predict anything."""
+    rates = hardware.rates
+    wanted = (Tier.CPU,) if hardware.accelerator is Accelerator.NONE else (Tier.GPU, Tier.CPU)
+    missing = [str(t) for t in wanted if rates is None or t not in rates.sites]
+    missing += [str(lane) for lane in links(hardware) if hardware.link_rate(lane) is None]
+    if rates is None or missing:
+        raise UserError(
+            "gpu",
+            hardware.name,
+            f"a machine whose rates are known (not known: {', '.join(missing)})",
+            "Measure this one with python -m flexgen_bench.calibrate, or state them in conf/gpu.",
+        )
+    return rates
+
+
+def links(hardware: HardwareProfile) -> list[Lane]:
+    """The links between the tiers a machine has."""
+    return [lane for lane, tiers in LINKS.items() if set(tiers) <= set(hardware.tiers)]
+
+
+class StepCost:
+    """Prices the steps of jobs on one machine. Equal work costs the same, so what was priced once is looked up."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        packed: PackedModel,
+        dtype: DType,
+        policy: Policy,
+        hardware: HardwareProfile,
+        job: Job,
+    ) -> None:
+        self._shape, self._packed, self._dtype = shape, packed, dtype
+        self._lossy, self._job = policy.lossy, job
+        self._sites = rates_of(hardware).sites
+        self._link_rates = {lane: hardware.link_rate(lane) or math.inf for lane in links(hardware)}
+        self._known: dict[tuple[object, ...], float] = {}
+
+    def seconds(self, step: Step) -> float:
+        """How long the step keeps its lane busy if nothing else uses what it needs."""
+        work = step.work
+        key = (
+            step.kind, step.lane, step.bytes, step.flops,
+            (step.unit, step.plain) if work is None else (work.rows, len(work.wanted)),
+        )  # fmt: skip
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._price(step)
+        return found
+
+    def _price(self, step: Step) -> float:
+        if step.lane in self._link_rates:
+            return step.bytes / self._link_rates[step.lane] + self._sites[Tier.CPU].step
+        tier = Tier.GPU if step.lane is Lane.GPU else Tier.CPU
+        site = self._sites[tier]
+        return self._work(step, site, tier) + site.step
+
+    def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        if step.kind in _MATRIX:
+            return self._product(step, site, tier)
+        if step.kind is StepKind.ATTEND:
+            return self._attention(step, site)
+        if step.kind is StepKind.DEQUANTIZE:
+            return self._packed.units[step.unit].plain_bytes / site.unpack
+        if step.kind is StepKind.GATHER_ROWS:
+            return step.micro_batch.rows * self._job.embed_row_bytes / site.memory
+        if step.kind is StepKind.SAMPLE:
+            return len(step.micro_batch.wanted) * self._job.logits_row_bytes / site.memory
+        if step.kind is StepKind.APPEND_KV:
+            part = step.micro_batch.kv_parts[step.part]
+            return part.rows * part.cohort.layouts[part.home].token_bytes / site.memory
+        raise AssertionError(f"a step of kind {step.kind} runs on no compute lane")
+
+    def _product(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """A product with a unit's weights: as fast as arithmetic or as the weights can be read."""
+        work = step.micro_batch
+        unit = self._packed.units[step.unit]
+        rows = len(work.wanted) if step.kind is StepKind.HEAD else work.rows
+        if not step.flops or not rows:
+            return 0.0
+        # An accelerator's compressed weights are unpacked by a step of their own.
+        compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
+        count = _MATRICES_PER_LAYER if unit.kind is UnitKind.LAYER else 1
+        width = math.sqrt(unit.num_values / count)
+        number = number_format(self._dtype, compression)
+        arithmetic = step.flops / site.matrix_rate(number, rows, width)
+        values = step.flops / (2 * rows)
+        return max(arithmetic, values * self._value_bytes(compression) / site.memory)
+
+    def _value_bytes(self, compression: Compression | None) -> float:
+        if compression is None:
+            return self._dtype.bytes
+        return compression.row_bytes(compression.group_size) / compression.group_size
+
+    def _attention(self, step: Step, site: SiteRates) -> float:
+        work = step.micro_batch
+        if work.is_prefill:
+            longest = max(max(m.cohort.prompt_lens) for m in work.members)
+            return step.flops / site.prefill_attention_rate(longest)
+        part = work.kv_parts[step.part]
+        tokens = step.flops / self._job.attention_flops_per_pair
+        lossy = self._lossy
+        # All of K, and the wanted share of V.
+        read = tokens * part.cohort.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
+        heads = self._shape.num_heads // self._shape.num_kv_heads
+        rate = site.decode_attention_rate(number_format(self._dtype, lossy.kv_cache), heads)
+        return read / rate

@@ -1,0 +1,138 @@
+"""Plays the steps of a job on lanes, in time that is computed instead of spent.
+
+The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each step as soon
+as what it waits for is done, the next pass when the host has seen the tokens of the one before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
+from flexgen_bench.schedule.steps import Step
+
+# Lanes that have work -> how fast each goes, 1 being undisturbed.
+Contention = Callable[[Iterable[Lane]], Mapping[Lane, float]]
+COMPUTE = (Lane.GPU, Lane.CPU)
+_DONE_S = 1e-12  # less work than this is none: what is left over from rounding
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step on the simulated time line, in seconds since the job began."""
+
+    step: Step
+    begin_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
+class _Running:
+    step: Step
+    left_s: float
+    begin_s: float
+
+
+class Simulator:
+    """Lanes and their clocks. ``run_pass`` takes a pass's steps and returns when the host has its tokens.
+
+    overlap off: one step after the other. keep: whether to keep every step's times in ``events``.
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[Step], float],
+        overlap: bool = True,
+        contention: Contention | None = None,
+        keep: bool = False,
+    ) -> None:
+        self._seconds, self._overlap, self._contention = seconds, overlap, contention
+        self._tracker = DependencyTracker()
+        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {
+            lane: deque() for lane in Lane
+        }
+        self._running: dict[Lane, _Running] = {}
+        self._done: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._last: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._kept = keep
+        self.now_s = 0.0
+        self.busy_s: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+        self.bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self.events: list[Event] = []
+        self.steps = 0
+
+    def run_pass(self, steps: Iterable[Step]) -> float:
+        """Seconds from the submission of a pass until its last step on a compute lane is over. Loads for the next may go on."""
+        begin = self.now_s
+        for step in steps:
+            number, waits = self._tracker.add(step)
+            self._waiting[step.lane].append((step, waits))
+            self._last[step.lane] = number
+            self.steps += 1
+            if not self._overlap:
+                self._run_until(Lane(step.lane), number)
+        for lane in COMPUTE:
+            self._run_until(lane, self._last[lane])
+        return self.now_s - begin
+
+    def drain(self) -> None:
+        """Let everything end that was submitted."""
+        for lane in Lane:
+            self._run_until(lane, self._last[lane])
+
+    def _run_until(self, lane: Lane, number: int) -> None:
+        while self._done[lane] < number:
+            self._start()
+            self._advance()
+
+    def _start(self) -> None:
+        """Whatever is first in its lane and has all it waits for begins."""
+        done, running = self._done, self._running
+        for lane, waiting in self._waiting.items():
+            if waiting and lane not in running:
+                step, waits = waiting[0]
+                if all(done[other] >= n for other, n in waits.items()):
+                    waiting.popleft()
+                    running[lane] = _Running(step, self._seconds(step), self.now_s)
+
+    def _advance(self) -> None:
+        """To the next end of a step."""
+        running = self._running
+        assert running, "a step waits for one that comes after it on a lane"
+        if self._contention is None or len(running) == 1:
+            passed = min(one.left_s for one in running.values())
+            for one in running.values():
+                one.left_s -= passed
+        else:
+            speed = self._contention(running)
+            passed = min(one.left_s / speed[lane] for lane, one in running.items())
+            for lane, one in running.items():
+                one.left_s -= passed * speed[lane]
+        self.now_s += passed
+        for lane in [lane for lane, one in running.items() if one.left_s <= _DONE_S]:
+            one = running.pop(lane)
+            self._done[lane] += 1
+            self.busy_s[lane] += self.now_s - one.begin_s
+            self.bytes[lane] += one.step.bytes
+            if self._kept:
+                self.events.append(Event(one.step, one.begin_s, self.now_s))
+
+
+@dataclass(frozen=True)
+class SharedCores:
+    """Contention of an emulated accelerator: both compute lanes want all cores, and copying over its links takes some of them.
+
+    link_shares: of all cores, what each link takes while it copies.
+    """
+
+    link_shares: Mapping[Lane, float] = field(default_factory=dict)
+
+    def __call__(self, lanes: Iterable[Lane]) -> Mapping[Lane, float]:
+        active = list(lanes)
+        copying = sum(self.link_shares.get(lane, 0.0) for lane in active)
+        computing = sum(lane in COMPUTE for lane in active)
+        speed = max(0.05, 1 - copying) / max(1, computing)
+        return {lane: speed if lane in COMPUTE else 1.0 for lane in active}
