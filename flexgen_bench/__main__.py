@@ -1,7 +1,9 @@
 """The command line: ``python -m flexgen_bench [group=choice ...] [key=value ...]``.
 
-Exit status: 0 if every cell was measured or is known not to fit or not to be possible here, 1 if one failed
-(or nothing could be measured), 2 for bad input, 130 after Ctrl-C.
+Cells of this machine are measured; those of another one, whose constants are known, are simulated, and leave no record.
+
+Exit status: 0 if every cell was measured, simulated or is known not to fit or not to be possible here, 1 if one failed
+(or nothing could be said of any), 2 for bad input, 130 after Ctrl-C. With dry_run=true: 1 if something cannot fit.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from flexgen_bench.compose import CONFIG_NAME, Cell, Plan, check_groups, plan, user_error
+from flexgen_bench.compose import CONFIG_NAME, Plan, check_groups, plan, user_error
 from flexgen_bench.conf_schema import AppConf
-from flexgen_bench.config import app_conf, conf_dir, default_cache_dir, list_models, model_spec
+from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
-from flexgen_bench.runner.feasibility import Refusal, explain
+from flexgen_bench.runner.predictions import simulate
+from flexgen_bench.work import Work, divide
 
 # How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
 _FINDINGS = (Status.OK, Status.OOM, Status.UNAVAILABLE)
@@ -37,9 +41,13 @@ class Outcome:
     """What the runs of one command (several with --multirun) have left."""
 
     records: list[Path] = field(default_factory=list)
-    explanations: dict[str, None] = field(default_factory=dict)  # in order, each once
+    simulated: list[Simulated] = field(default_factory=list)
+    why: dict[str, None] = field(default_factory=dict)  # not measured; in order, each once
+    explanations: dict[str, None] = field(default_factory=dict)
     bad_input: bool = False
     broken: bool = False
+    is_plan: bool = False
+    unfit: bool = False  # in a dry run: something has no room
 
 
 def main() -> int:
@@ -63,17 +71,24 @@ def main() -> int:
         return _complain(user_error(error))
     except KeyboardInterrupt:
         print("interrupted; the records of finished cells are kept", file=sys.stderr)
-        _summary(outcome.records)
+        _summary(outcome)
         return INTERRUPTED
     if outcome.bad_input:
         return BAD_INPUT
-    if not outcome.records:  # --cfg and the like
+    if not (outcome.records or outcome.simulated):  # --cfg and the like
         return FAILED if outcome.broken else 0
-    for explanation in outcome.explanations:
-        print(f"\n{explanation}")
-    statuses = _summary(outcome.records)
-    fine = all(status in _FINDINGS for status in statuses) and Status.OK in statuses
-    return 0 if fine and not outcome.broken else FAILED
+    return _judged(outcome, _summary(outcome))
+
+
+def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
+    """The exit status of what was measured and simulated."""
+    simulated = [row.status for row in outcome.simulated]
+    if Status.INVALID in simulated:
+        return BAD_INPUT
+    if outcome.broken or outcome.unfit:
+        return FAILED
+    said = Status.OK in measured or Status.OK in simulated or Status.OOM in simulated
+    return 0 if said and all(status in _FINDINGS for status in measured) else FAILED
 
 
 def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
@@ -96,23 +111,45 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 
 
 def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
+    cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
+    results = Path(conf.results_dir).expanduser()
+    if conf.dry_run:
+        _plan(wanted, results, cache, outcome)
+        return
+    work = divide(wanted.cells, cache)
+    outcome.why.update(dict.fromkeys([work.why] if work.why else []))
+    outcome.explanations.update(dict.fromkeys(work.explanations))
+    for name, asked in work.simulate:
+        _tell(f"predicting {name}")
+        outcome.simulated += simulate(asked, cache)
+    if work.measure:
+        _measure(conf, work, wanted.suite, results, cache, outcome)
+
+
+def _plan(wanted: Plan, results: Path, cache: Path, outcome: Outcome) -> None:
+    from flexgen_bench.dry_run import cards
+    from flexgen_bench.report.plan_card import print_cards
+
+    found = cards(wanted.cells, wanted.suite, results, cache, _tell)
+    print_cards(found)
+    outcome.is_plan = True
+    outcome.simulated += [card.row for card in found]
+    outcome.unfit |= any(not card.fits or card.row.status is Status.OOM for card in found)
+
+
+def _measure(
+    conf: AppConf, work: Work, suite: str, results: Path, cache: Path, outcome: Outcome
+) -> None:
     from flexgen_bench.runner.display import ProgressDisplay
-    from flexgen_bench.runner.suite import SuiteCell, run_suite
+    from flexgen_bench.runner.suite import run_suite
     from flexgen_bench.store.reader import read_record
     from flexgen_bench.trackers.registry import make_tracker
 
-    results = make_writable(Path(conf.results_dir).expanduser(), "results_dir")
-    cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
+    make_writable(results, "results_dir")
     make_writable(cache, "cache_dir")
     tracker = make_tracker(
         conf.tracker.name, conf.tracker.options(), results.absolute().parent / "wandb"
     )
-    refusals = _refusals(wanted.cells, cache)
-    cells = []
-    for cell in wanted.cells:
-        refusal = refusals.get(cell.spec.spec_hash)
-        reason = None if refusal is None else refusal.reason
-        cells.append(SuiteCell(_label(cell), cell.spec, cell.command, reason))
 
     def on_record(path: Path) -> None:
         outcome.records.append(path)
@@ -120,8 +157,8 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
 
     with ProgressDisplay() as display:
         paths = run_suite(
-            cells,
-            suite=wanted.suite,
+            work.measure,
+            suite=suite,
             results_dir=results,
             cache_dir=cache,
             rerun=conf.rerun,
@@ -130,35 +167,36 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
         )
     outcome.records[:] = [path for path in outcome.records if path not in paths] + paths
     tracker.finish()
-    outcome.explanations.update(dict.fromkeys(r.text for r in refusals.values()))
 
 
-def _refusals(cells: Sequence[Cell], cache: Path) -> dict[str, Refusal]:
-    """Why cells cannot be measured here, by the hash of their spec."""
-    known = [model_spec(name).shape for name in list_models()]
-    found = {cell.spec.spec_hash: explain(cell.spec, cache, known) for cell in cells}
-    return {key: refusal for key, refusal in found.items() if refusal is not None}
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def _label(cell: Cell) -> str:
-    spec = cell.spec
-    lossy = "" if spec.lossy.is_exact else f"({spec.lossy})"
-    parts = [cell.name, spec.system, lossy, spec.model.shape.name, spec.workload.name]
-    return " ".join(filter(None, parts))
-
-
-def _summary(records: Sequence[Path]) -> list[Status]:
-    """Print the table and, as the last line, one JSON document that names the records."""
+def _summary(outcome: Outcome) -> list[Status]:
+    """Print the tables and, as the last line, one JSON document that names the records and holds what was simulated."""
+    from flexgen_bench.report.prediction_table import print_predictions, to_json
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
 
+    records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
     statuses = [item.record.status for item in stored]
+    tables = conf_dir() / "paper" / "tables.csv"
+    for explanation in outcome.explanations:
+        print(f"\n{explanation}")
     if records:
         print()
         print_table(records)
+    if simulated and not outcome.is_plan:
+        print_predictions(simulated, " ".join(outcome.why), tables)
     counts = Counter(status.value for status in statuses)
-    print(json.dumps({"records": [str(path) for path in records], "status": dict(counts)}))
+    document = {
+        "records": [str(path) for path in records],
+        "simulated": [to_json(row, tables) for row in simulated],
+        "status": dict(counts),
+    }
+    print(json.dumps(document))
     return statuses
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose
@@ -16,9 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
-from flexgen_bench.config import app_conf, cell_spec, conf_dir
+from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 
 CONFIG_NAME = "config"
 COMMAND = "python -m flexgen_bench"
@@ -27,15 +28,40 @@ _NAME = re.compile(
     r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*"
 )
 _OPTIONAL = ("system", "suite")
+# What a command line says about the run, and not about a cell.
+_NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with its name in the suite ("" outside one) and the overrides that choose it again."""
+    """A cell with its name in the suite ("" outside one) and the overrides that choose it again.
+
+    model: what predicts its system. keys: what the command line or the suite says, where the rest is default. named: its system was asked for,
+    not just all of them.
+    """
 
     name: str
     spec: CellSpec
     overrides: tuple[str, ...]
+    model: SystemModel = field(default_factory=SystemModel)
+    keys: frozenset[str] = frozenset()
+    named: bool = True
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Prompts of a simulated run; None, as in the paper, for as many as a block of the system holds."""
+        return self.spec.workload.num_prompts if "workload.num_prompts" in self.keys else None
+
+    @property
+    def lossy_is_given(self) -> bool:
+        """Whether somebody has said what may change of the results."""
+        given = any(key.startswith("policy.lossy") for key in self.keys)
+        return given or not self.spec.lossy.is_exact
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is anything to run, on any machine."""
+        return self.spec.target != SIMULATED_ONLY
 
     @property
     def command(self) -> str:
@@ -55,13 +81,15 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
     """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
 
     Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
-    the suite's cells. Must be called while Hydra is initialised. Raises UserError.
+    the suite's cells. A machine may state its usual workload, for command lines that name none. Must be called while Hydra is initialised. Raises UserError.
     """
     given = {key_of(override) for override in overrides}
     if conf.suite is None or ("suite" not in given and given & {"model", "system"}):
         names = [conf.system.name] if conf.system else system_names()
-        group = CellGroupConf(name="", systems=names)
-        return Plan("", tuple(_cells(group, overrides)))
+        usual = [f"workload={conf.gpu.workload}"] if conf.gpu.workload else []
+        group = CellGroupConf(name="", overrides=usual, systems=names)
+        cells = _cells(group, overrides, named=conf.system is not None)
+        return Plan("", tuple(cells))
     wanted = [conf.system.name] if conf.system else None
     groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
     if not groups:
@@ -106,11 +134,12 @@ def _cells(
     overrides: Sequence[str],
     wanted: Sequence[str] | None = None,
     suite: str = "",
+    named: bool = True,
 ) -> list[Cell]:
     unknown = set(group.system_overrides) - set(group.systems)
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
-    user = [o for o in overrides if key_of(o) not in ("suite", "system", "cell", "rerun")]
+    user = [o for o in overrides if key_of(o) not in _NOT_OF_THE_CELL]
     cells = []
     for name in group.systems:
         if wanted is None or name in wanted:
@@ -122,7 +151,18 @@ def _cells(
                 if suite
                 else lines
             )
-            cells.append(Cell(group.name, cell_spec(composed(lines)), tuple(chosen)))
+            conf = composed(lines)
+            assert conf.system is not None
+            cells.append(
+                Cell(
+                    group.name,
+                    cell_spec(conf),
+                    tuple(chosen),
+                    system_model(conf.system),
+                    frozenset(map(key_of, lines)),
+                    named,
+                )
+            )
     return cells
 
 

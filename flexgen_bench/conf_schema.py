@@ -108,12 +108,13 @@ class PolicyConf:
 class SystemConf:
     """conf/system: the class behind a system, its options, and what each option may be.
 
-    predictor: the class that predicts it (planner.predictor.Predictor); constants: what that one is told. printed_as: its name in
-    the FlexGen paper, for the values quoted beside it.
+    target null: it cannot be run, only predicted. predictor: the class that predicts it (planner.predictor.Predictor); constants: what
+    that one is told. printed_as: its name in the FlexGen paper, for the values quoted beside it. follows_policy: policy= is meant for it.
     """
 
     name: str = MISSING
-    target: str = MISSING
+    target: str | None = MISSING
+    follows_policy: bool = False
     predictor: str | None = None
     constants: dict[str, float] = field(default_factory=dict)
     printed_as: str | None = None
@@ -264,5 +265,7 @@ class AppConf:
     threads: int | None = None
     measure: MeasureConf = field(default_factory=MeasureConf)
     rerun: bool = False
+    dry_run: bool = False
+    calibrate: bool = True
     results_dir: str = "results"
     cache_dir: str | None = None

@@ -27,6 +27,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates
+from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -208,8 +209,10 @@ def to_lossy(conf: LossyConf) -> Lossy:
 
 
 def _check_system(conf: SystemConf) -> None:
-    if conf.target.count(":") != 1:
-        raise UserError("system.target", conf.target, "written module:Class")
+    for key in ("target", "predictor"):
+        value = getattr(conf, key)
+        if value is not None and value.count(":") != 1:
+            raise UserError(f"system.{key}", value, "written module:Class, or null")
     for name, value in conf.options.items():
         if name in conf.choices and str(value) not in conf.choices[name]:
             raise unknown_choice(f"system.options.{name}", str(value), conf.choices[name])
@@ -241,7 +244,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
     hardware = _hardware(conf.gpu)
     return CellSpec(
         system=conf.system.name,
-        target=conf.system.target,
+        target=conf.system.target or SIMULATED_ONLY,
         model=model,
         workload=workload,
         hardware=hardware,
@@ -251,6 +254,16 @@ def cell_spec(conf: AppConf) -> CellSpec:
         policy=_policy(conf.policy, hardware),
         lossy=to_lossy(conf.policy.lossy),
         system_options=conf.system.options,
+    )
+
+
+def system_model(conf: SystemConf) -> SystemModel:
+    """What predicts a system, as its file says."""
+    return SystemModel(
+        predictor=conf.predictor,
+        constants=conf.constants,
+        printed_as=conf.printed_as or "",
+        follows_policy=conf.follows_policy,
     )
 
 

@@ -16,6 +16,7 @@ from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.policy import Placement
+from flexgen_bench.core.simulated import SIMULATED_ONLY
 from flexgen_bench.core.units import GIB
 from flexgen_bench.models.registry import family
 from flexgen_bench.runner import machine
@@ -79,8 +80,14 @@ def test_shapes_have_the_published_number_of_parameters(name: str, billions: flo
 
 @pytest.mark.parametrize("name", GROUPS["system"])
 def test_every_system_names_a_module_and_defaults_that_are_allowed(name: str) -> None:
-    cell = cell_spec(composed([f"system={name}"]))
-    assert importlib.util.find_spec(cell.target.partition(":")[0]) is not None
+    """A system that can only be simulated has no target, but then a predictor."""
+    conf = composed([f"system={name}"])
+    assert conf.system is not None
+    assert cell_spec(conf).target == (conf.system.target or SIMULATED_ONLY)
+    named = [target for target in (conf.system.target, conf.system.predictor) if target]
+    assert named
+    for target in named:
+        assert importlib.util.find_spec(target.partition(":")[0]) is not None
 
 
 @pytest.mark.parametrize("name", GROUPS["suite"])
@@ -104,7 +111,9 @@ def test_default_suite_is_the_one_the_readme_describes() -> None:
     anywhere = {
         name
         for name, conf in targets.items()
-        if conf is not None and "none" in load_target(conf.target).capabilities.accelerators
+        if conf is not None
+        and conf.target
+        and "none" in load_target(conf.target).capabilities.accelerators
     }
     assert {s.system for s in trained} == {s.system for s in capped} == anywhere
     assert {s.model.weights for s in trained} == {WeightSource.PACKAGE}
@@ -143,6 +152,36 @@ def test_a_group_chosen_twice_is_chosen_once() -> None:
         "gpu=c",
         "x.y=2",
     ]
+
+
+def test_a_machine_may_state_its_usual_workload() -> None:
+    """gpu=t4 stands for the paper's machine, whose main workload has prompts of 512 tokens."""
+
+    def asked(*overrides: str) -> list[tuple[str, int, int | None]]:
+        found = cells("model=opt-30b", "system=flexgen", *overrides)
+        return [(c.spec.workload.name, c.spec.workload.prompt_len, c.num_prompts) for c in found]
+
+    assert asked("gpu=t4") == [("512-32", 512, None)]
+    assert asked("gpu=cpu") == [("32-32", 32, None)]
+    assert asked("gpu=t4", "workload=32-32") == [("32-32", 32, None)]
+    assert asked("gpu=t4", "workload.num_prompts=7") == [("512-32", 512, 7)]
+    assert asked("gpu=t4", "workload.prompt_len=100", "workload.min_prompt_len=1") == [
+        ("512-32", 100, None)
+    ]
+    suite = cells("suite=default", "gpu=t4")
+    assert {c.spec.workload.name for c in suite} == {"mixed-text", "32-32"}
+    again = cells("model=opt-30b", "system=flexgen", "gpu=t4")[0]
+    assert [c.spec for c in cells(*again.overrides)] == [again.spec]
+
+
+def test_lossy_choices_are_known_to_be_given() -> None:
+    def given(*overrides: str) -> bool:
+        return bool(cells("model=opt-30b", "system=flexgen", *overrides)[0].lossy_is_given)
+
+    assert not given()
+    assert not given("policy=half-disk")
+    assert given("policy.lossy.weights=4")
+    assert given("policy.lossy.weights=null")
 
 
 def test_sizes_as_text() -> None:

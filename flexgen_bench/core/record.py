@@ -8,7 +8,7 @@ from typing import Any
 
 from flexgen_bench.core.status import Evidence, Status
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class TuningProbe:
 
 @dataclass(frozen=True)
 class Record:
-    """One run's full result. Written to a temporary name and renamed, before anything is printed."""
+    """One run's full result. Written to a temporary name and renamed, before anything is printed.
+
+    prediction: what a model of the system said before the run, from the machine's constants; empty where there is no model or no constants.
+    """
 
     run_id: str
     spec_hash: str
@@ -103,4 +106,5 @@ class Record:
     trace: str = (
         ""  # the file with every step of the last repetition, seen from the record's folder
     )
+    prediction: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION

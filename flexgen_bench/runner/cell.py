@@ -130,6 +130,7 @@ def make_record(
     state: CellState,
     cap: MemoryCap,
     environment: Mapping[str, Any],
+    prediction: Mapping[str, Any],
 ) -> Record:
     """The record of a cell that has ended in ``state``."""
     assert state.status is not None
@@ -153,6 +154,7 @@ def make_record(
         report=state.report,
         memory_cap=cap.to_dict(),
         outputs=state.outputs,
+        prediction=prediction,
         validity=state.validity | _reasons_for_doubt(state, cap, measured),
         environment=dict(environment)
         | {

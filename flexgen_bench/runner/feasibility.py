@@ -33,10 +33,12 @@ class Needs:
 @dataclass(frozen=True)
 class Refusal:
     """``reason``: why not, and what it needs; the same each time, so that it can be recorded. ``here``: what
-    this machine has at the moment and what can be done on it."""
+    this machine has at the moment and what can be done on it. ``machine``: what of the profile this machine is not, in words; "" if it
+    is that machine, and something else is in the way."""
 
     reason: str
     here: str
+    machine: str = ""
 
     @property
     def text(self) -> str:
@@ -63,9 +65,9 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
     cache: where checkpoints go (its disk must hold them). known: shapes to choose a smaller model from.
     """
     reasons = _machine_reasons(spec.hardware)
-    wrong_machine = bool(reasons)
+    wrong_machine = "; ".join(reasons)
     if not is_prepared(spec.model, spec.dtype, cache):
-        need, free = _disk_bytes(spec), machine.free_disk_bytes(cache)
+        need, free = disk_bytes(spec), machine.free_disk_bytes(cache)
         if need > free:
             reasons.append(f"its files need {format_bytes(need)} of free disk, more than there is")
     if not reasons:
@@ -80,7 +82,8 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
         f"{_described(spec.hardware)}",
         f"Here: {_gpus_here()}, {format_bytes(machine.memory_bytes())} of host memory, "
         f"{format_bytes(machine.free_disk_bytes(cache))} free on the disk of {cache}.\n"
-        + "\n".join(_advice(spec, cache, known, wrong_machine)),
+        + "\n".join(_advice(spec, cache, known, bool(wrong_machine))),
+        wrong_machine,
     )
 
 
@@ -113,7 +116,7 @@ def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
     return []
 
 
-def _disk_bytes(spec: CellSpec) -> int:
+def disk_bytes(spec: CellSpec) -> int:
     """The checkpoint, and a second copy packed for streaming if the weights exceed what memory there is."""
     weights = weight_bytes(spec.model.shape, spec.dtype)
     hardware = spec.hardware
@@ -172,7 +175,7 @@ def _advice(
     shape = spec.model.shape
     weights = weight_bytes(shape, spec.dtype)
     resident = weights <= _USABLE_SHARE * memory
-    need = 0 if is_prepared(spec.model, spec.dtype, cache) else _disk_bytes(spec)
+    need = 0 if is_prepared(spec.model, spec.dtype, cache) else disk_bytes(spec)
     lines = []
     if need <= free and wrong_machine:
         how = "in memory" if resident else f"streamed from disk (takes {format_bytes(need)} of it)"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import StoreError
@@ -29,12 +30,14 @@ from flexgen_bench.store.writer import write_record
 
 @dataclass(frozen=True)
 class SuiteCell:
-    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why."""
+    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what its run is
+    expected to be (``Record.prediction``), asked before it begins."""
 
     label: str
     spec: CellSpec
     rerun_command: str
     unavailable_reason: str | None = None
+    predict: Callable[[], Mapping[str, Any]] | None = None
 
 
 def run_suite(
@@ -105,6 +108,7 @@ class _Runner:
         # On the cache's file system: offload files of a cell must lie on the disk that is measured.
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
         try:
+            prediction = self._prediction(cell)
             state, cap = self._outcome(cell, workdir)
             trace = _bytes_of(workdir / TRACE_FILE)
         finally:
@@ -117,6 +121,7 @@ class _Runner:
             state=state,
             cap=cap,
             environment=environment,
+            prediction=prediction,
         )
         same = self._same_refusal(record)
         if same is not None:
@@ -126,6 +131,18 @@ class _Runner:
         path = write_record(record, self.results_dir)
         note_own(self.results_dir, record.run_id)
         return path, False
+
+    def _prediction(self, cell: SuiteCell) -> Mapping[str, Any]:
+        """What the run is expected to be; a model that fails is told of and loses no measurement."""
+        if cell.predict is None:
+            return {}
+        self.display.stage("predicting")
+        try:
+            return cell.predict()
+        except Exception as error:
+            kind = type(error).__name__
+            print(f"{cell.label}: no prediction: {kind}: {error}", file=sys.stderr)
+            return {}
 
     def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
         no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")

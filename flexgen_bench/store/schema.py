@@ -21,6 +21,7 @@ from flexgen_bench.core.record import SCHEMA_VERSION, Record
 # From version n to n + 1. A change of the schema adds one entry, so records of every age stay readable.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda data: data | {"trace": ""},
+    2: lambda data: data | {"prediction": {}},
 }
 
 
