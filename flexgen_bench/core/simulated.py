@@ -1,0 +1,68 @@
+"""A cell that was predicted instead of run: who was asked, what, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.status import Status
+
+# The target of a system that there is a model of, but nothing to run.
+SIMULATED_ONLY = ""
+
+
+@dataclass(frozen=True)
+class SystemModel:
+    """How a system is predicted; ``conf_schema.SystemConf`` explains the fields. predictor None: nobody has written one."""
+
+    predictor: str | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
+    printed_as: str = ""
+    follows_policy: bool = False
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One row of what was predicted.
+
+    status: OK with a prediction; OOM, it would not fit; UNAVAILABLE, the system cannot do the job or nobody has a model of it; INVALID, it
+    was asked for something that cannot be. All but OK have a reason. question: what was asked, with the machine's gaps filled in.
+    """
+
+    spec: CellSpec
+    question: Question
+    model: SystemModel
+    status: Status
+    reason: str = ""
+    prediction: Prediction | None = None
+    # Of a job that does not fit: the tier, what it would need and what there is, in bytes.
+    tier: str = ""
+    need_bytes: int | None = None
+    capacity_bytes: int | None = None
+
+    @property
+    def system(self) -> str:
+        return self.spec.system
+
+    @property
+    def lossy(self) -> Lossy:
+        return self.question.lossy
+
+    @property
+    def hardware(self) -> HardwareProfile:
+        return self.question.hardware
+
+    @property
+    def label(self) -> str:
+        """The system, and what makes its results differ."""
+        return self.system if self.lossy.is_exact else f"{self.system} ({self.lossy})"
+
+    @property
+    def printed_as(self) -> str:
+        """Its name in the FlexGen paper, where ``(c)`` stands for compressed; "" if it is not there."""
+        name = self.model.printed_as
+        return f"{name}(c)" if name and not self.lossy.is_exact else name

@@ -1,0 +1,70 @@
+"""What the cells of a command line would do, without doing it: a card for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flexgen_bench.compose import Cell
+from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.units import format_bytes
+from flexgen_bench.report.plan_card import Card
+from flexgen_bench.runner.checkpoints import is_prepared
+from flexgen_bench.runner.feasibility import Refusal, checkpoint_bytes, disk_bytes, explain
+from flexgen_bench.runner.predictions import simulate
+from flexgen_bench.runner.suite import finished_record
+from flexgen_bench.store.reader import find_record
+from flexgen_bench.work import asked_here, asked_of, is_simulated, known_shapes, label
+
+_MAKING = {
+    WeightSource.DUMMY: "making random weights",
+    WeightSource.PACKAGE: "downloading (once) and converting",
+    WeightSource.HUB: "downloading (once) and converting",
+    WeightSource.PATH: "converting",
+}
+
+
+def cards(
+    cells: Sequence[Cell], suite: str, results: Path, cache: Path, tell: Callable[[str], None]
+) -> list[Card]:
+    """One card for each cell, two where it would be simulated exact and in 4 bits. Writes nothing."""
+    known = known_shapes()
+    found = []
+    for cell in cells:
+        tell(f"predicting {label(cell)}")
+        refusal = explain(cell.spec, cache, known)
+        elsewhere = refusal is not None and bool(refusal.machine)
+        asked = asked_of(cell) if elsewhere else asked_here(cell)
+        for row in simulate(asked, cache):
+            found.append(
+                Card(
+                    row=row,
+                    name=cell.name,
+                    obstacle=_obstacle(cell, refusal),
+                    fits=refusal is None or elsewhere,
+                    first="" if elsewhere else _first(cell, cache),
+                    recorded=find_record(results, cell.spec.spec_hash, suite),
+                    done=finished_record(results, cell.spec.spec_hash, suite) is not None,
+                )
+            )
+    return found
+
+
+def _obstacle(cell: Cell, refusal: Refusal | None) -> str:
+    if refusal is None:
+        return "" if cell.can_run else "this system can only be simulated"
+    if not refusal.machine:
+        return refusal.text
+    then = "the run is simulated" if is_simulated(cell, refusal) else "nothing can be run"
+    return f"{refusal.machine}: {then}"
+
+
+def _first(cell: Cell, cache: Path) -> str:
+    """What the first run makes or fetches before it begins."""
+    spec = cell.spec
+    if not cell.can_run or is_prepared(spec.model, spec.dtype, cache):
+        return ""
+    checkpoint, whole = checkpoint_bytes(spec.model, spec.dtype), disk_bytes(spec)
+    text = f"{_MAKING[spec.model.weights]}: a checkpoint of {format_bytes(checkpoint)}"
+    packed = whole - checkpoint
+    return text + (f", and {format_bytes(packed)} packed for streaming" if packed > 0 else "")

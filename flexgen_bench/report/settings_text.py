@@ -1,0 +1,56 @@
+"""What a prediction chose, in words short enough for a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Told elsewhere on a card, or too long for a cell.
+_ELSEWHERE = ("policy", "why", "binding", "gains")
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """``48x3; weights gpu 20 %, cpu 80 %; KV cache cpu; ...``, then a system's own settings as ``name=value``."""
+    parts = [policy_text(settings["policy"])] if settings.get("policy") else []
+    own = {k: v for k, v in settings.items() if k not in _ELSEWHERE and v is not None}
+    parts += [f"{key}={_short(value)}" for key, value in own.items()]
+    return "; ".join(filter(None, parts))
+
+
+def policy_text(policy: Any) -> str:
+    """A ``Policy.to_dict()`` in words; what is as usual is left out."""
+    if not isinstance(policy, Mapping):
+        return str(policy)
+    parts = [f"{policy.get('gpu_batch_size')}x{policy.get('num_gpu_batches')}"]
+    for key, name in (("weights", "weights"), ("kv_cache", "KV cache"), ("activations", "hidden")):
+        if isinstance(policy.get(key), Mapping):
+            parts.append(f"{name} {placement_text(policy[key])}")
+    if policy.get("attention") == "cpu":
+        parts.append("attention on the cpu")
+    if policy.get("offloaded") == "in_place":
+        parts.append("offloaded layers computed in place")
+    if policy.get("schedule") not in (None, "block"):
+        parts.append(str(policy["schedule"]))
+    if policy.get("prefill_chunk"):
+        parts.append(f"prompts in chunks of {policy['prefill_chunk']}")
+    if policy.get("overlap") is False:
+        parts.append("no overlap")
+    if policy.get("prefetch"):
+        parts.append(f"prefetch {policy['prefetch']}")
+    return "; ".join(parts)
+
+
+def placement_text(shares: Mapping[str, float]) -> str:
+    """``gpu 20 %, cpu 80 %``; the tier alone where it has everything."""
+    used = {tier: share for tier, share in shares.items() if share}
+    if len(used) == 1:
+        return next(iter(used))
+    return ", ".join(f"{tier} {100 * share:.3g} %" for tier, share in used.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

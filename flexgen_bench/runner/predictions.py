@@ -1,0 +1,136 @@
+"""What systems are predicted to do with a cell: on a machine that is not here, before a run, and beside a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.simulated import Simulated, SystemModel
+from flexgen_bench.core.status import Evidence, Status
+from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.planner.predictor import make_predictor
+from flexgen_bench.runner import machine
+
+NO_MODEL = "no model"
+# The paper's two kinds of rows: as the model is, and with weights and KV cache in 4 bits. A system that compresses only one of
+# them is asked for that.
+_FOUR_BITS = (
+    Lossy(weights=Compression(4), kv_cache=Compression(4)),
+    Lossy(weights=Compression(4)),
+    Lossy(kv_cache=Compression(4)),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cell to predict. num_prompts: see Question. both: exact and in 4 bits, where nobody has said which."""
+
+    spec: CellSpec
+    model: SystemModel
+    num_prompts: int | None
+    both: bool = False
+
+
+def simulate(asked: Asked, cache: Path) -> Iterator[Simulated]:
+    """The rows of one cell: what it says, and where it leaves that open the same in 4 bits, if the system can do that.
+
+    cache: on whose disk files would go, where the profile states no disk.
+    """
+    first = predict(asked, asked.spec.lossy, cache)
+    yield first
+    if not asked.both or first.status is Status.UNAVAILABLE:
+        return
+    for lossy in _FOUR_BITS:
+        row = predict(asked, lossy, cache)
+        if row.status is not Status.UNAVAILABLE:
+            yield row
+            return
+
+
+def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
+    """One row. What the system's model refuses is told in the row, never raised."""
+    spec, model = asked.spec, asked.model
+    question = Question(
+        shape=spec.model.shape,
+        dtype=spec.dtype,
+        hardware=filled_in(spec.hardware, cache),
+        prompt_len=usual_prompt_len(spec.workload),
+        gen_len=spec.workload.gen_len,
+        num_prompts=asked.num_prompts,
+        lossy=lossy,
+    )
+    if model.predictor is None:
+        return Simulated(spec, question, model, Status.UNAVAILABLE, NO_MODEL)
+    try:
+        predictor = make_predictor(model.predictor, model.constants, _options(asked, lossy))
+        prediction = predictor.predict(question)
+    except DoesNotFit as error:
+        return Simulated(
+            *(spec, question, model, Status.OOM, str(error)),
+            tier=error.tier,
+            need_bytes=error.need_bytes,
+            capacity_bytes=error.capacity_bytes,
+        )
+    except CannotRun as error:
+        return Simulated(spec, question, model, error.status, str(error))
+    except UserError as error:
+        return Simulated(spec, question, model, Status.INVALID, str(error))
+    return Simulated(spec, question, model, Status.OK, prediction=prediction)
+
+
+def as_recorded(row: Simulated) -> dict[str, Any]:
+    """What a record keeps of a prediction made before its run (``Record.prediction``); nothing where there is no model."""
+    if row.reason == NO_MODEL:
+        return {}
+    found: dict[str, Any] = {
+        "evidence": Evidence.SIMULATED.value,
+        "machine": row.hardware.name,
+        "rates": row.hardware.sources.get("rates", ""),
+        "status": row.status.value,
+    }
+    if row.prediction is None:
+        return found | {"reason": row.reason}
+    return found | {
+        "tok_per_s": row.prediction.tok_per_s,
+        "prefill_s": row.prediction.prefill_s,
+        "decode_s": row.prediction.decode_s,
+        "bottleneck": row.prediction.bottleneck,
+    }
+
+
+def filled_in(hardware: HardwareProfile, cache: Path) -> HardwareProfile:
+    """The profile with what it leaves to the local machine: host memory and disk."""
+    return replace(
+        hardware,
+        cpu_memory_bytes=hardware.cpu_memory_bytes or machine.memory_bytes(),
+        disk_bytes=hardware.disk_bytes or max(1, machine.free_disk_bytes(cache)),
+    )
+
+
+def usual_prompt_len(workload: Workload) -> int:
+    """Prompts of mixed length are spread evenly (``prompts.py``): the middle stands for all."""
+    if workload.kind is PromptKind.TEXT:
+        return (workload.min_prompt_len + workload.prompt_len) // 2
+    return workload.prompt_len
+
+
+def has_local_rates(hardware: HardwareProfile) -> bool:
+    """Whether what this machine was measured to sustain is what the profile stands for: nothing but its own processor computes."""
+    return hardware.accelerator is not Accelerator.CUDA
+
+
+def _options(asked: Asked, lossy: Lossy) -> dict[str, Any]:
+    """The system's own options, and the policy for one that follows it."""
+    options = dict(asked.spec.system_options)
+    if not asked.model.follows_policy:
+        return options
+    policy = asked.spec.policy
+    given = None if policy is None else replace(policy, lossy=lossy).to_dict()
+    return options | {"policy": given}

@@ -1,0 +1,99 @@
+"""What is to be done with the cells of a command line: which are measured here, which can only be simulated, which neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.compose import Cell
+from flexgen_bench.config import list_models, model_spec
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.runner.feasibility import Refusal, explain
+from flexgen_bench.runner.predictions import Asked, as_recorded, predict
+from flexgen_bench.runner.suite import SuiteCell
+
+
+@dataclass(frozen=True)
+class Work:
+    """measure: cells for the runner, those included that will be recorded as unavailable. simulate: cells of machines that are not here.
+
+    why: what this machine lacks to measure the simulated ones. explanations: of refusals, each once.
+    """
+
+    measure: tuple[SuiteCell, ...]
+    simulate: tuple[tuple[str, Asked], ...]
+    why: str
+    explanations: tuple[str, ...]
+
+
+def divide(cells: Sequence[Cell], cache: Path) -> Work:
+    """Sort out the cells of a command line. Nothing is run, and no file is touched."""
+    known = known_shapes()
+    measure: list[SuiteCell] = []
+    simulate: list[tuple[str, Asked]] = []
+    why: dict[str, None] = {}
+    explanations: dict[str, None] = {}
+    for cell in cells:
+        refusal = explain(cell.spec, cache, known)
+        if refusal is not None and is_simulated(cell, refusal):
+            simulate.append((label(cell), asked_of(cell)))
+            why[f"To measure gpu={cell.spec.hardware.name} instead: {refusal.machine}."] = None
+        elif cell.can_run:
+            measure.append(_to_measure(cell, refusal, cache))
+            if refusal is not None:
+                explanations[_explained(cell, refusal)] = None
+        elif cell.named:
+            reason = f"{cell.spec.system} can only be simulated: there is a model of it, but nothing to run"
+            measure.append(SuiteCell(label(cell), cell.spec, cell.command, reason))
+            explanations[f"{reason}. Ask for a machine such as gpu=t4."] = None
+    return Work(tuple(measure), tuple(simulate), " ".join(why), tuple(explanations))
+
+
+def is_simulated(cell: Cell, refusal: Refusal) -> bool:
+    """Whether a cell that cannot be measured is simulated: this is another machine, and that one's constants are known."""
+    return bool(refusal.machine) and cell.spec.hardware.rates is not None
+
+
+def asked_of(cell: Cell) -> Asked:
+    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else."""
+    return Asked(cell.spec, cell.model, cell.num_prompts, both=not cell.lossy_is_given)
+
+
+def asked_here(cell: Cell) -> Asked:
+    """A cell that is measured here: exactly the job that is run."""
+    return Asked(cell.spec, cell.model, cell.spec.workload.num_prompts)
+
+
+def label(cell: Cell) -> str:
+    """The cell in a line of a display."""
+    spec = cell.spec
+    lossy = "" if spec.lossy.is_exact else f"({spec.lossy})"
+    parts = [cell.name, spec.system, lossy, spec.model.shape.name, spec.workload.name]
+    return " ".join(filter(None, parts))
+
+
+def known_shapes() -> list[ModelShape]:
+    """The shapes in conf/model, to choose a smaller model from."""
+    return [model_spec(name).shape for name in list_models()]
+
+
+def _to_measure(cell: Cell, refusal: Refusal | None, cache: Path) -> SuiteCell:
+    predicted = None
+    if refusal is None and cell.spec.hardware.rates is not None:
+        predicted = partial(_prediction, asked_here(cell), cache)
+    reason = None if refusal is None else refusal.reason
+    return SuiteCell(label(cell), cell.spec, cell.command, reason, predicted)
+
+
+def _prediction(asked: Asked, cache: Path) -> Mapping[str, Any]:
+    return as_recorded(predict(asked, asked.spec.lossy, cache))
+
+
+def _explained(cell: Cell, refusal: Refusal) -> str:
+    if not refusal.machine:
+        return refusal.text
+    name = cell.spec.hardware.name
+    return f"{refusal.text}\nIt cannot be simulated either: conf/gpu has no rates for {name}."
