@@ -13,6 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = ("core", "schedule", "planner", "store", "report", "models", "trace")
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers"}
 MAY_IMPORT_HEAVY = ("kernels", "memory", "engine")
+# Measured rates are read wherever something is predicted, also without torch.
+READS_RATES = [
+    PACKAGE / "calibrate" / f"{name}.py"
+    for name in ("store", "effort", "stable", "profile", "table")
+]
 BASELINES = sorted(p.name for p in (ROOT / "baselines").iterdir() if (p / "__init__.py").is_file())
 
 
@@ -63,6 +68,7 @@ def uses(path: Path, *parts: str) -> set[str]:
 def test_there_are_files() -> None:
     assert len(FILES) > 20
     assert {"accelerate", "deepspeed", "transformers"} <= set(BASELINES)
+    assert set(READS_RATES) <= set(FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -74,6 +80,10 @@ def test_module(path: Path) -> None:
         assert not first & HEAVY, "starting must stay quick: import these where they are used"
     if part in TORCH_FREE:
         assert not everywhere & HEAVY, f"{part} works without torch"
+    if path in READS_RATES:
+        assert not everywhere & HEAVY and not uses(path, *MAY_IMPORT_HEAVY), (
+            "measured rates are read without torch"
+        )
     if part in ("report", "store", "trace"):
         assert not uses(path, "engine", "runner", "systems"), "tables come from records alone"
     if part == "models":

@@ -1,0 +1,125 @@
+"""Rates of attention, as the engine's ATTEND steps compute it: new keys and values are checked, put into the cache, and attended to.
+
+Prefill counts 4 FLOP per pair of a token and one it sees, head and dimension, as the schedule does; decode counts the bytes of cache that
+are read. Each decode call takes another cache, so that it comes from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from flexgen_bench.calibrate.effort import SiteEffort
+from flexgen_bench.calibrate.site import Room, Site
+from flexgen_bench.calibrate.stable import Probe
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.rates import number_format
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.health import Health
+from flexgen_bench.kernels.attention import decode_attention, prefill_attention
+from flexgen_bench.memory.kv_cache import KVForm, KVRegion
+from flexgen_bench.memory.weight_store import TORCH_DTYPES
+from flexgen_bench.schedule.kv_layout import KVLayout
+from flexgen_bench.schedule.steps import Step, StepKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEQUENCES = 8  # of a call, as in a small micro-batch
+_NEW_TOKENS = 16  # behind the prompt of a cache, in a segment of their own
+_STEP = Step(Lane.CPU, StepKind.ATTEND, 0)
+
+
+def prefill_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.prefill_attention.<tokens>``, of several prompts of that length, in the format that models usually have there."""
+    site, (heads, dim) = room.site, effort.heads_of_dim[0]
+    dtype = TORCH_DTYPES[_usual(site)]
+    for tokens in effort.prompts:
+        count = max(1, min(SEQUENCES, effort.prompt_tokens // tokens))
+        form = KVForm(heads, dim, dtype, None)
+        token_bytes = 2 * heads * dim * dtype.itemsize
+        layout = KVLayout(count, tokens, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
+        if layout.region_bytes > room.size:
+            continue
+        region = KVRegion(layout, form)
+        q, k, v = (room.numbers((count * tokens, heads, dim), dtype) for _ in range(3))
+        pairs = count * tokens * (tokens + 1) // 2
+        yield Probe(
+            f"{site.tier}.prefill_attention.{tokens}",
+            4 * heads * dim * pairs,
+            _prefill(site, region, room.turns(layout.region_bytes).__next__, (q, k, v), tokens),
+            site.settle,
+        )
+
+
+def _prefill(
+    site: Site,
+    region: KVRegion,
+    home: Callable[[], Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    tokens: int,
+) -> Callable[[], object]:
+    q, k, v = qkv
+    form, lengths = region.form, [tokens] * region.layout.sequences
+    scale = form.head_dim**-0.5
+
+    def call() -> Tensor:
+        Health(site.device).watch(_STEP, k, v)
+        stored = (form.encode(k), form.encode(v))
+        region.put_prompts(home(), 0, stored)
+        keys, values = (form.decode(x) for x in stored)
+        return prefill_attention(q, keys, values, lengths, scale)
+
+    return call
+
+
+def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.decode_attention.<format>.<query heads per KV head>``."""
+    site = room.site
+    for dtype, compression in effort.kv:
+        number = number_format(dtype, compression)
+        torch_dtype = TORCH_DTYPES[dtype]
+        for shared in effort.heads:
+            kv_heads, dim = effort.heads_of_dim[shared > 1]
+            row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
+            form = KVForm(kv_heads, dim, torch_dtype, compression)
+            layout = KVLayout(
+                SEQUENCES, effort.cache_tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, 2 * kv_heads * row,
+            )  # fmt: skip
+            if layout.region_bytes > room.size:
+                continue
+            q = room.numbers((SEQUENCES, kv_heads * shared, dim), torch_dtype)
+            k, v = (room.numbers((SEQUENCES, kv_heads, dim), torch_dtype) for _ in range(2))
+            yield Probe(
+                f"{site.tier}.decode_attention.{number}.{shared}",
+                SEQUENCES * effort.cache_tokens * layout.token_bytes,
+                _decode(site, KVRegion(layout, form), room.turns(layout.region_bytes).__next__, (q, k, v)),
+                site.settle,
+            )  # fmt: skip
+
+
+def _decode(
+    site: Site,
+    region: KVRegion,
+    cache: Callable[[], Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> Callable[[], object]:
+    q, k, v = qkv
+    form, slots = region.form, range(region.layout.sequences)
+    token, scale = region.layout.new_tokens, form.head_dim**-0.5
+
+    def call() -> Tensor:
+        Health(site.device).watch(_STEP, k, v)
+        raw = cache()
+        region.append(raw, token, slots, [form.encode(k), form.encode(v)])
+        return decode_attention(q, region.segments(raw, token), None, scale)
+
+    return call
+
+
+def _usual(site: Site) -> DType:
+    """bfloat16, the default of this project; float16 on GPUs that have no bfloat16 (before compute capability 8.0)."""
+    import torch
+
+    old = site.tier is Tier.GPU and torch.cuda.get_device_capability() < (8, 0)
+    return DType.FLOAT16 if old else DType.BFLOAT16

@@ -1,0 +1,119 @@
+"""Rates of a layer's matrix products: OPT layers, computed as the engine does, norms and activations included.
+
+One call computes a layer without its attention (PROJECT and OUTPUT); its FLOP are 2 per weight and row, as the planner counts
+them. Layers are listed by their hidden size, which is the square root of a twelfth of their weights. Each call takes
+another copy of the layer, so that weights come from memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from flexgen_bench.calibrate.effort import SiteEffort
+from flexgen_bench.calibrate.site import Room
+from flexgen_bench.calibrate.stable import Probe
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.rates import number_format
+from flexgen_bench.engine.weight_views import plain_views, unpack, views
+from flexgen_bench.kernels import ops
+from flexgen_bench.memory.weight_store import TORCH_DTYPES
+from flexgen_bench.models.registry import family
+from flexgen_bench.planner.units import PackedUnit, pack
+from flexgen_bench.schedule.job import UnitKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexgen_bench.models.family import Weights
+
+FAMILY = "opt"
+# Of the step that unpacks weights for an accelerator.
+_UNPACKED = (DType.BFLOAT16, Compression(4))
+
+
+def layer_shape(width: int) -> ModelShape:
+    """An OPT model of one layer and this hidden size."""
+    heads = max(1, width // 64)
+    return ModelShape(
+        name=f"layer-{width}", family=FAMILY, num_layers=1, hidden_size=width, num_heads=heads,
+        num_kv_heads=heads, head_dim=width // heads, ffn_size=4 * width, vocab_size=64, max_positions=64,
+        tied_embeddings=True,
+    )  # fmt: skip
+
+
+def layer_unit(shape: ModelShape, dtype: DType, compression: Compression | None) -> PackedUnit:
+    """How the layer is packed."""
+    packed = pack(shape, family(FAMILY).inventory(shape), dtype, compression)
+    return next(unit for unit in packed.units if unit.kind is UnitKind.LAYER)
+
+
+def largest_layer(effort: SiteEffort, limit: int) -> int:
+    """Bytes of the largest layer that will be measured, of those not above ``limit``."""
+    sizes = [
+        layer_unit(layer_shape(width), dtype, compression).num_bytes
+        for width in effort.widths
+        for dtype, compression in effort.matrix
+    ]
+    return max((size for size in sizes if size <= limit), default=0)
+
+
+def matrix_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.matrix.<format>.<width>.<rows>``. A layer too large for the room is left out."""
+    site = room.site
+    for dtype, compression in effort.matrix:
+        number = number_format(dtype, compression)
+        for width in effort.widths:
+            shape = layer_shape(width)
+            unit = layer_unit(shape, dtype, compression)
+            copies = room.copies(unit.num_bytes)
+            if not copies:
+                continue
+            turns = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in copies])
+            for rows in effort.rows:
+                x, attended = (room.numbers((rows, width), TORCH_DTYPES[dtype]) for _ in range(2))
+                yield Probe(
+                    f"{site.tier}.matrix.{number}.{width}.{rows}",
+                    2 * unit.num_values * rows,
+                    _layer(shape, turns.__next__, x, attended),
+                    site.settle,
+                )
+
+
+def _layer(
+    shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor
+) -> Callable[[], object]:
+    kind = family(FAMILY)
+
+    def call() -> Tensor:
+        w = weights()
+        angles = None  # OPT has none
+        kind.project(ops, shape, w, x, angles)
+        return kind.output(ops, shape, w, x, attended)
+
+    return call
+
+
+def unpack_probe(room: Room, effort: SiteEffort) -> Probe:
+    """``<tier>.unpack``: bytes of plain weights, out of a whole unit at a time."""
+    dtype, compression = _UNPACKED
+    site, width = room.site, sorted(effort.widths)[len(effort.widths) // 2]
+    unit = layer_unit(layer_shape(width), dtype, compression)
+    out = site.device.allocate(site.tier, unit.plain_bytes)
+    plain = plain_views(out, unit, TORCH_DTYPES[dtype])
+    packed = cycle(
+        [views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in room.copies(unit.num_bytes)]
+    )
+    return Probe(
+        f"{site.tier}.unpack",
+        unit.plain_bytes,
+        functools.partial(_unpack_next, packed.__next__, plain),
+        site.settle,
+    )
+
+
+def _unpack_next(packed: Callable[[], Weights], plain: Weights) -> None:
+    unpack(packed(), plain)

@@ -1,0 +1,116 @@
+"""A whole calibration: every probe of this machine, measured together, and the rates they show."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.calibrate.attention import decode_probes, prefill_probes
+from flexgen_bench.calibrate.disk import disk_probes
+from flexgen_bench.calibrate.effort import Effort, SiteEffort
+from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
+from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, unpack_probe
+from flexgen_bench.calibrate.reading import memory_probe
+from flexgen_bench.calibrate.site import Room, Site
+from flexgen_bench.calibrate.stable import Probe, Progress, Reading, measure
+from flexgen_bench.calibrate.steps import step_probe
+from flexgen_bench.calibrate.store import Calibration, describe
+from flexgen_bench.core.rates import Rates
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.kernels.native.build import library
+
+_NATIVE = ("linear", "attention", "quantization", "bandwidth")
+
+
+def calibrate(
+    effort: Effort,
+    threads: int,
+    disk_dir: Path,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Calibration, Mapping[str, Reading]]:
+    """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
+
+    Also returns every reading by its name. Raises StoreError for what the disk refuses, MemoryError if the machine has no room.
+    """
+    import torch
+
+    notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            host = Site.open(Tier.CPU, threads)
+            room = _room(host, effort.cpu)
+            cuda = torch.cuda.is_available()
+            probes = [*_site_probes(room, effort, effort.cpu)]
+            if cuda:
+                gpu = Site.open(Tier.GPU, threads)
+                probes += [*_site_probes(_room(gpu, effort.gpu), effort, effort.gpu)]
+                probes += cuda_probes(gpu, effort)
+            else:
+                probes += host_probes(room, effort)
+            with disk_probes(disk_dir, effort, pinned=cuda) as (of_disk, direct):
+                if not direct:
+                    notes.append(f"the file system of {disk_dir} takes no direct I/O")
+                readings = measure([*of_disk, *probes], effort.patience, tell)
+            probes.clear()
+    finally:
+        torch.set_num_threads(before)
+        gc.collect()
+    return _calibration(readings, effort, describe(threads), notes), readings
+
+
+def _room(site: Site, effort: SiteEffort) -> Room:
+    return Room(site, effort, largest_layer(effort, site.free_bytes() // 3))
+
+
+def _site_probes(room: Room, effort: Effort, of_site: SiteEffort) -> Iterator[Probe]:
+    yield memory_probe(room)
+    yield step_probe(room.site, effort)
+    yield unpack_probe(room, of_site)
+    yield from matrix_probes(room, of_site)
+    yield from prefill_probes(room, of_site)
+    yield from decode_probes(room, of_site)
+
+
+def _calibration(
+    readings: Mapping[str, Reading], effort: Effort, machine: Mapping[str, Any], notes: list[str]
+) -> Calibration:
+    return Calibration(
+        rates=rates_from(readings),
+        machine=machine,
+        mode=effort.name,
+        measured=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        unstable=tuple(name for name, reading in readings.items() if not reading.stable),
+        also={
+            name.removeprefix(f"{ALSO}."): _rounded(reading.rate)
+            for name, reading in readings.items()
+            if name.startswith(f"{ALSO}.")
+        },
+        notes=tuple(notes),
+    )
+
+
+def rates_from(readings: Mapping[str, Reading]) -> Rates:
+    """Readings by dotted name -> rates. Raises UserError if a site lacks a constant."""
+    data: dict[str, Any] = {}
+    spread: dict[str, float] = {}
+    for name, reading in readings.items():
+        if name.startswith(f"{ALSO}."):
+            continue
+        *path, last = name.split(".")
+        place = data
+        for key in path:
+            place = place.setdefault(key, {})
+        # A step's constant is the time it takes, the others are rates.
+        place[last] = _rounded(1 / reading.rate if last == "step" else reading.rate)
+        spread[name] = round(reading.spread, 4)
+    return Rates.from_dict(data | {"spread": spread}, "calibration")
+
+
+def _rounded(value: float) -> float:
+    """Four places: more than were measured."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,71 @@
+"""What a step costs beside its work: the real executor driven through a real job whose actions do nothing."""
+
+from __future__ import annotations
+
+from flexgen_bench.calibrate.effort import Effort
+from flexgen_bench.calibrate.site import Site
+from flexgen_bench.calibrate.stable import Probe
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine.executor import Executor
+from flexgen_bench.models.registry import family
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.program import Program
+from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.steps import Step
+
+LAYERS, BATCH_SIZE, BATCHES = 24, 8, 4
+
+
+def step_probe(site: Site, effort: Effort) -> Probe:
+    """``<tier>.step``: steps per second of a whole job, generating them included. (In ``Rates`` its inverse.)"""
+    counted = _run(site, effort.step_passes)
+    return Probe(f"{site.tier}.step", counted, lambda: _run(site, effort.step_passes))
+
+
+def _program(hardware: HardwareProfile, passes: int) -> tuple[Program, Job]:
+    """A block of sequences, half of the weights on disk."""
+    shape = ModelShape(
+        name="steps", family="opt", num_layers=LAYERS, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16,
+        ffn_size=256, vocab_size=64, max_positions=64, tied_embeddings=True,
+    )  # fmt: skip
+    dtype, near = DType.FLOAT16, Placement.all_on(hardware.compute_tier)
+    policy = Policy(
+        gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, weights=Placement(cpu=0.5, disk=0.5),
+        kv_cache=near, activations=near,
+    )  # fmt: skip
+    packed = pack(shape, family(shape.family).inventory(shape), dtype)
+    plan = plan_job(
+        shape, packed, dtype, policy, hardware, [Request(8, passes)] * policy.block_size
+    )
+    return Program(policy, plan), plan.job
+
+
+def _nothing(step: Step) -> None:
+    """The action of every step."""
+
+
+def _run(site: Site, passes: int) -> int:
+    """The job as the engine drives it; the number of its steps."""
+    running, job = _program(site.device.hardware, passes)
+    executor, count = Executor(site.device.lane_settings()), 0
+    try:
+        while not running.is_done:
+            ends: dict[int, tuple[Lane, int]] = {}
+            for step in running.steps(running.begin_pass()):
+                ticket = executor.submit(step, _nothing)
+                count += 1
+                if step.lane in (job.compute_lane, Lane.CPU):
+                    ends[step.unit] = ticket
+            for ticket in ends.values():
+                executor.wait([ticket])
+            executor.collect()
+            running.end_pass()
+        executor.drain()
+    finally:
+        executor.close()
+    return count
