@@ -205,7 +205,7 @@ class TableConf:
     printed: its ids there (column ``table``); select: the rows that are taken, by field, and their order; extra: cells of which
     nothing is printed. rows, columns: the fields that make the table's rows and columns; grids: the field that cuts it in several.
     labels: shorter words for values. models: conf/model of a printed name. predict: quantity -> what of a prediction it is.
-    machine: conf/gpu. lines: what is shown of each row; decimals: the paper's own.
+    machine: conf/gpu. lines: what is shown of each row; decimals: the paper's own. no_ratio: quantities that are not better by being more.
     """
 
     title: str = MISSING
@@ -223,6 +223,7 @@ class TableConf:
     ours_missing: str = "-"
     predict: dict[str, str] = field(default_factory=dict)
     assumed: list[AssumedConf] = field(default_factory=list)
+    no_ratio: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=lambda: ["printed", "simulated", "ours"])
     decimals: int | None = None
     notes: list[NoteConf] = field(default_factory=list)

@@ -14,7 +14,7 @@ from flexgen_bench.core.errors import unknown_choice
 
 
 @dataclass(frozen=True)
-class SystemModel:
+class ConfiguredSystem:
     """A system as far as predictions go: see ``conf_schema.SystemConf``."""
 
     name: str
@@ -54,13 +54,13 @@ def footnotes() -> Mapping[str, str]:
     return conf.notes
 
 
-def system_models() -> list[SystemModel]:
+def configured_systems() -> list[ConfiguredSystem]:
     """Every system of conf/system."""
     models = []
     for path in sorted((conf_dir() / "system").glob("*.yaml")):
         conf: SystemConf = load_typed(SystemConf, path, "system.")
         models.append(
-            SystemModel(
+            ConfiguredSystem(
                 conf.name,
                 conf.predictor,
                 conf.constants,

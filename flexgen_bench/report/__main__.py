@@ -1,4 +1,4 @@
-"""``python -m flexgen_bench.report``: rebuild the tables and pages from the records, and from nothing else."""
+"""``python -m flexgen_bench.report``: rebuild the tables and pages from the records, and the FlexGen paper's own tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.report.page import index_page, suite_page
+from flexgen_bench.report.paper.build import build_paper
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.report.table import to_csv, to_markdown
 from flexgen_bench.store.reader import Problem, read_all
@@ -35,6 +36,30 @@ def build_reports(results_dir: Path, out: Path) -> list[Path]:
         written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
     written.append(_write(out / "index.md", index_page(dict(suites), problems, results_dir)))
     return written
+
+
+def build_paper_tables(
+    results_dir: Path,
+    out: Path,
+    *,
+    simulate: bool = True,
+    names: Sequence[str] | None = None,
+    own: Path | None = None,
+) -> tuple[list[Path], list[UserError]]:
+    """Write the FlexGen paper's tables (see ``report.paper.build``) into ``out``/paper; returns the paths and what went wrong."""
+    if own is not None and not own.is_dir():
+        raise UserError("--config-dir", str(own), "a folder with table/<name>.yaml")
+    records, problems = read_all(results_dir)
+    return build_paper(
+        records,
+        problems,
+        results_dir,
+        out / "paper",
+        _write,
+        simulate=simulate,
+        names=names,
+        own=own,
+    )
 
 
 def update_readme(results_dir: Path, readme: Path) -> list[str]:
@@ -115,20 +140,21 @@ def _write(path: Path, text: str) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 after one line on standard error that says what is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_bench.report",
-        description="Rebuild tables and pages from records alone. The same records give the same bytes.",
-    )
-    parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"))
-    parser.add_argument("out", nargs="?", type=Path, default=Path("reports"))
-    parser.add_argument(
-        "--readme", type=Path, help="also fill the tables between <!-- table:SUITE --> markers"
-    )
-    options = parser.parse_args(arguments)
+    """Returns 0, or 2 after a line on standard error for each thing that is wrong."""
+    options = _parser().parse_args(arguments)
+    wrong: Sequence[Exception] = ()
     try:
         written = build_reports(options.results_dir, options.out)
         filled = update_readme(options.results_dir, options.readme) if options.readme else []
+        if options.tables != ["none"]:
+            paper, wrong = build_paper_tables(
+                options.results_dir,
+                options.out,
+                simulate=not options.no_simulation,
+                names=options.tables,
+                own=options.config_dir,
+            )
+            written += paper
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -136,7 +162,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(path)
     if filled:
         print(f"{options.readme}: {', '.join(filled)}")
-    return 0
+    for problem in wrong:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen_bench.report",
+        description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside simulations. The same "
+        "records and configuration give the same bytes.",
+    )
+    parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"))
+    parser.add_argument("out", nargs="?", type=Path, default=Path("reports"))
+    parser.add_argument(
+        "--readme", type=Path, help="also fill the tables between <!-- table:SUITE --> markers"
+    )
+    parser.add_argument(
+        "--tables",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        help="of the paper's tables only these, e.g. t2,t4 (default: every conf/table/*.yaml; none: none)",
+    )
+    parser.add_argument(
+        "--no-simulation", action="store_true", help="the paper's tables without simulated values"
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, help="a folder of your own with table/<name>.yaml"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""All tables of the paper written into a folder: ``<name>.md``, ``.csv``, ``.tex`` and plots for each, and ``index.md``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.report.paper.cells import Sources
+from flexgen_bench.report.paper.curves import plot
+from flexgen_bench.report.paper.details import HEADERS, details
+from flexgen_bench.report.paper.latex import latex
+from flexgen_bench.report.paper.markdown import index, page
+from flexgen_bench.report.paper.quoted import read_quoted
+from flexgen_bench.report.paper.recorded import usable
+from flexgen_bench.report.paper.simulate import Simulations
+from flexgen_bench.report.paper.svg import svg
+from flexgen_bench.report.paper.table import PaperTable, build_table
+from flexgen_bench.store.reader import Problem, StoredRecord
+from flexgen_bench.table_conf import (
+    configured_systems,
+    footnotes,
+    list_tables,
+    paper_dir,
+    table_conf,
+)
+
+Write = Callable[[Path, str], Path]
+
+
+def build_paper(
+    records: Sequence[StoredRecord],
+    problems: Sequence[Problem],
+    results_dir: Path,
+    out: Path,
+    write: Write,
+    *,
+    simulate: bool = True,
+    names: Sequence[str] | None = None,
+    own: Path | None = None,
+) -> tuple[list[Path], list[UserError]]:
+    """Write the tables ``names`` (None: all there are, with an index); returns the paths and what is wrong with other tables.
+
+    problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. Raises UserError for an unknown
+    name, and for what is wrong with the printed values themselves.
+    """
+    quoted, texts = read_quoted(paper_dir() / "tables.csv"), footnotes()
+    recorded, unfit = usable(records)
+    simulations = Simulations(configured_systems()) if simulate else None
+    sources = Sources(simulations, recorded, results_dir)
+    chosen = list_tables(own) if names is None else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in list_tables(own):
+            table_conf(name, own)
+    tables, errors, written = [], [], []
+    plots: dict[str, list[str]] = {}
+    for name in chosen:
+        try:
+            table = build_table(name, table_conf(name, own), quoted, texts, sources)
+            drawn = {f"{f.name}.svg": svg(plot(table, f)) for f in table.conf.figures}
+        except UserError as error:
+            if error.field.startswith(f"{name}.yaml"):
+                errors.append(error)
+            else:
+                errors.append(
+                    UserError(
+                        f"{name}.yaml: {error.field}", error.value, error.allowed, error.action
+                    )
+                )
+            continue
+        tables.append(table)
+        plots[name] = sorted(drawn)
+        written += _written(table, drawn, out, write)
+    if names is None:
+        relative = [_relative(p, results_dir) for p in [*problems, *unfit]]
+        written.append(write(out / "index.md", index(tables, relative, plots)))
+    return written, errors
+
+
+def _written(table: PaperTable, drawn: dict[str, str], out: Path, write: Write) -> list[Path]:
+    name = table.name
+    return [
+        write(out / f"{name}.md", page(table, sorted(drawn))),
+        write(out / f"{name}.csv", _csv(table)),
+        write(out / f"{name}.tex", latex(table)),
+        *(write(out / file, text) for file, text in sorted(drawn.items())),
+    ]
+
+
+def _csv(table: PaperTable) -> str:
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(HEADERS)
+    lines.writerows(details(table))
+    return text.getvalue()
+
+
+def _relative(problem: Problem, results_dir: Path) -> Problem:
+    """A page must not depend on the path by which its records were found."""
+    name = os.path.relpath(problem.path, results_dir)
+    return replace(problem, message=problem.message.replace(str(problem.path), name))

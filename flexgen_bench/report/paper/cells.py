@@ -1,0 +1,185 @@
+"""The cells of one table: a printed value each, what is simulated or was run beside it, and its footnotes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen_bench.conf_schema import AssumedConf, TableConf
+from flexgen_bench.config import list_models
+from flexgen_bench.core.status import Evidence
+from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
+from flexgen_bench.report.paper.quantities import quantity
+from flexgen_bench.report.paper.quoted import Quoted
+from flexgen_bench.report.paper.recorded import Recorded, find
+from flexgen_bench.report.paper.settings import settings_text
+from flexgen_bench.report.paper.simulate import OOM, Answer, Job, Simulations, policy_options
+from flexgen_bench.table_conf import ours_beside
+
+NOTHING = "-"
+NO_POLICY = "no policy known"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside a printed value: a number, or the word for why there is none.
+
+    evidence None: nothing was simulated or run. source: the predictor's system, or the record. settings: what it ran with.
+    """
+
+    value: float | None = None
+    word: str = NOTHING
+    evidence: Evidence | None = None
+    source: str = ""
+    settings: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """printed: the paper's value; simulated: the same system; ours: this project's engine, ``ours_lossy`` naming what it changed.
+
+    unrounded: the value ratios are taken with, where the printed one is a rounding too coarse for that. assumed: in words.
+    has_ratio: whether this divided by that says anything.
+    """
+
+    printed: Quoted
+    simulated: Beside = Beside()
+    ours: Beside = Beside()
+    ours_lossy: str = ""
+    unrounded: float | None = None
+    assumed: str = ""
+    has_ratio: bool = True
+    notes: tuple[int, ...] = ()
+
+    def ratio(self, beside: Beside) -> float | None:
+        """``beside`` / printed."""
+        base = self.printed.number if self.unrounded is None else self.unrounded
+        if not base or beside.value is None or not self.has_ratio:
+            return None
+        return beside.value / base
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What cells are filled from. simulations None: nothing is simulated."""
+
+    simulations: Simulations | None
+    records: Sequence[Recorded]
+    results_dir: Path
+
+
+def build_cell(
+    row: Quoted, table: TableConf, sources: Sources, notes: tuple[int, ...] = ()
+) -> Cell:
+    """The cell of one printed row."""
+    conf = table.systems.get(row.system)
+    assumed = [a for a in table.assumed if row.matches(a.where)]
+    policy, prompts = _policy(row, assumed)
+    simulated, ours, lossy = Beside(), Beside(word=table.ours_missing), ""
+    name = table.predict.get(row.metric) or table.predict.get(row.quantity)
+    beside = None if conf is None else ours_beside(conf.ours)
+    if name is not None and sources.simulations is not None:
+        asks = _Asks(row, table, sources, sources.simulations, name)
+        printed_as = (conf and conf.simulated_as) or row.system
+        simulated = asks.original(printed_as, policy, prompts)
+        if beside is not None:
+            whole_job = policy.executed is not None or policy.eval_instances is not None
+            given = prompts if prompts is not None else policy.num_prompts if whole_job else None
+            job = asks.job(given, PolicyText(lossy=beside))
+            ours = asks.engine(job)
+    if beside is None:
+        ours = Beside()
+    elif not beside.is_exact:
+        lossy = str(beside)
+    return Cell(
+        printed=row,
+        simulated=simulated,
+        ours=ours,
+        ours_lossy=lossy,
+        unrounded=next((a.unrounded for a in assumed if a.unrounded is not None), None),
+        assumed="; ".join(_assumed_text(a) for a in assumed),
+        has_ratio=row.quantity not in table.no_ratio,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Asks:
+    """The questions of one cell."""
+
+    row: Quoted
+    table: TableConf
+    sources: Sources
+    simulations: Simulations
+    quantity: str
+
+    def job(self, num_prompts: int | None, policy: PolicyText) -> Job | None:
+        """None where the row names no job, or conf/model has no such model."""
+        model = self.table.models.get(self.row.model, self.row.model.lower())
+        prompt_len, gen_len = self.row.count("prompt_len"), self.row.count("gen_len")
+        if model not in list_models() or not prompt_len or not gen_len:
+            return None
+        return Job(
+            model,
+            self.table.machine,
+            prompt_len,
+            gen_len,
+            num_prompts,
+            policy.lossy,
+            self.row.count("gpus") or 1,
+        )
+
+    def original(self, printed_as: str, policy: PolicyText, prompts: int | None) -> Beside:
+        system = self.simulations.printed_as(printed_as, self.table.engine)
+        job = self.job(policy.num_prompts if prompts is None else prompts, policy)
+        if system is None or job is None:
+            return Beside()
+        if not policy.is_policy:
+            return Beside(word=NO_POLICY)
+        options = policy_options(policy, system)
+        return self._recorded(system.name, job, options) or self._told(
+            self.simulations.ask(system, options, job), system.name
+        )
+
+    def engine(self, job: Job | None) -> Beside:
+        system = self.simulations.named(self.table.engine)
+        if system is None or job is None:
+            return Beside(word=self.table.ours_missing)
+        return self._recorded(system.name, job, {}) or self._told(
+            self.simulations.ask(system, {}, job), system.name
+        )
+
+    def _told(self, answer: Answer, name: str) -> Beside:
+        if answer.run is None:
+            evidence = Evidence.SIMULATED if answer.word == OOM else None
+            return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
+        value = quantity(self.quantity, answer.run, self.row.count("gpus") or 1)
+        settings = settings_text(answer.run)
+        return Beside(value, NOTHING, Evidence.SIMULATED, name, settings)
+
+    def _recorded(self, name: str, job: Job, options: Mapping[str, object]) -> Beside | None:
+        found = find(self.sources.records, name, job, options)
+        if found is None:
+            return None
+        record, path = found.stored.record, found.stored.path
+        source = path.relative_to(self.sources.results_dir).as_posix()
+        if found.run is None:
+            return Beside(None, OOM, record.evidence, source, reason=record.reason)
+        value = quantity(self.quantity, found.run, 1)
+        return Beside(value, NOTHING, record.evidence, source, settings_text(found.run))
+
+
+def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, int | None]:
+    """The printed policy, or the one that is assumed in its place; and the number of prompts, if assumed."""
+    text = next((a.policy for a in assumed if a.policy is not None), row.policy)
+    prompts = next((a.num_prompts for a in assumed if a.num_prompts is not None), None)
+    return parse_policy(text), prompts
+
+
+def _assumed_text(assumed: AssumedConf) -> str:
+    parts = [f"policy {assumed.policy}"] if assumed.policy is not None else []
+    parts += [f"{assumed.num_prompts} prompts"] if assumed.num_prompts is not None else []
+    parts += [f"unrounded {assumed.unrounded:g}"] if assumed.unrounded is not None else []
+    return f"{', '.join(parts)} ({assumed.source})"
