@@ -188,13 +188,14 @@ class AssumedConf:
 
 @dataclass
 class FigureConf:
-    """A plot of a table's cells. x: a field, or a quantity; y: a quantity; one line for each value of ``series``."""
+    """A plot of a table's cells, of those that meet ``where``. x: a field, or a quantity; y: a quantity; a line for each ``series``."""
 
     name: str = MISSING
     title: str = MISSING
     x: str = MISSING
     y: str = MISSING
     series: list[str] = field(default_factory=list)
+    where: dict[str, str] = field(default_factory=dict)
     log: bool = False
 
 

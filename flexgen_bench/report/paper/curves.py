@@ -42,7 +42,9 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
         raise unknown_choice(f"table.figures.{conf.name}.y", conf.y, quantities)
     if conf.x not in quantities and conf.x not in FIELDS:
         raise unknown_choice(f"table.figures.{conf.name}.x", conf.x, [*quantities, *FIELDS])
-    rows = [c for c in table.cells if c.printed.quantity == conf.y]
+    rows = [
+        c for c in table.cells if c.printed.quantity == conf.y and c.printed.matches(conf.where)
+    ]
     names = list(dict.fromkeys(_series(table, conf, c) for c in rows))
     curves = []
     for index, name in enumerate(names):

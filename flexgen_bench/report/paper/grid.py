@@ -9,7 +9,7 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.cells import MARKS, number
 from flexgen_bench.report.paper.cells import NOTHING, Beside, Cell
 from flexgen_bench.report.paper.quoted import NOT_FOUND
-from flexgen_bench.report.paper.table import PaperTable
+from flexgen_bench.report.paper.table import PaperTable, places
 
 Key = tuple[str, ...]
 
@@ -87,9 +87,11 @@ def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
     placed: dict[Key, dict[Key, list[Cell]]] = {}
     for cell in cells:
         placed.setdefault(key(cell, rows), {}).setdefault(key(cell, columns), []).append(cell)
-    order = list(dict.fromkeys(key(c, columns) for c in cells))
+    shown_rows = [c.printed for c in cells]
+    order = list(places(table.conf, shown_rows, columns))
     lines: list[Line] = []
-    for names, row in placed.items():
+    for names in places(table.conf, shown_rows, rows):
+        row = placed[names]
         at = [row.get(column, []) for column in order]
         found = [line for kind in table.conf.lines for line in _lines(table, kind, at)]
         found = [line for line in found if _says_something(line)] or found[:1]
@@ -124,7 +126,10 @@ def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[L
 
 def _printed(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
     decimals = table.conf.decimals
-    entries = tuple(tuple(Entry(printed_text(c, decimals), c.notes) for c in place) for place in at)
+    entries = tuple(
+        tuple(Entry(printed_text(c, decimals), c.notes if c.printed.value else ()) for c in place)
+        for place in at
+    )
     trust = dict.fromkeys(c.printed.trust for place in at for c in place if c.printed.trust)
     quoted = any(c.printed.value for place in at for c in place)
     evidence = f"{Evidence.QUOTED.value} ({'; '.join(trust)})" if trust else Evidence.QUOTED.value

@@ -68,6 +68,7 @@ def check_table(conf: TableConf, sources: Sources) -> None:
         "table.notes.where": [f for n in conf.notes for f in n.where],
         "table.assumed.where": [f for a in conf.assumed for f in a.where],
         "table.figures.series": [f for figure in conf.figures for f in figure.series],
+        "table.figures.where": [f for figure in conf.figures for f in figure.where],
     }
     for key, names in asked.items():
         _known(key, names, FIELDS)
@@ -94,6 +95,20 @@ def _known(key: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise unknown_choice(key, name, known)
+
+
+def places(
+    conf: TableConf, rows: Sequence[Quoted], fields: Sequence[str]
+) -> dict[tuple[str, ...], int]:
+    """The different values of ``fields`` and the place of each: as ``select`` orders them, otherwise as they come."""
+    keys = dict.fromkeys(tuple(row.text(f) for f in fields) for row in rows)
+    selects = [conf.select.get(f, []) for f in fields]
+
+    def place(key: tuple[str, ...]) -> list[int]:
+        pairs = zip(key, selects, strict=True)
+        return [values.index(v) if v in values else 0 for v, values in pairs]
+
+    return {key: index for index, key in enumerate(sorted(keys, key=place))}
 
 
 def _rows(conf: TableConf, quoted: Sequence[Quoted]) -> list[Quoted]:
@@ -124,13 +139,8 @@ def _in_reading_order(
     conf: TableConf, rows: Sequence[Quoted], at: Mapping[int, Sequence[str]]
 ) -> list[str]:
     """Footnotes as the eye meets them, along the lines of each grid."""
-
-    def places(fields: Sequence[str]) -> dict[tuple[str, ...], int]:
-        keys = dict.fromkeys(tuple(r.text(f) for f in fields) for r in rows)
-        return {key: index for index, key in enumerate(keys)}
-
     levels = [([conf.grids] if conf.grids else []), conf.rows, conf.columns]
-    orders = [(fields, places(fields)) for fields in levels]
+    orders = [(fields, places(conf, rows, fields)) for fields in levels]
     read = sorted(
         rows, key=lambda r: [order[tuple(r.text(f) for f in fields)] for fields, order in orders]
     )
