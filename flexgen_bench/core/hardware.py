@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.rates import Rates
+from flexgen_bench.core.rates import Rates, stated_rate
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
+
+# Attention over a KV cache reads all of it, so it cannot be faster than memory; what is stated is rounded.
+_ROUNDED = 1.05
 
 
 class Accelerator(StrEnum):
@@ -48,10 +52,14 @@ class HardwareProfile:
         for lane, rate in self.links.items():
             if lane not in {str(known) for known in LINKS}:
                 raise UserError("gpu.links", lane, f"one of {', '.join(map(str, LINKS))}")
-            if not rate > 0:
-                raise UserError(f"gpu.links.{lane}", rate, "more than zero bytes/s")
+            if not 0 < rate < math.inf:
+                raise UserError(f"gpu.links.{lane}", rate, "more than zero bytes/s, and finite")
         if self.accelerator is Accelerator.EMULATED and self.gpu_memory_bytes is None:
             raise UserError("gpu.gpu_memory_bytes", None, "given for an emulated accelerator")
+        # What was measured has a spread: it may be noisy, but nobody has mistyped it.
+        if self.rates is not None and not self.rates.spread:
+            _check_links(self, self.rates)
+            _check_sites(self.rates)
 
     @property
     def compute_tier(self) -> Tier:
@@ -87,3 +95,41 @@ class HardwareProfile:
         return HardwareProfile(
             **(known | {"rates": None if rates is None else Rates.from_dict(rates)})
         )
+
+
+def _check_links(machine: HardwareProfile, rates: Rates) -> None:
+    """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster than host memory."""
+    for lane in LINKS:
+        where = f"gpu.links.{lane}"
+        rate = machine.link_rate(lane)
+        if rate is not None:
+            stated_rate(rate, where)
+        elif Tier.GPU in rates.sites and machine.compute_tier is Tier.GPU:
+            raise UserError(
+                where, None, "given for an accelerator whose rates are given",
+                f"State all of {', '.join(map(str, LINKS))} in bytes/s, or leave out gpu.rates.",
+            )  # fmt: skip
+        host = rates.sites.get(Tier.CPU)
+        if (
+            rate is not None
+            and host is not None
+            and Tier.DISK in LINKS[lane]
+            and rate > host.memory
+        ):
+            raise UserError(
+                where, rate, f"at most gpu.rates.cpu.memory = {host.memory:g} bytes/s",
+                "What is read from a disk or written to it passes host memory; is the unit of one of the two wrong?",
+            )  # fmt: skip
+
+
+def _check_sites(rates: Rates) -> None:
+    """Raises UserError for decode attention that is faster than the memory it reads."""
+    for tier, site in rates.sites.items():
+        for number, table in site.decode_attention.items():
+            for heads, rate in table.items():
+                if rate > _ROUNDED * site.memory:
+                    raise UserError(
+                        f"gpu.rates.{tier}.decode_attention.{number}.{heads}", rate,
+                        f"at most gpu.rates.{tier}.memory = {site.memory:g} bytes/s",
+                        "It reads the whole KV cache. Change both; or is the unit of one of the two wrong?",
+                    )  # fmt: skip

@@ -13,8 +13,12 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import LINKS, Tier
 
-# Nothing that computes or moves data is outside of this; a constant beyond it is a typing error or a wrong unit.
-_LEAST, _MOST = 1e3, 1e18
+# Nothing that computes or moves data is outside of this, so a constant beyond it is a typing error or a wrong unit: the slowest
+# machine in FLOP/s is above the fastest in GFLOP/s, the slowest in bytes/s above the fastest in GB/s.
+FLOPS, BYTES = (1e7, 1e16), (1e6, 1e14)
+_UNITS = {FLOPS: "FLOP/s", BYTES: "bytes/s"}
+_HINTS = {FLOPS: "A TFLOP/s is 1e12.", BYTES: "A GB/s is 1e9."}
+_LARGEST_SIZE = 10**9
 # Ways of moving bytes that are slower or faster than the direct, pinned one that ``links`` holds.
 TRANSFERS = (
     "h2d_pageable",  # from host memory that is not page-locked
@@ -88,9 +92,9 @@ class Rates:
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "gpu.rates") -> Rates:
         """Raises UserError naming the constant that is missing, unknown, negative or absurd."""
-        sites = {t: _site(data[t], f"{where}.{t}") for t in (Tier.GPU, Tier.CPU) if data.get(t)}
-        known = {*map(str, sites), "links", "transfers", "spread", "price_per_hour"}
-        _only(data, known | {"gpu", "cpu"}, where)
+        _only(data, ("gpu", "cpu", "links", "transfers", "spread", "price_per_hour"), where)
+        tiers = [t for t in (Tier.GPU, Tier.CPU) if data.get(t) is not None]
+        sites = {t: _site(data[t], f"{where}.{t}") for t in tiers}
         links = _rates_of(data.get("links"), f"{where}.links")
         _only(links, {str(lane) for lane in LINKS}, f"{where}.links")
         transfers = _rates_of(data.get("transfers"), f"{where}.transfers")
@@ -98,11 +102,11 @@ class Rates:
         price = data.get("price_per_hour")
         if price is not None and not 0 <= _number(price, f"{where}.price_per_hour") < 1e4:
             raise UserError(
-                f"{where}.price_per_hour", price, "US dollars per hour, from 0 to 10000"
-            )
-        spread = {
-            k: _number(v, f"{where}.spread.{k}") for k, v in (data.get("spread") or {}).items()
-        }
+                f"{where}.price_per_hour", price, "US dollars per hour, from 0 to 10000",
+                "Leave it out where nobody knows it.",
+            )  # fmt: skip
+        noise = _mapping(data.get("spread") or {}, f"{where}.spread", empty=True)
+        spread = {str(k): _number(v, f"{where}.spread.{k}") for k, v in noise.items()}
         return Rates(sites, links, transfers, spread, price)
 
 
@@ -151,44 +155,54 @@ def _site(data: Any, where: str) -> SiteRates:
         )
     step = _number(data["step"], f"{where}.step")
     if not 0 <= step < 1:
-        raise UserError(f"{where}.step", step, "seconds, from 0 to 1")
+        raise UserError(f"{where}.step", step, "seconds, from 0 to 1", "A microsecond is 1e-6.")
     formats = data["matrix"]
     return SiteRates(
         matrix={
             _format(number, f"{where}.matrix"): {
                 _size(width, f"{where}.matrix.{number}"): _table(
-                    rows, f"{where}.matrix.{number}.{width}"
+                    rows, f"{where}.matrix.{number}.{width}", FLOPS
                 )
                 for width, rows in _mapping(widths, f"{where}.matrix.{number}").items()
             }
-            for number, widths in _mapping(formats, f"{where}.matrix").items()
+            for number, widths in _formats(formats, f"{where}.matrix").items()
         },
-        memory=_rate(data["memory"], f"{where}.memory"),
-        prefill_attention=_table(data["prefill_attention"], f"{where}.prefill_attention"),
+        memory=stated_rate(data["memory"], f"{where}.memory"),
+        prefill_attention=_table(data["prefill_attention"], f"{where}.prefill_attention", FLOPS),
         decode_attention={
             _format(number, f"{where}.decode_attention"): _table(
                 table, f"{where}.decode_attention.{number}"
             )
-            for number, table in _mapping(
+            for number, table in _formats(
                 data["decode_attention"], f"{where}.decode_attention"
             ).items()
         },
-        unpack=_rate(data["unpack"], f"{where}.unpack"),
+        unpack=stated_rate(data["unpack"], f"{where}.unpack"),
         step=step,
     )
 
 
 def _rates_of(data: Any, where: str) -> dict[str, float]:
-    return {str(k): _rate(v, f"{where}.{k}") for k, v in _mapping(data or {}, where, True).items()}
+    rates = _mapping({} if data is None else data, where, empty=True)
+    return {str(k): stated_rate(v, f"{where}.{k}") for k, v in rates.items()}
 
 
-def _table(data: Any, where: str) -> dict[int, float]:
-    return {_size(k, where): _rate(v, f"{where}.{k}") for k, v in _mapping(data, where).items()}
+def _table(data: Any, where: str, allowed: tuple[float, float] = BYTES) -> dict[int, float]:
+    rates = _mapping(data, where)
+    return {_size(k, where): stated_rate(v, f"{where}.{k}", allowed) for k, v in rates.items()}
+
+
+def _formats(data: Any, where: str) -> Mapping[Any, Any]:
+    """Checked to have a plain number format: what stands in for formats that are not listed."""
+    if all("/" in str(number) for number in _mapping(data, where)):
+        raise UserError(where, list(data), "given for a plain dtype such as float16 too")
+    return _mapping(data, where)
 
 
 def _mapping(data: Any, where: str, empty: bool = False) -> Mapping[Any, Any]:
     if not isinstance(data, Mapping) or not (data or empty):
-        raise UserError(where, data, "a mapping with at least one entry")
+        wanted = "a mapping" if empty else "a mapping with at least one entry"
+        raise UserError(where, data, wanted, "conf/gpu/t4.yaml has one of each kind.")
     return data
 
 
@@ -200,15 +214,20 @@ def _format(name: Any, where: str) -> str:
 
 
 def _size(value: Any, where: str) -> int:
-    if not str(value).isdigit() or int(value) < 1:
-        raise UserError(where, value, "sizes of at least 1 as keys")
-    return int(value)
+    text = str(value)
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= _LARGEST_SIZE:
+        raise UserError(where, value, f"a table whose keys are sizes from 1 to {_LARGEST_SIZE}")
+    return int(text)
 
 
-def _rate(value: Any, where: str) -> float:
+def stated_rate(value: Any, where: str, allowed: tuple[float, float] = BYTES) -> float:
+    """A rate somebody has stated, as a number. Raises UserError for one that nothing has."""
     number = _number(value, where)
-    if not _LEAST <= number <= _MOST:
-        raise UserError(where, value, f"between {_LEAST:g} and {_MOST:g}, in bytes/s or FLOP/s")
+    least, most = allowed
+    if not least <= number <= most:
+        raise UserError(
+            where, value, f"from {least:g} to {most:g} {_UNITS[allowed]}", _HINTS[allowed]
+        )
     return number
 
 
