@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flexgen_bench.calibrate import store
+from flexgen_bench.calibrate import others, store
 from flexgen_bench.calibrate.__main__ import main
 from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, SiteEffort
 from flexgen_bench.calibrate.profile import profile_of, write_profile
@@ -149,7 +149,7 @@ def test_a_steady_probe_is_done_after_as_many_samples_as_are_looked_at() -> None
 
 def test_a_slow_first_call_and_slow_first_samples_do_not_count() -> None:
     clock = FakeClock()
-    durations = iter([9.0, 5.0, 2.0, 1.0, 1.0, 1.0])
+    durations = iter([4.0, 4.0, 2.0, 1.0, 1.0, 1.0])
     found = measure([clock.probe("warms up", durations, 10)], PATIENCE, clock=clock)["warms up"]
     assert found == Reading(10.0, 0.0, 5, True)
 
@@ -165,11 +165,13 @@ def test_stops_at_the_budget_and_says_what_was_not_stable() -> None:
     assert 100 < clock.now < 104
 
 
-def test_two_samples_of_each_whatever_the_budget() -> None:
+def test_two_rounds_whatever_the_budget() -> None:
     clock = FakeClock()
     probes = [clock.probe(name, cycle([70.0])) for name in ("a", "b")]
     found = measure(probes, PATIENCE, clock=clock)
-    assert [(r.samples, r.stable) for r in found.values()] == [(2, False), (2, False)]
+    # Three with the first call, which is so long that it counts.
+    assert [(r.samples, r.stable) for r in found.values()] == [(3, True), (3, True)]
+    assert clock.now == 6 * 70
 
 
 def test_rounds_are_interleaved_and_samples_filled() -> None:
@@ -192,6 +194,17 @@ def test_rounds_are_interleaved_and_samples_filled() -> None:
 def test_spread() -> None:
     assert spread_of([4.0, 5.0, 6.0]) == pytest.approx(0.2)
     assert spread_of([1.0]) == 1.0, "nothing is known of one sample"
+
+
+def test_what_others_took_is_told_if_it_is_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, own, now = iter([10.0, 15.0]), iter([1.0, 3.0]), iter([0.0, 2.0])
+    monkeypatch.setattr(others, "_busy_s", lambda: next(busy))
+    monkeypatch.setattr(others, "_own_s", lambda: next(own))
+    monkeypatch.setattr(others.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(others.psutil, "cpu_count", lambda: 3)
+    note = others.Others().note()
+    assert note is not None
+    assert "50%" in note, "3 of 6 seconds"
 
 
 # Keeping and finding

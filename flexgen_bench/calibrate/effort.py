@@ -74,7 +74,7 @@ QUICK = Effort(
 
 FULL = Effort(
     name="full",
-    patience=Patience(budget_s=180.0, sample_s=0.02, last=5, spread=0.05),
+    patience=Patience(budget_s=200.0, sample_s=0.02, last=4, spread=0.05),
     cpu=SiteEffort(widths=(512, 1024, 2048, 4096), rows=_POWERS, matrix=CPU_MATRIX),
     gpu=SiteEffort(widths=(1024, 2048, 4096, 8192), rows=(*_POWERS, 2048, 4096), matrix=GPU_MATRIX,
                    prompt_tokens=8192, most_bytes=4 * GIB),

@@ -13,6 +13,7 @@ from flexgen_bench.calibrate.disk import disk_probes
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
 from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
 from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, unpack_probe
+from flexgen_bench.calibrate.others import Others
 from flexgen_bench.calibrate.reading import memory_probe
 from flexgen_bench.calibrate.site import Room, Site
 from flexgen_bench.calibrate.stable import Probe, Progress, Reading, measure
@@ -55,7 +56,9 @@ def calibrate(
             with disk_probes(disk_dir, effort, pinned=cuda) as (of_disk, direct):
                 if not direct:
                     notes.append(f"the file system of {disk_dir} takes no direct I/O")
+                others = Others()
                 readings = measure([*of_disk, *probes], effort.patience, tell)
+                notes += filter(None, [others.note()])
             probes.clear()
     finally:
         torch.set_num_threads(before)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 _MOST_CALLS = 10_000
 # Below two samples there is no spread at all: these are taken whatever the budget.
 _FEWEST_ROUNDS = 2
+# Times a sample's length: of a call that is worth looking at although it is the first.
+_LONG = 10
 
 
 def _nothing() -> None:
@@ -78,7 +80,8 @@ def measure(
 ) -> dict[str, Reading]:
     """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not stable.
 
-    A stable constant is the median of its last samples, another one of all it has.
+    A first call that is long is a sample itself: what happens once is little beside it. A stable constant is the median of its last
+    samples, another one of all it has.
     """
     begin = clock()
     samples: dict[str, list[float]] = {probe.name: [] for probe in probes}
@@ -87,6 +90,8 @@ def measure(
     for probe in probes:
         seconds = _timed(probe, 1, clock)
         calls[probe.name] = _enough(seconds, patience)
+        if seconds > _LONG * patience.sample_s:
+            samples[probe.name].append(probe.amount / seconds)
         tell(Progress(0, 0, len(probes), clock() - begin))
     waiting, number = list(probes), 0
     while waiting:
