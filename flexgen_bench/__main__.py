@@ -24,11 +24,14 @@ from hydra.errors import HydraException
 from flexgen_bench.compose import CONFIG_NAME, Plan, check_groups, plan, user_error
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
+from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
+from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.runner.predictions import simulate
+from flexgen_bench.runner.suite import finished_record
 from flexgen_bench.work import Work, divide
 
 # How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
@@ -85,8 +88,8 @@ def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
     simulated = [row.status for row in outcome.simulated]
     if Status.INVALID in simulated:
         return BAD_INPUT
-    if outcome.broken or outcome.unfit:
-        return FAILED
+    if outcome.broken or outcome.is_plan:
+        return FAILED if outcome.broken or outcome.unfit else 0
     said = Status.OK in measured or Status.OK in simulated or Status.OOM in simulated
     return 0 if said and all(status in _FINDINGS for status in measured) else FAILED
 
@@ -113,10 +116,17 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
     cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
     results = Path(conf.results_dir).expanduser()
+
+    def is_worth_measuring(spec: CellSpec) -> bool:
+        new = conf.rerun or conf.dry_run
+        new = new or finished_record(results, spec.spec_hash, wanted.suite) is None
+        return conf.calibrate and new
+
+    rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
     if conf.dry_run:
-        _plan(wanted, results, cache, outcome)
+        _plan(wanted, results, cache, rates, outcome)
         return
-    work = divide(wanted.cells, cache)
+    work = divide(wanted.cells, cache, rates)
     outcome.why.update(dict.fromkeys([work.why] if work.why else []))
     outcome.explanations.update(dict.fromkeys(work.explanations))
     for name, asked in work.simulate:
@@ -126,11 +136,11 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
         _measure(conf, work, wanted.suite, results, cache, outcome)
 
 
-def _plan(wanted: Plan, results: Path, cache: Path, outcome: Outcome) -> None:
+def _plan(wanted: Plan, results: Path, cache: Path, rates: LocalRates, outcome: Outcome) -> None:
     from flexgen_bench.dry_run import cards
     from flexgen_bench.report.plan_card import print_cards
 
-    found = cards(wanted.cells, wanted.suite, results, cache, _tell)
+    found = cards(wanted.cells, wanted.suite, results, cache, rates)
     print_cards(found)
     outcome.is_plan = True
     outcome.simulated += [card.row for card in found]

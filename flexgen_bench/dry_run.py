@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flexgen_bench.compose import Cell
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.report.plan_card import Card
 from flexgen_bench.runner.checkpoints import is_prepared
 from flexgen_bench.runner.feasibility import Refusal, checkpoint_bytes, disk_bytes, explain
@@ -25,15 +27,16 @@ _MAKING = {
 
 
 def cards(
-    cells: Sequence[Cell], suite: str, results: Path, cache: Path, tell: Callable[[str], None]
+    cells: Sequence[Cell], suite: str, results: Path, cache: Path, rates: LocalRates
 ) -> list[Card]:
-    """One card for each cell, two where it would be simulated exact and in 4 bits. Writes nothing."""
+    """One card for each cell, two where it would be simulated exact and in 4 bits. Writes nothing but, on first use, what ``rates`` measures."""
     known = known_shapes()
     found = []
-    for cell in cells:
-        tell(f"predicting {label(cell)}")
-        refusal = explain(cell.spec, cache, known)
+    for asked_for in cells:
+        refusal = explain(asked_for.spec, cache, known)
         elsewhere = refusal is not None and bool(refusal.machine)
+        cell = asked_for if elsewhere else replace(asked_for, spec=rates.of(asked_for.spec))
+        rates.tell(f"predicting {label(cell)}")
         asked = asked_of(cell) if elsewhere else asked_here(cell)
         for row in simulate(asked, cache):
             found.append(

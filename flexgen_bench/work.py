@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from flexgen_bench.compose import Cell
 from flexgen_bench.config import list_models, model_spec
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.runner.feasibility import Refusal, explain
 from flexgen_bench.runner.predictions import Asked, as_recorded, predict
 from flexgen_bench.runner.suite import SuiteCell
@@ -29,8 +30,8 @@ class Work:
     explanations: tuple[str, ...]
 
 
-def divide(cells: Sequence[Cell], cache: Path) -> Work:
-    """Sort out the cells of a command line. Nothing is run, and no file is touched."""
+def divide(cells: Sequence[Cell], cache: Path, rates: LocalRates) -> Work:
+    """Sort out the cells of a command line. Nothing is run, but this machine may be measured (``rates``)."""
     known = known_shapes()
     measure: list[SuiteCell] = []
     simulate: list[tuple[str, Asked]] = []
@@ -41,10 +42,11 @@ def divide(cells: Sequence[Cell], cache: Path) -> Work:
         if refusal is not None and is_simulated(cell, refusal):
             simulate.append((label(cell), asked_of(cell)))
             why[f"To measure gpu={cell.spec.hardware.name} instead: {refusal.machine}."] = None
+        elif cell.can_run and refusal is not None:
+            measure.append(SuiteCell(label(cell), cell.spec, cell.command, refusal.reason))
+            explanations[_explained(cell, refusal)] = None
         elif cell.can_run:
-            measure.append(_to_measure(cell, refusal, cache))
-            if refusal is not None:
-                explanations[_explained(cell, refusal)] = None
+            measure.append(_to_measure(replace(cell, spec=rates.of(cell.spec)), cache))
         elif cell.named:
             reason = f"{cell.spec.system} can only be simulated: there is a model of it, but nothing to run"
             measure.append(SuiteCell(label(cell), cell.spec, cell.command, reason))
@@ -80,12 +82,10 @@ def known_shapes() -> list[ModelShape]:
     return [model_spec(name).shape for name in list_models()]
 
 
-def _to_measure(cell: Cell, refusal: Refusal | None, cache: Path) -> SuiteCell:
-    predicted = None
-    if refusal is None and cell.spec.hardware.rates is not None:
-        predicted = partial(_prediction, asked_here(cell), cache)
-    reason = None if refusal is None else refusal.reason
-    return SuiteCell(label(cell), cell.spec, cell.command, reason, predicted)
+def _to_measure(cell: Cell, cache: Path) -> SuiteCell:
+    known = cell.spec.hardware.rates is not None
+    predicted = partial(_prediction, asked_here(cell), cache) if known else None
+    return SuiteCell(label(cell), cell.spec, cell.command, predict=predicted)
 
 
 def _prediction(asked: Asked, cache: Path) -> Mapping[str, Any]:

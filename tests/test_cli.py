@@ -136,11 +136,11 @@ def test_a_model_of_your_own(run, tmp_path: Path) -> None:  # type: ignore[no-un
 
 def test_a_cell_from_start_to_table(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Measured once, then found again; the rerun command of the record measures it anew."""
-    first = run("suite=tiny", "system=transformers", "measure.repetitions=1")
+    first = run("suite=tiny", "system=transformers", "measure.repetitions=1", "calibrate=false")
     assert first.returncode == 0, first.stderr
     assert document(first)["status"] == {"ok": 1}
     assert "tok/s" in first.stdout
-    second = run("suite=tiny", "system=transformers", "measure.repetitions=1")
+    second = run("suite=tiny", "system=transformers", "measure.repetitions=1", "calibrate=false")
     assert document(second) == document(first)
     assert "measured before" in second.stderr
     names = document(first)["records"]
@@ -152,7 +152,7 @@ def test_a_cell_from_start_to_table(run, tmp_path: Path) -> None:  # type: ignor
 
 
 def test_a_cell_that_fails(run) -> None:  # type: ignore[no-untyped-def]
-    answer = run("model=opt-125m", "weights=hub", "system=transformers")
+    answer = run("model=opt-125m", "weights=hub", "system=transformers", "calibrate=false")
     assert answer.returncode == 1
     assert document(answer)["status"] == {"failed": 1}
     assert "hub is not reachable" in answer.stdout
@@ -197,7 +197,12 @@ def test_values_that_hydra_would_stumble_over(run, override: str, message: str) 
 def test_the_engine_on_the_emulated_accelerator(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Real numerics over throttled links: the figure is marked, and says what was placed where."""
     answer = run(
-        "suite=tiny", "system=flexgen", "gpu=emulated", "policy=half-disk", "measure.repetitions=1"
+        "suite=tiny",
+        "system=flexgen",
+        "gpu=emulated",
+        "policy=half-disk",
+        "measure.repetitions=1",
+        "calibrate=false",
     )
     assert answer.returncode == 0, answer.stderr
     names = document(answer)["records"]

@@ -12,6 +12,7 @@ from flexgen_bench.report.rows import DiskReads, Memory, Row
 HEADERS = (
     "System",
     "Generation tok/s",
+    "Predicted tok/s",
     "Batch",
     "Lowest tier",
     "Prefill tok/s",
@@ -48,6 +49,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.label,
         _headline(row),
+        UNKNOWN if row.predicted is None else _marked(number(row.predicted), Evidence.SIMULATED),
         UNKNOWN if row.batch_size is None else str(row.batch_size),
         row.lowest_tier or UNKNOWN,
         _marked(_value(row.prefill), row.evidence),
@@ -57,6 +59,12 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.same_tokens),
         row.evidence.value if row.status is Status.OK else UNKNOWN,
     )
+
+
+def headers(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns worth showing: predictions only where there are any."""
+    predicted = any(row.predicted is not None for row in rows)
+    return HEADERS if predicted else tuple(h for h in HEADERS if h != "Predicted tok/s")
 
 
 def heading(row: Row) -> str:
@@ -109,6 +117,10 @@ def legend(rows: Sequence[Row]) -> list[str]:
         lines.append(
             "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
             "with the reference, and it is not marked fastest."
+        )
+    if any(r.predicted is not None for r in rows):
+        lines.append(
+            "Predicted = before the run, from the machine's constants and a model of the system."
         )
     marks = [f"({MARKS[e]}) = {e.value}" for e in Evidence if MARKS[e] and _occurs(e, rows)]
     if marks:
@@ -194,4 +206,5 @@ def _caps(memory: Memory) -> str:
 
 
 def _occurs(evidence: Evidence, rows: Sequence[Row]) -> bool:
-    return any(r.evidence is evidence for r in rows)
+    predicted = evidence is Evidence.SIMULATED and any(r.predicted is not None for r in rows)
+    return predicted or any(r.evidence is evidence for r in rows)

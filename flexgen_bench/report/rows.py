@@ -61,6 +61,7 @@ class Row:
 
     Figures are None unless the cell ended OK: a failed or invalid run has a reason, not a speed.
     ``best``: highest generation throughput among the OK, MEASURED rows of its group that compute the model exactly.
+    predicted: generation throughput that was predicted before the run, in tok/s (SIMULATED).
     lossy: what the run changed of the results ("4-bit weights"); "" for an exact one.
     """
 
@@ -88,6 +89,7 @@ class Row:
     memory: Memory
     disk: DiskReads | None
     same_tokens: Agreement
+    predicted: float | None = None
     lossy: str = ""
     best: bool = False
 
@@ -167,6 +169,7 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         memory=_memory(record, hardware),
         disk=_disk_reads(record),
         same_tokens=agreement,
+        predicted=_rate(record.prediction.get("tok_per_s")),
         lossy="" if lossy_of(record).is_exact else str(lossy_of(record)),
     )
 
@@ -254,3 +257,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _rate(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and value > 0 else None

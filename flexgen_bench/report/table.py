@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flexgen_bench.core.metrics import Summary
 from flexgen_bench.core.status import Status
-from flexgen_bench.report.cells import HEADERS, cells, failures, heading, legend
+from flexgen_bench.report.cells import HEADERS, cells, failures, headers, heading, legend
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.store.reader import read_paths
 
@@ -25,7 +25,15 @@ from flexgen_bench.store.reader import read_paths
 _PLAIN_WIDTH = 160
 # All columns side by side need about this much; below it they are shown in two tables, speed and resources.
 _WIDE = 140
-_SPEED = ("System", "Generation tok/s", "Batch", "Lowest tier", "Prefill tok/s", "Decode tok/s")
+_SPEED = (
+    "System",
+    "Generation tok/s",
+    "Predicted tok/s",
+    "Batch",
+    "Lowest tier",
+    "Prefill tok/s",
+    "Decode tok/s",
+)
 _SPLIT = ((*_SPEED, "Same tokens"), ("System", "Peak memory", "Read from disk", "Evidence"))
 
 
@@ -42,7 +50,9 @@ def print_table(paths: Iterable[Path], file: IO[str] | None = None) -> None:
     for group in by_group(rows):
         console.print()
         console.print(Text(heading(group[0]), style="bold"))
-        for columns in (HEADERS,) if console.width >= _WIDE else _SPLIT:
+        shown = headers(group)
+        for names in (HEADERS,) if console.width >= _WIDE else _SPLIT:
+            columns = [name for name in names if name in shown]
             console.print(_rich_table(group, columns, plain=not console.is_terminal))
         for line in failures(group):
             console.print(Text(line), soft_wrap=True)
@@ -57,9 +67,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = []
     for group in by_group(rows):
         lines += [f"**{escape(heading(group[0]))}**", ""]
-        lines += [_line(HEADERS), _line("---" for _ in HEADERS)]
+        shown = headers(group)
+        lines += [_line(shown), _line("---" for _ in shown)]
         for row in group:
-            texts = [escape(cell) for cell in cells(row)]
+            named = dict(zip(HEADERS, cells(row), strict=True))
+            texts = [escape(named[column]) for column in shown]
             if row.best:
                 texts[1] = f"**{texts[1]}**"
             lines.append(_line(texts))
@@ -138,6 +150,7 @@ def csv_values(row: Row, results_dir: Path) -> Iterator[tuple[str, object]]:
         ("fastest", row.best),
     )
     yield from _csv_summary("generation_tok_per_s", row.generation)
+    yield "predicted_tok_per_s", row.predicted
     for name, summary in (("prefill", row.prefill), ("decode", row.decode)):
         yield f"{name}_tok_per_s", None if summary is None else summary.value
     memory, disk = row.memory, row.disk

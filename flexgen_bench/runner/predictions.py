@@ -10,7 +10,7 @@ from typing import Any
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
-from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
@@ -92,7 +92,7 @@ def as_recorded(row: Simulated) -> dict[str, Any]:
     found: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
         "machine": row.hardware.name,
-        "rates": row.hardware.sources.get("rates", ""),
+        "rates": _whose(row.hardware),
         "status": row.status.value,
     }
     if row.prediction is None:
@@ -121,9 +121,10 @@ def usual_prompt_len(workload: Workload) -> int:
     return workload.prompt_len
 
 
-def has_local_rates(hardware: HardwareProfile) -> bool:
-    """Whether what this machine was measured to sustain is what the profile stands for: nothing but its own processor computes."""
-    return hardware.accelerator is not Accelerator.CUDA
+def _whose(hardware: HardwareProfile) -> str:
+    """Where a profile's rates come from: only measured ones have a spread."""
+    measured = hardware.rates is not None and hardware.rates.spread
+    return "measured on this machine" if measured else f"stated for {hardware.name}"
 
 
 def _options(asked: Asked, lossy: Lossy) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""What this machine sustains, for cells that run on it: as measured before, or measured now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flexgen_bench.calibrate.store import calibrated_rates, ensure_calibrated, with_calibration
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.folders import make_writable
+
+
+@dataclass(frozen=True)
+class LocalRates:
+    """The rates of this machine, kept in ``cache``.
+
+    is_worth_it: whether a cell is reason enough to measure them now (20 s, once). required: a machine that cannot be measured is an error; else
+    the cell goes without rates, and so without a prediction.
+    """
+
+    cache: Path
+    is_worth_it: Callable[[CellSpec], bool]
+    tell: Callable[[str], None]
+    required: bool = False
+
+    def of(self, spec: CellSpec) -> CellSpec:
+        """A cell that can be run here, with what is known of this machine where its profile states nothing. Raises StoreError (if required),
+        and UserError for a cache that cannot be written."""
+        if spec.hardware.rates is not None:
+            return spec
+        rates = calibrated_rates(self.cache, spec.threads)
+        if rates is None and self.is_worth_it(spec):
+            make_writable(self.cache, "cache_dir")
+            try:
+                rates = ensure_calibrated(self.cache, spec.threads, self.tell)
+            except StoreError as error:
+                if self.required:
+                    raise
+                self.tell(f"no predictions: {error}")
+        if rates is None:
+            return spec
+        return replace(spec, hardware=with_calibration(spec.hardware, rates))

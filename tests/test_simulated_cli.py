@@ -1,0 +1,201 @@
+"""A machine that is not here: what every system is predicted to do there, next to what the paper printed, and no record."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from simulated_cli import Run, add_system, document, make_run, written
+
+from flexgen_bench.config import conf_dir
+
+SYSTEMS = sorted(path.stem for path in (conf_dir() / "system").glob("*.yaml"))
+T4 = ("model=opt-30b", "gpu=t4")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_run(tmp_path)
+
+
+def rows(answer: subprocess.CompletedProcess[str], system: str) -> list[dict[str, object]]:
+    return [row for row in document(answer)["simulated"] if row["system"] == system]
+
+
+def test_every_system_on_a_t4(run: Run, tmp_path: Path) -> None:
+    """The command of the README, as it is typed: a row for every system, all marked, and nothing on disk."""
+    answer = run(*T4)
+    assert answer.returncode == 0, answer.stderr
+    assert "SIMULATED, nothing was run: opt-30b, bfloat16; prompts of 512 tokens" in answer.stdout
+    assert "no NVIDIA GPU whose name contains 'T4' here" in answer.stdout
+    found = document(answer)
+    assert found["records"] == []
+    assert found["status"] == {}
+    assert {row["system"] for row in found["simulated"]} == set(SYSTEMS)
+    assert {row["evidence"] for row in found["simulated"]} == {"SIMULATED"}
+    assert written(tmp_path) == []
+
+
+def test_figures_by_hand(run: Run, tmp_path: Path) -> None:
+    """Four sequences of 32 tokens in eight seconds; the paper's 7.32 tok/s stand beside, and their ratio."""
+    add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
+    answer = run(*T4, "system=fake")
+    assert answer.returncode == 0, answer.stderr
+    (row,) = document(answer)["simulated"]
+    assert (row["prompt_len"], row["gen_len"], row["num_prompts"]) == (512, 32, 4)
+    assert row["tok_per_s"] == pytest.approx(4 * 32 / 8)
+    assert row["decode_tok_per_s"] == pytest.approx(4 * 31 / 6)
+    assert row["block_latency_s"] == pytest.approx(8)
+    assert row["bytes"] == {"gpu": 4 * 10**9, "cpu": 52 * 10**9, "disk": 0}
+    assert row["quoted"]["tok_per_s"] == 7.32
+    assert row["quoted"]["decode_tok_per_s"] == 11.52
+    assert row["quoted"]["evidence"] == "QUOTED"
+    for text in ("16.0 (S)", "7.32 (Q)", "2.19", "20.7 (S)", "11.5 (Q)", "8.0s (S)", "a remark"):
+        assert text in answer.stdout, text
+    assert "the link to the" in answer.stdout
+    assert "48.43 GiB" in answer.stdout
+    assert "as many as a block holds" in answer.stdout
+
+
+def test_exact_and_in_4_bits(run: Run, tmp_path: Path) -> None:
+    """The paper prints both, so both are shown, for systems that compress; asked for one, that one alone."""
+    add_system(tmp_path, "both", "Compressing", printed_as="FlexGen", follows_policy=True)
+    add_system(tmp_path, "weights", "WeightsOnly", follows_policy=True)
+    add_system(tmp_path, "plain", "Plain")
+    answer = run(*T4)
+    assert [row["lossy"] for row in rows(answer, "both")] == ["", "4-bit weights, 4-bit KV"]
+    assert [row["lossy"] for row in rows(answer, "weights")] == ["", "4-bit weights"]
+    assert [row["lossy"] for row in rows(answer, "plain")] == [""]
+    quoted = [row["quoted"] for row in rows(answer, "both")]
+    assert [(q["printed_as"], q["tok_per_s"]) for q in quoted] == [("FlexGen", 7.32), ("FlexGen(c)", 8.7)]  # fmt: skip
+    answer = run(*T4, "system=both", "policy.lossy.weights=8")
+    assert [row["lossy"] for row in rows(answer, "both")] == ["8-bit weights"]
+    answer = run(*T4, "system=both", "policy.lossy.weights=null")
+    assert [row["lossy"] for row in rows(answer, "both")] == [""]
+
+
+def test_a_policy_is_handed_to_the_system_that_follows_it(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "both", "Compressing", follows_policy=True)
+    add_system(tmp_path, "plain", "Plain", options={"offload": "cpu"})
+    answer = run(*T4, "policy=half-disk", "policy.prefetch=3")
+    for row in rows(answer, "both"):
+        policy = row["settings"]["policy"]  # type: ignore[index]
+        assert policy["weights"]["disk"] == 0.5
+        assert policy["prefetch"] == 3
+        assert (policy["lossy"]["weights"] is None) == (row["lossy"] == "")
+    (row,) = rows(answer, "plain")
+    assert row["settings"]["options"] == {"offload": "cpu"}  # type: ignore[index]
+
+
+def test_one_job_for_all(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain")
+    answer = run(*T4, "system=fake", "workload.num_prompts=10")
+    (row,) = document(answer)["simulated"]
+    assert (row["num_prompts"], row["batch_size"]) == (10, 4)
+    assert row["block_latency_s"] == pytest.approx(20 / 3)
+    assert "as many as a block" not in answer.stdout
+
+
+def test_what_does_not_work_is_a_row_with_its_reason(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain")
+    add_system(tmp_path, "large", "TooLarge")
+    add_system(tmp_path, "none", "Impossible")
+    answer = run(*T4)
+    assert answer.returncode == 0
+    (large,) = rows(answer, "large")
+    assert (large["status"], large["tier"], large["need_bytes"]) == ("oom", "cpu", 300 * 10**9)
+    assert "OOM on cpu" in answer.stdout
+    assert "Take a smaller model" in answer.stdout
+    (none,) = rows(answer, "none")
+    assert none["status"] == "unavailable"
+    assert "it knows no such model" in answer.stdout
+    assert run(*T4, "system=large").returncode == 0, "not fitting is a finding"
+
+
+def test_what_a_system_refuses_is_bad_input(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "strict", "Strict")
+    answer = run(*T4, "system=strict")
+    assert answer.returncode == 2
+    assert "system.options.speed = 'warp': must be one of slow, slower" in answer.stdout
+
+
+def test_another_machine_than_the_papers_has_no_ratio(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
+    answer = run(*T4, "system=fake", "gpu.cpu_memory=400GB")
+    assert "7.32 (Q)" in answer.stdout
+    assert "No ratio: this is another machine than the paper's" in answer.stdout
+    assert "2.19" not in answer.stdout
+
+
+def test_lengths_that_the_paper_does_not_print(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
+    answer = run(*T4, "system=fake", "workload=32-32")
+    assert answer.returncode == 0
+    assert "(Q)" not in answer.stdout
+
+
+def test_a_system_without_target_is_simulated_only(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain")
+    answer = run("model=opt-125m", "workload=tiny", "gpu=cpu", "system=fake", "calibrate=false")
+    assert answer.returncode == 1
+    assert document(answer)["status"] == {"unavailable": 1}
+    assert "fake can only be simulated" in answer.stdout
+    # Nobody has asked for it by name: it is left out.
+    answer = run("model=opt-30b", "gpu=gpu16")
+    assert "fake" not in answer.stdout
+
+
+def test_a_suite_that_is_measured_in_part(run: Run, tmp_path: Path) -> None:
+    """What can be measured is; the rest is a second table."""
+    add_system(tmp_path, "fake", "Plain")
+    suite = tmp_path / "conf" / "suite" / "mixed.yaml"
+    suite.parent.mkdir()
+    suite.write_text(
+        "cells:\n"
+        "  - {name: here, overrides: [model=opt-125m, gpu=cpu, workload=tiny, dtype=float32, measure.repetitions=1],"
+        " systems: [transformers]}\n"
+        "  - {name: there, overrides: [model=opt-30b, gpu=t4, workload=512-32, workload.num_prompts=6], systems: [fake]}\n"
+    )
+    answer = run("suite=mixed", "calibrate=false")
+    assert answer.returncode == 0, answer.stderr
+    found = document(answer)
+    assert found["status"] == {"ok": 1}
+    assert len(found["records"]) == 1
+    (row,) = found["simulated"]
+    assert (row["system"], row["num_prompts"]) == ("fake", 6)
+    assert answer.stdout.index("workload tiny") < answer.stdout.index("SIMULATED, nothing was run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["gpu=t5"], "gpu = 't5': must be one of"),
+     (["gpu.rates.gpu.memory=1e30"], "gpu.rates.gpu.memory"),
+     (["gpu.rates.cpu.step=-1"], "gpu.rates.cpu.step"),
+     (["gpu.links.h2d=0"], "gpu.links.h2d"),
+     (["gpu.workload=nowhere"], "workload = 'nowhere': must be one of"),
+     (["workload.prompt_len=4000"], "2048 positions"),
+     (["system=wrong"], "system.predictor = 'nowhere:Nobody'"),
+     (["system=worse"], "system.predictor = 'nonsense': must be written module:Class")],
+)  # fmt: skip
+def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    add_system(tmp_path, "wrong", "", predictor="nowhere:Nobody")
+    add_system(tmp_path, "worse", "", predictor="nonsense")
+    answer = run("model=opt-30b", *([] if "gpu=t5" in arguments else ["gpu=t4"]), *arguments)
+    assert answer.returncode == 2, answer.stdout
+    assert message in answer.stderr + answer.stdout
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_laptop_needs_no_torch() -> None:
+    """Seconds: neither torch nor anything as heavy is imported on the way to the table, or to a card."""
+    for more in ("dry_run=false", "dry_run=true"):
+        code = (
+            f"import sys; sys.argv = ['flexgen-bench', 'model=opt-30b', 'gpu=t4', {more!r}]\n"
+            "from flexgen_bench.__main__ import main\nstatus = main()\n"
+            "heavy = {'torch', 'transformers', 'pandas', 'accelerate', 'deepspeed'} & set(sys.modules)\n"
+            "assert not heavy, heavy\nassert status == 0, status"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
