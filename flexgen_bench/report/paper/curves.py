@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexgen_bench.conf_schema import FigureConf
-from flexgen_bench.core.errors import unknown_choice
+from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.cells import Beside, Cell
 from flexgen_bench.report.paper.quoted import FIELDS
 from flexgen_bench.report.paper.table import PaperTable
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 # What two cells of one point have in common, whatever is told of it.
 _POINT = ("system", "model", "prompt_len", "gen_len", "gpus", "policy")
 
@@ -36,7 +38,9 @@ class Plot:
 
 
 def plot(table: PaperTable, conf: FigureConf) -> Plot:
-    """Raises UserError for an axis that the table does not have."""
+    """Raises UserError for an axis that the table does not have, and for a name that is no file's."""
+    if _NAME.fullmatch(conf.name) is None:
+        raise UserError("table.figures.name", conf.name, "of letters, digits, dashes")
     quantities = list(dict.fromkeys(c.printed.quantity for c in table.cells))
     if conf.y not in quantities:
         raise unknown_choice(f"table.figures.{conf.name}.y", conf.y, quantities)

@@ -39,7 +39,7 @@ def build_table(
 ) -> PaperTable:
     """Raises UserError for a table that cannot be: see ``check_table``, and a condition that no cell meets."""
     check_table(conf, sources)
-    rows = _rows(conf, quoted)
+    rows = _rows(name, conf, quoted)
     for field, conditions in (
         ("table.notes", [n.where for n in conf.notes]),
         ("table.assumed", [a.where for a in conf.assumed]),
@@ -111,11 +111,11 @@ def places(
     return {key: index for index, key in enumerate(sorted(keys, key=place))}
 
 
-def _rows(conf: TableConf, quoted: Sequence[Quoted]) -> list[Quoted]:
+def _rows(name: str, conf: TableConf, quoted: Sequence[Quoted]) -> list[Quoted]:
     """The printed rows that are selected, and the extra ones, in the order in which ``select`` names values."""
     rows = of_tables(quoted, conf.printed)
     for index, cell in enumerate(conf.extra):
-        row = Quoted(**(dict.fromkeys(COLUMNS, "") | cell))
+        row = Quoted(**(dict.fromkeys(COLUMNS, "") | {"table": name} | cell))
         check(row, f"table.extra[{index}]")
         rows.append(row)
     for field, values in conf.select.items():
