@@ -21,10 +21,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from flexgen_bench.compose import CONFIG_NAME, Plan, check_groups, plan, user_error
+from flexgen_bench.compose import CONFIG_NAME, Cell, Plan, check_groups, plan, user_error
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
-from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.simulated import Simulated
@@ -117,10 +116,10 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
     cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
     results = Path(conf.results_dir).expanduser()
 
-    def is_worth_measuring(spec: CellSpec) -> bool:
-        new = conf.rerun or conf.dry_run
-        new = new or finished_record(results, spec.spec_hash, wanted.suite) is None
-        return conf.calibrate and new
+    def is_worth_measuring(cell: Cell) -> bool:
+        wanted_now = conf.rerun or conf.dry_run
+        is_new = wanted_now or finished_record(results, cell.spec.spec_hash, wanted.suite) is None
+        return conf.calibrate and is_new
 
     rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
     if conf.dry_run:

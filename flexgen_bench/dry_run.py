@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from flexgen_bench.compose import Cell
@@ -35,7 +34,7 @@ def cards(
     for asked_for in cells:
         refusal = explain(asked_for.spec, cache, known)
         elsewhere = refusal is not None and bool(refusal.machine)
-        cell = asked_for if elsewhere else replace(asked_for, spec=rates.of(asked_for.spec))
+        cell = asked_for if elsewhere else rates.of(asked_for)
         rates.tell(f"predicting {label(cell)}")
         asked = asked_of(cell) if elsewhere else asked_here(cell)
         for row in simulate(asked, cache):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_bench.calibrate.store import calibrated_rates, ensure_calibrated, with_calibration
-from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.compose import Cell
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 
@@ -21,17 +21,18 @@ class LocalRates:
     """
 
     cache: Path
-    is_worth_it: Callable[[CellSpec], bool]
+    is_worth_it: Callable[[Cell], bool]
     tell: Callable[[str], None]
     required: bool = False
 
-    def of(self, spec: CellSpec) -> CellSpec:
+    def of(self, cell: Cell) -> Cell:
         """A cell that can be run here, with what is known of this machine where its profile states nothing. Raises StoreError (if required),
         and UserError for a cache that cannot be written."""
+        spec = cell.spec
         if spec.hardware.rates is not None:
-            return spec
+            return cell
         rates = calibrated_rates(self.cache, spec.threads)
-        if rates is None and self.is_worth_it(spec):
+        if rates is None and cell.model.predictor is not None and self.is_worth_it(cell):
             make_writable(self.cache, "cache_dir")
             try:
                 rates = ensure_calibrated(self.cache, spec.threads, self.tell)
@@ -40,5 +41,6 @@ class LocalRates:
                     raise
                 self.tell(f"no predictions: {error}")
         if rates is None:
-            return spec
-        return replace(spec, hardware=with_calibration(spec.hardware, rates))
+            return cell
+        hardware = with_calibration(spec.hardware, rates)
+        return replace(cell, spec=replace(spec, hardware=hardware))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def divide(cells: Sequence[Cell], cache: Path, rates: LocalRates) -> Work:
             measure.append(SuiteCell(label(cell), cell.spec, cell.command, refusal.reason))
             explanations[_explained(cell, refusal)] = None
         elif cell.can_run:
-            measure.append(_to_measure(replace(cell, spec=rates.of(cell.spec)), cache))
+            measure.append(_to_measure(rates.of(cell), cache))
         elif cell.named:
             reason = f"{cell.spec.system} can only be simulated: there is a model of it, but nothing to run"
             measure.append(SuiteCell(label(cell), cell.spec, cell.command, reason))
