@@ -99,6 +99,24 @@ PUBLISHED: Mapping[tuple[str, bool], Settings] = {
     ),
     ("opt-175b", True): Settings(48, 3, _ALL_CPU, pin_weight=False),
 }
+# The same for prompts of 1024 tokens (Table 16).
+PUBLISHED_1024: Mapping[tuple[str, bool], Settings] = {
+    ("opt-6.7b", False): Settings(1, 1, _ALL_GPU, overlap=False),
+    ("opt-6.7b", True): Settings(28, 1, _ALL_GPU, overlap=False),
+    ("opt-30b", False): Settings(20, 4, (4, 96, 0, 100, 0, 100), cpu_cache_compute=True),
+    ("opt-30b", True): Settings(20, 12, _ALL_CPU),
+    ("opt-175b", False): Settings(
+        12, 12, (0, 50, 0, 0, 0, 100), cpu_cache_compute=True, pin_weight=False
+    ),
+    ("opt-175b", True): Settings(12, 4, _ALL_CPU, pin_weight=False),
+}
+# For four machines with one GPU each, prompts of 512 (the scripts in its repository; not confirmed as the runs of Table 3): each has
+# a quarter of the layers, and as many blocks as machines are in flight.
+PUBLISHED_4_GPUS: Mapping[tuple[str, bool], Settings] = {
+    ("opt-6.7b", False): Settings(24, 1, _ALL_GPU),
+    ("opt-30b", False): Settings(64, 3, (20, 80, 0, 100, 0, 100), cpu_cache_compute=True),
+    ("opt-175b", False): Settings(40, 1, _ALL_CPU, cpu_cache_compute=True, pin_weight=False),
+}
 # Its command line's own defaults, for models nothing is published of.
 DEFAULT = Settings(4, 1, _ALL_GPU)
 
@@ -108,6 +126,12 @@ def choose(model: str, options: Mapping[str, Any], lossy: Lossy) -> Settings:
 
     Raises UserError for an option that cannot be, CannotRun for compression the original does not have.
     """
+    compressed = lossy.weights is not None or lossy.kv_cache is not None
+    return overlaid(PUBLISHED.get((model, compressed), DEFAULT), options, lossy)
+
+
+def overlaid(base: Settings, options: Mapping[str, Any], lossy: Lossy) -> Settings:
+    """``base`` with ``options`` that are not None laid over it and ``lossy`` followed. Raises what ``choose`` raises."""
     for name in ("weights", "kv_cache"):
         if getattr(lossy, name) not in (None, COMPRESSION):
             raise CannotRun(
@@ -115,8 +139,6 @@ def choose(model: str, options: Mapping[str, Any], lossy: Lossy) -> Settings:
             )
     if lossy.value_share != 1.0:
         raise CannotRun("policy.lossy.value_share is not passed on to the original")
-    compressed = lossy.weights is not None or lossy.kv_cache is not None
-    base = PUBLISHED.get((model, compressed), DEFAULT)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     unknown = set(given) - {f.name for f in fields(Settings)}
     if unknown:

@@ -1,0 +1,1 @@
+"""What the performance models of several baselines share. Knows no torch."""

@@ -1,0 +1,120 @@
+"""A machine as the models of baselines see it: the rates of its profile, with what it does not state filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.rates import Rates, SiteRates
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.planner.cost import rates_of
+
+# Of the GPU's memory, what the CUDA context and the handles of its libraries take on cards of 2018 to 2023.
+CUDA_CONTEXT_BYTES = 600_000_000
+# Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml assumes).
+PAGEABLE_SHARE = 0.25
+# Memory modules hold powers of two: what is sold, and written in profiles, as 208 GB has 208 GiB.
+DRAM_MARGIN = 2**30 / 10**9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine of a profile. All rates in bytes/s."""
+
+    hardware: HardwareProfile
+
+    @cached_property
+    def rates(self) -> Rates:
+        """UserError for a profile that does not say what its machine sustains."""
+        return rates_of(self.hardware)
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether baselines compute on an accelerator; an emulated one is this project's own."""
+        return self.hardware.accelerator is Accelerator.CUDA
+
+    @cached_property
+    def compute(self) -> SiteRates:
+        """What computes."""
+        return self.rates.sites[Tier.GPU if self.has_gpu else Tier.CPU]
+
+    @cached_property
+    def cpu(self) -> SiteRates:
+        return self.rates.sites[Tier.CPU]
+
+    def link(self, lane: Lane) -> float:
+        """A link's rate, from page-locked memory and around the page cache."""
+        rate = self.hardware.link_rate(lane)
+        assert rate is not None, "rates_of has checked the links"
+        return rate
+
+    @cached_property
+    def h2d(self) -> float:
+        """To where it is computed: without an accelerator, a copy inside host memory."""
+        return self.link(Lane.H2D) if self.has_gpu else self.cpu.memory / 2
+
+    @cached_property
+    def d2h(self) -> float:
+        return self.link(Lane.D2H) if self.has_gpu else self.cpu.memory / 2
+
+    @cached_property
+    def h2d_pageable(self) -> float:
+        stated = self.rates.transfers.get("h2d_pageable", PAGEABLE_SHARE * self.h2d)
+        return stated if self.has_gpu else self.h2d
+
+    @cached_property
+    def d2h_pageable(self) -> float:
+        return self.rates.transfers.get("d2h_pageable", PAGEABLE_SHARE * self.d2h)
+
+    @cached_property
+    def disk_read(self) -> float:
+        return self.link(Lane.DISK_READ)
+
+    @cached_property
+    def disk_write(self) -> float:
+        return self.link(Lane.DISK_WRITE)
+
+    @cached_property
+    def disk_read_cached(self) -> float:
+        """Of a file that is in the page cache; never slower than the disk."""
+        return max(self.rates.transfers.get("disk_read_cached", 0.0), self.disk_read)
+
+    @cached_property
+    def disk_write_cached(self) -> float:
+        """Into the page cache, as long as it takes."""
+        return max(self.rates.transfers.get("disk_write_cached", 0.0), self.disk_write)
+
+    @property
+    def host_bytes(self) -> int | None:
+        """Of host memory, as programs find it (``DRAM_MARGIN``)."""
+        stated = self.hardware.cpu_memory_bytes
+        return None if stated is None else int(stated * DRAM_MARGIN)
+
+    def check(self, tier: Tier, parts: dict[str, float], action: str) -> None:
+        """Raise DoesNotFit if parts (bytes by name) need more than the tier has."""
+        capacity = {
+            Tier.GPU: self.hardware.gpu_memory_bytes if self.has_gpu else None,
+            Tier.CPU: self.host_bytes,
+            Tier.DISK: self.hardware.disk_bytes,
+        }[tier]
+        need = sum(parts.values())
+        if capacity is not None and need > capacity:
+            named = sorted(((size, name) for name, size in parts.items() if size), reverse=True)
+            text = ", ".join(f"{name} {size / 2**30:.2f} GiB" for size, name in named)
+            raise DoesNotFit(tier, int(need), capacity, text, action)
+
+
+def largest_that_fits(fits: Callable[[int], object], limit: int) -> int:
+    """The largest power of two up to ``limit`` for which ``fits`` raises no DoesNotFit. Raises that of 1 if there is none."""
+    fits(1)
+    size = 1
+    while size * 2 <= limit:
+        try:
+            fits(size * 2)
+        except DoesNotFit:
+            break
+        size *= 2
+    return size

@@ -1,0 +1,59 @@
+"""One block from its prompts to its last token, alone or in a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from baselines.flexgen_original import memory, schedule
+from baselines.flexgen_original.job import Job
+from baselines.flexgen_original.parts import Phase
+from flexgen_bench.core.tiers import Tier
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job's block takes. In a pipeline: all blocks in flight, one for each machine."""
+
+    job: Job
+    prefill: Phase
+    decode: Phase
+    bytes: dict[Tier, memory.Parts]
+
+    @property
+    def prompts(self) -> int:
+        return self.job.settings.block_size * self.job.stages
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.prompts * self.job.gen_len / (self.prefill.seconds + self.decode.seconds)
+
+
+def outcome(job: Job) -> Outcome:
+    """Raises DoesNotFit."""
+    needed = memory.check(job)
+    prefill, step = schedule.prefill(job), schedule.decode_step(job)
+    if job.stages > 1:
+        before = schedule.prefill(replace(job, is_last=False))
+        prefill = _through_stages(prefill, job, job.prompt_len, before.seconds)
+        step = _through_stages(step, job, 1)
+    decode = Phase()
+    decode.add_phase(step, job.gen_len - 1)
+    return Outcome(job, prefill, decode, needed)
+
+
+def _through_stages(last: Phase, job: Job, tokens: int, before_s: float | None = None) -> Phase:
+    """As many blocks as stages, one after the other through all of them, at the pace of the last stage.
+
+    before_s: seconds of the stages that the first block passes before it gets there; None if they have work anyway: every
+    block's next token follows its last one without a gap. What leaves a stage goes over the network.
+    """
+    settings, shape = job.settings, job.size.shape
+    moved = job.size.bytes_of(settings.block_size * tokens * shape.hidden_size)
+    sent_s = moved / job.constants.network
+    whole = Phase()
+    whole.add_phase(last, job.stages)
+    whole.seconds += job.stages * sent_s
+    if before_s is not None:
+        whole.seconds += (job.stages - 1) * (before_s + sent_s)
+    whole.parts["network: hidden states"] += job.stages * sent_s
+    return whole

@@ -1,0 +1,90 @@
+"""Seconds of the original's schedule: it waits for everything at every (token, layer, batch).
+
+In the step of layer j and batch k (overlap on, two or more batches) begin: at k = 0 the load of all of layer j + 1's weights; the load
+of the cache of batch k + 1; the store of what batch k - 1 has left; the computation. Then it waits for all of them. So a step takes
+as long as its slowest part, and what one step leaves idle no other can use. With one batch the layers j - 1 and j + 1 are in the place
+of batches. With overlap off these follow one another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from baselines.flexgen_original.costs import Costs
+from baselines.flexgen_original.job import Job
+from baselines.flexgen_original.parts import Phase
+from baselines.flexgen_original.placement import PlacedLayer
+from flexgen_bench.core.tiers import Tier
+
+
+def prefill(job: Job) -> Phase:
+    """All prompts of a block, up to each sequence's first token."""
+    costs = Costs(job)
+    phase = _pass(costs, job.prompt_len, 0.0)
+    # The page cache takes what is written, and the disk gets it beside everything else; but not faster than it can.
+    written = job.cache_bytes(Tier.DISK) * (1 - costs.cached) / job.stages
+    read = job.weight_bytes(Tier.DISK) * (1 - costs.cached)
+    phase.seconds = max(phase.seconds, written / costs.write_back_rate + read / costs.disk_rate)
+    return phase
+
+
+def decode_step(job: Job) -> Phase:
+    """One more token for a block, at the mean length of its caches."""
+    costs = Costs(job)
+    return _pass(costs, 1, job.prompt_len + job.gen_len / 2)
+
+
+def _pass(costs: Costs, tokens: int, context: float) -> Phase:
+    """One sweep over the layers."""
+    layers = costs.job.layers
+    before, after = [layers[-1], *layers[:-1]], [*layers[1:], layers[0]]
+    # Few of these are distinct: layers of one kind are alike.
+    places: Counter[tuple[int, int, int]] = Counter()
+    known = {id(layer): layer for layer in layers}
+    for around in zip(before, layers, after, strict=True):
+        places[id(around[0]), id(around[1]), id(around[2])] += 1
+    phase = Phase()
+    for ids, count in places.items():
+        around = (known[ids[0]], known[ids[1]], known[ids[2]])
+        if costs.settings.overlap:
+            phase.add_phase(_overlapped(costs, around, tokens, context), count)
+        else:
+            phase.add_phase(_serial(costs, around[1], tokens, context), count)
+    if not costs.settings.overlap:
+        # Nothing is waited for, so that launches run ahead of the work.
+        steps = len(layers) * costs.settings.num_gpu_batches
+        phase.seconds = max(phase.seconds, steps * costs.start().seconds)
+    return phase
+
+
+def _overlapped(
+    costs: Costs, around: tuple[PlacedLayer, PlacedLayer, PlacedLayer], tokens: int, context: float
+) -> Phase:
+    """The steps of one layer, all batches."""
+    before, layer, after = around
+    count, phase = costs.settings.num_gpu_batches, Phase()
+    work = [
+        costs.start(),
+        *costs.compute(layer, tokens, context),
+        *costs.move_hidden(tokens),
+    ]
+    store_before, store_own = (costs.store_cache(la.kind, tokens) for la in (before, layer))
+    load_own, load_after = (costs.load_cache(la.kind, context) for la in (layer, after))
+    weights = costs.load_weights(after)
+    if count == 1:
+        phase.add([*weights, *load_after, *work, *store_before])
+        return phase
+    phase.add([*weights, *load_own, *work, *store_before])
+    phase.add([*load_own, *work, *store_own], count - 2)
+    phase.add([*load_after, *work, *store_own])
+    return phase
+
+
+def _serial(costs: Costs, layer: PlacedLayer, tokens: int, context: float) -> Phase:
+    """The same one after the other."""
+    phase, count = Phase(), costs.settings.num_gpu_batches
+    phase.add(costs.load_weights(layer))
+    phase.add(costs.load_cache(layer.kind, context), count)
+    phase.add([*costs.compute(layer, tokens, context), *costs.move_hidden(tokens)], count)
+    phase.add(costs.store_cache(layer.kind, tokens), count)
+    return phase

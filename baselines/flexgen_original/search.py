@@ -1,0 +1,157 @@
+"""Settings for a job that the authors published none for: the best of a small search, as its users would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from baselines.flexgen_original import memory, settings
+from baselines.flexgen_original.job import Job
+from baselines.flexgen_original.outcome import Outcome, outcome
+from baselines.flexgen_original.settings import Settings
+from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.prediction import Question
+
+# What is published was chosen for a T4's 16 GB; it says nothing about other cards.
+_PUBLISHED_GPU_BYTES = (15e9, 17.2e9)
+# Weights on gpu and on cpu, in percent.
+_WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
+# The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2.
+_GPU_BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 20)
+
+
+def published(question: Question) -> Settings | None:
+    """What the authors published for this model, prompt length and number of GPUs on a card like this."""
+    memory_bytes = question.hardware.gpu_memory_bytes
+    least, most = _PUBLISHED_GPU_BYTES
+    if memory_bytes is None or not least <= memory_bytes <= most:
+        return None
+    tables = {
+        (512, 1): settings.PUBLISHED,
+        (1024, 1): settings.PUBLISHED_1024,
+        (512, 4): settings.PUBLISHED_4_GPUS,
+    }
+    lossy = question.lossy
+    compressed = lossy.weights is not None or lossy.kv_cache is not None
+    table = tables.get((question.prompt_len, question.num_gpus), {})
+    return table.get((question.shape.name, compressed))
+
+
+def choose(job: Job, question: Question, options: Mapping[str, Any]) -> Outcome:
+    """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold anyway.
+
+    job: for any settings. Raises DoesNotFit if nothing fits.
+    """
+    known = published(question)
+    given = {k: v for k, v in options.items() if v is not None}
+    if known is not None:
+        chosen = limited(settings.overlaid(known, given, question.lossy), question, given)
+        try:
+            return outcome(replace(job, settings=chosen))
+        except DoesNotFit:
+            if {"percent", "gpu_batch_size"} <= set(given):
+                raise
+    if {"percent", "gpu_batch_size", "num_gpu_batches"} <= set(given):
+        chosen = settings.overlaid(settings.DEFAULT, given, question.lossy)
+        return outcome(replace(job, settings=limited(chosen, question, given)))
+    return _best(job, question, given)
+
+
+def limited(chosen: Settings, question: Question, given: Mapping[str, Any]) -> Settings:
+    """The same for a job with fewer prompts than a block holds."""
+    prompts = question.num_prompts
+    if prompts is None:
+        return chosen
+    each = max(1, prompts // question.num_gpus)
+    batch = min(chosen.gpu_batch_size, each)
+    return replace(
+        chosen, gpu_batch_size=batch, num_gpu_batches=min(chosen.num_gpu_batches, -(-each // batch))
+    )
+
+
+def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
+    best: Outcome | None = None
+    refusal: DoesNotFit | None = None
+    for candidate in _candidates(question.lossy, given):
+        for shaped in _shapes(candidate, question, given):
+            try:
+                found = _largest_block(replace(job, settings=shaped), given)
+            except DoesNotFit as error:
+                # The most modest that was tried says best what is missing.
+                refusal = error if refusal is None or _is_nearer(error, refusal) else refusal
+                break  # a larger batch fits no better
+            for one in found:
+                if best is None or one.tok_per_s > best.tok_per_s:
+                    best = one
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return best
+
+
+def _is_nearer(error: DoesNotFit, other: DoesNotFit) -> bool:
+    return error.need_bytes / error.capacity_bytes < other.need_bytes / other.capacity_bytes
+
+
+def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
+    """Placements, with batches of 1. Attention on the cpu for caches that are below the GPU, or not; weights page-locked or not."""
+    seen = set()
+    for weights in _WEIGHTS:
+        for cache in ((100, 0), (0, 100), (0, 0)):
+            hidden = (100, 0) if cache == (100, 0) else (0, 100)
+            all_gpu = weights == cache == (100, 0)
+            for on_cpu in (
+                (False, True) if cache != (100, 0) and lossy.kv_cache is None else (False,)
+            ):
+                for pin in (True, False) if weights[1] else (True,):
+                    base = Settings(
+                        1, 1, (*weights, *cache, *hidden), on_cpu, pin, overlap=not all_gpu
+                    )
+                    candidate = settings.overlaid(base, given, lossy)
+                    if candidate not in seen:
+                        seen.add(candidate)
+                        yield candidate
+
+
+def _shapes(
+    candidate: Settings, question: Question, given: Mapping[str, Any]
+) -> Iterator[Settings]:
+    """Batch sizes, small before large."""
+    sizes: tuple[int, ...] = _GPU_BATCH_SIZES
+    if "gpu_batch_size" in given:
+        sizes = (candidate.gpu_batch_size,)
+    for size in sizes:
+        if (
+            question.num_prompts is None
+            or size * question.num_gpus <= question.num_prompts
+            or size == 1
+        ):
+            shaped = replace(candidate, gpu_batch_size=size)
+            limit = question.num_prompts
+            if limit is not None:
+                limit = max(1, -(-limit // (size * question.num_gpus)))
+            yield replace(shaped, num_gpu_batches=limit or _NUM_GPU_BATCHES[-1])
+
+
+def _largest_block(job: Job, given: Mapping[str, Any]) -> list[Outcome]:
+    """Blocks of one batch, and of the most that fit (up to the settings' own)."""
+    most = job.settings.num_gpu_batches
+    counts = [c for c in _NUM_GPU_BATCHES if c <= most]
+    if "num_gpu_batches" in given:
+        counts = [int(given["num_gpu_batches"])]
+    first = outcome(_with(job, counts[0]))
+    for count in reversed(counts[1:]):
+        larger = _with(job, count)
+        try:
+            memory.check(larger)
+        except DoesNotFit:
+            continue
+        return [first, outcome(larger)]
+    return [first]
+
+
+def _with(job: Job, count: int) -> Job:
+    return replace(job, settings=replace(job.settings, num_gpu_batches=count))
