@@ -37,7 +37,7 @@ class ModelConf:
 class GpuConf:
     """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has.
 
-    rates: see core.rates.Rates. workload: what is asked of this machine where the command line names none.
+    rates: see core.rates.Rates. workload, dtype: what is asked of this machine where the command line names none.
     """
 
     name: str = MISSING
@@ -50,6 +50,7 @@ class GpuConf:
     rates: dict[str, Any] | None = None
     sources: dict[str, str] = field(default_factory=dict)
     workload: str | None = None
+    dtype: str | None = None
 
 
 @dataclass
@@ -222,7 +223,12 @@ class TableConf:
     systems: dict[str, PrintedSystemConf] = field(default_factory=dict)
     engine: str = "flexgen"
     ours_missing: str = "-"
-    predict: dict[str, str] = field(default_factory=dict)
+    predict: dict[str, str] = field(
+        default_factory=lambda: {
+            "generation throughput": "generation_tok_per_s",
+            "decoding throughput": "decode_tok_per_s",
+        }
+    )
     assumed: list[AssumedConf] = field(default_factory=list)
     no_ratio: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=lambda: ["printed", "simulated", "ours"])

@@ -223,7 +223,7 @@ def test_simulations_stand_beside_printed_values(
     row = only(rows, system="FlexGen", model="OPT-30B", table="T2", prompt_len="1024")
     assert row["simulated"] == "cannot run"
     page = (folder / "t2.md").read_text()
-    assert "| simulated | SIMULATED | 16.0 (0.633x) | 16.0 (2.19x) | OOM |" in page
+    assert "| simulated | SIMULATED | 16.0 (0.63x) | 16.0 (2.19x) | OOM |" in page
     assert "| this engine, 4-bit weights, 4-bit KV | SIMULATED |" in page
     for reason in ("Take a smaller model", "something else", "three: no predictor"):
         assert reason in page

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen_bench.report.cells import number
 from flexgen_bench.report.paper.cells import Beside, Cell
-from flexgen_bench.report.paper.grid import printed_text
+from flexgen_bench.report.paper.grid import printed_text, ratio_text
 from flexgen_bench.report.paper.table import PaperTable
 
 HEADERS = (
@@ -44,5 +43,5 @@ def _beside(cell: Cell, beside: Beside) -> Sequence[str]:
     return (
         beside.word if beside.value is None else f"{beside.value:.6g}",
         "-" if beside.evidence is None else beside.evidence.value,
-        "" if ratio is None else number(ratio),
+        "" if ratio is None else ratio_text(ratio),
     )

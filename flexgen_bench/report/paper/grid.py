@@ -73,7 +73,12 @@ def beside_text(cell: Cell, beside: Beside, *, marked: bool = False) -> str:
     if beside.value is None:
         return beside.word + mark
     ratio = cell.ratio(beside)
-    return number(beside.value) + mark + ("" if ratio is None else f" ({number(ratio)}x)")
+    return number(beside.value) + mark + ("" if ratio is None else f" ({ratio_text(ratio)}x)")
+
+
+def ratio_text(ratio: float) -> str:
+    """Two decimals, fewer where they say nothing, more where they would all be zeros."""
+    return number(ratio) if not 0.1 <= ratio < 10 else f"{ratio:.2f}"
 
 
 def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
@@ -120,7 +125,8 @@ def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[L
             lines.append(_beside(name, of, lambda c: c.ours))
         else:
             entries = tuple(tuple(Entry(c.ours.settings or NOTHING) for c in p) for p in of)
-            lines.append(Line((), f"{name}: settings", Evidence.SIMULATED.value, entries))
+            kinds = dict.fromkeys(c.ours.evidence for p in of for c in p if c.ours.evidence)
+            lines.append(Line((), f"{name}: settings", " and ".join(kinds) or NOTHING, entries))
     return lines
 
 

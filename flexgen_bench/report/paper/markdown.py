@@ -24,6 +24,7 @@ _SHOWN = (
     "system", "model", "prompt_len", "gen_len", "gpus", "metric", "unit", "printed", "printed_evidence", "trust", "printed_source", "policy",
     "assumed", "simulated", "simulated_evidence", "simulated_ratio", "ours", "ours_evidence", "ours_ratio", "ours_lossy", "notes",
 )  # fmt: skip
+_OF_A_JOB = ("model", "prompt_len", "gen_len", "gpus", "metric", "unit", "policy")
 
 
 def page(table: PaperTable, figures: Sequence[str]) -> str:
@@ -76,7 +77,7 @@ def index(
 
 def _grid(grid: Grid) -> list[str]:
     columns = [escape(", ".join(filter(None, names))) for names in grid.columns]
-    header = [*(escape(n.replace("_", " ")) for n in grid.row_names), "", "evidence", *columns]
+    header = [*(escape(_name(n)) for n in grid.row_names), "", "evidence", *columns]
     lines = [_line(header), _line("---" for _ in header)]
     for line in grid.lines:
         shown = [f"**{escape(name)}**" if name else "" for name in line.names]
@@ -91,13 +92,20 @@ def _entry(entry: Entry) -> str:
 
 
 def _details(table: PaperTable) -> list[str]:
-    """Columns that are empty in every row are left out."""
+    """Columns that are empty in every row are left out, and what all rows have in same is said once."""
     rows = details(table)
-    shown = [
-        i for i, h in enumerate(HEADERS) if h in _SHOWN and any(r[i] not in ("", "-") for r in rows)
-    ]
-    lines = [_line(HEADERS[i].replace("_", " ") for i in shown), _line("---" for _ in shown)]
-    return lines + [_line(escape(row[i]) for i in shown) for row in rows]
+    values = {h: {row[i] for row in rows} for i, h in enumerate(HEADERS)}
+    shown = [h for h in HEADERS if h in _SHOWN and not values[h] <= {"", "-"}]
+    same = [h for h in shown if h in _OF_A_JOB and len(values[h]) == 1 and len(rows) > 1]
+    columns = [HEADERS.index(h) for h in shown if h not in same]
+    said = [f"{_name(h)} {next(iter(values[h]))}" for h in same]
+    lines = [escape(f"In every row: {'; '.join(said)}."), ""] if said else []
+    lines += [_line(_name(HEADERS[i]) for i in columns), _line("---" for _ in columns)]
+    return lines + [_line(escape(row[i]) for i in columns) for row in rows]
+
+
+def _name(header: str) -> str:
+    return header.replace("_", " ")
 
 
 def _line(cells: Iterable[str]) -> str:
