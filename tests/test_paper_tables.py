@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_predictor import FakePredictor
+from paper_fakes import FakePredictor
 from hypothesis import given
 from hypothesis import strategies as st
 from record_factory import SHAPE, make_record, make_spec
@@ -44,7 +44,7 @@ ORIGINAL_OPTIONS = (
 def system(
     name: str, printed_as: str | None, options: dict[str, Any], **more: Any
 ) -> ConfiguredSystem:
-    target = "fake_predictor:FakePredictor"
+    target = "paper_fakes:FakePredictor"
     values = {
         "name": name,
         "predictor": target,
@@ -422,9 +422,7 @@ def test_plots_show_every_point(tmp_path: Path, fakes: list[ConfiguredSystem]) -
     assert list(xs) == sorted(xs)
     assert list(ys) == sorted(ys, reverse=True)
     root = ET.fromstring((folder / "fig1-175b.svg").read_text())
-    assert any(
-        "This engine (c), this engine (SIMULATED)" in (t.text or "") for t in root.iter(f"{ns}text")
-    )
+    assert any("This engine (c) (SIMULATED)" in (t.text or "") for t in root.iter(f"{ns}text"))
 
 
 # --- a new table, and what can be wrong with it

@@ -53,6 +53,9 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
     curves = []
     for index, name in enumerate(names):
         mine = [c for c in rows if _series(table, conf, c) == name]
+        # Nobody but one kind has values here: the name says enough.
+        alone = sum(any(told(c)[0] is not None for c in mine) for told in _KINDS.values()) == 1
+        alone = alone and all(c.printed.number is None for c in mine)
         for kind, told in _KINDS.items():
             for evidence in dict.fromkeys(e for c in mine if (e := told(c)[1]) is not None):
                 points = [
@@ -63,9 +66,11 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
                     for x in [_x(table, conf, c, told)]
                     if x is not None and (not conf.log or (x > 0 and y > 0))
                 ]
-                words = f"{name}, {kind} ({evidence.value})"
+                words = name if alone else f"{name}, {kind}"
                 if points:
-                    curves.append(Curve(words, kind, index, tuple(sorted(points))))
+                    curves.append(
+                        Curve(f"{words} ({evidence.value})", kind, index, tuple(sorted(points)))
+                    )
     axis = _unit(table, conf.x)
     return Plot(conf.title, axis, _unit(table, conf.y), conf.log, tuple(curves))
 
@@ -100,7 +105,7 @@ def _x(table: PaperTable, conf: FigureConf, cell: Cell, told: _Told) -> float | 
 
 
 def _unit(table: PaperTable, name: str) -> str:
-    """An axis's name with the unit of its quantity."""
+    """An axis's name with the unit of its quantity; ``labels`` may name it otherwise: ``axis=gen_len``."""
     units = [c.printed.unit for c in table.cells if c.printed.quantity == name]
-    shown = table.label("quantity", name.replace("_", " "))
+    shown = table.conf.labels.get(f"axis={name}", name.replace("_", " "))
     return f"{shown} ({units[0]})" if units and units[0] else shown

@@ -92,7 +92,7 @@ def _entry(entry: Entry) -> str:
 
 
 def _details(table: PaperTable) -> list[str]:
-    """Columns that are empty in every row are left out, and what all rows have in same is said once."""
+    """Columns that are empty in every row are left out, and what every row has is said once."""
     rows = details(table)
     values = {h: {row[i] for row in rows} for i, h in enumerate(HEADERS)}
     shown = [h for h in HEADERS if h in _SHOWN and not values[h] <= {"", "-"}]

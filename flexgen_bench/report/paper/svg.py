@@ -12,6 +12,9 @@ from flexgen_bench.report.paper.curves import Curve, Plot
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 40, 20, 50
 _LEGEND_LINE = 18
+_LEGEND_GAP = 14
+# With more, ticks of 2 and 5 would be too close.
+_WIDE_DECADES = 2.5
 # Distinguishable without seeing red and green apart (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = {"printed": "", "simulated": "6 4", "this engine": "2 3"}
@@ -33,11 +36,9 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            exponents = range(
-                math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
-            )
-            wide = len(exponents) > 3
-            found = [m * 10.0**e for e in exponents for m in ((1,) if wide else (1, 2, 5))]
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+            steps = (1,) if math.log10(self.high / self.low) > _WIDE_DECADES else (1, 2, 5)
+            found = [m * 10.0**e for e in [*exponents, exponents.stop] for m in steps]
             return [t for t in found if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
         step = _nice((self.high - self.low) / 5)
         first = math.ceil(self.low / step)
@@ -46,7 +47,7 @@ class _Axis:
 
 def svg(plot: Plot) -> str:
     """The plot with its legend below it."""
-    height = _HEIGHT + _LEGEND_LINE * len(plot.curves) + 10
+    height = _HEIGHT + _LEGEND_GAP + _LEGEND_LINE * len(plot.curves)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
         'font-family="sans-serif" font-size="12">',
@@ -64,7 +65,7 @@ def svg(plot: Plot) -> str:
     for curve in plot.curves:
         parts += _curve(curve, x, y)
     for index, curve in enumerate(plot.curves):
-        parts += _legend(curve, _HEIGHT + _LEGEND_LINE * index)
+        parts += _legend(curve, _HEIGHT + _LEGEND_GAP + _LEGEND_LINE * index)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
