@@ -31,7 +31,7 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.runner.predictions import simulate
 from flexgen_bench.runner.suite import finished_record
-from flexgen_bench.work import Work, divide
+from flexgen_bench.work import Work, divide, printed_values
 
 # How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
 _FINDINGS = (Status.OK, Status.OOM, Status.UNAVAILABLE)
@@ -85,7 +85,8 @@ def main() -> int:
 def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
     """The exit status of what was measured and simulated."""
     simulated = [row.status for row in outcome.simulated]
-    if Status.INVALID in simulated:
+    beyond = any(row.is_beyond_its_machine for row in outcome.simulated) and not outcome.is_plan
+    if Status.INVALID in simulated or beyond:
         return BAD_INPUT
     if outcome.broken or outcome.is_plan:
         return FAILED if outcome.broken or outcome.unfit else 0
@@ -191,7 +192,7 @@ def _summary(outcome: Outcome) -> list[Status]:
     records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
     statuses = [item.record.status for item in stored]
-    tables = conf_dir() / "paper" / "tables.csv"
+    tables = printed_values()
     for explanation in outcome.explanations:
         print(f"\n{explanation}")
     if records:

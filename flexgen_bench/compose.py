@@ -81,12 +81,13 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
     """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
 
     Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
-    the suite's cells. A machine may state its usual workload, for command lines that name none. Must be called while Hydra is initialised. Raises UserError.
+    the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. Must be called while Hydra is initialised. Raises UserError.
     """
     given = {key_of(override) for override in overrides}
     if conf.suite is None or ("suite" not in given and given & {"model", "system"}):
         names = [conf.system.name] if conf.system else system_names()
-        usual = [f"workload={conf.gpu.workload}"] if conf.gpu.workload else []
+        of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
+        usual = [f"{key}={value}" for key, value in of_machine.items() if value]
         group = CellGroupConf(name="", overrides=usual, systems=names)
         cells = _cells(group, overrides, named=conf.system is not None)
         return Plan("", tuple(cells))

@@ -28,7 +28,7 @@ _MAKING = {
 def cards(
     cells: Sequence[Cell], suite: str, results: Path, cache: Path, rates: LocalRates
 ) -> list[Card]:
-    """One card for each cell, two where it would be simulated exact and in 4 bits. Writes nothing but, on first use, what ``rates`` measures."""
+    """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, on first use, what ``rates`` measures."""
     known = known_shapes()
     found = []
     for asked_for in cells:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.compose import Cell
-from flexgen_bench.config import list_models, model_spec
+from flexgen_bench.config import conf_dir, list_models, model_spec
+from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.local_rates import LocalRates
+from flexgen_bench.report.printed import printed
 from flexgen_bench.runner.feasibility import Refusal, explain
-from flexgen_bench.runner.predictions import Asked, as_recorded, predict
+from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict
 from flexgen_bench.runner.suite import SuiteCell
 
 
@@ -41,7 +43,9 @@ def divide(cells: Sequence[Cell], cache: Path, rates: LocalRates) -> Work:
         refusal = explain(cell.spec, cache, known)
         if refusal is not None and is_simulated(cell, refusal):
             simulate.append((label(cell), asked_of(cell)))
-            why[f"To measure gpu={cell.spec.hardware.name} instead: {refusal.machine}."] = None
+            why[
+                f"Not measured, as this is not gpu={cell.spec.hardware.name}: {refusal.machine}."
+            ] = None
         elif cell.can_run and refusal is not None:
             measure.append(SuiteCell(label(cell), cell.spec, cell.command, refusal.reason))
             explanations[_explained(cell, refusal)] = None
@@ -60,8 +64,20 @@ def is_simulated(cell: Cell, refusal: Refusal) -> bool:
 
 
 def asked_of(cell: Cell) -> Asked:
-    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else."""
-    return Asked(cell.spec, cell.model, cell.num_prompts, both=not cell.lossy_is_given)
+    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else: exact, in 4 bits, and
+    compressed as the paper did where that is something else."""
+    also: tuple[tuple[Lossy, ...], ...] = ()
+    if not cell.lossy_is_given:
+        shape, work, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
+        lengths = (work.prompt_len, work.gen_len)
+        papers = printed(printed_values(), name, True, shape.name, *lengths)
+        also = (FOUR_BITS, *([(papers.lossy,)] if papers else []))
+    return Asked(cell.spec, cell.model, cell.num_prompts, also)
+
+
+def printed_values() -> Path:
+    """The file of what the paper prints."""
+    return conf_dir() / "paper" / "tables.csv"
 
 
 def asked_here(cell: Cell) -> Asked:

@@ -84,7 +84,7 @@ class TooLarge(Plain):
     """Has no room for anything."""
 
     def predict(self, question: Question) -> Prediction:
-        self._check(question)
+        super()._check(question)
         raise DoesNotFit("cpu", 300 * GB, 208 * GB, "weights 300 GB", "Take a smaller model.")
 
 

@@ -61,7 +61,7 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     add_system(tmp_path, "fake", "Compressing", follows_policy=True)
     answer = run("model=opt-30b", "gpu=t4", "system=fake", "policy.lossy.weights=null", module=PLAN)
     assert answer.returncode == 0, answer.stderr
-    assert "fake, opt-30b (dummy weights), bfloat16, on t4" in answer.stdout
+    assert "fake, opt-30b (dummy weights), float16, on t4" in answer.stdout
     assert "as many prompts as a block holds, 512 + 32 tokens [SIMULATED]" in answer.stdout
     lines = card(answer)
     assert lines["policy"] == "2x2; weights gpu 20 %, cpu 80 %; KV cache cpu; attention on the cpu"

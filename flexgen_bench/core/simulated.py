@@ -57,12 +57,12 @@ class Simulated:
         return self.question.hardware
 
     @property
+    def is_beyond_its_machine(self) -> bool:
+        """Whether somebody has asked for a policy that has no room; for a system's own choice, not fitting is a finding."""
+        asked_for = self.model.follows_policy and self.spec.policy is not None
+        return asked_for and self.status is Status.OOM
+
+    @property
     def label(self) -> str:
         """The system, and what makes its results differ."""
         return self.system if self.lossy.is_exact else f"{self.system} ({self.lossy})"
-
-    @property
-    def printed_as(self) -> str:
-        """Its name in the FlexGen paper, where ``(c)`` stands for compressed; "" if it is not there."""
-        name = self.model.printed_as
-        return f"{name}(c)" if name and not self.lossy.is_exact else name

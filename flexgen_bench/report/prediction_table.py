@@ -26,11 +26,11 @@ _PLAIN_WIDTH = 160
 _S, _Q = f" ({MARKS[Evidence.SIMULATED]})", f" ({MARKS[Evidence.QUOTED]})"
 _SPEED = (
     "System",
-    "Generation tok/s",
+    "tok/s",
     "Paper tok/s",
     "Ratio",
     "Decode tok/s",
-    "Paper decode tok/s",
+    "Paper decode",
     "Block latency",
     "Prefill",
     "Decode",
@@ -107,7 +107,7 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     if any(_printed(row, tables) for row in rows):
         lines.append(
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
-            "FlexGen(c) stands beside compressed rows."
+            "FlexGen(c) stands beside the row that compresses the same as it did."
         )
         if any(_ratio(row, tables) is not None for row in rows):
             lines.append("Ratio = predicted / printed.")
@@ -151,7 +151,7 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
     if quoted is not None:
         data["quoted"] = {
             "evidence": Evidence.QUOTED.value,
-            "printed_as": row.printed_as,
+            "printed_as": row.model.printed_as + ("" if row.lossy.is_exact else "(c)"),
             "tok_per_s": "OOM" if quoted.out_of_memory else quoted.tok_per_s,
             "decode_tok_per_s": quoted.decode_tok_per_s,
             "policy": quoted.policy,
@@ -205,8 +205,11 @@ def _order(row: Simulated) -> tuple[Any, ...]:
 
 
 def _printed(row: Simulated, tables: Path) -> Printed | None:
-    asked = row.question
-    return printed(tables, row.printed_as, asked.shape.name, asked.prompt_len, asked.gen_len)
+    """The paper's row of this system and job; of compressed ones, the one that compresses the same."""
+    asked, name = row.question, row.model.printed_as
+    compressed = not row.lossy.is_exact
+    found = printed(tables, name, compressed, asked.shape.name, asked.prompt_len, asked.gen_len)
+    return found if found is not None and found.lossy == row.lossy else None
 
 
 def _ratio(row: Simulated, tables: Path) -> float | None:
@@ -222,12 +225,13 @@ def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plai
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("System", "Evidence"))
+        least = 18 if column == "System" else None
+        table.add_column(column, overflow="fold", no_wrap=column == "Evidence", min_width=least)
     for row in rows:
         named = cells(row, tables)
         texts = {column: Text(named[column]) for column in columns}
-        if row.status is not Status.OK and "Generation tok/s" in texts:
-            texts["Generation tok/s"].stylize("bold red")
+        if row.status is not Status.OK and "tok/s" in texts:
+            texts["tok/s"].stylize("bold red")
         table.add_row(*texts.values())
     return table
 
@@ -238,21 +242,21 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
     texts = {
         "System": row.label,
         "Evidence": UNKNOWN if row.model.predictor is None else Evidence.SIMULATED.value,
-        "Generation tok/s": _word(row),
+        "tok/s": _word(row),
         "Ratio": UNKNOWN if ratio is None else f"{ratio:.2f}",
         "Paper tok/s": UNKNOWN,
-        "Paper decode tok/s": UNKNOWN,
+        "Paper decode": UNKNOWN,
     }
     if quoted is not None:
         value = "OOM" if quoted.tok_per_s is None else number(quoted.tok_per_s)
         texts["Paper tok/s"] = value + _Q
         if quoted.decode_tok_per_s is not None:
-            texts["Paper decode tok/s"] = number(quoted.decode_tok_per_s) + _Q
+            texts["Paper decode"] = number(quoted.decode_tok_per_s) + _Q
     done = row.prediction
     if done is not None:
         decode = done.decode_tok_per_s
         texts |= {
-            "Generation tok/s": number(done.tok_per_s) + _S,
+            "tok/s": number(done.tok_per_s) + _S,
             "Decode tok/s": UNKNOWN if decode is None else number(decode) + _S,
             "Block latency": format_seconds(done.block_latency_s) + _S,
             "Prefill": format_seconds(done.prefill_s) + _S,

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.units import GB
+from flexgen_bench.report.paper.policy_text import parse_policy
 from flexgen_bench.report.paper.quoted import OOM, Quoted, read_quoted
 
 # The main table, and the one that tells decoding, too.
@@ -20,24 +22,31 @@ _MACHINE = {"gpu_memory_bytes": "GPU memory", "cpu_memory_bytes": "CPU DRAM"}  #
 
 @dataclass(frozen=True)
 class Printed:
-    """tok/s as printed; "OOM" is a printed value, too. policy: how the paper ran it."""
+    """tok/s as printed; "OOM" is a printed value, too. policy: how the paper ran it; lossy: what that compresses."""
 
     tok_per_s: float | None
     out_of_memory: bool
     decode_tok_per_s: float | None
     policy: str
+    lossy: Lossy = EXACT
 
 
-def printed(tables: Path, system: str, model: str, prompt_len: int, gen_len: int) -> Printed | None:
-    """The paper's values for one GPU; None if it prints none. system: as ``SystemConf.printed_as``."""
+def printed(
+    tables: Path, system: str, compressed: bool, model: str, prompt_len: int, gen_len: int
+) -> Printed | None:
+    """The paper's values for one GPU; None if it prints none.
+
+    system: as ``SystemConf.printed_as``; compressed: its row with that name and ``(c)``.
+    """
+    name = f"{system}(c)" if system and compressed else system
     where = {
-        "system": system,
+        "system": name,
         "model": model.upper(),
         "prompt_len": str(prompt_len),
         "gen_len": str(gen_len),
         "gpus": "1",
     }
-    rows = [row for row in _rows(tables) if row.matches(where)] if system else []
+    rows = [row for row in _rows(tables) if row.matches(where)] if name else []
     generation, decoding = _first(rows, _GENERATION), _first(rows, _DECODING)
     if generation is None:
         return None
@@ -46,6 +55,7 @@ def printed(tables: Path, system: str, model: str, prompt_len: int, gen_len: int
         out_of_memory=generation.value == OOM,
         decode_tok_per_s=None if decoding is None else decoding.number,
         policy=generation.policy,
+        lossy=parse_policy(generation.policy).lossy if compressed else EXACT,
     )
 
 

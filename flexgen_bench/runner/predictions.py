@@ -19,9 +19,8 @@ from flexgen_bench.planner.predictor import make_predictor
 from flexgen_bench.runner import machine
 
 NO_MODEL = "no model"
-# The paper's two kinds of rows: as the model is, and with weights and KV cache in 4 bits. A system that compresses only one of
-# them is asked for that.
-_FOUR_BITS = (
+# Weights and KV cache in 4 bits; of a system that compresses only one of them, that one.
+FOUR_BITS = (
     Lossy(weights=Compression(4), kv_cache=Compression(4)),
     Lossy(weights=Compression(4)),
     Lossy(kv_cache=Compression(4)),
@@ -30,28 +29,34 @@ _FOUR_BITS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A cell to predict. num_prompts: see Question. both: exact and in 4 bits, where nobody has said which."""
+    """A cell to predict. num_prompts: see Question.
+
+    also: where nobody has said what may change of the results, what is shown beside the exact row: of each group the first that the system can do.
+    """
 
     spec: CellSpec
     model: SystemModel
     num_prompts: int | None
-    both: bool = False
+    also: tuple[tuple[Lossy, ...], ...] = ()
 
 
 def simulate(asked: Asked, cache: Path) -> Iterator[Simulated]:
-    """The rows of one cell: what it says, and where it leaves that open the same in 4 bits, if the system can do that.
+    """The rows of one cell: what it says, and what is asked for beside that.
 
     cache: on whose disk files would go, where the profile states no disk.
     """
     first = predict(asked, asked.spec.lossy, cache)
     yield first
-    if not asked.both or first.status is Status.UNAVAILABLE:
-        return
-    for lossy in _FOUR_BITS:
-        row = predict(asked, lossy, cache)
-        if row.status is not Status.UNAVAILABLE:
-            yield row
-            return
+    shown = {first.lossy}
+    for group in asked.also if first.status is not Status.UNAVAILABLE else ():
+        for lossy in group:
+            if lossy in shown:
+                break
+            row = predict(asked, lossy, cache)
+            if row.status is not Status.UNAVAILABLE:
+                shown.add(lossy)
+                yield row
+                break
 
 
 def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
