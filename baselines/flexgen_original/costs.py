@@ -23,9 +23,10 @@ _HAS_MLP = (LayerKind.MLP, LayerKind.BLOCK)
 
 
 class Costs:
-    """Parts of the steps of one job, of one batch in one layer."""
+    """Parts of the steps of one job, of one batch in one layer. needed: what it takes of each tier, by part."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, needed: dict[Tier, memory.Parts]) -> None:
+        self._needed = needed
         self.job, self.machine, self.settings = job, job.machine, job.settings
         self.batch = job.settings.gpu_batch_size
         self.eager = EagerCompute(
@@ -37,12 +38,12 @@ class Costs:
     def spare_bytes(self) -> float | None:
         """Host memory that is left to the page cache."""
         have = self.machine.host_bytes
-        return None if have is None else have - sum(memory.needed(self.job)[Tier.CPU].values())
+        return None if have is None else have - sum(self._needed[Tier.CPU].values())
 
     @cached_property
     def cached(self) -> float:
         """The share of what is on disk that is in the page cache."""
-        return cached_share(sum(memory.needed(self.job)[Tier.DISK].values()), self.spare_bytes)
+        return cached_share(sum(self._needed[Tier.DISK].values()), self.spare_bytes)
 
     @cached_property
     def disk_rate(self) -> float:
@@ -50,7 +51,7 @@ class Costs:
         disk = parallel * machine.disk_read
         return read_rate(disk, max(machine.disk_read_cached, disk), self.cached)
 
-    @property
+    @cached_property
     def write_back_rate(self) -> float:
         """At which the disk gets what was written into the page cache."""
         return self.job.constants.disk_parallel * self.machine.disk_write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,10 +60,26 @@ class Job:
         blocks = -(-(len(inner) // per_block) // self.stages)
         return [*inner[: blocks * per_block], *([self.all_layers[-1]] if self.is_last else [])]
 
-    @property
+    @cached_property
+    def counted(self) -> list[tuple[PlacedLayer, int]]:
+        """Layers of each kind, and how many there are of it."""
+        kinds = {layer.kind: layer for layer in self.layers}
+        counts = Counter(layer.kind for layer in self.layers)
+        return [(layer, counts[kind]) for kind, layer in kinds.items()]
+
+    @cached_property
+    def neighbours(self) -> list[tuple[tuple[PlacedLayer, PlacedLayer, PlacedLayer], int]]:
+        """A layer with the ones before and after it in the endless sequence of passes, and how often these kinds meet."""
+        layers, known = self.layers, {layer.kind: layer for layer, _ in self.counted}
+        kinds = [layer.kind for layer in layers]
+        met = Counter(zip([kinds[-1], *kinds[:-1]], kinds, [*kinds[1:], kinds[0]], strict=True))
+        return [((known[a], known[b], known[c]), count) for (a, b, c), count in met.items()]
+
+    @cached_property
     def num_blocks(self) -> int:
         """Decoder layers of the stage."""
-        return sum(la.kind in (LayerKind.ATTENTION, LayerKind.BLOCK) for la in self.layers)
+        with_attention = (LayerKind.ATTENTION, LayerKind.BLOCK)
+        return sum(count for layer, count in self.counted if layer.kind in with_attention)
 
     @cached_property
     def kv_shares(self) -> dict[Tier, float]:
@@ -95,7 +112,7 @@ class Job:
         return full * self.stages * self.num_blocks * self.kv_packed * self.kv_shares[tier]
 
     def weight_bytes(self, tier: Tier) -> float:
-        return sum(layer.bytes[tier] for layer in self.layers)
+        return sum(count * layer.bytes[tier] for layer, count in self.counted)
 
     @property
     def hidden_on(self) -> Tier:

@@ -32,13 +32,13 @@ def check(job: Job) -> dict[Tier, Parts]:
 
 
 def _gpu(job: Job) -> Parts:
-    kinds = {layer.kind: layer for layer in job.layers}
-    inner = [
-        layer for kind, layer in kinds.items() if kind not in (LayerKind.EMBED, LayerKind.HEAD)
-    ]
+    outer = (LayerKind.EMBED, LayerKind.HEAD)
+    inner = [layer for layer, _ in job.counted if layer.kind not in outer]
     # The layer that is computed and the one that comes next; in the worst place these are an attention and an MLP.
     buffers = sum(layer.moved_bytes for layer in inner) * (1 if len(inner) > 1 else 2)
-    plain = max(layer.plain_bytes for layer in job.layers) if job.settings.compress_weight else 0
+    plain = (
+        max(layer.plain_bytes for layer, _ in job.counted) if job.settings.compress_weight else 0
+    )
     return {
         "weights": job.weight_bytes(Tier.GPU),
         "kv_cache": job.cache_bytes(Tier.GPU),
@@ -97,8 +97,13 @@ def _cpu_weights(job: Job) -> float:
     """Page-locked tensors are rounded up to powers of two by torch's allocator."""
     if not job.settings.pin_weight:
         return job.weight_bytes(Tier.CPU)
-    sizes = [size for layer in job.layers for size in layer.matrices[Tier.CPU]]
-    return float(sum(1 << (int(size) - 1).bit_length() for size in sizes))
+    return float(
+        sum(
+            count * (1 << (int(size) - 1).bit_length())
+            for layer, count in job.counted
+            for size in layer.matrices[Tier.CPU]
+        )
+    )
 
 
 def _disk(job: Job) -> Parts:

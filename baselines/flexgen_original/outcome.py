@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from baselines.flexgen_original import memory, schedule
+from baselines.flexgen_original.costs import Costs
 from baselines.flexgen_original.job import Job
 from baselines.flexgen_original.parts import Phase
 from flexgen_bench.core.tiers import Tier
@@ -31,10 +32,11 @@ class Outcome:
 def outcome(job: Job) -> Outcome:
     """Raises DoesNotFit."""
     needed = memory.check(job)
-    prefill, step = schedule.prefill(job), schedule.decode_step(job)
+    costs = Costs(job, needed)
+    prefill, step = schedule.prefill(costs), schedule.decode_step(costs)
     if job.stages > 1:
-        before = schedule.prefill(replace(job, is_last=False))
-        prefill = _through_stages(prefill, job, job.prompt_len, before.seconds)
+        before = Costs(replace(job, is_last=False), needed)
+        prefill = _through_stages(prefill, job, job.prompt_len, schedule.prefill(before).seconds)
         step = _through_stages(step, job, 1)
     decode = Phase()
     decode.add_phase(step, job.gen_len - 1)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from math import prod
 
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import ModelShape
@@ -75,15 +77,26 @@ def place_layer(
 ) -> PlacedLayer:
     """Place one layer's tensors for ``gpu`` and ``cpu`` percent. With sep_layer off attention and MLP are still placed apart."""
     kinds = (LayerKind.ATTENTION, LayerKind.MLP) if kind is LayerKind.BLOCK else (kind,)
+    parts = tuple(tuple(layer_tensors(shape, part)) for part in kinds)
+    return _place(kind, parts, gpu, cpu, compression)
+
+
+@cache
+def _place(
+    kind: LayerKind,
+    parts: tuple[tuple[tuple[int, ...], ...], ...],
+    gpu: float,
+    cpu: float,
+    compression: Compression | None,
+) -> PlacedLayer:
     kept = dict.fromkeys(BANDS, 0.0)
     matrices: dict[Tier, list[float]] = {tier: [] for tier in BANDS}
     plain = 0.0
-    for part in kinds:
-        tensors = layer_tensors(shape, part)
-        sizes = [_values(t) for t in tensors]
-        before = 0
-        for tensor, size in zip(tensors, sizes, strict=True):
-            tier = tier_of(100 * (before + size / 2) / sum(sizes), gpu, cpu)
+    for tensors in parts:
+        total, before = sum(map(prod, tensors)), 0
+        for tensor in tensors:
+            size = prod(tensor)
+            tier = tier_of(100 * (before + size / 2) / total, gpu, cpu)
             before += size
             is_matrix = len(tensor) > 1
             # Vectors are never compressed.
@@ -112,13 +125,6 @@ def realised_shares(layers: list[PlacedLayer]) -> dict[str, float]:
         str(tier): sum(layer.bytes[tier] for layer in layers) / total
         for tier in (Tier.GPU, Tier.CPU, Tier.DISK)
     }
-
-
-def _values(tensor: tuple[int, ...]) -> int:
-    count = 1
-    for extent in tensor:
-        count *= extent
-    return count
 
 
 def _bytes_per_value(compression: Compression | None) -> float:

@@ -8,18 +8,15 @@ of batches. With overlap off these follow one another.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from baselines.flexgen_original.costs import Costs
-from baselines.flexgen_original.job import Job
 from baselines.flexgen_original.parts import Phase
 from baselines.flexgen_original.placement import PlacedLayer
 from flexgen_bench.core.tiers import Tier
 
 
-def prefill(job: Job) -> Phase:
+def prefill(costs: Costs) -> Phase:
     """All prompts of a block, up to each sequence's first token."""
-    costs = Costs(job)
+    job = costs.job
     phase = _pass(costs, job.prompt_len, 0.0)
     # The page cache takes what is written, and the disk gets it beside everything else; but not faster than it can.
     written = job.cache_bytes(Tier.DISK) * (1 - costs.cached) / job.stages
@@ -28,31 +25,22 @@ def prefill(job: Job) -> Phase:
     return phase
 
 
-def decode_step(job: Job) -> Phase:
+def decode_step(costs: Costs) -> Phase:
     """One more token for a block, at the mean length of its caches."""
-    costs = Costs(job)
-    return _pass(costs, 1, job.prompt_len + job.gen_len / 2)
+    return _pass(costs, 1, costs.job.prompt_len + costs.job.gen_len / 2)
 
 
 def _pass(costs: Costs, tokens: int, context: float) -> Phase:
     """One sweep over the layers."""
-    layers = costs.job.layers
-    before, after = [layers[-1], *layers[:-1]], [*layers[1:], layers[0]]
-    # Few of these are distinct: layers of one kind are alike.
-    places: Counter[tuple[int, int, int]] = Counter()
-    known = {id(layer): layer for layer in layers}
-    for around in zip(before, layers, after, strict=True):
-        places[id(around[0]), id(around[1]), id(around[2])] += 1
-    phase = Phase()
-    for ids, count in places.items():
-        around = (known[ids[0]], known[ids[1]], known[ids[2]])
-        if costs.settings.overlap:
+    phase, job = Phase(), costs.job
+    for around, count in job.neighbours:
+        if job.settings.overlap:
             phase.add_phase(_overlapped(costs, around, tokens, context), count)
         else:
             phase.add_phase(_serial(costs, around[1], tokens, context), count)
-    if not costs.settings.overlap:
+    if not job.settings.overlap:
         # Nothing is waited for, so that launches run ahead of the work.
-        steps = len(layers) * costs.settings.num_gpu_batches
+        steps = len(job.layers) * job.settings.num_gpu_batches
         phase.seconds = max(phase.seconds, steps * costs.start().seconds)
     return phase
 

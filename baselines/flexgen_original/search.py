@@ -13,14 +13,15 @@ from baselines.flexgen_original.settings import Settings
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.tiers import Tier
 
 # What is published was chosen for a T4's 16 GB; it says nothing about other cards.
 _PUBLISHED_GPU_BYTES = (15e9, 17.2e9)
 # Weights on gpu and on cpu, in percent.
 _WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
 # The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2.
-_GPU_BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 20)
+_GPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
+_NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 
 
 def published(question: Question) -> Settings | None:
@@ -78,7 +79,7 @@ def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
     for candidate in _candidates(question.lossy, given):
         for shaped in _shapes(candidate, question, given):
             try:
-                found = _largest_block(replace(job, settings=shaped), given)
+                found = _largest_block(_pinned_or_not(replace(job, settings=shaped), given), given)
             except DoesNotFit as error:
                 # The most modest that was tried says best what is missing.
                 refusal = error if refusal is None or _is_nearer(error, refusal) else refusal
@@ -92,28 +93,35 @@ def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
     return best
 
 
+def _pinned_or_not(job: Job, given: Mapping[str, Any]) -> Job:
+    """The job with weights that are not page-locked if only so a block of one batch fits into the host's memory."""
+    try:
+        memory.check(_with(job, 1))
+    except DoesNotFit as error:
+        if error.tier != Tier.CPU or "pin_weight" in given:
+            raise
+        return replace(job, settings=replace(job.settings, pin_weight=False))
+    return job
+
+
 def _is_nearer(error: DoesNotFit, other: DoesNotFit) -> bool:
     return error.need_bytes / error.capacity_bytes < other.need_bytes / other.capacity_bytes
 
 
 def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
-    """Placements, with batches of 1. Attention on the cpu for caches that are below the GPU, or not; weights page-locked or not."""
+    """Placements, with batches of 1; attention on the cpu or not for caches that are below the GPU."""
     seen = set()
     for weights in _WEIGHTS:
         for cache in ((100, 0), (0, 100), (0, 0)):
-            hidden = (100, 0) if cache == (100, 0) else (0, 100)
-            all_gpu = weights == cache == (100, 0)
-            for on_cpu in (
-                (False, True) if cache != (100, 0) and lossy.kv_cache is None else (False,)
-            ):
-                for pin in (True, False) if weights[1] else (True,):
-                    base = Settings(
-                        1, 1, (*weights, *cache, *hidden), on_cpu, pin, overlap=not all_gpu
-                    )
-                    candidate = settings.overlaid(base, given, lossy)
-                    if candidate not in seen:
-                        seen.add(candidate)
-                        yield candidate
+            here = cache == (100, 0)
+            hidden = (100, 0) if here else (0, 100)
+            for on_cpu in (False,) if here or lossy.kv_cache else (False, True):
+                overlap = not (here and weights == (100, 0))
+                base = Settings(1, 1, (*weights, *cache, *hidden), on_cpu, overlap=overlap)
+                candidate = settings.overlaid(base, given, lossy)
+                if candidate not in seen:
+                    seen.add(candidate)
+                    yield candidate
 
 
 def _shapes(
@@ -123,17 +131,11 @@ def _shapes(
     sizes: tuple[int, ...] = _GPU_BATCH_SIZES
     if "gpu_batch_size" in given:
         sizes = (candidate.gpu_batch_size,)
+    each = question.num_prompts and max(1, question.num_prompts // question.num_gpus)
     for size in sizes:
-        if (
-            question.num_prompts is None
-            or size * question.num_gpus <= question.num_prompts
-            or size == 1
-        ):
-            shaped = replace(candidate, gpu_batch_size=size)
-            limit = question.num_prompts
-            if limit is not None:
-                limit = max(1, -(-limit // (size * question.num_gpus)))
-            yield replace(shaped, num_gpu_batches=limit or _NUM_GPU_BATCHES[-1])
+        if each is None or size <= each or size == 1:
+            count = _NUM_GPU_BATCHES[-1] if each is None else -(-each // size)
+            yield replace(candidate, gpu_batch_size=size, num_gpu_batches=count)
 
 
 def _largest_block(job: Job, given: Mapping[str, Any]) -> list[Outcome]:

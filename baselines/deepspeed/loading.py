@@ -1,0 +1,95 @@
+"""How ZeRO stage 3 brings weights to its GPUs: layer after layer, the next one while this one computes, for every batch and token anew.
+
+Several GPUs hold a slice of every tensor each: a GPU loads its slice over its own link and gets the others from its neighbours.
+GPUs whose model fits into one machine's memory are taken to be in one machine and exchange over its links to GPUs; others stand in a
+machine each and exchange over the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baselines.common.hf_model import HFModel, Parts
+from flexgen_bench.core.tiers import Tier
+
+# Python, torch, the process group.
+PROCESS_BYTES = 3e9
+# Buffers for reads from NVMe, of the largest tensor each (the configuration of the FlexGen authors' runs).
+NVME_BUFFERS = 5
+REMEDY = "Lower system.options.batch_size."
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where weights lie and how many bytes they have there (``stored_bytes``); rates in bytes/s.
+
+    link: what a GPU gets from page-locked memory. parallel: see conf/system/deepspeed.yaml. network: between machines.
+    """
+
+    model: HFModel
+    mode: str
+    stored_bytes: float
+    num_gpus: int
+    link: float
+    parallel: float
+    network: float
+
+    @property
+    def in_one_machine(self) -> bool:
+        host = self.model.machine.host_bytes
+        return self.num_gpus == 1 or host is None or self.stored_bytes + PROCESS_BYTES <= host
+
+    @property
+    def machine_bytes(self) -> float:
+        """Of weights in the fullest machine."""
+        return self.stored_bytes / (1 if self.in_one_machine else self.num_gpus)
+
+    def parts(self) -> Parts:
+        """Seconds of bringing all weights in once."""
+        share = self.stored_bytes / self.num_gpus
+        if self.mode == "nvme":
+            # Into host buffers, then over the link: one thread does both. GPUs of a machine share its disk.
+            here = self.stored_bytes if self.in_one_machine else share
+            rate = self.parallel * self.model.machine.disk_read
+            loads = {"disk_read: weights": here / rate, "h2d: weights": share / self.link}
+        else:
+            loads = {"h2d: weights": share / self.link}
+        if self.num_gpus > 1:
+            others = (self.num_gpus - 1) * share
+            if self.in_one_machine:
+                loads["d2h: exchange of weights"] = others / self.model.machine.h2d
+            else:
+                loads["network: exchange of weights"] = others / self.network
+        return loads
+
+    def seconds(self) -> float:
+        """The same: exchange overlaps with loading."""
+        parts = self.parts()
+        exchange = sum(s for name, s in parts.items() if "exchange" in name)
+        return max(exchange, sum(parts.values()) - exchange)
+
+    def check(self, batch: int, buffers: float, *, cache_here: bool = True) -> dict[Tier, Parts]:
+        """Bytes of one GPU and its machine with ``batch`` sequences on each GPU. Raises DoesNotFit."""
+        model, size = self.model, self.model.size
+        here = Tier.GPU if model.machine.has_gpu else Tier.CPU
+        table = size.bytes_of(size.table_values)
+        working = model.working_parts(batch, cache_here=cache_here)
+        needed: dict[Tier, Parts] = {here: {"layers": buffers, "token table": table, **working}}
+        host = needed.setdefault(Tier.CPU, {})
+        host["process"] = PROCESS_BYTES
+        if not cache_here:
+            host["kv_cache"] = self._batches_per_machine * model.cache_bytes(
+                batch, model.prompt_len + model.gen_len
+            )
+        if self.mode == "nvme":
+            host["read buffers"] = NVME_BUFFERS * size.largest_matrix_bytes
+            needed[Tier.DISK] = {"weights": self.machine_bytes}
+        else:
+            host["weights"] = self.machine_bytes
+        for tier, parts in needed.items():
+            model.machine.check(tier, parts, REMEDY)
+        return needed
+
+    @property
+    def _batches_per_machine(self) -> int:
+        return self.num_gpus if self.in_one_machine else 1
