@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,9 +63,11 @@ def print_predictions(
 
 
 def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
-    """Rows that may stand in one table: the same model, lengths and machine. Fastest first, what does not work last."""
-    ordered = sorted(rows, key=_job)
-    return [sorted(job, key=_order) for _, job in groupby(ordered, key=_job)]
+    """Rows that may stand in one table, the same model, lengths and machine, in the order asked. Fastest first, what does not work last."""
+    jobs: dict[tuple[Any, ...], list[Simulated]] = {}
+    for row in rows:
+        jobs.setdefault(_job(row), []).append(row)
+    return [sorted(job, key=_order) for job in jobs.values()]
 
 
 def heading(row: Simulated) -> str:
@@ -90,7 +91,7 @@ def remarks(rows: Sequence[Simulated]) -> list[str]:
     lines = []
     for row in rows:
         if row.prediction is not None and row.prediction.notes:
-            lines.append(f"{row.label}: {one_line(' '.join(row.prediction.notes), _LONG_REASON)}")
+            lines.append(f"{row.label}: {one_line('; '.join(row.prediction.notes), _LONG_REASON)}")
         elif row.status is not Status.OK and row.model.predictor is not None:
             lines.append(f"{row.label}: {_word(row)}. {one_line(row.reason, _LONG_REASON)}")
     unknown = [row.label for row in rows if row.model.predictor is None]
@@ -196,6 +197,7 @@ def _job(row: Simulated) -> tuple[Any, ...]:
         hardware.name,
         hardware.gpu_memory_bytes or 0,
         hardware.cpu_memory_bytes or 0,
+        tuple(sorted(hardware.links.items())),
     )
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 # Told elsewhere on a card, or too long for a cell.
 _ELSEWHERE = ("policy", "why", "binding", "gains")
+_SHAPE = ("gpu_batch_size", "num_gpu_batches")
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """``48x3; weights gpu 20 %, cpu 80 %; KV cache cpu; ...``, then a system's own settings as ``name=value``."""
-    parts = [policy_text(settings["policy"])] if settings.get("policy") else []
+    """``48x3; weights gpu 20 %, cpu 80 %; KV cache cpu; ...``, then a system's own settings: ``name=value``, ``name``, ``no name``."""
     own = {k: v for k, v in settings.items() if k not in _ELSEWHERE and v is not None}
-    parts += [f"{key}={_short(value)}" for key, value in own.items()]
-    return "; ".join(filter(None, parts))
+    parts = [policy_text(settings["policy"])] if settings.get("policy") else []
+    shape = [own.pop(key) for key in _SHAPE] if set(_SHAPE) <= set(own) else []
+    parts += ["x".join(map(str, shape))] if shape else []
+    return "; ".join([*filter(None, parts), *(_setting(key, own[key]) for key in own)])
 
 
 def policy_text(policy: Any) -> str:
@@ -46,6 +48,12 @@ def placement_text(shares: Mapping[str, float]) -> str:
     if len(used) == 1:
         return next(iter(used))
     return ", ".join(f"{tier} {100 * share:.3g} %" for tier, share in used.items())
+
+
+def _setting(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return f"{key}={_short(value)}"
 
 
 def _short(value: Any) -> str:
