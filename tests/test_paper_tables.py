@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paper_fakes import FakePredictor
 from hypothesis import given
 from hypothesis import strategies as st
+from paper_fakes import FakePredictor
 from record_factory import SHAPE, make_record, make_spec
 
 from flexgen_bench.config import conf_dir, hardware_profile, model_spec

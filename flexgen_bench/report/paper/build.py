@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.report.paper.cells import Sources
 from flexgen_bench.report.paper.curves import plot
@@ -50,7 +51,7 @@ def build_paper(
     """
     quoted, texts = read_quoted(paper_dir() / "tables.csv"), footnotes()
     recorded, unfit = usable(records)
-    simulations = Simulations(configured_systems()) if simulate else None
+    simulations = Simulations(configured_systems(), list_models()) if simulate else None
     sources = Sources(simulations, recorded, results_dir)
     chosen = list_tables(own) if names is None else list(dict.fromkeys(names))
     for name in chosen:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen_bench.conf_schema import AssumedConf, TableConf
-from flexgen_bench.config import list_models
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
 from flexgen_bench.report.paper.quantities import quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
-from flexgen_bench.report.paper.settings import settings_text
+from flexgen_bench.report.paper.settings import run_text
 from flexgen_bench.report.paper.simulate import OOM, Answer, Job, Simulations, policy_options
 from flexgen_bench.table_conf import ours_beside
 
@@ -119,7 +118,7 @@ class _Asks:
         """None where the row names no job, or conf/model has no such model."""
         model = self.table.models.get(self.row.model, self.row.model.lower())
         prompt_len, gen_len = self.row.count("prompt_len"), self.row.count("gen_len")
-        if model not in list_models() or not prompt_len or not gen_len:
+        if model not in self.simulations.models or not prompt_len or not gen_len:
             return None
         return Job(
             model,
@@ -156,7 +155,7 @@ class _Asks:
             evidence = Evidence.SIMULATED if answer.word == OOM else None
             return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
         value = quantity(self.quantity, answer.run, self.row.count("gpus") or 1)
-        settings = settings_text(answer.run)
+        settings = run_text(answer.run)
         return Beside(value, NOTHING, Evidence.SIMULATED, name, settings)
 
     def _recorded(self, name: str, job: Job, options: Mapping[str, object]) -> Beside | None:
@@ -168,7 +167,7 @@ class _Asks:
         if found.run is None:
             return Beside(None, OOM, record.evidence, source, reason=record.reason)
         value = quantity(self.quantity, found.run, 1)
-        return Beside(value, NOTHING, record.evidence, source, settings_text(found.run))
+        return Beside(value, NOTHING, record.evidence, source, run_text(found.run))
 
 
 def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, int | None]:

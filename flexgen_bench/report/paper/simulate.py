@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen_bench.config import hardware_profile, model_spec
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
-from flexgen_bench.core.model import DType
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
@@ -47,10 +48,13 @@ class Answer:
 
 @dataclass
 class Simulations:
-    """Asks the systems' predictors, and remembers."""
+    """Asks the systems' predictors, and remembers. models: the names in conf/model."""
 
     systems: Sequence[ConfiguredSystem]
+    models: Container[str]
     _answers: dict[str, Answer] = field(default_factory=dict)
+    _shapes: dict[str, ModelShape] = field(default_factory=dict)
+    _machines: dict[str, HardwareProfile] = field(default_factory=dict)
 
     def named(self, name: str) -> ConfiguredSystem | None:
         return next((s for s in self.systems if s.name == name), None)
@@ -72,10 +76,14 @@ class Simulations:
     def _answer(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Answer:
         if system.predictor is None:
             return Answer(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
+        if job.model not in self._shapes:
+            self._shapes[job.model] = model_spec(job.model).shape
+        if job.machine not in self._machines:
+            self._machines[job.machine] = hardware_profile(job.machine)
         question = Question(
-            model_spec(job.model).shape,
+            self._shapes[job.model],
             _DTYPE,
-            hardware_profile(job.machine),
+            self._machines[job.machine],
             job.prompt_len,
             job.gen_len,
             job.num_prompts,
