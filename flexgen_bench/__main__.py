@@ -21,7 +21,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from flexgen_bench.compose import CONFIG_NAME, Cell, Plan, check_groups, plan, user_error
+from flexgen_bench.compose import (
+    CONFIG_NAME,
+    Cell,
+    Plan,
+    check_groups,
+    plan,
+    user_error,
+    without_null_groups,
+)
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
@@ -64,6 +72,7 @@ def main() -> int:
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
         check_groups(sys.argv[1:])
+        sys.argv[1:] = without_null_groups(sys.argv[1:])
         app(run_composed)()
     except UserError as error:
         return _complain(error)

@@ -119,6 +119,12 @@ def check_groups(arguments: Sequence[str]) -> None:
                 raise unknown_choice(key, name, known)
 
 
+def without_null_groups(arguments: Sequence[str]) -> list[str]:
+    """Hydra takes no null for a group's choice: every system is the default, and a suite is taken out."""
+    dropped = {"system=null": [], "suite=null": ["~suite"]}
+    return [word for argument in arguments for word in dropped.get(argument, [argument])]
+
+
 def key_of(override: str) -> str:
     """``+gpu.cpu_memory=2GiB`` -> ``gpu.cpu_memory``."""
     return override.partition("=")[0].lstrip("+~")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from flexgen_bench.compose import composed, merged, plan
+from flexgen_bench.compose import composed, merged, plan, without_null_groups
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, cell_spec, conf_dir, list_models, model_spec
 from flexgen_bench.core.cell import CellSpec, WeightSource
@@ -189,6 +189,13 @@ def test_lossy_choices_are_known_to_be_given() -> None:
     assert not given("policy=half-disk")
     assert given("policy.lossy.weights=4")
     assert given("policy.lossy.weights=null")
+
+
+def test_null_for_a_group_that_may_be_left_out() -> None:
+    """Hydra once answered system=null with a traceback."""
+    assert without_null_groups(["model=a", "system=null", "suite=null"]) == ["model=a", "~suite"]
+    found = cells(*without_null_groups(["model=opt-350m", "system=null", "suite=null"]), suite="")
+    assert [c.spec.system for c in found] == GROUPS["system"]
 
 
 def test_sizes_as_text() -> None:
