@@ -481,6 +481,8 @@ def test_a_table_added_to_conf_is_found(
         (("total_min", "minutes"), "table.predict.HELM running time (author log) = 'minutes'"),
         (("{ours: {}}", "{simulated_as: FlexGne}"), "Did you mean 'FlexGen'"),
         (("{ours: {}}", "{ours: {weights: 5}}"), "weights = 5"),
+        (("{FlexGen: {", "{Flexgen: {"), "table.systems = 'Flexgen'"),
+        (("{OPT-IML-30B:", "{OPT-IML:"), "table.models = 'OPT-IML'"),
         (("title:", "engine: nobody\ntitle:"), "table.engine = 'nobody'"),
         (("title:", "lines: [prinetd]\ntitle:"), "Did you mean 'printed'"),
         (("title:", "decimals: many\ntitle:"), "decimals"),

@@ -47,6 +47,8 @@ def build_table(
         for condition in conditions:
             if not any(row.matches(condition) for row in rows):
                 raise UserError(f"{field}.where", dict(condition), "met by a cell of the table")
+    _known("table.systems", conf.systems, sorted({row.system for row in rows}))
+    _known("table.models", conf.models, sorted({row.model for row in rows}))
     texts = [_text(note, footnotes) for note in conf.notes]
     at = {id(row): _at(row, conf.notes, texts) for row in rows}
     numbers = {text: n for n, text in enumerate(_in_reading_order(conf, rows, at), 1)}
