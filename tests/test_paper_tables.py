@@ -170,6 +170,18 @@ def test_what_the_paper_contradicts_is_said(tmp_path: Path, table: str, words: l
             assert re.search(word, text), (suffix, word)
 
 
+def test_a_value_that_nobody_found_is_no_quotation(tmp_path: Path) -> None:
+    folder = run(tmp_path, "--no-simulation", "--tables", "t13,t21")
+    found, lost = rows_of(folder, "t13")
+    assert (found["printed"], found["printed_evidence"], found["trust"]) == (
+        "0.01",
+        "QUOTED",
+        "copy",
+    )
+    assert (lost["printed"], lost["printed_evidence"], lost["trust"]) == ("not found", "-", "")
+    assert "| printed | - | not found |" in (folder / "t21.md").read_text()
+
+
 def test_a_footnote_stands_at_its_cells_and_is_numbered_as_one_reads(tmp_path: Path) -> None:
     folder = run(tmp_path, "--no-simulation", "--tables", "t10")
     page = (folder / "t10.md").read_text()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flexgen_bench.report.paper.cells import Beside, Cell
 from flexgen_bench.report.paper.grid import printed_text, ratio_text
+from flexgen_bench.report.paper.quoted import NOT_FOUND, NOT_PRINTED
 from flexgen_bench.report.paper.table import PaperTable
 
 HEADERS = (
@@ -30,7 +31,7 @@ def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
     row = cell.printed
     return (
         row.table, row.system, row.model, row.prompt_len, row.gen_len, row.gpus, row.metric, row.unit,
-        printed_text(cell, None), "QUOTED" if row.value else "-", row.trust, row.source, row.policy,
+        printed_text(cell, None), "-" if row.value in (NOT_PRINTED, NOT_FOUND) else "QUOTED", row.trust, row.source, row.policy,
         "" if cell.unrounded is None else f"{cell.unrounded:g}", cell.assumed,
         *_beside(cell, cell.simulated), cell.simulated.source, cell.simulated.settings,
         *_beside(cell, cell.ours), cell.ours_lossy or ("" if cell.ours == Beside() else "exact"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.cells import MARKS, number
 from flexgen_bench.report.paper.cells import NOTHING, Beside, Cell
-from flexgen_bench.report.paper.quoted import NOT_FOUND
+from flexgen_bench.report.paper.quoted import NOT_FOUND, NOT_PRINTED
 from flexgen_bench.report.paper.table import PaperTable, places
 
 Key = tuple[str, ...]
@@ -58,7 +58,7 @@ def printed_text(cell: Cell, decimals: int | None) -> str:
     """The printed value with the paper's number of decimals: zeros are added, nothing is rounded."""
     text = cell.printed.value
     if cell.printed.number is None or decimals is None:
-        return {NOT_FOUND: "not found", "": NOTHING}.get(text, text)
+        return {NOT_FOUND: "not found", NOT_PRINTED: NOTHING}.get(text, text)
     have = len(text.partition(".")[2])
     return text if have >= decimals else f"{float(text):.{decimals}f}"
 
@@ -137,7 +137,7 @@ def _printed(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
         for place in at
     )
     trust = dict.fromkeys(c.printed.trust for place in at for c in place if c.printed.trust)
-    quoted = any(c.printed.value for place in at for c in place)
+    quoted = any(c.printed.value not in (NOT_PRINTED, NOT_FOUND) for place in at for c in place)
     evidence = f"{Evidence.QUOTED.value} ({'; '.join(trust)})" if trust else Evidence.QUOTED.value
     return Line((), "printed", evidence if quoted else NOTHING, entries)
 
