@@ -97,8 +97,9 @@ def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
     beyond = any(row.is_beyond_its_machine for row in outcome.simulated) and not outcome.is_plan
     if Status.INVALID in simulated or beyond:
         return BAD_INPUT
-    if outcome.broken or outcome.is_plan:
-        return FAILED if outcome.broken or outcome.unfit else 0
+    broken = outcome.broken or Status.FAILED in simulated
+    if broken or outcome.is_plan:
+        return FAILED if broken or outcome.unfit else 0
     said = Status.OK in measured or Status.OK in simulated or Status.OOM in simulated
     return 0 if said and all(status in _FINDINGS for status in measured) else FAILED
 

@@ -100,3 +100,10 @@ class Impossible(Plain):
 
     def predict(self, question: Question) -> Prediction:
         raise CannotRun("it knows no such model")
+
+
+class Mistaken(Plain):
+    """Has a mistake in it."""
+
+    def predict(self, question: Question) -> Prediction:
+        raise ZeroDivisionError("division by zero")

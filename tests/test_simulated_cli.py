@@ -134,6 +134,17 @@ def test_what_a_system_refuses_is_bad_input(run: Run, tmp_path: Path) -> None:
     assert "system.options.speed = 'warp': must be one of slow, slower" in answer.stdout
 
 
+def test_a_model_with_a_mistake_hides_no_other(run: Run, tmp_path: Path) -> None:
+    add_system(tmp_path, "fake", "Plain")
+    add_system(tmp_path, "mistaken", "Mistaken")
+    answer = run(*T4)
+    assert answer.returncode == 1
+    assert (
+        "mistaken: failed. the model failed: ZeroDivisionError: division by zero" in answer.stdout
+    )
+    assert rows(answer, "fake")[0]["status"] == "ok"
+
+
 def test_another_machine_than_the_papers_has_no_ratio(run: Run, tmp_path: Path) -> None:
     add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
     answer = run(*T4, "system=fake", "gpu.cpu_memory=400GB")

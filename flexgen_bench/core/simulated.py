@@ -30,7 +30,7 @@ class Simulated:
     """One row of what was predicted.
 
     status: OK with a prediction; OOM, it would not fit; UNAVAILABLE, the system cannot do the job or nobody has a model of it; INVALID, it
-    was asked for something that cannot be. All but OK have a reason. question: what was asked, with the machine's gaps filled in.
+    was asked for something that cannot be; FAILED, its model has a mistake. All but OK have a reason. question: what was asked, with the machine's gaps filled in.
     """
 
     spec: CellSpec

@@ -25,6 +25,7 @@ _WORDS = {
     Status.OOM: "DOES NOT FIT",
     Status.INVALID: "refused",
     Status.UNAVAILABLE: "not possible",
+    Status.FAILED: "failed",
 }
 
 
@@ -77,7 +78,9 @@ def lines(card: Card) -> Iterator[tuple[str, str]]:
     """Name and text of each line of a card."""
     row, done = card.row, card.row.prediction
     if done is None:
-        word = "no model" if row.model.predictor is None else _WORDS[row.status]
+        word = (
+            "no model" if row.model.predictor is None else _WORDS.get(row.status, row.status.value)
+        )
         reason = (
             "nobody has written what predicts this system" if word == "no model" else row.reason
         )

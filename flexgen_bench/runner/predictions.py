@@ -60,7 +60,7 @@ def simulate(asked: Asked, cache: Path) -> Iterator[Simulated]:
 
 
 def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
-    """One row. What the system's model refuses is told in the row, never raised."""
+    """One row. What the system's model refuses, or fails of, is told in the row, never raised."""
     spec, model = asked.spec, asked.model
     question = Question(
         shape=spec.model.shape,
@@ -87,6 +87,11 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
         return Simulated(spec, question, model, error.status, str(error))
     except UserError as error:
         return Simulated(spec, question, model, Status.INVALID, str(error))
+    except (
+        Exception
+    ) as error:  # a model with a mistake in it must not hide the others, nor lose a measurement
+        reason = f"the model failed: {type(error).__name__}: {error}"
+        return Simulated(spec, question, model, Status.FAILED, reason)
     return Simulated(spec, question, model, Status.OK, prediction=prediction)
 
 

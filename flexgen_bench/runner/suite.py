@@ -133,16 +133,11 @@ class _Runner:
         return path, False
 
     def _prediction(self, cell: SuiteCell) -> Mapping[str, Any]:
-        """What the run is expected to be; a model that fails is told of and loses no measurement."""
+        """What the run is expected to be."""
         if cell.predict is None:
             return {}
         self.display.stage("predicting")
-        try:
-            return cell.predict()
-        except Exception as error:
-            kind = type(error).__name__
-            print(f"{cell.label}: no prediction: {kind}: {error}", file=sys.stderr)
-            return {}
+        return cell.predict()
 
     def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
         no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")
