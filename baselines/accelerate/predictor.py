@@ -34,9 +34,10 @@ _HOST_BYTES = 3e9
 
 @dataclass(frozen=True)
 class Constants:
-    """Of conf/system/accelerate.yaml, where it is explained."""
+    """Of conf/system/accelerate.yaml, where each is explained."""
 
     copy_share: float
+    disk_share: float
 
 
 class AcceleratePredictor(Predictor):
@@ -104,7 +105,8 @@ class AcceleratePredictor(Predictor):
         if mode == "disk":
             spare = None if machine.host_bytes is None else machine.host_bytes - _HOST_BYTES
             share = cached_share(size, spare)
-            rate = read_rate(machine.disk_read, machine.disk_read_cached, share)
+            disk = self._constants.disk_share * machine.disk_read
+            rate = read_rate(disk, machine.disk_read_cached, share)
             loads["disk_read: weights"] = size / rate
         return loads
 

@@ -79,7 +79,7 @@ def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
     for candidate in _candidates(question.lossy, given):
         for shaped in _shapes(candidate, question, given):
             try:
-                found = _largest_block(_pinned_or_not(replace(job, settings=shaped), given), given)
+                found = _largest_blocks(replace(job, settings=shaped), given)
             except DoesNotFit as error:
                 # The most modest that was tried says best what is missing.
                 refusal = error if refusal is None or _is_nearer(error, refusal) else refusal
@@ -91,17 +91,6 @@ def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
         assert refusal is not None
         raise refusal
     return best
-
-
-def _pinned_or_not(job: Job, given: Mapping[str, Any]) -> Job:
-    """The job with weights that are not page-locked if only so a block of one batch fits into the host's memory."""
-    try:
-        memory.check(_with(job, 1))
-    except DoesNotFit as error:
-        if error.tier != Tier.CPU or "pin_weight" in given:
-            raise
-        return replace(job, settings=replace(job.settings, pin_weight=False))
-    return job
 
 
 def _is_nearer(error: DoesNotFit, other: DoesNotFit) -> bool:
@@ -138,12 +127,28 @@ def _shapes(
             yield replace(candidate, gpu_batch_size=size, num_gpu_batches=count)
 
 
-def _largest_block(job: Job, given: Mapping[str, Any]) -> list[Outcome]:
-    """Blocks of one batch, and of the most that fit (up to the settings' own)."""
+def _largest_blocks(job: Job, given: Mapping[str, Any]) -> list[Outcome]:
+    """Blocks of one batch, and of the most that fit (up to the settings' own); also with weights that are not page-locked, if
+    then more fit. Raises DoesNotFit."""
     most = job.settings.num_gpu_batches
     counts = [c for c in _NUM_GPU_BATCHES if c <= most]
     if "num_gpu_batches" in given:
         counts = [int(given["num_gpu_batches"])]
+    pageable = replace(job, settings=replace(job.settings, pin_weight=False))
+    may_unpin = "pin_weight" not in given and job.settings.percent[1] > 0
+    try:
+        found = _up_to(job, counts)
+    except DoesNotFit as error:
+        if error.tier != Tier.CPU or not may_unpin:
+            raise
+        return _up_to(pageable, counts)
+    if may_unpin and found[-1].job.settings.num_gpu_batches < counts[-1]:
+        found += _up_to(pageable, counts)[1:]
+    return found
+
+
+def _up_to(job: Job, counts: list[int]) -> list[Outcome]:
+    """With the first of ``counts`` batches, and with the last that fits. Raises DoesNotFit if the first does not."""
     first = outcome(_with(job, counts[0]))
     for count in reversed(counts[1:]):
         larger = _with(job, count)
