@@ -57,6 +57,18 @@ class Cohorts:
         return [self.start(index, room) for index in self._distinct[first]]
 
     @cached_property
+    def alike(self) -> tuple[Room, ...]:
+        """For every room the first one that is like it: the same tiers, and the same cohorts that may move in. Large jobs have many
+        rooms and few kinds of them."""
+        first: dict[object, Room] = {}
+        found = []
+        for room in self.rooms:
+            groups = self._distinct[room.index if self.by_room else 0]
+            lens = tuple(tuple(self.requests[i] for i in self.groups[g]) for g in groups)
+            found.append(first.setdefault((room.kv, room.hidden, lens), room))
+        return tuple(found)
+
+    @cached_property
     def _distinct(self) -> tuple[tuple[int, ...], ...]:
         """Groups that differ in their lengths, per room that they may move into (one list if that is any)."""
         lists = len(self.rooms) if self.by_room else 1

@@ -24,6 +24,7 @@ class LaneSums:
         self.busy_s: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         self.bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self.events: list[Event] = []
+        self.steps = 0
 
     def run_pass(self, steps: Iterable[Step]) -> float:
         """Seconds of one pass, once the loads of the next take the place of those that came before it."""
@@ -33,6 +34,7 @@ class LaneSums:
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
+            self.steps += 1
             self.bytes[step.lane] += step.bytes
             if step.work is not None:
                 chains[step.work.index] = chains.get(step.work.index, 0.0) + seconds

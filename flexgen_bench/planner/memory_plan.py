@@ -15,10 +15,10 @@ from flexgen_bench.planner.placement import place_units, realised
 from flexgen_bench.planner.staging import (
     RoomBytes,
     Staging,
+    all_room_bytes,
     chunk_len,
     chunk_rows,
     everything,
-    room_bytes,
     staging,
 )
 from flexgen_bench.planner.units import PackedModel, PackedUnit
@@ -128,7 +128,7 @@ def plan_job(
         plain_slot_bytes=max(u.plain_bytes for u in packed.units),
     )
     cohorts = form_cohorts(shape, dtype, policy, requests, compute)
-    rooms = tuple(room_bytes(job, policy, cohorts, room) for room in cohorts.rooms)
+    rooms = all_room_bytes(job, policy, cohorts)
     moving = staging(job, policy, cohorts)
     home = dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):

@@ -21,6 +21,12 @@ class ShareSpreader:
         self._placement = placement
         self._given = dict.fromkeys(Tier, 0.0)
 
+    @property
+    def only(self) -> Tier | None:
+        """The tier that everything goes to, if it is one."""
+        tiers = [tier for tier in Tier if self._placement.share(tier) > 0]
+        return tiers[0] if len(tiers) == 1 else None
+
     def place(self, size: float) -> Tier:
         total = sum(self._given.values()) + size
         behind = {
@@ -46,8 +52,11 @@ def place_sequences(count: int, spreader: ShareSpreader) -> tuple[Span, ...]:
     still come out right over the block.
     """
     per_tier = dict.fromkeys(Tier, 0)
-    for _ in range(count):
-        per_tier[spreader.place(1)] += 1
+    if spreader.only is not None:
+        per_tier[spreader.only] = count
+    else:
+        for _ in range(count):
+            per_tier[spreader.place(1)] += 1
     spans, start = [], 0
     for tier in Tier:
         if per_tier[tier]:

@@ -51,11 +51,21 @@ def chunk_rows(cohort: Cohort, span: Span, chunk: int | None) -> list[int]:
     if chunk is None:
         return [sum(lens)]
     longest = max(cohort.prompt_lens)
-    return [sum(min(chunk, max(0, n - start)) for n in lens) for start in range(0, longest, chunk)]
+    starts = range(0, longest, chunk)
+    if lens and min(lens) == longest:  # all alike, which is usual: large jobs are planned often
+        return [len(lens) * min(chunk, longest - start) for start in starts]
+    return [sum(min(chunk, max(0, n - start)) for n in lens) for start in starts]
 
 
 def everything(cohort: Cohort) -> Span:
     return Span(Tier.GPU, 0, cohort.size)
+
+
+def all_room_bytes(job: Job, policy: Policy, cohorts: Cohorts) -> tuple[RoomBytes, ...]:
+    """Of every room."""
+    kinds = {room.index: room for room in cohorts.alike}
+    sizes = {index: room_bytes(job, policy, cohorts, room) for index, room in kinds.items()}
+    return tuple(sizes[room.index] for room in cohorts.alike)
 
 
 def room_bytes(job: Job, policy: Policy, cohorts: Cohorts, room: Room) -> RoomBytes:
@@ -83,7 +93,7 @@ def staging(job: Job, policy: Policy, cohorts: Cohorts) -> Staging:
     prompt_host = kv_slot = kv_host = pages = 0
     attends = job.has_accelerator and policy.attention is AttentionSite.CPU
     any_disk = any(s.tier is Tier.DISK for room in cohorts.rooms for s in room.hidden)
-    for room in cohorts.rooms:
+    for room in {room.index: room for room in cohorts.alike}.values():
         for cohort in cohorts.possible(room):
             chunk = chunk_len(policy, cohort.size)
             chunked = len(chunk_rows(cohort, everything(cohort), chunk)) > 1

@@ -1,0 +1,135 @@
+"""What a micro-batch costs on each lane, by where weights, cache and activations are: summed from the steps of a single layer.
+
+Costs are linear in the shares of a placement, so the steps of a few pure placements (all of a kind on one tier) say it all, and layers
+are alike, so one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Placement, Policy, Schedule
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.cost import StepCost
+from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
+from flexgen_bench.planner.program import Program
+from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.job import UnitKind
+
+_NONE: Mapping[Lane, float] = dict.fromkeys(Lane, 0.0)
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A model cut down to its first layers: what is the same for every layer is found out on few."""
+
+    shape: ModelShape
+    packed: PackedModel
+
+
+def thinned(shape: ModelShape, packed: PackedModel, layers: int) -> Thin:
+    """The same model with only ``layers`` decoder layers (or as it is, if it has no more)."""
+    if layers >= shape.num_layers:
+        return Thin(shape, packed)
+    head = replace(packed.head, index=layers + 1)
+    units = (*packed.units[: layers + 1], head)
+    return Thin(replace(shape, num_layers=layers), replace(packed, units=units))
+
+
+@dataclass(frozen=True)
+class MicroBatchCost:
+    """Seconds per lane of a micro-batch in all layers, and of what is paid once per pass (weights, unpacking), in each phase."""
+
+    prefill: PhaseCost
+    decode: PhaseCost
+    prefill_once: PhaseCost
+    decode_once: PhaseCost
+
+    def of_block(self, batches: float) -> tuple[PhaseCost, PhaseCost]:
+        """Prefill and decode pass of a block of so many micro-batches."""
+        return (
+            _sum(self.prefill_once, self.prefill, batches),
+            _sum(self.decode_once, self.decode, batches),
+        )
+
+
+def micro_batch_cost(
+    shape: ModelShape,
+    packed: PackedModel,
+    dtype: DType,
+    policy: Policy,
+    hardware: HardwareProfile,
+    request: Request,
+) -> MicroBatchCost:
+    """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
+    thin = thinned(shape, packed, 1)
+    base_tier = Tier.CPU
+
+    def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
+        placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in KINDS}
+        pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
+        each, once = _sums(thin, dtype, pure, hardware, request, shape.num_layers, 0)
+        if request.gen_len == 1:
+            return [each, _NONE, once, _NONE]
+        # A decode pass half-way.
+        longer = replace(request, prompt_len=request.prompt_len + request.gen_len // 2)
+        later, again = _sums(thin, dtype, pure, hardware, longer, shape.num_layers, 1)
+        return [each, later, again, again]
+
+    base = phases({})
+    vertices = {
+        (kind, tier): phases({kind: tier}) if tier is not base_tier else base
+        for kind in KINDS
+        for tier in hardware.tiers
+    }
+    costs = [_phase(base, vertices, number) for number in range(len(base))]
+    return MicroBatchCost(*costs)
+
+
+def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number: int) -> PhaseCost:
+    fixed = base[number]
+    added = {
+        share: {lane: sums[number][lane] - fixed[lane] for lane in Lane}
+        for share, sums in vertices.items()
+    }
+    return PhaseCost(fixed, added)
+
+
+def _sums(
+    thin: Thin,
+    dtype: DType,
+    policy: Policy,
+    hardware: HardwareProfile,
+    request: Request,
+    layers: int,
+    number: int,
+) -> tuple[Seconds, Seconds]:
+    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count ``layers`` times."""
+    # The last pass of a job loads nothing, so what is looked at must not be the last.
+    lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
+    requests = [lasting] * policy.gpu_batch_size
+    plan = plan_job(thin.shape, thin.packed, dtype, policy, hardware, requests)
+    cost = StepCost(thin.shape, thin.packed, dtype, policy, hardware, plan.job)
+    program = Program(policy, plan)
+    own, shared = dict(_NONE), dict(_NONE)
+    for each in range(number + 1):
+        steps = program.steps(program.begin_pass())
+        for step in steps:
+            if each == number:
+                times = layers if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
+                (shared if step.work is None else own)[step.lane] += times * cost.seconds(step)
+        program.end_pass()
+    return own, shared
+
+
+def _sum(once: PhaseCost, each: PhaseCost, times: float) -> PhaseCost:
+    def add(first: Seconds, second: Seconds) -> Seconds:
+        return {lane: first[lane] + times * second[lane] for lane in Lane}
+
+    shares = {share: add(once.by_share[share], each.by_share[share]) for share in once.by_share}
+    return PhaseCost(add(once.fixed, each.fixed), shares)

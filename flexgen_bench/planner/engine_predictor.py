@@ -1,0 +1,97 @@
+"""This project's engine predicted: its own schedule, played with the machine's rates, under a policy that is given or searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.units import format_seconds
+from flexgen_bench.models.registry import family
+from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.cost import rates_of
+from flexgen_bench.planner.forecast import Forecast, forecast
+from flexgen_bench.planner.gains import gains
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.predictor import Predictor
+from flexgen_bench.planner.search import Search
+from flexgen_bench.planner.task import Task
+from flexgen_bench.planner.units import pack
+
+
+class EnginePredictor(Predictor):
+    """options: ``policy`` is a Policy as a mapping, or None to search for one. It has no constants: what the engine sustains is in the
+    machine's rates."""
+
+    def predict(self, question: Question) -> Prediction:
+        """The same policy and times that ``policy=auto`` would come to on that machine."""
+        rates_of(question.hardware)
+        given = self.options.get("policy")
+        policy = None if given is None else Policy.from_dict(dict(given))
+        task = _task(question, policy)
+        if policy is not None:
+            plan = task.plan(policy)
+            times = forecast(
+                task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, plan
+            )
+            return _prediction(task, policy, plan, times, {"why": ["as asked for"]})
+        choice = Search(task).run()
+        found = gains(task, choice.policy, choice.tok_per_s)
+        promised = max((c.tok_per_s for c in choice.candidates), default=choice.tok_per_s)
+        words = {
+            "why": [
+                f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played",
+                f"without any waiting the best would reach {promised:.3g} tokens/s",
+            ],
+            "binding": ", ".join(found.binding),
+            "gains": dict(found.more),
+        }
+        return _prediction(task, choice.policy, choice.plan, choice.forecast, words)
+
+
+def _task(question: Question, policy: Policy | None) -> Task:
+    shape = question.shape
+    inventory = family(shape.family).inventory(shape)
+    lossies = [policy.lossy] if policy is not None else allowed(question.lossy)
+    return Task(
+        shape=shape,
+        dtype=question.dtype,
+        hardware=question.hardware,
+        packed={lossy: pack(shape, inventory, question.dtype, lossy.weights) for lossy in lossies},
+        request=Request(question.prompt_len, question.gen_len),
+        prompts=question.num_prompts,
+    )
+
+
+def allowed(lossy: Lossy) -> list[Lossy]:
+    """The ways of compressing that a permission covers: both weights and KV cache, or one of them."""
+    some = [lossy, replace(lossy, kv_cache=None), replace(lossy, weights=None)]
+    return list(dict.fromkeys(one for one in some if lossy.is_exact or not one.is_exact))
+
+
+def _prediction(
+    task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, words: Mapping[str, Any]
+) -> Prediction:
+    busy = times.busy_s()
+    return Prediction(
+        prefill_s=times.prefill_s,
+        decode_s=times.decode_s,
+        num_prompts=task.count(policy),
+        prompt_len=task.request.prompt_len,
+        gen_len=task.request.gen_len,
+        batch_size=policy.block_size,
+        bytes={str(tier): plan.total(tier) for tier in plan.bytes},
+        lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
+        bottleneck=_bottleneck(busy, times.total_s),
+        settings={"policy": policy.to_dict(), **words},
+        disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
+    )
+
+
+def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:
+    lane = max(busy, key=lambda one: busy[one])
+    return f"{lane}: busy {busy[lane] / total_s:.0%} of {format_seconds(total_s)}"

@@ -1,0 +1,95 @@
+"""Which passes of a job are worth playing: passes of a kind take times that lie on a line over what they have to do.
+
+A pass's kind is which micro-batches it has, in which phase, whether it comes after a prefill, and whether a cache's tail is written in it.
+Within a kind only the numbers of sequences and of cached tokens change, slowly, so a few are played and the times of the others read off the
+line between them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.program import Program
+from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+
+POINTS = 4  # passes of a kind that are played: the least, the most, and what lies between
+# A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on it.
+_ROW_TOKENS = 1000
+# Played passes and their weights, by number: the time of a pass is the weighted sum of theirs.
+Mix = Mapping[int, float]
+
+
+class PassKind(NamedTuple):
+    """kind: passes alike in it are alike; amount: how much there is to do."""
+
+    kind: tuple[object, ...]
+    amount: int
+
+
+def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
+    """Of every pass of a job in which no sequence ends early."""
+    return list(_kinds(Program(policy, plan)))
+
+
+def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
+    """For every pass, of which played ones its time is made; a played one is made of itself."""
+    of_kind: dict[tuple[object, ...], dict[int, int]] = {}  # kind -> amount -> first pass with it
+    for number, one in enumerate(passes):
+        of_kind.setdefault(one.kind, {}).setdefault(one.amount, number)
+    played = {kind: _spread(sorted(known.items()), points) for kind, known in of_kind.items()}
+    return [_between(played[one.kind], one.amount) for one in passes]
+
+
+def _kinds(program: Program) -> Iterator[PassKind]:
+    before: object = None
+    while not program.is_done:
+        batches = program.begin_pass()
+        own = tuple(
+            (batch.is_prefill, batch.chunk, len(batch.wanted) > 0, _writes_tail(batch))
+            for batch in batches
+        )
+        after_prefill = None if before is None else all(prefill for prefill, *_ in before)  # type: ignore[attr-defined]
+        program.end_pass()
+        yield PassKind((own, after_prefill, program.is_done), sum(map(_amount, batches)))
+        before = own
+
+
+def _amount(batch: MicroBatch) -> int:
+    attended = sum(_cached(member) for member in batch.members if member.token)
+    return attended + _ROW_TOKENS * batch.rows
+
+
+def _cached(member: Member) -> int:
+    return sum(member.cohort.prompt_lens) + member.cohort.size * member.token
+
+
+def _writes_tail(batch: MicroBatch) -> bool:
+    """Whether a part of a cache on disk has a segment to write."""
+    return any(
+        part.tier is Tier.DISK and part.token and part.token % layout.segment_tokens == 0
+        for part in batch.kv_parts
+        if (layout := part.cohort.layouts[part.home]).num_segments
+    )
+
+
+def _spread(known: list[tuple[int, int]], points: int) -> list[tuple[int, int]]:
+    """At most ``points`` of (amount, pass), in order of amount, from end to end."""
+    if len(known) <= points:
+        return known
+    places = {round(i * (len(known) - 1) / (points - 1)) for i in range(points)}
+    return [known[place] for place in sorted(places)]
+
+
+def _between(played: list[tuple[int, int]], amount: int) -> Mix:
+    place = bisect_right(played, (amount, len(played) and 1 << 60))
+    low = played[max(0, place - 1)]
+    if low[0] == amount or place == len(played):
+        return {low[1]: 1.0}
+    high = played[place]
+    share = (amount - low[0]) / (high[0] - low[0])
+    return {low[1]: 1 - share, high[1]: share}

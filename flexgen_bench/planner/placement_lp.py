@@ -1,0 +1,171 @@
+"""The placement of weights, KV cache and activations as a linear program, solved by HiGHS.
+
+For one shape of the batches everything that a share of a tensor kind on a tier costs is linear: seconds on each lane in a prefill and in a decode
+pass, and bytes on each tier. The paper's program (section 4.3), with costs summed from the engine's own steps instead of written
+down again, and with the schedule's overlap: a block's phases follow each other, so each is as long as its longest lane; in the continuous
+schedule both phases share the lanes, so the whole is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen_bench.core.policy import Placement, Schedule
+from flexgen_bench.core.tiers import Lane, Tier
+
+KINDS = ("weights", "kv_cache", "activations")
+Share = tuple[str, Tier]  # of a kind on a tier
+Seconds = Mapping[Lane, float]
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Seconds per lane of one pass: ``fixed``, and what each share adds if all of its kind is there."""
+
+    fixed: Seconds
+    by_share: Mapping[Share, Seconds]
+
+
+@dataclass(frozen=True)
+class PlacementProblem:
+    """A batch shape to place.
+
+    prefill, decode: costs of the two kinds of pass; decode_passes: how many of the latter a block has. sizes: bytes of each kind, all of it;
+    room: bytes that each tier has for them. max_latency_s: of a block; None: any. held: kinds that are on one tier whatever it costs.
+    """
+
+    schedule: Schedule
+    prefill: PhaseCost
+    decode: PhaseCost
+    decode_passes: int
+    sizes: Mapping[str, float]
+    room: Mapping[Tier, float]
+    max_latency_s: float | None = None
+    held: Mapping[str, Tier] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LinearProgram:
+    """minimise ``objective`` x, with ``upper`` x <= ``limits``, ``equal`` x = ``values``, x >= 0. names: of the variables; rows: of the limits."""
+
+    names: tuple[str, ...]
+    objective: tuple[float, ...]
+    upper: tuple[tuple[float, ...], ...]
+    limits: tuple[float, ...]
+    rows: tuple[str, ...]
+    equal: tuple[tuple[float, ...], ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PlacementSolution:
+    """seconds of a block (of as many sequences as a block holds, for the continuous schedule). tight: names of the limits that bind, with
+    the seconds that one more unit (byte, or second of lane time) would save."""
+
+    seconds: float
+    shares: Mapping[Share, float]
+    tight: Mapping[str, float]
+
+    def placement(self, kind: str) -> Placement:
+        """Shares of one kind, rid of what the solver leaves of rounding."""
+        found = {tier: self.shares.get((kind, tier), 0.0) for tier in Tier}
+        clean = {tier: round(share, 6) if share > 1e-6 else 0.0 for tier, share in found.items()}
+        total = sum(clean.values())
+        return Placement(**{str(tier): share / total for tier, share in clean.items()})
+
+
+def linear_program(problem: PlacementProblem) -> LinearProgram:
+    """Variables are the shares, and the seconds of the phases (``T_prefill``, ``T_decode``) or of both together (``T``)."""
+    tiers = [tier for tier in Tier if tier in problem.room]
+    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    block = problem.schedule is Schedule.BLOCK
+    times = ["T_prefill", "T_decode"] if block else ["T"]
+    passes = float(problem.decode_passes)
+    weights = [1.0, passes] if block else [1.0]
+    upper: list[tuple[float, ...]] = []
+    limits: list[float] = []
+    rows: list[str] = []
+
+    def limit(
+        name: str, of_shares: Sequence[float], of_times: Sequence[float], most: float
+    ) -> None:
+        upper.append((*of_shares, *of_times))
+        limits.append(most)
+        rows.append(name)
+
+    def seconds(phase: PhaseCost, lane: Lane) -> list[float]:
+        return [phase.by_share.get(share, {}).get(lane, 0.0) for share in shares]
+
+    for lane in Lane:
+        before, after = seconds(problem.prefill, lane), seconds(problem.decode, lane)
+        fixed = problem.prefill.fixed.get(lane, 0.0), problem.decode.fixed.get(lane, 0.0)
+        if block:
+            limit(f"{lane} in prefill", before, (-1.0, 0.0), -fixed[0])
+            limit(f"{lane} in decode", after, (0.0, -1.0), -fixed[1])
+        else:
+            both = [a + passes * b for a, b in zip(before, after, strict=True)]
+            limit(str(lane), both, (-1.0,), -fixed[0] - passes * fixed[1])
+    for tier in tiers:
+        needs = [problem.sizes[kind] if tier is where else 0.0 for kind, where in shares]
+        limit(f"memory of {tier}", needs, [0.0] * len(times), problem.room[tier])
+    if problem.max_latency_s is not None:
+        limit("latency", [0.0] * len(shares), weights, problem.max_latency_s)
+    none = (0.0,) * len(times)
+    equal = [tuple(float(kind == of) for of, _ in shares) + none for kind in KINDS]
+    equal += [tuple(float(share == one) for share in shares) + none for one in problem.held.items()]
+    return LinearProgram(
+        names=(*(f"{kind} on {tier}" for kind, tier in shares), *times),
+        objective=(*[0.0] * len(shares), *weights),
+        upper=tuple(upper), limits=tuple(limits), rows=tuple(rows),
+        equal=tuple(equal), values=(1.0,) * len(equal),
+    )  # fmt: skip
+
+
+def solve(problem: PlacementProblem) -> PlacementSolution | None:
+    """The best placement; None if nothing fits."""
+    from scipy.optimize import linprog  # half a second to import
+
+    program = linear_program(problem)
+    tiers = [tier for tier in Tier if tier in problem.room]
+    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    rows, limits, scales = _scaled(program, len(shares))
+    found: Any = linprog(
+        program.objective, A_ub=rows, b_ub=limits, A_eq=program.equal, b_eq=program.values,
+        method="highs",
+    )  # fmt: skip
+    if found.status != 0:
+        return None
+    unit = _unit_s(program, len(shares))
+    saved = {
+        name: -float(marginal) * unit / by
+        for name, marginal, by in zip(program.rows, found.ineqlin.marginals, scales, strict=True)
+        if marginal < -1e-9
+    }
+    values = map(float, found.x)
+    return PlacementSolution(
+        float(found.fun) * unit, dict(zip(shares, values, strict=False)), saved
+    )
+
+
+def _unit_s(program: LinearProgram, shares: int) -> float:
+    """The largest time in the program."""
+    timed = [row for row in zip(program.upper, program.limits, strict=True) if any(row[0][shares:])]
+    return max((abs(x) for row, most in timed for x in (*row[:shares], most)), default=0.0) or 1.0
+
+
+def _scaled(
+    program: LinearProgram, shares: int
+) -> tuple[list[list[float]], list[float], list[float]]:
+    """Rows and limits with seconds in units of the largest, and bytes of each tier in units of its room: the solver's tolerances
+    are absolute. Third: what each row was divided by."""
+    unit = _unit_s(program, shares)
+    rows, limits, scales = [], [], []
+    for row, most in zip(program.upper, program.limits, strict=True):
+        timed = any(row[shares:])
+        by = unit if timed else max(map(abs, (*row, most))) or 1.0
+        rows.append([value / by for value in row[:shares]] + list(row[shares:]))
+        limits.append(most / by)
+        scales.append(by)
+    return rows, limits, scales
