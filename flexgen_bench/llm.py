@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from flexgen_bench.calibrate.store import calibrated_rates, with_calibration
 from flexgen_bench.config import default_cache_dir, hardware_profile, list_models, model_spec
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.compression import EXACT, Lossy
@@ -59,7 +60,8 @@ class LLM:
     """A model under an offloading policy.
 
     model: a name from conf/model, a checkpoint folder, a .gguf file, a hub id ("facebook/opt-1.3b") or a ModelSpec.
-    policy: a Policy, or None to let the engine choose one that fits each job.
+    policy: a Policy, or None to let the engine choose one for each job: by search, if this machine has been calibrated (``python -m
+        flexgen_bench.calibrate``) or the profile states rates, else by a rule.
     lossy: what the engine's own choice may change of the results: ``Lossy(weights=Compression(4))`` quantizes weights. A
         given policy brings its own.
     gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
@@ -102,6 +104,11 @@ class LLM:
                     "threads", threads, "an integer of at least 1, or None for all cores"
                 )
             self._device = Device.open(hardware, threads or physical_cores())
+            if hardware.rates is None:
+                rates = calibrated_rates(cache, self._device.threads)
+                if rates is not None:
+                    known = with_calibration(hardware, rates)
+                    self._device = replace(self._device, hardware=known)
             checkpoint, chosen = _checkpoint(model, dtype, cache, self._progress)
             self._weights = PackedWeights.from_checkpoint(
                 checkpoint,

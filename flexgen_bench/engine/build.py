@@ -17,8 +17,8 @@ from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.registry import family, shape_from_config
+from flexgen_bench.planner.auto_policy import auto_policy
 from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.units import PackedModel, pack
 
 
@@ -76,7 +76,7 @@ class PackedWeights:
             tier: int(count * 0.98)
             for tier, count in device.available(make_writable(offload_dir, "offload_dir")).items()
         }
-        return default_policy(
+        return auto_policy(
             self.shape,
             self.packed,
             self.dtype,

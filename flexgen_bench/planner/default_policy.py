@@ -1,4 +1,4 @@
-"""A policy that fits, for when none is given. No cost model yet: the rule is to load weights as rarely as possible.
+"""A policy that fits, by a rule, for machines whose rates nobody has measured: load weights as rarely as possible.
 
 If everything fits on the compute tier, it goes there. Otherwise streamed weight bytes per sequence are
 (weights - resident) / block, so memory goes first to a block as large as the job, then to resident weights, and only

@@ -13,7 +13,7 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.pass_kinds import Mix, mixes, pass_kinds
+from flexgen_bench.planner.pass_kinds import POINTS, Mix, mixes, pass_kinds
 from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator
 from flexgen_bench.planner.units import PackedModel
@@ -80,13 +80,14 @@ def forecast(
     hardware: HardwareProfile,
     plan: MemoryPlan,
     *,
-    every_pass: bool = False,
+    points: int | None = POINTS,
     keep: bool = False,
 ) -> Forecast:
-    """Play a planned job. every_pass: estimate none; keep: keep the times of every played step. UserError without rates."""
+    """Play a planned job. points: passes of a kind that are played, None for all; keep: keep the times of every played step. UserError
+    without rates."""
     cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
     simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
-    return _forecast(policy, plan, cost, simulator, every_pass)
+    return _forecast(policy, plan, cost, simulator, points)
 
 
 def closed_form(
@@ -96,11 +97,13 @@ def closed_form(
     policy: Policy,
     hardware: HardwareProfile,
     plan: MemoryPlan,
+    *,
+    points: int | None = POINTS,
 ) -> Forecast:
     """The same from sums over the steps of each pass (``lane_sums.py``): a bound that nothing but waiting adds to."""
     cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
     sums = LaneSums(cost.seconds, policy.overlap, plan.job)
-    return _forecast(policy, plan, cost, sums, False)
+    return _forecast(policy, plan, cost, sums, points)
 
 
 class Player(Protocol):
@@ -122,10 +125,11 @@ class Player(Protocol):
 
 
 def _forecast(
-    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, every_pass: bool
+    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, points: int | None
 ) -> Forecast:
     kinds = pass_kinds(policy, plan)
-    made_of = [{n: 1.0} for n in range(len(kinds))] if every_pass else mixes(kinds)
+    every = [{number: 1.0} for number in range(len(kinds))]
+    made_of = every if points is None else mixes(kinds, points)
     program = Program(policy, plan)
     played: dict[int, PassTime] = {}
     for number, mix in enumerate(made_of):

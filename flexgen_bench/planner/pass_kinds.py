@@ -8,6 +8,7 @@ line between them.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.program import Program
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 
-POINTS = 4  # passes of a kind that are played: the least, the most, and what lies between
+# Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all passes, fewer.
+POINTS = 4
+SHARE = 16  # a kind gets a second point if it is a 16th of all passes
 # A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on it.
 _ROW_TOKENS = 1000
 # Played passes and their weights, by number: the time of a pass is the weighted sum of theirs.
@@ -39,9 +42,13 @@ def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
 def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
     """For every pass, of which played ones its time is made; a played one is made of itself."""
     of_kind: dict[tuple[object, ...], dict[int, int]] = {}  # kind -> amount -> first pass with it
+    counts = Counter(one.kind for one in passes)
     for number, one in enumerate(passes):
         of_kind.setdefault(one.kind, {}).setdefault(one.amount, number)
-    played = {kind: _spread(sorted(known.items()), points) for kind, known in of_kind.items()}
+    played = {
+        kind: _spread(sorted(known.items()), min(points, 1 + counts[kind] * SHARE // len(passes)))
+        for kind, known in of_kind.items()
+    }
     return [_between(played[one.kind], one.amount) for one in passes]
 
 
@@ -81,15 +88,16 @@ def _spread(known: list[tuple[int, int]], points: int) -> list[tuple[int, int]]:
     """At most ``points`` of (amount, pass), in order of amount, from end to end."""
     if len(known) <= points:
         return known
+    if points == 1:
+        return [known[len(known) // 2]]
     places = {round(i * (len(known) - 1) / (points - 1)) for i in range(points)}
     return [known[place] for place in sorted(places)]
 
 
 def _between(played: list[tuple[int, int]], amount: int) -> Mix:
-    place = bisect_right(played, (amount, len(played) and 1 << 60))
-    low = played[max(0, place - 1)]
-    if low[0] == amount or place == len(played):
-        return {low[1]: 1.0}
-    high = played[place]
+    place = bisect_right([known for known, _ in played], amount)
+    if place in (0, len(played)):  # beyond the ends, as at the ends
+        return {played[max(0, place - 1)][1]: 1.0}
+    low, high = played[place - 1], played[place]
     share = (amount - low[0]) / (high[0] - low[0])
-    return {low[1]: 1 - share, high[1]: share}
+    return {low[1]: 1 - share, high[1]: share} if share else {low[1]: 1.0}

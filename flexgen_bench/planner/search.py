@@ -23,15 +23,16 @@ from flexgen_bench.planner.placement_lp import KINDS, solve
 from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 2  # candidates of each way of working that are looked at closer
-LOOKED_AT = 24
-PLAYED = 6  # of them all, by closed form, those that are played
+LOOKED_AT = 16
+PLAYED = 5  # of them all, by closed form, those that are played
 # Steps that may be played to improve on them: about 20 us each.
-STEP_BUDGET = 150_000
+STEP_BUDGET = 100_000
 # A deeper model is judged by so many of its layers: they are alike.
 THIN_LAYERS = 12
+POINTS = 2  # passes of a kind that are played while policies are compared
 GAIN = 1.002  # what a change must bring to be taken
 # The policy found is played on all layers if that takes no more steps than this.
-FULL_STEPS = 150_000
+FULL_STEPS = 60_000
 
 Play = Callable[..., Forecast]
 
@@ -154,6 +155,8 @@ class Search:
             thin.shape, thin.packed, task.dtype, policy, task.hardware,
             [task.request] * task.count(policy), scored_rows=task.scored_rows,
         )  # fmt: skip
-        found = play(thin.shape, thin.packed, task.dtype, policy, task.hardware, plan)
+        found = play(
+            thin.shape, thin.packed, task.dtype, policy, task.hardware, plan, points=POINTS
+        )
         self._steps += found.steps
         return found

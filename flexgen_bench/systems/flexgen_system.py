@@ -55,6 +55,11 @@ class FlexGenSystem(System):
             self.files.checkpoint, self.spec.dtype, self.files.cache, tell, self.spec.lossy.weights
         )
 
+    def default_batch_size(self) -> int:
+        """All prompts, where the policy is searched for: how many of them share a block is then part of the search."""
+        searched = self.spec.policy is None and self.spec.hardware.rates is not None
+        return self.spec.workload.num_prompts if searched else super().default_batch_size()
+
     def load(self, batch_size: int) -> None:
         self.close()
         workload = self.spec.workload
