@@ -64,14 +64,18 @@ def is_simulated(cell: Cell, refusal: Refusal) -> bool:
 
 
 def asked_of(cell: Cell) -> Asked:
-    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else: exact, in 4 bits, and
-    compressed as the paper did where that is something else."""
-    also: tuple[tuple[Lossy, ...], ...] = ()
-    if not cell.lossy_is_given:
+    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else.
+
+    Exact, in 4 bits, and compressed as the paper did where that is something else; a system that chooses its policy chooses that, too.
+    """
+    if cell.lossy_is_given:
+        return Asked(cell.spec, cell.model, cell.num_prompts)
+    also: tuple[tuple[Lossy, ...], ...] = (FOUR_BITS,)
+    if not cell.model.follows_policy:
         shape, work, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
         lengths = (work.prompt_len, work.gen_len)
         papers = printed(printed_values(), name, True, shape.name, *lengths)
-        also = (FOUR_BITS, *([(papers.lossy,)] if papers else []))
+        also += ((papers.lossy,),) if papers else ()
     return Asked(cell.spec, cell.model, cell.num_prompts, also)
 
 

@@ -53,7 +53,7 @@ class Compressing(Plain):
         )
 
     def _settings(self, question: Question) -> dict[str, object]:
-        policy = self.options["policy"] or {
+        policy = self.options.get("policy") or {
             "gpu_batch_size": 2,
             "num_gpu_batches": 2,
             "weights": {"gpu": 0.2, "cpu": 0.8, "disk": 0.0},

@@ -54,8 +54,9 @@ def simulate(asked: Asked, cache: Path) -> Iterator[Simulated]:
                 break
             row = predict(asked, lossy, cache)
             if row.status is not Status.UNAVAILABLE:
-                shown.add(lossy)
-                yield row
+                if row.lossy not in shown:
+                    yield row
+                shown |= {lossy, row.lossy}
                 break
 
 
