@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -26,7 +27,7 @@ from flexgen_bench.core.record import Sample, SystemReport
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.report.__main__ import main
-from flexgen_bench.report.paper import build
+from flexgen_bench.report.paper import answers, build
 from flexgen_bench.report.paper.latex import escape as latex_escape
 from flexgen_bench.report.paper.policy_text import parse_policy
 from flexgen_bench.report.paper.quoted import COLUMNS, Quoted, read_quoted
@@ -74,8 +75,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ConfiguredSystem]]:
 def run(tmp_path: Path, *arguments: str, status: int = 0) -> Path:
     """The folder of the paper's tables, built from the records in ``tmp_path/results``."""
     results, out = tmp_path / "results", tmp_path / "out"
-    results.mkdir(exist_ok=True)
-    assert main([str(results), str(out), *arguments]) == status
+    results.mkdir(exist_ok=True, parents=True)
+    assert main([str(results), str(out), "--workers", "1", *arguments]) == status
     return out / "paper"
 
 
@@ -273,6 +274,67 @@ def test_no_question_is_asked_twice(tmp_path: Path, fakes: list[ConfiguredSystem
     assert len(set(asked)) == len(asked)
 
 
+def test_answers_are_kept_until_something_that_decides_them_changes(
+    tmp_path: Path, fakes: list[ConfiguredSystem], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = rows_of(run(tmp_path, "--tables", "t2"), "t2")
+    kept = tmp_path / "results" / "predictions.json"
+    text = kept.read_text()
+    asked = len(FakePredictor.asked)
+    assert f"{asked} predictions to make" in capsys.readouterr().err
+    assert asked == len(json.loads(text)["answers"])
+    assert "opt-30b on t4, a block of 512, 32 generated, exact" in text
+    assert rows_of(run(tmp_path, "--tables", "t2"), "t2") == first
+    assert len(FakePredictor.asked) == asked
+    assert "predictions" not in capsys.readouterr().err
+    assert kept.read_text() == text
+    # A constant of one system: that one is asked anew, and what it said before is dropped with the next whole build.
+    fakes[0] = system(
+        "one", "Accelerate", fakes[0].options, choices=fakes[0].choices, constants={"slow": 2.0}
+    )
+    row = only(
+        rows_of(run(tmp_path, "--tables", "t2"), "t2"),
+        system="Accelerate",
+        model="OPT-30B",
+        prompt_len="512",
+    )
+    assert row["simulated"] == "8"
+    assert len(FakePredictor.asked) == asked + 6
+    assert len(json.loads(kept.read_text())["answers"]) == asked + 6
+    run(tmp_path)
+    every = len({repr((sorted(o.items()), q)) for o, q in FakePredictor.asked})
+    assert len(json.loads(kept.read_text())["answers"]) == every
+    kept.write_text(text[:200])
+    run(tmp_path, "--tables", "t2", status=2)
+    assert "predictions.json does not hold predictions" in capsys.readouterr().err
+    run(tmp_path, "--tables", "t2", "--no-simulation")
+
+
+def test_an_answer_depends_on_the_code_that_gave_it(
+    tmp_path: Path, fakes: list[ConfiguredSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, "--tables", "t2")
+    asked = len(FakePredictor.asked)
+    monkeypatch.setattr(answers, "_code", lambda predictor: "another")
+    run(tmp_path, "--tables", "t2")
+    assert len(FakePredictor.asked) == 2 * asked
+    monkeypatch.undo()
+    digests = {
+        answers._code(p)
+        for p in ("paper_fakes:FakePredictor", "flexgen_bench.planner.x:X", "baselines.x:X")
+    }
+    assert len(digests) == 3
+    assert answers._code("flexgen_bench.planner.y:Y") in digests
+
+
+def test_several_processes_say_what_one_says(tmp_path: Path, fakes: list[ConfiguredSystem]) -> None:
+    one = run(tmp_path / "one", "--tables", "t2")
+    two = run(tmp_path / "two", "--tables", "t2", "--workers", "2")
+    assert (one / "t2.csv").read_bytes() == (two / "t2.csv").read_bytes()
+    kept = [(tmp_path / n / "results" / "predictions.json").read_bytes() for n in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
 def test_jobs_have_the_prompts_that_were_run(tmp_path: Path, fakes: list[ConfiguredSystem]) -> None:
     folder = run(tmp_path, "--tables", "t10,t9,t3")
     row = only(
@@ -382,7 +444,7 @@ def test_twice_gives_the_same_bytes_wherever_it_runs(
     plots = ["fig1-30b.svg", "fig1-175b.svg", "fig4-latency.svg", "fig4-throughput.svg"]
     assert sorted(kept) == sorted([*names, *plots, "index.md"])
     monkeypatch.chdir(tmp_path)
-    assert main(["results", "again"]) == 0
+    assert main(["results", "again", "--workers", "1"]) == 0
     again = {p.name: p.read_bytes() for p in (tmp_path / "again" / "paper").iterdir()}
     assert again == kept
     assert not [n for n, data in kept.items() if str(tmp_path).encode() in data]
@@ -515,10 +577,10 @@ def test_a_table_that_cannot_be_is_explained_and_hides_no_other(
 ) -> None:  # fmt: skip
     folder = own(tmp_path, OWN.replace(*change))
     made = run(tmp_path, "--config-dir", folder, "--tables", "mine,t5", status=2)
-    said = capsys.readouterr().err
-    assert message in said
-    assert "mine.yaml" in said
-    assert len(said.splitlines()) == 1, "one line, no traceback"
+    said = [x for x in capsys.readouterr().err.splitlines() if "predictions to make" not in x]
+    assert len(said) == 1, "one line, no traceback"
+    assert message in said[0]
+    assert "mine.yaml" in said[0]
     assert (made / "t5.md").is_file()
     assert not (made / "mine.md").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def build_paper_tables(
     simulate: bool = True,
     names: Sequence[str] | None = None,
     own: Path | None = None,
+    workers: int = 1,
 ) -> tuple[list[Path], list[UserError]]:
     """Write the FlexGen paper's tables (see ``report.paper.build``) into ``out``/paper; returns the paths and what went wrong."""
     if own is not None and not own.is_dir():
@@ -59,6 +61,7 @@ def build_paper_tables(
         simulate=simulate,
         names=names,
         own=own,
+        workers=workers,
     )
 
 
@@ -153,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 simulate=not options.no_simulation,
                 names=options.tables,
                 own=options.config_dir,
+                workers=options.workers or len(os.sched_getaffinity(0)),
             )
             written += paper
     except (UserError, StoreError) as error:
@@ -189,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-dir", type=Path, help="a folder of your own with table/<name>.yaml"
     )
+    parser.add_argument("--workers", type=int, help="processes that predict (default: a core each)")
     return parser
 
 

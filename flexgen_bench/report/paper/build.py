@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.report.paper.answers import FILE, Answer, load, text_of
 from flexgen_bench.report.paper.cells import Sources
 from flexgen_bench.report.paper.curves import plot
 from flexgen_bench.report.paper.details import HEADERS, details
@@ -43,43 +45,67 @@ def build_paper(
     simulate: bool = True,
     names: Sequence[str] | None = None,
     own: Path | None = None,
+    workers: int = 1,
 ) -> tuple[list[Path], list[UserError]]:
     """Write the tables ``names`` (None: all there are, with an index); returns the paths and what is wrong with other tables.
 
-    problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. Raises UserError for an unknown
+    problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. workers: processes that predict;
+    what they say is kept in ``results_dir``/predictions.json. Raises UserError for an unknown
     name, and for what is wrong with the printed values themselves.
     """
-    quoted, texts = read_quoted(paper_dir() / "tables.csv"), footnotes()
     recorded, unfit = usable(records)
-    simulations = Simulations(configured_systems(), list_models()) if simulate else None
+    simulations = None
+    if simulate:
+        simulations = Simulations(configured_systems(), list_models(), load(results_dir / FILE))
     sources = Sources(simulations, recorded, results_dir)
     chosen = list_tables(own) if names is None else list(dict.fromkeys(names))
     for name in chosen:
         if name not in list_tables(own):
             table_conf(name, own)
-    tables, errors, written = [], [], []
+    tables, errors = _tables(chosen, own, sources)
+    if simulations is not None and simulations.open:
+        print(f"{simulations.open} predictions to make", file=sys.stderr)
+        try:
+            simulations.answer_all(workers)
+        finally:
+            _keep(simulations.known, results_dir, write)
+        tables, errors = _tables(chosen, own, sources)
+    if simulations is not None and names is None and not errors:
+        _keep(simulations.used, results_dir, write)
+    written: list[Path] = []
     plots: dict[str, list[str]] = {}
-    for name in chosen:
+    for table, drawn in tables:
+        plots[table.name] = sorted(drawn)
+        written += _written(table, drawn, out, write)
+    if names is None:
+        relative = [_relative(p, results_dir) for p in [*problems, *unfit]]
+        written.append(write(out / "index.md", index([t for t, _ in tables], relative, plots)))
+    return written, errors
+
+
+def _tables(
+    names: Sequence[str], own: Path | None, sources: Sources
+) -> tuple[list[tuple[PaperTable, dict[str, str]]], list[UserError]]:
+    """The tables with their plots by file name, and what is wrong with others."""
+    quoted, texts = read_quoted(paper_dir() / "tables.csv"), footnotes()
+    tables, errors = [], []
+    for name in names:
         try:
             table = build_table(name, table_conf(name, own), quoted, texts, sources)
             drawn = {f"{f.name}.svg": svg(plot(table, f)) for f in table.conf.figures}
         except UserError as error:
-            if error.field.startswith(f"{name}.yaml"):
-                errors.append(error)
-            else:
-                errors.append(
-                    UserError(
-                        f"{name}.yaml: {error.field}", error.value, error.allowed, error.action
-                    )
-                )
-            continue
-        tables.append(table)
-        plots[name] = sorted(drawn)
-        written += _written(table, drawn, out, write)
-    if names is None:
-        relative = [_relative(p, results_dir) for p in [*problems, *unfit]]
-        written.append(write(out / "index.md", index(tables, relative, plots)))
-    return written, errors
+            field = error.field if f"{name}.yaml" in error.field else f"{name}.yaml: {error.field}"
+            errors.append(UserError(field, error.value, error.allowed, error.action))
+        else:
+            tables.append((table, drawn))
+    return tables, errors
+
+
+def _keep(answers: Mapping[str, Answer], results_dir: Path, write: Write) -> None:
+    """Into the file of predictions, if it does not say so already."""
+    path, text = results_dir / FILE, text_of(answers)
+    if answers and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+        write(path, text)
 
 
 def _written(table: PaperTable, drawn: dict[str, str], out: Path, write: Write) -> list[Path]:

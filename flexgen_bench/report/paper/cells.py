@@ -8,12 +8,13 @@ from pathlib import Path
 
 from flexgen_bench.conf_schema import AssumedConf, TableConf
 from flexgen_bench.core.status import Evidence
+from flexgen_bench.report.paper.answers import Answer
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
 from flexgen_bench.report.paper.quantities import quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
 from flexgen_bench.report.paper.settings import run_text
-from flexgen_bench.report.paper.simulate import OOM, Answer, Job, Simulations, policy_options
+from flexgen_bench.report.paper.simulate import OOM, Job, Simulations, policy_options
 from flexgen_bench.table_conf import ours_beside
 
 NOTHING = "-"
@@ -155,8 +156,7 @@ class _Asks:
             evidence = Evidence.SIMULATED if answer.word == OOM else None
             return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
         value = quantity(self.quantity, answer.run, self.row.count("gpus") or 1)
-        settings = run_text(answer.run)
-        return Beside(value, NOTHING, Evidence.SIMULATED, name, settings)
+        return Beside(value, NOTHING, Evidence.SIMULATED, name, answer.settings)
 
     def _recorded(self, name: str, job: Job, options: Mapping[str, object]) -> Beside | None:
         found = find(self.sources.records, name, job, options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 from flexgen_bench.config import hardware_profile, model_spec
@@ -12,16 +14,21 @@ from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
+from flexgen_bench.report.paper.answers import Answer, key_of
 from flexgen_bench.report.paper.policy_text import PolicyText
+from flexgen_bench.report.paper.settings import run_text
 from flexgen_bench.table_conf import ConfiguredSystem
 
 OOM = "OOM"
 NO_MODEL = "no model"
 CANNOT_RUN = "cannot run"
+PENDING = "pending"
 _DTYPE = DType.FLOAT16  # the paper's
+# Fewer questions are answered before other processes have started.
+_WORTH_A_PROCESS = 4
 
 
 @dataclass(frozen=True)
@@ -36,25 +43,34 @@ class Job:
     lossy: Lossy = EXACT
     num_gpus: int = 1
 
+    def __str__(self) -> str:
+        prompts = "a block" if self.num_prompts is None else f"{self.num_prompts} prompts"
+        gpus = f", {self.num_gpus} GPUs" if self.num_gpus > 1 else ""
+        return f"{self.model} on {self.machine}{gpus}, {prompts} of {self.prompt_len}, {self.gen_len} generated, {self.lossy}"
+
 
 @dataclass(frozen=True)
-class Answer:
-    """A prediction, or the word that stands for it (OOM, no model, cannot run) and the reason."""
+class Ask:
+    """One question to one system. ``options`` are all that it is told."""
 
-    run: Prediction | None = None
-    word: str = ""
-    reason: str = ""
+    system: ConfiguredSystem
+    options: Mapping[str, Any]
+    job: Job
 
 
 @dataclass
 class Simulations:
-    """Asks the systems' predictors, and remembers. models: the names in conf/model."""
+    """What the systems' predictors say. models: the names in conf/model. known: answers by key, kept from earlier runs.
+
+    A question that is not answered yet is noted and stands as pending; ``answer_all`` answers all that were noted, several at a time.
+    """
 
     systems: Sequence[ConfiguredSystem]
     models: Container[str]
-    _answers: dict[str, Answer] = field(default_factory=dict)
-    _shapes: dict[str, ModelShape] = field(default_factory=dict)
-    _machines: dict[str, HardwareProfile] = field(default_factory=dict)
+    known: dict[str, Answer] = field(default_factory=dict)
+    used: dict[str, Answer] = field(default_factory=dict)
+    _open: dict[str, Ask] = field(default_factory=dict)
+    _known_of: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def named(self, name: str) -> ConfiguredSystem | None:
         return next((s for s in self.systems if s.name == name), None)
@@ -67,39 +83,84 @@ class Simulations:
 
     def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Answer:
         """What ``system`` with ``options`` (over those of its configuration) is predicted to do with ``job``."""
-        options = {**system.options, **options}
-        key = json.dumps([system.name, options, repr(job)], sort_keys=True, default=str)
-        if key not in self._answers:
-            self._answers[key] = self._answer(system, options, job)
-        return self._answers[key]
-
-    def _answer(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Answer:
         if system.predictor is None:
             return Answer(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
-        if job.model not in self._shapes:
-            self._shapes[job.model] = model_spec(job.model).shape
-        if job.machine not in self._machines:
-            self._machines[job.machine] = hardware_profile(job.machine)
-        question = Question(
-            self._shapes[job.model],
-            _DTYPE,
-            self._machines[job.machine],
-            job.prompt_len,
-            job.gen_len,
-            job.num_prompts,
-            job.lossy,
-            job.num_gpus,
+        told = {**system.options, **options}
+        key = key_of(
+            system.predictor,
+            {**self._facts(job), "options": told, "constants": dict(system.constants)},
         )
-        try:
-            predictor = make_predictor(system.predictor, system.constants, options)
-            return Answer(predictor.predict(question))
-        except DoesNotFit as error:
-            return Answer(word=OOM, reason=f"{system.name}: {error}")
-        except CannotRun as error:
-            word = OOM if error.status is Status.OOM else CANNOT_RUN
-            return Answer(word=word, reason=f"{system.name}: {error}")
-        except UserError as error:
-            return Answer(word=CANNOT_RUN, reason=f"{system.name}: {error}")
+        if key not in self.known:
+            self._open[key] = Ask(system, told, job)
+            return Answer(word=PENDING)
+        self.used[key] = self.known[key]
+        return self.known[key]
+
+    @property
+    def open(self) -> int:
+        """Questions that have no answer yet."""
+        return len(self._open)
+
+    def answer_all(self, workers: int) -> None:
+        """Answer what is open, in as many processes. What was answered is known even if this is interrupted."""
+        asks, self._open = self._open, {}
+        if workers == 1 or len(asks) < _WORTH_A_PROCESS:
+            for key, ask in asks.items():
+                self.known[key] = answer(ask)
+            return
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(answer, ask): key for key, ask in asks.items()}
+            try:
+                for future in as_completed(futures):
+                    self.known[futures[future]] = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _facts(self, job: Job) -> dict[str, Any]:
+        """All that is known of a job's model and machine."""
+        names = job.model, job.machine
+        if names not in self._known_of:
+            machine = _machine(job.machine).to_dict() | {"sources": {}}
+            self._known_of[names] = {"shape": _shape(job.model).to_dict(), "machine": machine}
+        return {**self._known_of[names], "job": repr(job)}
+
+
+@cache
+def _shape(name: str) -> ModelShape:
+    return model_spec(name).shape
+
+
+@cache
+def _machine(name: str) -> HardwareProfile:
+    return hardware_profile(name)
+
+
+def answer(ask: Ask) -> Answer:
+    """Asked of the predictor. Refusals are answers, too."""
+    job, name, asked = ask.job, ask.system.name, f"{ask.system.name}: {ask.job}"
+    assert ask.system.predictor is not None
+    question = Question(
+        _shape(job.model),
+        _DTYPE,
+        _machine(job.machine),
+        job.prompt_len,
+        job.gen_len,
+        job.num_prompts,
+        job.lossy,
+        job.num_gpus,
+    )
+    try:
+        predictor = make_predictor(ask.system.predictor, ask.system.constants, ask.options)
+        run = predictor.predict(question)
+    except DoesNotFit as error:
+        return Answer(word=OOM, reason=f"{name}: {error}", asked=asked)
+    except CannotRun as error:
+        word = OOM if error.status is Status.OOM else CANNOT_RUN
+        return Answer(word=word, reason=f"{name}: {error}", asked=asked)
+    except UserError as error:
+        return Answer(word=CANNOT_RUN, reason=f"{name}: {error}", asked=asked)
+    return Answer(run, settings=run_text(run), asked=asked)
 
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:
