@@ -4,7 +4,7 @@
 
 Weights on the cpu, an emulated accelerator. In each round the decode passes are timed over a link that is not felt, and
 the link is then throttled to what moves the weights in that time. Bound: the busy time of the busiest lane. On a
-machine whose cores are also the emulated accelerator, the copies of the h2d lane take processor time from the gpu
+machine whose cores are also the emulated accelerator, the copies of the link's lanes take processor time from the gpu
 lane; that shows as gpu busy time and not as idle time, so enough sequences are computed that it is a small part.
 """
 
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def _steady_busy(measured: Measured, rate: float) -> tuple[float, float]:
-    """Busy seconds of h2d and gpu in the decode passes: the link's from its bytes, the gpu's without the prefill's.
+    """Busy seconds of the link and gpu in the decode passes: the link's from its bytes, the gpu's without the prefill's.
 
     In the prefill the gpu lane computes for longer than its share of the link takes, so it is busy throughout.
     """

@@ -20,7 +20,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, link_of
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -92,8 +92,9 @@ class Measured:
     def busy_s(self, lane: Lane) -> float:
         return self.lanes[lane].busy_s if lane in self.lanes else 0.0
 
-    def bytes(self, lane: Lane) -> int:
-        return self.lanes[lane].bytes if lane in self.lanes else 0
+    def bytes(self, link: Lane) -> int:
+        """Over a link, by whichever lanes work on it."""
+        return sum(use.bytes for lane, use in self.lanes.items() if link_of(lane) is link)
 
     @property
     def busiest(self) -> Lane:
@@ -160,7 +161,7 @@ def lane_lines(measured: Measured, title: str) -> list[str]:
         moved = f", {use.bytes / GB:.2f} GB" if use.bytes else ""
         rate = f" at {use.bytes / use.busy_s / GB:.2f} GB/s" if use.bytes and use.busy_s else ""
         lines.append(
-            f"  {lane:<10} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}"
+            f"  {lane:<11} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}"
         )
     idle = measured.wall_s - measured.busy_s(measured.busiest)
     lines.append(f"  the busiest lane, {measured.busiest}, was idle for {idle:.2f} s")

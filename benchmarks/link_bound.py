@@ -2,7 +2,7 @@
 
 ``python benchmarks/link_bound.py [--quick] [--out results/benchmarks/link_bound.json]``
 
-Bound: bytes over the h2d lane / its bandwidth. Judged for the whole run (prefill, start and end included) and for
+Bound: bytes over the h2d link / its bandwidth. Judged for the whole run (prefill, start and end included) and for
 the steady passes (decode). The sequences are few, so that computing takes a fraction of the link's time.
 """
 

@@ -14,6 +14,7 @@ from tiny_models import EMULATED, HOST, MODELS, greedy_reference, random_model, 
 import flexgen_bench.engine.actions as actions_module
 import flexgen_bench.engine.device as device_module
 import flexgen_bench.engine.hidden as hidden_module
+import flexgen_bench.engine.weights as weights_module
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -205,14 +206,23 @@ def test_links_carry_what_the_placement_says(reference: Reference, tmp_path: Pat
     units = reference.weights.packed.units
     streamed = sum(unit.num_bytes for unit in units)
     blocks = -(-len(LENGTHS) // policy.block_size)
-    rows = result.lanes[Lane.H2D].bytes - streamed * NEW_TOKENS * blocks
+    assert result.lanes[Lane.H2D_WEIGHTS].bytes == streamed * NEW_TOKENS * blocks
     embedded = sum(LENGTHS) + sum(
         min(policy.block_size, len(LENGTHS) - b * policy.block_size) * (NEW_TOKENS - 1)
         for b in range(blocks)
     )
     tables = sum(t.tensor.spec.shape[1] for t in reference.weights.packed.tables)
-    assert rows == embedded * tables * 4
+    assert result.lanes[Lane.H2D].bytes == embedded * tables * 4
     assert result.lanes[Lane.DISK_READ].bytes == 0
+
+
+def test_loads_are_copied_in_chunks(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size, whether or not a unit or a piece of the head is a multiple of it."""
+    monkeypatch.setattr(weights_module, "CHUNK", 1000)
+    policy = Policy(2, 2, Placement(cpu=0.5, disk=0.5), on(Tier.GPU), on(Tier.GPU))
+    assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
 
 
 @pytest.mark.parametrize("schedule", Schedule)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.status import Status
@@ -15,7 +17,7 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine import timeline
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.engine.progress import Aborted, Failure, Progress
-from flexgen_bench.engine.throttle import Throttle
+from flexgen_bench.engine.throttle import Link, Throttle, Transfer
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 LANES = {lane: LaneSettings() for lane in Lane}
@@ -115,7 +117,7 @@ def test_use_counts_steps_and_bytes() -> None:
 
 
 def test_a_throttled_link_takes_at_least_bytes_over_bandwidth() -> None:
-    executor = Executor({**LANES, Lane.H2D: LaneSettings(bytes_per_s=1e6)})
+    executor = Executor({**LANES, Lane.H2D: LaneSettings(link=Link(1e6))})
     start = time.perf_counter()
     for unit in range(4):
         executor.submit(step(Lane.H2D, unit, writes="a", size=10_000), lambda s: None)
@@ -143,25 +145,112 @@ class _LateClock:
 def test_sleeps_that_end_late_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every transfer of a busy link once began when the sleep of the one before had ended: 200 us took 300."""
     clock = _LateClock(monkeypatch)
-    link = Throttle(bytes_per_s=1.0)
-    held = [link.hold(10, clock.now, was_waiting=True) for _ in range(50)]
+    link = Throttle(Link(bytes_per_s=1.0))
+    held = [link.hold(link.begin(10, was_waiting=True)) for _ in range(50)]
     assert held == [(10.0 * i, 10.0 * (i + 1)) for i in range(50)]
     assert clock.now == 50 * 10 + 1
 
 
 def test_a_link_that_was_idle_has_nothing_to_catch_up_with(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = _LateClock(monkeypatch)
-    link = Throttle(bytes_per_s=1.0)
-    assert link.hold(10, 0.0, was_waiting=False) == (0.0, 10.0)
+    link = Throttle(Link(bytes_per_s=1.0))
+    assert link.hold(link.begin(10, was_waiting=False)) == (0.0, 10.0)
     clock.now = 100.0
-    assert link.hold(10, 100.0, was_waiting=False) == (100.0, 110.0)
+    assert link.hold(link.begin(10, was_waiting=False)) == (100.0, 110.0)
+    copied = link.begin(10, was_waiting=True)
     clock.now = 150.0  # a copy that took longer than the link would have
-    assert link.hold(10, 111.0, was_waiting=True) == (110.0, 150.0)
-    assert link.hold(10, 150.0, was_waiting=True) == (150.0, 160.0)
+    assert link.hold(copied) == (110.0, 150.0)
+    assert link.hold(link.begin(10, was_waiting=True)) == (150.0, 160.0)
+    assert clock.now == 161.0
+
+
+def test_lanes_on_one_link_have_equal_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small transfer beside a large one takes twice as long as alone, and not until the large one is over."""
+    clock = _LateClock(monkeypatch)
+    link = Link(bytes_per_s=1.0)
+    weights, others = Throttle(link), Throttle(link)
+    large = weights.begin(1000, was_waiting=False)
+    clock.now = 500.0
+    assert others.hold(others.begin(10, was_waiting=False)) == (500.0, 520.0)
+    small = others.begin(10, was_waiting=True)
+    assert others.hold(small) == (520.0, 540.0), "late sleeps do not add up here either"
+    assert weights.hold(large) == (0.0, 1020.0)
+    # Alone again, each has all of it.
+    clock.now = 2000.0
+    assert others.hold(others.begin(10, was_waiting=False)) == (2000.0, 2010.0)
+    assert weights.hold(weights.begin(10, was_waiting=False)) == (2011.0, 2021.0)
+
+
+def test_what_was_waiting_does_not_take_back_what_the_other_lane_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Begun late, a transfer is on the link from when its lane was free, but the time that the link spent on others is gone."""
+    clock = _LateClock(monkeypatch)
+    link = Link(bytes_per_s=1.0)
+    weights, others = Throttle(link), Throttle(link)
+    assert others.hold(others.begin(10, was_waiting=False)) == (0.0, 10.0)
+    clock.now = 20.0
+    assert weights.hold(weights.begin(10, was_waiting=False)) == (20.0, 30.0)
+    assert others.hold(others.begin(10, was_waiting=True)) == (30.0, 40.0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1000), st.floats(0, 300), st.booleans(), st.integers(0, 2)),
+        min_size=1, max_size=30,
+    )
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_a_shared_link_never_moves_more_than_its_bandwidth(
+    asked: list[tuple[int, float, bool, int]],
+) -> None:
+    """(bytes, begun after the one before, by so much in the past, on which lane): every span of time has room for all that
+    began and ended in it, and the link is never idle while something is on it."""
+    link, lanes, now = Link(bytes_per_s=2.0), [0.0] * 3, 0.0
+    done: list[tuple[float, float, int]] = []
+    running: dict[int, tuple[Transfer, int]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        clock = _LateClock(patch)
+        for count, after, back, lane in asked:
+            if lane in running:
+                transfer, moved = running.pop(lane)
+                lanes[lane] = link.finish(transfer)
+                done.append((transfer.begin_s, lanes[lane], moved))
+            now = clock.now = clock.now + after
+            running[lane] = (link.begin(count, lanes[lane] if back else now), count)
+        done += [(t.begin_s, link.finish(t), moved) for t, moved in running.values()]
+    for begin, _, _ in done:
+        for _, end, _ in done:
+            inside = sum(n for b, e, n in done if begin <= b and e <= end)
+            assert inside <= 2.0 * max(0.0, end - begin) + 1e-6
+    assert all(e - b <= sum(n for *_, n in done) / 2.0 + 1e-6 for b, e, _ in done)
+
+
+def test_threads_that_share_a_link_both_get_on_and_stay_below_its_bandwidth() -> None:
+    link = Link(bytes_per_s=1e6)
+    lanes = {
+        **LANES,
+        Lane.H2D: LaneSettings(link=link),
+        Lane.H2D_WEIGHTS: LaneSettings(link=link),
+    }
+    executor = Executor(lanes)
+    start = time.perf_counter()
+    executor.submit(step(Lane.H2D_WEIGHTS, 0, writes="a", size=300_000), lambda s: None)
+    for unit in range(20):
+        executor.submit(step(Lane.H2D, unit, writes="b", size=1_000), lambda s: None)
+    executor.drain()
+    wall = time.perf_counter() - start
+    [large] = executor.timeline().lanes["h2d_weights"]
+    small = list(executor.timeline().lanes["h2d"])
+    executor.close()
+    assert wall >= 320_000 / 1e6
+    assert small[-1].end_s < large.end_s, "none waits for the whole of the large one"
+    assert large.seconds >= 300_000 / 1e6
+    assert sum(s.seconds for s in small) >= 20_000 / 1e6
 
 
 def test_the_timeline_holds_every_step_of_every_lane() -> None:
-    executor = Executor({**LANES, Lane.H2D: LaneSettings(bytes_per_s=1e9)})
+    executor = Executor({**LANES, Lane.H2D: LaneSettings(link=Link(1e9))})
     for unit in range(5):
         executor.submit(step(Lane.H2D, unit, writes="a", size=100), lambda s: None)
         executor.submit(step(Lane.CPU, unit, reads="a", writes="b"), lambda s: None)

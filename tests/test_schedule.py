@@ -159,7 +159,7 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
     for step in (step for steps in passes for step in steps):
         unit = plan.job.units[step.unit]
         if step.kind is StepKind.LOAD_WEIGHTS:
-            tier = Tier.GPU if step.lane is Lane.H2D else Tier.CPU
+            tier = LINKS[step.lane][1]
             slots[tier, step.slot] = step.unit
             loads[step.unit] += tier is unit.site.tier and step.part <= 0
         elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD):

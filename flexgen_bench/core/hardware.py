@@ -10,7 +10,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.rates import Rates, stated_rate
-from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
 
 # Attention over a KV cache reads all of it, so it cannot be faster than memory; what is stated is rounded.
 _ROUNDED = 1.05
@@ -29,7 +29,8 @@ class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
     ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
-    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these.
+    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these. Lanes that
+    share a link (``tiers.link_of``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no result, so it is no part
     of a cell's identity. ``sources`` says where each constant comes from.
     """
@@ -50,8 +51,14 @@ class HardwareProfile:
             if value is not None and value <= 0:
                 raise UserError(f"gpu.{name}", value, "more than zero bytes")
         for lane, rate in self.links.items():
-            if lane not in {str(known) for known in LINKS}:
-                raise UserError("gpu.links", lane, f"one of {', '.join(map(str, LINKS))}")
+            if lane not in PHYSICAL_LINKS:
+                action = ""
+                if lane in LINKS:
+                    link = link_of(Lane(lane))
+                    action = f"{lane} shares the link of {link}: state the bandwidth of {link}."
+                raise UserError(
+                    "gpu.links", lane, f"one of {', '.join(map(str, PHYSICAL_LINKS))}", action
+                )
             if not 0 < rate < math.inf:
                 raise UserError(f"gpu.links.{lane}", rate, "more than zero bytes/s, and finite")
         if self.accelerator is Accelerator.EMULATED and self.gpu_memory_bytes is None:
@@ -76,9 +83,10 @@ class HardwareProfile:
         return (Tier.GPU, Tier.CPU, Tier.DISK)
 
     def link_rate(self, lane: Lane) -> float | None:
-        """Bytes/s of a link: as the profile states, else as measured; None if neither is known."""
+        """Bytes/s of a lane's link: as the profile states, else as measured; None if neither is known."""
         measured = self.rates.links if self.rates is not None else {}
-        return self.links.get(lane, measured.get(lane))
+        link = link_of(lane)
+        return self.links.get(link, measured.get(link))
 
     def to_dict(self) -> dict[str, Any]:
         """``rates`` only where there are any: records from before they existed read the same."""
@@ -99,7 +107,7 @@ class HardwareProfile:
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:
     """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster than host memory."""
-    for lane in LINKS:
+    for lane in PHYSICAL_LINKS:
         where = f"gpu.links.{lane}"
         rate = machine.link_rate(lane)
         if rate is not None:
@@ -107,7 +115,7 @@ def _check_links(machine: HardwareProfile, rates: Rates) -> None:
         elif Tier.GPU in rates.sites and machine.compute_tier is Tier.GPU:
             raise UserError(
                 where, None, "given for an accelerator whose rates are given",
-                f"State all of {', '.join(map(str, LINKS))} in bytes/s, or leave out gpu.rates.",
+                f"State all of {', '.join(map(str, PHYSICAL_LINKS))} in bytes/s, or leave out gpu.rates.",
             )  # fmt: skip
         host = rates.sites.get(Tier.CPU)
         if (

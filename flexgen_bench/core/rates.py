@@ -11,7 +11,7 @@ from typing import Any
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.tiers import LINKS, Tier
+from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
 
 # Nothing that computes or moves data is outside of this, so a constant beyond it is a typing error or a wrong unit: the slowest
 # machine in FLOP/s is above the fastest in GFLOP/s, the slowest in bytes/s above the fastest in GB/s.
@@ -96,7 +96,7 @@ class Rates:
         tiers = [t for t in (Tier.GPU, Tier.CPU) if data.get(t) is not None]
         sites = {t: _site(data[t], f"{where}.{t}") for t in tiers}
         links = _rates_of(data.get("links"), f"{where}.links")
-        _only(links, {str(lane) for lane in LINKS}, f"{where}.links")
+        _only(links, PHYSICAL_LINKS, f"{where}.links")
         transfers = _rates_of(data.get("transfers"), f"{where}.transfers")
         _only(transfers, TRANSFERS, f"{where}.transfers")
         price = data.get("price_per_hour")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
 from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.executor import LaneSettings
+from flexgen_bench.engine.throttle import Link
 from flexgen_bench.memory import host
 
 # What torch takes on a GPU besides the tensors of a plan: cuBLAS workspaces (32 MiB for each stream on recent GPUs),
@@ -75,29 +75,27 @@ class Device:
 
     def lane_settings(self) -> dict[Lane, LaneSettings]:
         """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
+        throttled = self._throttled()
         settings = {
-            Lane.DISK_READ: LaneSettings(),
-            Lane.DISK_WRITE: LaneSettings(),
-            Lane.CPU: LaneSettings(threads=self.threads),
-        }
-        if self.hardware.accelerator is Accelerator.NONE:
-            return settings
-        rates = self._throttle()
-        for lane in (Lane.H2D, Lane.D2H, Lane.GPU):
-            settings[lane] = LaneSettings(
-                threads=self.threads if lane is Lane.GPU else 1,
-                bytes_per_s=rates.get(lane),
-                stream=_stream(lane) if self.is_cuda else None,
+            lane: LaneSettings(
+                link=throttled.get(link_of(lane)),
+                stream=_stream(lane) if self.is_cuda and Tier.GPU in ends else None,
             )
-        for lane in (Lane.DISK_READ, Lane.DISK_WRITE):
-            settings[lane] = LaneSettings(bytes_per_s=rates.get(lane))
+            for lane, ends in LINKS.items()
+            if set(ends) <= set(self.hardware.tiers)
+        }
+        settings[Lane.CPU] = LaneSettings(threads=self.threads)
+        if self.hardware.accelerator is not Accelerator.NONE:
+            stream = _stream(Lane.GPU) if self.is_cuda else None
+            settings[Lane.GPU] = LaneSettings(threads=self.threads, stream=stream)
         return settings
 
-    def _throttle(self) -> Mapping[Lane, float]:
+    def _throttled(self) -> dict[Lane, Link]:
         """Only an emulated accelerator's links are slowed down; real links have the speed they have."""
         if self.hardware.accelerator is not Accelerator.EMULATED:
             return {}
-        return {Lane(lane): rate for lane, rate in self.hardware.links.items()}
+        stated = self.hardware.links
+        return {lane: Link(stated[lane]) for lane in PHYSICAL_LINKS if lane in stated}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:
         """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of it."""

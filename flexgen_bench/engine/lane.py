@@ -14,7 +14,7 @@ import torch
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.progress import Aborted, Failure, Progress
 from flexgen_bench.engine.step_errors import explain
-from flexgen_bench.engine.throttle import Throttle
+from flexgen_bench.engine.throttle import Link, Throttle
 from flexgen_bench.engine.timeline import LaneLog
 from flexgen_bench.schedule.steps import Step
 
@@ -32,12 +32,17 @@ class LaneUse:
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """How a lane runs. threads: torch threads of its own; bytes_per_s: throttle of an emulated link;
+    """How a lane runs. threads: torch threads of its own; link: the emulated link it works on, which other lanes may share;
     stream: the CUDA stream it issues to."""
 
     threads: int = 1
-    bytes_per_s: float | None = None
+    link: Link | None = None
     stream: torch.cuda.Stream | None = None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The bandwidth of the emulated link; None if the lane is not throttled."""
+        return None if self.link is None else self.link.bytes_per_s
 
 
 @dataclass(slots=True)
@@ -58,7 +63,7 @@ class LaneWorker:
         self.use = LaneUse()
         self.progress = Progress(failure)  # steps finished (on a stream: issued)
         self._failure = failure
-        self._throttle = Throttle(settings.bytes_per_s) if settings.bytes_per_s else None
+        self._throttle = None if settings.link is None else Throttle(settings.link)
         self._inbox: SimpleQueue[Task | None] = SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=f"lane-{lane}", daemon=True)
@@ -102,11 +107,13 @@ class LaneWorker:
     def run(self, task: Task, was_waiting: bool) -> None:
         """One step, timed. was_waiting: it could have begun as soon as the lane was free."""
         step = task.step
-        begin = time.perf_counter()
-        task.action(step)
         if self._throttle is not None:
-            begin, end = self._throttle.hold(step.bytes, begin, was_waiting)
+            transfer = self._throttle.begin(step.bytes, was_waiting)
+            task.action(step)
+            begin, end = self._throttle.hold(transfer)
         else:
+            begin = time.perf_counter()
+            task.action(step)
             end = time.perf_counter()
         self.account(step, begin, end)
 

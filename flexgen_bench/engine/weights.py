@@ -25,6 +25,9 @@ from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step
 
+# Bytes that a load copies at once: a transfer of the other lane on the link gets in between two of them, after 3 ms at 12 GB/s.
+CHUNK = 32 * MIB
+
 
 class Weights:
     """Holds every unit on its tier and serves the steps that load, gather and use them."""
@@ -79,7 +82,10 @@ class Weights:
         else:
             memory, base = self._resident[step.unit]
             source = memory[self._packed.units[step.unit].offset - base :]
-        self._slots[Tier.GPU][step.slot][start:stop].copy_(source[start:stop], non_blocking=True)
+        target = self._slots[Tier.GPU][step.slot]
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
+            target[first:last].copy_(source[first:last], non_blocking=True)
 
     def dequantize(self, step: Step) -> None:
         """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's plain slot."""

@@ -13,7 +13,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
-from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -29,7 +29,8 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     rates = hardware.rates
     wanted = (Tier.CPU,) if hardware.accelerator is Accelerator.NONE else (Tier.GPU, Tier.CPU)
     missing = [str(t) for t in wanted if rates is None or t not in rates.sites]
-    missing += [str(lane) for lane in links(hardware) if hardware.link_rate(lane) is None]
+    needed = dict.fromkeys(map(link_of, links(hardware)))
+    missing += [str(link) for link in needed if hardware.link_rate(link) is None]
     if rates is None or missing:
         raise UserError(
             "gpu",
@@ -41,7 +42,7 @@ def rates_of(hardware: HardwareProfile) -> Rates:
 
 
 def links(hardware: HardwareProfile) -> list[Lane]:
-    """The links between the tiers a machine has."""
+    """The lanes that work on links between the tiers a machine has."""
     return [lane for lane, tiers in LINKS.items() if set(tiers) <= set(hardware.tiers)]
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, link_of
 from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
 from flexgen_bench.schedule.steps import Step
 
@@ -39,7 +39,7 @@ class _Running:
 class Simulator:
     """Lanes and their clocks. ``run_pass`` takes a pass's steps and returns when the host has its tokens.
 
-    overlap off: one step after the other. keep: whether to keep every step's times in ``events``.
+    overlap off: one step after the other. contention: what lanes take from each other. keep: whether to keep every step's times in ``events``.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Simulator:
             lane: deque() for lane in Lane
         }
         self._running: dict[Lane, _Running] = {}
+        # What contention has said, asked once, by the lanes that have work; None: all go undisturbed.
+        self._speeds: dict[tuple[Lane, ...], Mapping[Lane, float] | None] = {}
         self._done: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self._last: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self._kept = keep
@@ -102,12 +104,12 @@ class Simulator:
         """To the next end of a step."""
         running = self._running
         assert running, "a step waits for one that comes after it on a lane"
-        if self._contention is None or len(running) == 1:
+        speed = None if self._contention is None else self._speed(self._contention)
+        if speed is None:
             passed = min(one.left_s for one in running.values())
             for one in running.values():
                 one.left_s -= passed
         else:
-            speed = self._contention(running)
             passed = min(one.left_s / speed[lane] for lane, one in running.items())
             for lane, one in running.items():
                 one.left_s -= passed * speed[lane]
@@ -120,10 +122,25 @@ class Simulator:
             if self._kept:
                 self.events.append(Event(one.step, one.begin_s, self.now_s))
 
+    def _speed(self, contention: Contention) -> Mapping[Lane, float] | None:
+        lanes = tuple(self._running)
+        if lanes not in self._speeds:
+            speed = contention(lanes)
+            self._speeds[lanes] = speed if any(s != 1 for s in speed.values()) else None
+        return self._speeds[lanes]
+
+
+def shared_links(lanes: Iterable[Lane]) -> Mapping[Lane, float]:
+    """Contention of every machine: lanes that work on the same link have equal parts of it."""
+    active = list(lanes)
+    links = [link_of(lane) for lane in active]
+    return {lane: 1 / links.count(link) for lane, link in zip(active, links, strict=True)}
+
 
 @dataclass(frozen=True)
 class SharedCores:
-    """Contention of an emulated accelerator: both compute lanes want all cores, and copying over its links takes some of them.
+    """Contention of an emulated accelerator, beside that of links: both compute lanes want all cores, and copying over its links takes
+    some of them.
 
     link_shares: of all cores, what each link takes while it copies.
     """
@@ -131,8 +148,8 @@ class SharedCores:
     link_shares: Mapping[Lane, float] = field(default_factory=dict)
 
     def __call__(self, lanes: Iterable[Lane]) -> Mapping[Lane, float]:
-        active = list(lanes)
-        copying = sum(self.link_shares.get(lane, 0.0) for lane in active)
-        computing = sum(lane in COMPUTE for lane in active)
+        links = shared_links(lanes)
+        copying = sum(self.link_shares.get(link_of(lane), 0.0) * s for lane, s in links.items())
+        computing = sum(lane in COMPUTE for lane in links)
         speed = max(0.05, 1 - copying) / max(1, computing)
-        return {lane: speed if lane in COMPUTE else 1.0 for lane in active}
+        return {lane: speed if lane in COMPUTE else links[lane] for lane in links}

@@ -108,7 +108,7 @@ class WeightStream:
             slot = self._place[tier, unit.index]
             target = Buffer(f"weights.{tier}", slot, part=piece)
             yield Step(
-                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D, StepKind.LOAD_WEIGHTS, unit.index,
+                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D_WEIGHTS, StepKind.LOAD_WEIGHTS, unit.index,
                 part=piece if len(pieces) > 1 else -1, slot=slot, reads=(source,), writes=(target,), bytes=stop - start,
             )  # fmt: skip
             source = target
