@@ -15,7 +15,14 @@ from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, mixes, pass_kinds
 from flexgen_bench.planner.program import Program
-from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator
+from flexgen_bench.planner.simulator import (
+    COMPUTE,
+    Contention,
+    Event,
+    SharedCores,
+    Simulator,
+    shared_links,
+)
 from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step
@@ -142,10 +149,10 @@ def _forecast(
     )
 
 
-def contention(hardware: HardwareProfile) -> Contention | None:
-    """What lanes of this machine take from each other; None: nothing."""
+def contention(hardware: HardwareProfile) -> Contention:
+    """What lanes of this machine take from each other."""
     if hardware.accelerator is not Accelerator.EMULATED:
-        return None
+        return shared_links
     memory = rates_of(hardware).sites[hardware.compute_tier].memory
     # Copying reads and writes memory, on one of the cores.
     shares = {

@@ -1,6 +1,6 @@
 """The time of a pass in closed form: the largest of a few sums over its steps.
 
-Each sum is something that cannot go on beside itself, so none can be beaten: the steps of a lane; the steps of a micro-batch, which
+Each sum is something that cannot go on beside itself, so none can be beaten: the steps of a lane, or of the lanes that share a link; the steps of a micro-batch, which
 follow each other; what goes through a staging slot of weights, which is filled, used and filled again. Waiting that none of these explains (a
 lane whose next step is not ready while others could be) is what only the simulator sees.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, link_of
 from flexgen_bench.planner.simulator import COMPUTE, Event
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -42,8 +42,10 @@ class LaneSums:
                 step.unit in self._streamed and step.lane in COMPUTE
             ):
                 slots += seconds
+        together: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         for lane, seconds in lanes.items():
             self.busy_s[lane] += seconds
+            together[link_of(lane)] += seconds
         if not self._overlap:
             return sum(lanes.values())
-        return max(*lanes.values(), *chains.values(), slots / self._job.weight_slots)
+        return max(*together.values(), *chains.values(), slots / self._job.weight_slots)
