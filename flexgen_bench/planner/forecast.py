@@ -149,10 +149,10 @@ def _forecast(
     )
 
 
-def contention(hardware: HardwareProfile) -> Contention:
-    """What lanes of this machine take from each other."""
+def contention(hardware: HardwareProfile) -> Contention | None:
+    """What lanes of this machine take from each other; None: nothing."""
     if hardware.accelerator is not Accelerator.EMULATED:
-        return shared_links
+        return None if hardware.accelerator is Accelerator.NONE else shared_links
     memory = rates_of(hardware).sites[hardware.compute_tier].memory
     # Copying reads and writes memory, on one of the cores.
     shares = {
