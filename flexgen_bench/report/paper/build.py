@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flexgen_bench.config import list_models
@@ -65,10 +66,11 @@ def build_paper(
     tables, errors = _tables(chosen, own, sources)
     if simulations is not None and simulations.open:
         print(f"{simulations.open} predictions to make", file=sys.stderr)
+        keep = partial(_keep, simulations.known, results_dir, write)
         try:
-            simulations.answer_all(workers)
+            simulations.answer_all(workers, keep)
         finally:
-            _keep(simulations.known, results_dir, write)
+            keep()
         tables, errors = _tables(chosen, own, sources)
     if simulations is not None and names is None and not errors:
         _keep(simulations.used, results_dir, write)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,6 +32,7 @@ PENDING = "pending"
 _DTYPE = DType.FLOAT16  # the paper's
 # Fewer questions are answered before other processes have started.
 _WORTH_A_PROCESS = 4
+_KEEP_EVERY_S = 20
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,24 @@ class Simulations:
         """Questions that have no answer yet."""
         return len(self._open)
 
-    def answer_all(self, workers: int) -> None:
-        """Answer what is open, in as many processes. What was answered is known even if this is interrupted."""
+    def answer_all(self, workers: int, keep: Callable[[], object]) -> None:
+        """Answer what is open, in as many processes. keep: called now and then while answers become known."""
         asks, self._open = self._open, {}
         if workers == 1 or len(asks) < _WORTH_A_PROCESS:
             for key, ask in asks.items():
                 self.known[key] = answer(ask)
             return
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool:
             futures = {pool.submit(answer, ask): key for key, ask in asks.items()}
             try:
+                kept = time.monotonic()
                 for future in as_completed(futures):
                     self.known[futures[future]] = future.result()
+                    if time.monotonic() > kept + _KEEP_EVERY_S:
+                        keep()
+                        kept = time.monotonic()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -124,6 +134,17 @@ class Simulations:
             machine = _machine(job.machine).to_dict() | {"sources": {}}
             self._known_of[names] = {"shape": _shape(job.model).to_dict(), "machine": machine}
         return {**self._known_of[names], "job": repr(job)}
+
+
+def _end_with(parent: int) -> None:
+    """A process that predicts ends soon after the one that started it, even if that one is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache
