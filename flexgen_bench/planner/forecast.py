@@ -94,7 +94,7 @@ def forecast(
     without rates."""
     cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
     simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
-    return _forecast(policy, plan, cost, simulator, points)
+    return _forecast(policy, plan, cost, simulator, points, warm=True)
 
 
 def closed_form(
@@ -132,17 +132,29 @@ class Player(Protocol):
 
 
 def _forecast(
-    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, points: int | None
+    policy: Policy,
+    plan: MemoryPlan,
+    cost: StepCost,
+    player: Player,
+    points: int | None,
+    warm: bool = False,
 ) -> Forecast:
+    """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still writing."""
     kinds = pass_kinds(policy, plan)
     every = [{number: 1.0} for number in range(len(kinds))]
     made_of = every if points is None else mixes(kinds, points)
     program = Program(policy, plan)
+    itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     played: dict[int, PassTime] = {}
-    for number, mix in enumerate(made_of):
+    latest: object = None  # kind of pass
+    for number, (kind, _) in enumerate(kinds):
         batches = program.begin_pass()
-        if mix == {number: 1.0}:
+        if itself[number]:
             played[number] = _play(player, cost, plan.job, program.steps(batches))
+            latest = kind
+        elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
+            player.run_pass(program.steps(batches))
+            latest = kind
         program.end_pass()
     return Forecast(
         tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps

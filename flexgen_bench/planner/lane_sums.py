@@ -1,18 +1,19 @@
 """The time of a pass in closed form: the largest of a few sums over its steps.
 
-Each sum is something that cannot go on beside itself, so none can be beaten: the steps of a lane, or of the lanes that share a link; the steps of a micro-batch, which
-follow each other; what goes through a staging slot of weights, which is filled, used and filled again. Waiting that none of these explains (a
-lane whose next step is not ready while others could be) is what only the simulator sees.
+Each sum is something that cannot go on beside itself: the steps of a lane, or of the lanes that share a link; steps of which each needs what the one before made; what goes
+through a tier's staging slots of weights, which are filled, used and filled again. Waiting that none of these explains (a
+lane whose next step is not ready while others could be) is what only the simulator sees. A sum can be beaten only by what the pass leaves to
+the next one, or did for it: stores that nobody waits for, and loads of weights ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.planner.simulator import COMPUTE, Event
-from flexgen_bench.schedule.job import Job
-from flexgen_bench.schedule.steps import Step, StepKind
+from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
 class LaneSums:
@@ -29,23 +30,39 @@ class LaneSums:
     def run_pass(self, steps: Iterable[Step]) -> float:
         """Seconds of one pass, once the loads of the next take the place of those that came before it."""
         lanes: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
-        chains: dict[int, float] = {}
-        slots = 0.0
+        made: dict[Buffer, float] = {}  # when, if only what it is made of is waited for
+        chain = 0.0
+        slots: dict[tuple[Tier, UnitKind], float] = {}
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
             self.steps += 1
             self.bytes[step.lane] += step.bytes
-            if step.work is not None:
-                chains[step.work.index] = chains.get(step.work.index, 0.0) + seconds
-            if step.kind is StepKind.LOAD_WEIGHTS or (
-                step.unit in self._streamed and step.lane in COMPUTE
-            ):
-                slots += seconds
+            done = seconds + max(
+                (made.get(buffer, 0.0) for buffer in (*step.reads, *step.writes)), default=0.0
+            )
+            made.update(dict.fromkeys(step.writes, done))
+            if step.lane in COMPUTE:
+                chain = max(chain, done)
+            if step.unit in self._streamed:
+                self._add_slots(slots, step, seconds)
         together: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         for lane, seconds in lanes.items():
             self.busy_s[lane] += seconds
             together[link_of(lane)] += seconds
         if not self._overlap:
             return sum(lanes.values())
-        return max(*together.values(), *chains.values(), slots / self._job.weight_slots)
+        held = [seconds / self._job.slots_for(kind) for (_, kind), seconds in slots.items()]
+        return max(*together.values(), chain, *held)
+
+    def _add_slots(
+        self, slots: dict[tuple[Tier, UnitKind], float], step: Step, seconds: float
+    ) -> None:
+        """Slots are held while they are filled, and while their weights move on or are computed with."""
+        unit = self._job.units[step.unit]
+        held: tuple[Tier, ...] = (unit.site.tier,) if step.lane is unit.site.lane else ()
+        if step.kind is StepKind.LOAD_WEIGHTS:
+            held = tuple(tier for tier in unit.path if tier in LINKS[step.lane])
+        for tier in held:
+            key = (tier, unit.kind)
+            slots[key] = slots.get(key, 0.0) + seconds

@@ -16,6 +16,8 @@ _STEPS = (
 )  # shares that are moved between tiers at once, besides a single layer or sequence
 _CHUNKS = (None, 8192, 4096, 2048, 1024)
 MOST_SLOTS = 4
+# Larger ones gain nothing that shows: weights are paid for by then.
+LARGEST_BLOCK, LARGEST_MICRO_BATCH = 1024, 256
 
 
 def moves(task: Task, policy: Policy) -> Iterator[Policy]:
@@ -48,6 +50,8 @@ def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
         ]
     for new_size, new_count in dict.fromkeys(shapes):
         block = new_size * new_count
+        if block > LARGEST_BLOCK or new_size > LARGEST_MICRO_BATCH:
+            continue
         # A block may have a little room to spare where the job does not divide evenly.
         if new_count >= 1 and (task.most is None or block < task.most + new_size):
             yield replace(policy, gpu_batch_size=new_size, num_gpu_batches=new_count)

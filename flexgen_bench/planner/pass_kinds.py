@@ -20,7 +20,7 @@ from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 
 # Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all passes, fewer.
 POINTS = 4
-SHARE = 16  # a kind gets a second point if it is a 16th of all passes
+SHARE = 16  # a kind gets a second point if it is a 16th of all passes, or of all there is to do
 # A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on it.
 _ROW_TOKENS = 1000
 # Played passes and their weights, by number: the time of a pass is the weighted sum of theirs.
@@ -42,13 +42,14 @@ def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
 def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
     """For every pass, of which played ones its time is made; a played one is made of itself."""
     of_kind: dict[tuple[object, ...], dict[int, int]] = {}  # kind -> amount -> first pass with it
-    counts = Counter(one.kind for one in passes)
+    counts, amounts = Counter(one.kind for one in passes), Counter[object]()
     for number, one in enumerate(passes):
         of_kind.setdefault(one.kind, {}).setdefault(one.amount, number)
-    played = {
-        kind: _spread(sorted(known.items()), min(points, 1 + counts[kind] * SHARE // len(passes)))
-        for kind, known in of_kind.items()
-    }
+        amounts[one.kind] += one.amount
+    played = {}
+    for kind, known in of_kind.items():
+        share = max(counts[kind] / len(passes), amounts[kind] / amounts.total())
+        played[kind] = _spread(sorted(known.items()), min(points, 1 + int(share * SHARE)))
     return [_between(played[one.kind], one.amount) for one in passes]
 
 
