@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, link_of
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.pass_kinds import POINTS, Mix, mixes, pass_kinds
+from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse, mixes, pass_kinds
 from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.simulator import (
     COMPUTE,
@@ -30,14 +30,43 @@ from flexgen_bench.schedule.steps import Step
 
 @dataclass(frozen=True)
 class PassTime:
-    """One pass of a job: seconds, and per lane the seconds it worked and the bytes it moved. outside_s: of compute lanes with
-    what is not in the layers, embedding and head."""
+    """One pass of a job: seconds, and per lane the seconds it worked and the bytes it moved. outside_s, outside_bytes: of these, what is
+    not for the layers but for embedding and head."""
 
     seconds: float
     is_prefill: bool
     busy_s: Mapping[Lane, float]
     bytes: Mapping[Lane, float]
-    outside_s: float = 0.0
+    outside_s: Mapping[Lane, float] = field(default_factory=dict)
+    outside_bytes: Mapping[Lane, float] = field(default_factory=dict)
+
+    def deeper(self, times: float, overlap: bool) -> PassTime:
+        """The pass through ``times`` as many layers."""
+
+        def repeated(all_of_it: float, outside: float) -> float:
+            return outside + times * (all_of_it - outside)
+
+        out_s, out_bytes = self.outside_s, self.outside_bytes
+        return replace(
+            self,
+            seconds=repeated(self.seconds, min(self.seconds, self._alone_s(overlap))),
+            busy_s={lane: repeated(s, out_s.get(lane, 0.0)) for lane, s in self.busy_s.items()},
+            bytes={lane: repeated(b, out_bytes.get(lane, 0.0)) for lane, b in self.bytes.items()},
+        )
+
+    def _alone_s(self, overlap: bool) -> float:
+        """Seconds of the pass that are for embedding and head: of the link that is busy longest, where that is what binds; else of what
+        computes, since a pass begins with the one and ends with the other."""
+        if not overlap:
+            return sum(self.outside_s.values())
+        links, outside = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
+        for lane, seconds in self.busy_s.items():
+            links[link_of(lane)] += seconds
+            outside[link_of(lane)] += self.outside_s.get(lane, 0.0)
+        longest = max(links, key=lambda lane: links[lane])
+        if longest not in COMPUTE:
+            return outside[longest]
+        return sum(outside[lane] for lane in COMPUTE)
 
 
 @dataclass(frozen=True)
@@ -61,16 +90,9 @@ class Forecast:
     def total_s(self) -> float:
         return self.prefill_s + self.decode_s
 
-    def deeper(self, times: float) -> Forecast:
+    def deeper(self, times: float, overlap: bool = True) -> Forecast:
         """The same job on a model with ``times`` as many layers; embedding and head stay as they are."""
-
-        def longer(one: PassTime) -> PassTime:
-            seconds = one.outside_s + times * (one.seconds - one.outside_s)
-            busy = {lane: times * s for lane, s in one.busy_s.items()}
-            moved = {lane: times * b for lane, b in one.bytes.items()}
-            return PassTime(seconds, one.is_prefill, busy, moved, one.outside_s)
-
-        return Forecast(tuple(map(longer, self.passes)), steps=self.steps)
+        return Forecast(tuple(one.deeper(times, overlap) for one in self.passes), steps=self.steps)
 
     def busy_s(self) -> dict[Lane, float]:
         return {lane: sum(p.busy_s[lane] for p in self.passes) for lane in Lane}
@@ -90,7 +112,8 @@ def forecast(
     points: int | None = POINTS,
     keep: bool = False,
 ) -> Forecast:
-    """Play a planned job. points: passes of a kind that are played, None for all; keep: keep the times of every played step. UserError
+    """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are told apart
+    coarsely; keep: keep the times of every played step. UserError
     without rates."""
     cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
     simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
@@ -141,8 +164,10 @@ def _forecast(
 ) -> Forecast:
     """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still writing."""
     kinds = pass_kinds(policy, plan)
-    every = [{number: 1.0} for number in range(len(kinds))]
-    made_of = every if points is None else mixes(kinds, points)
+    if points is None:
+        made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
+    else:
+        made_of = mixes(kinds, points) if points >= POINTS else mixes(coarse(kinds), points)
     program = Program(policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     played: dict[int, PassTime] = {}
@@ -177,15 +202,17 @@ def contention(hardware: HardwareProfile) -> Contention | None:
 
 def _play(player: Player, cost: StepCost, job: Job, steps: Iterable[Step]) -> PassTime:
     busy, moved = dict(player.busy_s), dict(player.bytes)
-    outside, only_prompts = 0.0, True
+    only_prompts = True
+    outside_s, outside_bytes = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
 
     def watched() -> Iterator[Step]:
-        nonlocal outside, only_prompts
+        nonlocal only_prompts
         for step in steps:
             if step.work is not None:
                 only_prompts = only_prompts and step.work.is_prefill
-                if step.lane in COMPUTE and job.units[step.unit].kind is not UnitKind.LAYER:
-                    outside += cost.seconds(step)
+            if job.units[step.unit].kind is not UnitKind.LAYER:
+                outside_s[step.lane] += cost.seconds(step)
+                outside_bytes[step.lane] += step.bytes
             yield step
 
     seconds = player.run_pass(watched())
@@ -194,7 +221,8 @@ def _play(player: Player, cost: StepCost, job: Job, steps: Iterable[Step]) -> Pa
         only_prompts,
         {lane: s - busy[lane] for lane, s in player.busy_s.items()},
         {lane: float(b - moved[lane]) for lane, b in player.bytes.items()},
-        outside,
+        outside_s,
+        outside_bytes,
     )
 
 
@@ -202,10 +230,15 @@ def _mixed(mix: Mix, played: Mapping[int, PassTime]) -> PassTime:
     parts = [(played[number], weight) for number, weight in mix.items()]
     if len(parts) == 1:
         return parts[0][0]
+
+    def mixed(of: Callable[[PassTime], Mapping[Lane, float]]) -> dict[Lane, float]:
+        return {lane: sum(of(p)[lane] * w for p, w in parts) for lane in Lane}
+
     return PassTime(
         sum(p.seconds * w for p, w in parts),
         parts[0][0].is_prefill,
-        {lane: sum(p.busy_s[lane] * w for p, w in parts) for lane in Lane},
-        {lane: sum(p.bytes[lane] * w for p, w in parts) for lane in Lane},
-        sum(p.outside_s * w for p, w in parts),
+        mixed(lambda p: p.busy_s),
+        mixed(lambda p: p.bytes),
+        mixed(lambda p: p.outside_s),
+        mixed(lambda p: p.outside_bytes),
     )

@@ -21,7 +21,8 @@ class LaneSums:
 
     def __init__(self, seconds: Callable[[Step], float], overlap: bool, job: Job) -> None:
         self._seconds, self._overlap, self._job = seconds, overlap, job
-        self._streamed = {unit.index for unit in job.streamed}
+        # A head comes in pieces, of which each makes room for its successor by itself.
+        self._streamed = {u.index for u in job.streamed if u.kind is UnitKind.LAYER}
         self.busy_s: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         self.bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self.events: list[Event] = []
@@ -32,7 +33,7 @@ class LaneSums:
         lanes: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         made: dict[Buffer, float] = {}  # when, if only what it is made of is waited for
         chain = 0.0
-        slots: dict[tuple[Tier, UnitKind], float] = {}
+        slots: dict[Tier, float] = {}
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
@@ -52,17 +53,14 @@ class LaneSums:
             together[link_of(lane)] += seconds
         if not self._overlap:
             return sum(lanes.values())
-        held = [seconds / self._job.slots_for(kind) for (_, kind), seconds in slots.items()]
-        return max(*together.values(), chain, *held)
+        held = max(slots.values(), default=0.0) / self._job.weight_slots
+        return max(*together.values(), chain, held)
 
-    def _add_slots(
-        self, slots: dict[tuple[Tier, UnitKind], float], step: Step, seconds: float
-    ) -> None:
+    def _add_slots(self, slots: dict[Tier, float], step: Step, seconds: float) -> None:
         """Slots are held while they are filled, and while their weights move on or are computed with."""
         unit = self._job.units[step.unit]
         held: tuple[Tier, ...] = (unit.site.tier,) if step.lane is unit.site.lane else ()
         if step.kind is StepKind.LOAD_WEIGHTS:
             held = tuple(tier for tier in unit.path if tier in LINKS[step.lane])
         for tier in held:
-            key = (tier, unit.kind)
-            slots[key] = slots.get(key, 0.0) + seconds
+            slots[tier] = slots.get(tier, 0.0) + seconds
