@@ -18,6 +18,7 @@ from flexgen_bench.planner.placement_lp import (
     PhaseCost,
     PlacementProblem,
     PlacementSolution,
+    least_work,
     solve,
 )
 from flexgen_bench.planner.task import Task
@@ -105,13 +106,18 @@ class Candidates:
         found: dict[object, list[Candidate]] = {}
         for shape, problem in bounded:
             way = (shape.schedule, shape.attention, shape.offloaded, shape.lossy)
-            known = found.setdefault(way, [])
-            if len(known) == of_a_kind and self._bound(shape, problem) <= known[-1].tok_per_s:
-                continue
-            known += self.solved(shape, problem)
-            known.sort(key=lambda candidate: -candidate.tok_per_s)
-            del known[of_a_kind:]
-        every = [candidate for known in found.values() for candidate in known]
+            # With and without the disk are two ways: what waiting for a disk costs is not in the promise, either.
+            both = [found.setdefault((way, uses_disk), []) for uses_disk in (False, True)]
+            if all(len(k) == of_a_kind for k in both):
+                bound = self._bound(shape, problem)
+                if all(bound <= known[-1].tok_per_s for known in both):
+                    continue
+            for candidate in self.solved(shape, problem):
+                known = both[candidate.policy.lowest_tier is Tier.DISK]
+                known.append(candidate)
+                known.sort(key=lambda one: -one.tok_per_s)
+                del known[of_a_kind:]
+        every = [_patient(candidate) for known in found.values() for candidate in known]
         return sorted(every, key=lambda candidate: -candidate.tok_per_s)
 
     def solved(self, shape: Policy, problem: PlacementProblem | None = None) -> list[Candidate]:
@@ -216,3 +222,11 @@ class Candidates:
         if problem.max_latency_s is not None and seconds > problem.max_latency_s:
             return 0.0
         return shape.block_size * self.task.request.gen_len / seconds
+
+
+def _patient(candidate: Candidate) -> Candidate:
+    """The candidate placed so that lanes that do not bind have the least to do."""
+    solution = least_work(candidate.problem, candidate.solution)
+    placed = {kind: solution.placement(kind) for kind in KINDS}
+    policy = replace(candidate.policy, **placed)  # type: ignore[arg-type]
+    return replace(candidate, policy=policy, solution=solution)

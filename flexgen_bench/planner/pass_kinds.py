@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
@@ -30,13 +30,21 @@ Mix = Mapping[int, float]
 class PassKind(NamedTuple):
     """kind: passes alike in it are alike; amount: how much there is to do."""
 
-    kind: tuple[object, ...]
+    kind: tuple[Any, ...]
     amount: int
 
 
 def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
     """Of every pass of a job in which no sequence ends early."""
     return list(_kinds(Program(policy, plan)))
+
+
+def coarse(passes: list[PassKind]) -> list[PassKind]:
+    """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few passes."""
+    return [
+        PassKind((any(p for p, *_ in own), any(not p for p, *_ in own)), amount)
+        for (own, *_), amount in passes
+    ]
 
 
 def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:

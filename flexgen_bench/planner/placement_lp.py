@@ -9,13 +9,15 @@ schedule both phases share the lanes, so the whole is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexgen_bench.core.policy import Placement, Schedule
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Tier, link_of
 
 KINDS = ("weights", "kv_cache", "activations")
+# Of placements that promise about the same, the one that works least waits least; so much longer than the best counts as the same.
+SLACK = 1.01
 Share = tuple[str, Tier]  # of a kind on a tier
 Seconds = Mapping[Lane, float]
 
@@ -44,6 +46,14 @@ class PlacementProblem:
     room: Mapping[Tier, float]
     max_latency_s: float | None = None
     held: Mapping[str, Tier] = field(default_factory=dict)
+
+    def work_s(self, share: Share) -> float:
+        """Seconds of all lanes together, in a block, for what a share is of."""
+        return sum(
+            self.prefill.by_share.get(share, {}).get(lane, 0.0)
+            + self.decode_passes * self.decode.by_share.get(share, {}).get(lane, 0.0)
+            for lane in Lane
+        )
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,12 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
         limits.append(most)
         rows.append(name)
 
-    def seconds(phase: PhaseCost, lane: Lane) -> list[float]:
-        return [phase.by_share.get(share, {}).get(lane, 0.0) for share in shares]
+    def seconds(phase: PhaseCost, resource: Lane) -> list[float]:
+        return [_on(resource, phase.by_share.get(share, {})) for share in shares]
 
-    for lane in Lane:
+    for lane in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
         before, after = seconds(problem.prefill, lane), seconds(problem.decode, lane)
-        fixed = problem.prefill.fixed.get(lane, 0.0), problem.decode.fixed.get(lane, 0.0)
+        fixed = _on(lane, problem.prefill.fixed), _on(lane, problem.decode.fixed)
         if block:
             limit(f"{lane} in prefill", before, (-1.0, 0.0), -fixed[0])
             limit(f"{lane} in decode", after, (0.0, -1.0), -fixed[1])
@@ -125,9 +135,35 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
 
 def solve(problem: PlacementProblem) -> PlacementSolution | None:
     """The best placement; None if nothing fits."""
+    return _solved(problem, linear_program(problem))
+
+
+def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementSolution:
+    """The placement that works least of those that take (nearly) no longer than the best."""
+    program = linear_program(problem)
+    tiers = [tier for tier in Tier if tier in problem.room]
+    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    times = program.objective[len(shares) :]
+    work = tuple(problem.work_s(share) for share in shares)
+    bound = (*[0.0] * len(shares), *times)
+    patient = replace(
+        program,
+        objective=(*work, *[0.0] * len(times)),
+        upper=(*program.upper, bound),
+        limits=(*program.limits, SLACK * best.seconds),
+        rows=(*program.rows, "seconds"),
+    )
+    found = _solved(problem, patient)
+    return best if found is None else replace(found, seconds=best.seconds, tight=best.tight)
+
+
+def _on(resource: Lane, seconds: Seconds) -> float:
+    return sum(s for lane, s in seconds.items() if link_of(lane) is resource)
+
+
+def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolution | None:
     from scipy.optimize import linprog  # half a second to import
 
-    program = linear_program(problem)
     tiers = [tier for tier in Tier if tier in problem.room]
     shares = [(kind, tier) for kind in KINDS for tier in tiers]
     rows, limits, scales = _scaled(program, len(shares))

@@ -19,10 +19,12 @@ from flexgen_bench.schedule.weights import WeightStream
 
 def ending(member: Member) -> list[int]:
     """Places in the cohort of the sequences that get a token from this member: their prompt ends here, or they decode."""
+    if member.token:
+        return list(range(member.cohort.size))
     return [
         place
         for place, (first, last) in enumerate(member.ranges)
-        if member.token or first < last == member.cohort.prompt_lens[place]
+        if first < last == member.cohort.prompt_lens[place]
     ]
 
 

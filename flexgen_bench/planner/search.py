@@ -24,12 +24,12 @@ from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 2  # candidates of each way of working that are looked at closer
 LOOKED_AT = 16
-PLAYED = 5  # of them all, by closed form, those that are played
+PLAYED = 4  # of them all, by closed form, those that are played
 # Steps that may be played to improve on them: about 20 us each.
-STEP_BUDGET = 100_000
+STEP_BUDGET = 80_000
 # A deeper model is judged by so many of its layers: they are alike.
 THIN_LAYERS = 12
-POINTS = 2  # passes of a kind that are played while policies are compared
+POINTS = 3  # passes of a kind that are played while policies are compared
 GAIN = 1.002  # what a change must bring to be taken
 # The policy found is played on all layers if that takes no more steps than this.
 FULL_STEPS = 60_000
@@ -146,7 +146,7 @@ class Search:
         layers = self.task.shape.num_layers
         if layers <= 2 * THIN_LAYERS:
             return self._of(policy, layers, play)
-        return self._of(policy, THIN_LAYERS, play).deeper(layers / THIN_LAYERS)
+        return self._of(policy, THIN_LAYERS, play).deeper(layers / THIN_LAYERS, policy.overlap)
 
     def _of(self, policy: Policy, layers: int, play: Play) -> Forecast:
         task = self.task

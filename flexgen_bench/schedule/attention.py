@@ -49,7 +49,7 @@ def _prefill(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
         unit.site.lane, StepKind.ATTEND, unit.index, work,
         reads=(work.buffer("qkv"), *(kept if chunk.start else ())),
         writes=(*attention_buffers(work), *kept),
-        flops=job.attention_flops_per_pair * sum(_pairs(*r) for m in work.members for r in m.ranges),
+        flops=job.attention_flops_per_pair * work.prompt_pairs,
     )  # fmt: skip
     if not job.keep_kv or not chunk.is_last_chunk:
         return
@@ -78,11 +78,6 @@ def _store_prompt(unit: Unit, work: MicroBatch, part: Part, source: Buffer) -> I
 def _staged(unit: Unit, work: MicroBatch) -> Buffer:
     """One buffer for all parts: where each lies in it depends on the others."""
     return Buffer(f"kv_new.{unit.site.tier}", work.prompt_slot)
-
-
-def _pairs(first: int, last: int) -> int:
-    """Token t attends t + 1 keys: the sum over first <= t < last."""
-    return (last * (last + 1) - first * (first + 1)) // 2
 
 
 def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:

@@ -36,6 +36,8 @@ class Member:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each sequence's rows start in this member's rows; one more entry than sequences."""
+        if self.token:  # one row each
+            return tuple(range(self.cohort.size + 1))
         found = [0]
         for first, last in self.ranges:
             found.append(found[-1] + last - first)
@@ -108,6 +110,12 @@ class MicroBatch:
     def rows(self) -> int:
         """Rows of hidden states: one per token computed."""
         return sum(member.offsets[-1] for member in self.members)
+
+    @cached_property
+    def prompt_pairs(self) -> int:
+        """Pairs of a prompt token computed here and one it attends to: token t attends to t + 1."""
+        ranges = (r for member in self.members for r in member.ranges)
+        return sum(last * (last + 1) - first * (first + 1) for first, last in ranges) // 2
 
     @cached_property
     def kv_parts(self) -> tuple[Part, ...]:
