@@ -189,7 +189,7 @@ def test_a_head_has_a_slot_of_its_own() -> None:
     [
         (Policy(4, 2, CPU, CPU, CPU), ACCELERATOR),
         (Policy(4, 2, CPU, CPU, GPU, attention=AttentionSite.CPU), ACCELERATOR),
-        (Policy(4, 2, HALF, HALF, CPU, schedule=CONTINUOUS), EMULATED),
+        (Policy(4, 2, CPU, HALF, CPU, schedule=CONTINUOUS), EMULATED),
         (Policy(4, 2, DISK, CPU, CPU), HOST),
         (Policy(4, 2, CPU, CPU, CPU), HOST),
         (Policy(4, 2, CPU, CPU, CPU, overlap=False), ACCELERATOR),
@@ -202,9 +202,7 @@ def test_a_deep_model_is_as_many_shallow_ones(
     """12 layers stand for 36: embedding and head are not repeated, nor are the loads of the head's weights. (They were: with a large
     vocabulary a deep model that is bound by its link took up to 9 % too long.)"""
     assert make in (small_opt, small_llama)
-    # Placed by halves, an embedding that is as large as many layers takes the place of those: see below.
-    vocab = 64 if policy.weights == HALF else 2048
-    shape = (small_opt if make is small_opt else small_llama)(layers=36, vocab=vocab)
+    shape = (small_opt if make is small_opt else small_llama)(layers=36, vocab=2048)
     requests = (Request(16, 4),) * 16
     deep = PlannedJob(shape, policy, hardware, requests)
     thin = thinned(shape, packed(shape, EXACT), 12)
