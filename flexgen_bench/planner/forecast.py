@@ -173,13 +173,15 @@ def _forecast(
     played: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
     for number, (kind, _) in enumerate(kinds):
-        batches = program.begin_pass()
         if itself[number]:
-            played[number] = _play(player, cost, plan.job, program.steps(batches))
+            steps = program.steps(program.begin_pass())
+            played[number] = _play(player, cost, plan.job, steps)
             latest = kind
         elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
-            player.run_pass(program.steps(batches))
+            player.run_pass(program.steps(program.begin_pass()))
             latest = kind
+        else:
+            program.admit()
         program.end_pass()
     return Forecast(
         tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps

@@ -51,10 +51,7 @@ class Program:
 
     def begin_pass(self) -> list[MicroBatch]:
         """Let cohorts move in; the micro-batches of the next pass."""
-        rooms = self._plan.cohorts.rooms
-        free = [room.index for room in rooms if room.index not in self._running]
-        for index, room in self._admission.admit(free):
-            self._running[room] = RunningCohort(self._plan.cohorts.start(index, rooms[room]))
+        self.admit()
         return form_micro_batches(
             self._plan.job,
             [self._running[room] for room in sorted(self._running)],
@@ -62,6 +59,13 @@ class Program:
             lambda size: chunk_len(self._policy, size),
             self._wanted,
         )
+
+    def admit(self) -> None:
+        """Only let cohorts move in: all that a pass needs whose steps nobody wants."""
+        rooms = self._plan.cohorts.rooms
+        free = [room.index for room in rooms if room.index not in self._running]
+        for index, room in self._admission.admit(free):
+            self._running[room] = RunningCohort(self._plan.cohorts.start(index, rooms[room]))
 
     def steps(self, batches: list[MicroBatch]) -> Iterator[Step]:
         """The steps of the pass that ``begin_pass`` has begun."""
