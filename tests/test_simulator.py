@@ -157,7 +157,7 @@ def graphs(draw: st.DrawFn) -> list[list[Step]]:
         SharedCores({Lane.H2D: 0.25, Lane.D2H: 0.25}), SharedCores({Lane.H2D: 0.5, Lane.D2H: 0.5}),
     ]),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_graph_of_steps_takes_as_long_as_brute_force_says(
     passes: list[list[Step]], overlap: bool, speeds: Contention | None
 ) -> None:
@@ -165,7 +165,7 @@ def test_any_graph_of_steps_takes_as_long_as_brute_force_says(
 
 
 @given(jobs(most_sequences=4, longest=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_real_jobs_take_as_long_as_brute_force_says(job: PlannedJob) -> None:
     plan = job.plan
     passes = list(job.passes(plan))

@@ -52,6 +52,8 @@ def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
         block = new_size * new_count
         if block > LARGEST_BLOCK or new_size > LARGEST_MICRO_BATCH:
             continue
+        if (new_size, new_count) == (size, count):
+            continue
         # A block may have a little room to spare where the job does not divide evenly.
         if new_count >= 1 and (task.most is None or block < task.most + new_size):
             yield replace(policy, gpu_batch_size=new_size, num_gpu_batches=new_count)

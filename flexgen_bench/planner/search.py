@@ -59,8 +59,14 @@ class Search:
 
     def run(self) -> Choice:
         """Raises DoesNotFit, of the most modest policy there is, if nothing fits."""
-        candidates = Candidates(self.task).best(OF_A_KIND)
-        fitting = [p for c in candidates[:LOOKED_AT] if (p := self._fitted(c)) is not None]
+        solver = Candidates(self.task)
+        candidates = solver.best(OF_A_KIND)
+        looked_at = candidates[:LOOKED_AT]
+        # With a single staging slot nothing is loaded ahead, but what would be on disk may have room in memory.
+        for candidate in candidates[:LOOKED_AT]:
+            looked_at += solver.solved(replace(candidate.policy, prefetch=1), candidate.problem)
+        fitting = [p for c in looked_at if (p := self._fitted(c)) is not None]
+        fitting = list(dict.fromkeys(fitting))
         fitting.sort(key=lambda policy: -self._promise(policy))
         best = max(fitting[:PLAYED], key=self._play, default=None)
         if best is None or not self._play(best):
