@@ -211,6 +211,21 @@ def test_rates_are_looked_up_by_width_and_rows() -> None:
     assert price(eight, StepKind.PROJECT) == pytest.approx(2 * 8 * 3 * 64**2 / rate + US, rel=0.02)
 
 
+def test_prices_that_were_looked_up_are_those_of_the_same_work() -> None:
+    """Steps of a micro-batch on parts of its cache had one price, whatever their sizes, as no bytes or FLOPs tell them apart; and the
+    attention of a prompt of one token that of a decode step."""
+    job = a_job(Policy(4, 1, GPU, Placement(cpu=0.25, disk=0.75), GPU), prompts=4)
+    appended = prices(job, lambda s: s.kind is StepKind.APPEND_KV and s.unit == 1, number=1)
+    expected = {256 / 2e10 + US, 3 * 256 / 2e10 + US}
+    assert sorted(appended.values()) == pytest.approx(sorted(expected))
+    one = a_job(Policy(1, 1, GPU, GPU, GPU, prefill_chunk=1), prompts=1, prompt_len=2)
+    plan = one.plan
+    cost = one.cost(plan)
+    for steps in one.passes(plan):
+        for step in steps:
+            assert cost.seconds(step) == one.cost(plan).seconds(step)
+
+
 @given(jobs())
 @settings(max_examples=60, deadline=None)
 def test_nothing_is_free_and_looking_up_is_pricing(job: PlannedJob) -> None:

@@ -16,6 +16,7 @@ from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
@@ -70,6 +71,7 @@ class StepCost:
         key = (
             step.kind, step.lane, step.bytes, step.flops,
             (step.unit, step.plain) if work is None else (work.rows, len(work.wanted)),
+            _attended(step),
         )  # fmt: skip
         found = self._known.get(key)
         if found is None:
@@ -123,8 +125,7 @@ class StepCost:
     def _attention(self, step: Step, site: SiteRates) -> float:
         work = step.micro_batch
         if work.is_prefill:
-            longest = max(max(m.cohort.prompt_lens) for m in work.members)
-            return step.flops / site.prefill_attention_rate(longest)
+            return step.flops / site.prefill_attention_rate(_longest(work))
         part = work.kv_parts[step.part]
         tokens = step.flops / self._job.attention_flops_per_pair
         lossy = self._lossy
@@ -133,3 +134,17 @@ class StepCost:
         heads = self._shape.num_heads // self._shape.num_kv_heads
         rate = site.decode_attention_rate(number_format(self._dtype, lossy.kv_cache), heads)
         return read / rate
+
+
+def _longest(work: MicroBatch) -> int:
+    return max(max(m.cohort.prompt_lens) for m in work.members)
+
+
+def _attended(step: Step) -> tuple[bool, int] | None:
+    """What else decides the time of a step on a cache: its phase, and the longest prompt or the rows of its part."""
+    if step.kind not in (StepKind.ATTEND, StepKind.APPEND_KV):
+        return None
+    work = step.micro_batch
+    if work.is_prefill:
+        return True, _longest(work)
+    return False, work.kv_parts[step.part].rows
