@@ -57,7 +57,9 @@ def test_bytes_cross_a_link_at_its_rate() -> None:
         a_job(Policy(4, 1, DISK, CPU, CPU)),
         lambda s: s.kind is StepKind.LOAD_WEIGHTS and s.unit == 1,
     )
-    by_tiers = {LINKS[step.lane]: (step.bytes, seconds) for step, seconds in loads.items()}
+    by_tiers: dict[object, object] = {
+        LINKS[step.lane]: (step.bytes, seconds) for step, seconds in loads.items()
+    }
     assert by_tiers == {
         (Tier.DISK, Tier.CPU): (whole, pytest.approx(whole / 1e9 + US)),
         (Tier.CPU, Tier.GPU): (whole, pytest.approx(whole / 4e9 + US)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -186,7 +186,7 @@ def test_the_optimum_is_the_one_of_an_exact_simplex(problem: PlacementProblem) -
         )
 
 
-def seconds_of(problem: PlacementProblem, shares: dict[tuple[str, Tier], float]) -> float:
+def seconds_of(problem: PlacementProblem, shares: Mapping[tuple[str, Tier], float]) -> float:
     """Of a block, from the definition; lanes that share a link take turns on it."""
 
     def lanes(phase: PhaseCost) -> list[float]:
@@ -204,7 +204,7 @@ def seconds_of(problem: PlacementProblem, shares: dict[tuple[str, Tier], float])
     return max(a + passes * b for a, b in zip(prefill, decode, strict=True))
 
 
-def check(problem: PlacementProblem, shares: dict[tuple[str, Tier], float]) -> None:
+def check(problem: PlacementProblem, shares: Mapping[tuple[str, Tier], float]) -> None:
     assert all(share >= -NEAR for share in shares.values())
     for kind in KINDS:
         assert sum(share for (of, _), share in shares.items() if of == kind) == pytest.approx(1)
@@ -221,7 +221,7 @@ def check(problem: PlacementProblem, shares: dict[tuple[str, Tier], float]) -> N
 
 def cost(fixed: dict[Lane, float], **weights: dict[Lane, float]) -> PhaseCost:
     """Only weights cost anything, by tier."""
-    free = {(kind, tier): {} for kind in KINDS for tier in Tier}
+    free: dict[tuple[str, Tier], dict[Lane, float]] = {(k, t): {} for k in KINDS for t in Tier}
     return PhaseCost(
         fixed, free | {("weights", Tier(tier)): lanes for tier, lanes in weights.items()}
     )
