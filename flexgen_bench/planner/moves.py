@@ -37,6 +37,15 @@ def moves(task: Task, policy: Policy) -> Iterator[Policy]:
             yield replace(policy, **{kind: other})  # type: ignore[arg-type]
 
 
+def fine_moves(task: Task, policy: Policy) -> Iterator[Policy]:
+    """Blocks a little larger or smaller, for when the coarse choices are made: taken earlier they lead away from larger steps."""
+    eighth = max(1, policy.gpu_batch_size // 8)
+    for size in (policy.gpu_batch_size + eighth, policy.gpu_batch_size - eighth):
+        block = size * policy.num_gpu_batches
+        if size >= 1 and block <= LARGEST_BLOCK and (task.most is None or block <= task.most):
+            yield replace(policy, gpu_batch_size=size)
+
+
 def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
     """Larger and smaller blocks and micro-batches."""
     size, count = policy.gpu_batch_size, policy.num_gpu_batches

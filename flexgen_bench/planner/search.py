@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from flexgen_bench.core.errors import DoesNotFit
@@ -18,15 +18,17 @@ from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.planner.moves import moves
+from flexgen_bench.planner.moves import fine_moves, moves
 from flexgen_bench.planner.placement_lp import KINDS, solve
 from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 2  # candidates of each way of working that are looked at closer
-LOOKED_AT = 16
+LOOKED_AT = 12
+ONE_SLOT = 4  # of these, those that are looked at with a single staging slot, too
 PLAYED = 4  # of them all, by closed form, those that are played
 # Steps that may be played to improve on them: about 20 us each.
-STEP_BUDGET = 80_000
+STEP_BUDGET = 60_000
+FINE_BUDGET = 30_000
 # A deeper model is judged by so many of its layers: they are alike.
 THIN_LAYERS = 12
 POINTS = 3  # passes of a kind that are played while policies are compared
@@ -35,6 +37,7 @@ GAIN = 1.002  # what a change must bring to be taken
 FULL_STEPS = 60_000
 
 Play = Callable[..., Forecast]
+Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Search:
         candidates = solver.best(OF_A_KIND)
         looked_at = candidates[:LOOKED_AT]
         # With a single staging slot nothing is loaded ahead, but what would be on disk may have room in memory.
-        for candidate in candidates[:LOOKED_AT]:
+        for candidate in candidates[:ONE_SLOT]:
             looked_at += solver.solved(replace(candidate.policy, prefetch=1), candidate.problem)
         fitting = [p for c in looked_at if (p := self._fitted(c)) is not None]
         fitting = list(dict.fromkeys(fitting))
@@ -72,15 +75,17 @@ class Search:
         if best is None or not self._play(best):
             best = self._modest()
         self._steps = 0
-        return self._choice(self._improved(best), tuple(candidates))
+        best = self._improved(best, moves, STEP_BUDGET)
+        best = self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
+        return self._choice(best, tuple(candidates))
 
-    def _improved(self, best: Policy) -> Policy:
+    def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play."""
         changed = True
         while changed:
             changed = False
-            for policy in moves(self.task, best):
-                if self._steps >= STEP_BUDGET:
+            for policy in neighbours(self.task, best):
+                if self._steps >= budget:
                     return best
                 if self._play(policy) > GAIN * self._play(best):
                     best, changed = policy, True
