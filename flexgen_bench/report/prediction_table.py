@@ -116,7 +116,8 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
             lines.append("No ratio: this is another machine than the paper's.")
     if any(row.question.num_prompts is None for row in rows):
         lines.append(
-            "As in the paper, each system runs as many prompts as one block of its own holds; "
+            "As in the paper, each system runs as many prompts as one block of its own holds (four of them "
+            "where blocks may overlap, start and end included); "
             "workload.num_prompts=N gives all of them the same job."
         )
     return lines
