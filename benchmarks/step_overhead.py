@@ -18,6 +18,7 @@ from typing import Any
 
 from common import Bar, Report, median, options
 
+from flexgen_bench.calibrate.steps import drive
 from flexgen_bench.config import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
@@ -77,19 +78,9 @@ def nothing(step: Step) -> None:
 def run(model: str, choices: Choices, overlap: bool) -> tuple[float, int]:
     """Drive a whole job as the engine does; seconds and steps."""
     running, job = program(model, choices)
-    executor, count = Executor(settings(), overlap), 0
+    executor = Executor(settings(), overlap)
     start = time.perf_counter()
-    for steps in passes(running):
-        ends: dict[int, tuple[Lane, int]] = {}
-        for step in steps:
-            ticket = executor.submit(step, nothing)
-            count += 1
-            if step.lane in (job.compute_lane, Lane.CPU):
-                ends[step.unit] = ticket
-        for ticket in ends.values():
-            executor.wait([ticket])
-        executor.collect()
-    executor.drain()
+    count = drive(running, job, executor)
     seconds = time.perf_counter() - start
     executor.close()
     return seconds, count

@@ -52,20 +52,26 @@ def _nothing(step: Step) -> None:
 def _run(site: Site, passes: int) -> int:
     """The job as the engine drives it; the number of its steps."""
     running, job = _program(site.device.hardware, passes)
-    executor, count = Executor(site.device.lane_settings()), 0
+    executor = Executor(site.device.lane_settings())
     try:
-        while not running.is_done:
-            ends: dict[int, tuple[Lane, int]] = {}
-            for step in running.steps(running.begin_pass()):
-                ticket = executor.submit(step, _nothing)
-                count += 1
-                if step.lane in (job.compute_lane, Lane.CPU):
-                    ends[step.unit] = ticket
-            for ticket in ends.values():
-                executor.wait([ticket])
-            executor.collect()
-            running.end_pass()
-        executor.drain()
+        return drive(running, job, executor)
     finally:
         executor.close()
+
+
+def drive(running: Program, job: Job, executor: Executor) -> int:
+    """All passes, as the engine drives them, with actions that do nothing; the number of steps."""
+    count = 0
+    while not running.is_done:
+        ends: dict[int, tuple[Lane, int]] = {}
+        for step in running.steps(running.begin_pass()):
+            ticket = executor.submit(step, _nothing)
+            count += 1
+            if step.lane in (job.compute_lane, Lane.CPU):
+                ends[step.unit] = ticket
+        for ticket in ends.values():
+            executor.wait([ticket])
+        executor.collect()
+        running.end_pass()
+    executor.drain()
     return count

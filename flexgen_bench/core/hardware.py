@@ -82,6 +82,11 @@ class HardwareProfile:
             return (Tier.CPU, Tier.DISK)
         return (Tier.GPU, Tier.CPU, Tier.DISK)
 
+    def capacity_bytes(self, tier: Tier) -> int | None:
+        """What a tier holds; None: whatever the local machine has."""
+        stated = (self.gpu_memory_bytes, self.cpu_memory_bytes, self.disk_bytes)
+        return dict(zip((Tier.GPU, Tier.CPU, Tier.DISK), stated, strict=True))[tier]
+
     def link_rate(self, lane: Lane) -> float | None:
         """Bytes/s of a lane's link: as the profile states, else as measured; None if neither is known."""
         measured = self.rates.links if self.rates is not None else {}

@@ -9,7 +9,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.cohorts import Request, worst_of
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.search import Search
 from flexgen_bench.planner.task import Task
@@ -36,10 +36,8 @@ def auto_policy(
         return default_policy(
             shape, packed, dtype, hardware, requests, available, block_size, lossy, scored_rows
         )
-    # The worst job there can be: cohorts pad prompts to their longest and run to their longest answer.
-    worst = Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
     task = Task(
-        shape, dtype, hardware, {lossy: packed}, worst, len(requests), available, block_size,
+        shape, dtype, hardware, {lossy: packed}, worst_of(requests), len(requests), available, block_size,
         scored_rows=scored_rows,
     )  # fmt: skip
     return Search(task).run().policy

@@ -126,8 +126,7 @@ class Candidates:
         for tried in self.problems(shape, problem):
             solution = solve(tried)
             if solution is not None:
-                placed = {kind: solution.placement(kind) for kind in KINDS}
-                policy = replace(shape, **placed)  # type: ignore[arg-type]
+                policy = solution.applied_to(shape)
                 speed = shape.block_size * self.task.request.gen_len / solution.seconds
                 found.append(Candidate(policy, tried, solution, speed))
         return sorted(found, key=lambda candidate: -candidate.tok_per_s)[:1]
@@ -227,6 +226,5 @@ class Candidates:
 def _patient(candidate: Candidate) -> Candidate:
     """The candidate placed so that lanes that do not bind have the least to do."""
     solution = least_work(candidate.problem, candidate.solution)
-    placed = {kind: solution.placement(kind) for kind in KINDS}
-    policy = replace(candidate.policy, **placed)  # type: ignore[arg-type]
+    policy = solution.applied_to(candidate.policy)
     return replace(candidate, policy=policy, solution=solution)

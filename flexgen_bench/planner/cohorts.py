@@ -28,6 +28,11 @@ class Request:
     gen_len: int
 
 
+def worst_of(requests: Sequence[Request]) -> Request:
+    """What a job of these is planned for: cohorts pad prompts to their longest and run to their longest answer."""
+    return Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
+
+
 @dataclass(frozen=True)
 class Cohorts:
     """Which sequences start together (``groups``, in the order they start), and the rooms there are for them."""

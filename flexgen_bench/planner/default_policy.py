@@ -16,7 +16,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.planner.cohorts import Request, worst_of
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import PackedModel
 
@@ -43,9 +43,7 @@ def default_policy(
     is compressed accordingly. scored_rows: rows of logits that a scoring job wants at once.
     """
     wanted = min(block_size or len(requests), len(requests))
-    # The worst job there can be: cohorts pad prompts to their longest and run to their longest answer.
-    worst = Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
-    job = [worst] * wanted
+    job = [worst_of(requests)] * wanted
     refusal: DoesNotFit | None = None
     for candidate in _candidates(hardware, wanted):
         policy = replace(candidate, lossy=lossy)

@@ -28,7 +28,7 @@ class EnginePredictor(Predictor):
     machine's rates."""
 
     def predict(self, question: Question) -> Prediction:
-        """The same policy and times that ``policy=auto`` would come to on that machine."""
+        """What the search finds for that machine. (A run prefers the plain rule's policy to one that promises little more: engine/build.py.)"""
         rates_of(question.hardware)
         given = self.options.get("policy")
         policy = None if given is None else Policy.from_dict(dict(given))

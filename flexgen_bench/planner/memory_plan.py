@@ -47,17 +47,12 @@ class MemoryPlan:
 
     def check(self, hardware: HardwareProfile, available: Mapping[Tier, int]) -> None:
         """Raise DoesNotFit if a tier is too small: the profile's capacity, or what is ``available`` to a plan now."""
-        stated = {
-            Tier.GPU: hardware.gpu_memory_bytes,
-            Tier.CPU: hardware.cpu_memory_bytes,
-            Tier.DISK: hardware.disk_bytes,
-        }
         for tier, parts in self.bytes.items():
             need = sum(parts.values())
             # Weights on disk are in the packed store already: they do not take from what is free.
             stored = parts.get("weights", 0) if tier is Tier.DISK else 0
             free = available.get(tier)
-            limits = (stated[tier], None if free is None else free + stored)
+            limits = (hardware.capacity_bytes(tier), None if free is None else free + stored)
             capacity = min((limit for limit in limits if limit is not None), default=None)
             if capacity is not None and need > capacity:
                 largest = sorted(parts.items(), key=lambda item: -item[1])

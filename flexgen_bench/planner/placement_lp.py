@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flexgen_bench.core.policy import Placement, Schedule
+from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 
 KINDS = ("weights", "kv_cache", "activations")
@@ -46,6 +46,11 @@ class PlacementProblem:
     room: Mapping[Tier, float]
     max_latency_s: float | None = None
     held: Mapping[str, Tier] = field(default_factory=dict)
+
+    @property
+    def share_names(self) -> list[Share]:
+        """The shares, in the order of the program's first variables."""
+        return [(kind, tier) for kind in KINDS for tier in Tier if tier in self.room]
 
     def work_s(self, share: Share) -> float:
         """Seconds of all lanes together, in a block, for what a share is of."""
@@ -85,11 +90,19 @@ class PlacementSolution:
         total = sum(clean.values())
         return Placement(**{str(tier): share / total for tier, share in clean.items()})
 
+    def applied_to(self, policy: Policy) -> Policy:
+        """The policy with its tensors placed like this."""
+        return replace(
+            policy,
+            weights=self.placement("weights"),
+            kv_cache=self.placement("kv_cache"),
+            activations=self.placement("activations"),
+        )
+
 
 def linear_program(problem: PlacementProblem) -> LinearProgram:
     """Variables are the shares, and the seconds of the phases (``T_prefill``, ``T_decode``) or of both together (``T``)."""
-    tiers = [tier for tier in Tier if tier in problem.room]
-    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    shares = problem.share_names
     block = problem.schedule is Schedule.BLOCK
     times = ["T_prefill", "T_decode"] if block else ["T"]
     passes = float(problem.decode_passes)
@@ -117,7 +130,7 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
         else:
             both = [a + passes * b for a, b in zip(before, after, strict=True)]
             limit(str(lane), both, (-1.0,), -fixed[0] - passes * fixed[1])
-    for tier in tiers:
+    for tier in (tier for tier in Tier if tier in problem.room):
         needs = [problem.sizes[kind] if tier is where else 0.0 for kind, where in shares]
         limit(f"memory of {tier}", needs, [0.0] * len(times), problem.room[tier])
     if problem.max_latency_s is not None:
@@ -141,8 +154,7 @@ def solve(problem: PlacementProblem) -> PlacementSolution | None:
 def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementSolution:
     """The placement that works least of those that take (nearly) no longer than the best."""
     program = linear_program(problem)
-    tiers = [tier for tier in Tier if tier in problem.room]
-    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    shares = problem.share_names
     times = program.objective[len(shares) :]
     work = tuple(problem.work_s(share) for share in shares)
     bound = (*[0.0] * len(shares), *times)
@@ -164,8 +176,7 @@ def _on(resource: Lane, seconds: Seconds) -> float:
 def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolution | None:
     from scipy.optimize import linprog  # half a second to import
 
-    tiers = [tier for tier in Tier if tier in problem.room]
-    shares = [(kind, tier) for kind in KINDS for tier in tiers]
+    shares = problem.share_names
     rows, limits, scales = _scaled(program, len(shares))
     found: Any = linprog(
         program.objective, A_ub=rows, b_ub=limits, A_eq=program.equal, b_eq=program.values,

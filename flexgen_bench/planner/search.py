@@ -19,7 +19,7 @@ from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.moves import fine_moves, moves
-from flexgen_bench.planner.placement_lp import KINDS, solve
+from flexgen_bench.planner.placement_lp import solve
 from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 2  # candidates of each way of working that are looked at closer
@@ -57,7 +57,7 @@ class Search:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._known: dict[Policy, float] = {}
+        self._known: dict[Policy, Forecast | None] = {}  # None: does not fit
         self._steps = 0
 
     def run(self) -> Choice:
@@ -103,8 +103,7 @@ class Search:
                 solution = solve(replace(candidate.problem, room=room))
                 if solution is None:
                     return None
-                placed = {kind: solution.placement(kind) for kind in KINDS}
-                policy = replace(policy, **placed)  # type: ignore[arg-type]
+                policy = solution.applied_to(policy)
             else:
                 return policy
         return None
@@ -121,7 +120,8 @@ class Search:
         return modest
 
     def _choice(self, best: Policy, candidates: tuple[Candidate, ...]) -> Choice:
-        plan, found = self.task.plan(best), self._times(best, forecast)
+        plan, found = self.task.plan(best), self._played(best)
+        assert found is not None, "what is chosen fits"
         if found.steps * self.task.shape.num_layers < FULL_STEPS * THIN_LAYERS:
             packed = self.task.packed[best.lossy]
             found = forecast(
@@ -136,13 +136,18 @@ class Search:
 
     def _play(self, policy: Policy) -> float:
         """Tokens/s on simulated lanes; 0 for what does not fit or takes too long."""
+        found = self._played(policy)
+        return 0.0 if found is None else self._speed(policy, found)
+
+    def _played(self, policy: Policy) -> Forecast | None:
+        """Played once, however often it is asked about."""
         if policy not in self._known:
             try:
                 self.task.plan(policy)
             except DoesNotFit:
-                self._known[policy] = 0.0
+                self._known[policy] = None
             else:
-                self._known[policy] = self._speed(policy, self._times(policy, forecast))
+                self._known[policy] = self._times(policy, forecast)
         return self._known[policy]
 
     def _speed(self, policy: Policy, times: Forecast) -> float:

@@ -62,11 +62,6 @@ class Task:
 
     def capacity(self, tier: Tier) -> float:
         """Bytes a plan may use on a tier."""
-        hardware = self.hardware
-        stated = {
-            Tier.GPU: hardware.gpu_memory_bytes,
-            Tier.CPU: hardware.cpu_memory_bytes,
-            Tier.DISK: hardware.disk_bytes,
-        }[tier]
-        known = [x for x in (stated, self.available.get(tier)) if x is not None]
+        limits = (self.hardware.capacity_bytes(tier), self.available.get(tier))
+        known = [x for x in limits if x is not None]
         return float(min(known)) if known else 1e15

@@ -13,6 +13,7 @@ from rich.text import Text
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.report.cells import number, one_line
 from flexgen_bench.report.settings_text import policy_text, settings_text
@@ -110,13 +111,8 @@ def _prediction(row: Simulated, done: Prediction) -> Iterator[tuple[str, str]]:
         yield "settings", own
     for line in _as_lines(chosen.get("why")):
         yield "why", line
-    capacities = {
-        "gpu": row.hardware.gpu_memory_bytes,
-        "cpu": row.hardware.cpu_memory_bytes,
-        "disk": row.hardware.disk_bytes,
-    }
-    for tier, capacity in capacities.items():
-        used = {str(t): count for t, count in done.bytes.items()}.get(tier)
+    for tier in Tier:
+        capacity, used = row.hardware.capacity_bytes(tier), done.bytes.get(tier)
         if used is not None and (used or capacity):
             yield f"{tier}", _filled(used, capacity)
     blocks = max(1, -(-done.num_prompts // done.batch_size))

@@ -73,11 +73,7 @@ def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
 def heading(row: Simulated) -> str:
     """What all rows of a job have in common."""
     asked, hardware = row.question, row.hardware
-    sizes = {
-        Tier.GPU: hardware.gpu_memory_bytes,
-        Tier.CPU: hardware.cpu_memory_bytes,
-        Tier.DISK: hardware.disk_bytes,
-    }
+    sizes = {tier: hardware.capacity_bytes(tier) for tier in Tier}
     held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in sizes.items() if size)
     many = "as many as a block holds" if asked.num_prompts is None else str(asked.num_prompts)
     return (
