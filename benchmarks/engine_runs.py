@@ -21,6 +21,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -88,6 +89,7 @@ class Measured:
     lanes: Mapping[Lane, LaneUse]
     plan: MemoryPlan
     tokens: tuple[tuple[int, ...], ...]
+    timeline: Timeline
 
     def busy_s(self, lane: Lane) -> float:
         return self.lanes[lane].busy_s if lane in self.lanes else 0.0
@@ -138,6 +140,7 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
         lanes=result.lanes,
         plan=result.plan,
         tokens=tuple(tuple(s.new) for s in sequences),
+        timeline=result.timeline,
     )
 
 

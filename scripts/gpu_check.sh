@@ -13,7 +13,7 @@ if [ -n "${WHEELS:-}" ]; then
     # A baseline that needs a folder of its own fetches its wheel itself, from here.
     export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels"
     if [ ! -e "$site/.installed" ] || [ "$wheels" -nt "$site/.installed" ]; then
-        list=$(find "$wheels" -maxdepth 1 -name '*.whl' ! -name 'flexgen-*' | sort)
+        list=$(find "$wheels" -maxdepth 1 -type f -name '*.whl' ! -name 'flexgen-*' | sort)
         # shellcheck disable=SC2086  (names of wheels hold no spaces)
         "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" $list
         touch "$site/.installed"

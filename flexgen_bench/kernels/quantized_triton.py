@@ -22,7 +22,7 @@ BLOCK = (
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _dequantize(
     codes: Any,
-    params: Any,
+    numbers: Any,
     out: Any,
     n: Any,
     row_bytes: Any,
@@ -58,9 +58,9 @@ def _dequantize(
         shared = (byte >> (part % 2 * 3)) & 7
         last = (byte >> 6) | (((middle >> tl.where(part == 6, 6, 7)) & 1) << 2)
         code = tl.where(part < 6, shared, last)
-    numbers = params + (row * groups + group) * 2
-    scale = tl.load(numbers, mask=inside, other=0).to(tl.float32)
-    smallest = tl.load(numbers + 1, mask=inside, other=0).to(tl.float32)
+    first = numbers + (row * groups + group) * 2
+    scale = tl.load(first, mask=inside, other=0).to(tl.float32)
+    smallest = tl.load(first + 1, mask=inside, other=0).to(tl.float32)
     value = smallest + code.to(tl.float32) * scale  # exact product: contraction changes nothing
     tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
 

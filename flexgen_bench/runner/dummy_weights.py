@@ -18,7 +18,7 @@ _CHUNK = 2**22
 _STD = 0.02  # the standard deviation OPT and Llama are initialised with
 # From this size on every layer has the numbers of the first one, and the checkpoint holds them once: OPT-175B takes 5 GB
 # of disk instead of 350. Speed does not depend on the values, and whoever loads it still needs memory for every layer.
-REPEATED_FROM_BYTES = 32 * GB
+REPEATED_FROM_BYTES = 10 * GB
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Projections that add to the residual stream: scaled down so that its size does not grow with depth
 # (Radford et al. 2019, section 2.3).
