@@ -43,6 +43,7 @@ GPU, CPU, DISK = (Placement.all_on(tier) for tier in (Tier.GPU, Tier.CPU, Tier.D
 FOUR = Compression(4)
 JOB = Shape(prompts=64, prompt_len=512, gen_len=32)
 FEW = Shape(prompts=4, prompt_len=512, gen_len=32)
+SOME = Shape(prompts=16, prompt_len=512, gen_len=16)
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def cases() -> Iterator[Case]:
         moved, kv_cache=CPU, attention=AttentionSite.CPU, gpu_batch_size=16, num_gpu_batches=4
     )
     yield Case("attended by the cpu", attended)
-    yield Case(
-        "continuous, attended by the cpu",
-        replace(attended, num_gpu_batches=2, schedule=Schedule.CONTINUOUS),
+    continuous = replace(
+        attended, gpu_batch_size=8, num_gpu_batches=1, schedule=Schedule.CONTINUOUS
     )
+    yield Case("continuous, attended by the cpu", continuous, SOME)
     yield Case("activations moved", replace(resident, activations=CPU))
     yield Case("no overlap", replace(moved, overlap=False))
     yield Case("4-bit weights resident", replace(resident, lossy=Lossy(weights=FOUR)))
@@ -82,7 +83,11 @@ def cases() -> Iterator[Case]:
         "4-bit weights and KV cache moved",
         replace(moved, kv_cache=CPU, lossy=Lossy(weights=FOUR, kv_cache=FOUR)),
     )
-    yield Case("weights from disk", replace(moved, weights=Placement(gpu=0.5, disk=0.5)), FEW)
+    yield Case(
+        "weights from disk",
+        replace(moved, weights=Placement(gpu=0.5, disk=0.5)),
+        replace(FEW, gen_len=8),
+    )
 
 
 def packed_weights(layers: int, compression: Compression | None, cache: Path) -> PackedWeights:
@@ -127,7 +132,8 @@ def main() -> int:
     dummy_weights.REPEATED_FROM_BYTES = 0
     opts = Options(False, given.rounds, physical_cores(), given.out, given.cache, MODEL)
     rates = ensure_calibrated(opts.cache, opts.threads, print)
-    profile = with_calibration(hardware_profile("gpu16"), rates)
+    whole = replace(hardware_profile("gpu16"), name="gpu", gpu_memory_bytes=None)
+    profile = with_calibration(whole, rates)
     weights = {c: packed_weights(given.layers, c, given.cache) for c in (None, FOUR)}
     report = Report("gpu_prediction", Evidence.MEASURED, opts)
     report.settings = {"rates": rates.to_dict(), "layers": given.layers}

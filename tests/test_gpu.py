@@ -154,7 +154,8 @@ def runtime_events(reference: Reference, policy: Policy, folder: Path, tokens: i
     """How often each CUDA call and each kind of copy happened in a job of ``tokens`` passes."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=both, acc_events=True) as profiler:
         run(reference, policy, CUDA, folder, new_tokens=tokens)
     return Counter({event.key: event.count for event in profiler.key_averages()})
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from flexgen_bench.calibrate.effort import SiteEffort
+from flexgen_bench.calibrate.effort import Format, SiteEffort
 from flexgen_bench.calibrate.site import Room, Site
-from flexgen_bench.calibrate.stable import Probe
+from flexgen_bench.calibrate.stable import Probe, Reading
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.rates import number_format
 from flexgen_bench.core.tiers import Lane, Tier
@@ -25,7 +25,6 @@ from flexgen_bench.schedule.steps import Step, StepKind
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEQUENCES = 8  # of a call, as in a small micro-batch
 _NEW_TOKENS = 16  # behind the prompt of a cache, in a segment of their own
 _STEP = Step(Lane.CPU, StepKind.ATTEND, 0)
 
@@ -35,7 +34,7 @@ def prefill_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
     site, (heads, dim) = room.site, effort.heads_of_dim[0]
     dtype = TORCH_DTYPES[_usual(site)]
     for tokens in effort.prompts:
-        count = max(1, min(SEQUENCES, effort.prompt_tokens // tokens))
+        count = max(1, min(effort.sequences, effort.prompt_tokens // tokens))
         form = KVForm(heads, dim, dtype, None)
         token_bytes = 2 * heads * dim * dtype.itemsize
         layout = KVLayout(count, tokens, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
@@ -74,28 +73,58 @@ def _prefill(
 
 
 def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
-    """``<tier>.decode_attention.<format>.<query heads per KV head>``."""
-    site = room.site
+    """``<tier>.decode_attention.<format>.<query heads per KV head>`` over many sequences, and ``<tier>.attend.<format>`` over hardly any
+    cache: ``apart`` tells from both what a call costs beside reading."""
     for dtype, compression in effort.kv:
         number = number_format(dtype, compression)
-        torch_dtype = TORCH_DTYPES[dtype]
-        for shared in effort.heads:
-            kv_heads, dim = effort.heads_of_dim[shared > 1]
-            row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
-            form = KVForm(kv_heads, dim, torch_dtype, compression)
-            layout = KVLayout(
-                SEQUENCES, effort.cache_tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, 2 * kv_heads * row,
-            )  # fmt: skip
-            if layout.region_bytes > room.size:
-                continue
-            q = room.numbers((SEQUENCES, kv_heads * shared, dim), torch_dtype)
-            k, v = (room.numbers((SEQUENCES, kv_heads, dim), torch_dtype) for _ in range(2))
-            yield Probe(
-                f"{site.tier}.decode_attention.{number}.{shared}",
-                SEQUENCES * effort.cache_tokens * layout.token_bytes,
-                _decode(site, KVRegion(layout, form), room.turns(layout.region_bytes).__next__, (q, k, v)),
-                site.settle,
-            )  # fmt: skip
+        large = (effort.sequences, effort.cache_tokens)
+        wanted = [
+            (f"decode_attention.{number}.{shared}", shared, *large) for shared in effort.heads
+        ]
+        wanted.append((f"attend.{number}", 1, 1, 2 * _NEW_TOKENS))
+        for name, shared, sequences, tokens in wanted:
+            heads = effort.heads_of_dim[shared > 1]
+            probe = _decode_probe(
+                room, name, (dtype, compression), heads, shared, sequences, tokens
+            )
+            if probe is not None:
+                yield probe
+
+
+def _decode_probe(
+    room: Room,
+    name: str,
+    number: Format,
+    heads: tuple[int, int],
+    shared: int,
+    sequences: int,
+    tokens: int,
+) -> Probe | None:
+    """None if there is no room for such a cache."""
+    site, (dtype, compression), (kv_heads, dim) = room.site, number, heads
+    torch_dtype = TORCH_DTYPES[dtype]
+    row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
+    form = KVForm(kv_heads, dim, torch_dtype, compression)
+    layout = KVLayout(sequences, tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, 2 * kv_heads * row)
+    if layout.region_bytes > room.size:
+        return None
+    q = room.numbers((sequences, kv_heads * shared, dim), torch_dtype)
+    k, v = (room.numbers((sequences, kv_heads, dim), torch_dtype) for _ in range(2))
+    return Probe(
+        f"{site.tier}.{name}",
+        sequences * tokens * layout.token_bytes,
+        _decode(site, KVRegion(layout, form), room.turns(layout.region_bytes).__next__, (q, k, v)),
+        site.settle,
+    )
+
+
+def apart(large: Reading, small: Reading) -> tuple[float, float]:
+    """Bytes/s of reading a cache, and seconds of a call beside it, from a call that reads much and one that reads little."""
+    more_s = large.seconds - small.seconds
+    if more_s <= 0:  # noise, or too little to read: then all of it is reading
+        return large.rate, 0.0
+    rate = (large.amount - small.amount) / more_s
+    return rate, max(0.0, small.seconds - small.amount / rate)
 
 
 def _decode(

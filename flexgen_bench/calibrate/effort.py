@@ -25,7 +25,8 @@ class SiteEffort:
     """What is measured of a processor or an accelerator.
 
     widths: hidden sizes of the OPT layers; rows: of their products; prompts: tokens; heads: query heads per KV head.
-    prompt_tokens: at most so many in all prompts of a prefill attention; cache_tokens: of each sequence in a decode one. heads_of_dim:
+    sequences: at most so many in an attention, as in a micro-batch; prompt_tokens: at most so many in all prompts of a prefill
+    attention; cache_tokens: of each sequence in a decode one. heads_of_dim:
     (KV heads, head dim) of attention in which every query head has its own KV head (OPT-1.3B), and of shared ones (Llama 3).
     least_bytes, most_bytes: limits of the memory whose contents take turns, so that caches do not flatter what is read.
     """
@@ -35,6 +36,7 @@ class SiteEffort:
     matrix: tuple[Format, ...]
     kv: tuple[Format, ...] = KV_FORMATS
     prompts: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    sequences: int = 16
     prompt_tokens: int = 2048
     heads: tuple[int, ...] = (1, 4, 8)
     cache_tokens: int = 512
@@ -65,7 +67,7 @@ QUICK = Effort(
     patience=Patience(budget_s=13.0, sample_s=0.004, last=3, spread=0.10),
     cpu=SiteEffort(widths=(768, 2048), rows=_POWERS[:9], matrix=CPU_MATRIX, prompts=(32, 128, 512)),
     gpu=SiteEffort(widths=(2048, 4096), rows=(1, 4, 16, 64, 256, 1024, 4096), matrix=GPU_MATRIX,
-                   prompts=(32, 128, 512, 1024), prompt_tokens=8192),
+                   prompts=(32, 128, 512, 1024), sequences=32, prompt_tokens=16384),
     link_bytes=(MIB, 64 * MIB),
     disk_bytes=256 * MIB,
     disk_piece=64 * MIB,
@@ -77,7 +79,7 @@ FULL = Effort(
     patience=Patience(budget_s=200.0, sample_s=0.02, last=4, spread=0.05),
     cpu=SiteEffort(widths=(512, 1024, 2048, 4096), rows=_POWERS, matrix=CPU_MATRIX),
     gpu=SiteEffort(widths=(1024, 2048, 4096, 8192), rows=(*_POWERS, 2048, 4096), matrix=GPU_MATRIX,
-                   prompt_tokens=8192, most_bytes=4 * GIB),
+                   sequences=32, prompt_tokens=16384, most_bytes=4 * GIB),
     link_bytes=(64 * 1024, MIB, 16 * MIB, 256 * MIB),
     disk_bytes=GIB,
     disk_piece=64 * MIB,

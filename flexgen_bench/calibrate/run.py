@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.calibrate.attention import decode_probes, prefill_probes
+from flexgen_bench.calibrate.attention import apart, decode_probes, prefill_probes
 from flexgen_bench.calibrate.disk import disk_probes
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
 from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
@@ -108,10 +108,24 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
         place = data
         for key in path:
             place = place.setdefault(key, {})
-        # A step's constant is the time it takes, the others are rates.
-        place[last] = _rounded(1 / reading.rate if last == "step" else reading.rate)
+        place[last] = _rounded(_constant(name, reading, readings))
         spread[name] = round(reading.spread, 4)
     return Rates.from_dict(data | {"spread": spread}, "calibration")
+
+
+def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> float:
+    """A reading as the constant of its name: a step's is the time it takes, the others are rates; what attention takes beside
+    reading its cache is told apart."""
+    tier, _, what = name.partition(".")
+    kind, _, number = what.partition(".")
+    if kind == "step":
+        return 1 / reading.rate
+    if kind == "attend":
+        return apart(readings[f"{tier}.decode_attention.{number}.1"], reading)[1]
+    if kind == "decode_attention":
+        small = readings.get(f"{tier}.attend.{number.rpartition('.')[0]}")
+        return apart(reading, small)[0] if small else reading.rate
+    return reading.rate
 
 
 def _rounded(value: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Calls of one sample are as many as fill its time, within reason.
 _MOST_CALLS = 10_000
@@ -36,12 +36,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their median."""
+    """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their median.
+    amount: of a call."""
 
     rate: float
     spread: float
     samples: int
     stable: bool
+    amount: float = field(default=1.0, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of a call."""
+        return self.amount / self.rate
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,14 @@ def measure(
         number += 1
         for probe in waiting:
             if number > _FEWEST_ROUNDS and clock() - begin > patience.budget_s:
-                return _readings(samples, patience)
+                return _readings(probes, samples, patience)
             seconds = _timed(probe, calls[probe.name], clock) / calls[probe.name]
             samples[probe.name].append(probe.amount / seconds)
             # The first call may have been slow for other reasons than its work.
             calls[probe.name] = _enough(seconds, patience)
             tell(Progress(number, len(probes) - len(waiting), len(probes), clock() - begin))
         waiting = [p for p in waiting if not _is_stable(samples[p.name], patience)]
-    return _readings(samples, patience)
+    return _readings(probes, samples, patience)
 
 
 def _timed(probe: Probe, calls: int, clock: Callable[[], float]) -> float:
@@ -127,10 +134,13 @@ def _is_stable(rates: Sequence[float], patience: Patience) -> bool:
     return len(rates) >= patience.last and spread_of(rates[-patience.last :]) <= patience.spread
 
 
-def _readings(samples: Mapping[str, Sequence[float]], patience: Patience) -> dict[str, Reading]:
+def _readings(
+    probes: Sequence[Probe], samples: Mapping[str, Sequence[float]], patience: Patience
+) -> dict[str, Reading]:
     found = {}
-    for name, rates in samples.items():
+    for probe in probes:
+        rates = samples[probe.name]
         stable, last = _is_stable(rates, patience), rates[-patience.last :]
         median = statistics.median(last if stable else rates)
-        found[name] = Reading(median, spread_of(last), len(rates), stable)
+        found[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount)
     return found

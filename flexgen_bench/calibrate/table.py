@@ -66,11 +66,12 @@ def _rest(readings: Readings) -> Table:
         if ".matrix." in name or "_attention." in name:
             continue
         star = "" if reading.stable else "*"
-        rate = (
-            f"{1e6 / reading.rate:.1f} us"
-            if name.endswith(".step")
-            else f"{reading.rate / GB:.2f} GB/s"
-        )
+        if name.endswith(".step"):
+            rate = f"{1e6 / reading.rate:.1f} us"
+        elif ".attend." in name:
+            rate = f"{1e6 * reading.seconds:.1f} us"
+        else:
+            rate = f"{reading.rate / GB:.2f} GB/s"
         table.add_row(_readable(name), rate + star, f"{reading.spread:.1%}")
     return table
 

@@ -45,6 +45,7 @@ class SiteRates:
     decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
     step: seconds a step takes beside its work (launches, Python, waking up a thread).
+    attend: seconds of a decode attention beside reading its cache, by number format; none where it is not known apart from ``step``.
     """
 
     matrix: Mapping[str, Mapping[int, Table]]
@@ -53,15 +54,18 @@ class SiteRates:
     decode_attention: Mapping[str, Table]
     unpack: float
     step: float
+    attend: Mapping[str, float] = field(default_factory=dict)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""
         widths = self.matrix[_nearest(number, self.matrix)]
         return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
 
-    def decode_attention_rate(self, number: str, heads_per_kv_head: int) -> float:
+    def decode_attention_s(self, read_bytes: float, number: str, heads_per_kv_head: int) -> float:
+        """Seconds of a decode attention that reads so much of a cache of this number format."""
         table = self.decode_attention[_nearest(number, self.decode_attention)]
-        return interpolated(table, heads_per_kv_head)
+        beside = self.attend[_nearest(number, self.attend)] if self.attend else 0.0
+        return beside + read_bytes / interpolated(table, heads_per_kv_head)
 
     def prefill_attention_rate(self, tokens: float) -> float:
         return interpolated(self.prefill_attention, tokens)
@@ -145,7 +149,7 @@ def _site(data: Any, where: str) -> SiteRates:
         raise UserError(where, data, "a mapping of constants")
     names = [f.name for f in fields(SiteRates)]
     _only(data, names, where)
-    missing = [name for name in names if data.get(name) in (None, {})]
+    missing = [name for name in names if data.get(name) in (None, {}) and name != "attend"]
     if missing:
         raise UserError(
             f"{where}.{missing[0]}",
@@ -153,9 +157,6 @@ def _site(data: Any, where: str) -> SiteRates:
             "given",
             "A profile states all of " + ", ".join(names) + ".",
         )
-    step = _number(data["step"], f"{where}.step")
-    if not 0 <= step < 1:
-        raise UserError(f"{where}.step", step, "seconds, from 0 to 1", "A microsecond is 1e-6.")
     formats = data["matrix"]
     return SiteRates(
         matrix={
@@ -178,8 +179,19 @@ def _site(data: Any, where: str) -> SiteRates:
             ).items()
         },
         unpack=stated_rate(data["unpack"], f"{where}.unpack"),
-        step=step,
+        step=_seconds(data["step"], f"{where}.step"),
+        attend={
+            _format(number, f"{where}.attend"): _seconds(value, f"{where}.attend.{number}")
+            for number, value in _mapping(data.get("attend") or {}, f"{where}.attend", True).items()
+        },
     )
+
+
+def _seconds(value: Any, where: str) -> float:
+    seconds = _number(value, where)
+    if not 0 <= seconds < 1:
+        raise UserError(where, value, "seconds, from 0 to 1", "A microsecond is 1e-6.")
+    return seconds
 
 
 def _rates_of(data: Any, where: str) -> dict[str, float]:

@@ -147,8 +147,9 @@ class Actions:
         return self._family.rows(self._shape, torch.tensor(ids), _positions(work))
 
     def _gather_rows(self, step: Step) -> None:
+        moves = self._device.is_cuda and self._on_accelerator(step)
         self._rows[step.stage] = {
-            name: self._weights.rows(name, index)
+            name: self._weights.rows(name, index, pinned=moves)
             for name, index in self._indices(step.micro_batch).items()
         }
 

@@ -5,21 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.core.units import format_bytes
+from flexgen_bench.core.units import PAGE, aligned, format_bytes
 from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.kept_memory import KeptMemory
 from flexgen_bench.engine.step_errors import explain_memory
 
 
 class Arenas:
-    """Allocates memory on a tier under the name the plan has for it. ``bytes``: what was asked for so far, per tier and name."""
+    """Allocates memory on a tier under the name the plan has for it. ``bytes``: what was asked for so far, per tier and name.
 
-    def __init__(self, device: Device) -> None:
+    kept: host memory to begin with, and where it goes when it is handed on.
+    """
+
+    def __init__(self, device: Device, kept: KeptMemory | None = None) -> None:
         self._device = device
+        self._kept = kept
+        self._on_host: list[Tensor] = []
         self.bytes: dict[Tier, dict[str, int]] = {}
 
     def allocate(self, tier: Tier, name: str, num_bytes: int) -> Tensor:
         """uint8 memory of exact size, zeroed. OutOfMemory if the system refuses what the plan said would fit."""
         self.note(tier, name, num_bytes)
+        if self._kept is not None and tier is Tier.CPU:
+            memory = self._on_host_again(self._kept, num_bytes)
+            if memory is not None:
+                return memory
         try:
             memory = self._device.allocate(tier, num_bytes)
         except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
@@ -27,6 +37,23 @@ class Arenas:
             raise
         if memory.is_cuda:
             memory.zero_()  # padding is multiplied by zero: it must not hold NaN
+        if self._kept is not None and tier is Tier.CPU:
+            self._on_host.append(memory)
+        return memory
+
+    def end(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Nothing uses this memory any more: what of it is on the host is kept for the next job. Nothing is kept after an error (of
+        this ``kind``), which may have been for want of memory."""
+        if self._kept is not None:
+            self._kept.keep(self._on_host)
+            if kind is not None:
+                self._kept.release()
+        self._on_host.clear()
+
+    def _on_host_again(self, kept: KeptMemory, num_bytes: int) -> Tensor | None:
+        memory = kept.take(max(PAGE, aligned(num_bytes)))
+        if memory is not None:
+            self._on_host.append(memory.zero_())
         return memory
 
     def note(self, tier: Tier, name: str, num_bytes: int) -> None:

@@ -20,6 +20,7 @@ from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.frames import release_frames
 from flexgen_bench.engine.generation import Generation, Running, ScoreRequest, Scoring
 from flexgen_bench.engine.job_run import JobRun, Progress
+from flexgen_bench.engine.kept_memory import KeptMemory
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
@@ -70,6 +71,7 @@ class Engine:
         smallest = self.plan([Request(1, 1)])
         self._check(smallest)
         self._arenas = Arenas(device)
+        self._kept = KeptMemory()
         try:
             self._weights = Weights(store, packed, dtype, smallest.job, device, self._arenas)
         except BaseException as error:
@@ -125,9 +127,14 @@ class Engine:
             return False
         return True
 
+    def release_kept(self) -> None:
+        """Give back what the last job has left for the next one; that one will take its memory anew."""
+        self._kept.release()
+
     def close(self) -> None:
-        """Release the weights. A second time does nothing."""
+        """Release the weights, and what the last job has left. A second time does nothing."""
         self._closed = True
+        self.release_kept()
         self._weights.close()
 
     def _check(self, plan: MemoryPlan) -> None:
@@ -140,10 +147,11 @@ class Engine:
         self._check(plan)
         result = JobResult(plan=plan)
         spilled = sum(plan.bytes.get(Tier.DISK, {}).get(k, 0) for k in ("kv_cache", "activations"))
-        arenas = Arenas(self._device)
+        arenas = Arenas(self._device, self._kept)
         # Released in reverse: no lane may be running when its memory goes.
         with ExitStack() as held:
             held.push(release_frames)
+            held.push(arenas.end)
             spill = SpillFile(self._offload_dir, spilled) if spilled else None
             if spill is not None:
                 held.callback(spill.close)

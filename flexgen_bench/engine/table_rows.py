@@ -16,10 +16,11 @@ from flexgen_bench.memory.host import allocate
 from flexgen_bench.planner.units import PackedEntry
 
 
-def rows_in_memory(table: Weight, indices: Tensor) -> Tensor:
-    """(N,) indices -> (N, E), on the table's device."""
+def rows_in_memory(table: Weight, indices: Tensor, pinned: bool = False) -> Tensor:
+    """(N,) indices -> (N, E), on the table's device. pinned: a plain table on the host gives page-locked rows, ready to be moved."""
     if isinstance(table, Tensor):
-        return table.index_select(0, indices.to(table.device))
+        rows = table.new_empty((len(indices), table.shape[1]), pin_memory=pinned)
+        return torch.index_select(table, 0, indices.to(table.device), out=rows)
     wanted = indices.to(table.codes.device)
     codes, params = table.codes.index_select(0, wanted), table.params.index_select(0, wanted)
     return dequantize(codes, params, table.shape[1], table.compression, table.dtype)

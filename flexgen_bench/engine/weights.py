@@ -101,13 +101,13 @@ class Weights:
             return self._unpacked(step.unit, step.plain)
         return self._packed_views(step)
 
-    def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E)."""
+    def rows(self, name: str, indices: Tensor, pinned: bool = False) -> Tensor:
+        """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E). pinned: best page-locked."""
         entry = next(t for t in self._packed.tables if t.tensor.spec.name == name)
         if self._tiers[0] is Tier.DISK:
             return rows_on_disk(self._file, entry, indices, self._dtype)
         memory, base = self._resident[0]
-        return rows_in_memory(view(memory, entry, base, self._dtype), indices)
+        return rows_in_memory(view(memory, entry, base, self._dtype), indices, pinned)
 
     def close(self) -> None:
         """Release the memory now; views that are still held elsewhere would keep it."""

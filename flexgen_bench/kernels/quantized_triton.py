@@ -5,8 +5,6 @@ Layout and formula are those of kernels/quantization.py. Imported only where Tri
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
@@ -20,17 +18,17 @@ BLOCK = (
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _dequantize(
-    codes: Any,
-    numbers: Any,
-    out: Any,
-    n: Any,
-    row_bytes: Any,
-    groups: Any,
+def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
+    codes,
+    numbers,
+    out,
+    n,
+    row_bytes,
+    groups,
     bits: tl.constexpr,
     group_size: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """One program: ``block`` values of one row. All three tensors are contiguous."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)

@@ -132,8 +132,7 @@ class StepCost:
         # All of K, and the wanted share of V.
         read = tokens * part.cohort.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
         heads = self._shape.num_heads // self._shape.num_kv_heads
-        rate = site.decode_attention_rate(number_format(self._dtype, lossy.kv_cache), heads)
-        return read / rate
+        return site.decode_attention_s(read, number_format(self._dtype, lossy.kv_cache), heads)
 
 
 def _longest(work: MicroBatch) -> int:
