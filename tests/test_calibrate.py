@@ -15,6 +15,7 @@ import yaml
 
 from flexgen_bench.calibrate import others, store
 from flexgen_bench.calibrate.__main__ import main
+from flexgen_bench.calibrate.attention import apart
 from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, SiteEffort
 from flexgen_bench.calibrate.profile import profile_of, write_profile
 from flexgen_bench.calibrate.stable import Patience, Probe, Progress, Reading, measure, spread_of
@@ -221,7 +222,7 @@ def calibration(**changes: object) -> Calibration:
     [
         lambda text: "",
         lambda text: text[: len(text) // 2] + "{",
-        lambda text: text.replace("schema: 1", "schema: 0"),
+        lambda text: text.replace("schema: 2", "schema: 1"),
         lambda text: text.replace("torch: ", "torch: 1"),
         lambda text: text.replace("unpack: 5", "unpack: -5"),
         lambda text: text.replace("mode: quick\n", ""),
@@ -378,3 +379,25 @@ def test_the_command_prints_tables_warns_and_writes(
 def test_modes_differ_in_effort() -> None:
     assert QUICK.patience.budget_s < FULL.patience.budget_s
     assert set(QUICK.cpu.matrix) == set(FULL.cpu.matrix)
+
+
+@pytest.mark.parametrize(
+    ("large_s", "rate", "beside_s"),
+    [
+        (0.0012, 1e9, 0.0002),  # 1 MB more in a millisecond more
+        (
+            0.0002,
+            1e10,
+            0.0002,
+        ),  # hidden behind the issuing of the call: the memory's rate is what is known
+        (0.0001, 1e10, 0.0002),  # noise
+    ],
+)
+def test_what_attention_takes_beside_reading_is_told_apart(
+    large_s: float, rate: float, beside_s: float
+) -> None:
+    small = Reading(1.0 / 0.0002, 0.0, 3, True, amount=1.0)
+    large = Reading(1e6 / large_s, 0.0, 3, True, amount=1e6 + 1)
+    large = replace(large, rate=large.amount / large_s)
+    found = apart(large, small, 1e10)
+    assert found == pytest.approx((rate, beside_s), rel=0.01)

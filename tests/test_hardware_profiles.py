@@ -110,7 +110,8 @@ def test_faster_cards_are_faster(slow: str, fast: str) -> None:
     one, other = rates_of(slow).sites[Tier.GPU], rates_of(fast).sites[Tier.GPU]
     assert one.matrix_rate("float16", 4096, 7168) < other.matrix_rate("float16", 4096, 7168)
     assert one.memory < other.memory
-    assert one.prefill_attention_rate(512) < other.prefill_attention_rate(512)
+    # Of short prompts only the H100 was measured, where what surrounds the kernels weighs as much.
+    assert one.prefill_attention_rate(2048) < other.prefill_attention_rate(2048)
     assert one.unpack < other.unpack
 
 

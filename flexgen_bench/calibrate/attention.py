@@ -118,12 +118,14 @@ def _decode_probe(
     )
 
 
-def apart(large: Reading, small: Reading) -> tuple[float, float]:
-    """Bytes/s of reading a cache, and seconds of a call beside it, from a call that reads much and one that reads little."""
+def apart(large: Reading, small: Reading, memory: float) -> tuple[float, float]:
+    """Bytes/s of reading a cache, and seconds of a call beside it, from a call that reads much and one that reads little.
+
+    memory: bytes/s that nothing exceeds. An accelerator may read all of the large cache while its host still issues the call: both
+    then take as long, and the memory's rate is what is known.
+    """
     more_s = large.seconds - small.seconds
-    if more_s <= 0:  # noise, or too little to read: then all of it is reading
-        return large.rate, 0.0
-    rate = (large.amount - small.amount) / more_s
+    rate = min((large.amount - small.amount) / more_s, memory) if more_s > 0 else memory
     return rate, max(0.0, small.seconds - small.amount / rate)
 
 

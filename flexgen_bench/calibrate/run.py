@@ -120,11 +120,11 @@ def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> f
     kind, _, number = what.partition(".")
     if kind == "step":
         return 1 / reading.rate
-    if kind == "attend":
-        return apart(readings[f"{tier}.decode_attention.{number}.1"], reading)[1]
-    if kind == "decode_attention":
-        small = readings.get(f"{tier}.attend.{number.rpartition('.')[0]}")
-        return apart(reading, small)[0] if small else reading.rate
+    if kind in ("attend", "decode_attention"):
+        memory = readings[f"{tier}.memory"].rate
+        if kind == "attend":
+            return apart(readings[f"{tier}.decode_attention.{number}.1"], reading, memory)[1]
+        return apart(reading, readings[f"{tier}.attend.{number.rpartition('.')[0]}"], memory)[0]
     return reading.rate
 
 
