@@ -77,10 +77,11 @@ class PlacementConf:
 
 @dataclass
 class LossyConf:
-    """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null."""
+    """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null; or a name such as
+    4-bit/outputs/mse, or a mapping {bits: 4, group_size: 64, along: outputs, scales: mse}. group_size: where none is named."""
 
-    weights: int | None = None
-    kv_cache: int | None = None
+    weights: Any = None
+    kv_cache: Any = None
     group_size: int = 64
     value_share: float = 1.0
 

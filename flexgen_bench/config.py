@@ -6,6 +6,7 @@ The only module that knows OmegaConf: everything behind it sees frozen dataclass
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def load_typed(schema: type[Any], path: Path, prefix: str) -> Any:
         raise UserError(
             f"{path.name}: {error.field}", error.value, error.allowed, error.action
         ) from error
+
+
+def typed_conf(schema: type[Any], composed: Any) -> Any:
+    """A composed configuration as an instance of ``schema``. Raises UserError naming the key at fault."""
+    return _typed(schema, composed, "")
+
+
+def run_parts(
+    model: ModelConf, gpu: GpuConf, policy: PolicyConf, weights: str | None, location: str | None
+) -> tuple[ModelSpec, HardwareProfile, Policy | None]:
+    """The core types of three groups, for command lines that describe no cell. Raises UserError for what does not go together."""
+    hardware = _hardware(gpu)
+    return _model(model, weights, location), hardware, _policy(policy, hardware)
 
 
 def _typed(schema: Any, node: Any, prefix: str) -> Any:
@@ -196,16 +210,26 @@ def to_lossy(conf: LossyConf) -> Lossy:
     """UserErrors name the key as it is written on the command line."""
     given = {}
     for key in ("weights", "kv_cache"):
-        bits = getattr(conf, key)
         try:
-            given[key] = None if bits is None else Compression(bits, conf.group_size)
+            given[key] = Compression.parse(getattr(conf, key), conf.group_size)
         except UserError as error:
-            name = "group_size" if error.field.endswith("group_size") else key
-            raise UserError(f"policy.lossy.{name}", error.value, error.allowed) from error
+            raise _on_command_line(error, key, getattr(conf, key)) from error
     try:
         return Lossy(value_share=conf.value_share, **given)
     except UserError as error:
-        raise UserError("policy.lossy.value_share", error.value, error.allowed) from error
+        name = f"policy.lossy.{error.field}"
+        raise UserError(name, error.value, error.allowed, error.action) from error
+
+
+def _on_command_line(error: UserError, key: str, given: object) -> UserError:
+    """What is wrong with a compression, under the key that was written: its own, one inside it, or the group size of both."""
+    part = error.field.removeprefix("compression").removeprefix(".")
+    inside = isinstance(given, Mapping) and part in given
+    if part == "group_size" and not isinstance(given, str) and not inside:
+        name = part
+    else:
+        name = f"{key}.{part}" if inside else key
+    return UserError(f"policy.lossy.{name}", error.value, error.allowed, error.action)
 
 
 def _check_system(conf: SystemConf) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from flexgen_bench.core.errors import unknown_choice
 from flexgen_bench.kernels.narrow_linear import is_faster, narrow_linear, tiled_linear
+from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
 
 # Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
@@ -20,8 +21,12 @@ from flexgen_bench.kernels.quantization import QuantizedWeight
 FEWEST_LEFT_ROWS, MOST_LEFT_ROWS = 5, 48
 
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | QuantizedWeight | OutputQuantizedWeight, bias: Tensor | None = None
+) -> Tensor:
     """x (N, in) times weight (out, in) transposed, plus bias; a quantized weight has x's type."""
+    if isinstance(weight, OutputQuantizedWeight):
+        return weight.linear(x, bias)
     if is_faster(x, weight):
         return narrow_linear(x, weight, bias)
     if isinstance(weight, QuantizedWeight):
