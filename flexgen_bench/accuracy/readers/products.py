@@ -20,13 +20,9 @@ def titles(folder: Path, *, examples: int = 0) -> Rows:
             pair = _PAIR.search(doc["input"][-1]["content"])
             if pair is None:
                 raise ValueError(f"{path}: no two products in {line[:200]}")
-            rows.append(
-                {
-                    "left": pair[1].strip(),
-                    "right": pair[2].strip(),
-                    "label": int(doc["ideal"] == "Yes"),
-                }
-            )
+            # Some titles were quoted twice.
+            left, right = (pair[side].replace('\\"', '"').strip() for side in (1, 2))
+            rows.append({"left": left, "right": right, "label": int(doc["ideal"] == "Yes")})
     return balanced(rows, examples)
 
 

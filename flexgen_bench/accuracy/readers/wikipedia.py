@@ -51,7 +51,7 @@ def plain(source: str) -> str:
     lines = (" ".join(html.unescape(line).split()) for line in source.splitlines())
     kept = [line for line in lines if _SENTENCE.search(line) and line[:1] not in "*#:;|!=&{}["]
     # What a template said is missing; what it leaves behind is not.
-    return "\n\n".join(re.sub(r"\(\s*[,;]*\s*\)|\s+(?=[,.;:])", "", line) for line in kept)
+    return "\n\n".join(re.sub(r"\s*\(\s*[,;]*\s*\)|\s+(?=[,.;:])", "", line) for line in kept)
 
 
 def _exhaust(pattern: re.Pattern[str], text: str, replacement: str = "") -> str:
