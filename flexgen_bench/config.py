@@ -85,7 +85,7 @@ def run_parts(
 ) -> tuple[ModelSpec, HardwareProfile, Policy | None]:
     """The core types of three groups, for command lines that describe no cell. Raises UserError for what does not go together."""
     hardware = _hardware(gpu)
-    return _model(model, weights, location), hardware, _policy(policy, hardware)
+    return _model(model, weights, location), hardware, to_policy(policy, hardware)
 
 
 def _typed(schema: Any, node: Any, prefix: str) -> Any:
@@ -175,7 +175,8 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
     )
 
 
-def _policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
+def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
+    """None for ``auto``. UserError for shares on a tier that the hardware does not have."""
     if conf.auto:
         return None
     placements = {}
@@ -275,7 +276,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         dtype=_choice(DType, conf.dtype, "dtype"),
         threads=threads,
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
-        policy=_policy(conf.policy, hardware),
+        policy=to_policy(conf.policy, hardware),
         lossy=to_lossy(conf.policy.lossy),
         system_options=conf.system.options,
     )
@@ -289,6 +290,24 @@ def system_model(conf: SystemConf) -> SystemModel:
         printed_as=conf.printed_as or "",
         follows_policy=conf.follows_policy,
     )
+
+
+def list_systems() -> list[str]:
+    """The names in conf/system of what can be run."""
+    return sorted(
+        path.stem
+        for path in (conf_dir() / "system").glob("*.yaml")
+        if load_typed(SystemConf, path, "system.").target is not None
+    )
+
+
+def system_target(name: str) -> str:
+    """The ``module:Class`` of a system in conf/system. Raises UserError listing the names for one that cannot be run."""
+    if name not in list_systems():
+        raise unknown_choice("system", name, list_systems())
+    conf: SystemConf = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
+    assert conf.target is not None, "listed"
+    return conf.target
 
 
 def list_models() -> list[str]:

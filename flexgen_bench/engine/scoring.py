@@ -14,6 +14,8 @@ from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.forest import Forest, Prediction
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 
+# Rows whose probabilities are made at once: few enough for a processor's cache (43 against 155 ms for 256 rows of 49,152).
+PIECE_ROWS = 16
 # What is told of a request when all its tokens are scored: its number, and per token (log-probability, is the largest).
 Found = Callable[[int, list[tuple[float, bool]]], None]
 
@@ -70,15 +72,13 @@ class Scoring(Forests):
         pieces, cursor = [], 0
         for start in range(0, x.shape[0], LOGIT_ROWS):
             logits = head(x[start : start + LOGIT_ROWS]).float()
-            stop = bisect_left(rows, start + LOGIT_ROWS, cursor)
-            own, targets = both[:, cursor:stop]
-            cursor = stop
-            chosen = logits[own - start, targets]
-            largest, which = logits.max(-1)
-            total = logits.sub_(largest[:, None]).exp_().sum(-1).log_().add_(largest)
-            pieces.append(
-                torch.stack((chosen - total[own - start], (which[own - start] == targets).float()))
-            )
+            for first in range(0, logits.shape[0], PIECE_ROWS):
+                stop = bisect_left(rows, start + first + PIECE_ROWS, cursor)
+                own, targets = both[:, cursor:stop]
+                cursor = stop
+                pieces.append(
+                    _judge(logits[first : first + PIECE_ROWS], own - start - first, targets)
+                )
         return torch.cat(pieces, dim=1)
 
     def finish(self, work: MicroBatch, found: Tensor) -> None:
@@ -113,6 +113,21 @@ class Scoring(Forests):
                 high = bisect_left(own, last, key=lambda p: p.row)
                 yield start + member.offsets[place] - first, own[low:high]
             start += member.offsets[-1]
+
+
+def _judge(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """logits (R, V) -> (2, P): of P targets, predicted by these rows, the log-probability and whether it is the largest.
+
+    By torch's own ``log_softmax``, and not a more exact sum: the reference uses it, whose rounding (1e-5 a token at 49,152 tokens, always to
+    the same side) adds up in long texts.
+    """
+    chosen = logits.log_softmax(-1)[rows, targets]
+    # Several times faster than argmax. Among equal ones that one would take the first, which is only looked for where a target is among them.
+    is_largest = logits[rows, targets] == logits.amax(-1)[rows]
+    if not is_largest.is_cuda and bool(is_largest.any()):
+        first = logits[rows[is_largest]].argmax(-1)
+        is_largest[is_largest.clone()] = first == targets[is_largest]
+    return torch.stack((chosen, is_largest.float()))
 
 
 class LogProbabilities(Forests):

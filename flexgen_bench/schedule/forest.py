@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 # Attention is priced in pairs of a query and a key. What a call costs beyond its pairs, and what computing a row costs beside its attention,
 # in pairs (measured for SmolLM2-135M: docs/notes/accuracy_scoring.md). Only speed depends on them.
-CALL_PAIRS = 600
-ROW_PAIRS = 1000
+CALL_PAIRS = 1000
+ROW_PAIRS = 1500
 # A new forest is begun when this share of the rows so far, or less, is computed again in it.
 REPEATED = 0.1
 
