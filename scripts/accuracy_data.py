@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--packages", type=Path, default=None)
     parser.add_argument("tasks", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     tasks = [t for t in read_tasks().values() if t.name == t.data_name]
     chosen = [t for t in tasks if not options.tasks or t.name in options.tasks]
     prepare(

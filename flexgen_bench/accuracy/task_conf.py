@@ -195,18 +195,21 @@ def _task(path: Path) -> list[TaskSpec]:
         max_items=raw.get("max_items"),
         notes=str(raw.get("notes", "")),
     )
-    return [base, *_variants(base, raw.get("variants") or {})]
+    return [base, *_variants(path, base, raw.get("variants") or {})]
 
 
-def _variants(base: TaskSpec, variants: Mapping[str, Any]) -> list[TaskSpec]:
+def _variants(path: Path, base: TaskSpec, variants: Mapping[str, Any]) -> list[TaskSpec]:
     # The rows of a variant are those whose field has its name, under the prompts and metrics of the whole.
+    _known(path, variants, {"field", "values", "lm_eval_prefix"})
     return [
         replace(
             base,
             name=f"{base.name}_{value}",
             where={str(variants["field"]): str(value)},
             max_items=None,
-            lm_eval_name=f"{base.lm_eval_name}_{value}" if base.lm_eval_name else None,
+            lm_eval_name=f"{variants['lm_eval_prefix']}{value}"
+            if "lm_eval_prefix" in variants
+            else None,
         )
         for value in variants.get("values", ())
     ]
