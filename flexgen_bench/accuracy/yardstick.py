@@ -39,15 +39,16 @@ def round_to_nearest(weight: Tensor, compression: Compression) -> Tensor:
 def matrices(model: Any, compression: Compression) -> Iterator[tuple[str, Tensor, Compression]]:
     """The weights that the engine compresses in a causal model of transformers, and how: (name, weight, compression).
 
-    Those of all linear layers, and the token table (once, if it is the head's matrix, too). Positions, norms and biases stay.
+    Those of all linear layers; token table and head (one, if they are tied) in 8 bits. Positions, norms and biases stay.
     """
     import torch
 
-    table = model.get_input_embeddings().weight
-    yield "token table", table, compression.of_tables
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    yield "token table", table, compression.of_vocabulary
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not table:
-            yield f"{name}.weight", module.weight, compression
+            how = compression.of_vocabulary if module.weight is head else compression
+            yield f"{name}.weight", module.weight, how
 
 
 def apply_yardstick(model: Any, compression: Compression) -> list[str]:

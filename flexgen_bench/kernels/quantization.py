@@ -234,6 +234,7 @@ def _quantize_groups(
     span = largest.float() - smallest.float()
     scale = _within_float16(span / (compression.levels - 1), smallest, compression)
     if compression.scales is Scales.MSE:
+        numbers = numbers.contiguous()  # sums of other layouts round differently
         line = least_squares(numbers, low, high, compression.levels)
         searched = line[1].clamp(*LIMITS).half()
         steps = _within_float16(line[0].clamp(0, FLOAT16_LARGEST), searched, compression)

@@ -31,7 +31,7 @@ from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
 FORMAT_VERSION = 1
-COMPRESSED_VERSION = 1  # of codes and parameters; plain stores stay valid when it changes
+COMPRESSED_VERSION = 2  # of codes and parameters; plain stores stay valid when it changes
 TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
     DType.BFLOAT16: torch.bfloat16,

@@ -6,8 +6,8 @@ reads the token table and its own weights as one extent, because they are neighb
 Compressed weights: every matrix that is multiplied with or gathered from by token is quantized in groups along its last
 (input) dimension, so that a row of codes and its parameters speak for themselves: rows of a table are gathered alone, and any
 range of output rows is unpacked alone. On request the groups lie along outputs, as in the original; then a row needs the parameters of
-63 others, and the token table, of which rows are gathered, is grouped within its rows all the same. Position tables, norms and
-biases stay as they are: they are small, and added rather than multiplied.
+63 others. Matrices with a row for each token (the token table, the head) have 8 bits and groups within their rows whatever is asked
+for the others. Position tables, norms and biases stay as they are: they are small, and added rather than multiplied.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def pack(
             cursor = aligned(cursor, TENSOR_ALIGN)
             is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
             kind = compression if is_matrix else None
-            if kind is not None and tensor in inventory.tables:
-                kind = kind.of_tables
+            if kind is not None and tensor in inventory.vocabulary:
+                kind = kind.of_vocabulary
             entry = _entry(tensor, cursor, dtype, kind)
             placed.append(entry)
             cursor += entry.num_bytes
