@@ -17,7 +17,7 @@ LOSSY = {"exact": EXACT, "w4": W4, "w3": Lossy(weights=Compression(3)), "w8": Lo
 def subject(mode: str = "exact", **changes: Any) -> Subject:
     values: dict[str, Any] = {
         "model": "tiny", "fingerprint": "f" * 16, "system": "flexgen", "mode": mode,
-        "lossy": LOSSY.get(mode, W4).to_dict(), "dtype": "float32",
+        "lossy": LOSSY.get(mode, W4).to_dict(), "dtype": "float32", "run_dtype": "float32",
     }  # fmt: skip
     return Subject(**(values | changes))
 
@@ -27,7 +27,7 @@ def choice_item(number: int, right: bool, loss: float = 1.0, cluster: str = "") 
     loglik = (-loss, -loss - 1) if right else (-loss, -loss + 0.5)
     return Item(
         id=f"{number}-abc", cluster=cluster, parts=(float(right), 1.0), prediction="0" if right else "1",
-        target="0", correct=right, loglik=loglik, bytes=(4, 4), gold=0,
+        correct=right, loglik=loglik, bytes=(4, 4), gold=0,
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def text_items(n: int, extra_loss: float = 0.0, seed: int = 1) -> list[Item]:
     for i in range(n):
         loss = 60 + 10 * rng.random() + extra_loss * (0.5 + rng.random())
         items.append(Item(
-            id=f"{i}-text", cluster="", parts=(loss, 20.0), prediction="", target="", correct=None,
+            id=f"{i}-text", cluster="", parts=(loss, 20.0), prediction="", correct=None,
             loglik=(-loss,), bytes=(100,), gold=0,
         ))  # fmt: skip
     return items

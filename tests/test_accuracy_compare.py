@@ -187,6 +187,17 @@ def test_perplexity_is_judged_by_bits_per_byte() -> None:
     assert found.difference.value < 0  # which is not better
 
 
+def test_equal_answers_of_few_items_prove_nothing_in_sum_either() -> None:
+    few = {name: choice_items(8, 0.6, seed) for seed, name in enumerate("abc")}
+    exact = {name: task_record(items, task=name) for name, items in few.items()}
+    mode = {name: task_record(items, "w4", name) for name, items in few.items()}
+    found = compare_modes(exact, mode, MARGINS)
+    assert found.verdict is Verdict.UNDECIDED
+    assert found.sure is not None
+    alone = Discordance(0, 0).tango(8, 0.9).high
+    assert found.sure.high == pytest.approx(alone / math.sqrt(3))
+
+
 def test_overall_each_task_counts_the_same() -> None:
     exact = {name: task_record(choice_items(400, 0.6, seed), task=name) for seed, name in enumerate("abcd")}  # fmt: skip
     right = [i for i, item in enumerate(exact["a"].items) if item.correct]

@@ -11,12 +11,14 @@ import numpy as np
 
 from flexgen_bench.accuracy.statistics import (
     Difference,
+    Discordance,
     Floats,
     Interval,
     bootstrap_p_value,
     discordance,
     holm,
     mean_of,
+    mean_of_intervals,
     paired_difference,
 )
 from flexgen_bench.core.accuracy import Item, TaskRecord
@@ -58,7 +60,7 @@ class Verdict(StrEnum):
 class TaskComparison:
     """One task under a mode and under the reference, on the items that both have.
 
-    change: of the score, 95 %. sure: the interval the verdict was made with, 90 %. bits: added bits per byte of the right texts, 95 % (None
+    change: of the score, 95 %. sure: the interval the verdict was made with, 90 %; likely: the same at 95 %. bits: added bits per byte of the right texts, 95 % (None
     where nothing was scored). lost, won: items right in one run alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or
     wrong; p_holm: adjusted for all tasks of the mode. same_predictions: items with the same answer. difference: with the sign that makes better
     positive.
@@ -71,6 +73,7 @@ class TaskComparison:
     reference: float
     score: float
     change: Interval
+    likely: Interval
     sure: Interval
     bits: Interval | None
     bits_reference: float | None
@@ -89,7 +92,7 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class ModeComparison:
-    """All tasks of a mode. score: the mean change of scores between 0 and 1 (95 %), each task counting the same; bits: the mean of added bits per
+    """All tasks of a mode. score: the mean change of scores between 0 and 1 (95 %), each task counting the same, better is positive; bits: the mean of added bits per
     byte. sure, verdict: of the mean change of scores; of bits where no task has a score."""
 
     tasks: Sequence[TaskComparison]
@@ -114,21 +117,22 @@ def compare_modes(
     reference: Mapping[str, TaskRecord], candidate: Mapping[str, TaskRecord], margins: Margins
 ) -> ModeComparison:
     """Every task that both have, by name. Raises UserError if two records of a task are not comparable."""
-    found = [
-        compare_task(reference[name], candidate[name], margins)
-        for name in candidate
-        if name in reference
-    ]
+    names = [name for name in candidate if name in reference]
+    return combined([compare_task(reference[n], candidate[n], margins) for n in names], margins)
+
+
+def combined(found: Sequence[TaskComparison], margins: Margins) -> ModeComparison:
+    """The tasks of one mode together; p values are adjusted for their number."""
     adjusted = holm({t.task: t.p for t in found})
     tasks = [
         replace(t, p_holm=adjusted[t.task], verdict=_verdict(t, adjusted[t.task], margins))
         for t in found
     ]
-    scored = [t.difference for t in tasks if t.bounded]
+    scored = [t for t in tasks if t.bounded]
     bits = [t.bits_difference for t in tasks if t.bits_difference is not None]
-    mean_score = mean_of(scored) if scored else None
+    mean_score = mean_of_intervals([t.likely for t in scored]) if scored else None
     mean_bits = mean_of(bits) if bits else None
-    sure = mean_of(scored, EQUIVALENCE_LEVEL) if scored else None
+    sure = mean_of_intervals([t.sure for t in scored]) if scored else None
     if scored:
         assert sure is not None
         verdict = _of_interval(sure, margins.score, better_is_up=True)
@@ -156,10 +160,8 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
     bits = _bits(pairs, clusters)
     bounded = statistic in _BOUNDED
     pair = discordance(before[:, 0], after[:, 0]) if statistic == "mean" else None
-    sure = difference.interval(EQUIVALENCE_LEVEL)
-    if pair is not None:
-        wide = pair.tango(len(pairs), EQUIVALENCE_LEVEL)
-        sure = replace(sure, low=min(sure.low, wide.low), high=max(sure.high, wide.high))
+    better = difference if reference.higher_is_better else _negated(difference)
+    sure = _wide(better, pair, EQUIVALENCE_LEVEL)
     if not bounded and bits is not None:
         sure = bits.interval(EQUIVALENCE_LEVEL)
     p = pair.p_value if pair is not None else bootstrap_p_value(difference)
@@ -171,6 +173,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         reference=difference.reference,
         score=difference.candidate,
         change=difference.interval(),
+        likely=_wide(better, pair, difference.interval().level),
         sure=sure,
         bits=None if bits is None else bits.interval(),
         bits_reference=None if bits is None else bits.reference,
@@ -183,7 +186,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         verdict=Verdict.UNDECIDED,
         truncated=sum(candidate.truncated.values()),
         bounded=bounded,
-        difference=difference if reference.higher_is_better else _negated(difference),
+        difference=better,
         bits_difference=bits,
     )
     return replace(unverified, verdict=_verdict(unverified, p, margins))
@@ -233,6 +236,15 @@ def _identical(pairs: Sequence[tuple[Item, Item]]) -> bool:
         tuple(a.loglik) == tuple(b.loglik) and (a.loglik or a.prediction == b.prediction)
         for a, b in pairs
     )
+
+
+def _wide(difference: Difference, pair: Discordance | None, level: float) -> Interval:
+    """The bootstrap's interval; of right-or-wrong items no narrower than Tango's."""
+    found = difference.interval(level)
+    if pair is None:
+        return found
+    other = pair.tango(difference.n, level)
+    return replace(found, low=min(found.low, other.low), high=max(found.high, other.high))
 
 
 def _verdict(task: TaskComparison, p: float, margins: Margins) -> Verdict:

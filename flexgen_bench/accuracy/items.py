@@ -51,7 +51,6 @@ def to_item(sample: Mapping[str, Any], kind: str, metric: str, statistic: str) -
         cluster=str(document.get("subject") or ""),
         parts=parts,
         prediction=_prediction(sample, kind, metric, loglik, texts),
-        target=_text(sample["target"]),
         correct=bool(parts[0]) if statistic == "mean" and parts[0] in (0.0, 1.0) else None,
         loglik=tuple(round(value, DIGITS) for value in loglik),
         bytes=tuple(len(text.encode("utf-8")) for text in texts),

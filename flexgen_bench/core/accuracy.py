@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from flexgen_bench.core.compression import Lossy
@@ -12,6 +13,16 @@ from flexgen_bench.core.status import Evidence
 ACCURACY_SCHEMA_VERSION = 1
 # The mode everything else is compared with.
 EXACT_MODE = "exact"
+# Layer of a tensor that is in none.
+NO_LAYER = -1
+
+
+class Role(StrEnum):
+    """evaluated: a system under test. reference: one whose arithmetic others must reproduce. yardstick: plain rounding of the same weights."""
+
+    EVALUATED = "evaluated"
+    REFERENCE = "reference"
+    YARDSTICK = "yardstick"
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,8 @@ class Subject:
     """What was evaluated: a model under a mode, by a system.
 
     fingerprint: of the checkpoint; runs of different weights are never compared. mode: a name from conf/accuracy/modes. lossy: its
-    values, as ``Lossy.to_dict`` writes them. system: whose arithmetic.
+    values, as ``Lossy.to_dict`` writes them. system: whose arithmetic. dtype: of what is not compressed; run_dtype: of the uncompressed
+    run it belongs to, which differs where the mode is another dtype. role: what it is in a comparison.
     """
 
     model: str
@@ -28,6 +40,8 @@ class Subject:
     mode: str
     lossy: Mapping[str, Any]
     dtype: str
+    run_dtype: str
+    role: Role = Role.EVALUATED
 
     @property
     def changes(self) -> Lossy:
@@ -38,7 +52,7 @@ class Subject:
 class Item:
     """One item of a task.
 
-    id: number and hash of the item; items are paired by it. cluster: what it shares with others (a subject), or "". parts: its addends
+    id: number and hash of the item; items are paired by it, and no text of the data is kept. cluster: what it shares with others (a subject), or "". parts: its addends
     of the task's statistic (``accuracy.statistics``). loglik: natural logarithms, one for each choice or text that was scored (none where text was
     generated). bytes: UTF-8 bytes of these. gold: index of the right one in ``loglik``; None where there is none.
     """
@@ -47,7 +61,6 @@ class Item:
     cluster: str
     parts: Sequence[float]
     prediction: str
-    target: str
     correct: bool | None
     loglik: Sequence[float] = ()
     bytes: Sequence[int] = ()
@@ -85,7 +98,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative error (Frobenius norm of the change / of the original) of a tensor. layer -1: not in a layer."""
+    """Relative error (Frobenius norm of the change / of the original) of a tensor."""
 
     layer: int
     tensor: str
@@ -98,16 +111,20 @@ class Divergence:
     """Of the next-token distributions of one text from the uncompressed ones.
 
     kl: mean over positions of KL(uncompressed || compressed), nats. agree: positions with the same argmax. nll: negative log-probability
-    of the text, summed over its positions, nats; bytes: of its UTF-8 form without the first token.
+    of the text, summed over its positions, nats.
     """
 
     text: str
     positions: int
-    bytes: int
     kl: float
     agree: int
     nll_exact: float
     nll: float
+
+    @property
+    def added_nats(self) -> float:
+        """Added log-loss per token."""
+        return (self.nll - self.nll_exact) / max(self.positions, 1)
 
 
 @dataclass(frozen=True)
@@ -140,8 +157,10 @@ class ModeRecord:
 
     @property
     def weight_error(self) -> float | None:
-        """Of all quantized tensors together: root of the mean of their squared errors, each weighted by its size."""
-        total = sum(e.values for e in self.weights)
+        """Of all quantized tensors of the layers together: root of the mean of their squared errors, each weighted by its size. (What has a
+        row for each token is kept in more bits, see ``Compression.of_vocabulary``.)"""
+        layers = [e for e in self.weights if e.layer != NO_LAYER]
+        total = sum(e.values for e in layers)
         if not total:
             return None
-        return float((sum(e.values * e.error**2 for e in self.weights) / total) ** 0.5)
+        return float((sum(e.values * e.error**2 for e in layers) / total) ** 0.5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,15 +70,17 @@ def read_mode(path: Path) -> ModeRecord:
     return _read(path, ModeRecord)
 
 
-def read_accuracy(results_dir: Path) -> StoredAccuracy:
+def read_accuracy(results_dir: Path, keys: Collection[str] | None = None) -> StoredAccuracy:
     """Every usable record; of one subject and task the one with most items, and of these the newest. An absent folder holds none.
 
-    Raises StoreError if a folder cannot be listed.
+    keys: only records of these. Raises StoreError if a folder cannot be listed.
     """
     tasks: list[tuple[Path, TaskRecord]] = []
     modes: list[tuple[Path, ModeRecord]] = []
     problems = []
     for path in accuracy_files(results_dir):
+        if keys is not None and not any(f"--{key[:8]}--" in path.name for key in keys):
+            continue
         try:
             if path.name.startswith(f"{_MODE}--"):
                 modes.append((path, read_mode(path)))
@@ -135,7 +137,7 @@ def _find(
 
 def _subject(record: AccuracyRecord) -> tuple[str, ...]:
     s = record.subject
-    return s.model, s.system, s.mode, s.dtype
+    return s.model, s.fingerprint, s.run_dtype, s.system, s.mode
 
 
 def _newest(
