@@ -315,7 +315,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
 def test_each_compression_has_its_own_store(tmp_path: Path) -> None:
     model = random_model("opt")
     kinds = [None, Compression(4), Compression(4, 16), Compression(3)]
-    kinds += [Compression(4, 16, a, s) for a in Along for s in Scales][1:]
+    kinds += [Compression(4, 16, a, s) for a in Along for s in (Scales.MINMAX, Scales.MSE)][1:]
     paths = {convert(model, tmp_path, kind).store.path for kind in kinds}
     assert len(paths) == len(kinds)
     checkpoint, cache = tmp_path / "ckpt", tmp_path / "cache"

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_model, save
+from tiny_models import random_model, random_prompts, save
 
+from flexgen_bench.accuracy.importance import measure, write_importance
 from flexgen_bench.accuracy.yardstick import apply_yardstick, matrices, round_to_nearest
 from flexgen_bench.core.compression import Along, Compression, Scales
+from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.weight_views import view
 from flexgen_bench.kernels.ops import linear
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
-from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
+from flexgen_bench.kernels.quantization import QuantizedWeight, dequantize, fake_quantize, quantize
+from flexgen_bench.memory.importance import FLOOR
 
 SHAPES = [(1, 1), (7, 100), (64, 64), (65, 8), (130, 33), (200, 576)]
 
@@ -112,7 +115,9 @@ def test_searched_scales_are_never_worse(
 ) -> None:
     """Group by group, and by a fifth where groups are normally distributed: that is what the search is for."""
     weight = weight_of(shape, kind)
-    plain, searched = (Compression(bits, 64, along, scales) for scales in Scales)
+    plain, searched = (
+        Compression(bits, 64, along, scales) for scales in (Scales.MINMAX, Scales.MSE)
+    )
     before, after = ((quantized(weight, c) - weight).square() for c in (plain, searched))
     if along is Along.OUTPUTS:
         before, after = before.t(), after.t()
@@ -144,6 +149,67 @@ def test_searched_scales_of_odd_groups(bits: int) -> None:
     broken[1, 3], broken[2, 5] = torch.nan, torch.inf
     back = fake_quantize(broken, compression)
     assert torch.equal(back[[0, 3]], fake_quantize(broken[[0, 3]], compression))
+
+
+# Calibrated scales
+
+
+def test_importance_decides_where_errors_go() -> None:
+    weight, compression = weight_of((40, 100)), Compression(4, 64, scales=Scales.CALIBRATED)
+    importance = torch.rand(100, generator=torch.Generator().manual_seed(1)).pow(8) + 0.01
+
+    def cost(*given: torch.Tensor) -> float:
+        codes, params = quantize(weight, compression, *given)
+        back = dequantize(codes, params, 100, compression, torch.float32)
+        return float(((back - weight).square() * importance).sum())
+
+    assert cost(importance) < 0.8 * cost()
+    assert cost(torch.ones(100)) == pytest.approx(cost(), rel=1e-3)
+
+
+def test_a_store_with_calibrated_scales(tmp_path: Path) -> None:
+    """Each matrix by its own inputs, as the hooks of the model have seen them; q, k and v have theirs in common."""
+    compression = Compression(4, 16, scales=Scales.CALIBRATED)
+    model = random_model("opt-350m-like")
+    folder = save(model, tmp_path / "ckpt")
+
+    def packed() -> PackedWeights:
+        return PackedWeights.from_checkpoint(
+            folder, DType.FLOAT32, tmp_path / "cache", compression=compression
+        )
+
+    with pytest.raises(StoreError, match=r"importance\.safetensors.*accuracy\.importance"):
+        packed()
+    assert not PackedWeights.is_packed(folder, DType.FLOAT32, tmp_path / "cache", compression)
+    found = measure(model, random_prompts([30, 25]))
+    write_importance(folder, found)
+    store = packed()
+    assert PackedWeights.is_packed(folder, DType.FLOAT32, tmp_path / "cache", compression)
+    content = torch.frombuffer(bytearray(store.store.path.read_bytes()), dtype=torch.uint8)
+    state = model.state_dict()
+    for entry in store.packed.entries:
+        weight = view(content, entry, 0, torch.float32)
+        if isinstance(weight, torch.Tensor) or entry.compression != compression:
+            continue
+        parts = []
+        for source in entry.tensor.sources:
+            name = next(n for n in state if n == source or n.endswith(f".{source}"))
+            squares = found[name]
+            importance = squares / squares.mean() + FLOOR
+            codes = quantize(state[name], compression, importance)
+            parts.append(dequantize(*codes, state[name].shape[1], compression, torch.float32))
+        assert torch.equal(weight.dequantize(), torch.cat(parts)), entry.tensor.spec.name
+    # Another text, another store.
+    write_importance(folder, {name: squares.flip(0) for name, squares in found.items()})
+    assert packed().store.path != store.store.path
+    write_importance(folder, {})
+    with pytest.raises(StoreError, match=r"does not fit .*Make it again"):
+        packed()
+
+
+def test_calibration_is_of_groups_along_inputs() -> None:
+    with pytest.raises(UserError, match="same input"):
+        Compression(4, 64, Along.OUTPUTS, Scales.CALIBRATED)
 
 
 # The yardstick

@@ -7,7 +7,7 @@ every record and table names them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -30,6 +30,7 @@ class Scales(StrEnum):
 
     MINMAX = "minmax"  # from its smallest and its largest value (the paper's)
     MSE = "mse"  # searched for the least squared error: outliers may be cut off
+    CALIBRATED = "calibrated"  # the same, an input's errors counted by how large it was on a text (accuracy/importance.py)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Compression:
             if value not in list(enum):
                 raise unknown_choice(f"compression.{name}", value, enum)
             object.__setattr__(self, name, enum(value))
+        if self.along is Along.OUTPUTS and self.scales is Scales.CALIBRATED:
+            raise UserError(
+                "compression.scales", "calibrated", "minmax or mse for groups along outputs",
+                "All values of such a group meet the same input, so calibration would change nothing.",
+            )  # fmt: skip
 
     @property
     def of_vocabulary(self) -> Compression:
@@ -70,7 +76,7 @@ class Compression:
         At 4 bits SmolLM2's table alone adds 0.107 to the log-loss, a third of what all layers add, for 14 of 90 MB; at 8 bits
         0.0004 (docs/notes/accuracy_quantization.md). In large models it is 1 % of the weights. Rows of a table are looked up one by one.
         """
-        return replace(self, bits=max(BITS), along=Along.INPUTS)
+        return Compression(max(BITS), self.group_size)
 
     def matrix_bytes(self, blocks: Sequence[int], columns: int) -> tuple[int, int]:
         """Bytes of all codes and of all parameters of a matrix (out, in = ``columns``) made of blocks of so many rows."""

@@ -86,8 +86,12 @@ class QuantizedWeight:
         return self.rows(0, self.shape[0])
 
 
-def quantize(x: Tensor, compression: Compression) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, compression: Compression, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x (..., N) -> codes (..., compression.code_bytes(N)) uint8 and params (..., groups, 2) float16.
+
+    importance (N,) float32, above 0: how much squared errors count, with calibrated scales.
 
     Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: TILE_VALUES float32
     values a few times over, whatever the size of x.
@@ -104,7 +108,12 @@ def quantize(x: Tensor, compression: Compression) -> tuple[Tensor, Tensor]:
         for values, stored, group_params, width in _columns(
             flat[part], flat_codes[part], flat_params[part], compression
         ):
-            _quantize_groups(values, stored, group_params, width, compression)
+            groups = None
+            if importance is not None:
+                counted = values.shape[1] * width
+                full = width == compression.group_size
+                groups = (importance[:counted] if full else importance[-counted:]).view(-1, width)
+            _quantize_groups(values, stored, group_params, width, compression, groups)
     return codes, params
 
 
@@ -223,8 +232,9 @@ def _columns(
 
 
 def _quantize_groups(
-    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression
-) -> None:
+    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression,
+    importance: Tensor | None,
+) -> None:  # fmt: skip
     """values (R, groups, width) -> codes (R, groups, bytes) and params (R, groups, 2), written in place."""
     numbers = values.float()
     # aminmax would take six times as long as both of these on a processor.
@@ -233,15 +243,14 @@ def _quantize_groups(
     smallest, largest = low.clamp(*LIMITS).half(), high.clamp(*LIMITS).half()
     span = largest.float() - smallest.float()
     scale = _within_float16(span / (compression.levels - 1), smallest, compression)
-    if compression.scales is Scales.MSE:
+    if compression.scales is not Scales.MINMAX:
         numbers = numbers.contiguous()  # sums of other layouts round differently
-        line = least_squares(numbers, low, high, compression.levels)
+        line = least_squares(numbers, low, high, compression.levels, importance)
         searched = line[1].clamp(*LIMITS).half()
         steps = _within_float16(line[0].clamp(0, FLOAT16_LARGEST), searched, compression)
         # Rounding to float16 may cost more than the search has won.
-        won = _error(numbers, steps, searched, compression) < _error(
-            numbers, scale, smallest, compression
-        )
+        before = _error(numbers, scale, smallest, compression, importance)
+        won = _error(numbers, steps, searched, compression, importance) < before
         scale, smallest = torch.where(won, steps, scale), torch.where(won, searched, smallest)
     params[..., :1], params[..., 1:] = scale, smallest
     codes_of = _nearest(numbers, scale, smallest, compression)
@@ -261,12 +270,19 @@ def _nearest(numbers: Tensor, scale: Tensor, smallest: Tensor, compression: Comp
     return numbers.sub(smallest.float()).div_(divisor).round_().clamp_(0, compression.levels - 1)
 
 
-def _error(numbers: Tensor, scale: Tensor, smallest: Tensor, compression: Compression) -> Tensor:
+def _error(
+    numbers: Tensor,
+    scale: Tensor,
+    smallest: Tensor,
+    compression: Compression,
+    weights: Tensor | None,
+) -> Tensor:
     """Squared error of each group (..., 1)."""
     back = (
         _nearest(numbers, scale, smallest, compression).mul_(scale.float()).add_(smallest.float())
     )
-    return back.sub_(numbers).square_().sum(dim=-1, keepdim=True)
+    squares = back.sub_(numbers).square_()
+    return (squares if weights is None else squares.mul_(weights)).sum(dim=-1, keepdim=True)
 
 
 def _pack(whole: Tensor, bits: int, out: Tensor) -> None:

@@ -22,19 +22,25 @@ TURNS = 4
 SMALLEST_STEP = 1e-6
 
 
-def least_squares(numbers: Tensor, low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def least_squares(
+    numbers: Tensor, low: Tensor, high: Tensor, levels: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """numbers (..., width) float32 with their smallest and largest (..., 1) -> scale and smallest value (..., 1), float32.
 
-    Temporaries: three times ``numbers``. A constant group gets scale 0 and its value; NaN and infinities give anything.
+    weights: how much each squared error counts, broadcastable to ``numbers``; None: all the same. Temporaries: three times
+    ``numbers``. A constant group gets scale 0 and its value; NaN and infinities give anything.
     """
     span = high - low
     y = (numbers - low).mul_(torch.where(span > 0, 1 / span, 0))  # 0 .. 1
-    mean = y.mean(dim=-1, keepdim=True)
+    if weights is None:
+        weights = y.new_ones(y.shape[-1])
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    mean = (y * weights).sum(dim=-1, keepdim=True)
     y -= mean
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for below, above in product(SHRINK, SHRINK):
         step = torch.full_like(mean, (1 - below - above) / (levels - 1))
-        found = _regression(y, step, below - mean, levels)
+        found = _regression(y, weights, step, below - mean, levels)
         if best is None:
             best = found
         else:
@@ -42,22 +48,23 @@ def least_squares(numbers: Tensor, low: Tensor, high: Tensor, levels: int) -> tu
             best = tuple(torch.where(better, f, b) for f, b in zip(found, best, strict=True))  # type: ignore[assignment]
     assert best is not None
     for _ in range(TURNS):
-        best = _regression(y, best[1].clamp_min(SMALLEST_STEP), best[2], levels)
+        best = _regression(y, weights, best[1].clamp_min(SMALLEST_STEP), best[2], levels)
     _, step, first = best
     return step * span, (first + mean) * span + low
 
 
 def _regression(
-    y: Tensor, step: Tensor, first: Tensor, levels: int
+    y: Tensor, weights: Tensor, step: Tensor, first: Tensor, levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The line ``first + step * code`` through y (mean 0) with the codes that are nearest for the line given.
+    """The line ``first + step * code`` through y (mean 0; weights sum to 1) with the codes that are nearest for the line given.
 
     Returns what it explains of y's squares, step and first; all (..., 1).
     """
     middle = (levels - 1) / 2
     codes = (y - first).mul_(1 / step).round_().clamp_(0, levels - 1).sub_(middle)
-    mean = codes.mean(dim=-1, keepdim=True)
-    together = (codes * y).sum(dim=-1, keepdim=True)
-    spread = codes.square_().sum(dim=-1, keepdim=True) - mean.square() * y.shape[-1]
+    weighted = codes * weights
+    mean = weighted.sum(dim=-1, keepdim=True)
+    together = (weighted * y).sum(dim=-1, keepdim=True)
+    spread = weighted.mul_(codes).sum(dim=-1, keepdim=True) - mean.square()
     slope = together / spread.clamp_min(1e-12)
     return together * slope, slope, -slope * (mean + middle)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -36,15 +37,19 @@ class StoredTensor:
 
 
 def write_tensor(
-    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype
-) -> dict[int, int]:
-    """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset."""
+    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype,
+    importance: Sequence[Tensor | None] = (),
+) -> dict[int, int]:  # fmt: skip
+    """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset.
+
+    importance: of the inputs of each source, where its scales are calibrated.
+    """
     if stored.compression is None:
         return _Region(fd, stored.offset).filled_with(source.to(dtype) for source in sources)
     codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
-    for source in sources:
+    for source, weights in zip_longest(sources, importance):
         for block in _row_blocks(source, stored.compression):
-            for found in _quantized(block, stored.compression):
+            for found in _quantized(block, stored.compression, weights):
                 codes.append(found[0])
                 params.append(found[1])
     expected = stored.compression.matrix_bytes(stored.rows, stored.shape[1])
@@ -74,10 +79,12 @@ class _Region:
         return {self._offset: self._sum}
 
 
-def _quantized(block: Tensor, compression: Compression) -> Iterable[tuple[Tensor, Tensor]]:
+def _quantized(
+    block: Tensor, compression: Compression, importance: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor]]:
     if compression.along is Along.OUTPUTS:
         return quantize_strips(block, compression)
-    return [quantize(block, compression)]
+    return [quantize(block, compression, importance)]
 
 
 def _row_blocks(tensor: Tensor, compression: Compression) -> Iterator[Tensor]:
