@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flexgen_bench.accuracy.metrics import answer_scores, rouge_scores, text_scores
+from flexgen_bench.accuracy.metrics import answer_scores, f1_of_matches, rouge_scores, text_scores
 from flexgen_bench.accuracy.synthetic import SIGNS, copying, lookup, matches, reasoning
 from flexgen_bench.accuracy.synthetic_natural import reasoning as natural
 
@@ -134,3 +134,11 @@ def test_rouge() -> None:
     scores = rouge_scores(doc, ["a cat sat"])
     assert scores["rouge1"] == pytest.approx(2 * 2 / (3 + 6))
     assert scores["rouge2"] == pytest.approx(2 * 1 / (2 + 5))
+
+
+def test_f1_of_matches() -> None:
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    pairs = [(1, 1), (1, 0), (0, 1), (0, 0), (1, 1), (0, 1)]
+    right, predicted = zip(*pairs, strict=True)
+    assert f1_of_matches(pairs) == pytest.approx(sklearn_metrics.f1_score(right, predicted))
+    assert f1_of_matches([(0, 0)]) == 0.0

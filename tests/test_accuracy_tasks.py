@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,18 @@ def test_broken_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: b: c")
     with pytest.raises(UserError, match=r"mine\.yaml"):
         read_tasks(tmp_path)
+
+
+def test_aggregations_are_known_to_lm_eval_or_exist() -> None:
+    registry = pytest.importorskip("lm_eval.api.registry")
+    pytest.importorskip("lm_eval.api.metrics")
+    for name in WHOLE:
+        for metric in TASKS[name].lm_eval["metric_list"]:
+            module, _, function = metric["aggregation"].rpartition(".")
+            if module:
+                assert callable(getattr(importlib.import_module(module), function))
+            else:
+                assert metric["aggregation"] in registry.AGGREGATION_REGISTRY
 
 
 def _real(name: str) -> TaskSpec:

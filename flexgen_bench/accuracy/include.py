@@ -12,7 +12,7 @@ from flexgen_bench.accuracy.prepare import rows_path
 from flexgen_bench.accuracy.task_conf import SetSpec, TaskSpec
 
 _LOAD = "flexgen_bench.accuracy.dataset.load"
-# Keys of a task whose value is a function where it starts with this.
+# A text that starts with this is the name of a function.
 _OURS = "flexgen_bench."
 
 
@@ -80,6 +80,11 @@ def write_include(
 
 
 def _marked(value: Any) -> Any:
+    # Functions of this project, wherever they stand: process_results, or the aggregation of a metric.
+    if isinstance(value, Mapping):
+        return {key: _marked(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_marked(one) for one in value]
     return _Function(value) if isinstance(value, str) and value.startswith(_OURS) else value
 
 
