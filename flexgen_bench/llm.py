@@ -76,6 +76,7 @@ class LLM:
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
+        self._chosen_for = 0  # sequences of the largest job of generation so far
         self._closed = False
         cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
@@ -235,8 +236,12 @@ class LLM:
         self.close()
 
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
-        """The engine under the given policy, or under one chosen for these requests (kept while it still fits)."""
-        return self._fitting(requests, 0, lambda engine: engine.fits(requests))
+        """The engine under the given policy, or under one chosen for these requests. That is kept while it fits, until a job of more than
+        twice as many comes: a policy for a few sequences would be slow for many."""
+        enough = len(requests) <= 2 * self._chosen_for
+        found = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
+        self._chosen_for = max(self._chosen_for, len(requests))
+        return found
 
     def _scoring_engine(self, requests: Sequence[ScoreRequest]) -> Engine:
         return self._fitting(
