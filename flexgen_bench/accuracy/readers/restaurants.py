@@ -6,7 +6,7 @@ import csv
 import random
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexgen_bench.accuracy.readers.matching import serialize
@@ -16,8 +16,11 @@ from flexgen_bench.accuracy.rows import Rows, ordered, split_off
 _ATTRIBUTES = ("name", "addr", "city", "phone", "type")
 
 
-def imputation(folder: Path, *, examples: int, at_least: int) -> Rows:
-    """Which city? All attributes but the city are told. at_least: cities with fewer restaurants are left out.
+def imputation(
+    folder: Path, *, examples: int, at_least: int, same: Sequence[Sequence[str]] = ()
+) -> Rows:
+    """Which city? All attributes but the city are told. at_least: cities with fewer restaurants are left out. same: names of one
+    city, of which the two guides use different ones: each is right.
 
     The published task imputes the city of these very restaurants (name, addr, phone, type -> city).
     """
@@ -26,7 +29,7 @@ def imputation(folder: Path, *, examples: int, at_least: int) -> Rows:
     rows = [
         {
             "record": serialize({k: record[k] for k in _ATTRIBUTES if k != "city"}),
-            "answers": [record["city"]],
+            "answers": _names(record["city"], same),
         }
         for record in records
         if frequent[record["city"]] >= at_least
@@ -55,6 +58,11 @@ def error_detection(folder: Path, *, examples: int, seed: int) -> Rows:
             }
         )
     return balanced(rows, examples)
+
+
+def _names(city: str, same: Sequence[Sequence[str]]) -> list[str]:
+    others = [name for names in same if city in names for name in names if name != city]
+    return [city, *others]
 
 
 def _restaurants(folder: Path) -> list[Mapping[str, str]]:
