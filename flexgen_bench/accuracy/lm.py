@@ -108,8 +108,12 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         )  # fmt: skip
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes down about the model."""
-        return {"model_name": self._name, "max_length": self.max_length}
+        """What lm-eval writes down about the model, when it has answered: how many items were cut is part of its results."""
+        return {
+            "model_name": self._name,
+            "max_length": self.max_length,
+            "truncated": dict(self.truncated),
+        }
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
