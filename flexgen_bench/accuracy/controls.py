@@ -14,8 +14,8 @@ from flexgen_bench.core.compression import Compression, Lossy
 
 # Relative weight error of 4 bits in groups of 64, whatever the model (docs/notes/accuracy.md): outside, the grid is not what it is said to be.
 BAND = (0.05, 0.12)
-# An error this small means that the weights lie on the grid already.
-ON_GRID = 0.01
+# Below this share of the least error that their bits give on other weights, weights lie on the grid already.
+ON_GRID = 0.2
 # Added log-loss of the engine, of that of a plain rounding on the same weights. Below LEAST bits per byte the ratio is that of two noises.
 MOST_OF_YARDSTICK = 1.02
 LEAST_ADDED = 0.002
@@ -49,8 +49,12 @@ def check(seen: Sequence[Seen]) -> list[Finding]:
 
 
 def on_grid(numbers: ModeRecord | None) -> bool:
-    """Whether the model's own weights lie on the mode's grid: an independent quantizer changes nothing either."""
-    return numbers is not None and numbers.grid_error is not None and numbers.grid_error < ON_GRID
+    """Whether the model's own weights lie on the mode's grid: an independent quantizer changes next to nothing either."""
+    weights = None if numbers is None else numbers.subject.changes.weights
+    if numbers is None or weights is None or numbers.grid_error is None:
+        return False
+    # A step is the range of a group over (levels - 1); so is, on other weights, the error.
+    return numbers.grid_error < ON_GRID * BAND[0] * 15 / (weights.levels - 1)
 
 
 def _of_mode(one: Seen) -> list[Finding]:

@@ -164,10 +164,10 @@ def _disagreements(found: Sequence[Agreement]) -> list[Finding]:
     ]
 
 
-def _order(entry: tuple[tuple[str, str], object]) -> tuple[int, str, str]:
+def _order(entry: tuple[tuple[str, str], object]) -> tuple[int, int, str]:
     """Whoever compresses least first."""
     (system, mode), tasks = entry
     assert isinstance(tasks, dict)
     lossy = next(iter(tasks.values())).subject.changes
     bits = -(lossy.weights.bits if lossy.weights else 16)
-    return (0 if lossy == EXACT else 1), f"{bits:+03d}", f"{system}{mode}"
+    return (0 if lossy == EXACT else 1), bits, f"{system}{mode}"
