@@ -121,7 +121,7 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         asked = [self._request(i, before, after) for i, (_, before, after) in enumerate(requests)]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
         with tqdm(
-            total=len(asked), desc="Running loglikelihood requests", disable=disable_tqdm
+            total=len(asked), desc="Running loglikelihood requests", disable=disable_tqdm or None
         ) as bar:
 
             def take(index: int, score: Score) -> None:
@@ -161,7 +161,7 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 owner.append(number)
         left, total = Counter(owner), [0.0] * len(texts)
         parts: list[dict[int, float]] = [{} for _ in texts]
-        with tqdm(total=len(windows), desc="Running rolling requests", disable=disable_tqdm) as bar:
+        with tqdm(total=len(windows), desc="Running rolling requests", disable=disable_tqdm or None) as bar:
 
             def take(index: int, score: Score) -> None:
                 number = owner[index]
@@ -190,7 +190,7 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             stops.append(stop)
         found = [""] * len(prompts)
         with tqdm(
-            total=len(prompts), desc="Running generate_until requests", disable=disable_tqdm
+            total=len(prompts), desc="Running generate_until requests", disable=disable_tqdm or None
         ) as bar:
 
             def take(index: int, tokens: Sequence[int]) -> None:
