@@ -161,7 +161,9 @@ def _help() -> str:
         return f"  {name:<18}{what}"
 
     sets: Any = read_sets()
-    tasks = sorted(read_tasks())
+    specs = read_tasks()
+    tasks = sorted(name for name in specs if specs[name].data_name == name)
+    variants = sorted({s.data_name for name, s in specs.items() if s.data_name != name})
     parts = [
         _USAGE,
         _KEYS,
@@ -172,6 +174,7 @@ def _help() -> str:
         *(line(name, sets[name].description) for name in sorted(sets)),
         "",
         f"Tasks: {', '.join(tasks)}",
+        *(f"       {name}_<subject>: one of its subjects alone" for name in variants),
         "",
         f"Models: {', '.join(list_models())}",
     ]
