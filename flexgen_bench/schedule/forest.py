@@ -126,7 +126,7 @@ class _Growing:
             count += 1
         count = min(count, most)
         own = len(tokens) - 1 - count
-        return count if count * ROW_PAIRS > own * own // 2 else 0
+        return count if count * ROW_PAIRS >= own * own / 2 else 0
 
     def add(self, number: int, tokens: tuple[int, ...], start: int, shared: int) -> None:
         del self._path[shared:]
