@@ -79,7 +79,7 @@ def test_groups_end_with_the_tensors_a_matrix_is_made_of(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [0, 1, 5, 70])
+@pytest.mark.parametrize("rows", [0, 1, 5, 70, 200])
 def test_products_are_those_with_the_unpacked_matrix(rows: int, dtype: torch.dtype) -> None:
     blocks, compression = (130, 64, 9), Compression(4, 64, Along.OUTPUTS)
     weight = weight_of((203, 96)).to(dtype)
@@ -99,6 +99,7 @@ def test_a_large_matrix_is_unpacked_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     packed = OutputQuantizedWeight.of(weight, compression, (130, 73))
     whole, product = packed.dequantize(), linear(weight, packed)
     monkeypatch.setattr("flexgen_bench.kernels.output_groups.CPU_BYTES", 3 * 16 * 96 * 4)
+    monkeypatch.setattr("flexgen_bench.kernels.ops.CPU_TILE_BYTES", 2 * 16 * 96 * 4)
     assert torch.equal(packed.dequantize(), whole)
     torch.testing.assert_close(linear(weight, packed), product)
 
