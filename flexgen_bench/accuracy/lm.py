@@ -161,7 +161,9 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 owner.append(number)
         left, total = Counter(owner), [0.0] * len(texts)
         parts: list[dict[int, float]] = [{} for _ in texts]
-        with tqdm(total=len(windows), desc="Running rolling requests", disable=disable_tqdm or None) as bar:
+        with tqdm(
+            total=len(windows), desc="Running rolling requests", disable=disable_tqdm or None
+        ) as bar:
 
             def take(index: int, score: Score) -> None:
                 number = owner[index]

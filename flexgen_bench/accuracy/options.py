@@ -180,7 +180,5 @@ def _source(conf: AccuracyConf, model: ModelSpec) -> tuple[str, str]:
             "weights", "dummy", "trained ones: random numbers have no accuracy",
             "Take weights=hub, or checkpoint=/path/to/it.",
         )  # fmt: skip
-    return (
-        model.shape.name if model.weights is WeightSource.PACKAGE else model.location,
-        model.shape.name,
-    )
+    elsewhere = model.weights in (WeightSource.HUB, WeightSource.PATH)
+    return model.location if elsewhere else model.shape.name, model.shape.name

@@ -22,6 +22,7 @@ from flexgen_bench.config import system_target
 from flexgen_bench.core.accuracy import Role, Subject, TaskRecord
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.runner.environment import describe_environment
+from flexgen_bench.runner.loading import load_target
 from flexgen_bench.runner.model_source import checkpoint_of
 from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accuracy
 
@@ -60,9 +61,9 @@ class AccuracyRun:
 
     def __init__(self, request: Request, tell: Tell) -> None:
         self._request, self._tell = request, tell
+        self.setups = _setups(request, tell)
         self._limit = _limit(request)
         self.tasks = asked_tasks(request, self._limit)
-        self.setups = _setups(request, tell)
         self._folders: dict[str, Path] = {}
 
     def todo(self) -> list[Todo]:
@@ -234,6 +235,15 @@ def asked_tasks(request: Request, limit: int) -> list[AskedTask]:
 
 def _setups(request: Request, tell: Tell) -> list[Setup]:
     """The uncompressed system first, then its modes, then what they are measured against."""
+    able = load_target(system_target(request.system)).capabilities
+    if not able.scores:
+        raise UserError("system", request.system, "a system that gives log-likelihoods")
+    for mode in request.modes:
+        refused = [name for name in mode.lossy.changed if name not in able.lossy]
+        if refused:
+            raise UserError(
+                "mode", mode.name, f"one that {request.system} can follow", f"It cannot change {', '.join(refused)}."
+            )  # fmt: skip
     role = _role(request.system)
     found = [Setup(request.system, mode, role) for mode in (request.exact, *request.modes)]
     if request.reference not in (EXACT_REFERENCE, YARDSTICK, request.system):
@@ -249,8 +259,6 @@ def _setups(request: Request, tell: Tell) -> list[Setup]:
 
 
 def _role(system: str) -> Role:
-    from flexgen_bench.runner.loading import load_target
-
     is_reference = load_target(system_target(system)).capabilities.reference
     return Role.REFERENCE if is_reference else Role.EVALUATED
 
