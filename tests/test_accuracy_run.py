@@ -23,7 +23,23 @@ from flexgen_bench.store.accuracy_store import read_accuracy
 
 lm_eval = pytest.importorskip("lm_eval")
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["a", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "nobody", "is", "looking", "at", "it"]
+WORDS = [
+    "a",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "nobody",
+    "is",
+    "looking",
+    "at",
+    "it",
+]
 
 
 def documents(count: int, **_: Any) -> dict[str, Any]:
@@ -178,6 +194,33 @@ def test_a_record_of_a_later_version_is_refused_by_name(
     (problem,) = read_accuracy(tmp_path).problems
     assert "schema version 99" in problem.message
     assert "Update flexgen-bench" in problem.message
+
+
+def test_items_that_were_cut_are_counted(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("mode=exact", "max_length=24") == 0
+    found = records(tmp_path)
+    assert 0 < found["flexgen", "exact", "recall"].truncated["loglikelihood"] <= 8
+    assert 0 < found["flexgen", "exact", "write"].truncated["generate_until"] <= 8
+    assert not found["flexgen", "exact", "read"].truncated  # cut into windows, nothing is lost
+
+
+def test_the_count_of_cut_items_survives_a_kill(tmp_path: Path) -> None:
+    """Who goes on sees fewer items, but all were counted before the first was answered."""
+    from flexgen_bench.accuracy.evaluate import TruncationCount
+
+    answers = tmp_path / "answers"
+    first = TruncationCount.beside(answers)
+    for _ in range(3):
+        first["loglikelihood"] += 1
+    assert TruncationCount.beside(answers) == {}, "killed before the first answer: count again"
+    for _ in range(3):
+        TruncationCount.beside(answers)
+    again = TruncationCount.beside(answers)
+    again["loglikelihood"] += 3
+    (tmp_path / "answers_rank0.db").touch()
+    resumed = TruncationCount.beside(answers)
+    resumed["loglikelihood"] += 1
+    assert resumed == {"loglikelihood": 3}
 
 
 def test_the_yardstick_is_compared(run: Callable[..., int], tmp_path: Path) -> None:
