@@ -49,9 +49,10 @@ def f1_of_matches(pairs: Sequence[tuple[int, int]]) -> float:
     lm-eval's own ``f1`` draws 100,000 bootstrap samples of it, through a slow function, in minutes; intervals are made elsewhere
     (``accuracy.statistics``).
     """
-    hits = sum(right == predicted == 1 for right, predicted in pairs)
-    marked = sum((right == 1) + (predicted == 1) for right, predicted in pairs)
-    return float(2 * hits / marked) if marked else 0.0
+    # int: lm-eval's predictions are NumPy's, and the sum of two of its truth values is a truth value.
+    hits = sum(int(right == predicted == 1) for right, predicted in pairs)
+    marked = sum(int(right == 1) + int(predicted == 1) for right, predicted in pairs)
+    return 2 * hits / marked if marked else 0.0
 
 
 # Which function of sums over items it is (``accuracy.statistics``).
