@@ -91,10 +91,11 @@ def advice(outcome: ModelOutcome) -> str:
 
 
 def ratio_to_yardstick(mode: ModeOutcome) -> float | None:
-    """Added log-loss of the mode, of that of plain rounding on the same weights and items."""
+    """Mean added log-loss of the mode, of that of plain rounding on the same weights, over the tasks that both have."""
     if mode.comparison is None or mode.yardstick is None:
         return None
-    ours, theirs = mode.comparison.bits, mode.yardstick.bits
-    if ours is None or theirs is None or not theirs.value:
-        return None
-    return ours.value / theirs.value
+    plain = {t.task: t.bits for t in mode.yardstick.tasks}
+    pairs = [(t.bits, plain[t.task]) for t in mode.comparison.tasks if t.task in plain]
+    both = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
+    ours, theirs = (sum(pair[i] for pair in both) for i in (0, 1))
+    return ours / theirs if theirs else None
