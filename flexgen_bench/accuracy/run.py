@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -12,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import psutil
 
 from flexgen_bench.accuracy.evaluate import check_metric, evaluate_task, quiet
 from flexgen_bench.accuracy.identity import mode_key, model_fingerprint, task_key
@@ -29,6 +32,8 @@ from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accur
 # What a person is told while it runs.
 Tell = Callable[[str], None]
 _COMMAND = "python -m flexgen_bench.accuracy"
+# Folders of what modes are compared with; the number of the process follows.
+_DISTRIBUTIONS = "distributions-"
 # A limit that no task reaches.
 _ALL = 10**9
 
@@ -91,7 +96,10 @@ class AccuracyRun:
         written = []
         scratch = self._request.cache / "accuracy"
         scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="distributions-", dir=scratch) as folder:
+        _remove_orphans(scratch)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{_DISTRIBUTIONS}{os.getpid()}-", dir=scratch
+        ) as folder:
             numbers = NumbersOf(self._request, Path(folder))
             todo = self.todo()
             exact_is_needed = any(t.numbers_missing for t in todo)
@@ -160,8 +168,6 @@ class AccuracyRun:
 
     @cached_property
     def _environment(self) -> Mapping[str, Any]:
-        import os
-
         return describe_environment(
             self._request.cache, self._request.results_dir, dict(os.environ)
         )
@@ -261,6 +267,14 @@ def _setups(request: Request, tell: Tell) -> list[Setup]:
 def _role(system: str) -> Role:
     is_reference = load_target(system_target(system)).capabilities.reference
     return Role.REFERENCE if is_reference else Role.EVALUATED
+
+
+def _remove_orphans(scratch: Path) -> None:
+    """Distributions (some 200 MB) that runs have left which were killed."""
+    for folder in scratch.glob(f"{_DISTRIBUTIONS}*"):
+        process = folder.name.removeprefix(_DISTRIBUTIONS).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _now() -> str:
