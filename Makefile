@@ -4,7 +4,7 @@ VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 INSTALL_INPUTS := pyproject.toml constraints.txt scripts/install.py
 
-.PHONY: bench test lint format clean
+.PHONY: bench test accuracy-ci lint format clean
 
 bench: $(VENV)/.installed-bench
 	$(RUN) -m flexgen_bench $(ARGS)
@@ -12,6 +12,11 @@ bench: $(VENV)/.installed-bench
 # OMP_WAIT_POLICY: with a busy neighbour, torch's spinning threads make a run several times slower.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+
+# A few items of every kind of request, uncompressed and in 4 bits, with the controls: under three minutes on two cores, once the
+# model and the data are there (python -m flexgen_bench.fetch smollm2 accuracy). Its records are no results.
+accuracy-ci: $(VENV)/.installed-test
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m flexgen_bench.accuracy tasks=ci limit=10 mode=w4 text_tokens=256 rerun=true results_dir=.cache/accuracy-ci $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -103,7 +103,7 @@ def generate_batches(
     answers: dict[int, tuple[int, ...]] = {}
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        ids, mask = _padded([prompts[i] for i in members])
+        ids, mask = padded([prompts[i] for i in members], left=True)
         clock.begin(members)
         output = model.generate(
             ids.to(device),
@@ -122,14 +122,15 @@ def generate_batches(
     )
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, T): padding on the left."""
+def padded(prompts: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (B, T): padding on the left, or on the right."""
     length = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), length), PAD, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
+        start = length - len(prompt) if left else 0
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
     return ids, mask
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from baselines import hf_generate as hf
+from baselines.hf_scorer import HFScorer
 from flexgen_bench.systems.contract import Generation, Progress, System
+from flexgen_bench.systems.scorer import Scorer
+
+# Sequences scored or continued at once where nobody says how many: on two cores larger batches score no faster
+# (docs/notes/accuracy_scoring.md), on a GPU they do.
+SCORED_ON_CPU, SCORED_ON_GPU = 8, 64
 
 
 class HFSystem(System):
@@ -29,6 +35,11 @@ class HFSystem(System):
             device=self._device,
             progress=progress,
         )
+
+    def scorer(self, batch_size: int | None) -> Scorer:
+        usual = SCORED_ON_GPU if self._device.type == "cuda" else SCORED_ON_CPU
+        self.load(batch_size or usual)
+        return HFScorer(self._model, self._device, self._batch_size, self.files.checkpoint)
 
     def close(self) -> None:
         self._model = None

@@ -17,7 +17,8 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from flexgen_bench.llm import LLM, Output, Score
+    from flexgen_bench.llm import LLM
+    from flexgen_bench.outputs import Output, Score
 
 __all__ = [
     "LLM", "Compression", "Lossy", "Output", "Placement", "Policy", "SamplingParams", "Score",

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
-from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model
+from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model, typed_conf
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
@@ -187,8 +187,20 @@ def composed(overrides: Sequence[str]) -> AppConf:
         raise user_error(error) from error
 
 
-def user_error(error: HydraException) -> UserError:
-    """What Hydra objects to, naming the key and what is allowed."""
+def composed_as(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
+    """The configuration conf/``name``.yaml under some overrides, as an instance of ``schema``. Raises UserError.
+
+    Initialises Hydra, and leaves it as it was.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return typed_conf(schema, compose(name, overrides=list(overrides)))
+        except HydraException as error:
+            raise user_error(error, schema) from error
+
+
+def user_error(error: HydraException, schema: type[Any] = AppConf) -> UserError:
+    """What Hydra objects to, naming the key and what is allowed. schema: of the configuration, for the keys there are."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown_choice(group or "config", name, error.options or [])
@@ -196,23 +208,23 @@ def user_error(error: HydraException) -> UserError:
     quoted = lines[0].split("'") if lines else []
     if "Could not override" in lines[0] and len(quoted) > 2:
         key = quoted[1].rstrip(".")
-        return _unknown_key(key, lines)
+        return _unknown_key(key, lines, schema)
     action = "Run with --help for the groups and keys."
     return UserError(
         "command line", " ".join(lines)[:190], "key=value overrides that exist", action
     )
 
 
-def _unknown_key(key: str, lines: list[str]) -> UserError:
+def _unknown_key(key: str, lines: list[str], schema: type[Any]) -> UserError:
     parent = key.rpartition(".")[0]
     hint = "Run with --help for the groups and keys, with --cfg job for those of your choices."
-    if parent.startswith("policy") and key.rpartition(".")[2] in _keys_of(parent):
+    if parent.startswith("policy") and key.rpartition(".")[2] in _keys_of(parent, schema):
         hint = "policy=auto has no settings of its own: start from another, e.g. policy=half-disk."
         return UserError("key", key, "a key of the policy chosen", hint)
     if parent.startswith("system"):
         hint = "Options belong to one system: name it with system=..., and see its file in conf/system."
         return UserError("key", key, "a key of the system chosen", hint)
-    known = _keys_of(parent)
+    known = _keys_of(parent, schema)
     if known:
         return unknown_choice(
             "key", key, [f"{parent}.{name}" if parent else name for name in known]
@@ -220,9 +232,9 @@ def _unknown_key(key: str, lines: list[str]) -> UserError:
     return UserError("key", key, "a key of the configuration", hint)
 
 
-def _keys_of(path: str) -> list[str]:
+def _keys_of(path: str, schema: type[Any]) -> list[str]:
     """The keys of a part of the configuration such as ``workload``; none for free mappings like options."""
-    owner: Any = AppConf
+    owner: Any = schema
     for name in filter(None, path.split(".")):
         hint = get_type_hints(owner).get(name)
         classes = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]

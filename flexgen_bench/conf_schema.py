@@ -77,10 +77,11 @@ class PlacementConf:
 
 @dataclass
 class LossyConf:
-    """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null."""
+    """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null; or a name such as
+    4-bit/outputs/mse, or a mapping {bits: 4, group_size: 64, along: outputs, scales: mse}. group_size: where none is named."""
 
-    weights: int | None = None
-    kv_cache: int | None = None
+    weights: Any = None
+    kv_cache: Any = None
     group_size: int = 64
     value_share: float = 1.0
 
@@ -160,10 +161,20 @@ class SuiteConf:
 @dataclass
 class PrintedSystemConf:
     """What stands beside a system of a printed table. simulated_as: the ``printed_as`` of the conf/system that is simulated
-    (null: its own name); ours: what this project's engine may change of the results beside it (null: it is not asked)."""
+    (null: its own name); ours: what this project's engine may change of the results beside it (null: it is not asked); mode: the mode of
+    conf/accuracy/modes whose accuracy is looked up (null: none)."""
 
     simulated_as: str | None = None
     ours: LossyConf | None = None
+    mode: str | None = None
+
+
+@dataclass
+class MeasuredScoreConf:
+    """What is looked up in results/accuracy for a printed metric: a task, and a metric of it."""
+
+    task: str = MISSING
+    metric: str = MISSING
 
 
 @dataclass
@@ -206,7 +217,7 @@ class TableConf:
 
     printed: its ids there (column ``table``); select: the rows that are taken, by field, and their order; extra: cells of which
     nothing is printed. rows, columns: the fields that make the table's rows and columns; grids: the field that cuts it in several.
-    labels: shorter words for values. models: conf/model of a printed name. predict: quantity -> what of a prediction it is.
+    accuracy: metric -> the score that this project's engine has beside it. labels: shorter words for values. models: conf/model of a printed name. predict: quantity -> what of a prediction it is.
     machine: conf/gpu. lines: what is shown of each row; decimals: the paper's own. no_ratio: quantities that are not better by being more.
     """
 
@@ -229,6 +240,7 @@ class TableConf:
             "decoding throughput": "decode_tok_per_s",
         }
     )
+    accuracy: dict[str, MeasuredScoreConf] = field(default_factory=dict)
     assumed: list[AssumedConf] = field(default_factory=list)
     no_ratio: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=lambda: ["printed", "simulated", "ours"])

@@ -6,6 +6,7 @@ The only module that knows OmegaConf: everything behind it sees frozen dataclass
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def load_typed(schema: type[Any], path: Path, prefix: str) -> Any:
         raise UserError(
             f"{path.name}: {error.field}", error.value, error.allowed, error.action
         ) from error
+
+
+def typed_conf(schema: type[Any], composed: Any) -> Any:
+    """A composed configuration as an instance of ``schema``. Raises UserError naming the key at fault."""
+    return _typed(schema, composed, "")
+
+
+def run_parts(
+    model: ModelConf, gpu: GpuConf, policy: PolicyConf, weights: str | None, location: str | None
+) -> tuple[ModelSpec, HardwareProfile, Policy | None]:
+    """The core types of three groups, for command lines that describe no cell. Raises UserError for what does not go together."""
+    hardware = _hardware(gpu)
+    return _model(model, weights, location), hardware, to_policy(policy, hardware)
 
 
 def _typed(schema: Any, node: Any, prefix: str) -> Any:
@@ -161,7 +175,8 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
     )
 
 
-def _policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
+def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
+    """None for ``auto``. UserError for shares on a tier that the hardware does not have."""
     if conf.auto:
         return None
     placements = {}
@@ -196,16 +211,26 @@ def to_lossy(conf: LossyConf) -> Lossy:
     """UserErrors name the key as it is written on the command line."""
     given = {}
     for key in ("weights", "kv_cache"):
-        bits = getattr(conf, key)
         try:
-            given[key] = None if bits is None else Compression(bits, conf.group_size)
+            given[key] = Compression.parse(getattr(conf, key), conf.group_size)
         except UserError as error:
-            name = "group_size" if error.field.endswith("group_size") else key
-            raise UserError(f"policy.lossy.{name}", error.value, error.allowed) from error
+            raise _on_command_line(error, key, getattr(conf, key)) from error
     try:
         return Lossy(value_share=conf.value_share, **given)
     except UserError as error:
-        raise UserError("policy.lossy.value_share", error.value, error.allowed) from error
+        name = f"policy.lossy.{error.field}"
+        raise UserError(name, error.value, error.allowed, error.action) from error
+
+
+def _on_command_line(error: UserError, key: str, given: object) -> UserError:
+    """What is wrong with a compression, under the key that was written: its own, one inside it, or the group size of both."""
+    part = error.field.removeprefix("compression").removeprefix(".")
+    inside = isinstance(given, Mapping) and part in given
+    if part == "group_size" and not isinstance(given, str) and not inside:
+        name = part
+    else:
+        name = f"{key}.{part}" if inside else key
+    return UserError(f"policy.lossy.{name}", error.value, error.allowed, error.action)
 
 
 def _check_system(conf: SystemConf) -> None:
@@ -251,7 +276,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         dtype=_choice(DType, conf.dtype, "dtype"),
         threads=threads,
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
-        policy=_policy(conf.policy, hardware),
+        policy=to_policy(conf.policy, hardware),
         lossy=to_lossy(conf.policy.lossy),
         system_options=conf.system.options,
     )
@@ -265,6 +290,24 @@ def system_model(conf: SystemConf) -> SystemModel:
         printed_as=conf.printed_as or "",
         follows_policy=conf.follows_policy,
     )
+
+
+def list_systems() -> list[str]:
+    """The names in conf/system of what can be run."""
+    return sorted(
+        path.stem
+        for path in (conf_dir() / "system").glob("*.yaml")
+        if load_typed(SystemConf, path, "system.").target is not None
+    )
+
+
+def system_target(name: str) -> str:
+    """The ``module:Class`` of a system in conf/system. Raises UserError listing the names for one that cannot be run."""
+    if name not in list_systems():
+        raise unknown_choice("system", name, list_systems())
+    conf: SystemConf = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
+    assert conf.target is not None, "listed"
+    return conf.target
 
 
 def list_models() -> list[str]:

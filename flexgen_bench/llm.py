@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.store import calibrated_rates, with_calibration
-from flexgen_bench.config import default_cache_dir, hardware_profile, list_models, model_spec
-from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.config import default_cache_dir, hardware_profile
+from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, agreed_lossy
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine, check_prompt
-from flexgen_bench.engine.generation import Running, ScoreRequest, Scoring
+from flexgen_bench.engine.engine import Engine, check_prompt, check_score_request
+from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.memory.checkpoint import read_config
+from flexgen_bench.outputs import Output, Prompt, Score, is_prompt, per_prompt, score_of
 from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.runner.checkpoints import prepare_checkpoint
-from flexgen_bench.runner.gguf_shape import gguf_shape
-from flexgen_bench.runner.hub import hub_folder
+from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.runner.machine import physical_cores
+from flexgen_bench.runner.model_source import Progress, checkpoint_of
+from flexgen_bench.schedule.forest import ScoreRequest
 
-Prompt = str | Sequence[int]
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Output:
-    """One prompt's result. ``finish_reason``: "stop" (a stop id or string) or "length"."""
-
-    prompt: Prompt
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """Log-likelihood of one continuation given its context: natural logarithm, summed and per token."""
-
-    logprob: float
-    is_greedy: bool
-    token_logprobs: tuple[float, ...]
+# Given each result as soon as it is there: its place in what was asked, and the result.
+OnOutput = Callable[[int, Output], None]
+OnScore = Callable[[int, Score], None]
 
 
 class LLM:
@@ -90,6 +76,7 @@ class LLM:
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
+        self._chosen_for = 0  # sequences of the largest job of generation so far
         self._closed = False
         cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
@@ -109,7 +96,7 @@ class LLM:
                 if rates is not None:
                     known = with_calibration(hardware, rates)
                     self._device = replace(self._device, hardware=known)
-            checkpoint, chosen = _checkpoint(model, dtype, cache, self._progress)
+            checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
             self._weights = PackedWeights.from_checkpoint(
                 checkpoint,
                 chosen,
@@ -137,22 +124,33 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: OnOutput = lambda index, output: None,
     ) -> list[Output]:
         """Continue every prompt: texts or lists of token ids, any number, any mixture of lengths.
 
-        Results come in the order of the prompts and do not depend on how they are batched.
+        Results come in the order of the prompts and do not depend on how they are batched. ``on_output`` gets each as soon as it is there.
         """
         self._check_open()
-        asked: Sequence[Prompt] = [prompts] if _is_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
+        asked: Sequence[Prompt] = [prompts] if is_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
         if not asked:
             raise UserError("prompts", asked, "at least one prompt")
-        params = _per_prompt(sampling_params, len(asked))
+        params = per_prompt(sampling_params, len(asked))
         sequences = [
             self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))
         ]
         requests = [Request(len(s.prompt), s.params.max_tokens) for s in sequences]
-        self._engine_for(requests).generate(sequences, self._progress)
-        return [self._output(p, s) for p, s in zip(asked, sequences, strict=True)]
+        found: dict[int, Output] = {}
+
+        def take(index: int, sequence: Running) -> None:
+            found[index] = self._output(asked[index], sequence)
+            on_output(index, found[index])
+
+        arrivals = Arrivals(self._progress, take)
+        for index, sequence in enumerate(sequences):
+            sequence.on_end = partial(arrivals.put, index, sequence)
+        self._engine_for(requests).generate(sequences, arrivals.progress)
+        arrivals.deliver()
+        return [found[index] for index in range(len(asked))]
 
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
@@ -163,12 +161,55 @@ class LLM:
             )
         if not contexts:
             raise UserError("contexts", list(contexts), "at least one context")
-        pairs = zip(contexts, continuations, strict=True)
-        requests = [self._score_request(i, a, b) for i, (a, b) in enumerate(pairs)]
-        asked = [Request(len(r.tokens), 1) for r in requests]
-        engine = self._engine_for(asked, Scoring.rows_at_once)
-        scoring, _ = engine.score(requests, self._progress)
-        return [_score(scoring.results[i]) for i in range(len(requests))]
+        requests = []
+        for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+            before, both = self._tokenizer.encode_pair(context, continuation, index)
+            requests.append(ScoreRequest(both, before))
+        return self.score_tokens(requests)
+
+    def score_tokens(
+        self,
+        requests: Sequence[ScoreRequest],
+        on_score: OnScore = lambda index, score: None,
+    ) -> list[Score]:
+        """Log-likelihoods of the tokens of each request from its ``start`` on. What requests share at their beginning is computed once.
+
+        Results come in the order of the requests; ``on_score`` gets each as soon as it is there.
+        """
+        self._check_open()
+        for index, request in enumerate(requests):
+            check_score_request(self.shape, index, request)
+        if not requests:
+            return []
+        found: dict[int, Score] = {}
+
+        def take(index: int, tokens: Sequence[tuple[float, bool]]) -> None:
+            found[index] = score_of(tokens)
+            on_score(index, found[index])
+
+        arrivals = Arrivals(self._progress, take)
+        self._scoring_engine(requests).score(requests, arrivals.put, arrivals.progress)
+        arrivals.deliver()
+        return [found[index] for index in range(len(requests))]
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Of each sequence in turn, the whole distribution of every token but the first: (T-1, V) float32. Few are in memory at once."""
+        self._check_open()
+        requests = [ScoreRequest(tokens, 1) for tokens in sequences]
+        for index, request in enumerate(requests):
+            check_score_request(self.shape, index, request)
+        return self._log_probabilities(requests)
+
+    def _log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
+        start = 0
+        while start < len(requests):
+            stop, rows = start, 0
+            while stop < len(requests) and (stop == start or rows < LOGIT_ROWS):
+                rows += len(requests[stop].tokens)
+                stop += 1
+            part = requests[start:stop]
+            yield from self._scoring_engine(part).log_probabilities([r.tokens for r in part])
+            start = stop
 
     def close(self) -> None:
         """Release the weights and delete the offload directory if it was made here."""
@@ -194,10 +235,24 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _engine_for(self, requests: Sequence[Request], scored_rows: int = 0) -> Engine:
-        """The engine under the given policy, or under one chosen for these requests (kept while it still fits)."""
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        """The engine under the given policy, or under one chosen for these requests. That is kept while it fits, until a job of more than
+        twice as many comes: a policy for a few sequences would be slow for many."""
+        enough = len(requests) <= 2 * self._chosen_for
+        found = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
+        self._chosen_for = max(self._chosen_for, len(requests))
+        return found
+
+    def _scoring_engine(self, requests: Sequence[ScoreRequest]) -> Engine:
+        return self._fitting(
+            typical(requests), LOGIT_ROWS, lambda engine: engine.can_score(requests)
+        )
+
+    def _fitting(
+        self, requests: Sequence[Request], scored_rows: int, fits: Callable[[Engine], bool]
+    ) -> Engine:
         if self._policy is None:
-            if self._engine is not None and self._engine.fits(requests, scored_rows):
+            if self._engine is not None and fits(self._engine):
                 return self._engine
             if self._engine is not None:
                 self._engine.close()
@@ -235,66 +290,3 @@ class LLM:
             text=self._tokenizer.text(sequence.new, tuple(sequence.params.stop)),
             finish_reason=sequence.finish_reason,
         )
-
-    def _score_request(self, index: int, context: Prompt, continuation: Prompt) -> ScoreRequest:
-        before, both = self._tokenizer.encode_pair(context, continuation, index)
-        check_prompt(self.shape, index, both, 1)
-        return ScoreRequest(both, before)
-
-
-def _checkpoint(
-    model: str | Path | ModelSpec, dtype: str | DType | None, cache: Path, progress: Progress
-) -> tuple[Path, DType]:
-    """The checkpoint folder of a model in whatever form it was named, and the dtype to use."""
-    if isinstance(model, str | Path) and (Path(model) / "config.json").exists():
-        folder = Path(model)
-        return folder, _dtype(dtype, read_config(folder))
-    chosen = _dtype(dtype, {})
-    if isinstance(model, ModelSpec):
-        spec = model
-    elif str(model) in list_models():
-        spec = model_spec(str(model))
-    elif str(model).endswith(".gguf"):
-        spec = ModelSpec(gguf_shape(Path(model)), WeightSource.PATH, str(Path(model).absolute()))
-    elif Path(model).exists():
-        raise UserError(
-            "model", str(model), "a checkpoint folder (with config.json) or a .gguf file"
-        )
-    elif "/" in str(model):
-        folder = hub_folder(str(model))
-        return folder, _dtype(dtype, read_config(folder))
-    else:
-        raise unknown_choice("model", str(model), list_models())
-    return prepare_checkpoint(spec, chosen, cache, progress), chosen
-
-
-def _dtype(asked: str | DType | None, config: dict[str, Any]) -> DType:
-    """What was asked for, else what the checkpoint is stored in, else bfloat16."""
-    named = asked or config.get("dtype") or config.get("torch_dtype") or DType.BFLOAT16
-    if named not in [str(d) for d in DType]:
-        raise unknown_choice("dtype", str(named), [str(d) for d in DType])
-    return DType(named)
-
-
-def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """A single text, or a single list of token ids. UserError for what is neither nor a list of them."""
-    if not isinstance(prompts, str | Sequence):
-        raise UserError("prompts", prompts, "a text, a list of token ids, or a list of these")
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, Sequence) or any(not isinstance(p, SamplingParams) for p in params):
-        raise UserError("sampling_params", params, "SamplingParams, or a list of them")
-    if len(params) != count:
-        raise UserError("sampling_params", len(params), f"one, or as many as prompts ({count})")
-    return params
-
-
-def _score(tokens: Sequence[tuple[float, bool]]) -> Score:
-    logprobs = tuple(logprob for logprob, _ in tokens)
-    return Score(sum(logprobs), all(greedy for _, greedy in tokens), logprobs)

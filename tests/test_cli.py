@@ -170,7 +170,7 @@ def test_fetch_twice(run, smollm2, shared_cache: Path) -> None:  # type: ignore[
 
 def test_fetch_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch.main(["gpt-5"]) == 2
-    assert "one of smollm2" in capsys.readouterr().err
+    assert "one of accuracy, smollm2" in capsys.readouterr().err
     assert set(fetch.NAMES.values()) == set(packages.PACKAGES)
 
 

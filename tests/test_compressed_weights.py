@@ -12,11 +12,11 @@ import torch
 from conftest import llama_shape, opt_shape
 from tiny_models import EMULATED, HOST, MODELS, greedy_reference, random_model, random_prompts, save
 
-from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.compression import EXACT, Along, Compression, Lossy, Scales
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import MIB
@@ -39,8 +39,14 @@ from flexgen_bench.schedule.steps import Step, StepKind
 
 NEW_TOKENS = 6
 # The models' dimensions are 20, 48, 60, 64, 90 and 100: most are no multiples of these groups, some none of 8.
-COMPRESSIONS = [Compression(3, 16), Compression(4, 64), Compression(8, 8)]
+COMPRESSIONS = [
+    Compression(3, 16),
+    Compression(4, 64),
+    Compression(8, 8),
+    Compression(4, 16, Along.OUTPUTS, Scales.MSE),
+]
 FOUR = Compression(4, 16)
+FOUR_ALONG_OUTPUTS = Compression(4, 16, Along.OUTPUTS)
 
 
 def fake_quantized(model: Any, compression: Compression) -> Any:
@@ -48,8 +54,16 @@ def fake_quantized(model: Any, compression: Compression) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # a tied table comes once
             if parameter.dim() == 2 and "embed_positions" not in name:
-                parameter.copy_(fake_quantize(parameter, compression))
+                per_token = "embed_tokens" in name or "lm_head" in name
+                how = compression.of_vocabulary if per_token else compression
+                parameter.copy_(rounded(parameter, how))
     return model
+
+
+def rounded(weight: torch.Tensor, compression: Compression) -> torch.Tensor:
+    if compression.along is Along.INPUTS:
+        return fake_quantize(weight, compression)
+    return fake_quantize(weight.t(), compression).t()
 
 
 def convert(
@@ -95,7 +109,7 @@ def model_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=COMPRESSIONS, ids=lambda c: f"{c.bits}-bit-{c.group_size}")
+@pytest.fixture(scope="module", params=COMPRESSIONS, ids=lambda c: str(c).replace("/", "-"))
 def reference(
     model_name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:
@@ -157,12 +171,13 @@ def hold(weights: PackedWeights, tier: Tier, plain_slots: int = 0) -> Weights:
 
 
 @pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK])
+@pytest.mark.parametrize("compression", [FOUR, FOUR_ALONG_OUTPUTS], ids=str)
 def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
-    model_name: str, tier: Tier, tmp_path: Path
+    model_name: str, compression: Compression, tier: Tier, tmp_path: Path
 ) -> None:
     """The way taken where a pass unpacks a layer once for all micro-batches: from its slot, or from where it lives."""
-    weights = convert(random_model(model_name), tmp_path, FOUR)
-    plain = convert(random_model(model_name), tmp_path, None)
+    weights = convert(random_model(model_name), tmp_path, compression)
+    plain = convert(fake_quantized(random_model(model_name), compression), tmp_path / "plain", None)
     units = weights.packed.units
     held = hold(weights, tier, plain_slots=2)
     expected = hold(plain, Tier.CPU)
@@ -188,8 +203,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
             assert set(found) == set(wanted)
             for name, tensor in wanted.items():
                 assert isinstance(tensor, torch.Tensor)
-                want = fake_quantize(tensor, FOUR) if tensor.dim() == 2 else tensor
-                assert torch.equal(found[name], want), (unit.index, name)
+                assert torch.equal(found[name], tensor), (unit.index, name)
     finally:
         held.close()
         expected.close()
@@ -199,7 +213,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
 def test_rows_of_a_compressed_table_are_unpacked_alone(tier: Tier, tmp_path: Path) -> None:
     weights = convert(random_model("opt-350m-like"), tmp_path, Compression(3, 16))
     original = random_model("opt-350m-like").model.decoder.embed_tokens.weight.detach()
-    table = fake_quantize(original, Compression(3, 16))
+    table = fake_quantize(original, Compression(8, 16))
     held = hold(weights, tier)
     try:
         indices = torch.tensor([130, 0, 7, 7, 64])
@@ -219,7 +233,8 @@ def test_matrices_are_compressed_and_nothing_else(shape: Any) -> None:
     for entry in packed.entries:
         spec = entry.tensor.spec
         is_compressed = len(spec.shape) == 2 and spec.name != "positions"
-        assert entry.compression == (FOUR if is_compressed else None), spec.name
+        kind = FOUR.of_vocabulary if spec.name in ("tokens", "unembed") else FOUR
+        assert entry.compression == (kind if is_compressed else None), spec.name
     parts = sorted(part for entry in packed.entries for part in entry.parts)
     for (offset, count), (following, _) in zip(parts, [*parts[1:], (packed.file_bytes, 0)], strict=True):  # fmt: skip
         assert offset % 64 == 0
@@ -248,10 +263,13 @@ def test_four_bits_take_nine_sixteenths_of_a_byte_per_value() -> None:
 
 
 @pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK])
+@pytest.mark.parametrize("compression", [FOUR, FOUR_ALONG_OUTPUTS], ids=str)
 @pytest.mark.parametrize("part", [0, 1], ids=["codes", "parameters"])
 @pytest.mark.parametrize("where", ["layer", "table"])
-def test_a_corrupt_byte_is_found(tmp_path: Path, tier: Tier, part: int, where: str) -> None:
-    weights = convert(random_model("llama-multi-query"), tmp_path, FOUR)
+def test_a_corrupt_byte_is_found(
+    tmp_path: Path, tier: Tier, part: int, where: str, compression: Compression
+) -> None:
+    weights = convert(random_model("llama-multi-query"), tmp_path, compression)
     is_layer = where == "layer"
     entry = weights.packed.units[2].entries[1] if is_layer else weights.packed.tables[-1]
     offset, count = entry.parts[part]
@@ -297,6 +315,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
 def test_each_compression_has_its_own_store(tmp_path: Path) -> None:
     model = random_model("opt")
     kinds = [None, Compression(4), Compression(4, 16), Compression(3)]
+    kinds += [Compression(4, 16, a, s) for a in Along for s in (Scales.MINMAX, Scales.MSE)][1:]
     paths = {convert(model, tmp_path, kind).store.path for kind in kinds}
     assert len(paths) == len(kinds)
     checkpoint, cache = tmp_path / "ckpt", tmp_path / "cache"
@@ -304,14 +323,15 @@ def test_each_compression_has_its_own_store(tmp_path: Path) -> None:
     assert not PackedWeights.is_packed(checkpoint, DType.FLOAT32, cache, Compression(8))
 
 
+@pytest.mark.parametrize("compression", [FOUR, FOUR_ALONG_OUTPUTS, COMPRESSIONS[-1]], ids=str)
 def test_blocks_of_rows_give_the_same_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Compression
 ) -> None:
     """Large tables are quantized piece by piece."""
     model = random_model("llama-tied-grouped")
-    whole = convert(model, tmp_path / "a", FOUR).store
+    whole = convert(model, tmp_path / "a", compression).store
     monkeypatch.setattr("flexgen_bench.memory.stored_tensor.BLOCK_VALUES", 200)
-    pieces = convert(model, tmp_path / "b", FOUR).store
+    pieces = convert(model, tmp_path / "b", compression).store
     assert whole.path.read_bytes() == pieces.path.read_bytes()
     assert whole.checksums == pieces.checksums
 
@@ -350,8 +370,9 @@ def test_values_that_cannot_be_quantized_are_refused(
 def test_a_policy_must_say_how_the_weights_are_packed(tmp_path: Path) -> None:
     weights = convert(random_model("opt"), tmp_path, FOUR)
     device = Device.open(HOST, 1)
-    for lossy in (EXACT, Lossy(weights=Compression(4, 64))):
-        with pytest.raises(UserError, match=r"lossy\.weights.*4 bits in groups of 16"):
+    others = (Compression(4, 64), FOUR_ALONG_OUTPUTS, Compression(4, 16, scales=Scales.MSE))
+    for lossy in (EXACT, *(Lossy(weights=other) for other in others)):
+        with pytest.raises(UserError, match=r"lossy\.weights.*4 bits in groups of 16 along inputs"):
             weights.engine(Policy(lossy=lossy), device, tmp_path)
 
 
@@ -388,6 +409,17 @@ def test_llm_with_compressed_weights(tmp_path: Path) -> None:
         assert [list(o.token_ids) for o in llm.generate(prompts, params)] == wanted
     with pytest.raises(UserError, match=r"lossy = '4-bit/16 weights'.*policy"):
         LLM(folder, policy=Policy(), lossy=lossy, **options)
+
+
+def test_groups_along_outputs_wherever_a_layer_is_computed(tmp_path: Path) -> None:
+    """Unpacked into plain slots for an accelerator, in place on the processor: the same tokens."""
+    model = fake_quantized(random_model("llama-tied-grouped"), FOUR_ALONG_OUTPUTS)
+    prompts = random_prompts([4, 9, 20])
+    wanted = greedy_reference(model, prompts, NEW_TOKENS)
+    weights = convert(random_model("llama-tied-grouped"), tmp_path, FOUR_ALONG_OUTPUTS)
+    for offloaded in Offloaded:
+        policy = Policy(2, 2, on(Tier.CPU), on(Tier.GPU), on(Tier.GPU), offloaded=offloaded)
+        assert greedy(weights, policy, EMULATED, tmp_path, prompts) == wanted
 
 
 def test_compressed_and_plain_weights_are_told_apart(tmp_path: Path) -> None:

@@ -243,6 +243,23 @@ def test_what_is_lossy_is_asked_for_under_any_policy(policy: str) -> None:
     assert CellSpec.from_dict(lossy.to_dict()) == lossy
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("policy.lossy.weights=3", Compression(3)),
+        ("policy.lossy.weights=4-bit/outputs/mse", Compression(4, 64, "outputs", "mse")),
+        ("policy.lossy.weights={bits:4,along:outputs}", Compression(4, 64, "outputs")),
+        ("policy.lossy.weights={bits:4,group_size:128,scales:mse}", Compression(4, 128, scales="mse")),
+        ("policy.lossy={weights:4-bit/mse,group_size:32}", Compression(4, 32, scales="mse")),
+        ("policy.lossy.weights=null", None),
+    ],
+)  # fmt: skip
+def test_ways_to_say_how_weights_are_compressed(given: str, expected: Compression | None) -> None:
+    found = spec(given)
+    assert found.lossy == Lossy(weights=expected)
+    assert CellSpec.from_dict(found.to_dict()) == found
+
+
 REFUSED = [
     (["model=opt-31b"], "one of llama-2-13b", "opt-30b"),
     (["gpu=t5"], "one of a100", "t4"),
@@ -261,6 +278,13 @@ REFUSED = [
     (["policy.lossy.weights=5"], "policy.lossy.weights = 5", "one of 3, 4, 8, or none"),
     (["policy=half-disk", "policy.lossy.kv_cache=2"], "policy.lossy.kv_cache = 2", "one of 3, 4, 8"),
     (["policy.lossy.weights=4", "policy.lossy.group_size=12"], "policy.lossy.group_size", "multiple of 8"),
+    (["policy.lossy.weights={bits:4,group_size:12}"], "policy.lossy.weights.group_size = 12", "multiple of 8"),
+    (["policy.lossy.weights={bits:4,along:output}"], "policy.lossy.weights.along", "outputs"),
+    (["policy.lossy.weights={bits:4,scale:mse}"], "policy.lossy.weights", "scales"),
+    (["policy.lossy.weights={along:outputs}"], "policy.lossy.weights", "key bits"),
+    (["policy.lossy.weights=4-bit/mean"], "policy.lossy.weights", "minmax"),
+    (["policy.lossy.weights=four"], "policy.lossy.weights", "4-bit/outputs/mse"),
+    (["policy.lossy.kv_cache=4-bit/mse"], "policy.lossy.kv_cache", "are for weights"),
     (["policy.lossy.value_share=2"], "policy.lossy.value_share", "at most 1"),
     (["policy.lossy.bits=4"], "policy.lossy.bits", "one of policy.lossy.group_size"),
     (["system=accelerate", "system.options.offload=nvme"], "system.options.offload", "one of auto"),

@@ -24,9 +24,10 @@ from flexgen_bench.engine.actions import Actions
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import JobResult
-from flexgen_bench.engine.generation import Running, ScoreRequest, to_full_length
+from flexgen_bench.engine.generation import Running, to_full_length
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.schedule.forest import ScoreRequest
 from flexgen_bench.schedule.steps import Step
 
 NEW_TOKENS = 9
@@ -268,9 +269,10 @@ def test_scores_do_not_depend_on_chunks(
         (Policy(3, 2, *[on(Tier.DISK)] * 3, prefill_chunk=chunk, schedule=schedule), EMULATED),
     ):
         engine = reference.weights.engine(policy, Device.open(hardware, 1), tmp_path)
-        scoring, _ = engine.score(requests)
+        scores: dict[int, list[tuple[float, bool]]] = {}
+        engine.score(requests, scores.__setitem__)
         engine.close()
-        found.append(scoring.results)
+        found.append(scores)
     for i, request in enumerate(requests):
         assert len(found[0][i]) == len(request.tokens) - request.start
         for (p, greedy), (q, other) in zip(found[0][i], found[1][i], strict=True):

@@ -21,7 +21,7 @@ class AccelerateSystem(HFSystem):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs=("torch", "transformers", "accelerate")
+        needs=("torch", "transformers", "accelerate"), scores=True
     )
 
     def check(self) -> None:

@@ -25,7 +25,7 @@ class DeepSpeedSystem(HFSystem):
     """Option ``offload``: cpu or nvme (a swap folder, read and written with asynchronous direct I/O)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs=("torch", "transformers", "accelerate", "deepspeed")
+        needs=("torch", "transformers", "accelerate", "deepspeed"), scores=True
     )
     _engine: Any = None
 

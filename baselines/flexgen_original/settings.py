@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.compression import Along, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError
 
-# The only compression it has.
+# The only compression it has. Its groups of weights lie along outputs; a cell may say so, or leave the layout to the system.
 COMPRESSION = Compression(bits=4, group_size=64)
+ITS_LAYOUT = Compression(4, 64, Along.OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def choose(model: str, options: Mapping[str, Any], lossy: Lossy) -> Settings:
 def overlaid(base: Settings, options: Mapping[str, Any], lossy: Lossy) -> Settings:
     """``base`` with ``options`` that are not None laid over it and ``lossy`` followed. Raises what ``choose`` raises."""
     for name in ("weights", "kv_cache"):
-        if getattr(lossy, name) not in (None, COMPRESSION):
+        if getattr(lossy, name) not in (None, COMPRESSION, ITS_LAYOUT):
             raise CannotRun(
                 f"the original compresses to 4 bits in groups of 64 only; policy.lossy.{name} asks for more"
             )

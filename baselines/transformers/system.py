@@ -14,7 +14,7 @@ class TransformersSystem(HFSystem):
     """``model.generate`` of transformers, greedy, in batches."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs=("torch", "transformers"), reference=True
+        needs=("torch", "transformers"), reference=True, scores=True
     )
 
     def check(self) -> None:

@@ -23,13 +23,14 @@ class WeightSource(StrEnum):
 
     DUMMY = "dummy"  # seeded random weights of sane scale; throughput only
     PACKAGE = "package"  # a trained model carried by a package of the package index
+    TRAINED = "trained"  # trained on this machine by a script of the project
     HUB = "hub"  # downloaded from the Hugging Face hub
     PATH = "path"  # a checkpoint folder or .gguf file on this machine
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A shape and where its weights come from. ``location``: hub id, package name or path."""
+    """A shape and where its weights come from. ``location``: hub id, package name, name of a trained model, or path."""
 
     shape: ModelShape
     weights: WeightSource = WeightSource.DUMMY

@@ -16,18 +16,16 @@ from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.health import Health
 from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
-from flexgen_bench.kernels.attention import (
-    chunk_attention,
-    decode_attention,
-    prefill_attention,
-)
+from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.forest import Forest
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.steps import Step, StepKind
 
@@ -48,6 +46,9 @@ class Consumer(Protocol):
 
     def finish(self, work: MicroBatch, found: Tensor) -> None:
         """On the host: take what ``reduce`` returned."""
+
+    def forest(self, sequence: int) -> Forest | None:
+        """How the prompt rows of a sequence of the job hang together; None: each follows the one before it."""
 
     def ended(self, cohort: Cohort) -> list[int]:
         """Sequences of the cohort that have come to their end."""
@@ -79,6 +80,9 @@ class Actions:
         self._hidden = HiddenStates(
             plan, policy, dtype, device, arenas, spill, self._cache.spilled
         )  # fmt: skip
+        self._prompts = Prompts(
+            plan.job, self._cache, self._form, consumer.forest, self._scale, self._value_share
+        )
         self._health = Health(device)
         device.settle()
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use something takes
@@ -122,6 +126,7 @@ class Actions:
         """Nothing of the last pass is computed any more: release the hidden states that it has left."""
         self._hidden.begin_pass()
         self._angles.clear()
+        self._prompts.begin_pass()
 
     def forget(self, cohort: Cohort) -> None:
         """A cohort has left its room."""
@@ -135,7 +140,7 @@ class Actions:
             self._gpu_rows, self._found, self._found_host, self._angles,
         ):  # fmt: skip
             held.clear()
-        del self._cache, self._hidden
+        del self._cache, self._hidden, self._prompts
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
@@ -144,7 +149,7 @@ class Actions:
 
     def _indices(self, work: MicroBatch) -> Mapping[str, Tensor]:
         ids = [t for member in work.members for t in self._consumer.tokens(member)]
-        return self._family.rows(self._shape, torch.tensor(ids), _positions(work))
+        return self._family.rows(self._shape, torch.tensor(ids), self._prompts.positions(work))
 
     def _gather_rows(self, step: Step) -> None:
         moves = self._device.is_cuda and self._on_accelerator(step)
@@ -185,7 +190,7 @@ class Actions:
         work = step.micro_batch
         made_for, angles = self._angles.get(step.stage, (None, None))
         if made_for is not work or (angles is not None and angles[0].device != x.device):
-            positions = self._to_site(step, _positions(work))
+            positions = self._to_site(step, self._prompts.positions(work))
             angles = self._family.angles(ops, self._shape, positions, x)
             self._angles[step.stage] = (work, angles)
         return angles
@@ -198,9 +203,9 @@ class Actions:
     def _attend(self, step: Step) -> None:
         work = step.micro_batch
         if work.is_prefill:
-            self._attended[step.stage, 0] = self._attend_prompt(
-                step, work, *self._qkv.pop(step.stage)
-            )
+            q, k, v = self._qkv.pop(step.stage)
+            self._health.watch(step, k, v)
+            self._attended[step.stage, 0] = self._prompts.attend(step, q, k, v)
             return
         part, key = work.kv_parts[step.part], (step.stage, step.part)
         for_accelerator = step.lane is Lane.CPU and self._on_accelerator(step)
@@ -217,28 +222,6 @@ class Actions:
             self._value_share, self._cache.live_slots(part),
         )  # fmt: skip
         (self._attended_host if for_accelerator else self._attended)[key] = out
-
-    def _attend_prompt(
-        self, step: Step, work: MicroBatch, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """Prompts attend to what the cache holds of them, so that results do not depend on how they are cut into chunks."""
-        member = work.members[0]
-        chunked = member.start > 0 or not member.is_last_chunk
-        self._health.watch(step, k, v)
-        stored = (self._form.encode(k), self._form.encode(v))
-        if self._job.keep_kv or chunked:
-            self._cache.keep_prompt(step, stored)
-        if member.start == 0:
-            lens = [last - first for first, last in member.ranges]
-            keys, values = (self._form.decode(x) for x in stored)
-            return prefill_attention(q, keys, values, lens, self._scale)
-        outs = []
-        for part in work.kv_parts:
-            ranges = member.ranges[part.span.start : part.span.stop]
-            stop = max(last for _, last in ranges)
-            keys, values = self._cache.prompt_so_far(step, part, stop)
-            outs.append(chunk_attention(q[part.row : part.stop], keys, values, ranges, self._scale))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _move_attention(self, step: Step) -> None:
         key = (step.stage, step.part)
@@ -284,11 +267,3 @@ class Actions:
         """A small host tensor where the step computes, without waiting for the device."""
         on_gpu = self._job.units[step.unit].site.tier is Tier.GPU and self._device.is_cuda
         return self._device.to_compute(tensor) if on_gpu else tensor
-
-
-def _positions(work: MicroBatch) -> Tensor:
-    """Position of every row in its sequence."""
-    ranges = [r for member in work.members for r in member.ranges]
-    if not work.is_prefill:
-        return torch.tensor([first for first, _ in ranges])
-    return torch.cat([torch.arange(first, last) for first, last in ranges])

@@ -137,7 +137,8 @@ def _stores(cache: Path) -> Path:
 def _words(compression: Compression | None) -> str:
     if compression is None:
         return "uncompressed"
-    return f"{compression.bits} bits in groups of {compression.group_size}"
+    ways = [str(way) for way in (compression.along, compression.scales)]
+    return f"{compression.bits} bits in groups of {compression.group_size} along {', '.join(ways)}"
 
 
 def _read(

@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
@@ -18,9 +21,10 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.frames import release_frames
-from flexgen_bench.engine.generation import Generation, Running, ScoreRequest, Scoring
+from flexgen_bench.engine.generation import Generation, Running
 from flexgen_bench.engine.job_run import JobRun, Progress
 from flexgen_bench.engine.kept_memory import KeptMemory
+from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
@@ -28,7 +32,9 @@ from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightSto
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.forest import ScoreRequest, grow
 
 
 @dataclass
@@ -102,27 +108,59 @@ class Engine:
         return self._run(self.plan(requests, row), generation, progress)
 
     def score(
-        self, requests: Sequence[ScoreRequest], progress: Progress = lambda phase, done, total: None
-    ) -> tuple[Scoring, JobResult]:
-        """Log-likelihoods of continuations."""
-        scoring = Scoring(requests)
-        asked = [Request(len(r.tokens), 1) for r in requests]
-        plan = self.plan(asked, scored_rows=Scoring.rows_at_once)
-        return scoring, self._run(plan, scoring, progress)
+        self,
+        requests: Sequence[ScoreRequest],
+        found: Found,
+        progress: Progress = lambda phase, done, total: None,
+    ) -> JobResult:
+        """Log-likelihoods of continuations. ``found`` gets each as soon as it is there, from a thread of the engine."""
+        asked = self.scoring(requests)
+        return self._run(asked.plan, Scoring(asked.forests, found), progress, asked.policy)
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are in memory."""
+        forests = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
+        rows = max(forest.rows for forest in forests)
+        asked = plan_scoring(self._planned, self.policy, forests, rows, 4 * self._shape.vocab_size)
+        found: list[list[Tensor]] = [[] for _ in sequences]
+        consumer = LogProbabilities(forests, lambda i, piece: found[i].append(piece))
+        self._run(asked.plan, consumer, policy=asked.policy)
+        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
+
+    def can_score(self, requests: Sequence[ScoreRequest]) -> bool:
+        """Whether these can be scored under this engine's policy."""
+        try:
+            self.scoring(requests)
+        except DoesNotFit:
+            return False
+        return True
+
+    def scoring(self, requests: Sequence[ScoreRequest]) -> ScoringPlan:
+        """How requests are laid out and planned under this engine's policy. Raises DoesNotFit."""
+        return lay_out(self._planned, self._check, self.policy, requests)
 
     def plan(
         self, requests: Sequence[Request], logits_row_bytes: int = 8, scored_rows: int = 0
     ) -> MemoryPlan:
         """The plan of a job of these requests under this engine's policy."""
+        return self._planned(self.policy, requests, logits_row_bytes, scored_rows)
+
+    def _planned(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        logits_row_bytes: int = 8,
+        scored_rows: int = 0,
+    ) -> MemoryPlan:
         return plan_job(
-            self._shape, self._packed, self._dtype, self.policy, self._device.hardware, requests,
+            self._shape, self._packed, self._dtype, policy, self._device.hardware, requests,
             logits_row_bytes, scored_rows,
         )  # fmt: skip
 
-    def fits(self, requests: Sequence[Request], scored_rows: int = 0) -> bool:
+    def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
         try:
-            self._check(self.plan(requests, scored_rows=scored_rows))
+            self._check(self.plan(requests))
         except DoesNotFit:
             return False
         return True
@@ -141,7 +179,15 @@ class Engine:
         """Against what was free before the weights were loaded: a plan counts them in."""
         plan.check(self._device.hardware, self._available)
 
-    def _run(self, plan: MemoryPlan, consumer: Consumer, progress: Progress) -> JobResult:
+    def _run(
+        self,
+        plan: MemoryPlan,
+        consumer: Consumer,
+        progress: Progress = lambda phase, done, total: None,
+        policy: Policy | None = None,
+    ) -> JobResult:
+        """policy: the one that was planned for, if it is not the engine's own; it differs in the shape of blocks alone."""
+        policy = policy or self.policy
         if self._closed:
             raise UserError("Engine", "closed", "open", "Make a new one.")
         self._check(plan)
@@ -156,14 +202,14 @@ class Engine:
             if spill is not None:
                 held.callback(spill.close)
             actions = Actions(
-                self._family, self._shape, TORCH_DTYPES[self._dtype], self.policy, plan,
+                self._family, self._shape, TORCH_DTYPES[self._dtype], policy, plan,
                 self._weights, self._device, arenas, spill, consumer,
             )  # fmt: skip
             held.callback(actions.close)
-            executor = Executor(self._device.lane_settings(), self.policy.overlap)
+            executor = Executor(self._device.lane_settings(), policy.overlap)
             held.callback(executor.close)
             try:
-                JobRun(self.policy, plan, executor, actions, consumer, progress, result).run()
+                JobRun(policy, plan, executor, actions, consumer, progress, result).run()
                 executor.drain()
             except BaseException:
                 executor.abort()
@@ -229,3 +275,16 @@ def check_prompt(shape: ModelShape, index: int, prompt: Sequence[int], new_token
             bad[:5],
             f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}",
         )
+
+
+def check_score_request(shape: ModelShape, index: int, request: ScoreRequest) -> None:
+    """UserError if nothing is to be scored, or for what ``check_prompt`` refuses. The last token is not computed, so one more than the
+    model has positions is allowed."""
+    if not 1 <= request.start < len(request.tokens):
+        raise UserError(
+            f"requests[{index}].start",
+            request.start,
+            f"from 1 to below the number of tokens ({len(request.tokens)})",
+            "The first token has nothing before it that could predict it.",
+        )
+    check_prompt(shape, index, request.tokens, 0)

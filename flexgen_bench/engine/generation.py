@@ -1,11 +1,10 @@
-"""Generation and scoring: which tokens are fed, and what becomes of the logits."""
+"""Generation: which tokens are fed, and what becomes of the logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -26,6 +25,7 @@ class Running:
     stop_text: Callable[[list[int]], bool]
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    on_end: Callable[[], None] = lambda: None  # told by the thread that samples
 
     def take(self, token: int) -> None:
         """Append one token and decide whether the sequence ends with it."""
@@ -36,6 +36,8 @@ class Running:
             self.finish_reason = "stop"
         elif len(self.new) >= self.params.max_tokens:
             self.finish_reason = "length"
+        if self.finish_reason:
+            self.on_end()
 
 
 def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Running]:
@@ -80,6 +82,9 @@ class Generation:
             sequence = self._sequences[i]
             sequence.take(chosen[row] if chosen else sequence.sampler.choose(found[row]))
 
+    def forest(self, sequence: int) -> None:
+        """Prompts are plain sequences."""
+
     def ended(self, cohort: Cohort) -> list[int]:
         """Sequences of a cohort that have nothing left to do."""
         return [i for i in cohort.sequences if self._sequences[i].finish_reason]
@@ -87,83 +92,3 @@ class Generation:
 
 def _plain_greedy(params: SamplingParams) -> bool:
     return params.greedy and params.repetition_penalty == 1.0
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Tokens whose continuation from ``start`` on is to be scored."""
-
-    tokens: Sequence[int]
-    start: int
-
-
-class Scoring:
-    """Log-likelihoods of continuations: prefill only, no cache. ``results[i]``: per token (log-probability, is argmax)."""
-
-    # Rows of logits held at once; more would only take memory.
-    rows_at_once = 256
-
-    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
-        self._requests = requests
-        self.results: dict[int, list[tuple[float, bool]]] = {i: [] for i in range(len(requests))}
-
-    def tokens(self, member: Member) -> Sequence[int]:
-        return [
-            token
-            for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True)
-            for token in self._requests[i].tokens[first:last]
-        ]
-
-    def wanted(self, member: Member) -> Sequence[int]:
-        """The row before each scored token predicts it."""
-        return [
-            member.offsets[place] + target - 1 - member.ranges[place][0]
-            for place, targets in enumerate(self._targets(member))
-            for target in targets
-        ]
-
-    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """(log-probability, is argmax) of every target, on the compute device."""
-        targets = torch.tensor(
-            [
-                self._requests[i].tokens[target]
-                for member in work.members
-                for i, own in zip(member.cohort.sequences, self._targets(member), strict=True)
-                for target in own
-            ]
-        )
-        if x.is_cuda:
-            targets = targets.pin_memory().to(x.device, non_blocking=True)
-        pieces = []
-        for start in range(0, len(targets), self.rows_at_once):
-            part = slice(start, start + self.rows_at_once)
-            logits = head(x[part]).float()
-            wanted = targets[part]
-            chosen = logits.gather(1, wanted[:, None])[:, 0]
-            pieces.append(
-                torch.stack(
-                    (chosen - logits.logsumexp(-1), (logits.argmax(-1) == wanted).float()), dim=1
-                )
-            )
-        return torch.cat(pieces)
-
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
-        row = 0
-        for member in work.members:
-            for i, targets in zip(member.cohort.sequences, self._targets(member), strict=True):
-                rows = found[row : row + len(targets)].tolist()
-                self.results[i] += [(float(p), bool(g)) for p, g in rows]
-                row += len(targets)
-
-    def ended(self, cohort: Cohort) -> list[int]:
-        """A prompt is all there is."""
-        return list(cohort.sequences)
-
-    def _targets(self, member: Member) -> list[range]:
-        """Per sequence, the positions of scored tokens that rows of this member predict."""
-        found = []
-        for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True):
-            request = self._requests[i]
-            start = max(request.start, first + 1)
-            found.append(range(start, max(start, min(len(request.tokens), last + 1))))
-        return found

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.engine.weight_views import Weight
+from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import dequantize
 from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import allocate
@@ -18,6 +19,7 @@ from flexgen_bench.planner.units import PackedEntry
 
 def rows_in_memory(table: Weight, indices: Tensor, pinned: bool = False) -> Tensor:
     """(N,) indices -> (N, E), on the table's device. pinned: a plain table on the host gives page-locked rows, ready to be moved."""
+    assert not isinstance(table, OutputQuantizedWeight), "tables are grouped within their rows"
     if isinstance(table, Tensor):
         rows = table.new_empty((len(indices), table.shape[1]), pin_memory=pinned)
         return torch.index_select(table, 0, indices.to(table.device), out=rows)

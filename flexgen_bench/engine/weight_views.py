@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flexgen_bench.kernels.quantization import QuantizedWeight, dequantize
+from flexgen_bench.core.compression import Along
+from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
+from flexgen_bench.kernels.quantization import QuantizedWeight
 from flexgen_bench.planner.units import PackedEntry, PackedUnit
 
 # What kernels.ops takes as a weight.
-Weight = Tensor | QuantizedWeight
+Weight = Tensor | QuantizedWeight | OutputQuantizedWeight
 
 
 def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> Weight:
@@ -21,6 +23,12 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> W
     if entry.compression is None:
         return parts[0].view(dtype).view(shape)
     rows, columns = shape
+    if entry.compression.along is Along.OUTPUTS:
+        params = parts[1].view(torch.float16).view(-1, 2)
+        blocks = entry.tensor.source_rows
+        return OutputQuantizedWeight(
+            parts[0], params, (rows, columns), blocks, entry.compression, dtype
+        )
     codes = parts[0].view(rows, entry.compression.code_bytes(columns))
     params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
     return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype)
@@ -48,5 +56,4 @@ def unpack(packed: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> None:
         if isinstance(weight, Tensor):
             out.copy_(weight, non_blocking=True)
         else:
-            columns = weight.shape[1]
-            dequantize(weight.codes, weight.params, columns, weight.compression, out.dtype, out=out)
+            weight.rows(0, weight.shape[0], out.dtype, out)

@@ -34,14 +34,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.compression import Compression, Scales
 from flexgen_bench.kernels.native import matrices
 from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.native.threads import share
+from flexgen_bench.kernels.scale_search import least_squares
 
 # Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound memory.
 TILE_VALUES, DEVICE_TILE_VALUES = 1 << 16, 1 << 24
 FLOAT16_LARGEST = 65504.0
+LIMITS = (-FLOAT16_LARGEST, FLOAT16_LARGEST)
 # Values that the native kernel writes in some 100 microseconds: what makes another thread worthwhile.
 THREAD_VALUES = 1 << 19
 
@@ -84,8 +86,12 @@ class QuantizedWeight:
         return self.rows(0, self.shape[0])
 
 
-def quantize(x: Tensor, compression: Compression) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, compression: Compression, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x (..., N) -> codes (..., compression.code_bytes(N)) uint8 and params (..., groups, 2) float16.
+
+    importance (N,) float32, above 0: how much squared errors count, with calibrated scales.
 
     Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: TILE_VALUES float32
     values a few times over, whatever the size of x.
@@ -102,7 +108,12 @@ def quantize(x: Tensor, compression: Compression) -> tuple[Tensor, Tensor]:
         for values, stored, group_params, width in _columns(
             flat[part], flat_codes[part], flat_params[part], compression
         ):
-            _quantize_groups(values, stored, group_params, width, compression)
+            groups = None
+            if importance is not None:
+                counted = values.shape[1] * width
+                full = width == compression.group_size
+                groups = (importance[:counted] if full else importance[-counted:]).view(-1, width)
+            _quantize_groups(values, stored, group_params, width, compression, groups)
     return codes, params
 
 
@@ -221,24 +232,57 @@ def _columns(
 
 
 def _quantize_groups(
-    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression
-) -> None:
+    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression,
+    importance: Tensor | None,
+) -> None:  # fmt: skip
     """values (R, groups, width) -> codes (R, groups, bytes) and params (R, groups, 2), written in place."""
     numbers = values.float()
     # aminmax would take six times as long as both of these on a processor.
     low, high = numbers.amin(dim=-1, keepdim=True), numbers.amax(dim=-1, keepdim=True)
-    limits = (-FLOAT16_LARGEST, FLOAT16_LARGEST)
-    smallest = low.clamp(*limits).half().float()
     # Both ends are rounded first: groups that float16 cannot tell from constant ones get scale 0.
-    largest = high.clamp(*limits).half().float()
-    scale = ((largest - smallest) / (compression.levels - 1)).half()
-    # A scale rounded up may put the largest code beyond float16; the next smaller float16 does not.
-    beyond = smallest + scale.float() * (compression.levels - 1) > FLOAT16_LARGEST
-    scale = torch.where(beyond, (scale.view(torch.int16) - 1).view(torch.float16), scale)
+    smallest, largest = low.clamp(*LIMITS).half(), high.clamp(*LIMITS).half()
+    span = largest.float() - smallest.float()
+    scale = _within_float16(span / (compression.levels - 1), smallest, compression)
+    if compression.scales is not Scales.MINMAX:
+        numbers = numbers.contiguous()  # sums of other layouts round differently
+        line = least_squares(numbers, low, high, compression.levels, importance)
+        searched = line[1].clamp(*LIMITS).half()
+        steps = _within_float16(line[0].clamp(0, FLOAT16_LARGEST), searched, compression)
+        # Rounding to float16 may cost more than the search has won.
+        before = _error(numbers, scale, smallest, compression, importance)
+        won = _error(numbers, steps, searched, compression, importance) < before
+        scale, smallest = torch.where(won, steps, scale), torch.where(won, searched, smallest)
     params[..., :1], params[..., 1:] = scale, smallest
+    codes_of = _nearest(numbers, scale, smallest, compression)
+    _pack(pad(codes_of, (0, -width % 8)) if width % 8 else codes_of, compression.bits, codes)
+
+
+def _within_float16(scale: Tensor, smallest: Tensor, compression: Compression) -> Tensor:
+    """The scale in float16; one unit less if rounding it would put the largest code beyond float16's largest number."""
+    rounded = scale.half()
+    beyond = smallest.float() + rounded.float() * (compression.levels - 1) > FLOAT16_LARGEST
+    return torch.where(beyond, (rounded.view(torch.int16) - 1).view(torch.float16), rounded)
+
+
+def _nearest(numbers: Tensor, scale: Tensor, smallest: Tensor, compression: Compression) -> Tensor:
+    """Codes as float32."""
     divisor = scale.float().masked_fill_(scale == 0, torch.inf)  # constant groups: code 0
-    steps = numbers.sub(smallest).div_(divisor).round_().clamp_(0, compression.levels - 1)
-    _pack(pad(steps, (0, -width % 8)) if width % 8 else steps, compression.bits, codes)
+    return numbers.sub(smallest.float()).div_(divisor).round_().clamp_(0, compression.levels - 1)
+
+
+def _error(
+    numbers: Tensor,
+    scale: Tensor,
+    smallest: Tensor,
+    compression: Compression,
+    weights: Tensor | None,
+) -> Tensor:
+    """Squared error of each group (..., 1)."""
+    back = (
+        _nearest(numbers, scale, smallest, compression).mul_(scale.float()).add_(smallest.float())
+    )
+    squares = back.sub_(numbers).square_()
+    return (squares if weights is None else squares.mul_(weights)).sum(dim=-1, keepdim=True)
 
 
 def _pack(whole: Tensor, bits: int, out: Tensor) -> None:

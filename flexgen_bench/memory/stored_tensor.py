@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES, Compression
+from flexgen_bench.core.compression import Along, Compression
+from flexgen_bench.kernels.output_groups import quantize_strips
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.memory.checksum import checksum
 
@@ -35,20 +37,23 @@ class StoredTensor:
 
 
 def write_tensor(
-    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype
-) -> dict[int, int]:
-    """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset."""
+    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype,
+    importance: Sequence[Tensor | None] = (),
+) -> dict[int, int]:  # fmt: skip
+    """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset.
+
+    importance: of the inputs of each source, where its scales are calibrated.
+    """
     if stored.compression is None:
         return _Region(fd, stored.offset).filled_with(source.to(dtype) for source in sources)
     codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
-    for source in sources:
-        for block in _row_blocks(source):
-            found = quantize(block, stored.compression)
-            codes.append(found[0])
-            params.append(found[1])
-    columns, rows = stored.shape[1], stored.shape[0]
-    assert codes.written == rows * stored.compression.code_bytes(columns)
-    assert params.written == rows * stored.compression.groups(columns) * GROUP_PARAMETER_BYTES
+    for source, weights in zip_longest(sources, importance):
+        for block in _row_blocks(source, stored.compression):
+            for found in _quantized(block, stored.compression, weights):
+                codes.append(found[0])
+                params.append(found[1])
+    expected = stored.compression.matrix_bytes(stored.rows, stored.shape[1])
+    assert (codes.written, params.written) == expected, (codes.written, params.written, expected)
     return codes.checksums | params.checksums
 
 
@@ -74,8 +79,18 @@ class _Region:
         return {self._offset: self._sum}
 
 
-def _row_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.split(max(1, BLOCK_VALUES // tensor.shape[1]))
+def _quantized(
+    block: Tensor, compression: Compression, importance: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    if compression.along is Along.OUTPUTS:
+        return quantize_strips(block, compression)
+    return [quantize(block, compression, importance)]
+
+
+def _row_blocks(tensor: Tensor, compression: Compression) -> Iterator[Tensor]:
+    """Some rows at a time, whole groups of them where groups go down the columns."""
+    unit = compression.group_size if compression.along is Along.OUTPUTS else 1
+    yield from tensor.split(max(1, BLOCK_VALUES // (unit * tensor.shape[1])) * unit)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

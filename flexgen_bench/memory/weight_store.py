@@ -27,11 +27,17 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.direct_file import DirectFile, disk_error
+from flexgen_bench.memory.importance import (
+    IMPORTANCE,
+    check_importance,
+    importance_of,
+    is_calibrated,
+)
 from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
 FORMAT_VERSION = 1
-COMPRESSED_VERSION = 1  # of codes and parameters; plain stores stay valid when it changes
+COMPRESSED_VERSION = 2  # of codes and parameters; plain stores stay valid when it changes
 TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
     DType.BFLOAT16: torch.bfloat16,
@@ -88,7 +94,9 @@ def open_or_convert(
     progress is called with (bytes done, bytes in all). Raises StoreError if a tensor is missing, misshapen, not
     finite, or (compressed) outside float16, or if the disk is full; what was converted until then is kept and used by the next attempt.
     """
-    folder = make_writable(cache, "cache_dir") / fingerprint(plan, checkpoint.files)
+    if is_calibrated(plan.compression):
+        check_importance(checkpoint.folder)
+    folder = make_writable(cache, "cache_dir") / fingerprint(plan, _files(checkpoint, plan))
     with _locked(folder):
         if not (folder / "manifest.json").exists():
             _convert(checkpoint, plan, folder, progress)
@@ -97,7 +105,14 @@ def open_or_convert(
 
 def is_complete(checkpoint: Checkpoint, plan: StorePlan, cache: Path) -> bool:
     """Whether the store for this checkpoint exists."""
-    return (cache / fingerprint(plan, checkpoint.files) / "manifest.json").exists()
+    files = _files(checkpoint, plan)
+    return files[-1].exists() and (cache / fingerprint(plan, files) / "manifest.json").exists()
+
+
+def _files(checkpoint: Checkpoint, plan: StorePlan) -> list[Path]:
+    """What the store is made of."""
+    calibrated = is_calibrated(plan.compression)
+    return checkpoint.files + ([checkpoint.folder / IMPORTANCE] if calibrated else [])
 
 
 @contextmanager
@@ -229,9 +244,11 @@ def _write_group(
     """Write the tensors of one group; returns checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
-        found = write_tensor(
-            fd, stored, _sources(checkpoint, plan, stored), TORCH_DTYPES[plan.dtype]
-        )
+        weights: list[Tensor] = []
+        if is_calibrated(stored.compression):
+            weights = [_importance(checkpoint, plan, stored, name) for name in stored.sources]
+        sources = _sources(checkpoint, plan, stored)
+        found = write_tensor(fd, stored, sources, TORCH_DTYPES[plan.dtype], weights)
         sums |= {str(offset): value for offset, value in found.items()}
     return sums
 
@@ -244,6 +261,14 @@ def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> I
         if stored.compression is not None:
             _check_range(tensor, source, checkpoint)
         yield tensor.detach()  # some .bin files hold parameters that want gradients
+
+
+def _importance(
+    checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, source: str
+) -> Tensor:
+    names = checkpoint.names()
+    whole = next((prefix + source for prefix in plan.prefixes if prefix + source in names), source)
+    return importance_of(checkpoint.folder, whole, stored.shape[1])
 
 
 def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:

@@ -56,6 +56,12 @@ class Inventory:
     tied: bool
 
     @property
+    def vocabulary(self) -> tuple[PackedTensor, ...]:
+        """Matrices with a row for each token: the token table, and the head's own where embeddings are not tied."""
+        tokens = self.tables[-1]
+        return tokens, *(t for t in self.head if t.spec.shape == tokens.spec.shape)
+
+    @property
     def num_values(self) -> int:
         """Parameters of the model; a tied table counts once."""
         units = (self.tables, self.embed, *self.layers, self.head)

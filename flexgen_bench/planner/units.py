@@ -5,15 +5,16 @@ reads the token table and its own weights as one extent, because they are neighb
 
 Compressed weights: every matrix that is multiplied with or gathered from by token is quantized in groups along its last
 (input) dimension, so that a row of codes and its parameters speak for themselves: rows of a table are gathered alone, and any
-range of output rows is unpacked alone. (The original groups along the output dimension, where a row needs the parameters of
-63 others.) Position tables, norms and biases stay as they are: they are small, and added rather than multiplied.
+range of output rows is unpacked alone. On request the groups lie along outputs, as in the original; then a row needs the parameters of
+63 others. Matrices with a row for each token (the token table, the head) have 8 bits and groups within their rows whatever is asked
+for the others. Position tables, norms and biases stay as they are: they are small, and added rather than multiplied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgen_bench.core.compression import GROUP_PARAMETER_BYTES, Compression
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.models.family import Inventory, PackedTensor
@@ -28,7 +29,8 @@ class PackedEntry:
     """One tensor at ``offset`` bytes from the start of the file.
 
     A compressed one is all its codes, (rows, code bytes of a row), then from ``params_offset`` all its parameters,
-    (rows, groups, 2) in float16. num_bytes covers both, and the gap between them.
+    (rows, groups, 2) in float16; along outputs, both are in the order of kernels/output_groups.py. num_bytes covers both, and
+    the gap between them.
     """
 
     tensor: PackedTensor
@@ -40,8 +42,7 @@ class PackedEntry:
     def code_bytes(self) -> int:
         """Bytes of a compressed tensor's codes."""
         assert self.compression is not None, "only compressed tensors have codes"
-        rows, columns = self.tensor.spec.shape
-        return rows * self.compression.code_bytes(columns)
+        return _matrix_bytes(self.tensor, self.compression)[0]
 
     @property
     def params_offset(self) -> int:
@@ -113,7 +114,10 @@ def pack(
         for tensor in tensors:
             cursor = aligned(cursor, TENSOR_ALIGN)
             is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
-            entry = _entry(tensor, cursor, dtype, compression if is_matrix else None)
+            kind = compression if is_matrix else None
+            if kind is not None and tensor in inventory.vocabulary:
+                kind = kind.of_vocabulary
+            entry = _entry(tensor, cursor, dtype, kind)
             placed.append(entry)
             cursor += entry.num_bytes
         everything.extend(placed)
@@ -175,10 +179,13 @@ def _entry(
 ) -> PackedEntry:
     if compression is None:
         return PackedEntry(tensor, offset, tensor.spec.num_values * dtype.bytes)
-    rows, columns = tensor.spec.shape
-    codes = aligned(rows * compression.code_bytes(columns), TENSOR_ALIGN)
-    params = rows * compression.groups(columns) * GROUP_PARAMETER_BYTES
-    return PackedEntry(tensor, offset, codes + params, compression)
+    codes, params = _matrix_bytes(tensor, compression)
+    return PackedEntry(tensor, offset, aligned(codes, TENSOR_ALIGN) + params, compression)
+
+
+def _matrix_bytes(tensor: PackedTensor, compression: Compression) -> tuple[int, int]:
+    """Of codes and of parameters. Groups never reach from one checkpoint tensor into the next."""
+    return compression.matrix_bytes(tensor.source_rows, tensor.spec.shape[1])
 
 
 def _unpacked(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int, ...], int]:

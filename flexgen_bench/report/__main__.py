@@ -9,7 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexgen_bench.accuracy.compare import Margins
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
+from flexgen_bench.report.accuracy.build import build_accuracy
+from flexgen_bench.report.accuracy.links import accuracy_lines
 from flexgen_bench.report.page import index_page, suite_page
 from flexgen_bench.report.paper.build import build_paper
 from flexgen_bench.report.rows import Row, build_rows
@@ -20,8 +24,8 @@ from flexgen_bench.store.writer import suite_folder
 _MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
 
 
-def build_reports(results_dir: Path, out: Path) -> list[Path]:
-    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, and ``index.md``; returns the paths.
+def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) -> list[Path]:
+    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, ``index.md``, and the pages of accuracy; returns the paths.
 
     Raises UserError if ``results_dir`` is no folder or a suite is called index, StoreError if it cannot be listed.
     """
@@ -30,12 +34,16 @@ def build_reports(results_dir: Path, out: Path) -> list[Path]:
         raise UserError(
             "suite", "index", "another name", "Rename its folder and its records' suite."
         )
-    written = []
+    written, accuracy = build_accuracy(results_dir, out / ACCURACY_FOLDER, _write, margins)
     for suite, rows in suites.items():
         mine = [p for p in problems if p.path.parent.name == suite]
-        written.append(_write(out / f"{suite}.md", suite_page(suite, rows, mine, results_dir)))
+        linked = accuracy_lines(rows, accuracy, ACCURACY_FOLDER)
+        page = suite_page(suite, rows, mine, results_dir, linked)
+        written.append(_write(out / f"{suite}.md", page))
         written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
-    written.append(_write(out / "index.md", index_page(dict(suites), problems, results_dir)))
+    accuracy_page = f"{ACCURACY_FOLDER}/index.md" if accuracy else ""
+    index = index_page(dict(suites), problems, results_dir, accuracy_page)
+    written.append(_write(out / "index.md", index))
     return written
 
 
@@ -147,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     wrong: Sequence[Exception] = ()
     try:
-        written = build_reports(options.results_dir, options.out)
+        margins = Margins(options.margin_score, options.margin_bits)
+        written = build_reports(options.results_dir, options.out, margins)
         filled = update_readme(options.results_dir, options.readme) if options.readme else []
         if options.tables != ["none"]:
             paper, wrong = build_paper_tables(
@@ -181,6 +190,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", nargs="?", type=Path, default=Path("reports"))
     parser.add_argument(
         "--readme", type=Path, help="also fill the tables between <!-- table:SUITE --> markers"
+    )
+    usual = Margins()
+    parser.add_argument(
+        "--margin-score",
+        type=float,
+        default=usual.score,
+        help="accuracy pages: a loss of score up to this counts as none (default: %(default)s, two points)",
+    )
+    parser.add_argument(
+        "--margin-bits",
+        type=float,
+        default=usual.bits,
+        help="accuracy pages: the same in added bits per byte (default: %(default)s)",
     )
     parser.add_argument(
         "--tables",

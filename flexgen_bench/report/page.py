@@ -21,9 +21,14 @@ _SHOWN_CHARACTERS = 240
 
 
 def suite_page(
-    suite: str, rows: Sequence[Row], problems: Sequence[Problem], results_dir: Path
+    suite: str,
+    rows: Sequence[Row],
+    problems: Sequence[Problem],
+    results_dir: Path,
+    accuracy: Sequence[str] = (),
 ) -> str:
-    """The page of one suite: table, generated texts, what to know about the figures, how to rerun them."""
+    """The page of one suite: table, what compression costs (``accuracy``, lines of its own), generated texts, what to know about the figures,
+    how to rerun them."""
     records = [r.stored.record for r in rows]
     lines = [
         f"# Suite {escape(suite)}",
@@ -33,6 +38,7 @@ def suite_page(
         *_provenance(records),
         "",
         to_markdown(rows),
+        *accuracy,
         *_texts(rows),
         *_notes(rows),
         *_reruns(rows),
@@ -42,9 +48,12 @@ def suite_page(
 
 
 def index_page(
-    suites: dict[str, Sequence[Row]], problems: Sequence[Problem], results_dir: Path
+    suites: dict[str, Sequence[Row]],
+    problems: Sequence[Problem],
+    results_dir: Path,
+    accuracy: str = "",
 ) -> str:
-    """All suites with how their cells ended, and every file that could not be used."""
+    """All suites with how their cells ended, where accuracy is told (``accuracy``, a page), and every file that could not be used."""
     lines = [
         "# Reports",
         "",
@@ -65,6 +74,8 @@ def index_page(
             max(r.ended_utc for r in records),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if accuracy:
+        lines += ["", f"What compression costs in accuracy: [accuracy]({accuracy})."]
     lines += ["", *problem_lines(problems, results_dir)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -47,11 +47,18 @@ def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
     if model.weights is WeightSource.PATH:
         identity["files"] = _fingerprint(Path(model.location))
+    if model.weights is WeightSource.TRAINED:
+        identity["files"] = _fingerprint(trained_folder(model.location, cache))
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model.shape.name)[:60]
     return (
         cache.expanduser().absolute() / "checkpoints" / f"{name}-{model.weights}-{dtype}-{digest}"
     )
+
+
+def trained_folder(name: str, cache: Path) -> Path:
+    """Where a model that was trained on this machine is kept."""
+    return cache.expanduser().absolute() / "trained" / name
 
 
 def is_prepared(model: ModelSpec, dtype: DType, cache: Path) -> bool:
@@ -88,6 +95,14 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
         from flexgen_bench.runner.packages import package_file
 
         return package_file(model.location, cache.expanduser().absolute(), progress)
+    if model.weights is WeightSource.TRAINED:
+        folder = trained_folder(model.location, cache)
+        if not (folder / "config.json").exists():
+            raise StoreError(
+                f"{model.location} has not been trained on this machine. Run python scripts/train_small_opt.py (minutes), "
+                "or use weights=dummy."
+            )
+        return folder
     if model.weights is WeightSource.HUB:
         from flexgen_bench.runner.hub import hub_folder
 

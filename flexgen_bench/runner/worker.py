@@ -7,18 +7,16 @@ step. Exit status 0 means that the state file tells how the cell ended, whatever
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError, unknown_choice
+from flexgen_bench.core.errors import CannotRun, DoesNotFit
 from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
@@ -26,9 +24,9 @@ from flexgen_bench.engine.tokenization import load_tokenizer
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
-from flexgen_bench.runner.extras import how_to_install
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
 from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
+from flexgen_bench.runner.loading import check_capable, load_target
 from flexgen_bench.runner.probes import io_counters, peak_resident_bytes
 from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
@@ -106,22 +104,10 @@ class Worker:
         torch.set_num_threads(self.spec.threads)
         self.state.process["torch_threads"] = torch.get_num_threads()
         kind = load_target(self.spec.target)
-        missing = [name for name in kind.capabilities.needs if find_spec(name) is None]
-        if missing:
-            raise CannotRun(how_to_install(*missing))
+        check_capable(kind, self.spec)
         lengths = {len(prompt) for prompt in self.job.prompts}
         if len(lengths) > 1 and not kind.capabilities.mixed_lengths:
             raise CannotRun(f"{self.spec.system} takes prompts of one length only")
-        accelerator = self.spec.hardware.accelerator.value
-        if accelerator not in kind.capabilities.accelerators:
-            known = ", ".join(kind.capabilities.accelerators)
-            raise CannotRun(f"{self.spec.system} runs on {known}, not on {accelerator}")
-        refused = [n for n in self.spec.lossy.changed if n not in kind.capabilities.lossy]
-        if refused:
-            keys = ", ".join(f"policy.lossy.{name}" for name in refused)
-            raise CannotRun(
-                f"{self.spec.system} cannot follow {keys} ({self.spec.lossy}): it computes with what the checkpoint holds"
-            )
         cap = apply_gpu_cap(self.spec.hardware)
         if cap is not None:
             self.state.process["gpu_memory_cap"] = cap
@@ -220,26 +206,6 @@ class Worker:
         if status in (Status.OK, Status.INVALID):
             self.state.stage = "done"
         self.state.write(self.state_path)
-
-
-def load_target(target: str) -> type[System]:
-    """The System class that ``module:Class`` names. Raises UserError or ModuleNotFoundError."""
-    module_name, _, class_name = target.partition(":")
-    if not class_name:
-        raise UserError("system.target", target, "of the form 'module:Class'")
-    module = importlib.import_module(module_name)
-    kind = getattr(module, class_name, None)
-    if kind is None:
-        raise unknown_choice(f"class in {module_name}", class_name, _systems_in(module))
-    if not (isinstance(kind, type) and issubclass(kind, System)):
-        raise UserError(
-            "system.target", target, "a subclass of flexgen_bench.systems.contract.System"
-        )
-    return kind
-
-
-def _systems_in(module: Any) -> list[str]:
-    return [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, System)]
 
 
 def _with_peak(report: SystemReport) -> SystemReport:

@@ -14,8 +14,8 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.store.schema import decode, parse_utc
 from flexgen_bench.store.writer import suite_folder
 
-# Figures of the scripts in benchmarks/ lie beside the suites; they are not records.
-BENCHMARKS = "benchmarks"
+# Figures of the scripts in benchmarks/, and records of accuracy, lie beside the suites.
+BENCHMARKS, ACCURACY = "benchmarks", "accuracy"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def record_files(results_dir: Path) -> Iterator[Path]:
     if not results_dir.exists():
         return iter(())
     try:
-        folders = sorted(p for p in results_dir.iterdir() if p.is_dir() and p.name != BENCHMARKS)
+        folders = sorted(
+            p for p in results_dir.iterdir() if p.is_dir() and p.name not in (BENCHMARKS, ACCURACY)
+        )
         found = [f for d in folders for f in sorted(d.iterdir())]
     except OSError as error:
         raise StoreError(f"cannot list the records in {results_dir}: {error}") from error

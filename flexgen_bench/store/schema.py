@@ -13,10 +13,12 @@ from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.record import SCHEMA_VERSION, Record
+
+Kind = TypeVar("Kind")
 
 # From version n to n + 1. A change of the schema adds one entry, so records of every age stay readable.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -30,8 +32,19 @@ def encode(record: Record) -> dict[str, Any]:
 
     Raises StoreError naming the field that holds something JSON cannot carry.
     """
-    encoded: dict[str, Any] = _encode(record, Record, "record")
+    return encode_as(record, Record, "record")
+
+
+def encode_as(value: Any, kind: type, at: str) -> dict[str, Any]:
+    """A dataclass of type ``kind`` as JSON values. Raises StoreError naming the field under ``at`` that JSON cannot carry."""
+    encoded: dict[str, Any] = _encode(value, kind, at)
     return encoded
+
+
+def decode_as(data: Any, kind: type[Kind], at: str) -> Kind:
+    """What ``encode_as`` wrote. Raises StoreError saying which field is missing, unknown or of the wrong type."""
+    decoded: Kind = _decode(data, kind, at)
+    return decoded
 
 
 def decode(data: Any) -> Record:

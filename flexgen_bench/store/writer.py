@@ -71,13 +71,13 @@ def record_path(record: Record, results_dir: Path) -> Path:
         _inside(spec, "model", "shape", "name"),
         _inside(spec, "workload", "name"),
     )
-    parts = [_safe(part) for part in (*named, record.spec_hash, record.run_id)]
+    parts = [safe_name(part) for part in (*named, record.spec_hash, record.run_id)]
     return Path(results_dir) / suite_folder(record.suite) / ("--".join(parts) + ".json")
 
 
 def suite_folder(suite: str) -> str:
     """The folder (and report name) of a suite."""
-    return _safe(suite) if suite else NO_SUITE
+    return safe_name(suite) if suite else NO_SUITE
 
 
 def to_json(record: Record) -> bytes:
@@ -96,7 +96,7 @@ def _inside(data: Any, *keys: str) -> Any:
     return data
 
 
-def _safe(part: Any) -> str:
+def safe_name(part: Any) -> str:
     """A name that is one path component, holds no separator of ours and is not hidden."""
     text = re.sub(r"[^A-Za-z0-9._-]+", "_", str(part or "unknown"))
     text = re.sub(r"-{2,}", "-", text).strip(".-")

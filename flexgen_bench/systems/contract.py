@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.record import SystemReport
 from flexgen_bench.core.timeline import Timeline
+from flexgen_bench.systems.scorer import Scorer
 
 # Called while tokens appear: (phase "prefill" or "decode", tokens done in it, tokens of it in all).
 Progress = Callable[[str, int, int], None]
@@ -37,6 +39,7 @@ class Capabilities:
     needs: tuple[str, ...] = ()  # importable modules it cannot work without
     reference: bool = False  # its tokens are what the others' are compared with
     lossy: tuple[str, ...] = ()  # fields of core.compression.Lossy that it can follow
+    scores: bool = False  # it has a scorer, so that its accuracy can be judged
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class System(ABC):
     def timeline(self) -> Timeline | None:
         """What every lane did in the last call of ``generate``; None if the system does not keep that."""
         return None
+
+    def scorer(self, batch_size: int | None) -> Scorer:
+        """After ``check``, in place of ``load``: the system ready to score. batch_size: sequences at once, where it has batches of a fixed
+        number; None is its own choice. Systems that ``capabilities.scores`` have one."""
+        raise CannotRun(f"{self.spec.system} gives no log-likelihoods")
 
     def close(self) -> None:  # noqa: B027
         """Release everything, files included."""

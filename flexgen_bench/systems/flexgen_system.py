@@ -15,8 +15,11 @@ from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, JobResult
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.llm import LLM
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.engine_scorer import EngineScorer
+from flexgen_bench.systems.scorer import Scorer
 
 _stage = logging.getLogger("flexgen_bench.stage")
 
@@ -25,7 +28,9 @@ class FlexGenSystem(System):
     """The engine under the cell's policy, or under one that fits the cell's memory."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        accelerators=("none", "cuda", "emulated"), lossy=("weights", "kv_cache", "value_share")
+        accelerators=("none", "cuda", "emulated"),
+        lossy=("weights", "kv_cache", "value_share"),
+        scores=True,
     )
 
     def __init__(self, *arguments: Any) -> None:
@@ -87,6 +92,14 @@ class FlexGenSystem(System):
         return Generation(
             tuple(tuple(sequence.new) for sequence in sequences), result.prefill_s, result.decode_s
         )
+
+    def scorer(self, batch_size: int | None) -> Scorer:
+        """Batches are cut by tokens, so no number of sequences is needed."""
+        llm = LLM(
+            self.files.checkpoint, policy=self.spec.policy, gpu=self.spec.hardware, offload_dir=self.files.scratch,
+            cache_dir=self.files.cache, dtype=self.spec.dtype, threads=self.spec.threads, lossy=self.spec.lossy,
+        )  # fmt: skip
+        return EngineScorer(llm)
 
     def report(self) -> SystemReport:
         assert self._engine is not None

@@ -21,9 +21,11 @@ from flexgen_bench.report.paper.latex import latex
 from flexgen_bench.report.paper.markdown import index, page
 from flexgen_bench.report.paper.quoted import read_quoted
 from flexgen_bench.report.paper.recorded import usable
+from flexgen_bench.report.paper.scores import Scores
 from flexgen_bench.report.paper.simulate import Simulations
 from flexgen_bench.report.paper.svg import svg
 from flexgen_bench.report.paper.table import PaperTable, build_table
+from flexgen_bench.store.accuracy_store import read_accuracy
 from flexgen_bench.store.reader import Problem, StoredRecord
 from flexgen_bench.table_conf import (
     configured_systems,
@@ -58,7 +60,8 @@ def build_paper(
     simulations = None
     if simulate:
         simulations = Simulations(configured_systems(), list_models(), load(results_dir / FILE))
-    sources = Sources(simulations, recorded, results_dir)
+    scores = Scores(read_accuracy(results_dir).tasks, results_dir)
+    sources = Sources(simulations, recorded, results_dir, scores)
     chosen = list_tables(own) if names is None else list(dict.fromkeys(names))
     for name in chosen:
         if name not in list_tables(own):

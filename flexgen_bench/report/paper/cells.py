@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_bench.conf_schema import AssumedConf, TableConf
+from flexgen_bench.conf_schema import AssumedConf, MeasuredScoreConf, TableConf
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.answers import Answer
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
 from flexgen_bench.report.paper.quantities import quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
+from flexgen_bench.report.paper.scores import Scores
 from flexgen_bench.report.paper.settings import run_text
 from flexgen_bench.report.paper.simulate import OOM, Job, Simulations, policy_options
 from flexgen_bench.table_conf import ours_beside
@@ -68,6 +69,7 @@ class Sources:
     simulations: Simulations | None
     records: Sequence[Recorded]
     results_dir: Path
+    scores: Scores | None = None
 
 
 def build_cell(
@@ -89,9 +91,12 @@ def build_cell(
             given = prompts if prompts is not None else policy.num_prompts if whole_job else None
             job = asks.job(given, PolicyText(lossy=beside))
             ours = asks.engine(job)
-    if beside is None:
+    score = table.accuracy.get(row.metric)
+    if score is not None and conf is not None and conf.mode is not None:
+        ours = _measured(row, table, sources, conf.mode, score)
+    elif beside is None:
         ours = Beside()
-    elif not beside.is_exact:
+    if beside is not None and not beside.is_exact:
         lossy = str(beside)
     return Cell(
         printed=row,
@@ -103,6 +108,20 @@ def build_cell(
         has_ratio=row.quantity not in table.no_ratio,
         notes=notes,
     )
+
+
+def _measured(
+    row: Quoted, table: TableConf, sources: Sources, mode: str, score: MeasuredScoreConf
+) -> Beside:
+    model = table.models.get(row.model, row.model.lower())
+    found = (
+        None
+        if sources.scores is None
+        else sources.scores.find(model, table.engine, mode, score.task, score.metric)
+    )
+    if found is None:
+        return Beside(word=table.ours_missing)
+    return Beside(found.value, NOTHING, found.evidence, found.source, found.settings)
 
 
 @dataclass(frozen=True)

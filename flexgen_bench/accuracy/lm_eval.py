@@ -1,0 +1,30 @@
+"""lm-eval's own command line, with this suite's systems as a model: ``python -m flexgen_bench.accuracy.lm_eval run --model flexgen ...``.
+
+lm-eval 0.4.13 has no way to find models of other packages (its registry takes entry points, but nothing looks for any), so its ``lm_eval``
+command alone cannot know this one. This registers it and hands the command line over unchanged.
+"""
+
+from __future__ import annotations
+
+NAME = "flexgen"
+
+
+def register() -> None:
+    """Make ``flexgen`` a name of lm-eval's models, as its own are: the class is loaded when it is asked for."""
+    import lm_eval.models  # noqa: F401  (its own models come first: an empty registry is what makes it look for them)
+    from lm_eval.api.registry import model_registry
+
+    if NAME not in model_registry:
+        model_registry.register(NAME, target="flexgen_bench.accuracy.lm:SystemLM")
+
+
+def main() -> None:
+    """``lm_eval`` with our model."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

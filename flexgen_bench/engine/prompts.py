@@ -1,0 +1,117 @@
+"""What is special about prompts: the positions of their rows, and their attention over themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
+from flexgen_bench.kernels.forest import ForestMask, forest_attention
+from flexgen_bench.memory.kv_cache import KVForm, Stored
+from flexgen_bench.schedule.forest import Forest
+from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.steps import Step
+
+
+class Prompts:
+    """Attention of prompts, whole ones and chunks. Every row sees what the cache holds of it, so that results do not depend on how
+    prompts are cut into chunks.
+
+    forest: of a sequence of the job, how its rows hang together; None where each follows the one before it. value_share: of sparse
+    attention, which only rows of forests follow that stand for decoded tokens.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        cache: KVCache,
+        form: KVForm,
+        forest: Callable[[int], Forest | None],
+        scale: float,
+        value_share: float,
+    ) -> None:
+        self._job, self._cache, self._form, self._forest = job, cache, form, forest
+        self._scale, self._value_share = scale, value_share
+        self._masks: dict[int, ForestMask] = {}  # by sequence of the job
+
+    def begin_pass(self) -> None:
+        """The prompts of the last pass are done with."""
+        self._masks.clear()
+
+    def positions(self, work: MicroBatch) -> Tensor:
+        """Position of every row in its sequence."""
+        if not work.is_prefill:
+            return torch.tensor([first for member in work.members for first, _ in member.ranges])
+        found = []
+        for member in work.members:
+            for sequence, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True):
+                forest = self._forest(sequence)
+                if forest is None:
+                    found.append(torch.arange(first, last))
+                else:
+                    found.append(torch.tensor(forest.positions[first:last], dtype=torch.long))
+        return torch.cat(found)
+
+    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""
+        work = step.micro_batch
+        member = work.members[0]
+        stored = (self._form.encode(k), self._form.encode(v))
+        if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
+            self._cache.keep_prompt(step, stored)
+        if self._forest(member.cohort.sequences[0]) is not None:
+            return self._attend_forests(step, q, stored)
+        if member.start == 0:
+            lens = [last - first for first, last in member.ranges]
+            keys, values = (self._form.decode(x) for x in stored)
+            return prefill_attention(q, keys, values, lens, self._scale)
+        outs = []
+        for part in work.kv_parts:
+            ranges = member.ranges[part.span.start : part.span.stop]
+            stop = max(last for _, last in ranges)
+            keys, values = self._cache.prompt_so_far(step, part, stop)
+            outs.append(chunk_attention(q[part.row : part.stop], keys, values, ranges, self._scale))
+        return _joined(outs)
+
+    def _attend_forests(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
+        """The rows of a chunk of each forest over those of all its chunks so far."""
+        member, outs = step.micro_batch.members[0], []
+        for part in step.micro_batch.kv_parts:
+            span = part.span
+            gathered: list[Tensor] = []
+            if member.start:
+                stop = max(last for _, last in member.ranges[span.start : span.stop])
+                gathered = [x.transpose(1, 2) for x in self._cache.prompt_so_far(step, part, stop)]
+            for place in range(span.start, span.stop):
+                start, stop = member.offsets[place], member.offsets[place + 1]
+                if start == stop:
+                    continue
+                if gathered:
+                    keys, values = (x[place - span.start] for x in gathered)
+                else:
+                    keys, values = (
+                        self._form.decode(tuple(t[start:stop] for t in x)) for x in stored
+                    )
+                mask = self._mask(member.cohort.sequences[place])
+                outs.append(
+                    forest_attention(
+                        q[start:stop], keys, values, mask, member.start, self._scale, self._value_share
+                    )
+                )  # fmt: skip
+        return _joined(outs)
+
+    def _mask(self, sequence: int) -> ForestMask:
+        """Who sees whom in a forest: the same in every layer."""
+        if sequence not in self._masks:
+            forest = self._forest(sequence)
+            assert forest is not None
+            self._masks[sequence] = ForestMask(forest)
+        return self._masks[sequence]
+
+
+def _joined(outs: Sequence[Tensor]) -> Tensor:
+    return outs[0] if len(outs) == 1 else torch.cat(list(outs))

@@ -1,0 +1,1 @@
+"""Pages of accuracy, from records alone."""

@@ -1,0 +1,101 @@
+"""Numbers of accuracy in words: points, intervals, verdicts."""
+
+from __future__ import annotations
+
+import math
+
+from flexgen_bench.accuracy.compare import ModeComparison, TaskComparison, Verdict
+from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.accuracy.statistics import Interval
+
+NOTHING = "-"
+
+READING = """\
+- **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same item under both.
+- **Change** is the mode's score minus the exact one, in points (hundredths) where scores lie between 0 and 1, with its 95 % interval (percentile bootstrap \
+over items, 4,000 resamples with a fixed seed; whole subjects are drawn where items have one). **lost / won**: items that only the exact model, or only the mode, got right.
+- **p** is McNemar's exact test (the bootstrap's where an item is not just right or wrong), adjusted by Holm for all tasks of the mode: below 0.05 chance does not explain the change.
+- **Added bits per byte** is the added log-loss of the right text, per byte of that text: far more sensitive than accuracy.
+- **equivalent**: the 90 % interval (two one-sided tests at 5 %) lies inside the margin; for right-or-wrong items it is the wider of the bootstrap's and Tango's score interval, \
+so that equal answers on few items prove nothing. Perplexities are judged by added bits per byte. **worse**, **better**: not shown to lie inside the margin, and chance does not explain the change. \
+**undecided**: too few items to say either; it does not mean that nothing was lost.
+- All values are MEASURED: computed by the system named, on the items named."""
+
+
+def points(value: float) -> str:
+    """A change of a score between 0 and 1: ``-1.4``."""
+    return f"{100 * value:+.1f}" if math.isfinite(value) else NOTHING
+
+
+def points_interval(interval: Interval | None) -> str:
+    """``-1.4 (-3.0 to +0.2)``."""
+    if interval is None:
+        return NOTHING
+    return f"{points(interval.value)} ({points(interval.low)} to {points(interval.high)})"
+
+
+def bits_interval(interval: Interval | None) -> str:
+    """``+0.012 (+0.010 to +0.014)``."""
+    if interval is None:
+        return NOTHING
+    return f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+
+
+def score_text(task: TaskComparison, value: float) -> str:
+    """A score between 0 and 1 in hundredths, others as they are."""
+    if not math.isfinite(value):
+        return NOTHING
+    return f"{100 * value:.1f}" if task.bounded else f"{value:.4g}"
+
+
+def change_text(task: TaskComparison) -> str:
+    """In the unit of the score."""
+    if task.bounded:
+        return points_interval(task.change)
+    low, high = task.change.low, task.change.high
+    return f"{task.change.value:+.3g} ({low:+.3g} to {high:+.3g})"
+
+
+def p_text(value: float) -> str:
+    """``0.031``, ``<0.001``."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def bytes_text(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def verdict_text(mode: ModeOutcome) -> str:
+    """The verdict on a mode, with what it must not be taken for."""
+    found = mode.comparison
+    if found is None or not found.tasks:
+        return NOTHING
+    if mode.on_grid:
+        return f"{found.verdict} (weights lie on this grid: says nothing about other models)"
+    worse = found.having(Verdict.WORSE)
+    return f"{found.verdict}; worse on {', '.join(worse)}" if worse else str(found.verdict)
+
+
+def worst_text(found: ModeComparison | None) -> str:
+    """The task that lost most."""
+    worst = None if found is None else found.worst
+    return NOTHING if worst is None else f"{worst.task} {points(worst.change.value)}"
+
+
+def advice(outcome: ModelOutcome) -> str:
+    """What to do, in a sentence."""
+    chosen = outcome.recommendation
+    if chosen.mode is None:
+        return f"No compressed setting is recommended: {chosen.why}."
+    return f"Recommended: {chosen.mode}, {chosen.why}."
+
+
+def ratio_to_yardstick(mode: ModeOutcome) -> float | None:
+    """Mean added log-loss of the mode, of that of plain rounding on the same weights, over the tasks that both have."""
+    if mode.comparison is None or mode.yardstick is None:
+        return None
+    plain = {t.task: t.bits for t in mode.yardstick.tasks}
+    pairs = [(t.bits, plain[t.task]) for t in mode.comparison.tasks if t.task in plain]
+    both = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
+    ours, theirs = (sum(pair[i] for pair in both) for i in (0, 1))
+    return ours / theirs if theirs else None
