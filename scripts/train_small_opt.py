@@ -35,7 +35,7 @@ CHARACTERS = 80_000
 # OPT's own: every sequence begins with </s>.
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 SEED = 0
-BATCH, STEPS, WARMUP, PEAK_RATE = 8, 850, 40, 2e-3
+BATCH, STEPS, WARMUP, PEAK_RATE = 8, 550, 30, 2e-3
 
 
 def text_of(cache: Path) -> str:
