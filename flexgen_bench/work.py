@@ -15,7 +15,7 @@ from flexgen_bench.core.model import ModelShape
 from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.report.printed import printed
 from flexgen_bench.runner.feasibility import Refusal, explain
-from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict
+from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict, predict_policy
 from flexgen_bench.runner.suite import SuiteCell
 
 
@@ -103,13 +103,27 @@ def known_shapes() -> list[ModelShape]:
 
 
 def _to_measure(cell: Cell, cache: Path) -> SuiteCell:
-    known = cell.spec.hardware.rates is not None
-    predicted = partial(_prediction, asked_here(cell), cache) if known else None
-    return SuiteCell(label(cell), cell.spec, cell.command, predict=predicted)
+    spec, asked = cell.spec, asked_here(cell)
+    known = spec.hardware.rates is not None
+    chooses = cell.model.follows_policy and spec.policy is None
+    return SuiteCell(
+        label(cell),
+        spec,
+        cell.command,
+        predict=partial(_prediction, asked, cache) if known else None,
+        predict_policy=partial(_prediction_of, asked, cache) if known and chooses else None,
+    )
 
 
 def _prediction(asked: Asked, cache: Path) -> Mapping[str, Any]:
     return as_recorded(predict(asked, asked.spec.lossy, cache))
+
+
+def _prediction_of(
+    asked: Asked, cache: Path, policy: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    row = predict_policy(asked, policy, cache)
+    return None if row is None else as_recorded(row)
 
 
 def _explained(cell: Cell, refusal: Refusal) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 
@@ -112,3 +113,14 @@ class HungryLater(Hungry):
         if gen_len > 2:
             Hungry.load(self, self.batch_size)
         return super().generate(prompts, gen_len, progress)
+
+
+class Choosing(Counting):
+    """Follows policies; says which it has run."""
+
+    def report(self) -> SystemReport:
+        return SystemReport(requested=Policy(2, 2).to_dict())
+
+
+class ChoosingShort(Choosing, Short):
+    """One token too few under that policy."""

@@ -20,6 +20,7 @@ from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSour
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import Record, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import MIB
@@ -143,6 +144,29 @@ def test_unavailable_is_looked_at_again_without_leaving_copies(suite: Any, tmp_p
     assert len(list((tmp_path / "results").rglob("*.json"))) == 1
     [now] = suite(spec)
     assert now.status is Status.OK
+
+
+def test_a_good_run_is_predicted_for_the_policy_that_ran(suite: Any) -> None:
+    """What was expected before stays where nothing ran to its end, and where the system does not say what it ran."""
+
+    def predicted(system: str, again: Any) -> Any:
+        spec = spec_of(system)
+        cell = SuiteCell(system, spec, "", None, lambda: {"tok_per_s": 343.0}, again)
+        [record] = suite(cells=[cell], rerun=True)
+        return record.prediction
+
+    ran: list[Any] = []
+
+    def again(policy: Any) -> Any:
+        ran.append(policy)
+        return {"tok_per_s": 251.0, "policy": policy} if policy else None
+
+    chosen = Policy(2, 2).to_dict()
+    assert predicted("Choosing", again) == {"tok_per_s": 251.0, "policy": chosen}
+    assert predicted("Choosing", None) == {"tok_per_s": 343.0}
+    assert predicted("Counting", again) == {"tok_per_s": 343.0}
+    assert predicted("ChoosingShort", again) == {"tok_per_s": 343.0}
+    assert ran == [chosen, {}]
 
 
 def test_a_failing_tracker_loses_nothing(suite: Any, capsys: Any) -> None:

@@ -80,7 +80,7 @@ class TuningProbe:
 class Record:
     """One run's full result. Written to a temporary name and renamed, before anything is printed.
 
-    prediction: what a model of the system said before the run, from the machine's constants; empty where there is no model or no constants.
+    prediction: what a model of the system says of the run, from the machine's constants, under the policy that ran; empty where there is no model or no constants.
     """
 
     run_id: str

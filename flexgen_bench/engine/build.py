@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
-from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
@@ -18,16 +17,11 @@ from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.registry import family, shape_from_config
-from flexgen_bench.planner.auto_policy import auto_policy
+from flexgen_bench.planner.choose import PolicyQuestion, choose
 from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.forecast import forecast
-from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import PackedModel, pack
 
-# A policy found by search must promise so much more than the plain rule's: predictions are off by some 8 % (docs/notes/planner.md), and of two
-# that promise the same the one that keeps caches in memory has kept its promise better (22 against 31 tok/s of the capped suite's cell).
-LEAST_GAIN = 1.1
+KEPT = 0.98  # of what is free
 
 
 @dataclass(frozen=True)
@@ -79,35 +73,20 @@ class PackedWeights:
         lossy: Lossy = EXACT,
         scored_rows: int = 0,
     ) -> Policy:
-        """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. A little is kept back: the engine looks at what is free again."""
-        free = {
-            tier: int(count * 0.98)
-            for tier, count in device.available(make_writable(offload_dir, "offload_dir")).items()
-        }
-        asked: dict[str, Any] = {
-            "shape": self.shape, "packed": self.packed, "dtype": self.dtype, "hardware": device.hardware,
-            "requests": requests, "available": free, "block_size": block_size, "lossy": lossy,
-            "scored_rows": scored_rows,
-        }  # fmt: skip
-        searched = auto_policy(**asked)
-        if device.hardware.rates is None:
-            return searched
-        try:
-            ruled = default_policy(**asked)
-        except DoesNotFit:
-            return searched
-        gain = self._seconds(ruled, device, requests, scored_rows) / self._seconds(
-            searched, device, requests, scored_rows
+        """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. Where the device's rates are known
+        it is searched for, in another process. A little is kept back: the engine looks at what is free again. Raises DoesNotFit."""
+        free = device.available(make_writable(offload_dir, "offload_dir"))
+        question = PolicyQuestion.about(
+            requests,
+            shape=self.shape,
+            dtype=self.dtype,
+            hardware=device.hardware,
+            available={tier: int(count * KEPT) for tier, count in free.items()},
+            lossy=lossy,
+            block_size=block_size,
+            scored_rows=scored_rows,
         )
-        return searched if gain > LEAST_GAIN else ruled
-
-    def _seconds(
-        self, policy: Policy, device: Device, requests: Sequence[Request], scored_rows: int
-    ) -> float:
-        """Predicted, of a job."""
-        shape, packed, dtype, hardware = self.shape, self.packed, self.dtype, device.hardware
-        plan = plan_job(shape, packed, dtype, policy, hardware, requests, scored_rows=scored_rows)
-        return forecast(shape, packed, dtype, policy, hardware, plan).total_s
+        return choose(question)
 
     def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
         """Weights placed by ``policy`` on ``device``. UserError if the policy wants them compressed in another way."""

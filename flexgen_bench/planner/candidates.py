@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost, thinned
 from flexgen_bench.planner.cohorts import kv_token_bytes
 from flexgen_bench.planner.memory_plan import plan_job
@@ -19,6 +19,7 @@ from flexgen_bench.planner.placement_lp import (
     PlacementProblem,
     PlacementSolution,
     least_work,
+    on_resource,
     solve,
 )
 from flexgen_bench.planner.task import Task
@@ -202,18 +203,21 @@ class Candidates:
         return {t: task.capacity(t) - self._rest[policy].get(t, 0) for t in task.hardware.tiers}
 
     def _bound(self, shape: Policy, problem: PlacementProblem) -> float:
-        """Tokens/s that no placement of this shape can beat: every lane at its least, whatever memory there is."""
+        """Tokens/s that no placement of this shape can beat: every link and processor at its least, whatever memory there is."""
+        resources = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link are one
 
-        def least(phase: PhaseCost, lane: Lane) -> float:
-            seconds = phase.fixed.get(lane, 0.0)
+        def least(phase: PhaseCost, resource: Lane) -> float:
+            seconds = on_resource(phase.fixed, resource)
             for kind in KINDS:
-                added = [s.get(lane, 0.0) for (of, _), s in phase.by_share.items() if of == kind]
+                added = [
+                    on_resource(s, resource) for (of, _), s in phase.by_share.items() if of == kind
+                ]
                 seconds += min(added)
             return seconds
 
         passes = problem.decode_passes
-        prefill = [least(problem.prefill, lane) for lane in Lane]
-        decode = [passes * least(problem.decode, lane) for lane in Lane]
+        prefill = [least(problem.prefill, one) for one in resources]
+        decode = [passes * least(problem.decode, one) for one in resources]
         if shape.schedule is Schedule.BLOCK:
             seconds = max(prefill) + max(decode)
         else:

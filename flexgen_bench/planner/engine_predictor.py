@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,13 @@ from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import format_seconds
 from flexgen_bench.models.registry import family
+from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.cost import rates_of
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.gains import gains
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.predictor import Predictor
-from flexgen_bench.planner.search import Search
 from flexgen_bench.planner.task import Task
 from flexgen_bench.planner.units import pack
 
@@ -28,7 +28,7 @@ class EnginePredictor(Predictor):
     machine's rates."""
 
     def predict(self, question: Question) -> Prediction:
-        """What the search finds for that machine. (A run prefers the plain rule's policy to one that promises little more: engine/build.py.)"""
+        """Under the policy that is given, or under the one that ``policy=auto`` comes to on a machine with nothing else in its memory."""
         rates_of(question.hardware)
         given = self.options.get("policy")
         policy = None if given is None else Policy.from_dict(dict(given))
@@ -39,18 +39,25 @@ class EnginePredictor(Predictor):
                 task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, plan
             )
             return _prediction(task, policy, plan, times, {"why": ["as asked for"]})
-        choice = Search(task).run()
+        auto = auto_choice(task)
+        choice = auto.choice
         found = gains(task, choice.policy, choice.tok_per_s)
-        promised = max((c.tok_per_s for c in choice.candidates), default=choice.tok_per_s)
         words = {
-            "why": [
-                f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played",
-                f"without any waiting the best would reach {promised:.3g} tokens/s",
-            ],
+            "why": list(_why(auto)),
             "binding": ", ".join(found.binding),
             "gains": dict(found.more),
         }
         return _prediction(task, choice.policy, choice.plan, choice.forecast, words)
+
+
+def _why(auto: AutoChoice) -> Iterator[str]:
+    choice = auto.choice
+    yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
+    promised = max((c.tok_per_s for c in choice.candidates), default=choice.tok_per_s)
+    yield f"without any waiting the best would reach {promised:.3g} tokens/s"
+    if auto.gain is not None:
+        least = LEAST_GAIN - 1
+        yield f"the plain rule's policy: the best found promises {auto.gain:.1%} more than it, and less than {least:.0%} more is not relied on"
 
 
 def _task(question: Question, policy: Policy | None) -> Task:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.core.units import GIB
 from flexgen_bench.planner.candidates import Candidates
 from flexgen_bench.planner.placement_lp import PhaseCost, PlacementProblem, solve
@@ -22,7 +22,7 @@ _LEAST_GAIN = 1e-3
 @dataclass(frozen=True)
 class Gains:
     """binding: the limits at which the placement is, those first that cost most. more: tokens/s won by one GiB more of a tier or by 10 % more of a
-    lane, as the linear programs promise it, scaled to what was predicted."""
+    link or processor, as the linear programs promise it, scaled to what was predicted."""
 
     binding: tuple[str, ...]
     more: Mapping[str, float]
@@ -42,9 +42,9 @@ def gains(task: Task, policy: Policy, tok_per_s: float) -> Gains:
     for tier in task.hardware.tiers:
         wider = [(count, _roomier(p, tier)) for count, p in problems]
         more[f"1 GiB more of {tier} memory"] = _won(base, _best(wider)) * tok_per_s
-    for lane in Lane:
-        faster = [(count, _faster(p, lane)) for count, p in problems]
-        more[f"10 % more of {lane}"] = _won(base, _best(faster)) * tok_per_s
+    for resource in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
+        faster = [(count, _faster(p, resource)) for count, p in problems]
+        more[f"10 % more of {resource}"] = _won(base, _best(faster)) * tok_per_s
     return Gains(tuple(binding), {name: won for name, won in more.items() if won > 0})
 
 
@@ -76,10 +76,15 @@ def _roomier(problem: PlacementProblem, tier: Tier) -> PlacementProblem:
     return replace(problem, room={**problem.room, tier: problem.room[tier] + GIB})
 
 
-def _faster(problem: PlacementProblem, lane: Lane) -> PlacementProblem:
+def _faster(problem: PlacementProblem, resource: Lane) -> PlacementProblem:
+    """Every lane that works on the link (or processor) gets more of it."""
+
     def scaled(phase: PhaseCost) -> PhaseCost:
         def of(seconds: Mapping[Lane, float]) -> dict[Lane, float]:
-            return {**seconds, lane: seconds.get(lane, 0.0) / MORE_LINK}
+            return {
+                lane: s / MORE_LINK if link_of(lane) is resource else s
+                for lane, s in seconds.items()
+            }
 
         return PhaseCost(of(phase.fixed), {share: of(s) for share, s in phase.by_share.items()})
 

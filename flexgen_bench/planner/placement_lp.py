@@ -119,11 +119,11 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
         rows.append(name)
 
     def seconds(phase: PhaseCost, resource: Lane) -> list[float]:
-        return [_on(resource, phase.by_share.get(share, {})) for share in shares]
+        return [on_resource(phase.by_share.get(share, {}), resource) for share in shares]
 
     for lane in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
         before, after = seconds(problem.prefill, lane), seconds(problem.decode, lane)
-        fixed = _on(lane, problem.prefill.fixed), _on(lane, problem.decode.fixed)
+        fixed = on_resource(problem.prefill.fixed, lane), on_resource(problem.decode.fixed, lane)
         if block:
             limit(f"{lane} in prefill", before, (-1.0, 0.0), -fixed[0])
             limit(f"{lane} in decode", after, (0.0, -1.0), -fixed[1])
@@ -169,7 +169,8 @@ def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementS
     return best if found is None else replace(found, seconds=best.seconds, tight=best.tight)
 
 
-def _on(resource: Lane, seconds: Seconds) -> float:
+def on_resource(seconds: Seconds, resource: Lane) -> float:
+    """Seconds of all lanes that work on a link (or processor), which is named after one of them."""
     return sum(s for lane, s in seconds.items() if link_of(lane) is resource)
 
 

@@ -77,7 +77,7 @@ class Search:
         self._steps = 0
         best = self._improved(best, moves, STEP_BUDGET)
         best = self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
-        return self._choice(best, tuple(candidates))
+        return self.choice(best, tuple(candidates))
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play."""
@@ -119,7 +119,12 @@ class Search:
         task.plan(modest)
         return modest
 
-    def _choice(self, best: Policy, candidates: tuple[Candidate, ...]) -> Choice:
+    def tok_per_s(self, policy: Policy) -> float:
+        """Of any policy, judged as those of the search are; 0 for what does not fit or takes too long."""
+        return self._play(policy)
+
+    def choice(self, best: Policy, candidates: tuple[Candidate, ...]) -> Choice:
+        """A policy that fits, with its plan and its times; ``candidates`` as they were considered."""
         plan, found = self.task.plan(best), self._played(best)
         assert found is not None, "what is chosen fits"
         if found.steps * self.task.shape.num_layers < FULL_STEPS * THIN_LAYERS:

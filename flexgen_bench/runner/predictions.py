@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
@@ -96,8 +97,19 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
     return Simulated(spec, question, model, Status.OK, prediction=prediction)
 
 
+def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simulated | None:
+    """The row of a cell under the policy that its system says it has run; None if it does not say one."""
+    try:
+        ran = Policy.from_dict(dict(policy)) if policy else None
+    except (TypeError, ValueError):  # a system's own words, which need not be a policy of ours
+        ran = None
+    if ran is None:
+        return None
+    return predict(replace(asked, spec=replace(asked.spec, policy=ran)), ran.lossy, cache)
+
+
 def as_recorded(row: Simulated) -> dict[str, Any]:
-    """What a record keeps of a prediction made before its run (``Record.prediction``); nothing where there is no model."""
+    """What a record keeps of a prediction for its run (``Record.prediction``); nothing where there is no model."""
     if row.reason == NO_MODEL:
         return {}
     found: dict[str, Any] = {
@@ -106,14 +118,24 @@ def as_recorded(row: Simulated) -> dict[str, Any]:
         "rates": _whose(row.hardware),
         "status": row.status.value,
     }
+    given = row.spec.policy if row.model.follows_policy else None
     if row.prediction is None:
-        return found | {"reason": row.reason}
-    return found | {
-        "tok_per_s": row.prediction.tok_per_s,
-        "prefill_s": row.prediction.prefill_s,
-        "decode_s": row.prediction.decode_s,
-        "bottleneck": row.prediction.bottleneck,
-    }
+        return found | {"reason": row.reason} | _for(None if given is None else given.to_dict())
+    return (
+        found
+        | _for(row.prediction.settings.get("policy"))
+        | {
+            "tok_per_s": row.prediction.tok_per_s,
+            "prefill_s": row.prediction.prefill_s,
+            "decode_s": row.prediction.decode_s,
+            "bottleneck": row.prediction.bottleneck,
+        }
+    )
+
+
+def _for(policy: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The policy that a prediction is for, of a system that has one."""
+    return {"policy": dict(policy)} if policy else {}
 
 
 def filled_in(hardware: HardwareProfile, cache: Path) -> HardwareProfile:

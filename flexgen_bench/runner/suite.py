@@ -31,13 +31,15 @@ from flexgen_bench.store.writer import write_record
 @dataclass(frozen=True)
 class SuiteCell:
     """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what its run is
-    expected to be (``Record.prediction``), asked before it begins."""
+    expected to be (``Record.prediction``), asked before it begins. ``predict_policy``: the same for the policy that ran, asked after a run that
+    ended well, of a system that has chosen its policy itself; None if the system does not say which."""
 
     label: str
     spec: CellSpec
     rerun_command: str
     unavailable_reason: str | None = None
     predict: Callable[[], Mapping[str, Any]] | None = None
+    predict_policy: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
 
 
 def run_suite(
@@ -110,6 +112,7 @@ class _Runner:
         try:
             prediction = self._prediction(cell)
             state, cap = self._outcome(cell, workdir)
+            prediction = self._of_what_ran(cell, state) or prediction
             trace = _bytes_of(workdir / TRACE_FILE)
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
@@ -138,6 +141,14 @@ class _Runner:
             return {}
         self.display.stage("predicting")
         return cell.predict()
+
+    def _of_what_ran(self, cell: SuiteCell, state: CellState) -> Mapping[str, Any] | None:
+        """The prediction for the policy that ran. Before the run only what the machine has is known, not what will be free, so another policy
+        may have been expected; None: that prediction stays."""
+        if cell.predict_policy is None or state.status is not Status.OK:
+            return None
+        self.display.stage("predicting")
+        return cell.predict_policy(state.report.requested)
 
     def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
         no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")

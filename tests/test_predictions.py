@@ -1,0 +1,100 @@
+"""What a record keeps of a prediction: for which policy, and what is asked again once it is known which one ran."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planner_machines import MIB, host, small_opt
+
+from flexgen_bench.compose import Cell
+from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.simulated import SystemModel
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.runner.predictions import Asked, as_recorded, predict, predict_policy
+from flexgen_bench.work import divide
+
+CPU = Placement.all_on(Tier.CPU)
+ENGINE = SystemModel("flexgen_bench.planner.engine_predictor:EnginePredictor", follows_policy=True)
+SLOWER = Policy(1, 2, Placement(cpu=0.5, disk=0.5), CPU, CPU)
+
+
+def asked(model: SystemModel = ENGINE, policy: Policy | None = None) -> Asked:
+    spec = CellSpec(
+        "s", "m:S", ModelSpec(small_opt()), Workload("w", PromptKind.SYNTHETIC, 8, 32, 4),
+        host(64 * MIB), DType.FLOAT16, 1, policy=policy,
+    )  # fmt: skip
+    return Asked(spec, model, 8)
+
+
+def test_the_policy_that_ran_is_predicted_and_named(tmp_path: Path) -> None:
+    first = as_recorded(predict(asked(), EXACT, tmp_path))
+    assert first["status"] == "ok"
+    assert first["policy"] != SLOWER.to_dict()
+    row = predict_policy(asked(), SLOWER.to_dict(), tmp_path)
+    assert row is not None
+    again = as_recorded(row)
+    assert again["policy"] == SLOWER.to_dict()
+    assert again["tok_per_s"] < first["tok_per_s"]
+    given = as_recorded(predict(asked(policy=SLOWER), EXACT, tmp_path))
+    assert again == given
+
+
+def test_a_policy_brings_its_own_compression(tmp_path: Path) -> None:
+    lossy = Lossy(weights=Compression(4))
+    row = predict_policy(asked(), replace(SLOWER, lossy=lossy).to_dict(), tmp_path)
+    assert row is not None
+    assert row.lossy == lossy
+    assert Policy.from_dict(as_recorded(row)["policy"]).lossy == lossy
+
+
+def test_a_policy_without_room_is_told_as_such(tmp_path: Path) -> None:
+    huge = Policy(8, 100_000, CPU, CPU, CPU)
+    many = replace(asked(), num_prompts=800_000)
+    row = predict_policy(many, huge.to_dict(), tmp_path)
+    assert row is not None
+    told = as_recorded(row)
+    assert told["status"] == "oom"
+    assert told["policy"] == huge.to_dict()
+    assert "needs" in told["reason"]
+
+
+@pytest.mark.parametrize("said", [{}, {"batch": 4}, {"gpu_batch_size": -1}])
+def test_words_that_are_no_policy_are_not_predicted(said: dict[str, int], tmp_path: Path) -> None:
+    assert predict_policy(asked(), said, tmp_path) is None
+
+
+def test_a_system_without_policies_names_none(tmp_path: Path) -> None:
+    plain = asked(SystemModel("fake_predictors:Plain"))
+    assert "policy" not in as_recorded(predict(plain, EXACT, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "is_asked_again"),
+    [(ENGINE, None, True), (ENGINE, SLOWER, False), (SystemModel("fake_predictors:Plain"), None, False)],
+)  # fmt: skip
+def test_who_is_asked_again(
+    model: SystemModel, policy: Policy | None, is_asked_again: bool, tmp_path: Path
+) -> None:
+    """Systems that follow policies and were given none."""
+
+    class Known:
+        """Rates are the profile's."""
+
+        def of(self, cell: Cell) -> Cell:
+            return cell
+
+    spec = asked(model, policy).spec
+    work = divide([Cell("", spec, (), model)], tmp_path, Known())  # type: ignore[arg-type]
+    [cell] = work.measure
+    assert cell.predict is not None
+    assert (cell.predict_policy is not None) == is_asked_again
+    if cell.predict_policy is not None:
+        told = cell.predict_policy(SLOWER.to_dict())
+        assert told is not None
+        assert told["policy"] == SLOWER.to_dict()
