@@ -11,10 +11,10 @@ from test_search import MACHINES, model, question, task
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.planner import auto_policy as module
-from flexgen_bench.planner.auto_policy import LEAST_GAIN, auto_choice, auto_policy
+from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice, auto_policy
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.engine_predictor import EnginePredictor
+from flexgen_bench.planner.engine_predictor import EnginePredictor, _why
 from flexgen_bench.planner.search import Search
 
 NEARLY = MACHINES["emulated"]  # the rule's policy is 9 % slower there
@@ -56,6 +56,13 @@ def test_what_promises_little_more_is_not() -> None:
     [line] = [line for line in told.settings["why"] if "plain rule" in line]
     assert f"promises {gain:.1%} more" in line
     assert "less than 10%" in line
+
+
+def test_what_promises_less_is_told_as_such() -> None:
+    choice = auto_choice(task(NEARLY)).choice
+    assert "the plain rule's policy: the best found promises 21.9% less" in _why(
+        AutoChoice(choice, -0.219)
+    )
 
 
 def test_how_much_is_clearly_more(monkeypatch: pytest.MonkeyPatch) -> None:

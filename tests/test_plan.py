@@ -127,7 +127,7 @@ def test_a_cell_of_this_machine(run: Run, tmp_path: Path) -> None:
 
 
 def test_beside_a_measurement(run: Run, tmp_path: Path) -> None:
-    """The record keeps what was predicted before the run; the table shows it; the next card names the record."""
+    """The record keeps what was predicted for the run; the table shows it; the next card names the record."""
     calibrate(tmp_path)
     target = "baselines.transformers.system:TransformersSystem"
     add_system(tmp_path, "mine", "Plain", target=target, constants={"batch": 4})

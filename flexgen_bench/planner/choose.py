@@ -1,6 +1,6 @@
 """``policy=auto`` chosen in a process of its own, so that nothing of the search stays in the memory of the one that is going to run.
 
-A search leaves some 100 MB behind (scipy, HiGHS, what was played). An engine under a memory cap would pay for them with resident weights.
+A search leaves tens of megabytes behind (scipy, HiGHS, what was played). An engine under a memory cap would pay for them with resident weights.
 ``python -m flexgen_bench.planner.choose`` reads a question as JSON on its standard input and writes an answer to its standard output.
 """
 

@@ -120,7 +120,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
         )
     if any(r.predicted is not None for r in rows):
         lines.append(
-            "Predicted = before the run, from the machine's constants and a model of the system."
+            "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it."
         )
     marks = [f"({MARKS[e]}) = {e.value}" for e in Evidence if MARKS[e] and _occurs(e, rows)]
     if marks:

@@ -61,7 +61,7 @@ class Row:
 
     Figures are None unless the cell ended OK: a failed or invalid run has a reason, not a speed.
     ``best``: highest generation throughput among the OK, MEASURED rows of its group that compute the model exactly.
-    predicted: generation throughput that was predicted before the run, in tok/s (SIMULATED).
+    predicted: generation throughput that was predicted for the run, in tok/s (SIMULATED).
     lossy: what the run changed of the results ("4-bit weights"); "" for an exact one.
     """
 
