@@ -33,7 +33,7 @@ from flexgen_bench.schedule.forest import ScoreRequest, grow
 
 MODEL = "smollm2-135m"
 TASKS = ("lambada", "hellaswag", "openbookqa", "boolq", "mmlu", "wikipedia_text")
-ITEMS, QUICK_ITEMS, TUNING_ITEMS = 60, 6, 12
+ITEMS, QUICK_ITEMS, TUNING_ITEMS = 24, 6, 6
 # Plain text is longer than any other item, and there is enough of it in a few.
 TEXTS = 4
 BATCHES, DTYPES = (1, 4, 8, 16, 32, 64), ("float32", "bfloat16")
