@@ -70,7 +70,7 @@ def test_a_copy_of_its_own_takes_memory_for_every_layer(made: tuple[ModelShape, 
 
 
 def test_only_large_dummies_repeat() -> None:
-    small, large = (model_spec(name) for name in ("opt-6.7b", "opt-175b"))
+    small, large = (model_spec(name) for name in ("opt-2.7b", "opt-175b"))
     assert checkpoint_bytes(small, DType.FLOAT16) == weight_bytes(small.shape, DType.FLOAT16)
     assert checkpoint_bytes(large, DType.FLOAT16) == pytest.approx(4.9 * GB, rel=0.02)
     trained = ModelSpec(large.shape, WeightSource.HUB, "facebook/opt-175b")
