@@ -32,7 +32,7 @@ from flexgen_bench.planner.memory_plan import plan_job
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.07, 0.20
 LINK = 3 * GB  # of the emulated accelerator
-JOB = Shape(prompts=16, prompt_len=64, gen_len=6)
+JOB = Shape(prompts=16, prompt_len=32, gen_len=6)
 LONG = Shape(prompts=16, prompt_len=24, gen_len=16)
 FEW = Shape(prompts=2, prompt_len=48, gen_len=6)
 GPU, CPU, DISK = (Placement.all_on(tier) for tier in (Tier.GPU, Tier.CPU, Tier.DISK))

@@ -169,7 +169,9 @@ def test_compressed_weights_and_cache_together(name: str, tmp_path: Path) -> Non
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if parameter.dim() == 2 and "positions" not in key:
-                parameter.copy_(fake_quantize(parameter, compression))
+                per_token = "embed_tokens" in key or "lm_head" in key
+                how = compression.of_vocabulary if per_token else compression
+                parameter.copy_(fake_quantize(parameter, how))
     prompts = random_prompts(LENGTHS)
     expected = reference(made, prompts, compression)
     rng = random.Random(name)

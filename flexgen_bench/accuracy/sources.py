@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,11 +61,22 @@ def unpack(path: Path, patterns: Iterable[str], folder: Path, progress: Progress
                 for member in sdist:
                     progress("unpack", raw.tell(), total)
                     if member.isfile() and chosen(member.name):
-                        sdist.extract(member, folder, filter="data")
+                        _write(sdist, member, folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise StoreError(f"{path} cannot be unpacked ({error})") from error
     if missing:
         raise StoreError(f"{path.name} holds nothing like {', '.join(sorted(missing))}")
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """One plain file of an archive, below ``folder``. (tarfile's own safe extraction begins with Python 3.11.4.)"""
+    target = folder / member.name
+    source = archive.extractfile(member)
+    if source is None or not target.resolve().is_relative_to(folder.resolve()):
+        raise tarfile.TarError(f"{member.name} is no plain file below the archive's folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
 
 
 def _download(package: PackageSpec, scratch: Path) -> Path:
