@@ -48,7 +48,7 @@ class SiteEffort:
 @dataclass(frozen=True)
 class Effort:
     """A whole calibration. link_bytes: sizes of copies, the largest of them counts; disk_bytes: of each of two files that are read
-    and written, disk_piece of them at a time."""
+    and written, disk_piece of them at a time (a disk that was idle is slower at first: streams are long)."""
 
     name: str
     patience: Patience
@@ -71,7 +71,7 @@ QUICK = Effort(
                    cache_tokens=2048, most_bytes=8 * GIB),
     link_bytes=(MIB, 64 * MIB),
     disk_bytes=256 * MIB,
-    disk_piece=64 * MIB,
+    disk_piece=128 * MIB,
     step_passes=4,
 )  # fmt: skip
 
@@ -83,6 +83,6 @@ FULL = Effort(
                    sequences=64, prompt_tokens=16384, cache_tokens=2048, most_bytes=8 * GIB),
     link_bytes=(64 * 1024, MIB, 16 * MIB, 256 * MIB),
     disk_bytes=GIB,
-    disk_piece=64 * MIB,
+    disk_piece=256 * MIB,
     step_passes=8,
 )  # fmt: skip
