@@ -15,9 +15,10 @@ import yaml
 
 from flexgen_bench.calibrate import others, store
 from flexgen_bench.calibrate.__main__ import main
-from flexgen_bench.calibrate.attention import apart
+from flexgen_bench.calibrate.attention import apart, decode_probes
 from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, SiteEffort
 from flexgen_bench.calibrate.profile import profile_of, write_profile
+from flexgen_bench.calibrate.site import Room, Site
 from flexgen_bench.calibrate.stable import Patience, Probe, Progress, Reading, measure, spread_of
 from flexgen_bench.calibrate.store import (
     Calibration,
@@ -401,3 +402,15 @@ def test_what_attention_takes_beside_reading_is_told_apart(
     large = replace(large, rate=large.amount / large_s)
     found = apart(large, small, 1e10)
     assert found == pytest.approx((rate, beside_s), rel=0.01)
+
+
+def test_a_small_memory_has_fewer_sequences_or_a_format_less() -> None:
+    """Large caches that did not fit were left out while the small one beside them was measured: no constant could be made of it."""
+    site = Site.open(Tier.CPU, 1)
+    effort = replace(TINY.cpu, least_bytes=128 * 1024, most_bytes=128 * 1024)
+    names = {
+        probe.name for probe in decode_probes(Room(site, effort, 0), replace(effort, sequences=512))
+    }
+    assert {"cpu.decode_attention.float32.1", "cpu.attend.float32"} <= names
+    long = replace(effort, cache_tokens=100_000)
+    assert not list(decode_probes(Room(site, effort, 0), long))

@@ -74,7 +74,7 @@ def _prefill(
 
 def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
     """``<tier>.decode_attention.<format>.<query heads per KV head>`` over many sequences, and ``<tier>.attend.<format>`` over hardly any
-    cache: ``apart`` tells from both what a call costs beside reading."""
+    cache: ``apart`` tells from both what a call costs beside reading, so a format is measured with all of its probes or not at all."""
     for dtype, compression in effort.kv:
         number = number_format(dtype, compression)
         large = (effort.sequences, effort.cache_tokens)
@@ -82,13 +82,15 @@ def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
             (f"decode_attention.{number}.{shared}", shared, *large) for shared in effort.heads
         ]
         wanted.append((f"attend.{number}", 1, 1, 2 * _NEW_TOKENS))
-        for name, shared, sequences, tokens in wanted:
-            heads = effort.heads_of_dim[shared > 1]
-            probe = _decode_probe(
-                room, name, (dtype, compression), heads, shared, sequences, tokens
+        found = [
+            _decode_probe(
+                room, name, (dtype, compression), effort.heads_of_dim[shared > 1], shared, sequences, tokens
             )
-            if probe is not None:
-                yield probe
+            for name, shared, sequences, tokens in wanted
+        ]  # fmt: skip
+        probes = [probe for probe in found if probe is not None]
+        if len(probes) == len(wanted):
+            yield from probes
 
 
 def _decode_probe(
@@ -100,14 +102,20 @@ def _decode_probe(
     sequences: int,
     tokens: int,
 ) -> Probe | None:
-    """None if there is no room for such a cache."""
+    """Over fewer sequences where memory is small; None if there is no room for the cache of one."""
     site, (dtype, compression), (kv_heads, dim) = room.site, number, heads
     torch_dtype = TORCH_DTYPES[dtype]
     row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
     form = KVForm(kv_heads, dim, torch_dtype, compression)
-    layout = KVLayout(sequences, tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, 2 * kv_heads * row)
-    if layout.region_bytes > room.size:
-        return None
+
+    def of(sequences: int) -> KVLayout:
+        token_bytes = 2 * kv_heads * row
+        return KVLayout(sequences, tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
+
+    while (layout := of(sequences)).region_bytes > room.size:
+        if sequences == 1:
+            return None
+        sequences //= 2
     q = room.numbers((sequences, kv_heads * shared, dim), torch_dtype)
     k, v = (room.numbers((sequences, kv_heads, dim), torch_dtype) for _ in range(2))
     return Probe(
