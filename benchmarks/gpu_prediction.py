@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from common import Bar, Options, Report
-from engine_runs import Shape, engine, lane_lines, run
+from engine_runs import Shape, engine, lane_lines, predicted, run
 
 from flexgen_bench.calibrate.store import ensure_calibrated, with_calibration
 from flexgen_bench.config import default_cache_dir, hardware_profile, model_spec
@@ -30,9 +30,7 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.forecast import Forecast, forecast
-from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.forecast import Forecast
 from flexgen_bench.runner import dummy_weights
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
 from flexgen_bench.runner.machine import physical_cores
@@ -98,11 +96,11 @@ def packed_weights(layers: int, compression: Compression | None, cache: Path) ->
     return PackedWeights.from_checkpoint(folder, DType.FLOAT16, cache, lambda *_: None, compression)
 
 
-def kind_lines(predicted: Forecast, timeline: Timeline) -> list[str]:
+def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
     """Seconds of each kind of step of passes over prompts and of later ones, predicted and achieved."""
     ours: Counter[tuple[str, str, bool]] = Counter()
     theirs: Counter[tuple[str, str, bool]] = Counter()
-    for event in predicted.events:
+    for event in times.events:
         ours[str(event.step.lane), str(event.step.kind), event.step.token == 0] += (
             event.end_s - event.begin_s
         )
@@ -142,38 +140,29 @@ def main() -> int:
         if given.only not in case.name:
             continue
         mine = weights[case.policy.lossy.weights]
-        requests = [Request(case.job.prompt_len, case.job.gen_len)] * case.job.prompts
-        plan = plan_job(mine.shape, mine.packed, mine.dtype, case.policy, profile, requests)
-        predicted = forecast(
-            mine.shape,
-            mine.packed,
-            mine.dtype,
-            case.policy,
-            profile,
-            plan,
-            points=None,
-            keep=given.kinds,
-        )
+        # Events are kept for the table of kinds alone.
+        how = {"points": None, "keep": given.kinds}
+        times = predicted(mine, case.policy, case.job, profile, **how)
         with engine(mine, case.policy, profile, opts) as made:
             run(made, replace(case.job, gen_len=3))
             achieved = [run(made, case.job, seed=n) for n in range(given.rounds)]
         seconds = statistics.median(m.prefill_s + m.decode_s for m in achieved)
-        errors.append(predicted.total_s / seconds - 1)
+        errors.append(times.total_s / seconds - 1)
         last = achieved[-1]
         print(
-            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill {predicted.prefill_s:.2f}/{last.prefill_s:.2f}, "
-            f"decode {predicted.decode_s:.2f}/{last.decode_s:.2f}",
+            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill {times.prefill_s:.2f}/{last.prefill_s:.2f}, "
+            f"decode {times.decode_s:.2f}/{last.decode_s:.2f}",
             flush=True,
         )
         print("\n".join(lane_lines(last, "  lanes")), flush=True)
         if given.kinds:
-            print("\n".join(kind_lines(predicted, last.timeline)), flush=True)
+            print("\n".join(kind_lines(times, last.timeline)), flush=True)
         report.rounds.append(
             {
                 "case": case.name,
                 "policy": case.policy.to_dict(),
                 "job": vars(case.job),
-                "predicted": {"prefill_s": predicted.prefill_s, "decode_s": predicted.decode_s},
+                "predicted": {"prefill_s": times.prefill_s, "decode_s": times.decode_s},
                 "achieved": [m.to_dict() for m in achieved],
                 "error": errors[-1],
             }

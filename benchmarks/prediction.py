@@ -15,20 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from common import Bar, Options, Report, options
-from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, run
+from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, predicted, run
 
 from flexgen_bench.calibrate.store import ensure_calibrated, with_calibration
 from flexgen_bench.core.compression import Compression, Lossy
-from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import GB
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.forecast import Forecast, forecast
-from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.forecast import Forecast
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.07, 0.20
 LINK = 3 * GB  # of the emulated accelerator
@@ -149,19 +146,10 @@ def measure(case: Case, rates: Rates, weights: PackedWeights, opts: Options) -> 
     """One case: predicted, and run."""
     profile = HOST if case.here else emulated(LINK, LINK)
     known = with_calibration(profile, rates)
-    predicted = _predicted(case, known, weights)
+    times = predicted(weights, case.policy, case.job, known)
     with engine(weights, case.policy, profile, opts) as made:
         run(made, case.job)
-        return Outcome(
-            case, predicted, tuple(run(made, case.job, seed=n) for n in range(opts.rounds))
-        )
-
-
-def _predicted(case: Case, hardware: HardwareProfile, weights: PackedWeights) -> Forecast:
-    requests = [Request(case.job.prompt_len, case.job.gen_len)] * case.job.prompts
-    shape, packed, dtype = weights.shape, weights.packed, weights.dtype
-    plan = plan_job(shape, packed, dtype, case.policy, hardware, requests)
-    return forecast(shape, packed, dtype, case.policy, hardware, plan)
+        return Outcome(case, times, tuple(run(made, case.job, seed=n) for n in range(opts.rounds)))
 
 
 def main() -> int:
