@@ -81,6 +81,17 @@ def test_the_smallest_setting_within_the_margin_is_recommended(results: Path) ->
     assert strict.recommendation.mode == "w8"
 
 
+def test_a_mode_evaluated_on_fewer_tasks_is_neither_recommended_nor_called_nearest(
+    results: Path,
+) -> None:
+    """A run stopped after its first task had left a mode with one easy task, and the page called it the nearest to the uncompressed model."""
+    write_accuracy(task_record(choice_items(600, 0.7), "w2", "quiz", key="q" * 16), results)
+    assert only(results).recommendation.mode == "w4"
+    none = outcomes(read_accuracy(results), Margins(score=1e-4, bits=1e-6))[0].recommendation
+    assert none.mode is None
+    assert "nearest is w8" in none.why
+
+
 def test_a_page_for_who_has_to_decide(results: Path, tmp_path: Path) -> None:
     assert report(results, tmp_path / "out") == 0
     page = (tmp_path / "out" / "accuracy" / "tiny--flexgen--float32.md").read_text()

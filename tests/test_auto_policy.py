@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from planner_machines import DTYPE, packed
+from conftest import opt_shape
+from planner_machines import DTYPE, host, packed, site
 from test_search import MACHINES, model, question, task
 
+from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.planner import auto_policy as module
-from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice, auto_policy
+from flexgen_bench.planner.auto_policy import LEAST_GAIN, auto_choice, auto_policy
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.engine_predictor import EnginePredictor, _why
+from flexgen_bench.planner.engine_predictor import EnginePredictor
 from flexgen_bench.planner.search import Search
+from flexgen_bench.planner.task import Task
 
 NEARLY = MACHINES["emulated"]  # the rule's policy is 9 % slower there
 REQUESTS = [Request(32, 4)] * 8
@@ -58,11 +61,19 @@ def test_what_promises_little_more_is_not() -> None:
     assert "less than 10%" in line
 
 
-def test_what_promises_less_is_told_as_such() -> None:
-    choice = auto_choice(task(NEARLY)).choice
-    assert "the plain rule's policy: the best found promises 21.9% less" in _why(
-        AutoChoice(choice, -0.219)
-    )
+def test_the_search_finds_no_less_than_the_rule() -> None:
+    """OPT-1.3B in 2.25 GiB of memory: the linear programs keep room for staging what the rule's policy holds, no single change led from theirs
+    to it, and what the search found promised 25 % less."""
+    shape = opt_shape(
+        num_layers=24, hidden_size=2048, embed_dim=2048, num_heads=32, num_kv_heads=32, head_dim=64,
+        ffn_size=8192, vocab_size=50272, max_positions=2048,
+    )  # fmt: skip
+    capped = host(int(2.25 * 2**30), cpu=site(2e11, 2e10), disk_read=2e9, disk_write=2e9)
+    of = Task(shape, DTYPE, capped, {EXACT: packed(shape)}, Request(32, 32), prompts=32)
+    search = Search(of)
+    found = search.run()
+    assert found.ruled is not None
+    assert search.tok_per_s(found.policy) >= search.tok_per_s(found.ruled) > 0
 
 
 def test_how_much_is_clearly_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ class Recommendation:
 
 def recommend(candidates: Sequence[Candidate]) -> Recommendation:
     """The mode with fewest bytes per weight (then per cached value, then values read) whose 90 % interval of the mean change lies inside the
-    margin, and under which no task got worse."""
-    judged = [c for c in candidates if c.comparison is not None and not c.lossy.is_exact]
+    margin, and under which no task got worse. Only modes evaluated on the most tasks are judged: a mean over fewer is of other tasks."""
+    judged = _on_most_tasks(candidates)
     if not judged:
         return Recommendation(
             None, "no compressed mode has been compared with the uncompressed model"
@@ -56,6 +56,16 @@ def recommend(candidates: Sequence[Candidate]) -> Recommendation:
         f"fewest bytes ({_size(chosen)[0]:.2f} per weight) of the modes whose mean change lies within the margin "
         f"({100 * sure.low:+.2f} to {100 * sure.high:+.2f} points at 90 %), with no task that got worse",
     )  # fmt: skip
+
+
+def _on_most_tasks(candidates: Sequence[Candidate]) -> list[Candidate]:
+    compared = [c for c in candidates if c.comparison is not None and not c.lossy.is_exact]
+    most = max((_tasks(c) for c in compared), default=0)
+    return [c for c in compared if _tasks(c) == most]
+
+
+def _tasks(candidate: Candidate) -> int:
+    return len(candidate.comparison.tasks) if candidate.comparison is not None else 0
 
 
 def _is_good(candidate: Candidate) -> bool:

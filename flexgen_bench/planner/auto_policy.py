@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
@@ -27,7 +26,7 @@ LEAST_GAIN = 1.1
 
 @dataclass(frozen=True)
 class AutoChoice:
-    """What is to be run. gain: by what part the best found promises more, where the rule's policy was preferred to it (negative: less); else None."""
+    """What is to be run. gain: by what part the best found promises more, where the rule's policy was preferred to it; else None."""
 
     choice: Choice
     gain: float | None = None
@@ -64,26 +63,11 @@ def auto_choice(task: Task) -> AutoChoice:
     """The policy of a task on a machine whose rates are known. Raises DoesNotFit if there is none."""
     search = Search(task)
     found = search.run()
-    ruled = _ruled(task, found.policy)
+    ruled = found.ruled
     if ruled is None or ruled == found.policy:
         return AutoChoice(found)
     # Both are played in the same way: what is chosen in the end may have been played on more layers.
     promised, plain = search.tok_per_s(found.policy), search.tok_per_s(ruled)
     if not plain or promised > LEAST_GAIN * plain:  # 0: it takes longer than it may
         return AutoChoice(found)
-    return AutoChoice(search.choice(ruled, found.candidates), promised / plain - 1)
-
-
-def _ruled(task: Task, found: Policy) -> Policy | None:
-    """The rule's policy for the same job, as compressed as the one found; None if it has none that fits.
-
-    The rule makes blocks as large as the job. Where the number of prompts is open it gets the block that was found.
-    """
-    block = task.block if task.prompts is not None else found.block_size
-    try:
-        return default_policy(
-            task.shape, task.packed[found.lossy], task.dtype, task.hardware, [task.request] * task.count(found),
-            task.available, block, found.lossy, task.scored_rows,
-        )  # fmt: skip
-    except DoesNotFit:
-        return None
+    return AutoChoice(search.choice(ruled, ruled, found.candidates), promised / plain - 1)

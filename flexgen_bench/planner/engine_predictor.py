@@ -53,14 +53,14 @@ class EnginePredictor(Predictor):
 def _why(auto: AutoChoice) -> Iterator[str]:
     choice = auto.choice
     yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
-    promised = max((c.tok_per_s for c in choice.candidates), default=choice.tok_per_s)
-    yield f"without any waiting the best would reach {promised:.3g} tokens/s"
+    promised = max((c.tok_per_s for c in choice.candidates), default=0.0)
+    if (
+        promised > choice.tok_per_s
+    ):  # else the programs keep room for staging that the policy found does without
+        yield f"without any waiting the best would reach {promised:.3g} tokens/s"
     if auto.gain is None:
         return
-    if auto.gain <= 0:
-        yield f"the plain rule's policy: the best found promises {-auto.gain:.1%} less"
-    else:
-        yield f"the plain rule's policy: the best found promises {auto.gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
+    yield f"the plain rule's policy: the best found promises {auto.gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
 
 
 def _task(question: Question, policy: Policy | None) -> Task:

@@ -2,7 +2,8 @@
 
 1. Every batch shape (block, micro-batch, prompt chunk), way of working (schedule, attention site) and allowed compression becomes a linear program
    over placements (``candidates.py``), whose optimum is a bound: nothing waits in it.
-2. The most promising are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on simulated lanes.
+2. The most promising are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on simulated lanes;
+   the policy of the rule that needs no rates (``default_policy.py``) with them, so that no search finds less.
 3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``).
 """
 
@@ -16,6 +17,7 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.candidates import Candidate, Candidates
+from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.moves import fine_moves, moves
@@ -42,13 +44,15 @@ Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy found, its plan, and its times. tried: policies played; considered: linear programs' candidates, best promise first."""
+    """The policy found, its plan, and its times. tried: policies played; ruled: the rule's policy, None if it has none that fits;
+    candidates: of the linear programs, best promise first."""
 
     policy: Policy
     plan: MemoryPlan
     forecast: Forecast
     tok_per_s: float
     tried: int
+    ruled: Policy | None = None
     candidates: tuple[Candidate, ...] = field(repr=False, default=())
 
 
@@ -71,13 +75,31 @@ class Search:
         fitting = [p for c in looked_at if (p := self._fitted(c)) is not None]
         fitting = list(dict.fromkeys(fitting))
         fitting.sort(key=lambda policy: -self._promise(policy))
-        best = max(fitting[:PLAYED], key=self._play, default=None)
+        starts = fitting[:PLAYED]
+        ruled = self._ruled(starts[0] if starts else self._modest())
+        starts += [ruled] if ruled is not None else []
+        best = max(starts, key=self._play, default=None)
         if best is None or not self._play(best):
             best = self._modest()
         self._steps = 0
         best = self._improved(best, moves, STEP_BUDGET)
         best = self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
-        return self.choice(best, tuple(candidates))
+        return self.choice(best, ruled, tuple(candidates))
+
+    def _ruled(self, like: Policy) -> Policy | None:
+        """The rule's policy for the same job, as compressed as ``like``; None if it has none that fits.
+
+        The rule makes blocks as large as the job. Where the number of prompts is open it gets the block of ``like``.
+        """
+        task = self.task
+        block = task.block if task.prompts is not None else like.block_size
+        try:
+            return default_policy(
+                task.shape, task.packed[like.lossy], task.dtype, task.hardware, [task.request] * task.count(like),
+                task.available, block, like.lossy, task.scored_rows,
+            )  # fmt: skip
+        except DoesNotFit:
+            return None
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play."""
@@ -123,8 +145,10 @@ class Search:
         """Of any policy, judged as those of the search are; 0 for what does not fit or takes too long."""
         return self._play(policy)
 
-    def choice(self, best: Policy, candidates: tuple[Candidate, ...]) -> Choice:
-        """A policy that fits, with its plan and its times; ``candidates`` as they were considered."""
+    def choice(
+        self, best: Policy, ruled: Policy | None, candidates: tuple[Candidate, ...]
+    ) -> Choice:
+        """A policy that fits, with its plan and its times, and what else was considered."""
         plan, found = self.task.plan(best), self._played(best)
         assert found is not None, "what is chosen fits"
         if found.steps * self.task.shape.num_layers < FULL_STEPS * THIN_LAYERS:
@@ -133,7 +157,7 @@ class Search:
                 self.task.shape, packed, self.task.dtype, best, self.task.hardware, plan
             )
         speed = self.task.count(best) * self.task.request.gen_len / found.total_s
-        return Choice(best, plan, found, speed, len(self._known), candidates)
+        return Choice(best, plan, found, speed, len(self._known), ruled, candidates)
 
     def _promise(self, policy: Policy) -> float:
         """Tokens/s in closed form."""
