@@ -1,6 +1,7 @@
 # make bench: install (once) and run the default suite. make test: the same for the tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
+WORKERS ?= 2
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 INSTALL_INPUTS := pyproject.toml constraints.txt scripts/install.py
 
@@ -9,9 +10,10 @@ INSTALL_INPUTS := pyproject.toml constraints.txt scripts/install.py
 bench: $(VENV)/.installed-bench
 	$(RUN) -m flexgen_bench $(ARGS)
 
-# OMP_WAIT_POLICY: with a busy neighbour, torch's spinning threads make a run several times slower.
+# OMP_WAIT_POLICY: with a busy neighbour, torch's spinning threads make a run several times slower. Two workers of one thread each, a file of tests
+# to one worker: most tests are too small for two threads.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # A few items of every kind of request, uncompressed and in 4 bits, with the controls: under three minutes on two cores, once the
 # model and the data are there (python -m flexgen_bench.fetch smollm2 accuracy). Its records are no results.

@@ -24,7 +24,7 @@ from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, check_prompt, check_score_request
-from flexgen_bench.engine.generation import Running
+from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.outputs import Output, Prompt, Score, is_prompt, per_prompt, score_of
@@ -138,7 +138,7 @@ class LLM:
         sequences = [
             self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))
         ]
-        requests = [Request(len(s.prompt), s.params.max_tokens) for s in sequences]
+        requests = requests_of(sequences)
         found: dict[int, Output] = {}
 
         def take(index: int, sequence: Running) -> None:

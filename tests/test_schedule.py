@@ -68,7 +68,7 @@ def cases(draw: st.DrawFn) -> Case:
         prefill_chunk=draw(st.sampled_from([None, 1, 3])),
         offloaded=draw(st.sampled_from(Offloaded)),
     )
-    lengths = st.tuples(st.integers(1, 5), st.integers(1, 5))
+    lengths = st.tuples(st.integers(1, 5), st.integers(1, 5), st.sampled_from([0, 0, 2, 4]))
     requests = tuple(Request(*r) for r in draw(st.lists(lengths, min_size=1, max_size=9)))
     early = draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(1, 4), max_size=4))
     return Case(policy, hardware, requests, early)
@@ -174,12 +174,15 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
 @given(cases())
 @settings(max_examples=80, deadline=None)
 def test_only_links_move_bytes_and_every_prompt_token_passes_every_layer(case: Case) -> None:
+    """Once for every prompt that has it, or for all of a cohort that share it."""
     steps = all_steps(case)
     assert all(step.bytes == 0 for step in steps if step.lane not in LINKS)
     used = {step.lane for step in steps}
     accelerator = case.hardware is EMULATED
     assert accelerator or used <= {Lane.CPU, Lane.DISK_READ, Lane.DISK_WRITE}
+    started = {s.work.members[0].cohort for s in steps if s.work and s.work.is_prefill}
     prompt_tokens = sum(r.prompt_len for r in case.requests)
+    prompt_tokens -= sum((c.size - 1) * c.shared for c in started)
     for layer in range(1, LAYERS + 1):
         rows = [
             s.work.rows

@@ -90,12 +90,16 @@ class KVCache:
     # Prefill
 
     def keep_prompt(self, step: Step, k: Sequence[Stored]) -> None:
-        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the way."""
+        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the way. Every sequence gets
+        those of the tokens that all share."""
         for part in step.micro_batch.kv_parts:
             raw = self._prompt_bytes(step, part)
             region, member = self._region(part), part.member
             rows = [tuple(t[part.row : part.stop] for t in stored) for stored in k]
             ranges = member.ranges[part.span.start : part.span.stop]
+            if member.shared_rows:
+                common = [tuple(t[: member.shared_rows] for t in stored) for stored in k]
+                region.put_shared(raw, member.start, common)
             if len(set(ranges)) == 1 and part.span.count == region.layout.sequences and (
                 ranges[0][1] < member.cohort.prompt_lens[part.span.start]
                 or ranges[0][1] == region.layout.prompt_tokens

@@ -21,7 +21,7 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.frames import release_frames
-from flexgen_bench.engine.generation import Generation, Running
+from flexgen_bench.engine.generation import Generation, Running, requests_of
 from flexgen_bench.engine.job_run import JobRun, Progress
 from flexgen_bench.engine.kept_memory import KeptMemory
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
@@ -102,7 +102,7 @@ class Engine:
                 "new, without tokens",
                 "Make it again from its prompt.",
             )
-        requests = [Request(len(s.prompt), s.params.max_tokens) for s in sequences]
+        requests = requests_of(sequences)
         generation = Generation(sequences)
         row = 8 if generation.is_greedy else 4 * self._shape.vocab_size
         return self._run(self.plan(requests, row), generation, progress)

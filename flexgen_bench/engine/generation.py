@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.program import ending, last_rows
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+
+# Fewer shared tokens than this (a start token, a template's first words) are computed for every prompt: attention over fresh keys needs no mask.
+LEAST_SHARED = 8
 
 
 @dataclass
@@ -46,6 +51,20 @@ def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> 
         Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def requests_of(sequences: Sequence[Running]) -> list[Request]:
+    """What a job of these sequences asks for. Instructions and examples that all prompts begin with are computed once per micro-batch."""
+    shared = _in_common([s.prompt for s in sequences]) if len(sequences) > 1 else 0
+    shared = shared if shared >= LEAST_SHARED else 0
+    return [Request(len(s.prompt), s.params.max_tokens, shared) for s in sequences]
+
+
+def _in_common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with: those that the first and the last of them, in order, begin with."""
+    ordered = [tuple(prompt) for prompt in prompts]
+    pairs = zip(min(ordered), max(ordered), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Generation:

@@ -65,7 +65,7 @@ class Prompts:
             self._cache.keep_prompt(step, stored)
         if self._forest(member.cohort.sequences[0]) is not None:
             return self._attend_forests(step, q, stored)
-        if member.start == 0:
+        if member.start == 0 and not member.cohort.shared:
             lens = [last - first for first, last in member.ranges]
             keys, values = (self._form.decode(x) for x in stored)
             return prefill_attention(q, keys, values, lens, self._scale)

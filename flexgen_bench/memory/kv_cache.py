@@ -116,6 +116,12 @@ class KVRegion:
             if last == length:
                 target[:, slot, :, last:] = 0
 
+    def put_shared(self, raw: Tensor, first: int, kv: Sequence[Stored]) -> None:
+        """Write prompt tokens ``first ..`` (tokens, G, ...) that are the same in every sequence."""
+        for target, k, v in zip(self.prompt(raw), *kv, strict=True):
+            for place, rows in enumerate((k, v)):
+                target[place, :, :, first : first + rows.shape[0]] = rows.transpose(0, 1)
+
     def put_prompts(self, raw: Tensor, first: int, kv: Sequence[Stored]) -> None:
         """The same for all sequences at once, if all have the same tokens: (S * tokens, G, ...)."""
         sequences = self.layout.sequences

@@ -22,14 +22,16 @@ MAX_DISK_SEGMENTS = 8
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to compute: prompt tokens and the most new tokens it may get."""
+    """One sequence to compute: prompt tokens and the most new tokens it may get. shared: leading tokens of the prompt that are those of every
+    other prompt of the job, too."""
 
     prompt_len: int
     gen_len: int
+    shared: int = 0
 
 
 def worst_of(requests: Sequence[Request]) -> Request:
-    """What a job of these is planned for: cohorts pad prompts to their longest and run to their longest answer."""
+    """What a job of these is planned for: cohorts pad prompts to their longest and run to their longest answer, and nothing is shared."""
     return Request(max(r.prompt_len for r in requests), max(r.gen_len for r in requests))
 
 
@@ -54,7 +56,14 @@ class Cohorts:
         layouts = tuple(
             self._layout(span, max(lens), gen_len) for span in clipped(room.kv, len(members))
         )
-        return start_cohort(index, room, members, lens, gen_len, layouts)
+        return start_cohort(index, room, members, lens, gen_len, layouts, self._shared(members))
+
+    def _shared(self, members: Sequence[int]) -> int:
+        """Prompt tokens that sequences of the job share. Their keys and values are read back from the cache, so there must be one; and every
+        prompt keeps a token of its own, which predicts its next."""
+        if len(members) == 1 or self.lifetime == 1:
+            return 0
+        return min(min(self.requests[i].shared, self.requests[i].prompt_len - 1) for i in members)
 
     def possible(self, room: Room) -> list[Cohort]:
         """Cohorts that may move into a room; one of those alike in all lengths is enough."""

@@ -244,11 +244,12 @@ def _attention_bytes(
     job: Job, policy: Policy, largest: Sequence[Cohort], shape: ModelShape, width: int
 ) -> int:
     """Temporaries of one cohort's attention: scores of a decode step in float32 and the dtype, twice; the mask of a prompt's
-    last chunk; keys and values of a compressed cache, unpacked."""
+    last chunk, or of what follows on what prompts share; keys and values of a compressed cache, unpacked."""
     found = 0
     for cohort in largest:
         prompt, chunk = max(cohort.prompt_lens), chunk_len(policy, cohort.size)
-        mask = min(chunk, prompt) * prompt if chunk is not None else 0
+        rows = prompt if chunk is None else min(chunk, prompt)
+        mask = rows * prompt if chunk is not None or cohort.shared else 0
         tokens, unpacked, scores = cohort.size * (prompt + cohort.gen_len), 0, 0
         if job.keep_kv:
             scores = tokens * shape.num_heads * (8 + 2 * width)

@@ -41,7 +41,8 @@ class Cohort:
 
     index: number of the cohort in the job; sequences: their numbers in the job; prompt_lens: tokens of each; gen_len:
     most new tokens of any of them. kv, hidden: which of them are in which span of the room (a span may be empty).
-    layouts: how each KV span lies in its home; slots: each sequence's place in its KV span's home.
+    layouts: how each KV span lies in its home; slots: each sequence's place in its KV span's home. shared: leading prompt tokens that all
+    of them have in common, computed once, with the first sequence; fewer than the shortest prompt has.
     origin: the cohort as it was when it started, if sequences have left since.
     """
 
@@ -54,6 +55,7 @@ class Cohort:
     hidden: tuple[Span, ...]
     layouts: tuple[KVLayout, ...]
     slots: tuple[int, ...]
+    shared: int = 0
     origin: Cohort | None = None
 
     @property
@@ -86,12 +88,13 @@ def start_cohort(
     prompt_lens: tuple[int, ...],
     gen_len: int,
     layouts: tuple[KVLayout, ...],
+    shared: int = 0,
 ) -> Cohort:
     """A cohort that moves into a room; it may have fewer sequences than there is room for."""
     kv, hidden = clipped(room.kv, len(sequences)), clipped(room.hidden, len(sequences))
     slots = tuple(place - span.start for span in kv for place in range(span.start, span.stop))
     return Cohort(
-        index, room.index, sequences, prompt_lens, gen_len, kv, hidden, layouts, slots
+        index, room.index, sequences, prompt_lens, gen_len, kv, hidden, layouts, slots, shared
     )  # fmt: skip
 
 

@@ -25,13 +25,22 @@ class Member:
 
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter."""
+        """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter. What all prompts share is computed
+        with the first."""
         if self.token:
             return tuple((n + self.token - 1, n + self.token) for n in self.cohort.prompt_lens)
-        return tuple(
-            (min(self.start, n), n if self.stop is None else min(self.stop, n))
-            for n in self.cohort.prompt_lens
-        )
+        found = []
+        for place, n in enumerate(self.cohort.prompt_lens):
+            last = n if self.stop is None else min(self.stop, n)
+            first = max(self.start, self.cohort.shared) if place else self.start
+            found.append((min(first, last), last))
+        return tuple(found)
+
+    @property
+    def shared_rows(self) -> int:
+        """How many of this member's rows, its first ones, are tokens that all of its prompts share."""
+        first, last = self.ranges[0]
+        return 0 if self.token else max(0, min(last, self.cohort.shared) - first)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

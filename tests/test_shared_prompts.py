@@ -1,0 +1,143 @@
+"""What prompts begin with alike is computed once per micro-batch, and nothing else changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from test_engine_tokens import GPU_MIXES, HOST_MIXES, NEW_TOKENS, Reference, on, run, until
+from tiny_models import EMULATED, HOST, MODELS, VOCAB, greedy_reference, random_model, save
+
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
+from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine import generation
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.generation import requests_of, to_full_length
+from flexgen_bench.planner.cohorts import Request
+
+SHARED = 14
+
+
+def prompts_with(shared: int, tails: list[int], seed: int = 0) -> list[list[int]]:
+    """The tails begin with different tokens, so that exactly ``shared`` are shared."""
+    rng = random.Random(seed)
+    start = [rng.randrange(4, VOCAB) for _ in range(shared)]
+    return [
+        [*start, 4 + i, *(rng.randrange(4, VOCAB) for _ in range(n - 1))]
+        for i, n in enumerate(tails)
+    ]
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = random_model(request.param)
+    prompts = prompts_with(SHARED, [1, 30, 2, 9, 9, 17, 5])
+    tokens = greedy_reference(model, prompts, NEW_TOKENS)
+    weights = PackedWeights.from_checkpoint(
+        save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache"
+    )
+    return Reference(weights, prompts, tokens)
+
+
+def random_policy(rng: random.Random, hardware: HardwareProfile, lossy: Lossy = EXACT) -> Policy:
+    mixes = HOST_MIXES if hardware is HOST else GPU_MIXES
+    return Policy(
+        gpu_batch_size=rng.choice([1, 2, 3, 7, 20]),
+        num_gpu_batches=rng.choice([1, 2, 3]),
+        weights=rng.choice(mixes),
+        kv_cache=rng.choice(mixes),
+        activations=rng.choice(mixes),
+        prefetch=rng.choice([1, 2, 9]),
+        overlap=rng.choice([True, False]),
+        attention=rng.choice(list(AttentionSite)),
+        schedule=rng.choice(list(Schedule)),
+        prefill_chunk=rng.choice([None, None, 1, 3, 8, 20]),
+        offloaded=rng.choice(list(Offloaded)),
+        lossy=lossy,
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tokens_are_those_of_transformers(reference: Reference, seed: int, tmp_path: Path) -> None:
+    """Any placement, batch shape, schedule and chunking; chunks end before, in and behind what is shared; some sequences end early, the
+    first ones of a cohort among them. What is planned is what is allocated."""
+    rng = random.Random(f"{reference.weights.shape.name}{seed}")
+    hardware = rng.choice([HOST, EMULATED])
+    policy = random_policy(rng, hardware)
+    stop = {
+        i: ids[rng.randrange(9)] for i, ids in enumerate(reference.tokens) if rng.random() < 0.3
+    }
+    found, result = run(reference, policy, hardware, tmp_path, stop=stop)
+    assert found == [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)], policy
+    assert result.plan is not None
+    cohorts = result.plan.cohorts
+    of_several = [g for g in cohorts.groups if len(g) > 1]
+    assert all(cohorts.start(cohorts.groups.index(g), cohorts.rooms[0]).shared == SHARED for g in of_several)  # fmt: skip
+    for tier, parts in result.allocated.items():
+        planned = result.plan.bytes[tier]
+        assert {k: n for k, n in parts.items() if n} == {k: planned[k] for k, n in parts.items() if n}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_compressed_cache_holds_the_same(
+    reference: Reference, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    hardware = rng.choice([HOST, EMULATED])
+    policy = random_policy(rng, hardware, Lossy(kv_cache=Compression(4, 8), value_share=rng.choice([1.0, 0.4])))  # fmt: skip
+    together, _ = run(reference, policy, hardware, tmp_path)
+    monkeypatch.setattr(generation, "LEAST_SHARED", SHARED + 1)
+    assert together == run(reference, policy, hardware, tmp_path)[0], policy
+
+
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_rows_are_saved(
+    reference: Reference, chunk: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link carries the embedded rows of every token that is computed, and no other byte."""
+    policy = Policy(7, 1, on(Tier.CPU), on(Tier.GPU), on(Tier.GPU), prefill_chunk=chunk)
+    _, saving = run(reference, policy, EMULATED, tmp_path)
+    monkeypatch.setattr(generation, "LEAST_SHARED", SHARED + 1)
+    _, plain = run(reference, policy, EMULATED, tmp_path)
+    tables = sum(t.tensor.spec.shape[1] for t in reference.weights.packed.tables)
+    saved = (len(reference.prompts) - 1) * SHARED * tables * 4
+    assert plain.lanes[Lane.H2D].bytes - saving.lanes[Lane.H2D].bytes == saved
+
+
+def test_equal_prompts_keep_a_token_each(tmp_path: Path) -> None:
+    model = random_model("llama-tied-grouped")
+    prompts = [prompts_with(11, [3])[0]] * 5
+    weights = PackedWeights.from_checkpoint(
+        save(model, tmp_path / "ckpt"), DType.FLOAT32, tmp_path / "cache"
+    )
+    reference = Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
+    for policy in (Policy(5, 1), Policy(2, 2, prefill_chunk=4)):
+        assert run(reference, policy, HOST, tmp_path)[0] == reference.tokens
+
+
+def test_one_new_token_shares_nothing(reference: Reference, tmp_path: Path) -> None:
+    """Without a cache there is nothing to read what is shared from."""
+    tokens, _ = run(reference, Policy(7, 1), HOST, tmp_path, new_tokens=1)
+    assert tokens == [ids[:1] for ids in reference.tokens]
+
+
+def test_what_prompts_have_in_common() -> None:
+    def shared(*prompts: list[int]) -> list[int]:
+        running = to_full_length(prompts, SamplingParams(max_tokens=3))
+        return [request.shared for request in requests_of(running)]
+
+    start = list(range(10, 20))
+    assert shared([*start, 1], [*start, 2], [*start, 1, 5]) == [10] * 3
+    assert shared([*start, 1], start) == [10] * 2
+    assert shared([*start, 1]) == [0]
+    assert shared([*start, 1], [*start[:7], 2]) == [0] * 2
+    assert shared([*start, 1], [*start, 2], [7]) == [0] * 3
+    assert requests_of(to_full_length([[5]], SamplingParams(max_tokens=3))) == [Request(1, 3)]
