@@ -6,6 +6,7 @@ to the continuation, the start token before text without context), so results ca
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -114,6 +115,15 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "max_length": self.max_length,
             "truncated": dict(self.truncated),
         }
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Without lm-eval's bar of tokenizing where nobody watches."""
+        found: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty()
+        )
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
