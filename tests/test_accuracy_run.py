@@ -171,6 +171,19 @@ def test_what_is_recorded_is_not_run_again(
     assert sorted(tmp_path.rglob("*.json.gz")) == before
 
 
+def test_fewer_items_than_are_recorded_are_not_run_again_and_more_are(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode evaluated on a hundred items beside an uncompressed model evaluated on five hundred had evaluated that again."""
+    assert run("mode=exact") == 0
+    before = sorted(tmp_path.rglob("*.json.gz"))
+    for count, new in ((5, 0), (8, 0), (11, 4)):
+        monkeypatch.setattr("flexgen_bench.accuracy.run.asked_tasks", lambda request, limit, n=count: tiny_tasks(n))  # fmt: skip
+        assert run("mode=exact") == 0
+        assert len(sorted(tmp_path.rglob("*.json.gz"))) == len(before) + new
+    assert len(records(tmp_path)["flexgen", "exact", "choose"].items) == 11
+
+
 def test_a_damaged_record_is_made_again_and_hides_no_other(
     run: Callable[..., int], tmp_path: Path
 ) -> None:

@@ -21,11 +21,11 @@ _READ = 1 << 20
 
 def task_key(
     subject: Subject, task: str, version: str, data: Mapping[str, str], metric: str,
-    limit: int | None, max_length: int | None,
+    max_length: int | None,
 ) -> str:  # fmt: skip
-    """Equal for runs that must give equal results."""
+    """Equal for runs that must give equal results for the items that both have: the first so many of a fixed order."""
     return _digest(
-        [SCORING_VERSION, asdict(subject), task, version, dict(data), metric, limit, max_length]
+        [SCORING_VERSION, asdict(subject), task, version, dict(data), metric, max_length]
     )
 
 

@@ -76,10 +76,9 @@ class AccuracyRun:
         found = []
         for setup in self.setups:
             subject = self._subject(setup)
-            keys = {t.name: self._key(subject, t) for t in self.tasks}
             done = [] if self._request.rerun else [
-                name for name, key in keys.items()
-                if find_task(self._request.results_dir, subject.model, key) is not None
+                t.name for t in self.tasks
+                if find_task(self._request.results_dir, subject.model, self._key(subject, t), t.items) is not None
             ]  # fmt: skip
             missing = [t for t in self.tasks if t.name not in done]
             found.append(Todo(setup, subject, done, missing, self._numbers_missing(setup, subject)))
@@ -195,7 +194,7 @@ class AccuracyRun:
 
     def _key(self, subject: Subject, task: AskedTask) -> str:
         return task_key(
-            subject, task.name, task.version, task.data, task.metric, self._limit, self._request.max_length
+            subject, task.name, task.version, task.data, task.metric, self._request.max_length
         )  # fmt: skip
 
     def _numbers_key(self, subject: Subject) -> str:

@@ -95,14 +95,14 @@ def read_accuracy(results_dir: Path, keys: Collection[str] | None = None) -> Sto
     )
 
 
-def find_task(results_dir: Path, model: str, key: str) -> Path | None:
-    """The newest readable record of this key; None if there is none. A damaged record is no record."""
-    return _find(results_dir, model, key, read_task, mode=False)
+def find_task(results_dir: Path, model: str, key: str, items: int) -> Path | None:
+    """The newest readable record of this key with at least so many items; None if there is none. A damaged record is no record."""
+    return _find(results_dir, model, key, read_task, lambda r: len(r.items) >= items, mode=False)
 
 
 def find_mode(results_dir: Path, model: str, key: str) -> Path | None:
     """The newest readable record of a mode's numbers; None if there is none."""
-    return _find(results_dir, model, key, read_mode, mode=True)
+    return _find(results_dir, model, key, read_mode, lambda r: True, mode=True)
 
 
 def accuracy_files(results_dir: Path) -> Iterator[Path]:
@@ -118,7 +118,13 @@ def accuracy_files(results_dir: Path) -> Iterator[Path]:
 
 
 def _find(
-    results_dir: Path, model: str, key: str, read: Callable[[Path], _Kind], *, mode: bool
+    results_dir: Path,
+    model: str,
+    key: str,
+    read: Callable[[Path], _Kind],
+    is_enough: Callable[[_Kind], bool],
+    *,
+    mode: bool,
 ) -> Path | None:
     best: tuple[str, Path] | None = None
     for path in accuracy_files(results_dir):
@@ -130,7 +136,7 @@ def _find(
             record = read(path)
         except StoreError:
             continue
-        if record.key == key and (best is None or record.ended_utc > best[0]):
+        if record.key == key and is_enough(record) and (best is None or record.ended_utc > best[0]):
             best = (record.ended_utc, path)
     return None if best is None else best[1]
 
