@@ -61,7 +61,7 @@ class Cohorts:
     def _shared(self, members: Sequence[int]) -> int:
         """Prompt tokens that sequences of the job share. Their keys and values are read back from the cache, so there must be one; and every
         prompt keeps a token of its own, which predicts its next."""
-        if len(members) == 1 or self.lifetime == 1:
+        if len(members) == 1 or self.lifetime <= 1:
             return 0
         return min(min(self.requests[i].shared, self.requests[i].prompt_len - 1) for i in members)
 
@@ -94,7 +94,7 @@ class Cohorts:
             found.append(tuple(seen.values()))
         return tuple(found)
 
-    @property
+    @cached_property
     def lifetime(self) -> int:
         """Passes that the longest-lived cohort runs, if no sequence ends early."""
         return max(request.gen_len for request in self.requests)
