@@ -17,7 +17,7 @@ from accuracy_factory import (
 )
 from scipy import stats
 
-from flexgen_bench.accuracy.compare import Margins, Verdict, compare_modes, compare_task
+from flexgen_bench.accuracy.compare import Margins, Verdict, combined, compare_modes, compare_task
 from flexgen_bench.accuracy.statistics import (
     Discordance,
     bootstrap_p_value,
@@ -26,6 +26,7 @@ from flexgen_bench.accuracy.statistics import (
     paired_difference,
     score,
 )
+from flexgen_bench.core.accuracy import TaskRecord
 from flexgen_bench.core.errors import UserError
 
 MARGINS = Margins()
@@ -159,6 +160,26 @@ def test_equal_answers_of_few_items_prove_nothing() -> None:
         assert found.change.value == 0
         assert found.identical
         assert found.same_predictions == n
+
+
+def test_an_f1_of_zero_twice_is_no_equivalence() -> None:
+    """Matching restaurants: SmolLM2 says no to every pair, compressed or not. The bootstrap of that has no width, and the page said equivalent."""
+
+    def record(hits: int, mode: str) -> TaskRecord:
+        parts = [(1.0, 0.0, 0.0)] * hits + [(0.0, 0.0, 1.0)] * (50 - hits) + [(0.0, 0.0, 0.0)] * 150
+        items = [
+            replace(item, parts=part, loglik=(), bytes=(), gold=None)
+            for item, part in zip(choice_items(200, 0.5), parts, strict=True)
+        ]
+        return task_record(items, mode, metric="f1", statistic="f1")
+
+    never = compare_task(record(0, "exact"), record(0, "w4"), MARGINS)
+    assert (never.reference, never.score, never.verdict) == (0, 0, Verdict.UNDECIDED)
+    assert combined([never], MARGINS).score is None, "nor does it count in the mean"
+    # Equal answers have a width as in other tasks, and enough of them are equivalent.
+    some = compare_task(record(20, "exact"), record(20, "w4"), MARGINS)
+    assert some.sure.low == pytest.approx(-0.0133, abs=1e-4)
+    assert some.verdict is Verdict.EQUIVALENT
 
 
 def test_a_loss_is_found() -> None:

@@ -62,8 +62,8 @@ class TaskComparison:
 
     change: of the score, 95 %. sure: the interval the verdict was made with, 90 %; likely: the same at 95 %. bits: added bits per byte of the right texts, 95 % (None
     where nothing was scored). lost, won: items right in one run alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or
-    wrong; p_holm: adjusted for all tasks of the mode. same_predictions: items with the same answer. difference: with the sign that makes better
-    positive.
+    wrong; p_holm: adjusted for all tasks of the mode. same_predictions: items with the same answer. bounded: whether the score lies between 0 and 1.
+    silent: whether neither run found a single positive, so that an F1 of 0 twice says nothing. difference: with the sign that makes better positive.
     """
 
     task: str
@@ -86,6 +86,7 @@ class TaskComparison:
     verdict: Verdict
     truncated: int
     bounded: bool
+    silent: bool
     difference: Difference
     bits_difference: Difference | None
 
@@ -128,7 +129,7 @@ def combined(found: Sequence[TaskComparison], margins: Margins) -> ModeCompariso
         replace(t, p_holm=adjusted[t.task], verdict=_verdict(t, adjusted[t.task], margins))
         for t in found
     ]
-    scored = [t for t in tasks if t.bounded]
+    scored = [t for t in tasks if t.bounded and not t.silent]
     bits = [t.bits_difference for t in tasks if t.bits_difference is not None]
     mean_score = mean_of_intervals([t.likely for t in scored]) if scored else None
     mean_bits = mean_of(bits) if bits else None
@@ -160,8 +161,10 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
     bits = _bits(pairs, clusters)
     bounded = statistic in _BOUNDED
     pair = discordance(before[:, 0], after[:, 0]) if statistic == "mean" else None
+    # An F1 counts hits, false alarms and misses: an item is right if it is neither of the last two.
+    flips = discordance(*(1 - part[:, 1:].sum(1) for part in (before, after))) if statistic == "f1" else pair  # fmt: skip
     better = difference if reference.higher_is_better else _negated(difference)
-    sure = _wide(better, pair, EQUIVALENCE_LEVEL)
+    sure = _wide(better, flips, EQUIVALENCE_LEVEL)
     if not bounded and bits is not None:
         sure = bits.interval(EQUIVALENCE_LEVEL)
     p = pair.p_value if pair is not None else bootstrap_p_value(difference)
@@ -173,7 +176,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         reference=difference.reference,
         score=difference.candidate,
         change=difference.interval(),
-        likely=_wide(better, pair, difference.interval().level),
+        likely=_wide(better, flips, difference.interval().level),
         sure=sure,
         bits=None if bits is None else bits.interval(),
         bits_reference=None if bits is None else bits.reference,
@@ -186,6 +189,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         verdict=Verdict.UNDECIDED,
         truncated=sum(candidate.truncated.values()),
         bounded=bounded,
+        silent=statistic == "f1" and difference.reference == difference.candidate == 0,
         difference=better,
         bits_difference=bits,
     )
@@ -239,7 +243,7 @@ def _identical(pairs: Sequence[tuple[Item, Item]]) -> bool:
 
 
 def _wide(difference: Difference, pair: Discordance | None, level: float) -> Interval:
-    """The bootstrap's interval; of right-or-wrong items no narrower than Tango's."""
+    """The bootstrap's interval; where items are right or wrong no narrower than Tango's."""
     found = difference.interval(level)
     if pair is None:
         return found
@@ -249,7 +253,7 @@ def _wide(difference: Difference, pair: Discordance | None, level: float) -> Int
 
 def _verdict(task: TaskComparison, p: float, margins: Margins) -> Verdict:
     margin = margins.score if task.bounded else margins.bits
-    if not task.bounded and task.bits is None:  # nothing that the margin speaks of
+    if task.silent or (not task.bounded and task.bits is None):  # nothing that the margin speaks of
         return Verdict.UNDECIDED
     if task.sure.inside(margin):
         return Verdict.EQUIVALENT
