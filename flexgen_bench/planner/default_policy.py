@@ -7,7 +7,7 @@ what does not fit goes a tier down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flexgen_bench.core.compression import EXACT, Lossy
@@ -44,22 +44,51 @@ def default_policy(
     """
     wanted = min(block_size or len(requests), len(requests))
     job = [worst_of(requests)] * wanted
-    refusal: DoesNotFit | None = None
-    for candidate in _candidates(hardware, wanted):
+
+    def failing(candidate: Policy) -> DoesNotFit | None:
         policy = replace(candidate, lossy=lossy)
         try:
             plan = plan_job(shape, packed, dtype, policy, hardware, job, scored_rows=scored_rows)
             plan.check(hardware, available)
         except DoesNotFit as error:
-            refusal = error
-            continue
-        return policy
+            return error
+        return None
+
+    refusal: DoesNotFit | None = None
+    for alike in _candidates(hardware, wanted):
+        found, refusal = _first_that_fits(alike, failing)
+        if found is not None:
+            return replace(found, lossy=lossy)
     assert refusal is not None
     raise refusal
 
 
-def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
-    """Best first. Nothing is streamed if everything fits beside one micro-batch: then larger blocks would only take
+def _first_that_fits(
+    alike: Sequence[Policy], failing: Callable[[Policy], DoesNotFit | None]
+) -> tuple[Policy | None, DoesNotFit | None]:
+    """Of policies with ever more of the weights one tier lower; or the last one's refusal.
+
+    The tier that is relieved refuses the first of them, up to one that is found by halving. What refuses that one, another tier, refuses all
+    that follow. The first is looked at by itself: only if nothing is streamed is there no staging.
+    """
+    refusal = failing(alike[0])
+    if refusal is None:
+        return alike[0], None
+    low, high = 1, len(alike)
+    while low < high:
+        middle = (low + high) // 2
+        refused = failing(alike[middle])
+        if refused is not None and refused.tier == refusal.tier:
+            low = middle + 1
+        else:
+            high = middle
+    if low < len(alike) and failing(alike[low]) is None:
+        return alike[low], None
+    return None, failing(alike[-1])
+
+
+def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[list[Policy]]:
+    """Best first, in lists that differ in nothing but how much of the weights is on the upper of two tiers. Nothing is streamed if everything fits beside one micro-batch: then larger blocks would only take
     memory. Otherwise large blocks before small ones, caches high before low, weights high before low.
 
     A cache below an accelerator is attended by the cpu: reading it there is faster than moving it first, on every host considered.
@@ -70,7 +99,7 @@ def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
         hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1],
     )
     here = Placement.all_on(compute)
-    yield Policy(min(wanted, LARGEST_MICRO_BATCH), 1, here, here, here)
+    yield [Policy(min(wanted, LARGEST_MICRO_BATCH), 1, here, here, here)]
     homes = [(compute, compute), (below, compute), (below, below)]
     if Tier.DISK is not below:
         homes.append((Tier.DISK, below))
@@ -78,16 +107,19 @@ def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[Policy]:
         micro_batch = min(block, LARGEST_MICRO_BATCH)
         in_place = compute is Tier.GPU and block <= IN_PLACE_SEQUENCES
         for kv, hidden in homes:
-            for weights in _weight_placements(hardware):
-                yield Policy(
-                    gpu_batch_size=micro_batch,
-                    num_gpu_batches=-(-block // micro_batch),
-                    weights=weights,
-                    kv_cache=Placement.all_on(kv),
-                    activations=Placement.all_on(hidden),
-                    attention=AttentionSite.COMPUTE if kv is compute else AttentionSite.CPU,
-                    offloaded=Offloaded.IN_PLACE if in_place else Offloaded.MOVE,
-                )
+            for placements in _weight_placements(hardware):
+                yield [
+                    Policy(
+                        gpu_batch_size=micro_batch,
+                        num_gpu_batches=-(-block // micro_batch),
+                        weights=weights,
+                        kv_cache=Placement.all_on(kv),
+                        activations=Placement.all_on(hidden),
+                        attention=AttentionSite.COMPUTE if kv is compute else AttentionSite.CPU,
+                        offloaded=Offloaded.IN_PLACE if in_place else Offloaded.MOVE,
+                    )
+                    for weights in placements
+                ]
 
 
 def _halvings(count: int) -> Iterator[int]:
@@ -97,10 +129,10 @@ def _halvings(count: int) -> Iterator[int]:
     yield 1
 
 
-def _weight_placements(hardware: HardwareProfile) -> Iterator[Placement]:
-    """From everything on the fastest tier to everything on disk, tier by tier."""
+def _weight_placements(hardware: HardwareProfile) -> Iterator[list[Placement]]:
+    """From everything on the fastest tier to everything on disk: a list for every two neighbouring tiers."""
     for upper, lower in zip(hardware.tiers, hardware.tiers[1:], strict=False):
-        for step in range(SHARE_STEPS, 0, -1):
-            share = step / SHARE_STEPS
-            yield Placement(**{str(upper): share, str(lower): 1 - share})
-    yield Placement.all_on(Tier.DISK)
+        shares = [step / SHARE_STEPS for step in range(SHARE_STEPS, 0, -1)]
+        if lower is Tier.DISK:
+            shares.append(0.0)
+        yield [Placement(**{str(upper): share, str(lower): 1 - share}) for share in shares]
