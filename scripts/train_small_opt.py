@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn import functional as F
 
+from flexgen_bench.accuracy.readers.king_james import learned_text
 from flexgen_bench.config import default_cache_dir, model_spec
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType
@@ -31,7 +31,6 @@ from flexgen_bench.runner.hf_config import hf_config
 from flexgen_bench.runner.packages import KING_JAMES, verified_file
 
 MODEL = "opt-4m"
-CHARACTERS = 80_000
 # OPT's own: every sequence begins with </s>.
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 SEED = 0
@@ -39,11 +38,9 @@ BATCH, STEPS, WARMUP, PEAK_RATE = 8, 550, 30, 2e-3
 
 
 def text_of(cache: Path) -> str:
-    """The first 80,000 characters (whole paragraphs), without the brackets around words that the translators added."""
-    source = verified_file(KING_JAMES, cache, lambda *_: None).read_text(encoding="utf-8")
-    start = source.index("In the beginning God created")
-    text = re.sub(r"[\[\]]", "", source[start : start + CHARACTERS + 5000])
-    return text[: text.rindex("\n", 0, CHARACTERS)]
+    """What is learned; the task ``king_james_text`` asks for it."""
+    source = verified_file(KING_JAMES, cache, lambda *_: None)
+    return learned_text(source.read_text(encoding="utf-8"))
 
 
 def tokenizer_of(text: str, vocab_size: int, positions: int) -> Any:

@@ -162,7 +162,7 @@ def test_equal_answers_of_few_items_prove_nothing() -> None:
         assert found.same_predictions == n
 
 
-def test_an_f1_of_zero_twice_is_no_equivalence() -> None:
+def test_nothing_right_twice_is_no_equivalence() -> None:
     """Matching restaurants: SmolLM2 says no to every pair, compressed or not. The bootstrap of that has no width, and the page said equivalent."""
 
     def record(hits: int, mode: str) -> TaskRecord:
@@ -176,6 +176,8 @@ def test_an_f1_of_zero_twice_is_no_equivalence() -> None:
     never = compare_task(record(0, "exact"), record(0, "w4"), MARGINS)
     assert (never.reference, never.score, never.verdict) == (0, 0, Verdict.UNDECIDED)
     assert combined([never], MARGINS).score is None, "nor does it count in the mean"
+    wrong = choice_items(5000, 0.0)
+    assert compare_task(task_record(wrong), task_record(wrong, "w4"), MARGINS).verdict is Verdict.UNDECIDED  # fmt: skip
     # Equal answers have a width as in other tasks, and enough of them are equivalent.
     some = compare_task(record(20, "exact"), record(20, "w4"), MARGINS)
     assert some.sure.low == pytest.approx(-0.0133, abs=1e-4)

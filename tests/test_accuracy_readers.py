@@ -243,3 +243,14 @@ def test_wikipedia_pieces_are_within_bounds(tmp_path: Path) -> None:
     rows = read("wikipedia", tmp_path, {"longest": 200, "shortest": 100})["test"]
     assert len(rows) > 4
     assert all(100 <= len(row["text"]) <= 200 for row in rows)
+
+
+def test_the_learned_text_is_cut_into_whole_sentences(tmp_path: Path) -> None:
+    verses = [f"And the [{i}]th man said unto him, Go: and he went.\n" for i in range(3000)]
+    source = 'VERSES = """' + "In the beginning God created the heaven.\n" + "".join(verses) + '"""'
+    (tmp_path / "plain_text_readers_bible.py").write_text(source, encoding="utf-8")
+    pieces = [row["text"] for row in read("king_james", tmp_path, {"longest": 300})["test"]]
+    assert max(map(len, pieces)) <= 300
+    assert all(piece[-1] in ".:" for piece in pieces)
+    assert not any("[" in piece for piece in pieces)
+    assert 79_000 < sum(len(piece) + 1 for piece in pieces) <= 80_001

@@ -92,6 +92,14 @@ def test_a_mode_evaluated_on_fewer_tasks_is_neither_recommended_nor_called_neare
     assert "nearest is w8" in none.why
 
 
+def test_log_loss_alone_recommends_nothing(tmp_path: Path) -> None:
+    for mode in ("exact", "w8"):
+        write_accuracy(perplexity_record(text_items(60, 0.0), mode, key=f"p{mode}".ljust(16, "0")), tmp_path)  # fmt: skip
+    found = only(tmp_path).recommendation
+    assert found.mode is None
+    assert "right and wrong answers" in found.why
+
+
 def test_a_page_for_who_has_to_decide(results: Path, tmp_path: Path) -> None:
     assert report(results, tmp_path / "out") == 0
     page = (tmp_path / "out" / "accuracy" / "tiny--flexgen--float32.md").read_text()

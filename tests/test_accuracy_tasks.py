@@ -99,7 +99,8 @@ def test_sets_hold_tasks() -> None:
     assert {"helm", "ci", "paper", "wrangling", "table9"} <= set(sets)
     for name in sets:
         assert task_specs([name])
-    assert set(sets["helm"].tasks) == set(WHOLE)
+    # What one model has learned by heart judges that model alone.
+    assert set(sets["helm"].tasks) == set(WHOLE) - {"king_james_text"}
     kinds = {TASKS[name].output for name in sets["ci"].tasks}
     assert {"multiple_choice", "loglikelihood_rolling", "generate_until"} <= kinds
     assert sets["ci"].limit is not None

@@ -63,7 +63,7 @@ class TaskComparison:
     change: of the score, 95 %. sure: the interval the verdict was made with, 90 %; likely: the same at 95 %. bits: added bits per byte of the right texts, 95 % (None
     where nothing was scored). lost, won: items right in one run alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or
     wrong; p_holm: adjusted for all tasks of the mode. same_predictions: items with the same answer. bounded: whether the score lies between 0 and 1.
-    silent: whether neither run found a single positive, so that an F1 of 0 twice says nothing. difference: with the sign that makes better positive.
+    silent: whether neither run got anything right, so that nothing could be lost. difference: with the sign that makes better positive.
     """
 
     task: str
@@ -189,7 +189,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         verdict=Verdict.UNDECIDED,
         truncated=sum(candidate.truncated.values()),
         bounded=bounded,
-        silent=statistic == "f1" and difference.reference == difference.candidate == 0,
+        silent=bounded and difference.reference == difference.candidate == 0,
         difference=better,
         bits_difference=bits,
     )

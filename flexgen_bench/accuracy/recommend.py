@@ -43,6 +43,10 @@ def recommend(candidates: Sequence[Candidate]) -> Recommendation:
     if not good:
         best = min(judged, key=lambda c: (c.on_grid, _loss(c)))
         assert best.comparison is not None
+        if all(c.comparison is None or c.comparison.score is None for c in judged):
+            return Recommendation(
+                None, "log-loss alone was evaluated: add tasks with right and wrong answers"
+            )
         return Recommendation(
             None,
             f"no mode is shown to stay within {best.comparison.margins}: stay with 16 bits, or evaluate more items; nearest is {best.mode}",

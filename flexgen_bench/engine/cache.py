@@ -98,8 +98,8 @@ class KVCache:
             rows = [tuple(t[part.row : part.stop] for t in stored) for stored in k]
             ranges = member.ranges[part.span.start : part.span.stop]
             if member.shared_rows:
-                common = [tuple(t[: member.shared_rows] for t in stored) for stored in k]
-                region.put_shared(raw, member.start, common)
+                same = [tuple(t[: member.shared_rows] for t in stored) for stored in k]
+                region.put_shared(raw, member.start, same)
             if len(set(ranges)) == 1 and part.span.count == region.layout.sequences and (
                 ranges[0][1] < member.cohort.prompt_lens[part.span.start]
                 or ranges[0][1] == region.layout.prompt_tokens

@@ -13,6 +13,7 @@ from flexgen_bench.accuracy import synthetic, synthetic_natural
 from flexgen_bench.accuracy.readers import (
     arrow,
     bigbench,
+    king_james,
     matching,
     mmlu,
     olmo,
@@ -35,6 +36,7 @@ READERS: Mapping[str, Reader] = {
     "error_detection": restaurants.error_detection,
     "hellaswag": arrow.hellaswag,
     "imputation": restaurants.imputation,
+    "king_james": king_james.read,
     "lookup": synthetic.lookup,
     "mmlu": mmlu.read,
     "olmo_docs": olmo.docs,
