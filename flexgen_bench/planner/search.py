@@ -2,9 +2,9 @@
 
 1. Every batch shape (block, micro-batch, prompt chunk), way of working (schedule, attention site) and allowed compression becomes a linear program
    over placements (``candidates.py``), whose optimum is a bound: nothing waits in it.
-2. The most promising are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on simulated lanes;
-   the policy of the rule that needs no rates (``default_policy.py``) with them, so that no search finds less.
-3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``).
+2. The most promising are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on simulated lanes.
+3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``); from the policy of the rule that needs no
+   rates (``default_policy.py``), too, if that is better still.
 """
 
 from __future__ import annotations
@@ -75,15 +75,13 @@ class Search:
         fitting = [p for c in looked_at if (p := self._fitted(c)) is not None]
         fitting = list(dict.fromkeys(fitting))
         fitting.sort(key=lambda policy: -self._promise(policy))
-        starts = fitting[:PLAYED]
-        ruled = self._ruled(starts[0] if starts else self._modest())
-        starts += [ruled] if ruled is not None else []
-        best = max(starts, key=self._play, default=None)
+        best = max(fitting[:PLAYED], key=self._play, default=None)
         if best is None or not self._play(best):
             best = self._modest()
-        self._steps = 0
-        best = self._improved(best, moves, STEP_BUDGET)
-        best = self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
+        best = self._moved(best)
+        ruled = self._ruled(best)
+        if ruled is not None and self._play(ruled) > self._play(best):
+            best = self._moved(ruled)
         return self.choice(best, ruled, tuple(candidates))
 
     def _ruled(self, like: Policy) -> Policy | None:
@@ -100,6 +98,12 @@ class Search:
             )  # fmt: skip
         except DoesNotFit:
             return None
+
+    def _moved(self, best: Policy) -> Policy:
+        """Where single changes lead, coarse ones and then fine ones."""
+        self._steps = 0
+        best = self._improved(best, moves, STEP_BUDGET)
+        return self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play."""
