@@ -15,6 +15,7 @@ import flexgen_bench.engine.actions as actions_module
 import flexgen_bench.engine.device as device_module
 import flexgen_bench.engine.hidden as hidden_module
 import flexgen_bench.engine.weights as weights_module
+from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -48,13 +49,16 @@ def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:
     folder = tmp_path_factory.mktemp(request.param)
-    model = random_model(request.param)
-    prompts = random_prompts(LENGTHS)
-    tokens = greedy_reference(model, prompts, NEW_TOKENS)
+    return reference_of(request.param, random_prompts(LENGTHS), folder)
+
+
+def reference_of(name: str, prompts: list[list[int]], folder: Path) -> Reference:
+    """A random model, packed below ``folder``, with transformers' tokens for these prompts."""
+    model = random_model(name)
     weights = PackedWeights.from_checkpoint(
         save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache"
     )
-    return Reference(weights, prompts, tokens)
+    return Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
 
 
 def run(
@@ -141,14 +145,10 @@ def test_policies_that_once_gave_wrong_tokens(
         assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
 
 
-@pytest.mark.parametrize("seed", range(14))
-def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
-    """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth, schedule and chunking; some
-    sequences end early. What the plan counts is what is allocated, on every tier and by name."""
-    rng = random.Random(f"{reference.weights.shape.family}{seed}")
-    hardware = rng.choice([HOST, EMULATED])
+def random_policy(rng: random.Random, hardware: HardwareProfile, lossy: Lossy = EXACT) -> Policy:
+    """Any mixture of placements, odd batch shapes, any prefetch depth, schedule and chunking."""
     mixes = HOST_MIXES if hardware is HOST else GPU_MIXES
-    policy = Policy(
+    return Policy(
         gpu_batch_size=rng.choice([1, 2, 3, 7, 20]),
         num_gpu_batches=rng.choice([1, 2, 3]),
         weights=rng.choice(mixes),
@@ -160,7 +160,17 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
         schedule=rng.choice(list(Schedule)),
         prefill_chunk=rng.choice([None, None, 1, 3, 8, 20]),
         offloaded=rng.choice(list(Offloaded)),
+        lossy=lossy,
     )
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
+    """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth, schedule and chunking; some
+    sequences end early. What the plan counts is what is allocated, on every tier and by name."""
+    rng = random.Random(f"{reference.weights.shape.family}{seed}")
+    hardware = rng.choice([HOST, EMULATED])
+    policy = random_policy(rng, hardware)
     stop = {
         i: ids[rng.randrange(9)] for i, ids in enumerate(reference.tokens) if rng.random() < 0.3
     }

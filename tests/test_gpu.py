@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_engine_tokens import GPU_MIXES, NEW_TOKENS, Reference, on, run
+from test_engine_tokens import GPU_MIXES, NEW_TOKENS, Reference, on, reference_of, run
 from test_engine_tokens import reference as reference  # noqa: PLC0414  (a fixture)
 from test_shared_prompts import prompts_with
 from tiny_models import greedy_reference, random_model, random_prompts, save
@@ -78,11 +78,7 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["opt", "llama-tied-grouped"])
 def test_prompts_that_begin_alike(name: str, tmp_path: Path) -> None:
     """What they share is written to every cache and read from there, under a mask that the flash kernel does not take."""
-    model, prompts = random_model(name), prompts_with(14, [1, 20, 2, 9, 9, 17, 5])
-    weights = PackedWeights.from_checkpoint(
-        save(model, tmp_path / "ckpt"), DType.FLOAT32, tmp_path / "cache"
-    )
-    reference = Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
+    reference = reference_of(name, prompts_with(14, [1, 20, 2, 9, 9, 17, 5]), tmp_path)
     for everything in GPU_MIXES:
         for chunk in (None, 3, 20):
             policy = Policy(3, 2, everything, everything, everything, prefill_chunk=chunk)

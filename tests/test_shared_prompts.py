@@ -6,17 +6,14 @@ import random
 from pathlib import Path
 
 import pytest
-from test_engine_tokens import GPU_MIXES, HOST_MIXES, NEW_TOKENS, Reference, on, run, until
-from tiny_models import EMULATED, HOST, MODELS, VOCAB, greedy_reference, random_model, save
+from test_engine_tokens import Reference, on, random_policy, reference_of, run, until
+from tiny_models import EMULATED, HOST, MODELS, VOCAB
 
-from flexgen_bench.core.compression import EXACT, Compression, Lossy
-from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
+from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine import generation
-from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.generation import requests_of, to_full_length
 from flexgen_bench.planner.cohorts import Request
 
@@ -37,32 +34,8 @@ def prompts_with(shared: int, tails: list[int], seed: int = 0) -> list[list[int]
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:
-    folder = tmp_path_factory.mktemp(request.param)
-    model = random_model(request.param)
     prompts = prompts_with(SHARED, [1, 30, 2, 9, 9, 17, 5])
-    tokens = greedy_reference(model, prompts, NEW_TOKENS)
-    weights = PackedWeights.from_checkpoint(
-        save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache"
-    )
-    return Reference(weights, prompts, tokens)
-
-
-def random_policy(rng: random.Random, hardware: HardwareProfile, lossy: Lossy = EXACT) -> Policy:
-    mixes = HOST_MIXES if hardware is HOST else GPU_MIXES
-    return Policy(
-        gpu_batch_size=rng.choice([1, 2, 3, 7, 20]),
-        num_gpu_batches=rng.choice([1, 2, 3]),
-        weights=rng.choice(mixes),
-        kv_cache=rng.choice(mixes),
-        activations=rng.choice(mixes),
-        prefetch=rng.choice([1, 2, 9]),
-        overlap=rng.choice([True, False]),
-        attention=rng.choice(list(AttentionSite)),
-        schedule=rng.choice(list(Schedule)),
-        prefill_chunk=rng.choice([None, None, 1, 3, 8, 20]),
-        offloaded=rng.choice(list(Offloaded)),
-        lossy=lossy,
-    )
+    return reference_of(request.param, prompts, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -113,12 +86,7 @@ def test_rows_are_saved(
 
 
 def test_equal_prompts_keep_a_token_each(tmp_path: Path) -> None:
-    model = random_model("llama-tied-grouped")
-    prompts = [prompts_with(11, [3])[0]] * 5
-    weights = PackedWeights.from_checkpoint(
-        save(model, tmp_path / "ckpt"), DType.FLOAT32, tmp_path / "cache"
-    )
-    reference = Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
+    reference = reference_of("llama-tied-grouped", prompts_with(11, [3]) * 5, tmp_path)
     for policy in (Policy(5, 1), Policy(2, 2, prefill_chunk=4)):
         assert run(reference, policy, HOST, tmp_path)[0] == reference.tokens
 

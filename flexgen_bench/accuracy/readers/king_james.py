@@ -19,7 +19,7 @@ def learned_text(source: str) -> str:
 
 
 def read(folder: Path, *, longest: int) -> Rows:
-    """Whole sentences, together at most ``longest`` characters unless one is longer."""
+    """Whole sentences or parts of them (up to a colon or semicolon), together at most ``longest`` characters unless one is longer."""
     (path,) = folder.rglob("plain_text_readers_bible.py")
     pieces: list[str] = []
     for sentence in re.split(r"(?<=[.?!:;])\s+", learned_text(path.read_text(encoding="utf-8"))):
