@@ -139,9 +139,8 @@ def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
     work = divide(wanted.cells, cache, rates)
     outcome.why.update(dict.fromkeys([work.why] if work.why else []))
     outcome.explanations.update(dict.fromkeys(work.explanations))
-    for name, asked in work.simulate:
-        _tell(f"predicting {name}")
-        outcome.simulated += simulate(asked, cache)
+    for rows in simulate(work.simulate, cache, _tell):
+        outcome.simulated += rows
     if work.measure:
         _measure(conf, work, wanted.suite, results, cache, outcome)
 

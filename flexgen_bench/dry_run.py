@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flexgen_bench.compose import Cell
 from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.report.plan_card import Card
@@ -30,26 +31,39 @@ def cards(
 ) -> list[Card]:
     """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, on first use, what ``rates`` measures."""
     known = known_shapes()
-    found = []
-    for asked_for in cells:
-        refusal = explain(asked_for.spec, cache, known)
-        elsewhere = refusal is not None and bool(refusal.machine)
-        cell = asked_for if elsewhere else rates.of(asked_for)
-        rates.tell(f"predicting {label(cell)}")
-        asked = asked_of(cell) if elsewhere else asked_here(cell)
-        for row in simulate(asked, cache):
-            found.append(
-                Card(
-                    row=row,
-                    name=cell.name,
-                    obstacle=_obstacle(cell, refusal),
-                    fits=refusal is None or elsewhere,
-                    first="" if elsewhere else _first(cell, cache),
-                    recorded=find_record(results, cell.spec.spec_hash, suite),
-                    done=finished_record(results, cell.spec.spec_hash, suite) is not None,
-                )
-            )
-    return found
+    refusals = [explain(cell.spec, cache, known) for cell in cells]
+    elsewhere = [refusal is not None and bool(refusal.machine) for refusal in refusals]
+    cells = [cell if e else rates.of(cell) for cell, e in zip(cells, elsewhere, strict=True)]
+    asked = [
+        (label(cell), asked_of(cell) if e else asked_here(cell))
+        for cell, e in zip(cells, elsewhere, strict=True)
+    ]
+    rows = simulate(asked, cache, rates.tell)
+    return [
+        _card(row, cell, refusal, suite, results, cache)
+        for cell, refusal, own in zip(cells, refusals, rows, strict=True)
+        for row in own
+    ]
+
+
+def _card(
+    row: Simulated,
+    cell: Cell,
+    refusal: Refusal | None,
+    suite: str,
+    results: Path,
+    cache: Path,
+) -> Card:
+    elsewhere = refusal is not None and bool(refusal.machine)
+    return Card(
+        row=row,
+        name=cell.name,
+        obstacle=_obstacle(cell, refusal),
+        fits=refusal is None or elsewhere,
+        first="" if elsewhere else _first(cell, cache),
+        recorded=find_record(results, cell.spec.spec_hash, suite),
+        done=finished_record(results, cell.spec.spec_hash, suite) is not None,
+    )
 
 
 def _obstacle(cell: Cell, refusal: Refusal | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.units import GB
@@ -107,3 +109,12 @@ class Mistaken(Plain):
 
     def predict(self, question: Question) -> Prediction:
         raise ZeroDivisionError("division by zero")
+
+
+class DiesElsewhere(Compressing):
+    """Answers in the process that ``FAKE_PREDICTOR_HOME`` names; any other one is gone, without a word."""
+
+    def predict(self, question: Question) -> Prediction:
+        if os.getpid() != int(os.environ["FAKE_PREDICTOR_HOME"]):
+            os._exit(9)
+        return super().predict(question)

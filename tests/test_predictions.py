@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.simulated import SystemModel
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.runner.predictions import Asked, as_recorded, predict, predict_policy
+from flexgen_bench.runner import predictions
+from flexgen_bench.runner.predictions import (
+    FOUR_BITS,
+    Asked,
+    as_recorded,
+    predict,
+    predict_policy,
+    simulate,
+)
 from flexgen_bench.work import divide
 
 CPU = Placement.all_on(Tier.CPU)
@@ -72,6 +81,38 @@ def test_words_that_are_no_policy_are_not_predicted(said: dict[str, int], tmp_pa
 def test_a_system_without_policies_names_none(tmp_path: Path) -> None:
     plain = asked(SystemModel("fake_predictors:Plain"))
     assert "policy" not in as_recorded(predict(plain, EXACT, tmp_path))
+
+
+def _searched(system: SystemModel, cache: Path) -> list[list[str]]:
+    """Tokens/s and labels of a cell that is searched for exactly and compressed, and of a plain one."""
+    cells = [
+        ("one", replace(asked(system), also=(FOUR_BITS,))),
+        ("two", asked(SystemModel("fake_predictors:Plain"))),
+    ]
+    told: list[str] = []
+    found = list(simulate(cells, cache, told.append))
+    assert [line for line in told if line.startswith("predicting")] == ["predicting one", "predicting two"]  # fmt: skip
+    return [[f"{row.label} {row.status} {row.prediction and row.prediction.tok_per_s}" for row in rows] for rows in found]  # fmt: skip
+
+
+def test_several_processes_find_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "cores", lambda: 1)
+    alone = _searched(ENGINE, tmp_path)
+    monkeypatch.setattr(predictions, "cores", lambda: 2)
+    assert _searched(ENGINE, tmp_path) == alone
+    assert [len(rows) for rows in alone] == [2, 1]
+
+
+def test_a_process_that_dies_leaves_its_search_to_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory is short and the kernel ends one of them."""
+    monkeypatch.setattr(predictions, "cores", lambda: 2)
+    mortal = SystemModel("fake_predictors:DiesElsewhere", follows_policy=True)
+    monkeypatch.setenv("FAKE_PREDICTOR_HOME", str(os.getpid()))
+    assert _searched(mortal, tmp_path)[0][0].startswith("s ok")
 
 
 @pytest.mark.parametrize(

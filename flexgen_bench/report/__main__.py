@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from flexgen_bench.accuracy.compare import Margins
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.processes import cores
 from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
 from flexgen_bench.report.accuracy.build import build_accuracy
 from flexgen_bench.report.accuracy.links import accuracy_lines
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 simulate=not options.no_simulation,
                 names=options.tables,
                 own=options.config_dir,
-                workers=options.workers or len(os.sched_getaffinity(0)),
+                workers=options.workers or cores(),
             )
             written += paper
     except (UserError, StoreError) as error:

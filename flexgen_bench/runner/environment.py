@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from flexgen_bench.core.processes import cores
 from flexgen_bench.runner.extras import DISTRIBUTION, requirements
 
 # Besides everything this package requires, extras included.
@@ -47,7 +48,7 @@ def describe_environment(
             "model": cpu_model(),
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": psutil.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)),
+            "usable_cores": cores(),
             "architecture": platform.machine(),
         },
         "memory": {

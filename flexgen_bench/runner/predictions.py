@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.processes import cores, process_pool
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -41,23 +45,64 @@ class Asked:
     also: tuple[tuple[Lossy, ...], ...] = ()
 
 
-def simulate(asked: Asked, cache: Path) -> Iterator[Simulated]:
-    """The rows of one cell: what it says, and what is asked for beside that.
+def simulate(
+    cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[str], None]
+) -> Iterator[list[Simulated]]:
+    """The rows of each cell: what it says, and what is asked for beside that.
 
-    cache: on whose disk files would go, where the profile states no disk.
+    cache: on whose disk files would go, where a profile states no disk. tell: gets a line for each cell by its name. Where several policies are
+    to be searched for, that is done by as many processes as there are cores; the rows are the same.
     """
-    first = predict(asked, asked.spec.lossy, cache)
+    searches = [(n, lossy) for n, (_, asked) in enumerate(cells) for lossy in _searched(asked)]
+    workers = min(cores(), len(searches))
+    with process_pool(workers) if workers > 1 else nullcontext() as pool:
+        begun = {}
+        if pool is not None:
+            begun = {
+                (n, lossy): pool.submit(predict, cells[n][1], lossy, cache) for n, lossy in searches
+            }
+        for number, (name, asked) in enumerate(cells):
+            tell(f"predicting {name}")
+            own = {lossy: future for (n, lossy), future in begun.items() if n == number}
+            yield list(_rows(asked, partial(_row, asked, cache, tell, own)))
+
+
+def _searched(asked: Asked) -> list[Lossy]:
+    """What a policy will have to be searched for: takes seconds."""
+    if not asked.model.follows_policy or asked.spec.policy is not None:
+        return []
+    return list(dict.fromkeys([asked.spec.lossy, *(group[0] for group in asked.also)]))
+
+
+def _row(
+    asked: Asked,
+    cache: Path,
+    tell: Callable[[str], None],
+    begun: Mapping[Lossy, Future[Simulated]],
+    lossy: Lossy,
+) -> Simulated:
+    """One row, from the process that has begun it; from this one if none has, or if it died (as one may where memory is short)."""
+    if lossy in begun:
+        try:
+            return begun[lossy].result()
+        except BrokenExecutor as error:
+            tell(f"a process that searched for a policy has died ({error}); searching here")
+    return predict(asked, lossy, cache)
+
+
+def _rows(asked: Asked, row: Callable[[Lossy], Simulated]) -> Iterator[Simulated]:
+    first = row(asked.spec.lossy)
     yield first
     shown = {first.lossy}
     for group in asked.also if first.status is not Status.UNAVAILABLE else ():
         for lossy in group:
             if lossy in shown:
                 break
-            row = predict(asked, lossy, cache)
-            if row.status is not Status.UNAVAILABLE:
-                if row.lossy not in shown:
-                    yield row
-                shown |= {lossy, row.lossy}
+            found = row(lossy)
+            if found.status is not Status.UNAVAILABLE:
+                if found.lossy not in shown:
+                    yield found
+                shown |= {lossy, found.lossy}
                 break
 
 

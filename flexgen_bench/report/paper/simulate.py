@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing import get_context
 from typing import Any
 
 from flexgen_bench.config import hardware_profile, model_spec
@@ -18,6 +15,7 @@ from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.processes import process_pool
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
 from flexgen_bench.report.paper.answers import Answer, key_of
@@ -112,20 +110,14 @@ class Simulations:
             for key, ask in asks.items():
                 self.known[key] = answer(ask)
             return
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-        ) as pool:
+        with process_pool(workers) as pool:
             futures = {pool.submit(answer, ask): key for key, ask in asks.items()}
-            try:
-                kept = time.monotonic()
-                for future in as_completed(futures):
-                    self.known[futures[future]] = future.result()
-                    if time.monotonic() > kept + _KEEP_EVERY_S:
-                        keep()
-                        kept = time.monotonic()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            kept = time.monotonic()
+            for future in as_completed(futures):
+                self.known[futures[future]] = future.result()
+                if time.monotonic() > kept + _KEEP_EVERY_S:
+                    keep()
+                    kept = time.monotonic()
 
     def _facts(self, job: Job) -> dict[str, Any]:
         """All that is known of a job's model and machine."""
@@ -134,17 +126,6 @@ class Simulations:
             machine = _machine(job.machine).to_dict() | {"sources": {}}
             self._known_of[names] = {"shape": _shape(job.model).to_dict(), "machine": machine}
         return {**self._known_of[names], "job": repr(job)}
-
-
-def _end_with(parent: int) -> None:
-    """A process that predicts ends soon after the one that started it, even if that one is killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -1,0 +1,57 @@
+"""Work for several processes at once, none of which outlives the one that asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.reduction import ForkingPickler
+from types import MappingProxyType
+from typing import Any
+
+
+def _frozen(mapping: dict[Any, Any]) -> Mapping[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+def _thawed(frozen: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return _frozen, (dict(frozen),)
+
+
+# Configuration that cannot be changed travels, too.
+ForkingPickler.register(MappingProxyType, _thawed)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """So many new processes. What has not begun when the block ends with an exception is dropped."""
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_belong_to, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _belong_to(parent: int) -> None:
+    """End soon after the one that started this process, even if that one is killed; at Ctrl-C, which both get, at once and without a word."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
