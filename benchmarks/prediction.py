@@ -1,24 +1,29 @@
 """Predicted against achieved: the simulator's times of a grid of policies next to the engine's, on the host and on an emulated accelerator.
 
-``python benchmarks/prediction.py [--quick] [--recalibrate] [--out results/benchmarks/prediction.json]``
+``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration] [--out results/benchmarks/prediction.json]``
 
-The machine is calibrated first, if it has not been (``--recalibrate``: in any case). No constant is fitted to these runs. Each policy's job is run once
-to warm up and then once per round; predicted is the simulator's time with the calibrated rates, achieved the median of the rounds. The error is
-|predicted / achieved - 1|.
+A round calibrates the machine anew (not with ``--keep-calibration``, nor if quick), then runs every policy's job: once to warm up, once on the
+clock. No constant is fitted to these runs. The error of a run is predicted / achieved - 1, that of a policy the
+median of its rounds, whatever its sign.
+
+Beside it stands the error as drifted: what was predicted from the same constants times the machine's speed between the jobs of the round over its
+calibrated speed (``yardstick.py``). Where the two differ, the machine did not run as it was calibrated.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from common import Bar, Options, Report, options
 from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, predicted, run
+from yardstick import Yardstick, as_fast, open_yardstick
 
 from flexgen_bench.calibrate.store import ensure_calibrated, with_calibration
 from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.status import Evidence
@@ -103,80 +108,164 @@ def cases() -> Iterator[Case]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A case with both times, in seconds."""
+class Ran:
+    """A case on the clock, and what had been predicted from the constants of its round."""
 
     case: Case
     predicted: Forecast
-    achieved: tuple[Measured, ...]
+    achieved: Measured
 
     @property
     def seconds(self) -> float:
-        return statistics.median(m.prefill_s + m.decode_s for m in self.achieved)
-
-    @property
-    def error(self) -> float:
-        """Signed: above 0, the engine was faster than predicted."""
-        return self.predicted.total_s / self.seconds - 1
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "case": self.case.name,
-            "machine": "host" if self.case.here else "emulated",
-            "policy": self.case.policy.to_dict(),
-            "job": vars(self.case.job),
-            "predicted": {
-                "prefill_s": self.predicted.prefill_s,
-                "decode_s": self.predicted.decode_s,
-            },
-            "achieved": [m.to_dict() for m in self.achieved],
-            "error": self.error,
-        }
+        return self.achieved.prefill_s + self.achieved.decode_s
 
     def line(self) -> str:
         where = "host" if self.case.here else "emulated"
         phases = [
-            f"{kind} {getattr(self.predicted, kind + '_s'):.2f}/{statistics.median(getattr(m, kind + '_s') for m in self.achieved):.2f}"
+            f"{kind} {getattr(self.predicted, kind + '_s'):.2f}/{getattr(self.achieved, kind + '_s'):.2f}"
             for kind in ("prefill", "decode")
         ]
-        return f"{where:8} {self.case.name:34} {self.error:+7.1%}  predicted/achieved s: {', '.join(phases)}"
+        error = _error(self.predicted, self.seconds)
+        return f"{where:8} {self.case.name:34} {error:+7.1%}  predicted/achieved s: {', '.join(phases)}"
 
 
-def measure(case: Case, rates: Rates, weights: PackedWeights, opts: Options) -> Outcome:
-    """One case: predicted, and run."""
-    profile = HOST if case.here else emulated(LINK, LINK)
-    known = with_calibration(profile, rates)
-    times = predicted(weights, case.policy, case.job, known)
-    with engine(weights, case.policy, profile, opts) as made:
-        run(made, case.job)
-        return Outcome(case, times, tuple(run(made, case.job, seed=n) for n in range(opts.rounds)))
+@dataclass(frozen=True)
+class Outcome:
+    """A case in one round: as calibrated, and as the machine ran in that round."""
+
+    ran: Ran
+    drifted: Forecast
+
+    @property
+    def error(self) -> float:
+        """Signed: above 0, the engine was faster than predicted."""
+        return _error(self.ran.predicted, self.ran.seconds)
+
+    @property
+    def error_as_drifted(self) -> float:
+        return _error(self.drifted, self.ran.seconds)
+
+    def to_dict(self) -> dict[str, object]:
+        case = self.ran.case
+        return {
+            "case": case.name,
+            "machine": "host" if case.here else "emulated",
+            "policy": case.policy.to_dict(),
+            "job": vars(case.job),
+            "predicted": _phases(self.ran.predicted),
+            "as_drifted": _phases(self.drifted),
+            "achieved": self.ran.achieved.to_dict(),
+            "error": self.error,
+            "error_as_drifted": self.error_as_drifted,
+        }
+
+
+@dataclass(frozen=True)
+class Round:
+    """rates: calibrated at its beginning. speeds: the yardstick's, over all of it."""
+
+    rates: Rates
+    speeds: Mapping[str, float]
+    outcomes: tuple[Outcome, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "rates": self.rates.to_dict(),
+            "speeds": dict(self.speeds),
+            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
+        }
+
+
+def _error(predicted: Forecast, seconds: float) -> float:
+    return predicted.total_s / seconds - 1
+
+
+def _phases(times: Forecast) -> dict[str, float]:
+    return {"prefill_s": times.prefill_s, "decode_s": times.decode_s}
+
+
+class Bench:
+    """The packed weights, and the yardstick that is held between the jobs."""
+
+    def __init__(self, opts: Options, yardstick: Yardstick) -> None:
+        self._opts, self._yardstick = opts, yardstick
+        self._packed = {None: dummy_weights(opts), FOUR.weights: dummy_weights(opts, FOUR.weights)}
+
+    def round(self, number: int, rates: Rates) -> Round:
+        """Every case once."""
+        self._yardstick.begin_anew()
+        self._yardstick.look()
+        all_ran = []
+        for case in cases():
+            all_ran.append(self._run(case, rates, number))
+            print(all_ran[-1].line(), flush=True)
+            self._yardstick.look()
+        speeds = self._yardstick.speeds(rates)
+        told = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())
+        print(f"round {number + 1}: speed over calibrated {told}", flush=True)
+        now = as_fast(rates, speeds)
+        outcomes = tuple(Outcome(ran, self._predicted(ran.case, now)) for ran in all_ran)
+        return Round(rates, speeds, outcomes)
+
+    def _predicted(self, case: Case, rates: Rates) -> Forecast:
+        known = with_calibration(_machine(case), rates)
+        return predicted(self._weights(case), case.policy, case.job, known)
+
+    def _run(self, case: Case, rates: Rates, seed: int) -> Ran:
+        times = self._predicted(case, rates)
+        with engine(self._weights(case), case.policy, _machine(case), self._opts) as made:
+            run(made, case.job)
+            return Ran(case, times, run(made, case.job, seed=seed))
+
+    def _weights(self, case: Case) -> PackedWeights:
+        return self._packed[case.policy.lossy.weights]
+
+
+def _machine(case: Case) -> HardwareProfile:
+    return HOST if case.here else emulated(LINK, LINK)
 
 
 def main() -> int:
     arguments = sys.argv[1:]
-    again = "--recalibrate" in arguments
-    opts = options(__doc__, rounds=2, arguments=[a for a in arguments if a != "--recalibrate"])
-    rates = ensure_calibrated(opts.cache, opts.threads, print) if not again else _recalibrated(opts)
-    packed = {None: dummy_weights(opts), FOUR.weights: dummy_weights(opts, FOUR.weights)}
-    outcomes = []
-    for case in cases():
-        outcomes.append(measure(case, rates, packed[case.policy.lossy.weights], opts))
-        print(outcomes[-1].line(), flush=True)
+    keep = "--keep-calibration" in arguments
+    opts = options(__doc__, rounds=3, arguments=[a for a in arguments if a != "--keep-calibration"])
+    keep |= opts.quick
+    rounds = []
+    for number in range(opts.rounds):
+        rates = ensure_calibrated(opts.cache, opts.threads, print) if keep else _recalibrated(opts)
+        with open_yardstick(opts.threads, opts.cache) as yardstick:
+            rounds.append(Bench(opts, yardstick).round(number, rates))
     report = Report("prediction", Evidence.EMULATED, opts)
-    report.settings = {"rates": rates.to_dict(), "link_bytes_per_s": LINK}
-    report.rounds = [outcome.to_dict() for outcome in outcomes]
-    for where, mine in (
-        ("all", outcomes),
-        ("host", [o for o in outcomes if o.case.here]),
-        ("emulated", [o for o in outcomes if not o.case.here]),
-    ):
-        errors = [abs(o.error) for o in mine]
-        count = f"{len(errors)} policies"
-        report.bars += [
-            Bar(f"median error, {where}", "0", count, (statistics.median(errors),), MEDIAN_LIMIT, at_most=True),
-            Bar(f"worst error, {where}", "0", count, (max(errors),), WORST_LIMIT, at_most=True),
-        ]  # fmt: skip
+    report.settings = {"link_bytes_per_s": LINK}
+    report.rounds = [one.to_dict() for one in rounds]
+    for label, error in (("", _of_run), (", as drifted", _as_drifted)):
+        report.bars += [*_bars(rounds, label, error)]
     return report.finish()
+
+
+def _of_run(outcome: Outcome) -> float:
+    return outcome.error
+
+
+def _as_drifted(outcome: Outcome) -> float:
+    return outcome.error_as_drifted
+
+
+def _bars(rounds: Sequence[Round], label: str, error: Callable[[Outcome], float]) -> Iterator[Bar]:
+    """Of each policy the median over the rounds; of those the median and the largest."""
+    found = [
+        (same[0].ran.case.here, abs(statistics.median(map(error, same))))
+        for same in zip(*(one.outcomes for one in rounds), strict=True)
+    ]
+    for where, errors in (
+        ("all", [e for _, e in found]),
+        ("host", [e for here, e in found if here]),
+        ("emulated", [e for here, e in found if not here]),
+    ):
+        count = f"{len(errors)} policies"
+        middle, worst = (statistics.median(errors),), (max(errors),)
+        yield Bar(f"median error, {where}{label}", "0", count, middle, MEDIAN_LIMIT, at_most=True)
+        yield Bar(f"worst error, {where}{label}", "0", count, worst, WORST_LIMIT, at_most=True)
 
 
 def _recalibrated(opts: Options) -> Rates:

@@ -181,6 +181,30 @@ def test_native_gives_the_bits_of_torch(bits: int, size: int, dtype: torch.dtype
         assert torch.equal(dequantize(codes, params, n, compression, dtype), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [8, 24, 64, 256])
+def test_native_codes_are_those_of_torch(
+    bits: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small and huge numbers, integers (ties), constant groups, columns that do not lie together."""
+    if library("quantization") is None:
+        pytest.skip("no native kernels here")
+    compression = Compression(bits, size)
+    scales = torch.tensor([1e-7, 1e-3, 1.0, 300.0, 60000.0, 1e7])[:, None]
+    for n in (1, 8, 31, 64, 100, 1000):
+        noise = torch.randn(6, n)
+        kinds = (noise * scales, (noise * 9).round(), noise + 1000, noise.relu(), 0 * noise - 2.5)
+        for x in (kind.to(dtype).nan_to_num() for kind in kinds):
+            for lies in (x, x.t().contiguous().t()):
+                monkeypatch.delenv("FLEXGEN_NATIVE", raising=False)
+                codes, params = quantize(lies, compression)
+                monkeypatch.setenv("FLEXGEN_NATIVE", "0")
+                expected, line = quantize(x, compression)
+                assert torch.equal(codes, expected)
+                assert torch.equal(params.float(), line.float())  # 0 and -0 are the same line
+
+
 @pytest.mark.parametrize("switch", ["0", "1"])
 def test_large_matrix_takes_many_tiles_and_threads(
     switch: str, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,21 @@ def calibrate(
 
     Also returns every reading by its name. Raises StoreError for what the disk refuses, MemoryError if the machine has no room.
     """
+    notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
+    with open_probes(effort, threads, disk_dir) as (probes, direct):
+        if not direct:
+            notes.append(f"the file system of {disk_dir} takes no direct I/O")
+        others = Others()
+        readings = measure(probes, effort.patience, tell)
+        notes += filter(None, [others.note()])
+    return _calibration(readings, effort, describe(threads), notes), readings
+
+
+@contextmanager
+def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[list[Probe], bool]]:
+    """Every probe of this machine, to be called within the block, and whether its disk lets the page cache be gone around."""
     import torch
 
-    notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -54,16 +67,10 @@ def calibrate(
             else:
                 probes += host_probes(room, effort)
             with disk_probes(disk_dir, effort, pinned=cuda) as (of_disk, direct):
-                if not direct:
-                    notes.append(f"the file system of {disk_dir} takes no direct I/O")
-                others = Others()
-                readings = measure([*of_disk, *probes], effort.patience, tell)
-                notes += filter(None, [others.note()])
-            probes.clear()
+                yield [*of_disk, *probes], direct
     finally:
         torch.set_num_threads(before)
         gc.collect()
-    return _calibration(readings, effort, describe(threads), notes), readings
 
 
 def _room(site: Site, effort: SiteEffort) -> Room:

@@ -93,7 +93,7 @@ def quantize(
 
     importance (N,) float32, above 0: how much squared errors count, with calibrated scales.
 
-    Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: TILE_VALUES float32
+    Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: at most TILE_VALUES float32
     values a few times over, whatever the size of x.
     """
     *lead, n = x.shape
@@ -104,6 +104,13 @@ def quantize(
     rows = codes.numel() // codes.shape[-1]
     flat_codes, flat_params = codes.view(rows, -1), params.view(rows, -1, 2)
     flat = x.reshape(rows, n)
+    native = library("quantization") if _is_for_native(x, compression) else None
+    if native is not None:
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()  # must outlive the call
+        plain = matrices.plain(flat)
+        packed = matrices.quantized(flat_codes, flat_params, n, compression, x.dtype)
+        _in_threads(native.quantize, rows, n, ctypes.byref(plain), ctypes.byref(packed))
+        return codes, params
     for part in _tiles(rows, n, x.device):
         for values, stored, group_params, width in _columns(
             flat[part], flat_codes[part], flat_params[part], compression
@@ -163,15 +170,26 @@ def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Co
         rows, n = out.shape
         codes, params = codes.contiguous(), params.contiguous()
         matrix = matrices.quantized(codes, params, n, compression, out.dtype)
-        share(
-            rows,
-            lambda start, stop: native.dequantize(
-                ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(start), ctypes.c_int64(stop)
-            ),
-            at_least=-(-THREAD_VALUES // n),
-        )  # fmt: skip
+        _in_threads(
+            native.dequantize, rows, n, ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr())
+        )
     else:
         dequantize_with_torch(codes, params, out, compression)
+
+
+def _is_for_native(x: Tensor, compression: Compression) -> bool:
+    """Searched scales are found by sums, which torch's operators define."""
+    plain = compression.scales is Scales.MINMAX and x.dtype in matrices.TYPES
+    return plain and x.device.type == "cpu"
+
+
+def _in_threads(work: Callable[..., None], rows: int, n: int, *arguments: object) -> None:
+    """``work(*arguments, start, stop)`` over rows of n values."""
+    share(
+        rows,
+        lambda start, stop: work(*arguments, ctypes.c_int64(start), ctypes.c_int64(stop)),
+        at_least=-(-THREAD_VALUES // n),
+    )
 
 
 @functools.cache
