@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from flexgen_bench.core.policy import Policy
@@ -28,8 +28,10 @@ def ending(member: Member) -> list[int]:
     ]
 
 
-def last_rows(member: Member) -> list[int]:
+def last_rows(member: Member) -> Sequence[int]:
     """The rows that generation wants logits of: the last one of every sequence that gets a token."""
+    if member.token:  # one row each
+        return range(member.cohort.size)
     return [member.offsets[place + 1] - 1 for place in ending(member)]
 
 

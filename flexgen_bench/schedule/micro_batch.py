@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.cohort import Cohort, Span
@@ -27,14 +28,17 @@ class Member:
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter. What all prompts share is computed
         with the first."""
+        lens = self.cohort.prompt_lens
         if self.token:
-            return tuple((n + self.token - 1, n + self.token) for n in self.cohort.prompt_lens)
-        found = []
-        for place, n in enumerate(self.cohort.prompt_lens):
+            return tuple((n + self.token - 1, n + self.token) for n in lens)
+
+        def part(n: int, first: int) -> tuple[int, int]:
             last = n if self.stop is None else min(self.stop, n)
-            first = max(self.start, self.cohort.shared) if place else self.start
-            found.append((min(first, last), last))
-        return tuple(found)
+            return min(first, last), last
+
+        # Most prompts are as long as others.
+        of_len = {n: part(n, max(self.start, self.cohort.shared)) for n in set(lens)}
+        return (part(lens[0], self.start), *(of_len[n] for n in lens[1:]))
 
     @property
     def shared_rows(self) -> int:
@@ -47,10 +51,8 @@ class Member:
         """Where each sequence's rows start in this member's rows; one more entry than sequences."""
         if self.token:  # one row each
             return tuple(range(self.cohort.size + 1))
-        found = [0]
-        for first, last in self.ranges:
-            found.append(found[-1] + last - first)
-        return tuple(found)
+        rows = (last - first for first, last in self.ranges)
+        return tuple(accumulate(rows, initial=0))
 
     @property
     def is_last_chunk(self) -> bool:
