@@ -88,7 +88,7 @@ class LossyConf:
 
 @dataclass
 class PolicyConf:
-    """conf/policy. With ``auto`` the system chooses, and of the rest only ``lossy`` is looked at."""
+    """conf/policy. With ``auto`` the system chooses, within ``max_latency_s`` if it is given, and of the rest only ``lossy`` is looked at."""
 
     name: str = MISSING
     auto: bool = False
@@ -104,6 +104,7 @@ class PolicyConf:
     prefill_chunk: int | None = None
     offloaded: str = "move"
     lossy: LossyConf = field(default_factory=LossyConf)
+    max_latency_s: float | None = None
 
 
 @dataclass

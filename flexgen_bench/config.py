@@ -278,6 +278,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
         policy=to_policy(conf.policy, hardware),
         lossy=to_lossy(conf.policy.lossy),
+        max_latency_s=conf.policy.max_latency_s,
         system_options=conf.system.options,
     )
 

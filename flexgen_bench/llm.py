@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.store import calibrated_rates, with_calibration
 from flexgen_bench.config import default_cache_dir, hardware_profile
-from flexgen_bench.core.cell import ModelSpec
+from flexgen_bench.core.cell import ModelSpec, check_latency
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
@@ -50,6 +50,7 @@ class LLM:
         flexgen_bench.calibrate``) or the profile states rates, else by a rule.
     lossy: what the engine's own choice may change of the results: ``Lossy(weights=Compression(4))`` quantizes weights. A
         given policy brings its own.
+    max_latency_s: the most seconds that a block may take from its start to its last token, where the engine chooses (by search); None: any.
     gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
     offload_dir: where KV cache and activations spill to disk. cache_dir: where weights are kept, packed.
     dtype: "float32", "bfloat16", "float16", or None for the checkpoint's own. threads: of the compute lane.
@@ -71,8 +72,11 @@ class LLM:
         threads: int | None = None,
         progress: Progress | None = None,
         lossy: Lossy = EXACT,
+        max_latency_s: float | None = None,
     ) -> None:
+        check_latency(max_latency_s, policy is not None)
         self._lossy = agreed_lossy(lossy, policy)
+        self._max_latency_s = max_latency_s
         self._progress: Progress = progress or (lambda what, done, total: None)
         self._policy = policy
         self._engine: Engine | None = None
@@ -263,6 +267,7 @@ class LLM:
                 requests,
                 lossy=self._lossy,
                 scored_rows=scored_rows,
+                max_latency_s=None if scored_rows else self._max_latency_s,
             )
             self._engine = self._weights.engine(policy, self._device, self._offload_dir)
         assert self._engine is not None, "closed"

@@ -10,6 +10,7 @@ from planner_machines import DTYPE, host, packed, site
 from test_search import MACHINES, model, question, task
 
 from flexgen_bench.core.compression import EXACT
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.planner import auto_policy as module
@@ -87,4 +88,5 @@ def test_a_rule_that_keeps_no_bound_is_not_preferred() -> None:
     latency = 0.9 * plain.forecast.total_s * plain.policy.block_size / len(REQUESTS)
     bound = auto_choice(replace(task(NEARLY), max_latency_s=latency)).choice
     assert bound.policy != ruled(NEARLY)
-    auto_choice(replace(task(NEARLY), max_latency_s=1e-9))
+    with pytest.raises(UserError, match="max_latency_s"):
+        auto_choice(replace(task(NEARLY), max_latency_s=1e-9))

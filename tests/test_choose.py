@@ -65,6 +65,17 @@ def test_the_other_process_finds_what_this_one_would(more: Mapping[str, Any]) ->
     assert PolicyQuestion.from_dict(json.loads(json.dumps(question.to_dict()))) == question
 
 
+def test_a_latency_is_kept_or_refused() -> None:
+    """By the other process too; the rule, which knows of no time, never stands in for it."""
+    free = choose(asked())
+    quick = choose(asked(max_latency_s=0.01))
+    assert quick != free
+    with pytest.raises(UserError, match=r"policy\.max_latency_s.*single sequence takes"):
+        choose(asked(max_latency_s=1e-9))
+    with pytest.raises(UserError, match="calibrate"):
+        choose(asked(max_latency_s=1.0, hardware=replace(TIGHT, rates=None)))
+
+
 def ruled(question: PolicyQuestion) -> object:
     return default_policy(
         SHAPE, packed(SHAPE), DTYPE, question.hardware, REQUESTS, question.available

@@ -243,6 +243,20 @@ def test_what_is_lossy_is_asked_for_under_any_policy(policy: str) -> None:
     assert CellSpec.from_dict(lossy.to_dict()) == lossy
 
 
+def test_a_latency_for_the_policy_that_is_searched_for() -> None:
+    """Part of what is asked, but only where it is: records of other cells keep their hashes."""
+    free, bound = spec(), spec("policy.max_latency_s=30")
+    assert (free.max_latency_s, bound.max_latency_s) == (None, 30)
+    assert "max_latency_s" not in free.to_dict()
+    assert bound.spec_hash != free.spec_hash
+    assert CellSpec.from_dict(bound.to_dict()) == bound
+    for wrong in ("policy.max_latency_s=0", "policy.max_latency_s=-3", "policy.max_latency_s=.nan"):
+        with pytest.raises(UserError, match=r"policy\.max_latency_s"):
+            spec(wrong)
+    with pytest.raises(UserError, match="it is for policy=auto|a key of the policy chosen"):
+        spec("policy=half-disk", "policy.max_latency_s=30")
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

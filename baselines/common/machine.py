@@ -17,8 +17,6 @@ from flexgen_bench.planner.cost import rates_of
 CUDA_CONTEXT_BYTES = 1_000_000_000
 # Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml assumes).
 PAGEABLE_SHARE = 0.25
-# Memory modules hold powers of two: what is sold, and written in profiles, as 208 GB has 208 GiB.
-DRAM_MARGIN = 2**30 / 10**9
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,8 @@ class Machine:
 
     @property
     def host_bytes(self) -> int | None:
-        """Of host memory, as programs find it (``DRAM_MARGIN``); beside a GPU only: without one, caps are what is asked about."""
-        stated = self.hardware.cpu_memory_bytes
-        return None if stated is None else int(stated * (DRAM_MARGIN if self.has_gpu else 1))
+        """Of host memory."""
+        return self.hardware.cpu_memory_bytes
 
     def check(self, tier: Tier, parts: dict[str, float], action: str) -> None:
         """Raise DoesNotFit if parts (bytes by name) need more than the tier has."""

@@ -23,7 +23,7 @@ REMEDY = "Lower system.options.batch_size."
 class Loading:
     """Where weights lie and how many bytes they have there (``stored_bytes``); rates in bytes/s.
 
-    link: what a GPU gets from page-locked memory. parallel: see conf/system/deepspeed.yaml. network: between machines.
+    link: what a GPU gets from page-locked memory. network: between machines.
     """
 
     model: HFModel
@@ -31,7 +31,6 @@ class Loading:
     stored_bytes: float
     num_gpus: int
     link: float
-    parallel: float
     network: float
 
     @property
@@ -50,8 +49,8 @@ class Loading:
         if self.mode == "nvme":
             # Into host buffers, then over the link: one thread does both. GPUs of a machine share its disk.
             here = self.stored_bytes if self.in_one_machine else share
-            rate = self.parallel * self.model.machine.disk_read
-            loads = {"disk_read: weights": here / rate, "h2d: weights": share / self.link}
+            read_s = here / self.model.machine.disk_read
+            loads = {"disk_read: weights": read_s, "h2d: weights": share / self.link}
         else:
             loads = {"h2d: weights": share / self.link}
         if self.num_gpus > 1:

@@ -27,7 +27,6 @@ class Constants:
     """Of conf/system/deepspeed.yaml, where each is explained."""
 
     link_share: float
-    disk_parallel: float
     network: float
 
 
@@ -74,8 +73,7 @@ class DeepSpeedPredictor(Predictor):
         gpus = question.num_gpus
         loading = Loading(
             model, mode, model.size.weight_bytes, gpus,
-            self._constants.link_share * model.machine.h2d,
-            self._constants.disk_parallel, self._constants.network,
+            self._constants.link_share * model.machine.h2d, self._constants.network,
         )  # fmt: skip
         buffers = LAYERS_IN_FLIGHT * model.size.bytes_of(model.size.layer_values)
 

@@ -26,14 +26,13 @@ class Constants:
 
     link_share: float
     pageable_share: float
-    disk_parallel: float
     network: float
     cpu_attention_share: float
     unpack_share: float
 
 
 class ZeroInference2023Predictor(Predictor):
-    """Options: offload (None: cpu, or nvme if that is too small); batch_size (None: the largest power of two that fits); kv_offload (None:
+    """Options: offload (None: cpu or nvme, what is faster); batch_size (None: the largest power of two that fits); kv_offload (None:
     what is faster); pin_memory, whether weights in the host's memory are page-locked."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
@@ -64,8 +63,6 @@ class ZeroInference2023Predictor(Predictor):
                     found.append(self._one(model, question, mode, kv_offload))
                 except DoesNotFit as error:
                     refusal = error
-            if found:
-                break
         if not found:
             assert refusal is not None
             raise refusal
@@ -78,7 +75,7 @@ class ZeroInference2023Predictor(Predictor):
         share = constants.link_share if self._pinned else constants.pageable_share
         loading = Loading(
             model, mode, shrunk * model.size.weight_bytes, 1,
-            share * model.machine.h2d, constants.disk_parallel, constants.network,
+            share * model.machine.h2d, constants.network,
         )  # fmt: skip
         buffers = shrunk * LAYERS_IN_FLIGHT * model.size.bytes_of(model.size.layer_values)
         if packed:

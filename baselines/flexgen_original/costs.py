@@ -47,14 +47,13 @@ class Costs:
 
     @cached_property
     def disk_rate(self) -> float:
-        machine, parallel = self.machine, self.job.constants.disk_parallel
-        disk = parallel * machine.disk_read
-        return read_rate(disk, max(machine.disk_read_cached, disk), self.cached)
+        machine = self.machine
+        return read_rate(machine.disk_read, machine.disk_read_cached, self.cached)
 
     @cached_property
     def write_back_rate(self) -> float:
         """At which the disk gets what was written into the page cache."""
-        return self.job.constants.disk_parallel * self.machine.disk_write
+        return self.machine.disk_write
 
     def load_weights(self, layer: PlacedLayer) -> list[Part]:
         machine, parts = self.machine, []

@@ -26,7 +26,6 @@ class Constants:
     unpack_share: float
     pin_copy_share: float
     kv_load_share: float
-    disk_parallel: float
     step_launches: float
     network: float
 

@@ -46,7 +46,7 @@ class FlexGenOriginalPredictor(Predictor):
             stages=question.num_gpus,
         )
         machine.rates  # noqa: B018  (says what is missing before anything is searched)
-        return _prediction(search.choose(job, question, self.options), question)
+        return _prediction(*search.choose(job, question, self.options), question)
 
 
 def _check_can(question: Question, machine: Machine) -> None:
@@ -65,7 +65,7 @@ def _check_can(question: Question, machine: Machine) -> None:
         raise CannotRun(f"{shape.name} knows {shape.max_positions} positions")
 
 
-def _prediction(found: Outcome, question: Question) -> Prediction:
+def _prediction(found: Outcome, source: str, question: Question) -> Prediction:
     job, together = found.job, found.prompts
     prompts = question.num_prompts or together
     blocks = -(-prompts // together)  # a last one that is not full is filled up
@@ -75,7 +75,7 @@ def _prediction(found: Outcome, question: Question) -> Prediction:
     if job.stages > 1:
         chosen |= {"stages": job.stages, "blocks_in_flight": job.stages}
     written = job.cache_bytes(Tier.DISK) * job.stages
-    notes = [f"{shares['gpu']:.1%} of the weights are really on the GPU"]
+    notes = [source, f"{shares['gpu']:.1%} of the weights are really on the GPU"]
     if job.settings.is_known_wrong:
         notes.append("its tokens are known to be wrong with these settings")
     return Prediction(

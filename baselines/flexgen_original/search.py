@@ -17,6 +17,9 @@ from flexgen_bench.core.tiers import Tier
 
 # What is published was chosen for a T4's 16 GB; it says nothing about other cards.
 _PUBLISHED_GPU_BYTES = (15e9, 17.2e9)
+_PUBLISHED_GEN_LEN = 32
+# Models whose compressed run compresses the KV cache and leaves the weights as they are.
+_CACHE_ALONE = ("opt-30b",)
 # Weights on gpu and on cpu, in percent.
 _WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
 # The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2.
@@ -24,53 +27,63 @@ _GPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 
 
+# Where settings come from.
+PUBLISHED = "settings: as published for this job"
+GIVEN = "settings: as asked for"
+SEARCHED = "settings: the best of a search, as nothing is published for exactly this job"
+
+
 def published(question: Question) -> Settings | None:
-    """What the authors published for this model, prompt length and number of GPUs on a card like this."""
+    """What the authors published for exactly this: model, lengths, compression and number of GPUs, on a card like theirs."""
     memory_bytes = question.hardware.gpu_memory_bytes
     least, most = _PUBLISHED_GPU_BYTES
     if memory_bytes is None or not least <= memory_bytes <= most:
+        return None
+    if question.gen_len != _PUBLISHED_GEN_LEN:
         return None
     tables = {
         (512, 1): settings.PUBLISHED,
         (1024, 1): settings.PUBLISHED_1024,
         (512, 4): settings.PUBLISHED_4_GPUS,
     }
-    lossy = question.lossy
-    compressed = lossy.weights is not None or lossy.kv_cache is not None
-    table = tables.get((question.prompt_len, question.num_gpus), {})
-    return table.get((question.shape.name, compressed))
+    name, lossy = question.shape.name, question.lossy
+    compressed = lossy.kv_cache is not None
+    if (lossy.weights is not None) != (compressed and name not in _CACHE_ALONE):
+        return None
+    return tables.get((question.prompt_len, question.num_gpus), {}).get((name, compressed))
 
 
-def choose(job: Job, question: Question, options: Mapping[str, Any]) -> Outcome:
-    """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold anyway.
+def choose(job: Job, question: Question, options: Mapping[str, Any]) -> tuple[Outcome, str]:
+    """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold anyway. With a word on
+    where the settings come from.
 
     job: for any settings. Raises DoesNotFit if nothing fits.
     """
     known = published(question)
     given = {k: v for k, v in options.items() if v is not None}
     if known is not None:
-        chosen = limited(settings.overlaid(known, given, question.lossy), question, given)
+        chosen = limited(settings.overlaid(known, given, question.lossy), question)
         try:
-            return outcome(replace(job, settings=chosen))
+            return outcome(replace(job, settings=chosen)), PUBLISHED if not given else GIVEN
         except DoesNotFit:
             if {"percent", "gpu_batch_size"} <= set(given):
                 raise
     if {"percent", "gpu_batch_size", "num_gpu_batches"} <= set(given):
         chosen = settings.overlaid(settings.DEFAULT, given, question.lossy)
-        return outcome(replace(job, settings=limited(chosen, question, given)))
-    return _best(job, question, given)
+        return outcome(replace(job, settings=limited(chosen, question))), GIVEN
+    return _best(job, question, given), SEARCHED
 
 
-def limited(chosen: Settings, question: Question, given: Mapping[str, Any]) -> Settings:
-    """The same for a job with fewer prompts than a block holds."""
+def limited(chosen: Settings, question: Question) -> Settings:
+    """The same for a job with fewer prompts than a block holds: in batches as even as they can be."""
     prompts = question.num_prompts
     if prompts is None:
         return chosen
     each = max(1, prompts // question.num_gpus)
-    batch = min(chosen.gpu_batch_size, each)
-    return replace(
-        chosen, gpu_batch_size=batch, num_gpu_batches=min(chosen.num_gpu_batches, -(-each // batch))
-    )
+    count = -(-each // chosen.gpu_batch_size)
+    if count > chosen.num_gpu_batches:
+        return chosen
+    return replace(chosen, gpu_batch_size=-(-each // count), num_gpu_batches=count)
 
 
 def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
@@ -116,15 +129,18 @@ def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
 def _shapes(
     candidate: Settings, question: Question, given: Mapping[str, Any]
 ) -> Iterator[Settings]:
-    """Batch sizes, small before large."""
+    """Batch sizes, small before large; where the number of prompts is stated, batches as even as they can be."""
     sizes: tuple[int, ...] = _GPU_BATCH_SIZES
     if "gpu_batch_size" in given:
         sizes = (candidate.gpu_batch_size,)
     each = question.num_prompts and max(1, question.num_prompts // question.num_gpus)
     for size in sizes:
-        if each is None or size <= each or size == 1:
-            count = _NUM_GPU_BATCHES[-1] if each is None else -(-each // size)
-            yield replace(candidate, gpu_batch_size=size, num_gpu_batches=count)
+        if each is None:
+            yield replace(candidate, gpu_batch_size=size, num_gpu_batches=_NUM_GPU_BATCHES[-1])
+        elif size <= each or size == 1:
+            count = -(-each // size)
+            even = size if "gpu_batch_size" in given else -(-each // count)
+            yield replace(candidate, gpu_batch_size=even, num_gpu_batches=count)
 
 
 def _largest_blocks(job: Job, given: Mapping[str, Any]) -> list[Outcome]:

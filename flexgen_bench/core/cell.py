@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -83,13 +84,27 @@ class MeasureSpec:
             raise UserError("measure.batch_sizes", self.batch_sizes, "integers of at least 1")
 
 
+def check_latency(seconds: float | None, policy_is_given: bool) -> None:
+    """Raises UserError for a bound that cannot be, or that nobody is left to keep to."""
+    if seconds is None:
+        return
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (number and 0 < seconds < math.inf):
+        raise UserError("policy.max_latency_s", seconds, "more than zero seconds, or null")
+    if policy_is_given:
+        raise UserError(
+            "policy.max_latency_s", seconds, "left out where a policy is given",
+            "It is for policy=auto, which chooses within it.",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """Everything that decides what a cell measures. Equal specs have equal hashes.
 
     system: a name from ``conf/system``; ``target``: the ``module:Class`` that implements it;
     ``system_options``: that system's own settings. policy None means the system chooses ("auto"); ``lossy`` is
-    what it may change of the results then (a given policy brings its own).
+    what it may change of the results then (a given policy brings its own), ``max_latency_s`` how long a block may take then.
     """
 
     system: str
@@ -103,8 +118,10 @@ class CellSpec:
     policy: Policy | None = None
     system_options: Mapping[str, Any] = field(default_factory=dict)
     lossy: Lossy = EXACT
+    max_latency_s: float | None = None
 
     def __post_init__(self) -> None:
+        check_latency(self.max_latency_s, self.policy is not None)
         if self.policy is not None:
             object.__setattr__(self, "lossy", self.policy.lossy)
         if not isinstance(self.threads, int) or self.threads < 1:
@@ -128,7 +145,10 @@ class CellSpec:
             },
             "policy": None if self.policy is None else self.policy.to_dict(),
             "system_options": dict(self.system_options),
-        } | ({} if self.lossy.is_exact else {"lossy": self.lossy.to_dict()})
+            # What was not always there, where it says something: specs without it keep their hashes.
+            **({} if self.lossy.is_exact else {"lossy": self.lossy.to_dict()}),
+            **({} if self.max_latency_s is None else {"max_latency_s": self.max_latency_s}),
+        }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CellSpec:
@@ -144,6 +164,7 @@ class CellSpec:
             policy=None if data["policy"] is None else Policy.from_dict(data["policy"]),
             system_options=data["system_options"],
             lossy=Lossy.from_dict(data.get("lossy")),
+            max_latency_s=data.get("max_latency_s"),
         )
 
     @property

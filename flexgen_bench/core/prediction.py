@@ -15,7 +15,8 @@ from flexgen_bench.core.model import DType, ModelShape
 class Question:
     """A job on a machine. num_prompts None: as many as one of the system's blocks holds, as in the FlexGen paper.
 
-    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile each.
+    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile each. max_latency_s: of a
+    block, from its start to its last token, for systems that choose within it.
     """
 
     shape: ModelShape
@@ -26,6 +27,7 @@ class Question:
     num_prompts: int | None = None
     lossy: Lossy = EXACT
     num_gpus: int = 1
+    max_latency_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class PackedWeights:
         block_size: int | None = None,
         lossy: Lossy = EXACT,
         scored_rows: int = 0,
+        max_latency_s: float | None = None,
     ) -> Policy:
         """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. Where the device's rates are known
         it is searched for, in another process. A little is kept back: the engine looks at what is free again. Raises DoesNotFit."""
@@ -85,6 +86,7 @@ class PackedWeights:
             lossy=lossy,
             block_size=block_size,
             scored_rows=scored_rows,
+            max_latency_s=max_latency_s,
         )
         return choose(question)
 

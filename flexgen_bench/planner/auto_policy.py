@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
@@ -42,19 +43,26 @@ def auto_policy(
     block_size: int | None = None,
     lossy: Lossy = EXACT,
     scored_rows: int = 0,
+    max_latency_s: float | None = None,
 ) -> Policy:
     """A policy for these requests on this machine. Raises DoesNotFit if there is none.
 
     block_size: the most sequences per block; None: any number. lossy: goes into the policy as it is; ``packed`` is compressed accordingly.
-    scored_rows: rows of logits that a scoring job wants at once.
+    scored_rows: rows of logits that a scoring job wants at once. max_latency_s: of a block, from its start to its last token; UserError if
+    nothing keeps to it, or nobody can say.
     """
+    if hardware.rates is None and max_latency_s is not None:
+        raise UserError(
+            "policy.max_latency_s", max_latency_s, f"left out on gpu={hardware.name}, whose rates nobody has measured",
+            "Measure this machine with python -m flexgen_bench.calibrate.",
+        )  # fmt: skip
     if hardware.rates is None:
         return default_policy(
             shape, packed, dtype, hardware, requests, available, block_size, lossy, scored_rows
         )
     task = Task(
         shape, dtype, hardware, {lossy: packed}, worst_of(requests), len(requests), available, block_size,
-        scored_rows=scored_rows,
+        max_latency_s=max_latency_s, scored_rows=scored_rows,
     )  # fmt: skip
     return auto_choice(task).choice.policy
 

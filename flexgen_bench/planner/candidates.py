@@ -5,9 +5,11 @@ What the program promises for a shape is a bound (nothing waits in it); shapes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost, thinned
@@ -31,6 +33,11 @@ MICRO_BATCHES = (1, 4, 16, 32, 64, 128)
 MOST_BATCHES = 32  # micro-batches of a block: more are never better than larger ones
 WHOLE_PROMPTS = 16384  # prompt tokens of a micro-batch that may be computed at once
 CHUNK = 4096  # otherwise, or to save workspace
+# Promises that are the same: what a program leaves out is more than this.
+SAME = 0.98
+DISK_GAIN = 0.999  # of a promise with the disk: what is had without it makes it useless
+_MUCH = 0.8  # of a promise: what must be left of it once the policy fits
+_TRIES = 10  # of making room for what whole layers and sequences take
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
 IN_PLACE_SEQUENCES = 32
 
@@ -43,6 +50,10 @@ class Candidate:
     problem: PlacementProblem
     solution: PlacementSolution
     tok_per_s: float
+
+    @property
+    def uses_disk(self) -> bool:
+        return self.policy.lowest_tier is Tier.DISK
 
 
 def batch_shapes(task: Task) -> Iterator[Policy]:
@@ -97,40 +108,87 @@ class Candidates:
         self._costs: dict[Policy, MicroBatchCost] = {}
         self._rest: dict[Policy, dict[Tier, float]] = {}
 
-    def best(self, of_a_kind: int) -> list[Candidate]:
-        """The most promising batch shapes, best first: so many of each way of working (schedule, sites, compression), since what a way
-        of working loses to waiting is not in the promise."""
+    def ways(self, of_a_kind: int) -> list[list[Candidate]]:
+        """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with and without the disk.
+        What a way loses to waiting is not in its promise, so none is left out for what others promise. Each list is in order of promise."""
         bounded = [
             (shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))
         ]
         bounded.sort(key=lambda one: -self._bound(*one))
         found: dict[object, list[Candidate]] = {}
         for shape, problem in bounded:
-            way = (shape.schedule, shape.attention, shape.offloaded, shape.lossy)
-            # With and without the disk are two ways: what waiting for a disk costs is not in the promise, either.
-            both = [found.setdefault((way, uses_disk), []) for uses_disk in (False, True)]
+            both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
             if all(len(k) == of_a_kind for k in both):
                 bound = self._bound(shape, problem)
-                if all(bound <= known[-1].tok_per_s for known in both):
+                if all(bound < SAME * known[-1].tok_per_s for known in both):
                     continue
-            for candidate in self.solved(shape, problem):
-                known = both[candidate.policy.lowest_tier is Tier.DISK]
+            # Where two staging slots have no room, one may; elsewhere that is tried with what turns out best.
+            for candidate in self.solved(shape, problem) or self.solved(replace(shape, prefetch=1)):
+                known = found.setdefault(_way(candidate.policy, candidate.uses_disk), [])
                 known.append(candidate)
-                known.sort(key=lambda one: -one.tok_per_s)
+                known.sort(key=_rank)
                 del known[of_a_kind:]
-        every = [_patient(candidate) for known in found.values() for candidate in known]
-        return sorted(every, key=lambda candidate: -candidate.tok_per_s)
+        return [known for known in found.values() if known]
+
+    def fitted(self, candidate: Candidate) -> Candidate | None:
+        """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences take more than shares, in
+        so much less room, or with a single staging slot if that costs less. None if it does not fit."""
+        found = self._fitted(candidate)
+        kept = 0.0 if found is None else found.tok_per_s
+        if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.tok_per_s:
+            one_slot = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
+            found = max(
+                filter(None, [found, *one_slot]), key=lambda one: one.tok_per_s, default=None
+            )
+        return found
+
+    def _fitted(self, candidate: Candidate) -> Candidate | None:
+        problem, shape = candidate.problem, candidate.policy
+        solution: PlacementSolution | None = candidate.solution
+        # A little less room may not cost a whole layer or sequence yet: of the same tier, twice as much is taken every time.
+        more = dict.fromkeys(problem.room, 1.02)
+        for _ in range(_TRIES):
+            if solution is None:
+                return None
+            policy = least_work(problem, solution).applied_to(shape)
+            try:
+                self.task.plan(policy)
+            except DoesNotFit as error:
+                room, tier = dict(problem.room), Tier(error.tier)
+                room[tier] -= more[tier] * (error.need_bytes - error.capacity_bytes)
+                more[tier] *= 2
+                problem = replace(problem, room=room)
+                solution = solve(problem)
+            else:
+                return Candidate(policy, problem, solution, self._speed(shape, solution))
+        return None
 
     def solved(self, shape: Policy, problem: PlacementProblem | None = None) -> list[Candidate]:
-        """The best placement of a batch shape: streaming what does not fit, or with weights (or all) held where they are used."""
+        """The best placement of a batch shape: streaming what does not fit, or with weights (or all) held where they are used. Where that uses the
+        disk, the best without it, too; alone if the disk brings nothing."""
+        free = self._best_of(shape, self.problems(shape, problem))
+        if free is None or not free.uses_disk:
+            return [free] if free is not None else []
+        without = (
+            replace(tried, room={**tried.room, Tier.DISK: 0.0})
+            for tried in self.problems(shape, problem)
+        )
+        bare = self._best_of(shape, without)
+        if bare is None:
+            return [free]
+        return [bare] if bare.tok_per_s > DISK_GAIN * free.tok_per_s else [free, bare]
+
+    def _best_of(self, shape: Policy, problems: Iterable[PlacementProblem]) -> Candidate | None:
         found = []
-        for tried in self.problems(shape, problem):
+        for tried in problems:
             solution = solve(tried)
             if solution is not None:
                 policy = solution.applied_to(shape)
-                speed = shape.block_size * self.task.request.gen_len / solution.seconds
-                found.append(Candidate(policy, tried, solution, speed))
-        return sorted(found, key=lambda candidate: -candidate.tok_per_s)[:1]
+                found.append(Candidate(policy, tried, solution, self._speed(shape, solution)))
+        return max(found, key=lambda candidate: candidate.tok_per_s, default=None)
+
+    def _speed(self, shape: Policy, solution: PlacementSolution) -> float:
+        return shape.block_size * self.task.request.gen_len / solution.seconds
 
     def problems(
         self, shape: Policy, problem: PlacementProblem | None = None
@@ -227,8 +285,12 @@ class Candidates:
         return shape.block_size * self.task.request.gen_len / seconds
 
 
-def _patient(candidate: Candidate) -> Candidate:
-    """The candidate placed so that lanes that do not bind have the least to do."""
-    solution = least_work(candidate.problem, candidate.solution)
-    policy = solution.applied_to(candidate.policy)
-    return replace(candidate, policy=policy, solution=solution)
+def _rank(candidate: Candidate) -> tuple[float, int]:
+    """What promises most first; of those that promise the same, the larger block, in which less waits."""
+    return round(math.log(candidate.tok_per_s, SAME)), -candidate.policy.block_size
+
+
+def _way(policy: Policy, uses_disk: bool) -> object:
+    return (
+        policy.schedule, policy.attention, policy.offloaded, policy.lossy, policy.prefetch, uses_disk,
+    )  # fmt: skip

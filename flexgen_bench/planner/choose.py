@@ -36,7 +36,7 @@ class PolicyQuestion:
 
     request: what it is planned for (``worst_of`` its requests); count: how many. available: bytes a plan may use, per tier. lossy: how results
     may be changed; its compression of weights is the one they are packed with. block_size: the most sequences per block; None: any number.
-    scored_rows: rows of logits that a scoring job wants at once.
+    scored_rows: rows of logits that a scoring job wants at once. max_latency_s: of a block, from its start to its last token.
     """
 
     shape: ModelShape
@@ -48,6 +48,7 @@ class PolicyQuestion:
     lossy: Lossy = EXACT
     block_size: int | None = None
     scored_rows: int = 0
+    max_latency_s: float | None = None
 
     @staticmethod
     def about(requests: Sequence[Request], **more: Any) -> PolicyQuestion:
@@ -65,6 +66,7 @@ class PolicyQuestion:
             "lossy": self.lossy.to_dict(),
             "block_size": self.block_size,
             "scored_rows": self.scored_rows,
+            "max_latency_s": self.max_latency_s,
         }
 
     @staticmethod
@@ -79,11 +81,12 @@ class PolicyQuestion:
             lossy=Lossy.from_dict(data["lossy"]),
             block_size=data["block_size"],
             scored_rows=data["scored_rows"],
+            max_latency_s=data["max_latency_s"],
         )
 
     def answer(self) -> Policy:
         """The policy, searched for in this process. Raises DoesNotFit, and UserError for rates that lack what the job needs."""
-        return auto_policy(**self._asked())
+        return auto_policy(**self._asked(), max_latency_s=self.max_latency_s)
 
     def by_rule(self) -> Policy:
         """The plain rule's policy: no search, no rates. Raises DoesNotFit."""
@@ -108,14 +111,19 @@ def choose(question: PolicyQuestion) -> Policy:
     """The policy of a job: where rates are known, searched for in a process of its own, else the rule's.
 
     A search that finds nothing, or whose process dies (a warning says of what), leaves it to the rule. Raises DoesNotFit if that finds nothing
-    either, and UserError for rates that lack what the job needs.
+    either, and UserError for rates that lack what the job needs and for a latency that nothing keeps to.
     """
     if question.hardware.rates is None:
-        return question.by_rule()
+        return question.answer()  # the rule's, if it is free to take it
     _log.info("choosing a policy")
     try:
         found = _ask(question)
     except _NoAnswer as reason:
+        if question.max_latency_s is not None:
+            raise UserError(
+                "policy.max_latency_s", question.max_latency_s, f"left out here: {reason}",
+                "The plain rule's policy, which needs no search, knows of no time.",
+            ) from reason  # fmt: skip
         _log.warning(
             "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given needs no search.",
             reason,

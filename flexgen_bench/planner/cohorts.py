@@ -123,8 +123,7 @@ def form_cohorts(
     continuous = policy.schedule is Schedule.CONTINUOUS
     size = min(policy.gpu_batch_size, len(requests))
     if continuous:
-        lifetime = max(r.gen_len for r in requests)
-        size = min(size, max(1, policy.block_size // lifetime))
+        size = min(size, _starting(policy.block_size, max(r.gen_len for r in requests)))
     groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
     count = min(policy.block_size // size if continuous else policy.num_gpu_batches, len(groups))
     # In the block schedule the last room may be smaller; in the continuous one any cohort moves into any room.
@@ -138,6 +137,21 @@ def form_cohorts(
         tuple(requests), groups, rooms, kv_token_bytes(shape, dtype, policy), compute,
         policy.schedule is Schedule.BLOCK,
     )  # fmt: skip
+
+
+def _starting(block: int, lifetime: int) -> int:
+    """How many sequences of a block start together so that as nearly as possible the same number starts in every pass of a lifetime.
+
+    A block's sequences over a lifetime's passes is seldom a whole number. A little less makes more cohorts than passes, so that two start in some;
+    a little more leaves some passes without. Both are uneven by ``(part) (1 - part) size^2``, the variance of what starts in a pass.
+    """
+    less = max(1, block // lifetime)
+
+    def unevenness(size: int) -> float:
+        part = block // size / lifetime % 1
+        return part * (1 - part) * size**2
+
+    return min((size for size in (less, less + 1) if size <= block), key=unevenness)
 
 
 def kv_token_bytes(shape: ModelShape, dtype: DType, policy: Policy) -> int:

@@ -74,6 +74,7 @@ def _task(question: Question, policy: Policy | None) -> Task:
         packed={lossy: pack(shape, inventory, question.dtype, lossy.weights) for lossy in lossies},
         request=Request(question.prompt_len, question.gen_len),
         prompts=question.num_prompts,
+        max_latency_s=question.max_latency_s,
     )
 
 

@@ -53,6 +53,8 @@ def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
         (size, count + 1), (size, count - 1), (2 * size, count), (size, 2 * count),
         (2 * size, -(-count // 2)), (-(-size // 2), 2 * count), (-(-size // 2), count),
     ]  # fmt: skip
+    block = size * count
+    shapes += [(-(-block // parts), parts) for parts in (count - 1, count + 1) if parts]
     if task.most is not None:
         shapes += [
             (-(-task.most // parts), parts) for parts in (count, count + 1, max(1, count - 1))

@@ -2,7 +2,8 @@
 
 1. Every batch shape (block, micro-batch, prompt chunk), way of working (schedule, attention site) and allowed compression becomes a linear program
    over placements (``candidates.py``), whose optimum is a bound: nothing waits in it.
-2. The most promising are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on simulated lanes.
+2. The most promising of every way of working are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on
+   simulated lanes, until none is left that promises more than has been reached.
 3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``); from the policy of the rule that needs no
    rates (``default_policy.py``), too, if that is better still.
 """
@@ -12,33 +13,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
+from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.moves import fine_moves, moves
-from flexgen_bench.planner.placement_lp import solve
 from flexgen_bench.planner.task import Task
 
-OF_A_KIND = 2  # candidates of each way of working that are looked at closer
-LOOKED_AT = 12
-ONE_SLOT = 4  # of these, those that are looked at with a single staging slot, too
-PLAYED = 4  # of them all, by closed form, those that are played
+OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
+LOOKED_AT = 10  # of all ways
+ONE_SLOT = 2  # of these, those that are looked at with a single staging slot, too
 # Steps that may be played to improve on them: about 20 us each.
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
 # A deeper model is judged by so many of its layers: they are alike.
 THIN_LAYERS = 12
+NEAR = 0.8  # a start that promises so much of what the best does may lead further
 POINTS = 3  # passes of a kind that are played while policies are compared
 GAIN = 1.002  # what a change must bring to be taken
 # The policy found is played on all layers if that takes no more steps than this.
 FULL_STEPS = 60_000
 
-Play = Callable[..., Forecast]
 Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 
 
@@ -61,28 +60,61 @@ class Search:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self._solver = Candidates(task)
         self._known: dict[Policy, Forecast | None] = {}  # None: does not fit
+        self._anew: dict[Policy, Policy] = {}
+        self._in_full: dict[Policy, Forecast] = {}
         self._steps = 0
 
     def run(self) -> Choice:
-        """Raises DoesNotFit, of the most modest policy there is, if nothing fits."""
-        solver = Candidates(self.task)
-        candidates = solver.best(OF_A_KIND)
-        looked_at = candidates[:LOOKED_AT]
-        # With a single staging slot nothing is loaded ahead, but what would be on disk may have room in memory.
-        for candidate in candidates[:ONE_SLOT]:
-            looked_at += solver.solved(replace(candidate.policy, prefetch=1), candidate.problem)
-        fitting = [p for c in looked_at if (p := self._fitted(c)) is not None]
-        fitting = list(dict.fromkeys(fitting))
-        fitting.sort(key=lambda policy: -self._promise(policy))
-        best = max(fitting[:PLAYED], key=self._play, default=None)
+        """Raises DoesNotFit, of the most modest policy there is, if nothing fits; UserError if nothing keeps to the latency."""
+        started = self._started()
+        starts = _one_of_each(started)
+        best = max(starts, key=self._play, default=None)
         if best is None or not self._play(best):
-            best = self._modest()
-        best = self._moved(best)
+            best, starts = self._modest(), []
+        near = [policy for policy in starts if self._play(policy) > NEAR * self._play(best)]
+        best = max([self._moved(policy) for policy in near or [best]], key=self._whole_speed)
         ruled = self._ruled(best)
         if ruled is not None and self._play(ruled) > self._play(best):
             best = self._moved(ruled)
-        return self.choice(best, ruled, tuple(candidates))
+        if not self._play(best) and self.task.max_latency_s is not None:
+            raise self._too_late(self.task.max_latency_s)
+        return self.choice(best, ruled, tuple(started))
+
+    def _started(self) -> list[Candidate]:
+        """Where to start from, best first: what is most promising, played. The best of every way of working, then the next of those that promise
+        more than has been reached; of the very best, with a single staging slot, too (nothing is loaded ahead then, but more has room in
+        memory)."""
+        solver = self._solver
+        ways = solver.ways(OF_A_KIND)
+        found: list[Candidate] = []
+        best = 0.0
+        while ways and len(found) < LOOKED_AT:
+            ways.sort(key=lambda way: -way[0].tok_per_s)
+            for way in ways:
+                fitted = None
+                while way and fitted is None and way[0].tok_per_s > best:
+                    fitted = solver.fitted(way.pop(0))
+                if fitted is not None and fitted.tok_per_s > best and len(found) < LOOKED_AT:
+                    found.append(fitted)
+                    best = max(best, self._play(fitted.policy))
+            ways = [way for way in ways if way and way[0].tok_per_s > best]
+        found.sort(key=lambda one: -self._play(one.policy))
+        for candidate in found[:ONE_SLOT]:
+            if candidate.policy.prefetch > 1:
+                solved = solver.solved(replace(candidate.policy, prefetch=1))
+                found += [one for one in map(solver.fitted, solved) if one is not None]
+        return sorted(found, key=lambda one: -self._play(one.policy))
+
+    def _too_late(self, latest: float) -> UserError:
+        """With the latency of a block of a single sequence, for what else might be asked."""
+        soonest = Search(replace(self.task, block=1, prompts=1, max_latency_s=None)).run()
+        return UserError(
+            "policy.max_latency_s", latest,
+            f"more: the quickest found for a single sequence takes {soonest.forecast.total_s:.3g} s",
+            "Allow more seconds, permit compression (policy.lossy), or ask for fewer tokens.",
+        )  # fmt: skip
 
     def _ruled(self, like: Policy) -> Policy | None:
         """The rule's policy for the same job, as compressed as ``like``; None if it has none that fits.
@@ -106,33 +138,31 @@ class Search:
         return self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
-        """Change one thing at a time as long as that helps, and there are steps left to play."""
+        """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the tensors where they are is
+        placed anew."""
         changed = True
         while changed:
             changed = False
-            for policy in neighbours(self.task, best):
+            for neighbour in neighbours(self.task, best):
                 if self._steps >= budget:
                     return best
+                policy = neighbour
+                if self._played(policy) is None and _placement(policy) == _placement(best):
+                    policy = self._placed_anew(neighbour)
                 if self._play(policy) > GAIN * self._play(best):
                     best, changed = policy, True
                     break
         return best
 
-    def _fitted(self, candidate: Candidate) -> Policy | None:
-        """The candidate's policy; where whole layers and sequences take more than shares, placed again in so much less room."""
-        policy, room = candidate.policy, dict(candidate.problem.room)
-        for _ in range(5):
-            try:
-                self.task.plan(policy)
-            except DoesNotFit as error:
-                room[Tier(error.tier)] -= 1.02 * (error.need_bytes - error.capacity_bytes)
-                solution = solve(replace(candidate.problem, room=room))
-                if solution is None:
-                    return None
-                policy = solution.applied_to(policy)
-            else:
-                return policy
-        return None
+    def _placed_anew(self, shape: Policy) -> Policy:
+        """The same batches and way of working, with the best placement that fits; the policy itself if there is none, or only one with the disk
+        for what was without."""
+        if shape not in self._anew:
+            disk = shape.lowest_tier is Tier.DISK
+            solved = [one for one in self._solver.solved(shape) if one.uses_disk <= disk]
+            fitted = self._solver.fitted(solved[0]) if solved else None
+            self._anew[shape] = shape if fitted is None else fitted.policy
+        return self._anew[shape]
 
     def _modest(self) -> Policy:
         """What needs the least memory: if not even that fits, its DoesNotFit says what is missing."""
@@ -153,19 +183,25 @@ class Search:
         self, best: Policy, ruled: Policy | None, candidates: tuple[Candidate, ...]
     ) -> Choice:
         """A policy that fits, with its plan and its times, and what else was considered."""
-        plan, found = self.task.plan(best), self._played(best)
-        assert found is not None, "what is chosen fits"
-        if found.steps * self.task.shape.num_layers < FULL_STEPS * THIN_LAYERS:
-            packed = self.task.packed[best.lossy]
-            found = forecast(
-                self.task.shape, packed, self.task.dtype, best, self.task.hardware, plan
-            )
+        plan, found = self.task.plan(best), self._whole(best)
         speed = self.task.count(best) * self.task.request.gen_len / found.total_s
         return Choice(best, plan, found, speed, len(self._known), ruled, candidates)
 
-    def _promise(self, policy: Policy) -> float:
-        """Tokens/s in closed form."""
-        return self._speed(policy, self._times(policy, closed_form))
+    def _whole_speed(self, policy: Policy) -> float:
+        return self._speed(policy, self._whole(policy)) if self._played(policy) else 0.0
+
+    def _whole(self, policy: Policy) -> Forecast:
+        """Of a policy that fits: played on all layers where that does not take too long."""
+        found = self._played(policy)
+        assert found is not None, "what is chosen fits"
+        if found.steps * self.task.shape.num_layers >= FULL_STEPS * THIN_LAYERS:
+            return found
+        if policy not in self._in_full:
+            task = self.task
+            self._in_full[policy] = forecast(
+                task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, task.plan(policy)
+            )  # fmt: skip
+        return self._in_full[policy]
 
     def _play(self, policy: Policy) -> float:
         """Tokens/s on simulated lanes; 0 for what does not fit or takes too long."""
@@ -180,7 +216,7 @@ class Search:
             except DoesNotFit:
                 self._known[policy] = None
             else:
-                self._known[policy] = self._times(policy, forecast)
+                self._known[policy] = self._times(policy)
         return self._known[policy]
 
     def _speed(self, policy: Policy, times: Forecast) -> float:
@@ -190,22 +226,34 @@ class Search:
             return 0.0
         return count * self.task.request.gen_len / times.total_s
 
-    def _times(self, policy: Policy, play: Play) -> Forecast:
+    def _times(self, policy: Policy) -> Forecast:
         """Of the whole job; of a deep model, from a shallow one."""
         layers = self.task.shape.num_layers
         if layers <= 2 * THIN_LAYERS:
-            return self._of(policy, layers, play)
-        return self._of(policy, THIN_LAYERS, play).deeper(layers / THIN_LAYERS, policy.overlap)
+            return self._of(policy, layers)
+        return self._of(policy, THIN_LAYERS).deeper(layers / THIN_LAYERS, policy.overlap)
 
-    def _of(self, policy: Policy, layers: int, play: Play) -> Forecast:
+    def _of(self, policy: Policy, layers: int) -> Forecast:
         task = self.task
         thin = thinned(task.shape, task.packed[policy.lossy], layers)
         plan = plan_job(
             thin.shape, thin.packed, task.dtype, policy, task.hardware,
             [task.request] * task.count(policy), scored_rows=task.scored_rows,
         )  # fmt: skip
-        found = play(
+        found = forecast(
             thin.shape, thin.packed, task.dtype, policy, task.hardware, plan, points=POINTS
         )
         self._steps += found.steps
         return found
+
+
+def _one_of_each(started: list[Candidate]) -> list[Policy]:
+    """The best of those that use the disk, and of those that do not: no single change leads from one to the other."""
+    found: dict[bool, Policy] = {}
+    for candidate in started:
+        found.setdefault(candidate.uses_disk, candidate.policy)
+    return list(found.values())
+
+
+def _placement(policy: Policy) -> tuple[Placement, ...]:
+    return policy.weights, policy.kv_cache, policy.activations

@@ -117,6 +117,7 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
         gen_len=spec.workload.gen_len,
         num_prompts=asked.num_prompts,
         lossy=lossy,
+        max_latency_s=spec.max_latency_s,
     )
     if model.predictor is None:
         return Simulated(spec, question, model, Status.UNAVAILABLE, NO_MODEL)
@@ -150,7 +151,8 @@ def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simu
         ran = None
     if ran is None:
         return None
-    return predict(replace(asked, spec=replace(asked.spec, policy=ran)), ran.lossy, cache)
+    spec = replace(asked.spec, policy=ran, max_latency_s=None)
+    return predict(replace(asked, spec=spec), ran.lossy, cache)
 
 
 def as_recorded(row: Simulated) -> dict[str, Any]:

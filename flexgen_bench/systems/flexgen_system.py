@@ -76,6 +76,7 @@ class FlexGenSystem(System):
             [Request(workload.prompt_len, workload.gen_len)] * workload.num_prompts,
             batch_size,
             self.spec.lossy,
+            max_latency_s=self.spec.max_latency_s,
         )
         self._engine = weights.engine(policy, device, self.files.scratch)
 
