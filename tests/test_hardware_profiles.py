@@ -174,6 +174,11 @@ REFUSED = [
     ([f"{CPU}.memory=1e10"], f"{CPU}.decode_attention.float16.1", "at most gpu.rates.cpu.memory = 1e+10"),
     (["gpu.links.disk_read=7e10"], "gpu.links.disk_read = 7000", "at most gpu.rates.cpu.memory = 6e+10"),
     (["gpu.links.disk_write=1e12"], "gpu.links.disk_write", "is the unit of one of the two wrong?"),
+    (["gpu.links.h2d=9e13"], "gpu.links.h2d = 9", "at most gpu.rates.gpu.memory = 2.7e+11"),
+    (["gpu.links.d2h=3e11"], "gpu.links.d2h = 3", "is the unit of one of the two wrong?"),
+    # A unit that was forgotten.
+    (["gpu.gpu_memory=16"], "gpu.gpu_memory = 16", "at least 1 MiB"),
+    (["gpu.cpu_memory='208'"], "gpu.cpu_memory = '208'", "as in 16GB"),
 ]  # fmt: skip
 
 

@@ -203,6 +203,8 @@ def test_a_suite_that_is_measured_in_part(run: Run, tmp_path: Path) -> None:
      (["gpu.rates.gpu.memory=1e30"], "gpu.rates.gpu.memory"),
      (["gpu.rates.cpu.step=-1"], "gpu.rates.cpu.step"),
      (["gpu.links.h2d=0"], "gpu.links.h2d"),
+     (["gpu.gpu_memory=16"], "gpu.gpu_memory = 16: must be at least 1 MiB. A plain number is bytes"),
+     (["gpu=broken"], "broken.yaml, line 3"),
      (["gpu.workload=nowhere"], "workload = 'nowhere': must be one of"),
      (["workload.prompt_len=4000"], "2048 positions"),
      (["system=wrong"], "system.predictor = 'nowhere:Nobody'"),
@@ -211,7 +213,11 @@ def test_a_suite_that_is_measured_in_part(run: Run, tmp_path: Path) -> None:
 def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     add_system(tmp_path, "wrong", "", predictor="nowhere:Nobody")
     add_system(tmp_path, "worse", "", predictor="nonsense")
-    answer = run("model=opt-30b", *([] if "gpu=t5" in arguments else ["gpu=t4"]), *arguments)
+    (tmp_path / "conf" / "gpu").mkdir()
+    # A profile that is no YAML ended in a traceback of the library that composes configurations.
+    (tmp_path / "conf" / "gpu" / "broken.yaml").write_text("name: broken\nlinks: [1\nrates: 2\n")
+    named = any(argument.startswith("gpu=") for argument in arguments)
+    answer = run("model=opt-30b", *([] if named else ["gpu=t4"]), *arguments)
     assert answer.returncode == 2, answer.stdout
     assert message in answer.stderr + answer.stdout
     assert "Traceback" not in answer.stderr
