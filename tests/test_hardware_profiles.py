@@ -115,6 +115,13 @@ def test_faster_cards_are_faster(slow: str, fast: str) -> None:
     assert one.unpack < other.unpack
 
 
+@pytest.mark.usefixtures("_hydra")
+@pytest.mark.parametrize("name", ["t4", "rtx3090"])
+def test_the_papers_machines_are_asked_in_its_dtype(name: str) -> None:
+    """In bfloat16 the original FlexGen cannot run, so beside this engine stood no prediction of it on a machine of its own paper."""
+    assert composed([f"gpu={name}"]).gpu.dtype == "float16"
+
+
 def test_a_capped_card_is_the_same_card() -> None:
     """h100-16gb has less memory than an H100, and all of its speed."""
     whole, capped = hardware_profile("h100"), hardware_profile("h100-16gb")
