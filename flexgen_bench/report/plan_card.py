@@ -146,7 +146,7 @@ def _gains(gains: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(gains, Mapping):
         return
     for what, gain in sorted(gains.items(), key=lambda item: -item[1]):
-        yield str(what), f"{gain:+.3g} tok/s" if abs(gain) > 1e-9 else "nothing"
+        yield str(what), f"at most {gain:+.3g} tok/s" if abs(gain) > 1e-9 else "nothing"
 
 
 def _as_lines(value: Any) -> list[str]:
