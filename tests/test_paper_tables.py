@@ -124,6 +124,13 @@ def test_every_printed_value_is_in_the_output_with_its_trust(tmp_path: Path, nam
         assert re.search(rf"QUOTED \([^)]*\b{row.trust}\b", grid)
 
 
+@pytest.mark.parametrize(("table", "shown"), [("t16", "| 3.50 \\["), ("t5", "| 12.90 |")])
+def test_zeros_at_the_end_are_as_in_the_paper(tmp_path: Path, table: str, shown: str) -> None:
+    """3.5 and 12.9 stood in tables that have no number of decimals."""
+    folder = run(tmp_path, "--no-simulation", "--tables", table)
+    assert shown in (folder / f"{table}.md").read_text()
+
+
 def test_the_order_is_the_papers(tmp_path: Path) -> None:
     folder = run(tmp_path, "--no-simulation", "--tables", "t2")
     lines = (folder / "t2.md").read_text().splitlines()

@@ -18,7 +18,7 @@ from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.report.cells import MARKS, STATUS_WORDS, UNKNOWN, number, one_line
-from flexgen_bench.report.printed import Printed, is_printed_machine, printed
+from flexgen_bench.report.printed_beside import printed_beside, ratio_beside, why_no_ratio
 from flexgen_bench.report.settings_text import settings_text
 
 _PLAIN_WIDTH = 160
@@ -101,15 +101,14 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     lines = [
         f"(S) = SIMULATED: predicted from the machine's constants and a model of each system. {why}"
     ]
-    if any(_printed(row, tables) for row in rows):
+    if any(printed_beside(row, tables) for row in rows):
         lines.append(
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
             "FlexGen(c) stands beside the row that compresses as it did, or may."
         )
-        if any(_ratio(row, tables) is not None for row in rows):
+        if any(ratio_beside(row, tables) is not None for row in rows):
             lines.append("Ratio = predicted / printed.")
-        else:
-            lines.append("No ratio: this is another machine than the paper's.")
+        lines += dict.fromkeys(filter(None, (why_no_ratio(row, tables) for row in rows)))
     if any(row.question.num_prompts is None for row in rows):
         lines.append(
             "As in the paper, each system runs as many prompts as one block of its own holds (four of them "
@@ -121,7 +120,7 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
 
 def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
     """The row as JSON values; figures unrounded, units in their names."""
-    asked, quoted = row.question, _printed(row, tables)
+    asked, quoted = row.question, printed_beside(row, tables)
     policy = row.spec.policy
     data: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
@@ -203,28 +202,6 @@ def _order(row: Simulated) -> tuple[Any, ...]:
     return (-speed, list(Status).index(row.status), row.label)
 
 
-def _printed(row: Simulated, tables: Path) -> Printed | None:
-    """The paper's row of this system and job; of compressed ones, the one that compresses the same. A system that was free to
-    compress less, as the paper's authors were, stands beside it whatever it chose."""
-    asked, name = row.question, row.model.printed_as
-    compressed = not row.lossy.is_exact
-    found = printed(tables, name, compressed, asked.shape.name, asked.prompt_len, asked.gen_len)
-    if found is None or found.lossy == row.lossy:
-        return found
-    free = row.model.follows_policy and row.spec.policy is None and not found.lossy.is_exact
-    within = all(getattr(row.question.lossy, name) is not None for name in found.lossy.changed)
-    return found if free and within else None
-
-
-def _ratio(row: Simulated, tables: Path) -> float | None:
-    quoted = _printed(row, tables)
-    if row.prediction is None or quoted is None or not quoted.tok_per_s:
-        return None
-    if not is_printed_machine(tables, row.hardware):
-        return None
-    return row.prediction.tok_per_s / quoted.tok_per_s
-
-
 def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plain: bool) -> Table:
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
@@ -242,7 +219,7 @@ def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plai
 
 def cells(row: Simulated, tables: Path) -> dict[str, str]:
     """The texts of one row, by column."""
-    quoted, ratio = _printed(row, tables), _ratio(row, tables)
+    quoted, ratio = printed_beside(row, tables), ratio_beside(row, tables)
     texts = {
         "System": row.label,
         "Evidence": UNKNOWN if row.model.predictor is None else Evidence.SIMULATED.value,
@@ -252,10 +229,9 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
         "Paper decode": UNKNOWN,
     }
     if quoted is not None:
-        value = "OOM" if quoted.tok_per_s is None else number(quoted.tok_per_s)
-        texts["Paper tok/s"] = value + _Q
-        if quoted.decode_tok_per_s is not None:
-            texts["Paper decode"] = number(quoted.decode_tok_per_s) + _Q
+        texts["Paper tok/s"] = quoted.generation.value + _Q
+        if quoted.decoding is not None:
+            texts["Paper decode"] = quoted.decoding.value + _Q
     done = row.prediction
     if done is not None:
         decode = done.decode_tok_per_s
