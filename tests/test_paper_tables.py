@@ -23,6 +23,7 @@ from flexgen_bench.config import conf_dir, hardware_profile, model_spec
 from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.record import Sample, SystemReport
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -311,10 +312,63 @@ def test_answers_are_kept_until_something_that_decides_them_changes(
     run(tmp_path)
     every = len({repr((sorted(o.items()), q)) for o, q in FakePredictor.asked})
     assert len(json.loads(kept.read_text())["answers"]) == every
-    kept.write_text(text[:200])
-    run(tmp_path, "--tables", "t2", status=2)
-    assert "predictions.json does not hold predictions" in capsys.readouterr().err
-    run(tmp_path, "--tables", "t2", "--no-simulation")
+
+
+def test_an_answer_that_is_kept_says_all_that_a_new_one_says(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    fakes[1] = engine_that("overlaps", "kv_alone")
+    first = rows_of(run(tmp_path, "--tables", "t2,t3"), "t3")
+    asked = len(FakePredictor.asked)
+    assert rows_of(run(tmp_path, "--tables", "t2,t3"), "t3") == first
+    assert len(FakePredictor.asked) == asked
+
+
+def engine_that(*does: str) -> ConfiguredSystem:
+    constants = {"slow": 0.1, **dict.fromkeys(does, 1.0)}
+    return system("flexgen", "FlexGen", {"policy": None}, constants=constants)
+
+
+def test_phases_that_overlap_have_no_throughput_of_their_own(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    """The decoding of this engine's continuous jobs, prefill included, was divided by the paper's decoding alone."""
+    fakes[1] = engine_that("overlaps")
+    folder = run(tmp_path, "--tables", "t3")
+    where = {"system": "FlexGen", "model": "OPT-30B", "gpus": "1"}
+    decoding = only(rows_of(folder, "t3"), metric="decoding throughput", **where)
+    assert (decoding["ours"], decoding["ours_ratio"], decoding["ours_evidence"]) == ("-", "", "-")
+    assert float(decoding["simulated"]) > 0
+    whole = only(rows_of(folder, "t3"), metric="generation throughput", **where)
+    assert whole["ours"] == "160"
+    page = (folder / "t3.md").read_text()
+    assert "flexgen: its blocks overlap" in page[page.index("## Why there is no number") :]
+
+
+def test_what_is_compressed_is_named_and_not_what_might_be(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    """Where the search chose to compress the KV cache alone, the row said weights, too: they were permitted."""
+    fakes[1] = engine_that("kv_alone")
+    folder = run(tmp_path, "--tables", "t2,t15,t16,fig1")
+    row = only(rows_of(folder, "t2"), system="FlexGen(c)", model="OPT-30B", table="T2", prompt_len="512")  # fmt: skip
+    assert row["ours_lossy"] == "4-bit KV"
+    for name in ("t2", "t15", "t16", "fig1"):
+        page = (folder / f"{name}.md").read_text()
+        assert "this engine, 4-bit KV" in page, name
+        assert "4-bit weights, 4-bit KV" not in page, name
+
+
+def test_a_record_of_blocks_that_overlap_tells_no_phases(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    policy = Policy(8, 4, schedule=Schedule.CONTINUOUS)
+    put(tmp_path, paper_cell("flexgen"), report=SystemReport(requested=policy.to_dict()))
+    rows = rows_of(run(tmp_path, "--tables", "t3"), "t3")
+    where = {"system": "FlexGen", "model": "OPT-30B", "gpus": "1"}
+    whole = only(rows, metric="generation throughput", **where)
+    assert (whole["ours"], whole["ours_evidence"]) == ("16", "MEASURED")
+    assert only(rows, metric="decoding throughput", **where)["ours"] == "-"
 
 
 def test_an_answer_depends_on_the_code_that_gave_it(

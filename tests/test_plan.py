@@ -85,6 +85,16 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     assert written(tmp_path) == []
 
 
+def test_the_card_of_a_job_whose_blocks_overlap(run: Run, tmp_path: Path) -> None:
+    """It told seconds of a prefill that was over before the machine could have done it: most prompts were computed later."""
+    add_system(tmp_path, "fake", "Overlapping")
+    lines = card(run("model=opt-30b", "gpu=t4", "system=fake", module=PLAN))
+    assert lines["time"] == (
+        "prefill -, decode - (they overlap), in all 32.0s for 16 prompts in 4 blocks of 4"
+    )
+    assert lines["speed"] == "16.0 tok/s SIMULATED"
+
+
 def test_dry_run_is_the_same(run: Run, tmp_path: Path) -> None:
     add_system(tmp_path, "fake", "Plain")
     arguments = ("model=opt-30b", "gpu=t4", "system=fake")

@@ -91,6 +91,20 @@ def test_another_job_than_the_papers_has_no_ratio(run: Run, tmp_path: Path) -> N
     assert "No ratio: the paper's job is another" in answer.stdout
 
 
+def test_phases_that_overlap_have_no_times_of_their_own(run: Run, tmp_path: Path) -> None:
+    """A continuous job told the prefill of its first micro-batch as that of all prompts: 45 times what the machine can do."""
+    add_system(tmp_path, "fake", "Overlapping", printed_as="FlexGen")
+    answer = run(*T4, "system=fake")
+    (row,) = document(answer)["simulated"]
+    for name in (
+        "prefill_s", "decode_s", "prefill_tok_per_s", "decode_tok_per_s", "block_latency_s",
+    ):  # fmt: skip
+        assert row[name] is None, name
+    assert (row["total_s"], row["tok_per_s"], row["overlapped"]) == (32, 16, True)
+    assert "8.0s (S)" not in answer.stdout
+    assert "only the total means something" in answer.stdout
+
+
 def test_exact_and_in_4_bits(run: Run, tmp_path: Path) -> None:
     """The paper prints both, so both are shown, for systems that compress; asked for one, that one alone."""
     add_system(tmp_path, "both", "Compressing", printed_as="FlexGen", follows_policy=True)

@@ -109,6 +109,11 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
         if any(ratio_beside(row, tables) is not None for row in rows):
             lines.append("Ratio = predicted / printed.")
         lines += dict.fromkeys(filter(None, (why_no_ratio(row, tables) for row in rows)))
+    if any(row.prediction is not None and row.prediction.overlapped for row in rows):
+        lines.append(
+            "Prefill, decode and block latency are - where prompts are computed while others decode (a continuous schedule): "
+            "only the total means something."
+        )
     if any(row.question.num_prompts is None for row in rows):
         lines.append(
             "As in the paper, each system runs as many prompts as one block of its own holds (four of them "
@@ -158,14 +163,17 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
 
 
 def _figures(done: Prediction) -> dict[str, Any]:
+    prefill_s, decode_s = done.phases_s
     return {
         "num_prompts": done.num_prompts,
         "batch_size": done.batch_size,
         "tok_per_s": done.tok_per_s,
         "decode_tok_per_s": done.decode_tok_per_s,
         "prefill_tok_per_s": done.prefill_tok_per_s,
-        "prefill_s": done.prefill_s,
-        "decode_s": done.decode_s,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "total_s": done.total_s,
+        "overlapped": done.overlapped,
         "block_latency_s": done.block_latency_s,
         "bytes": {str(tier): count for tier, count in done.bytes.items()},
         "lane_busy_s": {str(lane): seconds for lane, seconds in done.lane_busy_s.items()},
@@ -234,13 +242,13 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
             texts["Paper decode"] = quoted.decoding.value + _Q
     done = row.prediction
     if done is not None:
-        decode = done.decode_tok_per_s
+        decode, (prefill_s, decode_s) = done.decode_tok_per_s, done.phases_s
         texts |= {
             "tok/s": number(done.tok_per_s) + _S,
             "Decode tok/s": UNKNOWN if decode is None else number(decode) + _S,
-            "Block latency": format_seconds(done.block_latency_s) + _S,
-            "Prefill": format_seconds(done.prefill_s) + _S,
-            "Decode": format_seconds(done.decode_s) + _S,
+            "Block latency": _seconds(done.block_latency_s),
+            "Prefill": _seconds(prefill_s),
+            "Decode": _seconds(decode_s),
             "Batch": str(done.batch_size),
             "Bottleneck": done.bottleneck or UNKNOWN,
             "Settings": settings_text(done.settings) or UNKNOWN,
@@ -255,6 +263,10 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
         need, there = format_bytes(row.need_bytes), format_bytes(row.capacity_bytes)
         texts[_TIER_COLUMNS[row.tier]] = f"{need}{_S} of {there}"
     return {column: texts.get(column, UNKNOWN) for column in {*_SPEED, *_HOW}}
+
+
+def _seconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else format_seconds(seconds) + _S
 
 
 _TIER_COLUMNS = {"gpu": "gpu memory", "cpu": "cpu memory", "disk": "disk"}
