@@ -314,6 +314,34 @@ def test_answers_are_kept_until_something_that_decides_them_changes(
     assert len(json.loads(kept.read_text())["answers"]) == every
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:200],
+        lambda text: text.replace('"schema_version": ', '"schema_version": 9'),
+        lambda text: text.replace('"prefill_s": ', '"prefill_s": -'),
+        lambda text: text.replace('"batch_size": ', '"batch_size": "x", "y": '),
+        lambda text: text.replace('"overlapped"', '"lapped"'),
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_file_of_answers_is_made_anew(
+    tmp_path: Path, fakes: list[ConfiguredSystem], capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
+    """It is only a cache, and ended all tables."""
+    first = rows_of(run(tmp_path, "--tables", "t2"), "t2")
+    kept = tmp_path / "results" / "predictions.json"
+    text = kept.read_text()
+    kept.write_bytes(damage(text).encode(errors="surrogateescape"))
+    capsys.readouterr()
+    assert rows_of(run(tmp_path, "--tables", "t2"), "t2") == first
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning:") and str(kept) in line]
+    assert kept.read_text() == text
+
+
 def test_an_answer_that_is_kept_says_all_that_a_new_one_says(
     tmp_path: Path, fakes: list[ConfiguredSystem]
 ) -> None:
