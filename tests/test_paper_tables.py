@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
@@ -598,6 +599,7 @@ columns: [model]
 models: {OPT-IML-30B: opt-30b}
 systems: {FlexGen: {ours: {}}}
 predict: {"HELM running time (author log)": total_min}
+assumed: [{where: {quantity: HELM running time (author log)}, num_prompts: 64, source: nobody}]
 """
 
 
@@ -616,6 +618,32 @@ def test_a_new_table_is_one_file(tmp_path: Path, fakes: list[ConfiguredSystem]) 
     assert (row["printed"], row["simulated"]) == ("1100", f"{2 * 32 / 60:.6g}")
     assert "(mine.md)" in (folder / "index.md").read_text()
     assert (folder / "t2.md").is_file()
+
+
+def test_the_table_of_the_notes_is_right(tmp_path: Path, fakes: list[ConfiguredSystem]) -> None:
+    """Its minutes were those of a block beside the paper's of a whole run, a tenth of them."""
+    notes = (Path(__file__).parents[1] / "docs" / "notes" / "paper_tables.md").read_text()
+    example = textwrap.dedent(notes.partition("```yaml\n")[2].partition("  ```")[0])
+    assert example.startswith("# conf/table/mine.yaml")
+    folder = run(tmp_path, "--config-dir", own(tmp_path, example), "--tables", "mine")
+    rows = rows_of(folder, "mine")
+    assert {r["printed"] for r in rows} == {"1100"}
+    assert {r["model"] for r in rows} == {"OPT-30B", "OPT-IML-30B"}
+    assert {r["simulated_evidence"] for r in rows} == {r["ours_evidence"] for r in rows}
+    assert {q.num_prompts for _, q in FakePredictor.asked} == {1568}
+
+
+@pytest.mark.parametrize("quantity", ["total_min", "total_s", "prefill_s", "decode_s"])
+def test_a_time_of_a_job_of_unknown_size_is_refused(
+    tmp_path: Path, fakes: list[ConfiguredSystem], capsys: pytest.CaptureFixture[str], quantity: str
+) -> None:
+    text = OWN[: OWN.index("assumed")].replace("total_min", quantity)
+    run(tmp_path, "--config-dir", own(tmp_path, text), "--tables", "mine", status=2)
+    said = capsys.readouterr().err
+    assert (
+        f"table.predict.HELM running time (author log): wikifact plaintiff = '{quantity}'" in said
+    )
+    assert "state num_prompts for these rows under assumed" in said
 
 
 def test_a_table_added_to_conf_is_found(

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from flexgen_bench.conf_schema import AssumedConf, MeasuredScoreConf, TableConf
 from flexgen_bench.core.compression import EXACT
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.answers import Answer
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
-from flexgen_bench.report.paper.quantities import quantity
+from flexgen_bench.report.paper.quantities import is_of_a_job, quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
 from flexgen_bench.report.paper.scores import Scores
@@ -85,7 +86,7 @@ class Sources:
 def build_cell(
     row: Quoted, table: TableConf, sources: Sources, notes: tuple[int, ...] = ()
 ) -> Cell:
-    """The cell of one printed row."""
+    """The cell of one printed row. Raises UserError where a job's time is asked for and nobody knows how many prompts it had."""
     conf = table.systems.get(row.system)
     assumed = [a for a in table.assumed if row.matches(a.where)]
     policy, prompts = _policy(row, assumed)
@@ -93,6 +94,9 @@ def build_cell(
     name = table.predict.get(row.metric) or table.predict.get(row.quantity)
     beside = None if conf is None else ours_beside(conf.ours)
     if name is not None and sources.simulations is not None:
+        counted = policy.num_prompts if prompts is None else prompts
+        if is_of_a_job(name) and row.names_a_job and counted is None:
+            raise _uncounted(row, name)
         asks = _Asks(row, table, sources, sources.simulations, name)
         printed_as = (conf and conf.simulated_as) or row.system
         simulated = asks.original(printed_as, policy, prompts)
@@ -202,6 +206,15 @@ class _Asks:
         if value is None and run.overlapped:
             return Beside(source=source, reason=f"{source}: {OVERLAPPED}")
         return Beside(value, NOTHING, evidence, source)
+
+
+def _uncounted(row: Quoted, name: str) -> UserError:
+    return UserError(
+        f"table.predict.{row.metric}",
+        name,
+        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} tokens it is not)",
+        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a throughput, or block_latency_s.",
+    )
 
 
 def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, int | None]:

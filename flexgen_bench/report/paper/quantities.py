@@ -23,6 +23,13 @@ _QUANTITIES: Mapping[str, Callable[[Prediction, int], float | None]] = {
     "block_latency_s": lambda run, _: run.block_latency_s,
     "batch_size": lambda run, _: float(run.batch_size),
 }
+# These are of all prompts of a job, so they say nothing beside a printed value unless both have as many.
+_OF_A_JOB = ("prefill_s", "decode_s", "total_s", "total_min")
+
+
+def is_of_a_job(name: str) -> bool:
+    """Whether the quantity depends on how many prompts the job has."""
+    return name in _OF_A_JOB
 
 
 def quantity(name: str, run: Prediction, gpus: int) -> float | None:
