@@ -20,6 +20,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from yaml import YAMLError
 
 from flexgen_bench.compose import (
     CONFIG_NAME,
@@ -76,7 +77,7 @@ def main() -> int:
         app(run_composed)()
     except UserError as error:
         return _complain(error)
-    except HydraException as error:
+    except (HydraException, YAMLError) as error:
         if traceback_wanted:
             raise
         return _complain(user_error(error))

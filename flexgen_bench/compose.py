@@ -9,11 +9,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
+from yaml import YAMLError
 
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
 from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model, typed_conf
@@ -183,7 +185,7 @@ def composed(overrides: Sequence[str]) -> AppConf:
     """The typed configuration of some overrides. Raises UserError in our words for what Hydra refuses."""
     try:
         return app_conf(compose(CONFIG_NAME, overrides=list(overrides)))
-    except HydraException as error:
+    except (HydraException, YAMLError) as error:
         raise user_error(error) from error
 
 
@@ -195,12 +197,14 @@ def composed_as(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return typed_conf(schema, compose(name, overrides=list(overrides)))
-        except HydraException as error:
+        except (HydraException, YAMLError) as error:
             raise user_error(error, schema) from error
 
 
-def user_error(error: HydraException, schema: type[Any] = AppConf) -> UserError:
-    """What Hydra objects to, naming the key and what is allowed. schema: of the configuration, for the keys there are."""
+def user_error(error: HydraException | YAMLError, schema: type[Any] = AppConf) -> UserError:
+    """What Hydra objects to, naming the key and what is allowed; or a file that is no YAML. schema: of the configuration, for the keys there are."""
+    if isinstance(error, YAMLError):
+        return _unreadable(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown_choice(group or "config", name, error.options or [])
@@ -213,6 +217,17 @@ def user_error(error: HydraException, schema: type[Any] = AppConf) -> UserError:
     return UserError(
         "command line", " ".join(lines)[:190], "key=value overrides that exist", action
     )
+
+
+def _unreadable(error: YAMLError) -> UserError:
+    """Names the group and the file with the line."""
+    reason = " ".join(str(error).split())
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:
+        return UserError("configuration", None, f"of readable YAML files ({reason})")
+    path = Path(mark.name)
+    where = f"{path}, line {mark.line + 1}"
+    return UserError(path.parent.name, where, f"a readable YAML file ({reason})")
 
 
 def _unknown_key(key: str, lines: list[str], schema: type[Any]) -> UserError:

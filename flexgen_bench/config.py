@@ -30,7 +30,7 @@ from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Polic
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.core.units import parse_bytes
+from flexgen_bench.core.units import MIB, parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.runner import machine
 
@@ -158,7 +158,7 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
     if accelerator not in known:
         raise unknown_choice("gpu.accelerator", accelerator, ["auto", *known])
     sizes = {
-        key: None if getattr(conf, key) is None else parse_bytes(getattr(conf, key), f"gpu.{key}")
+        key: None if getattr(conf, key) is None else _size(getattr(conf, key), f"gpu.{key}")
         for key in ("gpu_memory", "cpu_memory", "disk")
     }
     gpu_memory = sizes["gpu_memory"] or (gpus[0].memory_bytes if gpus else None)
@@ -173,6 +173,16 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
         sources=conf.sources,
         rates=None if conf.rates is None else Rates.from_dict(conf.rates),
     )
+
+
+def _size(given: Any, field: str) -> int:
+    """Bytes of a tier. UserError for fewer than any machine has: a unit was forgotten. (Nothing at all is refused by the profile.)"""
+    size = parse_bytes(given, field)
+    if 0 < size < MIB:
+        raise UserError(
+            field, given, "at least 1 MiB", "A plain number is bytes: write a unit, as in 16GB."
+        )
+    return size
 
 
 def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
@@ -323,16 +333,16 @@ def model_spec(name: str, weights: str | None = None, location: str | None = Non
     """
     if name not in list_models():
         raise unknown_choice("model", name, list_models())
-    node = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
-    return _model(_typed(ModelConf, node, "model."), weights, location)
+    path = conf_dir() / "model" / f"{name}.yaml"
+    return _model(load_typed(ModelConf, path, "model."), weights, location)
 
 
 def hardware_profile(name: str) -> HardwareProfile:
     """The machine ``conf/gpu/<name>.yaml`` describes, for callers that do not come through the command line.
 
-    Raises UserError listing the names for an unknown one.
+    Raises UserError listing the names for an unknown one, and naming what is wrong with a file.
     """
     known = sorted(path.stem for path in (conf_dir() / "gpu").glob("*.yaml"))
     if name not in known:
         raise unknown_choice("gpu", name, known)
-    return _hardware(_typed(GpuConf, OmegaConf.load(conf_dir() / "gpu" / f"{name}.yaml"), "gpu."))
+    return _hardware(load_typed(GpuConf, conf_dir() / "gpu" / f"{name}.yaml", "gpu."))

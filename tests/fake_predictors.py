@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.prediction import Prediction, Question
@@ -72,6 +73,14 @@ class Compressing(Plain):
     def _check(self, question: Question) -> None:
         if question.hardware.rates is None:
             raise UserError("gpu.rates", None, "given for a machine to be simulated")
+
+
+class Overlapping(Plain):
+    """Four blocks whose prompts are computed while others decode."""
+
+    def predict(self, question: Question) -> Prediction:
+        done = super().predict(replace(question, num_prompts=16))
+        return replace(done, overlapped=True)
 
 
 class WeightsOnly(Compressing):

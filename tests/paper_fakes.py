@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
@@ -10,7 +11,8 @@ from flexgen_bench.planner.predictor import Predictor
 
 
 class FakePredictor(Predictor):
-    """One second of prefill and one of decoding for each sequence of a block, times ``constants["slow"]``."""
+    """One second of prefill and one of decoding for each sequence of a block, times ``constants["slow"]``. With ``constants["overlaps"]`` the
+    two overlap; with ``constants["kv_alone"]`` it chooses to compress the KV cache alone, where it may compress."""
 
     asked: ClassVar[list[tuple[dict[str, object], Question]]] = []
 
@@ -26,6 +28,9 @@ class FakePredictor(Predictor):
         batch = options.get("batch_size") or 2
         if options.get("gpu_batch_size"):
             batch = options["gpu_batch_size"] * options["num_gpu_batches"]
+        lossy = question.lossy
+        free = "kv_alone" in self.constants and not lossy.is_exact
+        chosen = replace(lossy, weights=None) if free else None
         seconds = self.constants["slow"] * batch
         return Prediction(
             seconds,
@@ -34,4 +39,6 @@ class FakePredictor(Predictor):
             question.prompt_len,
             question.gen_len,
             batch,
+            overlapped=bool(self.constants.get("overlaps")),
+            settings={"policy": {"lossy": chosen.to_dict()}} if chosen is not None else {},
         )

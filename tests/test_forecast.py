@@ -119,7 +119,7 @@ def test_passes_between_are_on_the_line() -> None:
 
 SLOW_LINK = accelerator(h2d=2e7)
 SLOW_DISK = host(disk_read=1e7)
-SLOW_GPU = accelerator(gpu=site(flops=2e9, memory=1e9), h2d=4e10, d2h=4e10)
+SLOW_GPU = accelerator(gpu=site(flops=2e9, memory=1e9), h2d=2e10, d2h=2e10)
 QUIET = {
     "link": the_job(Policy(4, 2, CPU, GPU, GPU), SLOW_LINK),
     "link and caches": the_job(Policy(4, 2, CPU, CPU, GPU), accelerator(h2d=2e7, d2h=1e10)),

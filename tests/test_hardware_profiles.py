@@ -115,6 +115,13 @@ def test_faster_cards_are_faster(slow: str, fast: str) -> None:
     assert one.unpack < other.unpack
 
 
+@pytest.mark.usefixtures("_hydra")
+@pytest.mark.parametrize("name", ["t4", "rtx3090"])
+def test_the_papers_machines_are_asked_in_its_dtype(name: str) -> None:
+    """In bfloat16 the original FlexGen cannot run, so beside this engine stood no prediction of it on a machine of its own paper."""
+    assert composed([f"gpu={name}"]).gpu.dtype == "float16"
+
+
 def test_a_capped_card_is_the_same_card() -> None:
     """h100-16gb has less memory than an H100, and all of its speed."""
     whole, capped = hardware_profile("h100"), hardware_profile("h100-16gb")
@@ -174,6 +181,11 @@ REFUSED = [
     ([f"{CPU}.memory=1e10"], f"{CPU}.decode_attention.float16.1", "at most gpu.rates.cpu.memory = 1e+10"),
     (["gpu.links.disk_read=7e10"], "gpu.links.disk_read = 7000", "at most gpu.rates.cpu.memory = 6e+10"),
     (["gpu.links.disk_write=1e12"], "gpu.links.disk_write", "is the unit of one of the two wrong?"),
+    (["gpu.links.h2d=9e13"], "gpu.links.h2d = 9", "at most gpu.rates.gpu.memory = 2.7e+11"),
+    (["gpu.links.d2h=3e11"], "gpu.links.d2h = 3", "is the unit of one of the two wrong?"),
+    # A unit that was forgotten.
+    (["gpu.gpu_memory=16"], "gpu.gpu_memory = 16", "at least 1 MiB"),
+    (["gpu.cpu_memory='208'"], "gpu.cpu_memory = '208'", "as in 16GB"),
 ]  # fmt: skip
 
 

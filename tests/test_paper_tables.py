@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from flexgen_bench.config import conf_dir, hardware_profile, model_spec
 from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.record import Sample, SystemReport
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -122,6 +124,13 @@ def test_every_printed_value_is_in_the_output_with_its_trust(tmp_path: Path, nam
         details = f"| {row.value} | QUOTED | {row.trust} | {markdown_escape(row.source)} |"
         assert details in page
         assert re.search(rf"QUOTED \([^)]*\b{row.trust}\b", grid)
+
+
+@pytest.mark.parametrize(("table", "shown"), [("t16", "| 3.50 \\["), ("t5", "| 12.90 |")])
+def test_zeros_at_the_end_are_as_in_the_paper(tmp_path: Path, table: str, shown: str) -> None:
+    """3.5 and 12.9 stood in tables that have no number of decimals."""
+    folder = run(tmp_path, "--no-simulation", "--tables", table)
+    assert shown in (folder / f"{table}.md").read_text()
 
 
 def test_the_order_is_the_papers(tmp_path: Path) -> None:
@@ -304,10 +313,91 @@ def test_answers_are_kept_until_something_that_decides_them_changes(
     run(tmp_path)
     every = len({repr((sorted(o.items()), q)) for o, q in FakePredictor.asked})
     assert len(json.loads(kept.read_text())["answers"]) == every
-    kept.write_text(text[:200])
-    run(tmp_path, "--tables", "t2", status=2)
-    assert "predictions.json does not hold predictions" in capsys.readouterr().err
-    run(tmp_path, "--tables", "t2", "--no-simulation")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:200],
+        lambda text: text.replace('"schema_version": ', '"schema_version": 9'),
+        lambda text: text.replace('"prefill_s": ', '"prefill_s": -'),
+        lambda text: text.replace('"batch_size": ', '"batch_size": "x", "y": '),
+        lambda text: text.replace('"overlapped"', '"lapped"'),
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_file_of_answers_is_made_anew(
+    tmp_path: Path, fakes: list[ConfiguredSystem], capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
+    """It is only a cache, and ended all tables."""
+    first = rows_of(run(tmp_path, "--tables", "t2"), "t2")
+    kept = tmp_path / "results" / "predictions.json"
+    text = kept.read_text()
+    kept.write_bytes(damage(text).encode(errors="surrogateescape"))
+    capsys.readouterr()
+    assert rows_of(run(tmp_path, "--tables", "t2"), "t2") == first
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning:") and str(kept) in line]
+    assert kept.read_text() == text
+
+
+def test_an_answer_that_is_kept_says_all_that_a_new_one_says(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    fakes[1] = engine_that("overlaps", "kv_alone")
+    first = rows_of(run(tmp_path, "--tables", "t2,t3"), "t3")
+    asked = len(FakePredictor.asked)
+    assert rows_of(run(tmp_path, "--tables", "t2,t3"), "t3") == first
+    assert len(FakePredictor.asked) == asked
+
+
+def engine_that(*does: str) -> ConfiguredSystem:
+    constants = {"slow": 0.1, **dict.fromkeys(does, 1.0)}
+    return system("flexgen", "FlexGen", {"policy": None}, constants=constants)
+
+
+def test_phases_that_overlap_have_no_throughput_of_their_own(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    """The decoding of this engine's continuous jobs, prefill included, was divided by the paper's decoding alone."""
+    fakes[1] = engine_that("overlaps")
+    folder = run(tmp_path, "--tables", "t3")
+    where = {"system": "FlexGen", "model": "OPT-30B", "gpus": "1"}
+    decoding = only(rows_of(folder, "t3"), metric="decoding throughput", **where)
+    assert (decoding["ours"], decoding["ours_ratio"], decoding["ours_evidence"]) == ("-", "", "-")
+    assert float(decoding["simulated"]) > 0
+    whole = only(rows_of(folder, "t3"), metric="generation throughput", **where)
+    assert whole["ours"] == "160"
+    page = (folder / "t3.md").read_text()
+    assert "flexgen: its blocks overlap" in page[page.index("## Why there is no number") :]
+
+
+def test_what_is_compressed_is_named_and_not_what_might_be(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    """Where the search chose to compress the KV cache alone, the row said weights, too: they were permitted."""
+    fakes[1] = engine_that("kv_alone")
+    folder = run(tmp_path, "--tables", "t2,t15,t16,fig1")
+    row = only(rows_of(folder, "t2"), system="FlexGen(c)", model="OPT-30B", table="T2", prompt_len="512")  # fmt: skip
+    assert row["ours_lossy"] == "4-bit KV"
+    for name in ("t2", "t15", "t16", "fig1"):
+        page = (folder / f"{name}.md").read_text()
+        assert "this engine, 4-bit KV" in page, name
+        assert "4-bit weights, 4-bit KV" not in page, name
+
+
+def test_a_record_of_blocks_that_overlap_tells_no_phases(
+    tmp_path: Path, fakes: list[ConfiguredSystem]
+) -> None:
+    policy = Policy(8, 4, schedule=Schedule.CONTINUOUS)
+    put(tmp_path, paper_cell("flexgen"), report=SystemReport(requested=policy.to_dict()))
+    rows = rows_of(run(tmp_path, "--tables", "t3"), "t3")
+    where = {"system": "FlexGen", "model": "OPT-30B", "gpus": "1"}
+    whole = only(rows, metric="generation throughput", **where)
+    assert (whole["ours"], whole["ours_evidence"]) == ("16", "MEASURED")
+    assert only(rows, metric="decoding throughput", **where)["ours"] == "-"
 
 
 def test_an_answer_depends_on_the_code_that_gave_it(
@@ -509,6 +599,7 @@ columns: [model]
 models: {OPT-IML-30B: opt-30b}
 systems: {FlexGen: {ours: {}}}
 predict: {"HELM running time (author log)": total_min}
+assumed: [{where: {quantity: HELM running time (author log)}, num_prompts: 64, source: nobody}]
 """
 
 
@@ -527,6 +618,32 @@ def test_a_new_table_is_one_file(tmp_path: Path, fakes: list[ConfiguredSystem]) 
     assert (row["printed"], row["simulated"]) == ("1100", f"{2 * 32 / 60:.6g}")
     assert "(mine.md)" in (folder / "index.md").read_text()
     assert (folder / "t2.md").is_file()
+
+
+def test_the_table_of_the_notes_is_right(tmp_path: Path, fakes: list[ConfiguredSystem]) -> None:
+    """Its minutes were those of a block beside the paper's of a whole run, a tenth of them."""
+    notes = (Path(__file__).parents[1] / "docs" / "notes" / "paper_tables.md").read_text()
+    example = textwrap.dedent(notes.partition("```yaml\n")[2].partition("  ```")[0])
+    assert example.startswith("# conf/table/mine.yaml")
+    folder = run(tmp_path, "--config-dir", own(tmp_path, example), "--tables", "mine")
+    rows = rows_of(folder, "mine")
+    assert {r["printed"] for r in rows} == {"1100"}
+    assert {r["model"] for r in rows} == {"OPT-30B", "OPT-IML-30B"}
+    assert {r["simulated_evidence"] for r in rows} == {r["ours_evidence"] for r in rows}
+    assert {q.num_prompts for _, q in FakePredictor.asked} == {1568}
+
+
+@pytest.mark.parametrize("quantity", ["total_min", "total_s", "prefill_s", "decode_s"])
+def test_a_time_of_a_job_of_unknown_size_is_refused(
+    tmp_path: Path, fakes: list[ConfiguredSystem], capsys: pytest.CaptureFixture[str], quantity: str
+) -> None:
+    text = OWN[: OWN.index("assumed")].replace("total_min", quantity)
+    run(tmp_path, "--config-dir", own(tmp_path, text), "--tables", "mine", status=2)
+    said = capsys.readouterr().err
+    assert (
+        f"table.predict.HELM running time (author log): wikifact plaintiff = '{quantity}'" in said
+    )
+    assert "state num_prompts for these rows under assumed" in said
 
 
 def test_a_table_added_to_conf_is_found(

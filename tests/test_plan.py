@@ -73,13 +73,26 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     )
     assert lines["speed"] == "16.0 tok/s (decode 20.7 tok/s) SIMULATED"
     assert lines["bottleneck"] == "cpu memory"
-    assert lines["one more"] == "10 % faster h2d: +1.5 tok/s / 1 GB of gpu memory: +0.25 tok/s"
+    # A linear program's promise: it knows of no waiting.
+    assert lines["one more"] == (
+        "10 % faster h2d: at most +1.5 tok/s / 1 GB of gpu memory: at most +0.25 tok/s"
+    )
     assert lines["writes"] == "2.79 GiB to disk"
     assert lines["note"] == "a remark"
     assert "no NVIDIA GPU" in lines["here"]
     assert "the run is simulated" in lines["here"]
     assert [row["tok_per_s"] for row in document(answer)["simulated"]] == [pytest.approx(16)]
     assert written(tmp_path) == []
+
+
+def test_the_card_of_a_job_whose_blocks_overlap(run: Run, tmp_path: Path) -> None:
+    """It told seconds of a prefill that was over before the machine could have done it: most prompts were computed later."""
+    add_system(tmp_path, "fake", "Overlapping")
+    lines = card(run("model=opt-30b", "gpu=t4", "system=fake", module=PLAN))
+    assert lines["time"] == (
+        "prefill -, decode - (they overlap), in all 32.0s for 16 prompts in 4 blocks of 4"
+    )
+    assert lines["speed"] == "16.0 tok/s SIMULATED"
 
 
 def test_dry_run_is_the_same(run: Run, tmp_path: Path) -> None:

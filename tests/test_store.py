@@ -35,6 +35,7 @@ from flexgen_bench.store.writer import to_json, write_record
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(0, 2**60)
+amount = st.floats(0, allow_nan=False, allow_infinity=False)
 name = st.text(max_size=12)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | finite | name,
@@ -42,7 +43,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 free = st.dictionaries(name, json_values, max_size=3)
-samples = st.lists(st.builds(Sample, finite, finite, count, count, count), max_size=3).map(tuple)
+samples = st.lists(st.builds(Sample, amount, amount, count, count, count), max_size=3).map(tuple)
 times = st.datetimes(timezones=st.just(UTC)).map(lambda t: t.isoformat())
 records = st.builds(
     Record,
@@ -57,18 +58,18 @@ records = st.builds(
     rerun_command=name,
     evidence=st.sampled_from(Evidence),
     batch_size=st.none() | count,
-    load_s=st.none() | finite,
+    load_s=st.none() | amount,
     samples=samples,
     warmup_samples=samples,
-    tuning=st.lists(st.builds(TuningProbe, count, st.none() | finite, name), max_size=2).map(tuple),
+    tuning=st.lists(st.builds(TuningProbe, count, st.none() | amount, name), max_size=2).map(tuple),
     report=st.builds(
         SystemReport,
         requested=free,
         realised=free,
         planned_bytes=st.dictionaries(name, count, max_size=2),
         peak_bytes=st.dictionaries(name, count, max_size=2),
-        links=st.dictionaries(name, st.builds(LinkUse, count, finite), max_size=2),
-        lane_busy_s=st.dictionaries(name, finite, max_size=2),
+        links=st.dictionaries(name, st.builds(LinkUse, count, amount), max_size=2),
+        lane_busy_s=st.dictionaries(name, amount, max_size=2),
         lowest_tier=name,
         notes=st.lists(name, max_size=2).map(tuple),
     ),
@@ -198,6 +199,16 @@ def test_kill_at_any_moment_leaves_whole_records(tmp_path: Path) -> None:
         (lambda d: d["samples"][0].pop("decode_s"), r"samples\[0\] lacks field\(s\) decode_s"),
         (lambda d: d.update(batch_size=True), "record.batch_size must be an integer"),
         (lambda d: d.update(ended_utc="soon"), "not a time"),
+        # Seconds below zero once gave a throughput beyond all others, marked MEASURED.
+        (
+            lambda d: d["samples"][0].update(prefill_s=-1.0),
+            r"record\.samples\[0\]\.prefill_s must be at least 0, but is -1\.0",
+        ),
+        (lambda d: d["samples"][1].update(generated_tokens=-4), r"samples\[1\]\.generated_tokens"),
+        (lambda d: d.update(batch_size=-1), "record.batch_size must be at least 0, but is -1"),
+        (lambda d: d.update(load_s=-0.5), "record.load_s must be at least 0"),
+        (lambda d: d["report"]["links"]["disk_read"].update(bytes=-1), "links.disk_read.bytes"),
+        (lambda d: d["report"]["peak_bytes"].update(cpu=-1), "report.peak_bytes.cpu"),
     ],
 )
 def test_a_wrong_record_is_refused_by_file_and_field(
@@ -241,11 +252,16 @@ def test_read_all_takes_the_newest_and_lists_the_damaged(tmp_path: Path) -> None
     elsewhere = write_record(make_record(suite="disk"), tmp_path)
     damaged = tmp_path / "default" / "x--y--z--0--1.json"
     damaged.write_text('{"half": ')
+    impossible = encode(make_record("accelerate", run=3))
+    impossible["samples"][0]["prefill_s"] = -1.0
+    backwards = tmp_path / "default" / "y--y--z--0--1.json"
+    backwards.write_text(json.dumps(impossible))
     (tmp_path / "default" / ".x.json.123.tmp").write_text("{")
     found, problems = read_all(tmp_path)
     assert {s.path for s in found} == {newest, other, elsewhere}
-    assert [p.path for p in problems] == [damaged]
+    assert [p.path for p in problems] == [damaged, backwards]
     assert str(damaged) in problems[0].message
+    assert "samples[0].prefill_s" in problems[1].message
     assert read_all(tmp_path / "absent") == ([], [])
 
 

@@ -111,7 +111,8 @@ class HardwareProfile:
 
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:
-    """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster than host memory."""
+    """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster than the memories at both
+    ends (of a disk's: than host memory)."""
     for lane in PHYSICAL_LINKS:
         where = f"gpu.links.{lane}"
         rate = machine.link_rate(lane)
@@ -122,16 +123,14 @@ def _check_links(machine: HardwareProfile, rates: Rates) -> None:
                 where, None, "given for an accelerator whose rates are given",
                 f"State all of {', '.join(map(str, PHYSICAL_LINKS))} in bytes/s, or leave out gpu.rates.",
             )  # fmt: skip
-        host = rates.sites.get(Tier.CPU)
-        if (
-            rate is not None
-            and host is not None
-            and Tier.DISK in LINKS[lane]
-            and rate > host.memory
-        ):
+        ends = {tier: rates.sites[tier].memory for tier in LINKS[lane] if tier in rates.sites}
+        if rate is None or not ends:
+            continue
+        tier = max(ends, key=lambda end: ends[end])
+        if rate > ends[tier]:
             raise UserError(
-                where, rate, f"at most gpu.rates.cpu.memory = {host.memory:g} bytes/s",
-                "What is read from a disk or written to it passes host memory; is the unit of one of the two wrong?",
+                where, rate, f"at most gpu.rates.{tier}.memory = {ends[tier]:g} bytes/s",
+                "What a link moves is read from or written to that memory; is the unit of one of the two wrong?",
             )  # fmt: skip
 
 

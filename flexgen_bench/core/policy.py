@@ -139,6 +139,10 @@ class Policy:
             key=list(Tier).index,
         )
 
+    def mixes_phases(self, prompts: int) -> bool:
+        """Whether a job of so many prompts computes some of them while others decode, so that its two phases have no times of their own."""
+        return self.schedule is Schedule.CONTINUOUS and prompts > self.gpu_batch_size
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "gpu_batch_size": self.gpu_batch_size,

@@ -37,7 +37,8 @@ class Prediction:
     prefill_s: until every sequence of a block has its first token, summed over blocks; decode_s: the rest. batch_size: sequences
     that share one load of the weights. bytes: memory needed per tier, by name. lane_busy_s: seconds each lane works.
     bottleneck: the resource that bounds the run, in words. settings: what was chosen or asked for, as the system names it.
-    disk_written_bytes: by the job, in all.
+    disk_written_bytes: by the job, in all. overlapped: some prompts are computed while others decode, so only the sum of prefill_s and
+    decode_s means something, and what a phase alone would tell is None.
     """
 
     prefill_s: float
@@ -52,6 +53,12 @@ class Prediction:
     settings: Mapping[str, Any] = field(default_factory=dict)
     disk_written_bytes: int = 0
     notes: tuple[str, ...] = ()
+    overlapped: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """How many the prompts make."""
+        return max(1, -(-self.num_prompts // self.batch_size))
 
     @property
     def total_s(self) -> float:
@@ -66,14 +73,24 @@ class Prediction:
     def decode_tok_per_s(self) -> float | None:
         """Of the tokens after each sequence's first; None if there are none."""
         tokens = self.num_prompts * (self.gen_len - 1)
-        return tokens / self.decode_s if tokens and self.decode_s else None
+        return tokens / self.decode_s if tokens and self.decode_s and not self.overlapped else None
 
     @property
-    def prefill_tok_per_s(self) -> float:
-        return self.num_prompts * self.prompt_len / self.prefill_s
+    def prefill_tok_per_s(self) -> float | None:
+        return None if self.overlapped else self.num_prompts * self.prompt_len / self.prefill_s
 
     @property
-    def block_latency_s(self) -> float:
-        """Seconds from the start of a block to its last token."""
-        blocks = max(1, -(-self.num_prompts // self.batch_size))
-        return self.total_s / blocks
+    def phases_s(self) -> tuple[float, float] | tuple[None, None]:
+        """Seconds of prefill and of decode, each by itself."""
+        return (None, None) if self.overlapped else (self.prefill_s, self.decode_s)
+
+    @property
+    def block_latency_s(self) -> float | None:
+        """Seconds from the start of a block to its last token; None where blocks overlap: then it is not known from the total."""
+        return None if self.overlapped and self.blocks > 1 else self.total_s / self.blocks
+
+    def changes(self, permitted: Lossy) -> Lossy:
+        """What the results would differ by: as chosen, where a system was free to compress less than it was permitted to."""
+        policy = self.settings.get("policy") or {}
+        chosen = policy.get("lossy")
+        return permitted if chosen is None else Lossy.from_dict(dict(chosen))

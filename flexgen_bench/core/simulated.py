@@ -51,9 +51,8 @@ class Simulated:
     @property
     def lossy(self) -> Lossy:
         """What the results would differ by: as chosen, where a system was free to compress less than it was allowed to."""
-        policy = {} if self.prediction is None else self.prediction.settings.get("policy") or {}
-        chosen = policy.get("lossy")
-        return self.question.lossy if chosen is None else Lossy.from_dict(dict(chosen))
+        permitted = self.question.lossy
+        return permitted if self.prediction is None else self.prediction.changes(permitted)
 
     @property
     def hardware(self) -> HardwareProfile:

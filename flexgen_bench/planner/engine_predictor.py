@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Lane
@@ -29,6 +30,8 @@ class EnginePredictor(Predictor):
 
     def predict(self, question: Question) -> Prediction:
         """Under the policy that is given, or under the one that ``policy=auto`` comes to on a machine with nothing else in its memory."""
+        if question.num_gpus > 1:
+            raise CannotRun("this engine uses one GPU")
         rates_of(question.hardware)
         given = self.options.get("policy")
         policy = None if given is None else Policy.from_dict(dict(given))
@@ -87,11 +90,11 @@ def allowed(lossy: Lossy) -> list[Lossy]:
 def _prediction(
     task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, words: Mapping[str, Any]
 ) -> Prediction:
-    busy = times.busy_s()
+    busy, prompts = times.busy_s(), task.count(policy)
     return Prediction(
         prefill_s=times.prefill_s,
         decode_s=times.decode_s,
-        num_prompts=task.count(policy),
+        num_prompts=prompts,
         prompt_len=task.request.prompt_len,
         gen_len=task.request.gen_len,
         batch_size=policy.block_size,
@@ -100,6 +103,7 @@ def _prediction(
         bottleneck=_bottleneck(busy, times.total_s),
         settings={"policy": policy.to_dict(), **words},
         disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
+        overlapped=policy.mixes_phases(prompts),
     )
 
 

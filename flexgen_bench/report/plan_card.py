@@ -115,11 +115,10 @@ def _prediction(row: Simulated, done: Prediction) -> Iterator[tuple[str, str]]:
         capacity, used = row.hardware.capacity_bytes(tier), done.bytes.get(tier)
         if used is not None and (used or capacity):
             yield f"{tier}", _filled(used, capacity)
-    blocks = max(1, -(-done.num_prompts // done.batch_size))
-    each = "1 block" if blocks == 1 else f"{blocks} blocks"
+    each = "1 block" if done.blocks == 1 else f"{done.blocks} blocks"
     yield (
         "time",
-        f"prefill {format_seconds(done.prefill_s)}, decode {format_seconds(done.decode_s)}, in all {format_seconds(done.total_s)} "
+        f"{_phases(done)}, in all {format_seconds(done.total_s)} "
         f"for {done.num_prompts} prompts in {each} of {done.batch_size}",
     )
     decode = done.decode_tok_per_s
@@ -133,6 +132,13 @@ def _prediction(row: Simulated, done: Prediction) -> Iterator[tuple[str, str]]:
         yield "note", one_line(note, _LONG)
 
 
+def _phases(done: Prediction) -> str:
+    prefill, decode = done.phases_s
+    if prefill is None or decode is None:
+        return "prefill -, decode - (they overlap)"
+    return f"prefill {format_seconds(prefill)}, decode {format_seconds(decode)}"
+
+
 def _filled(used: int, capacity: int | None) -> str:
     if not capacity:
         return format_bytes(used)
@@ -142,11 +148,11 @@ def _filled(used: int, capacity: int | None) -> str:
 
 
 def _gains(gains: Any) -> Iterator[tuple[str, str]]:
-    """What each resource would buy, the best first."""
+    """What each resource would buy, the best first. A linear program promises it, which knows of no waiting: no more than that."""
     if not isinstance(gains, Mapping):
         return
     for what, gain in sorted(gains.items(), key=lambda item: -item[1]):
-        yield str(what), f"{gain:+.3g} tok/s" if abs(gain) > 1e-9 else "nothing"
+        yield str(what), f"at most {gain:+.3g} tok/s" if abs(gain) > 1e-9 else "nothing"
 
 
 def _as_lines(value: Any) -> list[str]:

@@ -18,7 +18,7 @@ from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.report.cells import MARKS, STATUS_WORDS, UNKNOWN, number, one_line
-from flexgen_bench.report.printed import Printed, is_printed_machine, printed
+from flexgen_bench.report.printed_beside import printed_beside, ratio_beside, why_no_ratio
 from flexgen_bench.report.settings_text import settings_text
 
 _PLAIN_WIDTH = 160
@@ -101,15 +101,19 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     lines = [
         f"(S) = SIMULATED: predicted from the machine's constants and a model of each system. {why}"
     ]
-    if any(_printed(row, tables) for row in rows):
+    if any(printed_beside(row, tables) for row in rows):
         lines.append(
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
             "FlexGen(c) stands beside the row that compresses as it did, or may."
         )
-        if any(_ratio(row, tables) is not None for row in rows):
+        if any(ratio_beside(row, tables) is not None for row in rows):
             lines.append("Ratio = predicted / printed.")
-        else:
-            lines.append("No ratio: this is another machine than the paper's.")
+        lines += dict.fromkeys(filter(None, (why_no_ratio(row, tables) for row in rows)))
+    if any(row.prediction is not None and row.prediction.overlapped for row in rows):
+        lines.append(
+            "Prefill, decode and block latency are - where prompts are computed while others decode (a continuous schedule): "
+            "only the total means something."
+        )
     if any(row.question.num_prompts is None for row in rows):
         lines.append(
             "As in the paper, each system runs as many prompts as one block of its own holds (four of them "
@@ -121,7 +125,7 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
 
 def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
     """The row as JSON values; figures unrounded, units in their names."""
-    asked, quoted = row.question, _printed(row, tables)
+    asked, quoted = row.question, printed_beside(row, tables)
     policy = row.spec.policy
     data: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
@@ -159,14 +163,17 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
 
 
 def _figures(done: Prediction) -> dict[str, Any]:
+    prefill_s, decode_s = done.phases_s
     return {
         "num_prompts": done.num_prompts,
         "batch_size": done.batch_size,
         "tok_per_s": done.tok_per_s,
         "decode_tok_per_s": done.decode_tok_per_s,
         "prefill_tok_per_s": done.prefill_tok_per_s,
-        "prefill_s": done.prefill_s,
-        "decode_s": done.decode_s,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "total_s": done.total_s,
+        "overlapped": done.overlapped,
         "block_latency_s": done.block_latency_s,
         "bytes": {str(tier): count for tier, count in done.bytes.items()},
         "lane_busy_s": {str(lane): seconds for lane, seconds in done.lane_busy_s.items()},
@@ -203,28 +210,6 @@ def _order(row: Simulated) -> tuple[Any, ...]:
     return (-speed, list(Status).index(row.status), row.label)
 
 
-def _printed(row: Simulated, tables: Path) -> Printed | None:
-    """The paper's row of this system and job; of compressed ones, the one that compresses the same. A system that was free to
-    compress less, as the paper's authors were, stands beside it whatever it chose."""
-    asked, name = row.question, row.model.printed_as
-    compressed = not row.lossy.is_exact
-    found = printed(tables, name, compressed, asked.shape.name, asked.prompt_len, asked.gen_len)
-    if found is None or found.lossy == row.lossy:
-        return found
-    free = row.model.follows_policy and row.spec.policy is None and not found.lossy.is_exact
-    within = all(getattr(row.question.lossy, name) is not None for name in found.lossy.changed)
-    return found if free and within else None
-
-
-def _ratio(row: Simulated, tables: Path) -> float | None:
-    quoted = _printed(row, tables)
-    if row.prediction is None or quoted is None or not quoted.tok_per_s:
-        return None
-    if not is_printed_machine(tables, row.hardware):
-        return None
-    return row.prediction.tok_per_s / quoted.tok_per_s
-
-
 def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plain: bool) -> Table:
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
@@ -242,7 +227,7 @@ def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plai
 
 def cells(row: Simulated, tables: Path) -> dict[str, str]:
     """The texts of one row, by column."""
-    quoted, ratio = _printed(row, tables), _ratio(row, tables)
+    quoted, ratio = printed_beside(row, tables), ratio_beside(row, tables)
     texts = {
         "System": row.label,
         "Evidence": UNKNOWN if row.model.predictor is None else Evidence.SIMULATED.value,
@@ -252,19 +237,18 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
         "Paper decode": UNKNOWN,
     }
     if quoted is not None:
-        value = "OOM" if quoted.tok_per_s is None else number(quoted.tok_per_s)
-        texts["Paper tok/s"] = value + _Q
-        if quoted.decode_tok_per_s is not None:
-            texts["Paper decode"] = number(quoted.decode_tok_per_s) + _Q
+        texts["Paper tok/s"] = quoted.generation.value + _Q
+        if quoted.decoding is not None:
+            texts["Paper decode"] = quoted.decoding.value + _Q
     done = row.prediction
     if done is not None:
-        decode = done.decode_tok_per_s
+        decode, (prefill_s, decode_s) = done.decode_tok_per_s, done.phases_s
         texts |= {
             "tok/s": number(done.tok_per_s) + _S,
             "Decode tok/s": UNKNOWN if decode is None else number(decode) + _S,
-            "Block latency": format_seconds(done.block_latency_s) + _S,
-            "Prefill": format_seconds(done.prefill_s) + _S,
-            "Decode": format_seconds(done.decode_s) + _S,
+            "Block latency": _seconds(done.block_latency_s),
+            "Prefill": _seconds(prefill_s),
+            "Decode": _seconds(decode_s),
             "Batch": str(done.batch_size),
             "Bottleneck": done.bottleneck or UNKNOWN,
             "Settings": settings_text(done.settings) or UNKNOWN,
@@ -279,6 +263,10 @@ def cells(row: Simulated, tables: Path) -> dict[str, str]:
         need, there = format_bytes(row.need_bytes), format_bytes(row.capacity_bytes)
         texts[_TIER_COLUMNS[row.tier]] = f"{need}{_S} of {there}"
     return {column: texts.get(column, UNKNOWN) for column in {*_SPEED, *_HOW}}
+
+
+def _seconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else format_seconds(seconds) + _S
 
 
 _TIER_COLUMNS = {"gpu": "gpu memory", "cpu": "cpu memory", "disk": "disk"}

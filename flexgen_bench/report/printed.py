@@ -22,13 +22,36 @@ _MACHINE = {"gpu_memory_bytes": "GPU memory", "cpu_memory_bytes": "CPU DRAM"}  #
 
 @dataclass(frozen=True)
 class Printed:
-    """tok/s as printed; "OOM" is a printed value, too. policy: how the paper ran it; lossy: what that compresses."""
+    """The rows that print tok/s of generation and, where there is one, of decoding; "OOM" is a printed value, too. lossy: what the paper's
+    policy compresses."""
 
-    tok_per_s: float | None
-    out_of_memory: bool
-    decode_tok_per_s: float | None
-    policy: str
+    generation: Quoted
+    decoding: Quoted | None = None
     lossy: Lossy = EXACT
+
+    @property
+    def tok_per_s(self) -> float | None:
+        """None if it is printed as a word."""
+        return self.generation.number
+
+    @property
+    def decode_tok_per_s(self) -> float | None:
+        return None if self.decoding is None else self.decoding.number
+
+    @property
+    def out_of_memory(self) -> bool:
+        return self.generation.value == OOM
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it is rounded to one digit ("0.01" may be anything from 0.005 to 0.015): too coarse for a ratio."""
+        digits = self.generation.value.replace(".", "").lstrip("0")
+        return self.tok_per_s is not None and len(digits) < 2
+
+    @property
+    def policy(self) -> str:
+        """How the paper ran it."""
+        return self.generation.policy
 
 
 def printed(
@@ -50,13 +73,8 @@ def printed(
     generation, decoding = _first(rows, _GENERATION), _first(rows, _DECODING)
     if generation is None:
         return None
-    return Printed(
-        tok_per_s=generation.number,
-        out_of_memory=generation.value == OOM,
-        decode_tok_per_s=None if decoding is None else decoding.number,
-        policy=generation.policy,
-        lossy=parse_policy(generation.policy).lossy if compressed else EXACT,
-    )
+    lossy = parse_policy(generation.policy).lossy if compressed else EXACT
+    return Printed(generation, decoding, lossy)
 
 
 def is_printed_machine(tables: Path, hardware: HardwareProfile) -> bool:

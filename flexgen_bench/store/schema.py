@@ -50,9 +50,10 @@ def decode_as(data: Any, kind: type[Kind], at: str) -> Kind:
 def decode(data: Any) -> Record:
     """The record that ``encode`` wrote, of this schema version or an older one.
 
-    Raises StoreError saying which field is missing, unknown or of the wrong type, and what to do.
+    Raises StoreError saying which field is missing, unknown, of the wrong type or negative, and what to do.
     """
     record: Record = _decode(_current(data), Record, "record")
+    _check_counts(record, Record, "record")
     for name in ("started_utc", "ended_utc"):
         parse_utc(getattr(record, name), f"record.{name}")
     return record
@@ -147,6 +148,28 @@ def _decode(value: Any, hint: Any, at: str) -> Any:
         item = get_args(hint)[1]
         return {k: _decode(value[k], item, f"{at}.{k}") for k in _keys(value, at)}
     return _free(value, at) if hint is Any else _scalar(value, hint, at)
+
+
+def _check_counts(value: Any, hint: Any, at: str) -> None:
+    """Raises StoreError for a number below zero: all that a record's own fields count are seconds, bytes, tokens. What it holds as free
+    mappings (hint Any) may be anything."""
+    hint = _without_none(hint)
+    if value is None or hint is Any:
+        return
+    if is_dataclass(hint) and isinstance(hint, type):
+        types = _hints(hint)
+        for f in fields(hint):
+            _check_counts(getattr(value, f.name), types[f.name], f"{at}.{f.name}")
+    elif get_origin(hint) in (tuple, Sequence):
+        for index, item in enumerate(value):
+            _check_counts(item, get_args(hint)[0], f"{at}[{index}]")
+    elif get_origin(hint) is Mapping:
+        for key, item in value.items():
+            _check_counts(item, get_args(hint)[1], f"{at}.{key}")
+    elif hint in (int, float) and value < 0:
+        raise StoreError(
+            f"{at} must be at least 0, but is {value!r}. Delete the record and measure the cell again."
+        )
 
 
 def _without_none(hint: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,21 +20,26 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.prediction import Prediction
 
 FILE = "predictions.json"
-_VERSION = 1
+_VERSION = 2
 # What every predictor is made of.
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SHARED = ("core", "planner", "schedule", "models")
-_KEPT = ("prefill_s", "decode_s", "num_prompts", "prompt_len", "gen_len", "batch_size")
+_SECONDS = ("prefill_s", "decode_s")
+_COUNTS = ("num_prompts", "prompt_len", "gen_len", "batch_size")
+_KEPT = (*_SECONDS, *_COUNTS, "overlapped")
+_WORDS = ("word", "reason", "settings", "lossy")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, or the word that stands for it (OOM, cannot run) and the reason. asked: the question in words, for readers of the file."""
+    """A prediction, or the word that stands for it (OOM, cannot run) and the reason. lossy: what the system then changes of the results,
+    in words. asked: the question in words, for readers of the file."""
 
     run: Prediction | None = None
     word: str = ""
     reason: str = ""
     settings: str = ""
+    lossy: str = ""
     asked: str = ""
 
 
@@ -44,7 +50,7 @@ def key_of(predictor: str, decides: Mapping[str, Any]) -> str:
 
 
 def load(path: Path) -> dict[str, Answer]:
-    """The answers in a file; none if there is no file. Raises StoreError naming the file if it cannot be used."""
+    """The answers in a file; none if there is no file. Raises StoreError naming the file if it cannot be read, or holds something else."""
     if not path.exists():
         return {}
     try:
@@ -52,10 +58,9 @@ def load(path: Path) -> dict[str, Answer]:
         if data["schema_version"] != _VERSION:
             raise ValueError(f"schema version {data['schema_version']}")
         return {key: _answer(told) for key, told in data["answers"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path} does not hold predictions ({type(error).__name__}: {error}). Delete it; they are then made anew."
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StoreError(f"{path} does not hold predictions ({reason})") from error
 
 
 def text_of(answers: Mapping[str, Answer]) -> str:
@@ -67,14 +72,22 @@ def text_of(answers: Mapping[str, Answer]) -> str:
 
 def _told(answer: Answer) -> dict[str, Any]:
     run = None if answer.run is None else {name: getattr(answer.run, name) for name in _KEPT}
-    words = {"word": answer.word, "reason": answer.reason, "settings": answer.settings}
+    words = {name: getattr(answer, name) for name in _WORDS}
     return {"asked": answer.asked, "run": run} | {k: v for k, v in words.items() if v}
 
 
 def _answer(told: Mapping[str, Any]) -> Answer:
-    run = None if told["run"] is None else Prediction(**{k: told["run"][k] for k in _KEPT})
-    words = {name: str(told.get(name, "")) for name in ("word", "reason", "settings")}
-    return Answer(run, asked=str(told["asked"]), **words)
+    run = None if told["run"] is None else _run({k: told["run"][k] for k in _KEPT})
+    return Answer(run, asked=str(told["asked"]), **{k: str(told.get(k, "")) for k in _WORDS})
+
+
+def _run(kept: Mapping[str, Any]) -> Prediction:
+    """Raises ValueError for what is no prediction's, TypeError for what is no number."""
+    counted = all(isinstance(kept[k], int) and kept[k] > 0 for k in _COUNTS)
+    timed = all(0 <= kept[k] < math.inf for k in _SECONDS) and sum(kept[k] for k in _SECONDS) > 0
+    if not (counted and timed and isinstance(kept["overlapped"], bool)):
+        raise ValueError(f"a run of {kept}")
+    return Prediction(**kept)
 
 
 @cache

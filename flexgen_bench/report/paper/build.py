@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from flexgen_bench.config import list_models
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.report.paper.answers import FILE, Answer, load, text_of
 from flexgen_bench.report.paper.cells import Sources
 from flexgen_bench.report.paper.curves import plot
@@ -53,13 +53,13 @@ def build_paper(
     """Write the tables ``names`` (None: all there are, with an index); returns the paths and what is wrong with other tables.
 
     problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. workers: processes that predict;
-    what they say is kept in ``results_dir``/predictions.json. Raises UserError for an unknown
-    name, and for what is wrong with the printed values themselves.
+    what they say is kept in ``results_dir``/predictions.json; if that cannot be used it is said on standard error, and all is asked anew.
+    Raises UserError for an unknown name, and for what is wrong with the printed values themselves.
     """
     recorded, unfit = usable(records)
     simulations = None
     if simulate:
-        simulations = Simulations(configured_systems(), list_models(), load(results_dir / FILE))
+        simulations = Simulations(configured_systems(), list_models(), _known(results_dir / FILE))
     scores = Scores(read_accuracy(results_dir).tasks, results_dir)
     sources = Sources(simulations, recorded, results_dir, scores)
     chosen = list_tables(own) if names is None else list(dict.fromkeys(names))
@@ -106,10 +106,19 @@ def _tables(
     return tables, errors
 
 
+def _known(path: Path) -> dict[str, Answer]:
+    """The answers kept in a file. It is only a cache: one that is damaged costs time, no table."""
+    try:
+        return load(path)
+    except StoreError as error:
+        print(f"warning: {error}; they are made anew, and replace it", file=sys.stderr)
+        return {}
+
+
 def _keep(answers: Mapping[str, Answer], results_dir: Path, write: Write) -> None:
     """Into the file of predictions, if it does not say so already."""
     path, text = results_dir / FILE, text_of(answers)
-    if answers and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+    if answers and (not path.is_file() or path.read_bytes() != text.encode()):
         write(path, text)
 
 

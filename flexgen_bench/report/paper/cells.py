@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_bench.conf_schema import AssumedConf, MeasuredScoreConf, TableConf
+from flexgen_bench.core.compression import EXACT
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.answers import Answer
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
-from flexgen_bench.report.paper.quantities import quantity
+from flexgen_bench.report.paper.quantities import is_of_a_job, quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
 from flexgen_bench.report.paper.scores import Scores
@@ -20,13 +23,19 @@ from flexgen_bench.table_conf import ours_beside
 
 NOTHING = "-"
 NO_POLICY = "no policy known"
+OVERLAPPED = (
+    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own, nor a block a latency; "
+    "only the whole job has"
+)
+_EXACT = str(EXACT)
 
 
 @dataclass(frozen=True)
 class Beside:
     """What stands beside a printed value: a number, or the word for why there is none.
 
-    evidence None: nothing was simulated or run. source: the predictor's system, or the record. settings: what it ran with.
+    evidence None: nothing was simulated or run. source: the predictor's system, or the record. settings: what it ran with. lossy: what it
+    changed of the results, in words; "" if nothing ran that says it.
     """
 
     value: float | None = None
@@ -34,12 +43,14 @@ class Beside:
     evidence: Evidence | None = None
     source: str = ""
     settings: str = ""
+    lossy: str = ""
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """printed: the paper's value; simulated: the same system; ours: this project's engine, ``ours_lossy`` naming what it changed.
+    """printed: the paper's value; simulated: the same system; ours: this project's engine, ``ours_lossy`` naming what it changed (what it might
+    change, where it has no value).
 
     unrounded: the value ratios are taken with, where the printed one is a rounding too coarse for that. assumed: in words.
     has_ratio: whether this divided by that says anything.
@@ -75,14 +86,17 @@ class Sources:
 def build_cell(
     row: Quoted, table: TableConf, sources: Sources, notes: tuple[int, ...] = ()
 ) -> Cell:
-    """The cell of one printed row."""
+    """The cell of one printed row. Raises UserError where a job's time is asked for and nobody knows how many prompts it had."""
     conf = table.systems.get(row.system)
     assumed = [a for a in table.assumed if row.matches(a.where)]
     policy, prompts = _policy(row, assumed)
-    simulated, ours, lossy = Beside(), Beside(word=table.ours_missing), ""
+    simulated, ours = Beside(), Beside(word=table.ours_missing)
     name = table.predict.get(row.metric) or table.predict.get(row.quantity)
     beside = None if conf is None else ours_beside(conf.ours)
     if name is not None and sources.simulations is not None:
+        counted = policy.num_prompts if prompts is None else prompts
+        if is_of_a_job(name) and row.names_a_job and counted is None:
+            raise _uncounted(row, name)
         asks = _Asks(row, table, sources, sources.simulations, name)
         printed_as = (conf and conf.simulated_as) or row.system
         simulated = asks.original(printed_as, policy, prompts)
@@ -96,13 +110,12 @@ def build_cell(
         ours = _measured(row, table, sources, conf.mode, score)
     elif beside is None:
         ours = Beside()
-    if beside is not None and not beside.is_exact:
-        lossy = str(beside)
+    lossy = _EXACT if beside is None else ours.lossy or str(beside)
     return Cell(
         printed=row,
         simulated=simulated,
         ours=ours,
-        ours_lossy=lossy,
+        ours_lossy="" if lossy == _EXACT else lossy,
         unrounded=next((a.unrounded for a in assumed if a.unrounded is not None), None),
         assumed="; ".join(_assumed_text(a) for a in assumed),
         has_ratio=row.quantity not in table.no_ratio,
@@ -174,8 +187,8 @@ class _Asks:
         if answer.run is None:
             evidence = Evidence.SIMULATED if answer.word == OOM else None
             return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
-        value = quantity(self.quantity, answer.run, self.row.count("gpus") or 1)
-        return Beside(value, NOTHING, Evidence.SIMULATED, name, answer.settings)
+        beside = self._of(answer.run, self.row.count("gpus") or 1, Evidence.SIMULATED, name)
+        return replace(beside, settings=answer.settings, lossy=answer.lossy)
 
     def _recorded(self, name: str, job: Job, options: Mapping[str, object]) -> Beside | None:
         found = find(self.sources.records, name, job, options)
@@ -185,8 +198,23 @@ class _Asks:
         source = path.relative_to(self.sources.results_dir).as_posix()
         if found.run is None:
             return Beside(None, OOM, record.evidence, source, reason=record.reason)
-        value = quantity(self.quantity, found.run, 1)
-        return Beside(value, NOTHING, record.evidence, source, run_text(found.run))
+        beside = self._of(found.run, 1, record.evidence, source)
+        return replace(beside, settings=run_text(found.run), lossy=str(found.lossy))
+
+    def _of(self, run: Prediction, gpus: int, evidence: Evidence, source: str) -> Beside:
+        value = quantity(self.quantity, run, gpus)
+        if value is None and run.overlapped:
+            return Beside(source=source, reason=f"{source}: {OVERLAPPED}")
+        return Beside(value, NOTHING, evidence, source)
+
+
+def _uncounted(row: Quoted, name: str) -> UserError:
+    return UserError(
+        f"table.predict.{row.metric}",
+        name,
+        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} tokens it is not)",
+        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a throughput, or block_latency_s.",
+    )
 
 
 def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, int | None]:

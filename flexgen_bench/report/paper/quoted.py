@@ -65,6 +65,11 @@ class Quoted:
         size = policy.executed or policy.block_size
         return "" if size is None else str(size)
 
+    @property
+    def names_a_job(self) -> bool:
+        """Whether it has lengths, so that there is something to ask a system for."""
+        return bool(self.prompt_len and self.gen_len)
+
     def count(self, field: str) -> int | None:
         """A length or a number of GPUs; None where the row names none."""
         text = self.text(field)

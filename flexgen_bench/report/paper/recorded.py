@@ -9,6 +9,7 @@ from typing import Any
 
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
@@ -100,4 +101,13 @@ def _run(record: Record, workload: Mapping[str, Any]) -> Prediction:
         prompt_len=workload["prompt_len"],
         gen_len=workload["gen_len"],
         batch_size=record.batch_size or workload["num_prompts"],
+        overlapped=_overlapped(record.report.requested, workload["num_prompts"]),
     )
+
+
+def _overlapped(requested: Mapping[str, Any], prompts: int) -> bool:
+    """Whether a policy of ours ran that computes prompts while others decode; other systems' settings are no such policy."""
+    try:
+        return bool(requested) and Policy.from_dict(dict(requested)).mixes_phases(prompts)
+    except (TypeError, ValueError):
+        return False

@@ -162,7 +162,8 @@ def answer(ask: Ask) -> Answer:
         return Answer(word=word, reason=f"{name}: {error}", asked=asked)
     except UserError as error:
         return Answer(word=CANNOT_RUN, reason=f"{name}: {error}", asked=asked)
-    return Answer(run, settings=run_text(run), asked=asked)
+    lossy = str(run.changes(job.lossy))
+    return Answer(run, settings=run_text(run), lossy=lossy, asked=asked)
 
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:
