@@ -253,7 +253,7 @@ def test_a_latency_for_the_policy_that_is_searched_for() -> None:
     for wrong in ("policy.max_latency_s=0", "policy.max_latency_s=-3", "policy.max_latency_s=.nan"):
         with pytest.raises(UserError, match=r"policy\.max_latency_s"):
             spec(wrong)
-    with pytest.raises(UserError, match="it is for policy=auto|a key of the policy chosen"):
+    with pytest.raises(UserError, match=r"it is for policy=auto|a key of the policy chosen"):
         spec("policy=half-disk", "policy.max_latency_s=30")
 
 
