@@ -27,7 +27,7 @@ from flexgen_bench.planner.task import Task
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
 LOOKED_AT = 10  # of all ways
 ONE_SLOT = 2  # of these, those that are looked at with a single staging slot, too
-# Steps that may be played to compare them, and to improve on them: about 30 us each.
+# Steps that may be played to compare them (for each way of compressing that is permitted), and to improve on them: about 30 us each.
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
@@ -91,11 +91,12 @@ class Search:
         ways = solver.ways(OF_A_KIND)
         found: list[Candidate] = []
         best = 0.0
-        while ways and len(found) < LOOKED_AT and self._steps < START_BUDGET:
+        budget = START_BUDGET * len(self.task.packed)
+        while ways and len(found) < LOOKED_AT and self._steps < budget:
             ways.sort(key=lambda way: -way[0].tok_per_s)
             for way in ways:
                 fitted = None
-                if self._steps >= START_BUDGET:
+                if self._steps >= budget:
                     break
                 while way and fitted is None and way[0].tok_per_s > best:
                     fitted = solver.fitted(way.pop(0))
