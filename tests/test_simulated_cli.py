@@ -96,12 +96,10 @@ def test_phases_that_overlap_have_no_times_of_their_own(run: Run, tmp_path: Path
     add_system(tmp_path, "fake", "Overlapping", printed_as="FlexGen")
     answer = run(*T4, "system=fake")
     (row,) = document(answer)["simulated"]
-    for name in (
-        "prefill_s", "decode_s", "prefill_tok_per_s", "decode_tok_per_s", "block_latency_s",
-    ):  # fmt: skip
+    for name in ("prefill_s", "decode_s", "prefill_tok_per_s", "decode_tok_per_s"):
         assert row[name] is None, name
+    assert row["block_latency_s"] > 0
     assert (row["total_s"], row["tok_per_s"], row["overlapped"]) == (32, 16, True)
-    assert "8.0s (S)" not in answer.stdout
     assert "only the total means something" in answer.stdout
 
 

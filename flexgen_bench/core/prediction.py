@@ -85,9 +85,10 @@ class Prediction:
         return (None, None) if self.overlapped else (self.prefill_s, self.decode_s)
 
     @property
-    def block_latency_s(self) -> float | None:
-        """Seconds from the start of a block to its last token; None where blocks overlap: then it is not known from the total."""
-        return None if self.overlapped and self.blocks > 1 else self.total_s / self.blocks
+    def block_latency_s(self) -> float:
+        """Seconds from the start of a block to its last token; where blocks overlap, what a sequence takes on average (a block's worth of sequences
+        starts and ends in that time), the job's start and end shared out."""
+        return self.total_s / self.blocks
 
     def changes(self, permitted: Lossy) -> Lossy:
         """What the results would differ by: as chosen, where a system was free to compress less than it was permitted to."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.units import GB
+from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.report.paper.policy_text import parse_policy
 from flexgen_bench.report.paper.quoted import OOM, Quoted, read_quoted
 
@@ -78,10 +78,12 @@ def printed(
 
 
 def is_printed_machine(tables: Path, hardware: HardwareProfile) -> bool:
-    """Whether a profile is the machine of the paper's single-GPU tables, so that a ratio says something about the prediction."""
+    """Whether a profile is the machine of the paper's single-GPU tables, so that a ratio says something about the prediction. Memory modules
+    hold powers of two, so its GB may be GiB."""
     sizes = {row.metric: row.number for row in _rows(tables) if row.table == _MACHINE_TABLE}
     return hardware.device_match == _DEVICE and all(
-        getattr(hardware, key) == (sizes.get(name) or 0) * GB for key, name in _MACHINE.items()
+        getattr(hardware, key) in ((sizes.get(name) or 0) * GB, (sizes.get(name) or 0) * GIB)
+        for key, name in _MACHINE.items()
     )
 
 
