@@ -111,8 +111,8 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
         lines += dict.fromkeys(filter(None, (why_no_ratio(row, tables) for row in rows)))
     if any(row.prediction is not None and row.prediction.overlapped for row in rows):
         lines.append(
-            "Prefill, decode and block latency are - where prompts are computed while others decode (a continuous schedule): "
-            "only the total means something."
+            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and block "
+            "latency is what a sequence takes on average."
         )
     if any(row.question.num_prompts is None for row in rows):
         lines.append(

@@ -24,7 +24,7 @@ from flexgen_bench.table_conf import ours_beside
 NOTHING = "-"
 NO_POLICY = "no policy known"
 OVERLAPPED = (
-    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own, nor a block a latency; "
+    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own; "
     "only the whole job has"
 )
 _EXACT = str(EXACT)

@@ -21,6 +21,8 @@ _QUANTITIES: Mapping[str, Callable[[Prediction, int], float | None]] = {
     "total_s": lambda run, _: run.total_s,
     "total_min": lambda run, _: run.total_s / 60,
     "block_latency_s": lambda run, _: run.block_latency_s,
+    # From the start of what is simulated to its last token: of the row's prompts, or of a block where it says no number.
+    "latency_s": lambda run, _: run.total_s,
     "batch_size": lambda run, _: float(run.batch_size),
 }
 # These are of all prompts of a job, so they say nothing beside a printed value unless both have as many.
