@@ -64,10 +64,10 @@ def test_opt_30b_on_a_t4(tmp_path: Path) -> None:
     text = refused(spec("model=opt-30b", "gpu=t4"), tmp_path)
     for part in (
         "no NVIDIA GPU whose name contains 'T4'",
-        "193.72 GiB of host memory",
+        "208.00 GiB of host memory",
         "55.83 GiB for weights (bfloat16)",
         "84.00 MiB of KV cache for each sequence of 32+32 tokens (5.25 GiB for all 64)",
-        "gpu=t4 stands for 14.90 GiB of GPU memory, 193.72 GiB of host memory, 1.36 TiB of disk",
+        "gpu=t4 stands for 14.90 GiB of GPU memory, 208.00 GiB of host memory, 1.36 TiB of disk",
         "Here: no NVIDIA GPU, 16.00 GiB of host memory, 100.00 GiB free",
         "model=opt-30b gpu=auto: its weights fit streamed from disk (takes 57.68 GiB of it)",
         "fits in memory here is opt-6.7b (12.40 GiB): model=opt-6.7b gpu=auto",
@@ -109,9 +109,15 @@ def test_a_finished_checkpoint_needs_no_more_disk(
 
 
 def test_the_right_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the memory of the profile as a kernel tells it, or counted in GB."""
     gpu(monkeypatch, "Tesla T4", 15360 * 2**20)
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 208 * GB)
-    assert explain(spec("model=opt-6.7b", "gpu=t4"), tmp_path) is None
+    for memory in (204 * GIB, 208 * GB):
+        monkeypatch.setattr(machine, "memory_bytes", lambda memory=memory: memory)
+        assert explain(spec("model=opt-6.7b", "gpu=t4"), tmp_path) is None
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 180 * GIB)
+    refusal = explain(spec("model=opt-6.7b", "gpu=t4"), tmp_path)
+    assert refusal is not None
+    assert "208.00 GiB of host memory, more than there is here" in refusal.machine
 
 
 def test_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

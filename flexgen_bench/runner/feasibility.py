@@ -87,12 +87,16 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
     )
 
 
+# Of the memory that a machine is said to have, what programs may find: firmware and kernel keep some, and GB are taken for GiB.
+_FOUND = 0.92
+
+
 def _machine_reasons(hardware: HardwareProfile) -> list[str]:
     reasons = []
     if hardware.accelerator is Accelerator.CUDA:
         reasons += _gpu_reasons(hardware)
     cap = hardware.cpu_memory_bytes
-    if cap is not None and cap > machine.memory_bytes():
+    if cap is not None and _FOUND * cap > machine.memory_bytes():
         reasons.append(
             f"the profile has {format_bytes(cap)} of host memory, more than there is here"
         )
