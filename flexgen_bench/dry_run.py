@@ -32,18 +32,25 @@ def cards(
     """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, on first use, what ``rates`` measures."""
     known = known_shapes()
     refusals = [explain(cell.spec, cache, known) for cell in cells]
-    elsewhere = [refusal is not None and bool(refusal.machine) for refusal in refusals]
-    cells = [cell if e else rates.of(cell) for cell, e in zip(cells, elsewhere, strict=True)]
+    known_here = [
+        cell if _is_elsewhere(refusal) else rates.of(cell)
+        for cell, refusal in zip(cells, refusals, strict=True)
+    ]
     asked = [
-        (label(cell), asked_of(cell) if e else asked_here(cell))
-        for cell, e in zip(cells, elsewhere, strict=True)
+        (label(cell), asked_of(cell) if _is_elsewhere(refusal) else asked_here(cell))
+        for cell, refusal in zip(known_here, refusals, strict=True)
     ]
     rows = simulate(asked, cache, rates.tell)
     return [
         _card(row, cell, refusal, suite, results, cache)
-        for cell, refusal, own in zip(cells, refusals, rows, strict=True)
+        for cell, refusal, own in zip(known_here, refusals, rows, strict=True)
         for row in own
     ]
+
+
+def _is_elsewhere(refusal: Refusal | None) -> bool:
+    """Whether the cell is of a machine that is not this one."""
+    return refusal is not None and bool(refusal.machine)
 
 
 def _card(
@@ -54,7 +61,7 @@ def _card(
     results: Path,
     cache: Path,
 ) -> Card:
-    elsewhere = refusal is not None and bool(refusal.machine)
+    elsewhere = _is_elsewhere(refusal)
     return Card(
         row=row,
         name=cell.name,

@@ -19,6 +19,8 @@ from flexgen_bench.runner.dummy_weights import REPEATED_FROM_BYTES
 _CARD_SHARE = 0.93
 # A process, its libraries and the page cache need their part of the memory, too.
 _USABLE_SHARE = 0.85
+# Of the memory that a machine is said to have, what programs may find: firmware and kernel keep some, and GB are taken for GiB.
+_FOUND_SHARE = 0.92
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,12 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
     )
 
 
-# Of the memory that a machine is said to have, what programs may find: firmware and kernel keep some, and GB are taken for GiB.
-_FOUND = 0.92
-
-
 def _machine_reasons(hardware: HardwareProfile) -> list[str]:
     reasons = []
     if hardware.accelerator is Accelerator.CUDA:
         reasons += _gpu_reasons(hardware)
     cap = hardware.cpu_memory_bytes
-    if cap is not None and _FOUND * cap > machine.memory_bytes():
+    if cap is not None and _FOUND_SHARE * cap > machine.memory_bytes():
         reasons.append(
             f"the profile has {format_bytes(cap)} of host memory, more than there is here"
         )
