@@ -27,6 +27,7 @@ from flexgen_bench.compose import (
     Cell,
     Plan,
     check_groups,
+    overrides_last,
     plan,
     user_error,
     without_null_groups,
@@ -73,7 +74,7 @@ def main() -> int:
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
         check_groups(sys.argv[1:])
-        sys.argv[1:] = without_null_groups(sys.argv[1:])
+        sys.argv[1:] = overrides_last(without_null_groups(sys.argv[1:]))
         app(run_composed)()
     except UserError as error:
         return _complain(error)

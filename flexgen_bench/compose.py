@@ -30,6 +30,11 @@ _NAME = re.compile(
     r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*"
 )
 _OPTIONAL = ("system", "suite")
+# Hydra's own, whose value is the next word.
+_OPTIONS_WITH_VALUE = (
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
+    "--experimental-rerun", "--info", "-i", "--package", "-p",
+)  # fmt: skip
 # What a command line says about the run, and not about a cell.
 _NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run")
 
@@ -125,6 +130,18 @@ def without_null_groups(arguments: Sequence[str]) -> list[str]:
     """Hydra takes no null for a group's choice: every system is the default, and a suite is taken out."""
     dropped = {"system=null": [], "suite=null": ["~suite"]}
     return [word for argument in arguments for word in dropped.get(argument, [argument])]
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """The same with overrides behind options, in their order: Hydra's parser knows no overrides on both sides of ``--config-dir``."""
+    before: list[str] = []
+    overrides: list[str] = []
+    previous = ""
+    for word in arguments:
+        is_override = not word.startswith("-") and previous not in _OPTIONS_WITH_VALUE
+        (overrides if is_override else before).append(word)
+        previous = word
+    return before + overrides
 
 
 def key_of(override: str) -> str:

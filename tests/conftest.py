@@ -11,14 +11,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paper_fakes import FakePredictor
+from paper_report import ORIGINAL_OPTIONS, system
 
 from flexgen_bench.config import model_spec
 from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.report.paper import build
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
+from flexgen_bench.table_conf import ConfiguredSystem
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,3 +82,20 @@ def smollm2(shared_cache: Path) -> tuple[ModelSpec, Path]:
     """The trained model of the package index, in float32: its spec and its checkpoint folder."""
     spec = model_spec("smollm2-135m")
     return spec, prepare_checkpoint(spec, DType.FLOAT32, shared_cache, no_progress)
+
+
+@pytest.fixture
+def fake_systems(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ConfiguredSystem]]:
+    """Systems under the paper's names whose predictions are known; ``flexgen`` is this engine, and ten times as fast."""
+    systems = [
+        system(
+            "one", "Accelerate", {"offload": "auto"}, choices={"offload": ["auto", "cpu", "disk"]}
+        ),
+        system("flexgen", "FlexGen", {"policy": None}, constants={"slow": 0.1}),
+        system("two", "FlexGen", dict.fromkeys(ORIGINAL_OPTIONS)),
+        system("three", "DeepSpeed ZeRO-Inference", {"offload": "cpu"}, predictor=None),
+    ]
+    monkeypatch.setattr(build, "configured_systems", lambda: systems)
+    FakePredictor.asked.clear()
+    yield systems
+    FakePredictor.asked.clear()

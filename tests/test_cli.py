@@ -127,7 +127,8 @@ def test_a_model_of_your_own(run, tmp_path: Path) -> None:  # type: ignore[no-un
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "model" / "mine.yaml").write_text(text)
     (tmp_path / "conf" / "model" / "wrong.yaml").write_text(text + "colour: blue\n")
-    answer = run("--config-dir", "conf", "model=mine", "gpu=gpu16", "system=flexgen")
+    # Between overrides: Hydra's parser took only those before it.
+    answer = run("model=mine", "--config-dir", "conf", "gpu=gpu16", "system=flexgen")
     assert "mine on gpu=gpu16 cannot be measured" in answer.stdout
     answer = run("--config-dir", "conf", "model=wrong", "gpu=gpu16", "system=flexgen")
     assert answer.returncode == 2

@@ -21,7 +21,8 @@ from flexgen_bench.core.metrics import (
     summaries,
     summarise,
 )
-from flexgen_bench.core.record import LinkUse, Sample
+from flexgen_bench.core.policy import Policy, Schedule
+from flexgen_bench.core.record import LinkUse, Metric, Sample
 from flexgen_bench.core.status import Evidence
 
 seconds = st.floats(0.01, 1000)
@@ -111,6 +112,20 @@ def test_what_samples_do_not_define_is_absent_rather_than_infinite() -> None:
     unknown_batch = metrics(make_record(batch_size=None))
     assert "first_token_s" not in unknown_batch
     assert GENERATION in unknown_batch
+
+
+def test_phases_that_overlap_have_no_figures_of_their_own() -> None:
+    """A continuous run's "prefill" was the time until its first sequence decoded, and stood in the tables as its prefill throughput."""
+    policy = Policy(2, 2, schedule=Schedule.CONTINUOUS)
+
+    def of(policy: Policy) -> dict[str, Metric]:
+        record = make_record()
+        return metrics(replace(record, report=replace(record.report, requested=policy.to_dict())))
+
+    assert set(of(policy)) == {GENERATION, "total_s"}
+    at_once = replace(policy, gpu_batch_size=4, num_gpu_batches=1)
+    for phases_follow in (at_once, replace(policy, schedule=Schedule.BLOCK)):
+        assert list(of(phases_follow)) == list(DEFINITIONS)
 
 
 def test_link_rate() -> None:

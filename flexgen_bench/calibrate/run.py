@@ -11,6 +11,7 @@ from typing import Any
 
 from flexgen_bench.calibrate.attention import apart, decode_probes, prefill_probes
 from flexgen_bench.calibrate.disk import disk_probes
+from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
 from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
 from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, unpack_probe
@@ -35,7 +36,7 @@ def calibrate(
 ) -> tuple[Calibration, Mapping[str, Reading]]:
     """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
 
-    Also returns every reading by its name. Raises StoreError for what the disk refuses, MemoryError if the machine has no room.
+    Also returns every reading by its name, as a job meets it (``disturbance.py``). Raises StoreError for what the disk refuses, MemoryError if the machine has no room.
     """
     notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
     with open_probes(effort, threads, disk_dir) as (probes, direct):
@@ -44,6 +45,11 @@ def calibrate(
         others = Others()
         readings = measure(probes, effort.patience, tell)
         notes += filter(None, [others.note()])
+    notes += [
+        f"{tier}: work took {factor:.3f} times as long as in undisturbed moments; its constants are that much slower"
+        for tier, factor in slowdowns(readings).items()
+    ]
+    readings = as_met(readings)
     return _calibration(readings, effort, describe(threads), notes), readings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # Calls of one sample are as many as fill its time, within reason.
@@ -37,13 +37,14 @@ class Probe:
 @dataclass(frozen=True)
 class Reading:
     """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their median.
-    amount: of a call."""
+    amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at ``rate``."""
 
     rate: float
     spread: float
     samples: int
     stable: bool
     amount: float = field(default=1.0, compare=False)
+    slowdowns: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def seconds(self) -> float:
@@ -94,25 +95,27 @@ def measure(
     samples: dict[str, list[float]] = {probe.name: [] for probe in probes}
     assert len(samples) == len(probes), "names tell constants apart"
     calls: dict[str, int] = {}
+    first: set[str] = set()  # those whose first call is a sample
     for probe in probes:
         seconds = _timed(probe, 1, clock)
         calls[probe.name] = _enough(seconds, patience)
         if seconds > _LONG * patience.sample_s:
             samples[probe.name].append(probe.amount / seconds)
+            first.add(probe.name)
         tell(Progress(0, 0, len(probes), clock() - begin))
     waiting, number = list(probes), 0
     while waiting:
         number += 1
         for probe in waiting:
             if number > _FEWEST_ROUNDS and clock() - begin > patience.budget_s:
-                return _readings(probes, samples, patience)
+                return _readings(probes, samples, first, patience)
             seconds = _timed(probe, calls[probe.name], clock) / calls[probe.name]
             samples[probe.name].append(probe.amount / seconds)
             # The first call may have been slow for other reasons than its work.
             calls[probe.name] = _enough(seconds, patience)
             tell(Progress(number, len(probes) - len(waiting), len(probes), clock() - begin))
         waiting = [p for p in waiting if not _is_stable(samples[p.name], patience)]
-    return _readings(probes, samples, patience)
+    return _readings(probes, samples, first, patience)
 
 
 def _timed(probe: Probe, calls: int, clock: Callable[[], float]) -> float:
@@ -135,12 +138,18 @@ def _is_stable(rates: Sequence[float], patience: Patience) -> bool:
 
 
 def _readings(
-    probes: Sequence[Probe], samples: Mapping[str, Sequence[float]], patience: Patience
+    probes: Sequence[Probe],
+    samples: Mapping[str, Sequence[float]],
+    first: Collection[str],
+    patience: Patience,
 ) -> dict[str, Reading]:
     found = {}
     for probe in probes:
         rates = samples[probe.name]
         stable, last = _is_stable(rates, patience), rates[-patience.last :]
         median = statistics.median(last if stable else rates)
-        found[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount)
+        slowdowns = tuple(median / rate for rate in rates[probe.name in first :])
+        found[probe.name] = Reading(
+            median, spread_of(last), len(rates), stable, probe.amount, slowdowns
+        )
     return found

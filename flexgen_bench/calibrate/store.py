@@ -26,7 +26,7 @@ from flexgen_bench.runner import machine
 from flexgen_bench.runner.environment import cpu_model
 
 # Raised when what a constant means, or how it is measured, has changed: older files are measured again.
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = "calibration"
 _ADVICE = "Measure again with: python -m flexgen_bench.calibrate"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import LinkUse, Metric, Record, Sample
 from flexgen_bench.core.status import Evidence
 
@@ -40,7 +41,7 @@ class IntervalKind(StrEnum):
 class Definition:
     """How a metric is computed: sum of ``numerator`` / sum of ``denominator`` over repetitions.
 
-    Both see one repetition and the number of batches its prompts were split into.
+    Both see one repetition and the number of batches its prompts were split into. of_a_phase: needs the time of prefill or decode alone.
     """
 
     unit: str
@@ -48,6 +49,7 @@ class Definition:
     numerator: Callable[[Sample, int], float]
     denominator: Callable[[Sample, int], float]
     needs_batch_size: bool = False
+    of_a_phase: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,17 @@ def _later_steps(sample: Sample, batches: int) -> float:
 DEFINITIONS: dict[str, Definition] = {
     # Generated tokens / (prefill time + decode time): the throughput of the FlexGen paper (section 6).
     GENERATION: Definition(
-        "tok/s", True, lambda s, _: s.generated_tokens, lambda s, _: s.prefill_s + s.decode_s
+        "tok/s",
+        True,
+        lambda s, _: s.generated_tokens,
+        lambda s, _: s.prefill_s + s.decode_s,
+        of_a_phase=False,
     ),
     PREFILL: Definition("tok/s", True, lambda s, _: s.prompt_tokens, lambda s, _: s.prefill_s),
     DECODE: Definition("tok/s", True, lambda s, _: s.decode_tokens, lambda s, _: s.decode_s),
-    "total_s": Definition("s", False, lambda s, _: s.prefill_s + s.decode_s, lambda *_: 1),
+    "total_s": Definition(
+        "s", False, lambda s, _: s.prefill_s + s.decode_s, lambda *_: 1, of_a_phase=False
+    ),
     "prefill_s": Definition("s", False, lambda s, _: s.prefill_s, lambda *_: 1),
     "decode_s": Definition("s", False, lambda s, _: s.decode_s, lambda *_: 1),
     # Time from the start of a batch until each of its prompts has its first token, mean over batches.
@@ -96,13 +104,16 @@ def _parts(record: Record, name: str) -> list[tuple[float, float]] | None:
     """Numerator and denominator of every repetition, or None where the metric is not defined.
 
     Not defined: no samples, a repetition whose denominator is zero (decode throughput of a one-token
-    generation), or an unknown batch size where the metric needs one.
+    generation), an unknown batch size where the metric needs one, or phases that overlap where it needs one of them.
     """
     definition = DEFINITIONS[name]
+    policy = Policy.stated_in(record.report.requested)
     if not record.samples or (definition.needs_batch_size and not record.batch_size):
         return None
     parts = []
     for sample in record.samples:
+        if definition.of_a_phase and policy and policy.mixes_phases(_sequences(sample)):
+            return None
         batches = math.ceil(_sequences(sample) / record.batch_size) if record.batch_size else 0
         top = float(definition.numerator(sample, batches))
         bottom = float(definition.denominator(sample, batches))

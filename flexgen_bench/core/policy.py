@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -168,6 +169,14 @@ class Policy:
         if isinstance(known.get("lossy"), dict):
             known["lossy"] = Lossy.from_dict(known["lossy"])
         return Policy(**known)
+
+    @staticmethod
+    def stated_in(settings: Mapping[str, Any]) -> Policy | None:
+        """The policy that a system says it has run; None for settings that are no policy of ours, as those of other systems."""
+        try:
+            return Policy.from_dict(dict(settings)) if settings else None
+        except (TypeError, ValueError):
+            return None
 
 
 def agreed_lossy(lossy: Lossy, policy: Policy | None) -> Lossy:

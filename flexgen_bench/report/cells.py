@@ -92,46 +92,33 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 def legend(rows: Sequence[Row]) -> list[str]:
     """What the signs in these rows mean; only of signs that occur."""
-    lines = ["Generation tok/s = generated tokens / (prefill + decode time) over all repetitions."]
     kinds = {r.generation.interval for r in rows if r.generation is not None}
-    if IntervalKind.RANGE in kinds:
-        lines.append(
-            f"range = slowest to fastest repetition (fewer than {BOOTSTRAP_LEAST_N} repetitions)."
-        )
-    if IntervalKind.BOOTSTRAP in kinds:
-        lines.append("95% CI = bootstrap over whole repetitions.")
-    if IntervalKind.SINGLE in kinds:
-        lines.append("n=1 = one repetition, so no spread is known.")
-    if any(r.memory.host_anonymous for r in rows):
-        lines.append("Peak memory counts cached file pages of the cell; without cache = the rest.")
-    if any(r.disk is not None for r in rows):
-        lines.append(
-            "Read from disk = bytes per repetition as the kernel counts them (own count: as the system does), "
-            "and those over the repetition's whole time."
-        )
-    if any(r.best for r in rows):
-        lines.append(
-            "The fastest of each table is marked (* or bold); only ok, MEASURED, exact rows compete."
-        )
-    if any(r.lossy for r in rows):
-        lines.append(
-            "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
-            "with the reference, and it is not marked fastest."
-        )
-    if any(r.predicted is not None for r in rows):
-        lines.append(
-            "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it."
-        )
     marks = [f"({MARKS[e]}) = {e.value}" for e in Evidence if MARKS[e] and _occurs(e, rows)]
-    if marks:
-        lines.append(f"{', '.join(marks)}; figures without a mark are MEASURED.")
-    groups: dict[str, set[str]] = {}
+    machines: dict[str, set[str]] = {}
     for row in rows:
         if row.generation is not None:
-            groups.setdefault(row.group, set()).add(row.machine)
-    if any(len(machines) > 1 for machines in groups.values()):
-        lines.append("Rows of one table come from different machines: none is marked fastest.")
-    return lines
+            machines.setdefault(row.group, set()).add(row.machine)
+    lines = {
+        "Generation tok/s = generated tokens / (prefill + decode time) over all repetitions.": True,
+        f"range = slowest to fastest repetition (fewer than {BOOTSTRAP_LEAST_N} repetitions).": IntervalKind.RANGE in kinds,
+        "95% CI = bootstrap over whole repetitions.": IntervalKind.BOOTSTRAP in kinds,
+        "n=1 = one repetition, so no spread is known.": IntervalKind.SINGLE in kinds,
+        "Prefill and decode - = they overlap: some prompts are computed while others decode, so neither has a time of its own.":
+            any(r.generation is not None and r.prefill is None for r in rows),
+        "Peak memory counts cached file pages of the cell; without cache = the rest.":
+            any(r.memory.host_anonymous for r in rows),
+        "Read from disk = bytes per repetition as the kernel counts them (own count: as the system does), "
+        "and those over the repetition's whole time.": any(r.disk is not None for r in rows),
+        "The fastest of each table is marked (* or bold); only ok, MEASURED, exact rows compete.": any(r.best for r in rows),
+        "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
+        "with the reference, and it is not marked fastest.": any(r.lossy for r in rows),
+        "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it.":
+            any(r.predicted is not None for r in rows),
+        f"{', '.join(marks)}; figures without a mark are MEASURED.": bool(marks),
+        "Rows of one table come from different machines: none is marked fastest.":
+            any(len(found) > 1 for found in machines.values()),
+    }  # fmt: skip
+    return [line for line, occurs in lines.items() if occurs]
 
 
 def memory_text(memory: Memory) -> str:

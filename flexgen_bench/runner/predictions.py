@@ -145,10 +145,7 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
 
 def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simulated | None:
     """The row of a cell under the policy that its system says it has run; None if it does not say one."""
-    try:
-        ran = Policy.from_dict(dict(policy)) if policy else None
-    except (TypeError, ValueError):  # a system's own words, which need not be a policy of ours
-        ran = None
+    ran = Policy.stated_in(policy)
     if ran is None:
         return None
     spec = replace(asked.spec, policy=ran, max_latency_s=None)

@@ -94,6 +94,7 @@ def _recorded(stored: StoredRecord) -> Recorded | None:
 def _run(record: Record, workload: Mapping[str, Any]) -> Prediction:
     """The mean repetition: rates over it are all tokens / all time."""
     count = len(record.samples)
+    policy = Policy.stated_in(record.report.requested)
     return Prediction(
         prefill_s=math.fsum(s.prefill_s for s in record.samples) / count,
         decode_s=math.fsum(s.decode_s for s in record.samples) / count,
@@ -101,13 +102,5 @@ def _run(record: Record, workload: Mapping[str, Any]) -> Prediction:
         prompt_len=workload["prompt_len"],
         gen_len=workload["gen_len"],
         batch_size=record.batch_size or workload["num_prompts"],
-        overlapped=_overlapped(record.report.requested, workload["num_prompts"]),
+        overlapped=policy is not None and policy.mixes_phases(workload["num_prompts"]),
     )
-
-
-def _overlapped(requested: Mapping[str, Any], prompts: int) -> bool:
-    """Whether a policy of ours ran that computes prompts while others decode; other systems' settings are no such policy."""
-    try:
-        return bool(requested) and Policy.from_dict(dict(requested)).mixes_phases(prompts)
-    except (TypeError, ValueError):
-        return False
