@@ -118,4 +118,7 @@ def _site(site: SiteRates, speeds: Mapping[str, float]) -> SiteRates:
         unpack=site.unpack * many,
         step=site.step / many,
         attend={number: seconds / many for number, seconds in site.attend.items()},
+        attend_sequence={
+            number: seconds / many for number, seconds in site.attend_sequence.items()
+        },
     )

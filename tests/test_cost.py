@@ -192,6 +192,13 @@ def test_attention_runs_at_the_rate_of_its_site_and_its_heads() -> None:
     assert price(llama, StepKind.ATTEND, number=1) == pytest.approx(4 * 17 * 128 / 4e10 + US)
 
 
+def test_attention_takes_time_for_a_call_and_for_each_of_its_sequences() -> None:
+    beside = {"attend": {"float16": 3e-4}, "attend_sequence": {"float16": 2e-5}}
+    job = a_job(Policy(4, 1, GPU, GPU, GPU), with_gpu(ACCELERATOR, replace(GPU_SITE, **beside)))
+    reading = 4 * 17 * 2 * 64 * 2 / 5e10
+    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(reading + 3e-4 + 4 * 2e-5 + US)
+
+
 def test_what_the_host_does_between_is_priced_by_its_memory() -> None:
     """Embedding rows of two tables, what sampling needs of a row, keys and values of a token into their place."""
     job = a_job(Policy(4, 1, CPU, CPU, GPU))

@@ -74,7 +74,7 @@ def test_a_machine_that_is_elsewhere_states_all_that_a_prediction_needs(name: st
     for site in rates.sites.values():
         for number in ("float16", "bfloat16", "float16/4"):
             assert site.matrix_rate(number, 144, 7168) > 0
-            assert site.decode_attention_s(1e9, number, 8) > 0
+            assert site.decode_attention_s(1, 1e9, number, 8) > 0
         assert site.prefill_attention_rate(512) > 0
 
 
@@ -95,7 +95,7 @@ def test_constants_are_plausible_beside_each_other(name: str) -> None:
         assert site.prefill_attention_rate(2048) < fastest
         assert site.matrix_rate("float16", 256, 8192) <= fastest
         assert site.unpack < site.memory
-        own, shared = (site.decode_attention_s(1e9, "float16", heads) for heads in (1, 8))
+        own, shared = (site.decode_attention_s(1, 1e9, "float16", heads) for heads in (1, 8))
         assert 1e9 / site.memory < own <= shared
     assert gpu.matrix_rate("float32", 4096, 8192) <= gpu.matrix_rate("float16", 4096, 8192)
     assert gpu.matrix_rate("float16", 4096, 8192) > 5 * cpu.matrix_rate("float16", 4096, 8192)
@@ -171,7 +171,7 @@ REFUSED = [
     (["~gpu.links.disk_write"], "gpu.links.disk_write = None", "State all of disk_read, disk_write, h2d, d2h"),
     (["~gpu.links.h2d"], "gpu.links.h2d = None", "or leave out gpu.rates"),
     # Unknown.
-    ([f"+{GPU}.colour=1"], f"{GPU}.colour", "has attend, decode_attention, matrix"),
+    ([f"+{GPU}.colour=1"], f"{GPU}.colour", "has attend, attend_sequence, decode_attention, matrix"),
     (["+gpu.rates.tpu=1"], "gpu.rates.tpu", "has cpu, gpu, links"),
     (["+gpu.rates.transfers.d2d=1e9"], "gpu.rates.transfers.d2d", "d2h_pageable"),
     (["+gpu.links.nvlink=1e9"], "nvlink", "one of disk_read"),

@@ -7,6 +7,7 @@ are read. Each decode call takes another cache, so that it comes from memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.effort import Format, SiteEffort
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NEW_TOKENS = 16  # behind the prompt of a cache, in a segment of their own
+_FEW_TOKENS = 2 * _NEW_TOKENS  # of a cache that is hardly any
 _STEP = Step(Lane.CPU, StepKind.ATTEND, 0)
 
 
@@ -73,24 +75,31 @@ def _prefill(
 
 
 def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
-    """``<tier>.decode_attention.<format>.<query heads per KV head>`` over many sequences, and ``<tier>.attend.<format>`` over hardly any
-    cache: ``apart`` tells from both what a call costs beside reading, so a format is measured with all of its probes or not at all."""
+    """``<tier>.decode_attention.<format>.<query heads per KV head>`` over much cache of many sequences, ``<tier>.attend_sequence.<format>`` over
+    hardly any of as many, and ``<tier>.attend.<format>`` of one: ``apart`` tells their constants from these. As many sequences as a format has room for;
+    none of its probes if not for one."""
+    heads = effort.heads_of_dim
     for dtype, compression in effort.kv:
-        number = number_format(dtype, compression)
-        large = (effort.sequences, effort.cache_tokens)
-        wanted = [
-            (f"decode_attention.{number}.{shared}", shared, *large) for shared in effort.heads
-        ]
-        wanted.append((f"attend.{number}", 1, 1, 2 * _NEW_TOKENS))
-        found = [
-            _decode_probe(
-                room, name, (dtype, compression), effort.heads_of_dim[shared > 1], shared, sequences, tokens
-            )
-            for name, shared, sequences, tokens in wanted
-        ]  # fmt: skip
-        probes = [probe for probe in found if probe is not None]
-        if len(probes) == len(wanted):
-            yield from probes
+        number, form = number_format(dtype, compression), (dtype, compression)
+        sequences, tokens = effort.sequences, effort.cache_tokens
+        while sequences and room.size < max(
+            _layout(form, of, sequences, tokens).region_bytes for of in heads
+        ):
+            sequences //= 2
+        if not sequences:
+            continue
+        for shared in effort.heads:
+            name = f"decode_attention.{number}.{shared}"
+            yield _decode_probe(room, name, form, heads[shared > 1], shared, sequences, tokens)
+        for name, count in (("attend_sequence", sequences), ("attend", 1)):
+            yield _decode_probe(room, f"{name}.{number}", form, heads[0], 1, count, _FEW_TOKENS)
+
+
+def _layout(number: Format, heads: tuple[int, int], sequences: int, tokens: int) -> KVLayout:
+    (dtype, compression), (kv_heads, dim) = number, heads
+    row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
+    token_bytes = 2 * kv_heads * row
+    return KVLayout(sequences, tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
 
 
 def _decode_probe(
@@ -101,21 +110,11 @@ def _decode_probe(
     shared: int,
     sequences: int,
     tokens: int,
-) -> Probe | None:
-    """Over fewer sequences where memory is small; None if there is no room for the cache of one."""
+) -> Probe:
     site, (dtype, compression), (kv_heads, dim) = room.site, number, heads
     torch_dtype = TORCH_DTYPES[dtype]
-    row = dim * dtype.bytes if compression is None else compression.row_bytes(dim)
     form = KVForm(kv_heads, dim, torch_dtype, compression)
-
-    def of(sequences: int) -> KVLayout:
-        token_bytes = 2 * kv_heads * row
-        return KVLayout(sequences, tokens - _NEW_TOKENS, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
-
-    while (layout := of(sequences)).region_bytes > room.size:
-        if sequences == 1:
-            return None
-        sequences //= 2
+    layout = _layout(number, heads, sequences, tokens)
     q = room.numbers((sequences, kv_heads * shared, dim), torch_dtype)
     k, v = (room.numbers((sequences, kv_heads, dim), torch_dtype) for _ in range(2))
     return Probe(
@@ -126,15 +125,27 @@ def _decode_probe(
     )
 
 
-def apart(large: Reading, small: Reading, memory: float) -> tuple[float, float]:
-    """Bytes/s of reading a cache, and seconds of a call beside it, from a call that reads much and one that reads little.
+@dataclass(frozen=True)
+class DecodeCost:
+    """What decode attention takes: seconds of a call, for each sequence of it, and bytes/s of reading the cache."""
+
+    call_s: float
+    sequence_s: float
+    rate: float
+
+
+def apart(large: Reading, short: Reading, single: Reading, memory: float) -> DecodeCost:
+    """From calls that read much of many sequences (``large``), hardly anything of as many (``short``), or of one (``single``).
 
     memory: bytes/s that nothing exceeds. An accelerator may read all of the large cache while its host still issues the call: both
     then take as long, and the memory's rate is what is known.
     """
-    more_s = large.seconds - small.seconds
-    rate = min((large.amount - small.amount) / more_s, memory) if more_s > 0 else memory
-    return rate, max(0.0, small.seconds - small.amount / rate)
+    sequences = short.amount / single.amount
+    more_s = large.seconds - short.seconds
+    rate = min((large.amount - short.amount) / more_s, memory) if more_s > 0 else memory
+    beside_all, beside_one = (max(0.0, one.seconds - one.amount / rate) for one in (short, single))
+    sequence_s = max(0.0, beside_all - beside_one) / (sequences - 1) if sequences > 1 else 0.0
+    return DecodeCost(max(0.0, beside_one - sequence_s), sequence_s, rate)
 
 
 def _decode(

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.calibrate.attention import apart, decode_probes, prefill_probes
+from flexgen_bench.calibrate.attention import DecodeCost, apart, decode_probes, prefill_probes
 from flexgen_bench.calibrate.disk import disk_probes
 from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
@@ -133,12 +133,23 @@ def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> f
     kind, _, number = what.partition(".")
     if kind == "step":
         return 1 / reading.rate
-    if kind in ("attend", "decode_attention"):
-        memory = readings[f"{tier}.memory"].rate
-        if kind == "attend":
-            return apart(readings[f"{tier}.decode_attention.{number}.1"], reading, memory)[1]
-        return apart(reading, readings[f"{tier}.attend.{number.rpartition('.')[0]}"], memory)[0]
+    if kind == "decode_attention":
+        return _attention(tier, number.rpartition(".")[0], reading, readings).rate
+    if kind in ("attend", "attend_sequence"):
+        large = readings[f"{tier}.decode_attention.{number}.1"]
+        cost = _attention(tier, number, large, readings)
+        return cost.call_s if kind == "attend" else cost.sequence_s
     return reading.rate
+
+
+def _attention(
+    tier: str, number: str, large: Reading, readings: Mapping[str, Reading]
+) -> DecodeCost:
+    short, single = (
+        readings[f"{tier}.attend_sequence.{number}"],
+        readings[f"{tier}.attend.{number}"],
+    )
+    return apart(large, short, single, readings[f"{tier}.memory"].rate)
 
 
 def _rounded(value: float) -> float:

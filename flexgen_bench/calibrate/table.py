@@ -68,7 +68,7 @@ def _rest(readings: Readings) -> Table:
         star = "" if reading.stable else "*"
         if name.endswith(".step"):
             rate = f"{1e6 / reading.rate:.1f} us"
-        elif ".attend." in name:
+        elif ".attend" in name:
             rate = f"{1e6 * reading.seconds:.1f} us"
         else:
             rate = f"{reading.rate / GB:.2f} GB/s"

@@ -45,7 +45,8 @@ class SiteRates:
     decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
     step: seconds a step takes beside its work (launches, Python, waking up a thread).
-    attend: seconds of a decode attention beside reading its cache, by number format; none where it is not known apart from ``step``.
+    attend, attend_sequence: seconds of a decode attention beside reading its cache, once and for every sequence, by number format; none where
+        they are not known apart from ``step`` and from reading.
     """
 
     matrix: Mapping[str, Mapping[int, Table]]
@@ -55,16 +56,21 @@ class SiteRates:
     unpack: float
     step: float
     attend: Mapping[str, float] = field(default_factory=dict)
+    attend_sequence: Mapping[str, float] = field(default_factory=dict)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""
         widths = self.matrix[_nearest(number, self.matrix)]
         return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
 
-    def decode_attention_s(self, read_bytes: float, number: str, heads_per_kv_head: int) -> float:
-        """Seconds of a decode attention that reads so much of a cache of this number format."""
+    def decode_attention_s(
+        self, sequences: int, read_bytes: float, number: str, heads_per_kv_head: int
+    ) -> float:
+        """Seconds of a decode attention of so many sequences that reads so much of a cache of this number format."""
         table = self.decode_attention[_nearest(number, self.decode_attention)]
         beside = self.attend[_nearest(number, self.attend)] if self.attend else 0.0
+        if self.attend_sequence:
+            beside += sequences * self.attend_sequence[_nearest(number, self.attend_sequence)]
         return beside + read_bytes / interpolated(table, heads_per_kv_head)
 
     def prefill_attention_rate(self, tokens: float) -> float:
@@ -149,7 +155,8 @@ def _site(data: Any, where: str) -> SiteRates:
         raise UserError(where, data, "a mapping of constants")
     names = [f.name for f in fields(SiteRates)]
     _only(data, names, where)
-    missing = [name for name in names if data.get(name) in (None, {}) and name != "attend"]
+    needed = [name for name in names if name not in ("attend", "attend_sequence")]
+    missing = [name for name in needed if data.get(name) in (None, {})]
     if missing:
         raise UserError(
             f"{where}.{missing[0]}",
@@ -180,11 +187,19 @@ def _site(data: Any, where: str) -> SiteRates:
         },
         unpack=stated_rate(data["unpack"], f"{where}.unpack"),
         step=_seconds(data["step"], f"{where}.step"),
-        attend={
-            _format(number, f"{where}.attend"): _seconds(value, f"{where}.attend.{number}")
-            for number, value in _mapping(data.get("attend") or {}, f"{where}.attend", True).items()
-        },
+        attend=_all_seconds(data, "attend", where),
+        attend_sequence=_all_seconds(data, "attend_sequence", where),
     )
+
+
+def _all_seconds(data: Mapping[str, Any], name: str, where: str) -> dict[str, float]:
+    """By number format; none if nothing is stated."""
+    where = f"{where}.{name}"
+    given = _mapping(data.get(name) or {}, where, empty=True)
+    return {
+        _format(number, where): _seconds(value, f"{where}.{number}")
+        for number, value in given.items()
+    }
 
 
 def _seconds(value: Any, where: str) -> float:

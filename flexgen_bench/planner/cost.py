@@ -132,7 +132,8 @@ class StepCost:
         # All of K, and the wanted share of V.
         read = tokens * part.cohort.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
         heads = self._shape.num_heads // self._shape.num_kv_heads
-        return site.decode_attention_s(read, number_format(self._dtype, lossy.kv_cache), heads)
+        number = number_format(self._dtype, lossy.kv_cache)
+        return site.decode_attention_s(part.rows, read, number, heads)
 
 
 def _longest(work: MicroBatch) -> int:
