@@ -168,9 +168,8 @@ def test_a_machine_may_state_its_usual_workload() -> None:
     assert asked("gpu=cpu") == [("32-32", 32, None)]
     assert asked("gpu=t4", "workload=32-32") == [("32-32", 32, None)]
     assert asked("gpu=t4", "workload.num_prompts=7") == [("512-32", 512, 7)]
-    assert asked("gpu=t4", "workload.prompt_len=100", "workload.min_prompt_len=1") == [
-        ("512-32", 100, None)
-    ]
+    # All of that length, and so called: it was refused for a shortest prompt of 512.
+    assert asked("gpu=t4", "workload.prompt_len=100") == [("100-32", 100, None)]
     t4 = cells("model=opt-30b", "system=flexgen", "gpu=t4")
     assert [c.spec.dtype.value for c in t4] == ["float16"], "the T4 has no bfloat16"
     other = cells("model=opt-30b", "system=flexgen", "gpu=t4", "dtype=float32")
