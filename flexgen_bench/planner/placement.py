@@ -18,24 +18,21 @@ class ShareSpreader:
     """
 
     def __init__(self, placement: Placement) -> None:
-        self._placement = placement
-        self._given = dict.fromkeys(Tier, 0.0)
+        shares = {tier: placement.share(tier) for tier in Tier}  # fastest first
+        self._shares = {tier: share for tier, share in shares.items() if share > 0}
+        self._given = dict.fromkeys(self._shares, 0.0)
 
     @property
     def only(self) -> Tier | None:
         """The tier that everything goes to, if it is one."""
-        tiers = [tier for tier in Tier if self._placement.share(tier) > 0]
-        return tiers[0] if len(tiers) == 1 else None
+        return next(iter(self._shares)) if len(self._shares) == 1 else None
 
     def place(self, size: float) -> Tier:
-        total = sum(self._given.values()) + size
-        behind = {
-            tier: self._placement.share(tier) * total - self._given[tier]
-            for tier in Tier
-            if self._placement.share(tier) > 0
-        }
-        chosen = max(behind, key=lambda tier: (behind[tier], -list(Tier).index(tier)))
-        self._given[chosen] += size
+        """Of tiers that are as far behind, the fastest."""
+        shares, given = self._shares, self._given
+        total = sum(given.values()) + size
+        chosen = max(shares, key=lambda tier: shares[tier] * total - given[tier])
+        given[chosen] += size
         return chosen
 
 

@@ -96,7 +96,10 @@ class Simulator:
         for lane, waiting in self._waiting.items():
             if waiting and lane not in running:
                 step, waits = waiting[0]
-                if all(done[other] >= n for other, n in waits.items()):
+                for other, n in waits.items():
+                    if done[other] < n:
+                        break
+                else:
                     waiting.popleft()
                     running[lane] = _Running(step, self._seconds(step), self.now_s)
 
