@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from baselines.common.page_cache import cached_share
+from baselines.common.report import bottleneck
 from baselines.flexgen_original.placement import (
     LayerKind,
     model_layers,
@@ -214,6 +215,17 @@ def test_breakdown_of_table_8() -> None:
     assert found.prefill_s == pytest.approx(2711, rel=0.1)
     assert found.decode_s == pytest.approx(11315, rel=0.1)
     assert found.bottleneck == "disk_read: KV cache"
+
+
+def test_the_bottleneck_is_of_the_lane_that_is_busiest() -> None:
+    """The longest part alone was the weights on the link, which was busy for two fifths of the time; the GPU, whose work has more parts, never rested."""
+    found = predict("deepspeed", "opt-125m")
+    busiest = max(found.lane_busy_s, key=lambda lane: found.lane_busy_s[lane])
+    assert busiest == "gpu"
+    assert found.bottleneck == "gpu: decode attention"
+    assert bottleneck({"gpu: a": 2.0, "gpu: b": 2.0, "h2d: c": 3.0}) == "gpu: a"
+    assert bottleneck({"gpu: a": 2.0, "gpu: idle": 2.0, "h2d: c": 3.0}) == "h2d: c"
+    assert bottleneck({}) == ""
 
 
 def test_data_wrangling() -> None:

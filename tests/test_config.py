@@ -20,6 +20,7 @@ from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.policy import Placement
 from flexgen_bench.core.simulated import SIMULATED_ONLY
 from flexgen_bench.core.units import GIB
+from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.models.registry import family
 from flexgen_bench.runner import machine
 from flexgen_bench.runner.worker import load_target
@@ -178,6 +179,18 @@ def test_a_machine_may_state_its_usual_workload() -> None:
     assert {c.spec.workload.name for c in suite} == {"mixed-text", "32-32"}
     again = cells("model=opt-30b", "system=flexgen", "gpu=t4")[0]
     assert [c.spec for c in cells(*again.overrides)] == [again.spec]
+
+
+@pytest.mark.parametrize("name", GROUPS["workload"])
+def test_one_key_changes_the_length_of_synthetic_prompts(name: str) -> None:
+    """They are all of one length; what prompts of mixed length begin at is a choice of its own."""
+    usual = spec(f"workload={name}").workload
+    for length in (1, usual.prompt_len // 2, usual.prompt_len + 1):
+        if usual.kind is PromptKind.SYNTHETIC:
+            changed = spec(f"workload={name}", f"workload.prompt_len={length}").workload
+            assert (changed.min_prompt_len, changed.prompt_len) == (length, length)
+        else:
+            assert usual.min_prompt_len < usual.prompt_len
 
 
 def test_lossy_choices_are_known_to_be_given() -> None:

@@ -72,7 +72,8 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
         "prefill 2.0s, decode 6.0s, in all 8.0s for 4 prompts in 1 block"
     )
     assert lines["speed"] == "16.0 tok/s (decode 20.7 tok/s) SIMULATED"
-    assert lines["bottleneck"] == "cpu memory"
+    assert lines["bottleneck"] == "the link to the gpu", "as the table of the same job has it"
+    assert lines["limits"].startswith("cpu memory (")
     # A linear program's promise: it knows of no waiting.
     assert lines["one more"] == (
         "10 % faster h2d: at most +1.5 tok/s / 1 GB of gpu memory: at most +0.25 tok/s"

@@ -265,6 +265,17 @@ def test_what_fits_nowhere_is_refused_by_tier(hardware: HardwareProfile, tier: T
     assert error.value.tier == tier
 
 
+def test_what_only_fits_without_a_share_on_the_accelerator_is_found() -> None:
+    """A first compressed layer there brings room to unpack it along, which programs do not know: taking what was short from the accelerator's room
+    left less than nothing, and a job that fits was refused."""
+    lossy = Lossy(weights=FOUR_BITS)
+    of = task(machine(1.2, 6), prompts=4, request=Request(64, 1), lossies=(lossy,))
+    by_hand = Policy(
+        1, 4, CPU, CPU, CPU, attention=AttentionSite.CPU, offloaded=Offloaded.IN_PLACE, lossy=lossy
+    )
+    assert Search(of).run().tok_per_s >= 0.98 * played(of, by_hand) > 0
+
+
 def test_what_needs_no_host_memory_gets_none() -> None:
     """A large accelerator beside next to no host memory: everything is on it."""
     policy = Search(task(machine(64, cpu_mib=0.01, disk=1))).run().policy

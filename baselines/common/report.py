@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from flexgen_bench.core.tiers import Lane
@@ -18,5 +19,16 @@ def lane_seconds(parts: Mapping[str, float], times: float = 1.0) -> dict[str, fl
 
 
 def bottleneck(parts: Mapping[str, float]) -> str:
-    """The part that takes longest."""
-    return max(parts, key=lambda name: parts[name], default="")
+    """The longest part of what is busy longest: a lane with many parts may be busier than the one with the longest part."""
+    busy: dict[str, float] = defaultdict(float)
+    for name, seconds in parts.items():
+        busy[_resource(name)] += seconds
+    busiest = max(busy, key=lambda resource: busy[resource], default="")
+    of_it = [name for name in parts if _resource(name) == busiest]
+    return max(of_it, key=lambda name: parts[name], default="")
+
+
+def _resource(name: str) -> str:
+    """The lane of a part; waiting keeps none busy, so it stands for itself."""
+    lane, _, what = name.partition(": ")
+    return name if what.startswith("idle") else lane

@@ -155,7 +155,9 @@ class Candidates:
                 self.task.plan(policy)
             except DoesNotFit as error:
                 room, tier = dict(problem.room), Tier(error.tier)
-                room[tier] -= more[tier] * (error.need_bytes - error.capacity_bytes)
+                less = more[tier] * (error.need_bytes - error.capacity_bytes)
+                # What is short may be staging that a first share brings along: with none of it there, it may fit.
+                room[tier] = max(0.0, room[tier] - less) if room[tier] else -less
                 more[tier] *= 2
                 problem = replace(problem, room=room)
                 solution = solve(problem)

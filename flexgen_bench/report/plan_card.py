@@ -124,7 +124,11 @@ def _prediction(row: Simulated, done: Prediction) -> Iterator[tuple[str, str]]:
     decode = done.decode_tok_per_s
     also = "" if decode is None else f" (decode {number(decode)} tok/s)"
     yield "speed", f"{number(done.tok_per_s)} tok/s{also} {Evidence.SIMULATED}"
-    yield "bottleneck", str(chosen.get("binding") or done.bottleneck or "unknown")
+    yield "bottleneck", done.bottleneck or "unknown"
+    if chosen.get(
+        "binding"
+    ):  # of the program: waiting, which it does not know, may make another lane the busiest
+        yield "limits", f"{chosen['binding']} (where the program that placed it has no room)"
     for what, gain in _gains(chosen.get("gains")):
         yield "one more", f"{what}: {gain}"
     yield "writes", f"{format_bytes(done.disk_written_bytes)} to disk"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flexgen_bench.conf_schema import NoteConf, TableConf
+from flexgen_bench.conf_schema import AssumedConf, NoteConf, TableConf
+from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.report.paper.cells import Cell, Sources, build_cell
+from flexgen_bench.report.paper.policy_text import parse_policy
 from flexgen_bench.report.paper.quantities import check_quantity
 from flexgen_bench.report.paper.quoted import COLUMNS, FIELDS, Quoted, check, of_tables
 
@@ -49,6 +52,8 @@ def build_table(
                 raise UserError(f"{field}.where", dict(condition), "met by a cell of the table")
     _known("table.systems", conf.systems, sorted({row.system for row in rows}))
     _known("table.models", conf.models, sorted({row.model for row in rows}))
+    own = [metric for metric in conf.predict if metric not in TableConf().predict]
+    _known("table.predict", own, sorted({m for row in rows for m in (row.metric, row.quantity)}))
     texts = [_text(note, footnotes) for note in conf.notes]
     at = {id(row): _at(row, conf.notes, texts) for row in rows}
     numbers = {text: n for n, text in enumerate(_in_reading_order(conf, rows, at), 1)}
@@ -79,8 +84,13 @@ def check_table(conf: TableConf, sources: Sources) -> None:
     for key in ("rows", "columns", "lines"):
         if not getattr(conf, key):
             raise UserError(f"table.{key}", [], "at least one")
+    axes = [*asked["table.rows"], *asked["table.columns"], *asked["table.grids"]]
+    twice = [field for field in axes if axes.count(field) > 1]
+    if twice:
+        raise UserError("table.rows, columns and grids", twice[0], "a field named once in all")
     for metric, name in conf.predict.items():
         check_quantity(name, f"table.predict.{metric}")
+    _check_values(conf)
     simulations = sources.simulations
     if simulations is None:
         return
@@ -91,6 +101,28 @@ def check_table(conf: TableConf, sources: Sources) -> None:
         if beside.simulated_as is not None and beside.simulated_as not in printed:
             key = f"table.systems.{system}.simulated_as"
             raise unknown_choice(key, beside.simulated_as, printed)
+
+
+def _check_values(conf: TableConf) -> None:
+    if not conf.accuracy:  # models whose accuracy was measured need not be in conf/model
+        for printed, model in conf.models.items():
+            _known(f"table.models.{printed}", [model], list_models())
+    for index, assumed in enumerate(conf.assumed):
+        _check_assumed(assumed, f"table.assumed[{index}]")
+
+
+def _check_assumed(assumed: AssumedConf, where: str) -> None:
+    """Raises UserError for a count or a value below what can be, and for words in a policy that set nothing: beside a printed
+    policy they are remarks, here nobody else has written them."""
+    if assumed.num_prompts is not None and assumed.num_prompts < 1:
+        raise UserError(f"{where}.num_prompts", assumed.num_prompts, "at least 1")
+    if assumed.unrounded is not None and not 0 < assumed.unrounded < math.inf:
+        raise UserError(f"{where}.unrounded", assumed.unrounded, "a finite number above 0")
+    remarks = parse_policy(assumed.policy or "").remarks
+    if remarks:
+        raise UserError(
+            f"{where}.policy", remarks[0], "a setting, such as bs=48x3, pct=..., cpu attention"
+        )
 
 
 def _known(key: str, names: Iterable[str], known: Sequence[str]) -> None:
