@@ -133,7 +133,10 @@ def without_null_groups(arguments: Sequence[str]) -> list[str]:
 
 
 def overrides_last(arguments: Sequence[str]) -> list[str]:
-    """The same with overrides behind options, in their order: Hydra's parser knows no overrides on both sides of ``--config-dir``."""
+    """The same with overrides behind options, in their order: Hydra's parser knows no overrides on both sides of ``--config-dir``. An option
+    whose value is missing stays last, so that it is told."""
+    if arguments and arguments[-1] in _OPTIONS_WITH_VALUE:
+        return [*overrides_last(arguments[:-1]), arguments[-1]]
     before: list[str] = []
     overrides: list[str] = []
     previous = ""

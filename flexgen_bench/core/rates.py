@@ -162,7 +162,7 @@ def _site(data: Any, where: str) -> SiteRates:
             f"{where}.{missing[0]}",
             None,
             "given",
-            "A profile states all of " + ", ".join(names) + ".",
+            "A profile states all of " + ", ".join(needed) + ".",
         )
     formats = data["matrix"]
     return SiteRates(

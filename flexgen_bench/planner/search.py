@@ -79,6 +79,7 @@ class Search:
         ruled = self._ruled(best)
         if ruled is not None and self._play(ruled) > self._play(best):
             best = self._moved(ruled)
+        best = self._divided_anew(best)
         if not self._play(best) and self.task.max_latency_s is not None:
             raise self._too_late(self.task.max_latency_s)
         return self.choice(best, ruled, tuple(started))
@@ -140,6 +141,21 @@ class Search:
         self._steps = 0
         best = self._improved(best, moves, STEP_BUDGET)
         return self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
+
+    def _divided_anew(self, best: Policy) -> Policy:
+        """The same block in half as many micro-batches, or twice as many, if that is better on all layers: a shallow model cannot tell, for its
+        embedding and head take a larger part of a pass."""
+        if self.task.shape.num_layers <= 2 * THIN_LAYERS:
+            return best
+        size, count = best.gpu_batch_size, best.num_gpu_batches
+        shapes = [(2 * size, count // 2)] * (count % 2 == 0) + [(size // 2, 2 * count)] * (
+            size % 2 == 0
+        )
+        others = [replace(best, gpu_batch_size=a, num_gpu_batches=b) for a, b in shapes]
+        near = [other for other in others if self._play(other) > NEAR * self._play(best)]
+        found = max([best, *near], key=self._whole_speed)
+        better = self._whole_speed(found) > GAIN * self._whole_speed(best)
+        return found if better else best
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the tensors where they are is

@@ -125,9 +125,8 @@ def _prediction(row: Simulated, done: Prediction) -> Iterator[tuple[str, str]]:
     also = "" if decode is None else f" (decode {number(decode)} tok/s)"
     yield "speed", f"{number(done.tok_per_s)} tok/s{also} {Evidence.SIMULATED}"
     yield "bottleneck", done.bottleneck or "unknown"
-    if chosen.get(
-        "binding"
-    ):  # of the program: waiting, which it does not know, may make another lane the busiest
+    # Of the program: waiting, which it does not know, may make another lane the busiest.
+    if chosen.get("binding"):
         yield "limits", f"{chosen['binding']} (where the program that placed it has no room)"
     for what, gain in _gains(chosen.get("gains")):
         yield "one more", f"{what}: {gain}"
@@ -156,7 +155,10 @@ def _gains(gains: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(gains, Mapping):
         return
     for what, gain in sorted(gains.items(), key=lambda item: -item[1]):
-        yield str(what), f"at most {gain:+.3g} tok/s" if abs(gain) > 1e-9 else "nothing"
+        yield (
+            str(what),
+            f"{gain:+.3g} tok/s in the program that placed it" if abs(gain) > 1e-9 else "nothing",
+        )
 
 
 def _as_lines(value: Any) -> list[str]:
