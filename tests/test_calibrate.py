@@ -207,7 +207,7 @@ def test_what_disturbs_a_tier_now_and_then_is_in_all_of_its_constants() -> None:
     assert [reading.rate for reading in readings.values()] == [10.0] * 4
     factor = (2.0 + 7 * 1.0) / 8  # the first call, a sample where it is long, warms up
     assert slowdowns(readings) == {Tier.CPU: pytest.approx(factor), Tier.GPU: 1.0}
-    found = {name: reading.rate for name, reading in as_met(readings).items()}
+    found = {name: reading.rate for name, reading in as_met(readings, slowdowns(readings)).items()}
     assert found == pytest.approx(
         {"cpu.memory": 10 / factor, "cpu.unpack": 10 / factor, "gpu.memory": 10.0, "links.disk_read": 10.0}
     )  # fmt: skip

@@ -13,25 +13,26 @@ from flexgen_bench.core.tiers import Tier
 _COMPUTING = (Tier.GPU, Tier.CPU)
 
 
-def slowdowns(readings: Mapping[str, Reading]) -> dict[Tier, float]:
+def slowdowns(readings: Mapping[str, Reading]) -> dict[str, float]:
     """By computing tier: how long its work took on average, over all samples of all its constants, compared with what the constants say.
 
     One factor for a tier, since a single constant has too few samples to show what happens every few seconds.
     """
-    found = {}
-    for tier in _COMPUTING:
-        own = [r for name, r in readings.items() if name.startswith(f"{tier}.") and r.slowdowns]
-        if own:
-            found[tier] = statistics.fmean(each for reading in own for each in reading.slowdowns)
-    return found
+    samples: dict[str, list[float]] = {tier: [] for tier in _COMPUTING}
+    for name, reading in readings.items():
+        if _place(name) in samples:
+            samples[_place(name)] += reading.slowdowns
+    return {tier: statistics.fmean(found) for tier, found in samples.items() if found}
 
 
-def as_met(readings: Mapping[str, Reading]) -> dict[str, Reading]:
+def as_met(readings: Mapping[str, Reading], factors: Mapping[str, float]) -> dict[str, Reading]:
     """The readings with the rates that a job meets: those of a tier over its slowdown."""
-    factors = slowdowns(readings)
+    return {
+        name: replace(reading, rate=reading.rate / factors.get(_place(name), 1.0))
+        for name, reading in readings.items()
+    }
 
-    def met(name: str, reading: Reading) -> Reading:
-        factor = next((f for tier, f in factors.items() if name.startswith(f"{tier}.")), 1.0)
-        return replace(reading, rate=reading.rate / factor)
 
-    return {name: met(name, reading) for name, reading in readings.items()}
+def _place(name: str) -> str:
+    """``cpu.matrix.float16.512.1`` -> ``cpu``."""
+    return name.partition(".")[0]

@@ -36,7 +36,8 @@ def calibrate(
 ) -> tuple[Calibration, Mapping[str, Reading]]:
     """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
 
-    Also returns every reading by its name, as a job meets it (``disturbance.py``). Raises StoreError for what the disk refuses, MemoryError if the machine has no room.
+    Also returns every reading by its name, as a job meets it (``disturbance.py``). Raises StoreError for what the disk refuses,
+    MemoryError if the machine has no room.
     """
     notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
     with open_probes(effort, threads, disk_dir) as (probes, direct):
@@ -45,11 +46,12 @@ def calibrate(
         others = Others()
         readings = measure(probes, effort.patience, tell)
         notes += filter(None, [others.note()])
+    factors = slowdowns(readings)
     notes += [
         f"{tier}: work took {factor:.3f} times as long as in undisturbed moments; its constants are that much slower"
-        for tier, factor in slowdowns(readings).items()
+        for tier, factor in factors.items()
     ]
-    readings = as_met(readings)
+    readings = as_met(readings, factors)
     return _calibration(readings, effort, describe(threads), notes), readings
 
 

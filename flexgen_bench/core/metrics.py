@@ -100,6 +100,14 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
+def phases_overlap(record: Record) -> bool:
+    """Whether a policy of ours ran that computes some prompts while others decode; other systems' settings are no such policy."""
+    policy = Policy.stated_in(record.report.requested)
+    return policy is not None and policy.mixes_phases(
+        max(map(_sequences, record.samples), default=0)
+    )
+
+
 def _parts(record: Record, name: str) -> list[tuple[float, float]] | None:
     """Numerator and denominator of every repetition, or None where the metric is not defined.
 
@@ -107,13 +115,12 @@ def _parts(record: Record, name: str) -> list[tuple[float, float]] | None:
     generation), an unknown batch size where the metric needs one, or phases that overlap where it needs one of them.
     """
     definition = DEFINITIONS[name]
-    policy = Policy.stated_in(record.report.requested)
+    if definition.of_a_phase and phases_overlap(record):
+        return None
     if not record.samples or (definition.needs_batch_size and not record.batch_size):
         return None
     parts = []
     for sample in record.samples:
-        if definition.of_a_phase and policy and policy.mixes_phases(_sequences(sample)):
-            return None
         batches = math.ceil(_sequences(sample) / record.batch_size) if record.batch_size else 0
         top = float(definition.numerator(sample, batches))
         bottom = float(definition.denominator(sample, batches))

@@ -67,10 +67,12 @@ class SiteRates:
         self, sequences: int, read_bytes: float, number: str, heads_per_kv_head: int
     ) -> float:
         """Seconds of a decode attention of so many sequences that reads so much of a cache of this number format."""
+
+        def known(seconds: Mapping[str, float]) -> float:
+            return seconds[_nearest(number, seconds)] if seconds else 0.0
+
         table = self.decode_attention[_nearest(number, self.decode_attention)]
-        beside = self.attend[_nearest(number, self.attend)] if self.attend else 0.0
-        if self.attend_sequence:
-            beside += sequences * self.attend_sequence[_nearest(number, self.attend_sequence)]
+        beside = known(self.attend) + sequences * known(self.attend_sequence)
         return beside + read_bytes / interpolated(table, heads_per_kv_head)
 
     def prefill_attention_rate(self, tokens: float) -> float:

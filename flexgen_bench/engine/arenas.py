@@ -27,9 +27,9 @@ class Arenas:
         """uint8 memory of exact size, zeroed. OutOfMemory if the system refuses what the plan said would fit."""
         self.note(tier, name, num_bytes)
         # An emulated accelerator's memory is the host's.
-        on_host = tier is Tier.CPU or not self._device.is_cuda
-        if self._kept is not None and on_host:
-            memory = self._on_host_again(self._kept, num_bytes)
+        kept = self._kept if tier is Tier.CPU or not self._device.is_cuda else None
+        if kept is not None:
+            memory = self._on_host_again(kept, num_bytes)
             if memory is not None:
                 return memory
         try:
@@ -39,7 +39,7 @@ class Arenas:
             raise
         if memory.is_cuda:
             memory.zero_()  # padding is multiplied by zero: it must not hold NaN
-        if self._kept is not None and on_host:
+        if kept is not None:
             self._on_host.append(memory)
         return memory
 

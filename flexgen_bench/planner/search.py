@@ -148,10 +148,11 @@ class Search:
         if self.task.shape.num_layers <= 2 * THIN_LAYERS:
             return best
         size, count = best.gpu_batch_size, best.num_gpu_batches
-        shapes = [(2 * size, count // 2)] * (count % 2 == 0) + [(size // 2, 2 * count)] * (
-            size % 2 == 0
-        )
-        others = [replace(best, gpu_batch_size=a, num_gpu_batches=b) for a, b in shapes]
+        others = [
+            replace(best, gpu_batch_size=a, num_gpu_batches=b)
+            for a, b in ((2 * size, count // 2), (size // 2, 2 * count))
+            if a * b == best.block_size
+        ]
         near = [other for other in others if self._play(other) > NEAR * self._play(best)]
         found = max([best, *near], key=self._whole_speed)
         better = self._whole_speed(found) > GAIN * self._whole_speed(best)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.metrics import phases_overlap
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
@@ -94,7 +94,6 @@ def _recorded(stored: StoredRecord) -> Recorded | None:
 def _run(record: Record, workload: Mapping[str, Any]) -> Prediction:
     """The mean repetition: rates over it are all tokens / all time."""
     count = len(record.samples)
-    policy = Policy.stated_in(record.report.requested)
     return Prediction(
         prefill_s=math.fsum(s.prefill_s for s in record.samples) / count,
         decode_s=math.fsum(s.decode_s for s in record.samples) / count,
@@ -102,5 +101,5 @@ def _run(record: Record, workload: Mapping[str, Any]) -> Prediction:
         prompt_len=workload["prompt_len"],
         gen_len=workload["gen_len"],
         batch_size=record.batch_size or workload["num_prompts"],
-        overlapped=policy is not None and policy.mixes_phases(workload["num_prompts"]),
+        overlapped=phases_overlap(record),
     )
