@@ -28,10 +28,10 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.executor import LaneUse
 from flexgen_bench.engine.generation import to_full_length
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.runner.checkpoints import prepare_checkpoint
+from flexgen_bench.schedule.cohorts import Request
 
 # Of a link that is not to be felt. Copies are made by a core, at some 10 GB/s.
 UNTHROTTLED = 100 * GB

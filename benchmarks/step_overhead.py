@@ -28,11 +28,11 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step, StepKind
 
 LIMIT_US = 60
@@ -53,7 +53,7 @@ JOBS: dict[str, Choices] = {
 }
 
 
-def program(model: str, choices: Choices) -> tuple[Program, Job]:
+def scheduler(model: str, choices: Choices) -> tuple[Scheduler, Job]:
     """One block of a model's shape."""
     hardware, chosen = choices
     shape, dtype = model_spec(model).shape, DType.FLOAT16
@@ -61,14 +61,14 @@ def program(model: str, choices: Choices) -> tuple[Program, Job]:
     packed = pack(shape, family(shape.family).inventory(shape), dtype)
     requests = [Request(32, PASSES)] * policy.block_size
     plan = plan_job(shape, packed, dtype, policy, hardware, requests)
-    return Program(policy, plan), plan.job
+    return Scheduler(policy, plan), plan.job
 
 
-def passes(running: Program) -> Iterator[Iterator[Step]]:
+def passes(running: Scheduler) -> Iterator[Iterator[Step]]:
     """The job's steps, one iterator per pass."""
     while not running.is_done:
-        yield running.steps(running.begin_pass())
-        running.end_pass()
+        yield running.steps(running.schedule())
+        running.postprocess()
 
 
 def nothing(step: Step) -> None:
@@ -77,7 +77,7 @@ def nothing(step: Step) -> None:
 
 def run(model: str, choices: Choices, overlap: bool) -> tuple[float, int]:
     """Drive a whole job as the engine does; seconds and steps."""
-    running, job = program(model, choices)
+    running, job = scheduler(model, choices)
     executor = Executor(settings(), overlap)
     start = time.perf_counter()
     count = drive(running, job, executor)
@@ -88,7 +88,7 @@ def run(model: str, choices: Choices, overlap: bool) -> tuple[float, int]:
 
 def in_parts(model: str, choices: Choices) -> tuple[float, float, float]:
     """Seconds to make all steps, to queue them while every lane is held back, and to execute what is queued."""
-    running, _ = program(model, choices)
+    running, _ = scheduler(model, choices)
     start = time.perf_counter()
     steps = [step for part in passes(running) for step in part]
     made = time.perf_counter() - start

@@ -28,10 +28,10 @@ from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.outputs import Output, Prompt, Score, is_prompt, per_prompt, score_of
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.runner.machine import physical_cores
 from flexgen_bench.runner.model_source import Progress, checkpoint_of
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.forest import ScoreRequest
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.program import ending, last_rows
 from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.forest import ScoreRequest
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.scheduler import ending, last_rows
 
 
 class Forced:

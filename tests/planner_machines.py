@@ -15,12 +15,12 @@ from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Polic
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import PackedModel, pack
+from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
 DTYPE = DType.FLOAT16
@@ -123,10 +123,10 @@ class PlannedJob:
 
     def passes(self, plan: MemoryPlan) -> Iterator[list[Step]]:
         """Every step, pass by pass."""
-        program = Program(self.policy, plan)
-        while not program.is_done:
-            yield list(program.steps(program.begin_pass()))
-            program.end_pass()
+        scheduler = Scheduler(self.policy, plan)
+        while not scheduler.is_done:
+            yield list(scheduler.steps(scheduler.schedule()))
+            scheduler.postprocess()
 
     def forecast(self, points: int | None = None, keep: bool = False) -> Forecast:
         """Played; all passes unless ``points`` says otherwise."""

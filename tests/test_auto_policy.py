@@ -15,11 +15,11 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.planner import auto_policy as module
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, auto_choice, auto_policy
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.engine_predictor import EnginePredictor
 from flexgen_bench.planner.search import Search
 from flexgen_bench.planner.task import Task
+from flexgen_bench.schedule.cohorts import Request
 
 NEARLY = MACHINES["emulated"]  # the rule's policy is 9 % slower there
 REQUESTS = [Request(32, 4)] * 8

@@ -25,8 +25,8 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner import choose as chooser
 from flexgen_bench.planner.auto_policy import auto_policy
 from flexgen_bench.planner.choose import PolicyQuestion, choose
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
+from flexgen_bench.schedule.cohorts import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = small_opt(layers=4, hidden=128)
@@ -180,7 +180,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.schedule.cohorts import Request
 import json
 folder = Path(sys.argv[1])
 hardware = HardwareProfile.from_dict(json.loads(sys.argv[2]))

@@ -30,10 +30,10 @@ from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
 from flexgen_bench.llm import LLM
 from flexgen_bench.memory import weight_store
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 

@@ -27,9 +27,9 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
 from flexgen_bench.planner.batch_costs import thinned
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.pass_kinds import POINTS, PassKind, mixes
+from flexgen_bench.schedule.cohorts import Request
 
 GPU, CPU, DISK = (Placement.all_on(tier) for tier in Tier)
 HALF = Placement(gpu=0.5, cpu=0.5)

@@ -35,7 +35,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.memory import host
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.steps import Step
 
 pytest_plugins = "failure_fixtures"

@@ -13,13 +13,13 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.default_policy import _candidates as candidates
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.placement import ShareSpreader, place_sequences, place_units
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.placement import ShareSpreader, place_sequences, place_units
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 shares = (

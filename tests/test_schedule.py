@@ -17,13 +17,13 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import pack
 from flexgen_bench.schedule.cohort import Room, Span, start_cohort
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.dependencies import DependencyTracker
 from flexgen_bench.schedule.kv_layout import KVLayout
+from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 LAYERS = 3
@@ -76,18 +76,18 @@ def cases(draw: st.DrawFn) -> Case:
 
 def all_passes(case: Case, plan: MemoryPlan) -> list[list[Step]]:
     """Every step of a job by pass; sequences leave when they have their tokens, some early."""
-    program = Program(case.policy, plan)
+    scheduler = Scheduler(case.policy, plan)
     tokens = dict.fromkeys(range(len(case.requests)), 0)
     found = []
-    while not program.is_done:
-        batches = program.begin_pass()
-        found.append(list(program.steps(batches)))
+    while not scheduler.is_done:
+        batches = scheduler.schedule()
+        found.append(list(scheduler.steps(batches)))
         for batch in batches:
             for member in batch.members:
                 if member.token or member.is_last_chunk:
                     for i in member.cohort.sequences:
                         tokens[i] += 1
-        program.end_pass(
+        scheduler.postprocess(
             lambda cohort: [
                 i
                 for i in cohort.sequences
@@ -197,17 +197,17 @@ def test_only_links_move_bytes_and_every_prompt_token_passes_every_layer(case: C
 def test_rooms_and_micro_batches_keep_to_the_policy(case: Case) -> None:
     """Never more sequences than a block, no two cohorts in a room, decode shared up to the micro-batch size."""
     plan = case.plan
-    program = Program(case.policy, plan)
-    while not program.is_done:
-        batches = program.begin_pass()
-        list(program.steps(batches))
+    scheduler = Scheduler(case.policy, plan)
+    while not scheduler.is_done:
+        batches = scheduler.schedule()
+        list(scheduler.steps(batches))
         running = {m.cohort.index: m.cohort for b in batches for m in b.members}
         assert len({c.room for c in running.values()}) == len(running)
         assert sum(c.size for c in running.values()) <= case.policy.block_size
         assert all(
             sum(m.cohort.size for m in b.members) <= case.policy.gpu_batch_size for b in batches
         )
-        program.end_pass()
+        scheduler.postprocess()
 
 
 def test_the_continuous_schedule_spreads_prefill_over_the_passes() -> None:
@@ -291,8 +291,8 @@ def test_a_large_head_is_loaded_in_pieces_between_the_layers() -> None:
     packed = pack(shape, family("opt").inventory(shape), DType.BFLOAT16)
     policy = Policy(1, 1, Placement(disk=1))
     plan = plan_job(shape, packed, DType.BFLOAT16, policy, HOST, [Request(2, 1)])
-    program = Program(policy, plan)
-    steps = list(program.steps(program.begin_pass()))
+    scheduler = Scheduler(policy, plan)
+    steps = list(scheduler.steps(scheduler.schedule()))
     loads = [s for s in steps if s.kind is StepKind.LOAD_WEIGHTS]
     pieces = [i for i, s in enumerate(loads) if s.unit == 25]
     assert pieces == [4, 13, 22]

@@ -33,7 +33,6 @@ from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import auto_policy
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.engine_predictor import EnginePredictor, allowed
 from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.memory_plan import plan_job
@@ -41,6 +40,7 @@ from flexgen_bench.planner.moves import moves
 from flexgen_bench.planner.search import Choice, Search
 from flexgen_bench.planner.task import OPEN_BLOCKS, Task
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 
 GPU, CPU, DISK = (Placement.all_on(tier) for tier in Tier)
 REQUEST = Request(32, 4)

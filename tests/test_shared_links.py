@@ -15,12 +15,12 @@ from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
 from flexgen_bench.engine.device import Device
 from flexgen_bench.planner.candidates import Candidates
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.gains import gains
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost
 from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
 from flexgen_bench.planner.task import Task
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 

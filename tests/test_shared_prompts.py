@@ -15,7 +15,7 @@ from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine import generation
 from flexgen_bench.engine.generation import requests_of, to_full_length
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.schedule.cohorts import Request
 
 SHARED = 14
 

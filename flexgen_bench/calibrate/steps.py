@@ -11,11 +11,11 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
 LAYERS, BATCH_SIZE, BATCHES = 24, 8, 4
@@ -27,7 +27,7 @@ def step_probe(site: Site, effort: Effort) -> Probe:
     return Probe(f"{site.tier}.step", counted, lambda: _run(site, effort.step_passes))
 
 
-def _program(hardware: HardwareProfile, passes: int) -> tuple[Program, Job]:
+def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, Job]:
     """A block of sequences, half of the weights on disk."""
     shape = ModelShape(
         name="steps", family="opt", num_layers=LAYERS, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16,
@@ -42,7 +42,7 @@ def _program(hardware: HardwareProfile, passes: int) -> tuple[Program, Job]:
     plan = plan_job(
         shape, packed, dtype, policy, hardware, [Request(8, passes)] * policy.block_size
     )
-    return Program(policy, plan), plan.job
+    return Scheduler(policy, plan), plan.job
 
 
 def _nothing(step: Step) -> None:
@@ -51,7 +51,7 @@ def _nothing(step: Step) -> None:
 
 def _run(site: Site, passes: int) -> int:
     """The job as the engine drives it; the number of its steps."""
-    running, job = _program(site.device.hardware, passes)
+    running, job = _scheduler(site.device.hardware, passes)
     executor = Executor(site.device.lane_settings())
     try:
         return drive(running, job, executor)
@@ -59,12 +59,12 @@ def _run(site: Site, passes: int) -> int:
         executor.close()
 
 
-def drive(running: Program, job: Job, executor: Executor) -> int:
+def drive(running: Scheduler, job: Job, executor: Executor) -> int:
     """All passes, as the engine drives them, with actions that do nothing; the number of steps."""
     count = 0
     while not running.is_done:
         ends: dict[int, tuple[Lane, int]] = {}
-        for step in running.steps(running.begin_pass()):
+        for step in running.steps(running.schedule()):
             ticket = executor.submit(step, _nothing)
             count += 1
             if step.lane in (job.compute_lane, Lane.CPU):
@@ -72,6 +72,6 @@ def drive(running: Program, job: Job, executor: Executor) -> int:
         for ticket in ends.values():
             executor.wait([ticket])
         executor.collect()
-        running.end_pass()
+        running.postprocess()
     executor.drain()
     return count

@@ -18,8 +18,8 @@ from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.registry import family, shape_from_config
 from flexgen_bench.planner.choose import PolicyQuestion, choose
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.units import PackedModel, pack
+from flexgen_bench.schedule.cohorts import Request
 
 KEPT = 0.98  # of what is free
 

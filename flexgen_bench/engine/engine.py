@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,20 +21,26 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.engine.frames import release_frames
-from flexgen_bench.engine.generation import Generation, Running, requests_of
-from flexgen_bench.engine.job_run import JobRun, Progress
+from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
+from flexgen_bench.engine.job_run import JobRun, Progress, quiet
 from flexgen_bench.engine.kept_memory import KeptMemory
+from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.admission import OpenAdmission
+from flexgen_bench.schedule.cohorts import Capacity, Request
 from flexgen_bench.schedule.forest import ScoreRequest, grow
+from flexgen_bench.schedule.scheduler import Scheduler
+
+# Of each row of logits, what the host needs of it where every sequence is greedy: the number of the largest.
+GREEDY_ROW_BYTES = 8
 
 
 @dataclass
@@ -84,11 +90,10 @@ class Engine:
             release_frames(type(error), error, error.__traceback__)
             raise
         self._closed = False
+        self._is_taken = False  # by an open job
         self.direct_io = self._weights.direct_io
 
-    def generate(
-        self, sequences: Sequence[Running], progress: Progress = lambda phase, done, total: None
-    ) -> JobResult:
+    def generate(self, sequences: Sequence[Running], progress: Progress = quiet) -> JobResult:
         """Run every sequence to its end. Results are in the sequences themselves.
 
         After an error the engine is ready for the next job, with new sequences: what the failed job has left in these
@@ -103,15 +108,32 @@ class Engine:
                 "Make it again from its prompt.",
             )
         requests = requests_of(sequences)
-        generation = Generation(sequences)
-        row = 8 if generation.is_greedy else 4 * self._shape.vocab_size
+        row = GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._shape.vocab_size
+        generation = Generation(dict(enumerate(sequences)))
         return self._run(self.plan(requests, row), generation, progress)
+
+    def open(self, capacity: Capacity) -> OpenJob:
+        """A job that takes requests within a capacity while it runs. Until it is closed this engine runs nothing else.
+
+        Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once: the others wait.
+        """
+        plan = self.plan(capacity, 4 * self._shape.vocab_size)
+        self._check_free(plan)
+        sequences: dict[int, Running] = {}
+        generation, admission = Generation(sequences), OpenAdmission(plan.cohorts)
+        result = JobResult(plan=plan)
+        held = ExitStack()
+        executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
+        scheduler = Scheduler(self.policy, plan, generation.wanted, admission)
+        run = JobRun(scheduler, plan.job, executor, actions, generation, result)
+        self._is_taken = True
+        return OpenJob(capacity, admission, sequences, run, held, self._give_back)
 
     def score(
         self,
         requests: Sequence[ScoreRequest],
         found: Found,
-        progress: Progress = lambda phase, done, total: None,
+        progress: Progress = quiet,
     ) -> JobResult:
         """Log-likelihoods of continuations. ``found`` gets each as soon as it is there, from a thread of the engine."""
         asked = self.scoring(requests)
@@ -140,16 +162,19 @@ class Engine:
         return lay_out(self._planned, self._check, self.policy, requests)
 
     def plan(
-        self, requests: Sequence[Request], logits_row_bytes: int = 8, scored_rows: int = 0
+        self,
+        requests: Sequence[Request] | Capacity,
+        logits_row_bytes: int = GREEDY_ROW_BYTES,
+        scored_rows: int = 0,
     ) -> MemoryPlan:
-        """The plan of a job of these requests under this engine's policy."""
+        """The plan of a job of these requests, or of a capacity, under this engine's policy."""
         return self._planned(self.policy, requests, logits_row_bytes, scored_rows)
 
     def _planned(
         self,
         policy: Policy,
-        requests: Sequence[Request],
-        logits_row_bytes: int = 8,
+        requests: Sequence[Request] | Capacity,
+        logits_row_bytes: int = GREEDY_ROW_BYTES,
         scored_rows: int = 0,
     ) -> MemoryPlan:
         return plan_job(
@@ -179,19 +204,45 @@ class Engine:
         """Against what was free before the weights were loaded: a plan counts them in."""
         plan.check(self._device.hardware, self._available)
 
+    def _check_free(self, plan: MemoryPlan) -> None:
+        """Whether a job can be run now: there is memory for it, and no other is."""
+        if self._closed:
+            raise UserError("Engine", "closed", "open", "Make a new one.")
+        if self._is_taken:
+            raise UserError(
+                "Engine",
+                "in use by an open job",
+                "free: a job has the weights' buffers to itself",
+                "Add the requests to that job, or close it (a stream: read it to its end, or close it).",
+            )
+        self._check(plan)
+
+    def _give_back(self) -> None:
+        self._is_taken = False
+
     def _run(
         self,
         plan: MemoryPlan,
         consumer: Consumer,
-        progress: Progress = lambda phase, done, total: None,
+        progress: Progress = quiet,
         policy: Policy | None = None,
     ) -> JobResult:
         """policy: the one that was planned for, if it is not the engine's own; it differs in the shape of blocks alone."""
         policy = policy or self.policy
-        if self._closed:
-            raise UserError("Engine", "closed", "open", "Make a new one.")
-        self._check(plan)
+        self._check_free(plan)
         result = JobResult(plan=plan)
+        with self._job(plan, consumer, policy, result) as (executor, actions):
+            scheduler = Scheduler(policy, plan, consumer.wanted)
+            JobRun(
+                scheduler, plan.job, executor, actions, consumer, result, plan.cohorts.requests, progress
+            ).run()  # fmt: skip
+        return result
+
+    @contextmanager
+    def _job(
+        self, plan: MemoryPlan, consumer: Consumer, policy: Policy, result: JobResult
+    ) -> Iterator[tuple[Executor, Actions]]:
+        """Everything that a job needs for itself, allocated from its plan and released at its end. ``result`` gets what the lanes did."""
         spilled = sum(plan.bytes.get(Tier.DISK, {}).get(k, 0) for k in ("kv_cache", "activations"))
         arenas = Arenas(self._device, self._kept)
         # Released in reverse: no lane may be running when its memory goes.
@@ -209,14 +260,13 @@ class Engine:
             executor = Executor(self._device.lane_settings(), policy.overlap)
             held.callback(executor.close)
             try:
-                JobRun(policy, plan, executor, actions, consumer, progress, result).run()
+                yield executor, actions
                 executor.drain()
             except BaseException:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
         result.allocated = _together(self._arenas.bytes, arenas.bytes)
-        return result
 
 
 def _together(*parts: Mapping[Tier, Mapping[str, int]]) -> dict[Tier, dict[str, int]]:

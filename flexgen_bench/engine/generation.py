@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.planner.cohorts import Request
-from flexgen_bench.planner.program import ending, last_rows
 from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.scheduler import ending, last_rows
 
 # Fewer shared tokens than this (a start token, a template's first words) are computed for every prompt: attention over fresh keys needs no mask.
 LEAST_SHARED = 8
@@ -30,7 +30,9 @@ class Running:
     stop_text: Callable[[list[int]], bool]
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    on_end: Callable[[], None] = lambda: None  # told by the thread that samples
+    # Both are told by the thread that samples.
+    on_token: Callable[[int], None] = lambda token: None
+    on_end: Callable[[], None] = lambda: None
 
     def take(self, token: int) -> None:
         """Append one token and decide whether the sequence ends with it."""
@@ -41,6 +43,7 @@ class Running:
             self.finish_reason = "stop"
         elif len(self.new) >= self.params.max_tokens:
             self.finish_reason = "length"
+        self.on_token(token)
         if self.finish_reason:
             self.on_end()
 
@@ -68,12 +71,11 @@ def _in_common(prompts: Sequence[Sequence[int]]) -> int:
 
 
 class Generation:
-    """Feeds tokens to micro-batches and samples the next ones. ``sequences`` are numbered as in the job."""
+    """Feeds tokens to micro-batches and samples the next ones. sequences: by their numbers in the job; of an open one they come and go
+    between passes."""
 
-    def __init__(self, sequences: Sequence[Running]) -> None:
+    def __init__(self, sequences: Mapping[int, Running]) -> None:
         self._sequences = sequences
-        # Whether the host needs no more than the number of the largest logit.
-        self.is_greedy = all(_plain_greedy(s.params) for s in sequences)
 
     def tokens(self, member: Member) -> Sequence[int]:
         mine = [self._sequences[i] for i in member.cohort.sequences]
@@ -90,16 +92,19 @@ class Generation:
         return last_rows(member)
 
     def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Logits, or their greedy choice if every sequence of the job wants only that."""
+        """Logits, or their greedy choice if every sequence of the micro-batch wants only that."""
         logits = head(x)
-        return logits.argmax(dim=-1) if self.is_greedy else logits.float()
+        greedy = are_greedy(self._getting(work))
+        return logits.argmax(dim=-1) if greedy else logits.float()
 
     def finish(self, work: MicroBatch, found: Tensor) -> None:
-        numbers = [m.cohort.sequences[place] for m in work.members for place in ending(m)]
-        chosen = found.tolist() if self.is_greedy else None
-        for row, i in enumerate(numbers):
-            sequence = self._sequences[i]
-            sequence.take(chosen[row] if chosen else sequence.sampler.choose(found[row]))
+        sequences = self._getting(work)
+        if are_greedy(sequences):
+            for sequence, token in zip(sequences, found.tolist(), strict=True):
+                sequence.take(token)
+        else:
+            for sequence, logits in zip(sequences, found, strict=True):
+                sequence.take(sequence.sampler.choose(logits))
 
     def forest(self, sequence: int) -> None:
         """Prompts are plain sequences."""
@@ -108,6 +113,12 @@ class Generation:
         """Sequences of a cohort that have nothing left to do."""
         return [i for i in cohort.sequences if self._sequences[i].finish_reason]
 
+    def _getting(self, work: MicroBatch) -> list[Running]:
+        """The sequences that get a token from a micro-batch, in the order of its wanted rows."""
+        numbers = (m.cohort.sequences[place] for m in work.members for place in ending(m))
+        return [self._sequences[i] for i in numbers]
 
-def _plain_greedy(params: SamplingParams) -> bool:
-    return params.greedy and params.repetition_penalty == 1.0
+
+def are_greedy(sequences: Iterable[Running]) -> bool:
+    """Whether the host needs no more of these than the number of the largest logit."""
+    return all(s.params.greedy and s.params.repetition_penalty == 1.0 for s in sequences)

@@ -12,8 +12,9 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.staging import chunk_len, chunk_rows
+from flexgen_bench.planner.staging import chunk_rows
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
+from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.steps import Step
 
 Home = tuple[int, int, int]  # room, chunk, span of the room

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.executor import Executor
-from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.program import Program
+from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.scheduler import Ended, Scheduler
 
 # (phase "prefill" or "decode", tokens done in it, tokens of it in all)
 Progress = Callable[[str, int, int], None]
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Progress that nobody wants."""
 
 
 class Times(Protocol):
@@ -26,42 +30,52 @@ class Times(Protocol):
 
 
 class JobRun:
-    """Drives an executor through a plan."""
+    """Drives an executor through the passes of a scheduler. requests: all that there will be, for progress; none of an open job."""
 
     def __init__(
         self,
-        policy: Policy,
-        plan: MemoryPlan,
+        scheduler: Scheduler,
+        job: Job,
         executor: Executor,
         actions: Actions,
         consumer: Consumer,
-        progress: Progress,
         times: Times,
+        requests: Sequence[Request] = (),
+        progress: Progress = quiet,
     ) -> None:
-        self._plan, self._executor, self._actions = plan, executor, actions
+        self._scheduler, self._job = scheduler, job
+        self._executor, self._actions = executor, actions
         self._consumer, self._progress, self._times = consumer, progress, times
-        self._program = Program(policy, plan, consumer.wanted)
-        requests = plan.cohorts.requests
         self._prompt_total = sum(r.prompt_len for r in requests)
         self._decode_total = sum(r.gen_len - 1 for r in requests)
         self._prompt_done = self._decode_done = 0
 
     def run(self) -> None:
-        while not self._program.is_done:
-            begin = time.perf_counter()
-            batches = self._program.begin_pass()
-            self._actions.begin_pass()
-            self._pass(batches)
-            for cohort in self._program.end_pass(self._consumer.ended):
-                self._actions.forget(cohort)
-            self._account(batches, time.perf_counter() - begin)
+        """All passes of a closed job."""
+        while not self._scheduler.is_done:
+            self.step()
+
+    def step(self) -> None:
+        """One pass. Whoever may start starts; sequences that come to their end leave, and their room is free for the next pass."""
+        begin = time.perf_counter()
+        batches = self._scheduler.schedule()
+        self._actions.begin_pass()
+        self._pass(batches)
+        for cohort in self._scheduler.postprocess(self._consumer.ended):
+            self._actions.forget(cohort)
+        self._account(batches, time.perf_counter() - begin)
+
+    def remove(self, ended: Ended) -> None:
+        """Between passes: let sequences leave before their end."""
+        for cohort in self._scheduler.remove(ended):
+            self._actions.forget(cohort)
 
     def _pass(self, batches: list[MicroBatch]) -> None:
         """Submit all steps of a pass, and wait for its last step on each unit: the host must see the tokens."""
         ends: dict[int, tuple[Lane, int]] = {}
-        for step in self._program.steps(batches):
+        for step in self._scheduler.steps(batches):
             ticket = self._executor.submit(step, self._actions.act)
-            if step.lane in (self._plan.job.compute_lane, Lane.CPU):
+            if step.lane in (self._job.compute_lane, Lane.CPU):
                 ends[step.unit] = ticket
         for done, ticket in enumerate(ends.values(), start=1):
             self._executor.wait([ticket])

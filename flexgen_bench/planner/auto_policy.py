@@ -15,11 +15,11 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Request, worst_of
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.search import Choice, Search
 from flexgen_bench.planner.task import Task
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.cohorts import Request, worst_of
 
 # A searched policy must promise so much more than the rule's: differences within the errors of predictions are not worth another way of working.
 LEAST_GAIN = 1.1

@@ -13,13 +13,13 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.scheduler import Scheduler
 
 _NONE: Mapping[Lane, float] = dict.fromkeys(Lane, 0.0)
 
@@ -115,15 +115,15 @@ def _sums(
     requests = [lasting] * policy.gpu_batch_size
     plan = plan_job(thin.shape, thin.packed, dtype, policy, hardware, requests)
     cost = StepCost(thin.shape, thin.packed, dtype, policy, hardware, plan.job)
-    program = Program(policy, plan)
+    scheduler = Scheduler(policy, plan)
     own, shared = dict(_NONE), dict(_NONE)
     for each in range(number + 1):
-        steps = program.steps(program.begin_pass())
+        steps = scheduler.steps(scheduler.schedule())
         for step in steps:
             if each == number:
                 times = layers if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
                 (shared if step.work is None else own)[step.lane] += times * cost.seconds(step)
-        program.end_pass()
+        scheduler.postprocess()
     return own, shared
 
 

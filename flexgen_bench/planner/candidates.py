@@ -13,7 +13,6 @@ from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost, thinned
-from flexgen_bench.planner.cohorts import kv_token_bytes
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import (
     KINDS,
@@ -25,6 +24,7 @@ from flexgen_bench.planner.placement_lp import (
     solve,
 )
 from flexgen_bench.planner.task import Task
+from flexgen_bench.schedule.cohorts import kv_token_bytes
 from flexgen_bench.schedule.job import UnitKind
 
 # Coarse: what lies between is found by changing the best of these.

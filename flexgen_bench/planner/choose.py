@@ -23,9 +23,9 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import auto_policy
-from flexgen_bench.planner.cohorts import Request, worst_of
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request, worst_of
 
 _log = logging.getLogger("flexgen_bench.stage")
 

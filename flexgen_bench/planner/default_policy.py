@@ -16,9 +16,9 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Request, worst_of
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.cohorts import Request, worst_of
 
 LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
 # Up to this many sequences a layer's weights are read faster by the processor than moved and then read by an accelerator.

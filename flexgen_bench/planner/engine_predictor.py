@@ -14,7 +14,6 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import format_seconds
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.cost import rates_of
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.gains import gains
@@ -22,6 +21,7 @@ from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.predictor import Predictor
 from flexgen_bench.planner.task import Task
 from flexgen_bench.planner.units import pack
+from flexgen_bench.schedule.cohorts import Request
 
 
 class EnginePredictor(Predictor):

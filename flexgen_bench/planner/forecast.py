@@ -14,7 +14,6 @@ from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse, mixes, pass_kinds
-from flexgen_bench.planner.program import Program
 from flexgen_bench.planner.simulator import (
     COMPUTE,
     Contention,
@@ -25,6 +24,7 @@ from flexgen_bench.planner.simulator import (
 )
 from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
 
@@ -168,21 +168,21 @@ def _forecast(
         made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
     else:
         made_of = mixes(kinds, points) if points >= POINTS else mixes(coarse(kinds), points)
-    program = Program(policy, plan)
+    scheduler = Scheduler(policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     played: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
     for number, (kind, _) in enumerate(kinds):
         if itself[number]:
-            steps = program.steps(program.begin_pass())
+            steps = scheduler.steps(scheduler.schedule())
             played[number] = _play(player, cost, plan.job, steps)
             latest = kind
         elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
-            player.run_pass(program.steps(program.begin_pass()))
+            player.run_pass(scheduler.steps(scheduler.schedule()))
             latest = kind
         else:
-            program.admit()
-        program.end_pass()
+            scheduler.admit()
+        scheduler.postprocess()
     return Forecast(
         tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps
     )

@@ -10,20 +10,20 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Cohorts, Request, form_cohorts
-from flexgen_bench.planner.placement import place_units, realised
 from flexgen_bench.planner.staging import (
     RoomBytes,
     Staging,
     all_room_bytes,
-    chunk_len,
     chunk_rows,
     everything,
     staging,
 )
 from flexgen_bench.planner.units import PackedModel, PackedUnit
 from flexgen_bench.schedule.cohort import Cohort
+from flexgen_bench.schedule.cohorts import Capacity, Cohorts, Request, form_cohorts
 from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
+from flexgen_bench.schedule.passes import chunk_len
+from flexgen_bench.schedule.placement import place_units, realised
 
 # What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in float32.
 KERNEL_BYTES = 16 * 1024 * 1024
@@ -86,11 +86,11 @@ def plan_job(
     dtype: DType,
     policy: Policy,
     hardware: HardwareProfile,
-    requests: Sequence[Request],
+    requests: Sequence[Request] | Capacity,
     logits_row_bytes: int = 8,
     scored_rows: int = 0,
 ) -> MemoryPlan:
-    """Plan a job. ``logits_row_bytes``: what the host needs per row of logits; ``scored_rows``: rows of logits that a scoring job
+    """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of logits; ``scored_rows``: rows of logits that a scoring job
     wants at once (0: one per sequence)."""
     compute = hardware.compute_tier
     for name in ("weights", "kv_cache", "activations"):
@@ -106,6 +106,7 @@ def plan_job(
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
+    cohorts = form_cohorts(shape, dtype, policy, requests, compute)
     job = Job(
         units=units,
         compute_tier=compute,
@@ -118,11 +119,10 @@ def plan_job(
         attention_row_bytes=shape.num_heads * shape.head_dim * dtype.bytes,
         logits_row_bytes=logits_row_bytes,
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
-        keep_kv=any(r.gen_len > 1 for r in requests) and not scored_rows,
+        keep_kv=cohorts.lifetime > 1 and not scored_rows,
         plain_slots=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
         plain_slot_bytes=max(u.plain_bytes for u in packed.units),
     )
-    cohorts = form_cohorts(shape, dtype, policy, requests, compute)
     rooms = all_room_bytes(job, policy, cohorts)
     moving = staging(job, policy, cohorts)
     home = dict.fromkeys(Tier, 0)

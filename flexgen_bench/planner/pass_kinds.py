@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.program import Program
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.scheduler import Scheduler
 
 # Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all passes, fewer.
 POINTS = 4
@@ -36,7 +36,7 @@ class PassKind(NamedTuple):
 
 def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
     """Of every pass of a job in which no sequence ends early."""
-    return list(_kinds(Program(policy, plan)))
+    return list(_kinds(Scheduler(policy, plan)))
 
 
 def coarse(passes: list[PassKind]) -> list[PassKind]:
@@ -61,17 +61,17 @@ def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
     return [_between(played[one.kind], one.amount) for one in passes]
 
 
-def _kinds(program: Program) -> Iterator[PassKind]:
+def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
     before: object = None
-    while not program.is_done:
-        batches = program.begin_pass()
+    while not scheduler.is_done:
+        batches = scheduler.schedule()
         own = tuple(
             (batch.is_prefill, batch.chunk, len(batch.wanted) > 0, _writes_tail(batch))
             for batch in batches
         )
         after_prefill = None if before is None else all(prefill for prefill, *_ in before)  # type: ignore[attr-defined]
-        program.end_pass()
-        yield PassKind((own, after_prefill, program.is_done), sum(map(_amount, batches)))
+        scheduler.postprocess()
+        yield PassKind((own, after_prefill, scheduler.is_done), sum(map(_amount, batches)))
         before = own
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import Policy, Schedule
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.forest import Forest, ScoreRequest, grow
 
 # Rows computed together: more make matrix products no faster, and results come later (docs/notes/accuracy_scoring.md).

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.planner.cohorts import Cohorts
 from flexgen_bench.schedule.cohort import Cohort, Room, Span
+from flexgen_bench.schedule.cohorts import Cohorts
 from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.passes import chunk_len
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,6 @@ class Staging:
     kv_slot: int
     kv_host: int
     pages: int
-
-
-def chunk_len(policy: Policy, size: int) -> int | None:
-    """Tokens of each of ``size`` prompts that are computed at once; None: all."""
-    return None if policy.prefill_chunk is None else max(1, policy.prefill_chunk // size)
 
 
 def chunk_rows(cohort: Cohort, span: Span, chunk: int | None) -> list[int]:

@@ -10,9 +10,9 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.schedule.cohorts import Request
 
 # Blocks of a job whose number of prompts is left open: more than one, so that a continuous schedule shows what it does, its slow
 # start and end included.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.generator import is_attended_apart
 from flexgen_bench.schedule.job import Job
@@ -20,6 +21,11 @@ class RunningCohort:
 
     cohort: Cohort
     token: int = 0
+
+
+def chunk_len(policy: Policy, size: int) -> int | None:
+    """Tokens of each of ``size`` prompts that are computed at once; None: all."""
+    return None if policy.prefill_chunk is None else max(1, policy.prefill_chunk // size)
 
 
 def form_micro_batches(

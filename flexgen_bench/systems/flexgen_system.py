@@ -16,7 +16,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, JobResult
 from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.llm import LLM
-from flexgen_bench.planner.cohorts import Request
+from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 from flexgen_bench.systems.engine_scorer import EngineScorer
 from flexgen_bench.systems.scorer import Scorer

@@ -9,9 +9,9 @@ from functools import cached_property
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.placement import ShareSpreader, place_sequences
 from flexgen_bench.schedule.cohort import Cohort, Room, Span, clipped, start_cohort
 from flexgen_bench.schedule.kv_layout import KVLayout
+from flexgen_bench.schedule.placement import ShareSpreader, place_sequences
 
 # A tail segment of a KV cache on disk is written at once; below this size direct writes lose most of a disk's
 # bandwidth (measured: docs/notes/disk.md).
@@ -28,6 +28,25 @@ class Request:
     prompt_len: int
     gen_len: int
     shared: int = 0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an open job is planned for, before its requests are known: how many sequences may run at once, and the longest prompt and the most
+    new tokens that one may have."""
+
+    sequences: int
+    prompt_len: int
+    gen_len: int
+
+    @property
+    def largest(self) -> Request:
+        """The request that takes all that one sequence may have."""
+        return Request(self.prompt_len, self.gen_len)
+
+    def holds(self, request: Request) -> bool:
+        """Whether a request is within it."""
+        return request.prompt_len <= self.prompt_len and request.gen_len <= self.gen_len
 
 
 def worst_of(requests: Sequence[Request]) -> Request:
@@ -54,9 +73,17 @@ class Cohorts:
         lens = tuple(self.requests[i].prompt_len for i in members)
         gen_len = max(self.requests[i].gen_len for i in members)
         layouts = tuple(
-            self._layout(span, max(lens), gen_len) for span in clipped(room.kv, len(members))
+            self._layout(span, max(lens), gen_len, gen_len)
+            for span in clipped(room.kv, len(members))
         )
         return start_cohort(index, room, members, lens, gen_len, layouts, self._shared(members))
+
+    def start_request(self, number: int, request: Request, room: Room) -> Cohort:
+        """The cohort of one request of an open job. Its cache is laid out in segments of the capacity's size, so that it needs no more than
+        the room was planned for: shorter segments, each rounded up to whole pages, might."""
+        prompt, new = request.prompt_len, request.gen_len
+        layouts = tuple(self._layout(span, prompt, new, self.lifetime) for span in room.kv)
+        return start_cohort(number, room, (number,), (prompt,), new, layouts)
 
     def _shared(self, members: Sequence[int]) -> int:
         """Prompt tokens that sequences of the job share. Their keys and values are read back from the cache, so there must be one; and every
@@ -99,31 +126,41 @@ class Cohorts:
         """Passes that the longest-lived cohort runs, if no sequence ends early."""
         return max(request.gen_len for request in self.requests)
 
-    def _layout(self, span: Span, prompt_len: int, gen_len: int) -> KVLayout:
-        """Segments of one span's cache. Where attention happens in place, generated tokens are one segment."""
-        new = max(gen_len - 1, 0)  # the last token is never fed back
+    def _layout(self, span: Span, prompt_len: int, gen_len: int, planned: int) -> KVLayout:
+        """Segments of one span's cache, as long as suits ``planned`` new tokens. Where attention happens in place, generated tokens are one
+        segment."""
+        new = max(planned - 1, 0)  # the last token is never fed back
         segment = max(new, 1)
         if span.tier is Tier.DISK:
             worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
             segment = min(segment, max(worthwhile, -(-new // MAX_DISK_SEGMENTS), 1))
         elif span.tier is not self.compute:
             segment = min(segment, max(1, -(-new // MAX_DISK_SEGMENTS)))
-        return KVLayout(span.count, prompt_len, new, segment, self.token_bytes)
+        return KVLayout(span.count, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes)
 
 
 def form_cohorts(
-    shape: ModelShape, dtype: DType, policy: Policy, requests: Sequence[Request], compute: Tier
+    shape: ModelShape,
+    dtype: DType,
+    policy: Policy,
+    asked: Sequence[Request] | Capacity,
+    compute: Tier,
 ) -> Cohorts:
     """Cut a job into cohorts; prompts of similar length start together.
 
     Block schedule: a cohort is a micro-batch. Continuous: a cohort is what starts in one pass if a block's sequences are spread
-    evenly over the passes that a sequence lives; several cohorts share a micro-batch when they decode.
+    evenly over the passes that a sequence lives; several cohorts share a micro-batch when they decode. Open jobs (a capacity instead of
+    requests): every sequence is a cohort, which moves into any room.
     """
-    order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)
     continuous = policy.schedule is Schedule.CONTINUOUS
-    size = min(policy.gpu_batch_size, len(requests))
-    if continuous:
-        size = min(size, _starting(policy.block_size, max(r.gen_len for r in requests)))
+    if isinstance(asked, Capacity):
+        requests: Sequence[Request] = [asked.largest] * asked.sequences
+        continuous, size = True, 1
+    else:
+        requests, size = asked, min(policy.gpu_batch_size, len(asked))
+        if continuous:
+            size = min(size, _starting(policy.block_size, max(r.gen_len for r in requests)))
+    order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)
     groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
     count = min(policy.block_size // size if continuous else policy.num_gpu_batches, len(groups))
     # In the block schedule the last room may be smaller; in the continuous one any cohort moves into any room.
@@ -135,7 +172,7 @@ def form_cohorts(
     )
     return Cohorts(
         tuple(requests), groups, rooms, kv_token_bytes(shape, dtype, policy), compute,
-        policy.schedule is Schedule.BLOCK,
+        not continuous,
     )  # fmt: skip
 
 
