@@ -24,9 +24,9 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.actions import Actions
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import JobResult
 from flexgen_bench.engine.generation import Running, to_full_length
 from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.schedule.forest import ScoreRequest
 from flexgen_bench.schedule.steps import Step
@@ -176,13 +176,17 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
     }
     found, result = run(reference, policy, hardware, tmp_path, stop=stop)
     assert found == [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)], policy
+    check_allocated_as_planned(result, hardware)
+
+
+def check_allocated_as_planned(result: JobResult, hardware: HardwareProfile) -> None:
     assert result.plan is not None
     planned = {tier: dict(parts) for tier, parts in result.plan.bytes.items()}
     planned[hardware.compute_tier].pop("workspace")  # torch's own allocator, within this bound
     planned[Tier.CPU].pop("attention workspace", None)
     planned[Tier.DISK].pop("weights", None)  # the packed store itself
     allocated = {t: {k: n for k, n in p.items() if n} for t, p in result.allocated.items()}
-    assert allocated == {tier: parts for tier, parts in planned.items() if parts}, policy
+    assert allocated == {tier: parts for tier, parts in planned.items() if parts}
 
 
 @pytest.mark.parametrize("hardware", [HOST, EMULATED], ids=["host", "emulated"])

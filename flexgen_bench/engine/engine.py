@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,15 +13,14 @@ from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.core.timeline import Timeline
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.executor import Executor, LaneUse
+from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.frames import release_frames
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
-from flexgen_bench.engine.job_run import JobRun, Progress, quiet
+from flexgen_bench.engine.job_run import JobResult, JobRun, Progress, quiet
 from flexgen_bench.engine.kept_memory import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
@@ -41,21 +39,6 @@ from flexgen_bench.schedule.scheduler import Scheduler
 
 # Of each row of logits, what the host needs of it where every sequence is greedy: the number of the largest.
 GREEDY_ROW_BYTES = 8
-
-
-@dataclass
-class JobResult:
-    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it.
-
-    A pass in which prompts are computed while other sequences decode (continuous schedule) counts as decode.
-    """
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    plan: MemoryPlan | None = None
-    lanes: dict[Lane, LaneUse] = field(default_factory=dict)
-    timeline: Timeline = field(default_factory=Timeline)
-    allocated: dict[Tier, dict[str, int]] = field(default_factory=dict)
 
 
 class Engine:
@@ -127,7 +110,7 @@ class Engine:
         scheduler = Scheduler(self.policy, plan, generation.wanted, admission)
         run = JobRun(scheduler, plan.job, executor, actions, generation, result)
         self._is_taken = True
-        return OpenJob(capacity, admission, sequences, run, held, self._give_back)
+        return OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
 
     def score(
         self,

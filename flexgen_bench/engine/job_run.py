@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
 
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
-from flexgen_bench.engine.executor import Executor
+from flexgen_bench.engine.executor import Executor, LaneUse
+from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
@@ -22,11 +24,19 @@ def quiet(phase: str, done: int, total: int) -> None:
     """Progress that nobody wants."""
 
 
-class Times(Protocol):
-    """Where the seconds of the phases are summed."""
+@dataclass
+class JobResult:
+    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it.
 
-    prefill_s: float
-    decode_s: float
+    A pass in which prompts are computed while other sequences decode (continuous schedule) counts as decode.
+    """
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    plan: MemoryPlan | None = None
+    lanes: dict[Lane, LaneUse] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
+    allocated: dict[Tier, dict[str, int]] = field(default_factory=dict)
 
 
 class JobRun:
@@ -39,13 +49,13 @@ class JobRun:
         executor: Executor,
         actions: Actions,
         consumer: Consumer,
-        times: Times,
+        result: JobResult,
         requests: Sequence[Request] = (),
         progress: Progress = quiet,
     ) -> None:
         self._scheduler, self._job = scheduler, job
         self._executor, self._actions = executor, actions
-        self._consumer, self._progress, self._times = consumer, progress, times
+        self._consumer, self._progress, self._result = consumer, progress, result
         self._prompt_total = sum(r.prompt_len for r in requests)
         self._decode_total = sum(r.gen_len - 1 for r in requests)
         self._prompt_done = self._decode_done = 0
@@ -84,9 +94,9 @@ class JobRun:
 
     def _account(self, batches: list[MicroBatch], seconds: float) -> None:
         if all(batch.is_prefill for batch in batches):
-            self._times.prefill_s += seconds
+            self._result.prefill_s += seconds
         else:
-            self._times.decode_s += seconds
+            self._result.decode_s += seconds
         for batch in batches:
             if batch.is_prefill:
                 self._prompt_done += batch.rows

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.job_run import JobRun
+from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.schedule.admission import OpenAdmission
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.cohorts import Capacity, Request
@@ -34,7 +34,7 @@ class OpenJob:
     """``add`` requests and ``cancel`` them at any time, from any thread; one thread calls ``step``, which runs a pass, as long as it wants.
 
     A request starts with the next pass if a place is free, else as soon as one is; first come, first served. Its tokens are those of a run
-    of its own. A sequence that ends gives its KV space back at once. ``Engine.open`` makes one; use as a context manager, or ``close``.
+    of its own. result: its plan and the seconds of its passes so far; when it is closed, also what its lanes did. A sequence that ends gives its KV space back at once. ``Engine.open`` makes one; use as a context manager, or ``close``.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class OpenJob:
         run: JobRun,
         held: ExitStack,
         on_close: Callable[[], None],
+        result: JobResult,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.result = capacity, result
         self._admission, self._sequences, self._run = admission, sequences, run
         self._held, self._on_close = held, on_close
         self._lock = Lock()  # of what other threads may touch: the two lists, and the numbers

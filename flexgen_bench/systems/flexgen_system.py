@@ -13,8 +13,9 @@ from flexgen_bench.core.tiers import LINKS, Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine, JobResult
+from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.llm import LLM
 from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
