@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.text_stream import TextStream
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.program import ending, last_rows
 from flexgen_bench.schedule.cohort import Cohort
@@ -21,7 +22,10 @@ LEAST_SHARED = 8
 
 @dataclass
 class Running:
-    """One prompt on its way: what it has produced, and why it ended (empty: it goes on)."""
+    """One prompt on its way: what it has produced, and why it ended (empty: it goes on).
+
+    stop_text: given all new tokens with each of them, says whether their text has ended. text: what becomes of them, if anybody wants it.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -31,6 +35,7 @@ class Running:
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
     on_end: Callable[[], None] = lambda: None  # told by the thread that samples
+    text: TextStream | None = None
 
     def take(self, token: int) -> None:
         """Append one token and decide whether the sequence ends with it."""
