@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import StoppingCriteria
 
 from baselines.hf_generate import padded
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.engine.text_stream import TextStream
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.outputs import Score
 from flexgen_bench.schedule.forest import ScoreRequest
@@ -74,7 +75,7 @@ class HFScorer(Scorer):
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[int]]:
         ids, mask = padded(prompts, left=True)
-        ends = set(params.stop_token_ids)
+        ends = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             ends |= self._tokenizer.end_ids
         options: dict[str, Any] = {"do_sample": not params.greedy}
@@ -85,34 +86,36 @@ class HFScorer(Scorer):
                 "top_k": params.top_k,
                 "top_p": params.top_p,
             }
-        stop = _Stop(ids.shape[1], self._tokenizer.stop_test(tuple(params.stop)), ends)
+        texts = [self._tokenizer.stream(prompt, params.stop or ()) for prompt in prompts]
+        stop = _Stop(ids.shape[1], texts, ends)
         output = self._model.generate(
             ids.to(self._device), attention_mask=mask.to(self._device), max_new_tokens=params.max_tokens,
             repetition_penalty=params.repetition_penalty, stopping_criteria=[stop],
             **options,
         )  # fmt: skip
-        return [stop.cut(row) for row in output[:, ids.shape[1] :].tolist()]
+        return stop.cut(output[:, ids.shape[1] :].tolist())
 
 
 class _Stop(StoppingCriteria):
     """Ends each sequence after an end id or a stop string."""
 
-    def __init__(self, start: int, has_stop: Callable[[list[int]], bool], ends: set[int]) -> None:
-        self._start, self._has_stop, self._ends = start, has_stop, ends
+    def __init__(self, start: int, texts: Sequence[TextStream], ends: set[int]) -> None:
+        self._start, self._texts, self._ends = start, texts, ends
+        self._lengths: list[int | None] = [None] * len(texts)  # of those that have ended
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        done = [self._is_done(new) for new in input_ids[:, self._start :].tolist()]
+        for row, new in enumerate(input_ids[:, self._start :].tolist()):
+            if self._lengths[row] is None and self._is_done(row, new):
+                self._lengths[row] = len(new)
+        done = [length is not None for length in self._lengths]
         return torch.tensor(done, device=input_ids.device)
 
-    def cut(self, new: list[int]) -> list[int]:
+    def cut(self, rows: list[list[int]]) -> list[list[int]]:
         """Without what was generated for a sequence after its end, while others went on."""
-        for count in range(1, len(new)):
-            if self._is_done(new[:count]):
-                return new[:count]
-        return new
+        return [new[:length] for new, length in zip(rows, self._lengths, strict=True)]
 
-    def _is_done(self, new: list[int]) -> bool:
-        return new[-1] in self._ends or self._has_stop(new)
+    def _is_done(self, row: int, new: list[int]) -> bool:
+        return new[-1] in self._ends or self._texts[row].follow(new)
 
 
 def _score(logits: Tensor, request: ScoreRequest) -> Score:

@@ -20,6 +20,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, agreed_lossy
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.token_ids import as_list, token_ids
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -27,7 +28,16 @@ from flexgen_bench.engine.engine import Engine, check_prompt, check_score_reques
 from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.outputs import Output, Prompt, Score, is_prompt, per_prompt, score_of
+from flexgen_bench.outputs import (
+    Output,
+    Prompt,
+    Score,
+    pairs_of,
+    per_prompt,
+    prompts_of,
+    requests_of_ids,
+    score_of,
+)
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.runner.machine import physical_cores
 from flexgen_bench.runner.model_source import Progress, checkpoint_of
@@ -132,12 +142,12 @@ class LLM:
     ) -> list[Output]:
         """Continue every prompt: texts or lists of token ids, any number, any mixture of lengths.
 
-        Results come in the order of the prompts and do not depend on how they are batched. ``on_output`` gets each as soon as it is there.
+        Empty text is the model's start token. Ids may be arrays of numpy or torch, one-dimensional. Results come in the order of the
+        prompts and do not depend on how they are batched. ``on_output`` gets each as soon as it is there. Raises UserError for the
+        first prompt that cannot be used, before any is computed.
         """
         self._check_open()
-        asked: Sequence[Prompt] = [prompts] if is_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
-        if not asked:
-            raise UserError("prompts", asked, "at least one prompt")
+        asked = prompts_of(prompts)
         params = per_prompt(sampling_params, len(asked))
         sequences = [
             self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))
@@ -159,16 +169,12 @@ class LLM:
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
         self._check_open()
-        if len(contexts) != len(continuations):
-            raise UserError(
-                "continuations", len(continuations), f"as many as contexts ({len(contexts)})"
-            )
-        if not contexts:
-            raise UserError("contexts", list(contexts), "at least one context")
         requests = []
-        for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        for index, (context, continuation) in enumerate(pairs_of(contexts, continuations)):
             before, both = self._tokenizer.encode_pair(context, continuation, index)
             requests.append(ScoreRequest(both, before))
+            name = f"contexts[{index}] + continuations[{index}]"
+            check_score_request(self.shape, name, requests[-1])
         return self.score_tokens(requests)
 
     def score_tokens(
@@ -181,8 +187,9 @@ class LLM:
         Results come in the order of the requests; ``on_score`` gets each as soon as it is there.
         """
         self._check_open()
+        requests = requests_of_ids(requests)
         for index, request in enumerate(requests):
-            check_score_request(self.shape, index, request)
+            check_score_request(self.shape, f"requests[{index}]", request)
         if not requests:
             return []
         found: dict[int, Score] = {}
@@ -199,9 +206,13 @@ class LLM:
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Of each sequence in turn, the whole distribution of every token but the first: (T-1, V) float32. Few are in memory at once."""
         self._check_open()
-        requests = [ScoreRequest(tokens, 1) for tokens in sequences]
+        lists = as_list(sequences, "sequences", "a list of lists of token ids")
+        requests = [
+            ScoreRequest(token_ids(tokens, f"sequences[{index}]"), 1)
+            for index, tokens in enumerate(lists)
+        ]
         for index, request in enumerate(requests):
-            check_score_request(self.shape, index, request)
+            check_score_request(self.shape, f"sequences[{index}]", request)
         return self._log_probabilities(requests)
 
     def _log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
@@ -275,23 +286,29 @@ class LLM:
 
     def _running(self, index: int, prompt: Prompt, params: SamplingParams) -> Running:
         ids = self._tokenizer.encode(prompt, f"prompts[{index}]")
-        check_prompt(self.shape, index, ids, params.max_tokens)
-        stop_ids = frozenset(params.stop_token_ids)
+        check_prompt(self.shape, f"prompts[{index}]", ids, params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids |= self._tokenizer.end_ids
+        text = self._tokenizer.stream(ids, params.stop or ())
         return Running(
             prompt=ids,
             params=params,
             sampler=Sampler(params, ids, index),
             stop_ids=stop_ids,
-            stop_text=self._tokenizer.stop_test(tuple(params.stop)),
+            stop_text=text.follow if params.stop else lambda new: False,
+            text=text,
         )
 
-    def _output(self, prompt: Prompt, sequence: Running) -> Output:
+    @staticmethod
+    def _output(prompt: Prompt, sequence: Running) -> Output:
+        assert sequence.text is not None
+        sequence.text.follow(sequence.new)
+        sequence.text.finish()
         return Output(
             prompt=prompt,
             prompt_token_ids=tuple(sequence.prompt),
             token_ids=tuple(sequence.new),
-            text=self._tokenizer.text(sequence.new, tuple(sequence.params.stop)),
+            text=sequence.text.text,
             finish_reason=sequence.finish_reason,
         )

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.token_ids import as_list, token_ids, whole_number
+from flexgen_bench.schedule.forest import ScoreRequest
 
 Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One prompt's result. ``finish_reason``: "stop" (a stop id or string) or "length"."""
+    """One prompt's result.
+
+    text: what the tokens add to the prompt's text, so that prompt + text is the whole of it: from the space before the first word
+    on, without special tokens, and cut before the first stop string. finish_reason: "stop" (a stop id or string) or "length".
+    """
 
     prompt: Prompt
     prompt_token_ids: tuple[int, ...]
@@ -31,11 +38,48 @@ class Score:
     token_logprobs: tuple[float, ...]
 
 
-def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """A single text, or a single list of token ids. UserError for what is neither nor a list of them."""
-    if not isinstance(prompts, str | Sequence):
-        raise UserError("prompts", prompts, "a text, a list of token ids, or a list of these")
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def prompts_of(prompts: Any) -> list[str | list[int]]:
+    """Each a text or a list of ids: of a single prompt, or of a list of prompts in any mixture. UserError names the first that is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    given = as_list(prompts, "prompts", "a text, a list of token ids, or a list of these")
+    if not given:
+        raise UserError("prompts", given, "at least one prompt")
+    if isinstance(given[0], bool) or whole_number(given[0]) is not None:  # ids of one prompt
+        return [token_ids(given, "prompts[0]")]
+    return [
+        str(prompt) if isinstance(prompt, str) else token_ids(prompt, f"prompts[{index}]")
+        for index, prompt in enumerate(given)
+    ]
+
+
+def pairs_of(contexts: Any, continuations: Any) -> list[tuple[Any, Any]]:
+    """Each context with its continuation. UserError for what are no two lists of one length."""
+    wanted = "a list of texts, or of lists of token ids"
+    for name, given in (("contexts", contexts), ("continuations", continuations)):
+        if isinstance(given, str):
+            raise UserError(name, given, wanted, "Put a single one into a list.")
+    before = as_list(contexts, "contexts", wanted)
+    after = as_list(continuations, "continuations", wanted)
+    if len(before) != len(after):
+        raise UserError("continuations", len(after), f"as many as contexts ({len(before)})")
+    if not before:
+        raise UserError("contexts", before, "at least one context")
+    return list(zip(before, after, strict=True))
+
+
+def requests_of_ids(requests: Any) -> list[ScoreRequest]:
+    """Requests whose tokens are lists of ints. UserError names the first that is none."""
+    found = []
+    for index, request in enumerate(as_list(requests, "requests", "a list of ScoreRequest")):
+        name = f"requests[{index}]"
+        if not isinstance(request, ScoreRequest):
+            raise UserError(name, request, "a ScoreRequest(tokens, start)")
+        start = whole_number(request.start)
+        if start is None:
+            raise UserError(f"{name}.start", request.start, "an integer")
+        found.append(ScoreRequest(token_ids(request.tokens, f"{name}.tokens"), start))
+    return found
 
 
 def per_prompt(

@@ -291,7 +291,7 @@ def test_nothing_runs_code_from_a_model_folder(tmp_path: Path) -> None:
 
 def test_a_closed_llm_and_wrong_types_are_refused(folder: Path) -> None:
     llm = LLM(folder, gpu="cpu", dtype="float32", cache_dir=folder.parent / "cache")
-    for prompts in (None, 7, torch.tensor([1, 2])):
+    for prompts in (None, 7, torch.tensor([[1, 2]])):
         with pytest.raises(UserError, match="prompts"):
             llm.generate(prompts)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="sampling_params"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.engine.added_tokens import AddedTokens
 from flexgen_bench.memory.importance import IMPORTANCE
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def windows_of(folder: Path, text: str, tokens: int, longest: int) -> list[list[
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text[: tokens * 64], add_special_tokens=False, verbose=False).input_ids
-    first = tokenizer("").input_ids
+    first = AddedTokens.of(tokenizer).before
     length = min(WINDOW, longest) - len(first)
     count = min(max(1, tokens // length), max(1, len(ids) // length))
     return [[*first, *ids[i * len(ids) // count :][:length]] for i in range(count)]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
+from flexgen_bench.engine.added_tokens import AddedTokens
+from flexgen_bench.engine.tokenization import check_text, has_tokenizer, load_tokenizer
 
 # Letters of both cases, digits, punctuation, white space inside and letters beyond ASCII: what every task's text has.
 PROBE = 'Question: Is 12 + 30 = 42?\n\nAnswer: yes, it isn\'t "No" (café, 50%).'
@@ -25,6 +26,7 @@ class TaskText:
                 "Tasks are text; put the tokenizer's files into the folder.",
             )  # fmt: skip
         self.tokenizer = load_tokenizer(folder)
+        self._added = AddedTokens.of(self.tokenizer)
         self._check(folder, vocab_size)
 
     def _check(self, folder: Path, vocab_size: int) -> None:
@@ -66,13 +68,12 @@ class TaskText:
         return None if end is None else str(self.tokenizer.decode(end, skip_special_tokens=False))
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """special: whether to add special tokens; None is the tokenizer's own habit, but none for text that begins with one already."""
-        if special is None and self._special_ids():
-            start = self.tokenizer.decode(self.start_id)
-            if start and text.startswith(start):
-                special = False
-        options = {} if special is None else {"add_special_tokens": special}
-        return [int(i) for i in self.tokenizer.encode(text, **options)]
+        """special: whether to add special tokens. None: those that the tokenizer puts before a text, but for text that begins with them
+        already. Its end tokens are left out, other than in lm-eval: it would score them in place of a continuation's last words."""
+        check_text(text, "text")
+        if special is None:
+            return self._added.open_ended(self.tokenizer.encode(text))
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
+from typing import Any
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.token_ids import token_ids, whole_number
 
 
 @dataclass(frozen=True)
@@ -14,8 +18,10 @@ class SamplingParams:
 
     max_tokens: most new tokens. temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all.
     repetition_penalty: above 1 discourages tokens seen in prompt or output. stop: strings that end the text (they
-    are cut off). stop_token_ids: ids that end it, besides the model's own end-of-sequence id unless ignore_eos.
+    are cut off); None: none. stop_token_ids: ids that end it, besides the model's own end-of-sequence id unless ignore_eos.
     seed: with the same seed and prompt position, the same tokens come out however prompts are batched.
+
+    Numbers may be numpy's or torch's. UserError names the field that has a value of another kind.
     """
 
     max_tokens: int = 16
@@ -23,44 +29,56 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        self._at_least_one("max_tokens", self.max_tokens)
-        if not (isinstance(self.temperature, int | float) and 0 <= self.temperature < float("inf")):
-            raise UserError(
-                "temperature", self.temperature, "a finite number of at least 0 (0 is greedy)"
-            )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError("top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
-        if not (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1):
-            raise UserError("top_p", self.top_p, "above 0 and at most 1")
-        if not (
-            isinstance(self.repetition_penalty, int | float)
-            and 0 < self.repetition_penalty < float("inf")
-        ):
-            raise UserError(
-                "repetition_penalty", self.repetition_penalty, "a finite number above 0"
-            )
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise UserError("stop", self.stop, "strings that are not empty")
-        if any(not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
+        self._integer("max_tokens", 1, "an integer of at least 1")
+        self._number("temperature", "a finite number of at least 0 (0 is greedy)")
+        self._integer("top_k", 0, "an integer of at least 0 (0 keeps all tokens)")
+        self._number("top_p", "above 0 and at most 1", above_zero=True, most=1)
+        self._number("repetition_penalty", "a finite number above 0", above_zero=True)
+        self._integer("seed", None, "an integer")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        ids = token_ids(
+            () if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids"
+        )
+        if any(t < 0 for t in ids):
             raise UserError("stop_token_ids", self.stop_token_ids, "token ids of at least 0")
-        if not isinstance(self.seed, int):
-            raise UserError("seed", self.seed, "an integer")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError("ignore_eos", self.ignore_eos, "True or False")
 
-    @staticmethod
-    def _at_least_one(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(name, value, "an integer of at least 1")
+    def _integer(self, name: str, least: int | None, allowed: str) -> None:
+        value = whole_number(getattr(self, name))
+        if value is None or (least is not None and value < least):
+            raise UserError(name, getattr(self, name), allowed)
+        object.__setattr__(self, name, value)
+
+    def _number(
+        self, name: str, allowed: str, *, above_zero: bool = False, most: float = inf
+    ) -> None:
+        given = getattr(self, name)
+        is_number = isinstance(given, Real) and not isinstance(given, bool)
+        value = float(given) if is_number else -1.0
+        if not 0 <= value <= most or value == inf or (above_zero and value == 0):
+            raise UserError(name, given, allowed)
+        object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not isinstance(stop, Sequence) or any(not isinstance(s, str) or not s for s in stop):
+        raise UserError(
+            "stop", stop, "a string, or strings, that are not empty", "None or [] is for none."
+        )
+    return tuple(stop)

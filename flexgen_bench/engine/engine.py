@@ -290,13 +290,13 @@ def store_plan(
     )
 
 
-def check_prompt(shape: ModelShape, index: int, prompt: Sequence[int], new_tokens: int) -> None:
+def check_prompt(shape: ModelShape, field: str, prompt: Sequence[int], new_tokens: int) -> None:
     """UserError if a prompt is empty, does not fit the model's positions, or holds ids it does not know."""
     if not prompt:
-        raise UserError(f"prompts[{index}]", list(prompt), "at least one token long")
+        raise UserError(field, list(prompt), "at least one token long")
     if len(prompt) + new_tokens - 1 > shape.max_positions:
         raise UserError(
-            f"prompts[{index}]",
+            field,
             f"{len(prompt)} tokens, {new_tokens} to generate",
             f"at most {shape.max_positions} positions in all for {shape.name}",
             "Shorten the prompt or lower max_tokens.",
@@ -304,20 +304,20 @@ def check_prompt(shape: ModelShape, index: int, prompt: Sequence[int], new_token
     bad = [t for t in prompt if not 0 <= t < shape.vocab_size]
     if bad:
         raise UserError(
-            f"prompts[{index}]",
+            field,
             bad[:5],
             f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}",
         )
 
 
-def check_score_request(shape: ModelShape, index: int, request: ScoreRequest) -> None:
+def check_score_request(shape: ModelShape, field: str, request: ScoreRequest) -> None:
     """UserError if nothing is to be scored, or for what ``check_prompt`` refuses. The last token is not computed, so one more than the
     model has positions is allowed."""
     if not 1 <= request.start < len(request.tokens):
         raise UserError(
-            f"requests[{index}].start",
+            f"{field}.start",
             request.start,
             f"from 1 to below the number of tokens ({len(request.tokens)})",
             "The first token has nothing before it that could predict it.",
         )
-    check_prompt(shape, index, request.tokens, 0)
+    check_prompt(shape, field, request.tokens, 0)

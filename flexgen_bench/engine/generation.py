@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.text_stream import TextStream
 from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
@@ -21,7 +22,10 @@ LEAST_SHARED = 8
 
 @dataclass
 class Running:
-    """One prompt on its way: what it has produced, and why it ended (empty: it goes on)."""
+    """One prompt on its way: what it has produced, and why it ended (empty: it goes on).
+
+    stop_text: given all new tokens with each of them, says whether their text has ended. text: what becomes of them, if anybody wants it.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -33,6 +37,7 @@ class Running:
     # Both are told by the thread that samples.
     on_token: Callable[[int], None] = lambda token: None
     on_end: Callable[[], None] = lambda: None
+    text: TextStream | None = None
 
     def take(self, token: int) -> None:
         """Append one token and decide whether the sequence ends with it."""

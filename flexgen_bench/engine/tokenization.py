@@ -1,16 +1,23 @@
-"""A checkpoint's own tokenizer: text to ids and back, stop strings, end-of-sequence ids."""
+"""A checkpoint's own tokenizer: text to ids and back, stop strings, start and end of sequences."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.token_ids import token_ids
+from flexgen_bench.engine.added_tokens import AddedTokens
+from flexgen_bench.engine.incremental_decoder import IncrementalDecoder
+from flexgen_bench.engine.text_stream import TextStream
+from flexgen_bench.engine.token_pieces import TokenPieces
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Text that something can follow without being joined to it into one token.
+_BEFORE_ANYTHING = ("\n", "a", ".", "0")
 
 
 class TextTokenizer:
@@ -20,65 +27,57 @@ class TextTokenizer:
         self._folder = folder
 
     def encode(self, prompt: str | Sequence[int], field: str) -> list[int]:
-        """Ids of a prompt, with the tokenizer's own special tokens. UserError if text comes without a tokenizer."""
+        """Ids of a prompt that is to be continued: with the start tokens of the tokenizer, once, and without its end tokens.
+
+        Of empty text: the model's start token. UserError for what is no text and no ids, and for text without a tokenizer.
+        """
         if not isinstance(prompt, str):
-            return _token_ids(prompt, field)
-        if self._loaded is None:
-            raise UserError(
-                field,
-                prompt,
-                "token ids",
-                f"{self._folder} has no tokenizer, so text cannot be read.",
-            )
-        return list(self._loaded(prompt)["input_ids"])
+            return token_ids(prompt, field)
+        tokenizer = self._for_text(prompt, field)
+        ids = self._added.open_ended(tokenizer(prompt)["input_ids"])
+        return ids if ids or prompt else self._start(field)
 
     def encode_pair(
         self, context: str | Sequence[int], continuation: str | Sequence[int], index: int
     ) -> tuple[int, list[int]]:
-        """Where the continuation starts, and the ids of both. Spaces at the end of a context belong to the
-        continuation, since tokens carry their leading space."""
+        """Where the continuation starts, and the ids of both.
+
+        Text is encoded as one, as lm-eval's own models do, so the continuation has the ids that follow the context's: spaces at the end
+        of a context belong to it, since tokens carry their leading space. Where a token of both together would reach over the end of the
+        context, each has ids of its own. An empty context is the model's start token.
+        """
         field = f"continuations[{index}]"
-        if isinstance(context, str) != isinstance(continuation, str):
-            raise UserError(
-                field, continuation, "of the same kind as its context: both text or both ids"
-            )
         if isinstance(context, str) and isinstance(continuation, str):
-            spaces = len(context) - len(context.rstrip())
-            if spaces:
-                context, continuation = context[:-spaces], context[-spaces:] + continuation
-            before = self.encode(context, f"contexts[{index}]") if context else []
-            if before:
-                both = self.encode(context + continuation, field)
-            else:
-                both = self._plain(continuation, field)
+            before, both = self._text_pair(context, continuation, index, field)
         else:
             before = self.encode(context, f"contexts[{index}]")
-            both = [*before, *self.encode(continuation, field)]
-        if not before:
-            start = self._start_id(field)
-            before, both = [start], [start, *both]
+            own = self.encode(continuation, field)
+            if isinstance(context, str) or isinstance(continuation, str):
+                raise UserError(
+                    field, continuation, "of the same kind as its context: both text or both ids"
+                )
+            before = before or self._start(field)
+            both = [*before, *own]
         if len(both) <= len(before):
             raise UserError(field, continuation, "at least one token long")
         return len(before), both
 
-    def text(self, ids: Sequence[int], stop: tuple[str, ...]) -> str:
-        """Ids as text without special tokens, cut before the first stop string; empty without a tokenizer."""
-        if self._loaded is None:
-            return ""
-        text = str(self._loaded.decode(list(ids), skip_special_tokens=True))
-        cuts = [place for s in stop if (place := text.find(s)) >= 0]
-        return text[: min(cuts)] if cuts else text
+    def stream(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> TextStream:
+        """The text of an answer to these ids, as it appears. UserError for stop strings without a tokenizer."""
+        if self._pieces is None:
+            if stop:
+                raise UserError(
+                    "stop", stop, "empty", f"{self._folder} has no tokenizer to find text with."
+                )
+            return TextStream(None, {})
+        return TextStream(IncrementalDecoder(self._pieces, prompt), self._pieces.special, stop)
 
-    def stop_test(self, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
-        """Whether the new tokens' text holds a stop string."""
-        if not stop:
-            return lambda new: False
-        tokenizer = self._loaded
-        if tokenizer is None:
-            raise UserError(
-                "stop", stop, "empty", f"{self._folder} has no tokenizer to find text with."
-            )
-        return lambda new: any(s in tokenizer.decode(new, skip_special_tokens=True) for s in stop)
+    def text_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """``ids`` as text that goes on after ``prompt``, special tokens shown; empty without a tokenizer."""
+        if self._pieces is None:
+            return ""
+        decoder = IncrementalDecoder(self._pieces, prompt, show_special=True)
+        return "".join([*map(decoder.put, ids), decoder.finish()])
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -90,31 +89,86 @@ class TextTokenizer:
         own = None if self._loaded is None else self._loaded.eos_token_id
         return frozenset() if own is None else frozenset([own])
 
-    def _plain(self, text: str, field: str) -> list[int]:
-        self.encode(text, field)  # the same refusal without a tokenizer
-        return list(self._loaded(text, add_special_tokens=False)["input_ids"])
+    def _text_pair(
+        self, context: str, continuation: str, index: int, field: str
+    ) -> tuple[list[int], list[int]]:
+        """Ids of the context, and of both."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        self._for_text(continuation, field)
+        before = self.encode(context, f"contexts[{index}]") if context else []
+        if not before:
+            before, own = self._start(field), self._plain(continuation, field)
+            says_it = own[: len(before)] == before
+            return before, own if says_it else [*before, *own]
+        both = self.encode(context + continuation, field)
+        if both[: len(before)] != before:
+            both = [*before, *self._inside(continuation, field)]
+        return before, both
 
-    def _start_id(self, field: str) -> int:
-        for key in ("bos_token_id", "eos_token_id"):
-            found = _json(self._folder / "config.json").get(key)
-            if isinstance(found, int):
-                return found
+    def _plain(self, text: str, field: str) -> list[int]:
+        tokenizer = self._for_text(text, field)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _inside(self, text: str, field: str) -> list[int]:
+        """Ids of text that something stands before: sentencepiece begins other text with a space of its own."""
+        for before in _BEFORE_ANYTHING:
+            ids, both = self._plain(before, field), self._plain(before + text, field)
+            if both[: len(ids)] == ids:
+                return both[len(ids) :]
         raise UserError(
-            field, "", "after a context that is not empty", "The model names no start token."
-        )
+            field, text, "text that begins where a token begins",
+            "Its tokens reach over the end of the context: give both as token ids.",
+        )  # fmt: skip
+
+    def _for_text(self, text: str, field: str) -> Any:
+        """The tokenizer, for text that it can take."""
+        if self._loaded is None:
+            raise UserError(
+                field, text, "token ids", f"{self._folder} has no tokenizer, so text cannot be read."
+            )  # fmt: skip
+        check_text(text, field)
+        return self._loaded
+
+    def _start(self, field: str) -> list[int]:
+        """What stands before text that nothing stands before: what the tokenizer puts there, else the start token, else the end
+        token of tokenizer or model (as in lm-eval)."""
+        if self._loaded is not None and self._added.before:
+            return list(self._added.before)
+        config = _json(self._folder / "config.json")
+        for name in ("bos_token_id", "eos_token_id"):
+            for found in (getattr(self._loaded, name, None), config.get(name)):
+                if type(found) is int:
+                    return [found]
+        raise UserError(
+            field, "", "at least one token long",
+            "Nothing stands before it, and neither the tokenizer nor config.json names a start token (bos_token_id).",
+        )  # fmt: skip
 
     @cached_property
     def _loaded(self) -> Any:
         return load_tokenizer(self._folder) if has_tokenizer(self._folder) else None
 
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens.of(self._loaded)
 
-def _token_ids(prompt: Any, field: str) -> list[int]:
-    if not isinstance(prompt, Sequence):
-        raise UserError(field, prompt, "text, or a list of token ids")
-    wrong = [t for t in prompt if type(t) is not int]
-    if wrong:
-        raise UserError(field, wrong[:5], "text, or token ids as integers")
-    return list(prompt)
+    @cached_property
+    def _pieces(self) -> TokenPieces | None:
+        return None if self._loaded is None else TokenPieces(self._loaded)
+
+
+def check_text(text: str, field: str) -> None:
+    """UserError for text with surrogates: half a character, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            field, text, "text that can be written as UTF-8",
+            f"Character {error.start} is a surrogate, half of a character: decode its source with errors='replace', or as "
+            "UTF-16.",
+        ) from error  # fmt: skip
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
+from flexgen_bench.engine.tokenization import TextTokenizer, has_tokenizer
 
 _PASSAGES = Path(__file__).with_name("passages.txt")
 # Ids below are special tokens in every family here (begin, pad, end, unknown).
@@ -55,7 +54,7 @@ def _synthetic(workload: Workload, shape: ModelShape) -> list[list[int]]:
 
 def _text(workload: Workload, checkpoint: Path, shape: ModelShape) -> list[list[int]]:
     """Passages cut to lengths spread evenly from min_prompt_len to prompt_len, in a seeded order."""
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = TextTokenizer(_with_tokenizer(checkpoint))
     count, low = workload.num_prompts, workload.min_prompt_len
     step = (workload.prompt_len - low) / max(1, count - 1)
     lengths = [low + round(step * i) for i in range(count)] if count > 1 else [workload.prompt_len]
@@ -71,7 +70,7 @@ def _text(workload: Workload, checkpoint: Path, shape: ModelShape) -> list[list[
     return prompts
 
 
-def _encode(tokenizer: Any, index: int, length: int) -> list[int]:
+def _encode(tokenizer: TextTokenizer, index: int, length: int) -> list[int]:
     """Prompt ``index``: the passage of that number; in later rounds from a later word on, to stay distinct.
 
     What a passage lacks in length is taken from those after it.
@@ -81,7 +80,7 @@ def _encode(tokenizer: Any, index: int, length: int) -> list[int]:
     words = passages[number].split()
     text = " ".join(words[11 * turn % (len(words) // 2) :])
     while True:
-        ids: list[int] = tokenizer(text)["input_ids"]
+        ids = tokenizer.encode(text, f"passage {number}")
         if len(ids) >= length:
             return ids[:length]
         number = (number + 1) % len(passages)
@@ -98,10 +97,10 @@ def read_passages() -> list[str]:
     return [body.strip() for body in bodies if body.strip()]
 
 
-def _tokenizer(checkpoint: Path) -> Any:
+def _with_tokenizer(checkpoint: Path) -> Path:
     if not has_tokenizer(checkpoint):
         raise StoreError(
             f"{checkpoint} holds no tokenizer, so it cannot take text: use a workload of token ids such as "
             "workload=32-32, or weights that come with a tokenizer (model=smollm2-135m, or weights=hub)"
         )
-    return load_tokenizer(checkpoint)
+    return checkpoint

@@ -20,7 +20,7 @@ from flexgen_bench.core.errors import CannotRun, DoesNotFit
 from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
-from flexgen_bench.engine.tokenization import load_tokenizer
+from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
@@ -191,9 +191,12 @@ class Worker:
         if load_target(self.spec.target).capabilities.reference:
             outputs["reference"] = True
         if self.spec.workload.kind is PromptKind.TEXT:
-            tokenizer = load_tokenizer(self.job.checkpoint)
-            outputs["prompts"] = [tokenizer.decode(ids) for ids in self.job.prompts]
-            outputs["texts"] = [tokenizer.decode(ids) for ids in lists]
+            tokenizer = TextTokenizer(self.job.checkpoint)
+            outputs["prompts"] = [tokenizer.text_after((), ids) for ids in self.job.prompts]
+            outputs["texts"] = [
+                tokenizer.text_after(prompt, ids)
+                for prompt, ids in zip(self.job.prompts, lists, strict=False)
+            ]
         return outputs
 
     def _enter(self, stage: str, text: str) -> None:

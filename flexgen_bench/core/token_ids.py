@@ -1,0 +1,56 @@
+"""Integers and token ids as callers write them: Python's, numpy's or torch's, and nothing that only looks like them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from flexgen_bench.core.errors import UserError
+
+_WANTED = "text, or token ids as integers (a list, or a one-dimensional array or tensor)"
+
+
+def whole_number(value: Any) -> int | None:
+    """``value`` as an int where it is one, of whatever library; None for all else, bool and 3.0 too."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # a scalar of numpy or torch
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if is_number else None
+
+
+def token_ids(value: Any, field: str) -> list[int]:
+    """The ids in ``value``. UserError for what holds no ids, or holds something else beside them."""
+    if isinstance(value, str):
+        raise UserError(field, value, _WANTED.removeprefix("text, or "))
+    ids = as_list(value, field, _WANTED)
+    if all(type(item) is int for item in ids):
+        return ids
+    numbers = [whole_number(item) for item in ids]
+    wrong = [item for item, number in zip(ids, numbers, strict=True) if number is None]
+    if wrong:
+        raise UserError(field, wrong[:5], _WANTED)
+    return [number for number in numbers if number is not None]
+
+
+def as_list(value: Any, field: str, wanted: str) -> list[Any]:
+    """The items of a list, a tuple, or a one-dimensional array; UserError, with what to do, for all else."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise UserError(field, value, wanted, "Bytes are neither: decode them to text first.")
+    dimensions = getattr(value, "ndim", None)
+    if dimensions is not None and hasattr(value, "tolist"):
+        if dimensions != 1:
+            raise UserError(
+                field, f"an array of shape {tuple(value.shape)}", wanted,
+                "Rows of an array are padded: give a list with the ids of each prompt, without padding.",
+            )  # fmt: skip
+        return list(value.tolist())
+    if isinstance(value, Mapping):
+        raise UserError(field, value, wanted, "Of a mapping, give the value that is meant.")
+    if not isinstance(value, Sequence):
+        raise UserError(field, value, wanted, "Make a list of it." if _is_iterable(value) else "")
+    return list(value)
+
+
+def _is_iterable(value: Any) -> bool:
+    return hasattr(value, "__iter__")
