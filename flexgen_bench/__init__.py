@@ -18,16 +18,16 @@ from flexgen_bench.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from flexgen_bench.llm import LLM
-    from flexgen_bench.outputs import Output, Score
+    from flexgen_bench.outputs import Output, Piece, Score
 
 __all__ = [
-    "LLM", "Compression", "Lossy", "Output", "Placement", "Policy", "SamplingParams", "Score",
+    "LLM", "Compression", "Lossy", "Output", "Piece", "Placement", "Policy", "SamplingParams", "Score",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """LLM and its results are loaded on first use: planning and tables must not wait for torch."""
-    if name in ("LLM", "Output", "Score"):
+    if name in ("LLM", "Output", "Piece", "Score"):
         from flexgen_bench import llm
 
         return getattr(llm, name)

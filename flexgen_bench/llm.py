@@ -27,9 +27,11 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, check_prompt, check_score_request
 from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.streaming import pieces
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.outputs import (
     Output,
+    Piece,
     Prompt,
     Score,
     pairs_of,
@@ -41,7 +43,7 @@ from flexgen_bench.outputs import (
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.runner.machine import physical_cores
 from flexgen_bench.runner.model_source import Progress, checkpoint_of
-from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.cohorts import Capacity, Request
 from flexgen_bench.schedule.forest import ScoreRequest
 
 if TYPE_CHECKING:
@@ -166,6 +168,27 @@ class LLM:
         arrivals.deliver()
         return [found[index] for index in range(len(asked))]
 
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Piece]:
+        """Continue one prompt and give what is new after every pass: the pieces together are what ``generate`` gives.
+
+        Until the last piece (or ``close`` of what this returns) the engine is taken: other calls are refused. UserError for a prompt
+        that cannot be used, at once.
+        """
+        self._check_open()
+        asked = prompts_of(prompt)
+        if len(asked) != 1:
+            raise UserError("prompt", f"{len(asked)} prompts", "one prompt")
+        return self._stream(self._running(0, asked[0], *per_prompt(sampling_params, 1)))
+
+    def _stream(self, sequence: Running) -> Iterator[Piece]:
+        requests = requests_of([sequence])
+        with self._engine_for(requests).open(
+            Capacity(1, requests[0].prompt_len, requests[0].gen_len)
+        ) as job:
+            yield from pieces(job, sequence)
+
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
         self._check_open()
@@ -266,6 +289,8 @@ class LLM:
     def _fitting(
         self, requests: Sequence[Request], scored_rows: int, fits: Callable[[Engine], bool]
     ) -> Engine:
+        if self._engine is not None:
+            self._engine.check_free()
         if self._policy is None:
             if self._engine is not None and fits(self._engine):
                 return self._engine

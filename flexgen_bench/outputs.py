@@ -30,6 +30,15 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What is new in one answer after a pass: its tokens, and its text as far as that is sure. ``finish_reason`` is empty but for the last."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True)
 class Score:
     """Log-likelihood of one continuation given its context: natural logarithm, summed and per token."""
 

@@ -73,7 +73,7 @@ class Engine:
             release_frames(type(error), error, error.__traceback__)
             raise
         self._closed = False
-        self._is_taken = False  # by an open job
+        self._open: OpenJob | None = None
         self.direct_io = self._weights.direct_io
 
     def generate(self, sequences: Sequence[Running], progress: Progress = quiet) -> JobResult:
@@ -101,7 +101,8 @@ class Engine:
         Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once: the others wait.
         """
         plan = self.plan(capacity, 4 * self._shape.vocab_size)
-        self._check_free(plan)
+        self.check_free()
+        self._check(plan)
         sequences: dict[int, Running] = {}
         generation, admission = Generation(sequences), OpenAdmission(plan.cohorts)
         result = JobResult(plan=plan)
@@ -109,8 +110,8 @@ class Engine:
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
         scheduler = Scheduler(self.policy, plan, generation.wanted, admission)
         run = JobRun(scheduler, plan.job, executor, actions, generation, result)
-        self._is_taken = True
-        return OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
+        self._open = OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
+        return self._open
 
     def score(
         self,
@@ -178,8 +179,10 @@ class Engine:
         self._kept.release()
 
     def close(self) -> None:
-        """Release the weights, and what the last job has left. A second time does nothing."""
+        """Release the weights, and what the last job has left; an open job is closed. A second time does nothing."""
         self._closed = True
+        if self._open is not None:
+            self._open.close()
         self.release_kept()
         self._weights.close()
 
@@ -187,21 +190,20 @@ class Engine:
         """Against what was free before the weights were loaded: a plan counts them in."""
         plan.check(self._device.hardware, self._available)
 
-    def _check_free(self, plan: MemoryPlan) -> None:
-        """Whether a job can be run now: there is memory for it, and no other is."""
+    def check_free(self) -> None:
+        """UserError if no job can be run now: the engine is closed, or taken by an open job."""
         if self._closed:
             raise UserError("Engine", "closed", "open", "Make a new one.")
-        if self._is_taken:
+        if self._open is not None:
             raise UserError(
                 "Engine",
                 "in use by an open job",
                 "free: a job has the weights' buffers to itself",
                 "Add the requests to that job, or close it (a stream: read it to its end, or close it).",
             )
-        self._check(plan)
 
     def _give_back(self) -> None:
-        self._is_taken = False
+        self._open = None
 
     def _run(
         self,
@@ -212,7 +214,8 @@ class Engine:
     ) -> JobResult:
         """policy: the one that was planned for, if it is not the engine's own; it differs in the shape of blocks alone."""
         policy = policy or self.policy
-        self._check_free(plan)
+        self.check_free()
+        self._check(plan)
         result = JobResult(plan=plan)
         with self._job(plan, consumer, policy, result) as (executor, actions):
             scheduler = Scheduler(policy, plan, consumer.wanted)

@@ -30,6 +30,7 @@ class TextStream:
         self._shown_text = _StopStrings(plain)
         self._whole_text = _StopStrings(with_special)
         self._given: list[str] = []
+        self._taken = 0  # of these, by ``take_new``
         self._num_given = 0  # characters
         self._held = ""  # text that may yet be part of a stop string
         self.count = 0
@@ -39,6 +40,12 @@ class TextStream:
     def text(self) -> str:
         """All text given so far."""
         return "".join(self._given)
+
+    def take_new(self) -> str:
+        """What was given since it was asked for last."""
+        new = "".join(self._given[self._taken :])
+        self._taken = len(self._given)
+        return new
 
     def put(self, token: int) -> str:
         """The new text that is sure with this token."""
