@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.given import check_text
 from flexgen_bench.engine.added_tokens import AddedTokens
-from flexgen_bench.engine.tokenization import check_text, has_tokenizer, load_tokenizer
+from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
 
 # Letters of both cases, digits, punctuation, white space inside and letters beyond ASCII: what every task's text has.
 PROBE = 'Question: Is 12 + 30 = 42?\n\nAnswer: yes, it isn\'t "No" (café, 50%).'
