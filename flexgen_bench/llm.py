@@ -16,11 +16,11 @@ from flexgen_bench.core.cell import ModelSpec, check_latency
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.given import as_list, token_ids
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, agreed_lossy
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.token_ids import as_list, token_ids
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device

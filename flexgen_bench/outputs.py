@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.given import as_list, token_ids, whole_number
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.token_ids import as_list, token_ids, whole_number
 from flexgen_bench.schedule.forest import ScoreRequest
 
 Prompt = str | Sequence[int]

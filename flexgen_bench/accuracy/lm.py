@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -206,8 +202,7 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         ) as bar:
 
             def take(index: int, tokens: Sequence[int]) -> None:
-                text = self._text.decode(tokens)
-                found[index] = postprocess_generated_text(text, stops[index], None)
+                found[index] = self._text.answer(prompts[index], tokens, stops[index])
                 self._keep("generate_until", requests[index].args, found[index])
                 bar.update()
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.given import check_text
 from flexgen_bench.engine.added_tokens import AddedTokens
-from flexgen_bench.engine.tokenization import check_text, has_tokenizer, load_tokenizer
+from flexgen_bench.engine.incremental_decoder import IncrementalDecoder
+from flexgen_bench.engine.token_pieces import TokenPieces
+from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
 
 # Letters of both cases, digits, punctuation, white space inside and letters beyond ASCII: what every task's text has.
 PROBE = 'Question: Is 12 + 30 = 42?\n\nAnswer: yes, it isn\'t "No" (café, 50%).'
@@ -26,7 +29,7 @@ class TaskText:
                 "Tasks are text; put the tokenizer's files into the folder.",
             )  # fmt: skip
         self.tokenizer = load_tokenizer(folder)
-        self._added = AddedTokens.of(self.tokenizer)
+        self._added, self._pieces = AddedTokens.of(self.tokenizer), TokenPieces(self.tokenizer)
         self._check(folder, vocab_size)
 
     def _check(self, folder: Path, vocab_size: int) -> None:
@@ -75,6 +78,13 @@ class TaskText:
             return self._added.open_ended(self.tokenizer.encode(text))
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=special)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def answer(self, prompt: Sequence[int], ids: Sequence[int], stop: list[str]) -> str:
+        """What lm-eval shows of an answer: decoded by itself, so without the space of sentencepiece's first word, and cut before the
+        first stop string. That space counts as its beginning, as it did when the answer was ended."""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        decoder = IncrementalDecoder(self._pieces, prompt)
+        in_context = "".join([*map(decoder.put, ids), decoder.finish()])
+        space = " " if in_context.startswith(" ") and not text.startswith(" ") else ""
+        return str(postprocess_generated_text(space + text, stop, None)).removeprefix(space)

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.token_ids import token_ids, whole_number
+from flexgen_bench.core.given import check_text, token_ids, whole_number
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,6 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
         raise UserError(
             "stop", stop, "a string, or strings, that are not empty", "None or [] is for none."
         )
+    for number, string in enumerate(stop):
+        check_text(string, f"stop[{number}]")
     return tuple(stop)

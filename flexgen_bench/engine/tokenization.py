@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.token_ids import token_ids
+from flexgen_bench.core.given import check_text, token_ids
 from flexgen_bench.engine.added_tokens import AddedTokens
 from flexgen_bench.engine.incremental_decoder import IncrementalDecoder
 from flexgen_bench.engine.text_stream import TextStream
@@ -157,18 +157,6 @@ class TextTokenizer:
     @cached_property
     def _pieces(self) -> TokenPieces | None:
         return None if self._loaded is None else TokenPieces(self._loaded)
-
-
-def check_text(text: str, field: str) -> None:
-    """UserError for text with surrogates: half a character, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            field, text, "text that can be written as UTF-8",
-            f"Character {error.start} is a surrogate, half of a character: decode its source with errors='replace', or as "
-            "UTF-16.",
-        ) from error  # fmt: skip
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Integers and token ids as callers write them: Python's, numpy's or torch's, and nothing that only looks like them."""
+"""What callers give, of whatever library: text, integers, lists of token ids, and nothing that only looks like them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import Any
 from flexgen_bench.core.errors import UserError
 
 _WANTED = "text, or token ids as integers (a list, or a one-dimensional array or tensor)"
+
+
+def check_text(text: str, field: str) -> None:
+    """UserError for text with surrogates: half a character, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            field, text, "text that can be written as UTF-8",
+            f"Character {error.start} is a surrogate, half of a character: decode its source with errors='replace', or as "
+            "UTF-16.",
+        ) from error  # fmt: skip
 
 
 def whole_number(value: Any) -> int | None:
@@ -38,8 +50,8 @@ def as_list(value: Any, field: str, wanted: str) -> list[Any]:
     if isinstance(value, bytes | bytearray | memoryview):
         raise UserError(field, value, wanted, "Bytes are neither: decode them to text first.")
     dimensions = getattr(value, "ndim", None)
-    if dimensions is not None and hasattr(value, "tolist"):
-        if dimensions != 1:
+    if dimensions and hasattr(value, "tolist"):
+        if dimensions > 1:
             raise UserError(
                 field, f"an array of shape {tuple(value.shape)}", wanted,
                 "Rows of an array are padded: give a list with the ids of each prompt, without padding.",
@@ -48,9 +60,6 @@ def as_list(value: Any, field: str, wanted: str) -> list[Any]:
     if isinstance(value, Mapping):
         raise UserError(field, value, wanted, "Of a mapping, give the value that is meant.")
     if not isinstance(value, Sequence):
-        raise UserError(field, value, wanted, "Make a list of it." if _is_iterable(value) else "")
+        is_iterable = hasattr(value, "__iter__") and dimensions is None
+        raise UserError(field, value, wanted, "Make a list of it." if is_iterable else "")
     return list(value)
-
-
-def _is_iterable(value: Any) -> bool:
-    return hasattr(value, "__iter__")
