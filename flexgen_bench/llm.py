@@ -142,7 +142,7 @@ class LLM:
         sequences = [
             self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))
         ]
-        requests = requests_of(sequences)
+        requests = requests_of(sequences, self._weights.family.steady_positions(self.shape))
         found: dict[int, Output] = {}
 
         def take(index: int, sequence: Running) -> None:

@@ -30,6 +30,7 @@ from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.registry import family as family_named
 from flexgen_bench.planner.cohorts import Request
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
@@ -102,7 +103,7 @@ class Engine:
                 "new, without tokens",
                 "Make it again from its prompt.",
             )
-        requests = requests_of(sequences)
+        requests = requests_of(sequences, self._family.steady_positions(self._shape))
         generation = Generation(sequences)
         row = 8 if generation.is_greedy else 4 * self._shape.vocab_size
         return self._run(self.plan(requests, row), generation, progress)
@@ -288,3 +289,12 @@ def check_score_request(shape: ModelShape, index: int, request: ScoreRequest) ->
             "The first token has nothing before it that could predict it.",
         )
     check_prompt(shape, index, request.tokens, 0)
+    steady = family_named(shape.family).steady_positions(shape)
+    if len(request.tokens) - 1 > steady:
+        raise UserError(
+            f"requests[{index}]",
+            f"{len(request.tokens)} tokens",
+            f"at most {steady + 1} tokens long for {shape.name}",
+            "Beyond its original length this model rotates every token by the length of its sequence "
+            "(rope_type dynamic or longrope), so what sequences share cannot be computed once.",
+        )
