@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ from flexgen_bench.schedule.forest import ScoreRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger("flexgen_bench.stage")
 
 # Given each result as soon as it is there: its place in what was asked, and the result.
 OnOutput = Callable[[int, Output], None]
@@ -108,6 +111,8 @@ class LLM:
                 lambda done, total: self._progress("convert", done, total),
                 self._lossy.weights,
             )
+            if self.note:
+                _log.warning("%s: %s", checkpoint, self.note)
             self._tokenizer = TextTokenizer(checkpoint)
             if policy is not None:  # refuse a policy that does not fit now, not at the first prompt
                 self._engine = self._weights.engine(policy, self._device, self._offload_dir)
@@ -118,6 +123,11 @@ class LLM:
     @property
     def shape(self) -> ModelShape:
         return self._weights.shape
+
+    @property
+    def note(self) -> str:
+        """How the checkpoint's weights were read, in words (quantized ones are dequantized); empty if as they are."""
+        return self._weights.note
 
     @property
     def policy(self) -> Policy | None:

@@ -207,6 +207,8 @@ def _convert_folder(
         expected = expected_tensors(hf_config(model.shape, dtype))
         if model.weights is WeightSource.PATH and source.is_plain(expected, dtype.value):
             return folder
+        if source.note:
+            _log.warning("%s: %s", folder, source.note)
         own = locate(source.names, source.family.prefixes, expected).found
         name_of = {full: name for name, full in own.items()}
         with new_folder(target, needed_bytes(expected, dtype)) as made:

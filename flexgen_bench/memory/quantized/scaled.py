@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexgen_bench.memory.checkpoint import Tensors
 
 _CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
+_PACKED_BITS = (2, 4, 8)
 # Rows that are multiplied at once: what is held beside the weight itself stays small.
 _ROWS = 1024
 _FORMATS = (
@@ -208,8 +209,12 @@ class CompressedTensors(Scaled):
             return super().weight(parts, name)
         grid, words = self._grid(name), self._part(parts, "weight_packed", name)
         outputs, inputs = self.shape_of(parts, name)
-        if grid.bits is None or not 1 <= grid.bits <= 8:
-            raise self.wrong(name, "no config_group says how many bits its codes have")
+        if grid.bits not in _PACKED_BITS:
+            raise self.wrong(
+                name,
+                f"its config_group says {grid.bits} bits; packed codes are read with {_PACKED_BITS} only, "
+                "as versions of the library pack other ones in different ways",
+            )
         if words.shape != (outputs, words_for(inputs, grid.bits)):
             raise self.wrong(
                 name,
