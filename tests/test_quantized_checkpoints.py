@@ -63,6 +63,12 @@ SCHEMES: dict[str, tuple[Callable[[Tensor], make.Quantized], dict[str, Any]]] = 
     "int4": (make.packed(4, 24), _packed_config(4, 24)),
     "int4-odd-groups": (make.packed(4, 40), _packed_config(4, 40)),
     "int4-ordered": (make.packed(4, 8, asymmetric=True, order=True), _packed_config(4, 8)),
+    "bits-by-name": (
+        lambda w: make.packed(8 if 136 in w.shape else 4, 8)(w),
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
+            "all": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 8}},
+            "mlp": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "group_size": 8}}}},
+    ),
     "int8-packed": (make.packed(8, 72), _packed_config(8, 72)),
     "gptq": (make.gptq(4, 16), _GPTQ | {"bits": 4}),
     "gptq-8": (make.gptq(8, 24), _GPTQ | {"bits": 8, "group_size": 24}),

@@ -57,7 +57,7 @@ class Source:
         checkpoint = self.checkpoint
         return (
             checkpoint.is_safetensors
-            and checkpoint.quantization is None
+            and checkpoint.is_as_stored
             and checkpoint.names() >= set(names)
             and all(checkpoint.header(name)[1] == dtype for name in names)
             and self._config_is_usual()

@@ -72,6 +72,11 @@ class Checkpoint:
         self._aliases[name] = stored
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether every tensor is in the files under the name that it has here."""
+        return self.quantization is None and not self._aliases
+
+    @property
     def own_dtype(self) -> str:
         """The element type of the weights: what config.json says, else that of the first plain tensor in the files, which is
         what transformers does (``get_state_dict_dtype``). torch's name, not necessarily one of ``core.model.DType``."""

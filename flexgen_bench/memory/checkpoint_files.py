@@ -25,7 +25,7 @@ _SAFETENSORS_DTYPES: Mapping[str, str] = {
 
 
 class CheckpointFiles:
-    """Tensors by the names that they have in the files. At most one file is open at a time.
+    """Tensors by the names that they have in the files. One file is kept open at a time.
 
     Which files there are is decided as transformers 5 does: safetensors before pickles, one file before an index, and of
     an index only the names of its shards count: every tensor in them is there.
@@ -39,11 +39,14 @@ class CheckpointFiles:
         self.files = [folder / name for name in files]
         self.is_safetensors = self._open is _open_safetensors
         self._where: dict[str, str] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in files:
-            for name in self._of(file).keys():  # noqa: SIM118  (a safetensors file is not a dict)
+            handle = self._of(file)
+            for name in handle.keys():  # noqa: SIM118  (a safetensors file is not a dict)
                 if name in self._where:
                     self._check_same(name, self._where[name], file)
                 self._where[name] = file
+                self._headers[name] = _header(handle, name)
         absent = sorted(listed - set(self._where))
         if absent:
             raise StoreError(
@@ -60,37 +63,35 @@ class CheckpointFiles:
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (torch's name) of a tensor, without reading it."""
-        handle = self._handle(name)
-        if hasattr(handle, "get_slice"):
-            part = handle.get_slice(name)
-            kind = str(part.get_dtype())
-            return tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind)
-        found = self._only_tensor(handle[name], name)
-        return tuple(found.shape), str(found.dtype).removeprefix("torch.")
+        if name not in self._headers:
+            raise self._missing(name)
+        return self._headers[name]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in its own dtype; StoreError if it is missing or its file is damaged."""
-        handle = self._handle(name)
+        if name not in self._where:
+            raise self._missing(name)
+        handle = self._of(self._where[name])
         try:
-            found = handle.get_tensor(name) if hasattr(handle, "get_tensor") else handle[name]
+            found = _read(handle, name)
         except Exception as error:
             where = self.folder / self._where[name]
             raise StoreError(f"tensor {name} in {where} cannot be read: {error}") from error
         return self._only_tensor(found, name)
 
     def close(self) -> None:
-        self._handles.clear()
+        self._handles = {}
 
-    def _handle(self, name: str) -> Any:
-        if name not in self._where:
-            raise StoreError(f"tensor {name} is missing in checkpoint {self.folder}.")
-        return self._of(self._where[name])
+    def _missing(self, name: str) -> StoreError:
+        return StoreError(f"tensor {name} is missing in checkpoint {self.folder}.")
 
     def _of(self, file: str) -> Any:
-        if file not in self._handles:
-            self._handles.clear()
-            self._handles[file] = self._open(self.folder / file)
-        return self._handles[file]
+        """Several threads may ask: each keeps what it has been given."""
+        handle = self._handles.get(file)
+        if handle is None:
+            handle = self._open(self.folder / file)
+            self._handles = {file: handle}
+        return handle
 
     def _check_same(self, name: str, first: str, second: str) -> None:
         """A tensor in two shards must be the same in both: nothing says which one is meant."""
@@ -160,6 +161,18 @@ def _read_index(path: Path) -> dict[str, str]:
         if Path(file).name != file:  # an index must not reach outside its folder
             raise StoreError(f"{path} names {file!r}, which is not a file of the same folder.")
     return dict(where)
+
+
+def _header(handle: Any, name: str) -> tuple[tuple[int, ...], str]:
+    """What a pickle holds beside tensors has no shape, and the name of its class for a dtype."""
+    if hasattr(handle, "get_slice"):
+        part = handle.get_slice(name)
+        kind = str(part.get_dtype())
+        return tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind)
+    found = handle[name]
+    if not isinstance(found, Tensor):
+        return (), type(found).__name__
+    return tuple(found.shape), str(found.dtype).removeprefix("torch.")
 
 
 def _read(handle: Any, name: str) -> Any:
