@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,9 @@ from flexgen_bench.core.policy import Policy, agreed_lossy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.checks import check_prompt, check_score_request
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine, check_prompt, check_score_request
+from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.streaming import pieces
@@ -48,6 +50,8 @@ from flexgen_bench.schedule.forest import ScoreRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger("flexgen_bench.stage")
 
 # Given each result as soon as it is there: its place in what was asked, and the result.
 OnOutput = Callable[[int, Output], None]
@@ -120,6 +124,8 @@ class LLM:
                 lambda done, total: self._progress("convert", done, total),
                 self._lossy.weights,
             )
+            if self.note:
+                _log.warning("%s: %s", checkpoint, self.note)
             self._tokenizer = TextTokenizer(checkpoint)
             if policy is not None:  # refuse a policy that does not fit now, not at the first prompt
                 self._engine = self._weights.engine(policy, self._device, self._offload_dir)
@@ -130,6 +136,11 @@ class LLM:
     @property
     def shape(self) -> ModelShape:
         return self._weights.shape
+
+    @property
+    def note(self) -> str:
+        """How the checkpoint's weights were read, in words (quantized ones are dequantized); empty if as they are."""
+        return self._weights.note
 
     @property
     def policy(self) -> Policy | None:
@@ -154,7 +165,7 @@ class LLM:
         sequences = [
             self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))
         ]
-        requests = requests_of(sequences)
+        requests = requests_of(sequences, self._weights.family.steady_positions(self.shape))
         found: dict[int, Output] = {}
 
         def take(index: int, sequence: Running) -> None:

@@ -18,7 +18,7 @@ from flexgen_bench.accuracy.options import AccuracyConf, Request, to_request
 from flexgen_bench.compose import check_groups, composed_as
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
-from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.folders import is_gguf, make_writable
 
 if TYPE_CHECKING:
     from flexgen_bench.accuracy.run import AccuracyRun
@@ -100,7 +100,7 @@ def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:
 def _checkpoint(word: str) -> str:
     """``model=/path`` and ``model=owner/name`` name a checkpoint, not one of conf/model."""
     key, _, value = word.partition("=")
-    is_place = "/" in value or value.endswith(".gguf") or (Path(value) / "config.json").is_file()
+    is_place = "/" in value or is_gguf(value) or (Path(value) / "config.json").is_file()
     return f"checkpoint='{value}'" if key == "model" and is_place else word
 
 

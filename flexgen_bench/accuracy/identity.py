@@ -44,7 +44,7 @@ def model_fingerprint(source: str, folder_of: Callable[[], Path]) -> str:
     found, folder = hashlib.sha256(), folder_of()
     files = [folder] if folder.is_file() else sorted(folder.glob("*"))
     for path in files:
-        if path.name == "config.json" or path.suffix in (".safetensors", ".bin", ".gguf"):
+        if path.name == "config.json" or path.suffix.lower() in (".safetensors", ".bin", ".gguf"):
             size = path.stat().st_size
             found.update(f"{path.name}:{size}:".encode())
             with path.open("rb") as file:

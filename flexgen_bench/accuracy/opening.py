@@ -18,8 +18,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.memory.checkpoint import read_config
-from flexgen_bench.models.registry import shape_from_config
+from flexgen_bench.engine.source import open_source
 from flexgen_bench.runner.loading import check_capable, load_target
 from flexgen_bench.runner.machine import physical_cores
 from flexgen_bench.runner.model_source import checkpoint_of
@@ -74,8 +73,9 @@ def open_system(
     cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
     hardware = gpu if isinstance(gpu, HardwareProfile) else hardware_profile(gpu)
     threads = threads or physical_cores()
-    folder, chosen = checkpoint_of(model, dtype, cache, lambda what, done, total: None)
-    shape = shape_from_config(read_config(folder), folder.name)
+    folder, chosen = checkpoint_of(model, dtype, cache, lambda what, done, total: None, plain=True)
+    with open_source(folder) as source:
+        shape = source.shape
     spec = CellSpec(
         system=name,
         target=conf.target,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +47,10 @@ def weight_errors(
     import torch
 
     from flexgen_bench.engine.build import PackedWeights
-    from flexgen_bench.memory.checkpoint import Checkpoint
+    from flexgen_bench.engine.source import open_source
 
     weights = PackedWeights.from_checkpoint(folder, dtype, cache, compression=compression)
-    checkpoint = Checkpoint(folder)
-    names = checkpoint.names()
+    source = open_source(folder)
     errors, total_bytes, total_values = [], 0, 0
     change = size = 0.0
     try:
@@ -61,10 +60,7 @@ def weight_errors(
             total_values += spec.num_values
             if entry.compression is None:
                 continue
-            sources = [
-                checkpoint.tensor(_name(names, weights.family.prefixes, source)).float()
-                for source in entry.tensor.sources
-            ]
+            sources = [source.tensor(name).float() for name in entry.tensor.sources]
             plain = torch.cat(sources) if len(sources) > 1 else sources[0]
             stored = _stored(weights, entry)
             norm = float(plain.norm())
@@ -75,7 +71,7 @@ def weight_errors(
                 change += float((again - plain).norm()) ** 2
                 size += norm**2
     finally:
-        checkpoint.close()
+        source.close()
     by_grid = (change / size) ** 0.5 if size else None
     return WeightErrors(tuple(errors), total_bytes, total_values, by_grid)
 
@@ -87,11 +83,6 @@ def _entries(weights: PackedWeights) -> Iterator[tuple[int, PackedEntry]]:
     }  # fmt: skip
     for entry in weights.packed.entries:
         yield layer_of.get(entry.offset, NO_LAYER), entry
-
-
-def _name(names: frozenset[str], prefixes: Sequence[str], source: str) -> str:
-    """Under which name a checkpoint has a tensor; the packed store exists, so it is there."""
-    return next(prefix + source for prefix in prefixes if prefix + source in names)
 
 
 def _stored(weights: PackedWeights, entry: PackedEntry) -> Tensor:

@@ -191,7 +191,8 @@ class Actions:
         made_for, angles = self._angles.get(step.stage, (None, None))
         if made_for is not work or (angles is not None and angles[0].device != x.device):
             positions = self._to_site(step, self._prompts.positions(work))
-            angles = self._family.angles(ops, self._shape, positions, x)
+            lengths = self._to_site(step, self._prompts.lengths(work))
+            angles = self._family.angles(ops, self._shape, positions, lengths, x)
             self._angles[step.stage] = (work, angles)
         return angles
 

@@ -13,10 +13,9 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, store_plan
-from flexgen_bench.memory.checkpoint import Checkpoint
+from flexgen_bench.engine.source import Source, open_source
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
-from flexgen_bench.models.registry import family, shape_from_config
 from flexgen_bench.planner.choose import PolicyQuestion, choose
 from flexgen_bench.planner.units import PackedModel, pack
 from flexgen_bench.schedule.cohorts import Request
@@ -26,13 +25,17 @@ KEPT = 0.98  # of what is free
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A model whose weights are packed and ready to be placed by any policy."""
+    """A model whose weights are packed and ready to be placed by any policy.
+
+    note: how the checkpoint's weights were read, in words; empty if as they are.
+    """
 
     family: ModelFamily
     shape: ModelShape
     dtype: DType
     packed: PackedModel
     store: WeightStore
+    note: str = ""
 
     @staticmethod
     def from_checkpoint(
@@ -46,23 +49,21 @@ class PackedWeights:
 
         compression: of the weight matrices, quantized from the checkpoint's own dtype. progress gets (bytes done, bytes in all). Raises UserError or StoreError for what is wrong with the checkpoint.
         """
-        checkpoint = Checkpoint(folder)
-        try:
-            kind, shape, packed = _read(checkpoint, dtype, compression)
-            plan = store_plan(kind, shape, packed, dtype)
-            store = open_or_convert(checkpoint, plan, _stores(cache), progress)
-        finally:
-            checkpoint.close()
-        return PackedWeights(kind, shape, dtype, packed, store)
+        with open_source(folder) as source:
+            packed = _packed(source, dtype, compression)
+            plan = store_plan(source.family, source.shape, packed, dtype)
+            store = open_or_convert(source.checkpoint, plan, _stores(cache), progress)
+        return PackedWeights(source.family, source.shape, dtype, packed, store, source.note)
 
     @staticmethod
     def is_packed(
         folder: Path, dtype: DType, cache: Path, compression: Compression | None = None
     ) -> bool:
         """Whether ``from_checkpoint`` would have nothing to convert."""
-        checkpoint = Checkpoint(folder)
-        kind, shape, packed = _read(checkpoint, dtype, compression)
-        return is_complete(checkpoint, store_plan(kind, shape, packed, dtype), _stores(cache))
+        with open_source(folder) as source:
+            packed = _packed(source, dtype, compression)
+            plan = store_plan(source.family, source.shape, packed, dtype)
+            return is_complete(source.checkpoint, plan, _stores(cache))
 
     def choose_policy(
         self,
@@ -122,9 +123,5 @@ def _words(compression: Compression | None) -> str:
     return f"{compression.bits} bits in groups of {compression.group_size} along {', '.join(ways)}"
 
 
-def _read(
-    checkpoint: Checkpoint, dtype: DType, compression: Compression | None
-) -> tuple[ModelFamily, ModelShape, PackedModel]:
-    shape = shape_from_config(checkpoint.config, checkpoint.folder.name)
-    kind = family(shape.family)
-    return kind, shape, pack(shape, kind.inventory(shape), dtype, compression)
+def _packed(source: Source, dtype: DType, compression: Compression | None) -> PackedModel:
+    return pack(source.shape, source.family.inventory(source.shape), dtype, compression)

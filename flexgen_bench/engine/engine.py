@@ -90,7 +90,7 @@ class Engine:
                 "new, without tokens",
                 "Make it again from its prompt.",
             )
-        requests = requests_of(sequences)
+        requests = requests_of(sequences, self._family.steady_positions(self._shape))
         row = GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._shape.vocab_size
         generation = Generation(dict(enumerate(sequences)))
         return self._run(self.plan(requests, row), generation, progress)
@@ -291,36 +291,3 @@ def store_plan(
         description=shape.to_dict(),
         compression=packed.compression,
     )
-
-
-def check_prompt(shape: ModelShape, field: str, prompt: Sequence[int], new_tokens: int) -> None:
-    """UserError if a prompt is empty, does not fit the model's positions, or holds ids it does not know."""
-    if not prompt:
-        raise UserError(field, list(prompt), "at least one token long")
-    if len(prompt) + new_tokens - 1 > shape.max_positions:
-        raise UserError(
-            field,
-            f"{len(prompt)} tokens, {new_tokens} to generate",
-            f"at most {shape.max_positions} positions in all for {shape.name}",
-            "Shorten the prompt or lower max_tokens.",
-        )
-    bad = [t for t in prompt if not 0 <= t < shape.vocab_size]
-    if bad:
-        raise UserError(
-            field,
-            bad[:5],
-            f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}",
-        )
-
-
-def check_score_request(shape: ModelShape, field: str, request: ScoreRequest) -> None:
-    """UserError if nothing is to be scored, or for what ``check_prompt`` refuses. The last token is not computed, so one more than the
-    model has positions is allowed."""
-    if not 1 <= request.start < len(request.tokens):
-        raise UserError(
-            f"{field}.start",
-            request.start,
-            f"from 1 to below the number of tokens ({len(request.tokens)})",
-            "The first token has nothing before it that could predict it.",
-        )
-    check_prompt(shape, field, request.tokens, 0)

@@ -61,9 +61,14 @@ def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> 
     ]
 
 
-def requests_of(sequences: Sequence[Running]) -> list[Request]:
-    """What a job of these sequences asks for. Instructions and examples that all prompts begin with are computed once per micro-batch."""
-    shared = _in_common([s.prompt for s in sequences]) if len(sequences) > 1 else 0
+def requests_of(sequences: Sequence[Running], steady: int | None = None) -> list[Request]:
+    """What a job of these sequences asks for. Instructions and examples that all prompts begin with are computed once per micro-batch.
+
+    steady: up to which length of a prompt its tokens' keys do not depend on that length; longer ones share nothing. None: always.
+    """
+    longest = max((len(s.prompt) for s in sequences), default=0)
+    can_share = len(sequences) > 1 and (steady is None or longest <= steady)
+    shared = _in_common([s.prompt for s in sequences]) if can_share else 0
     shared = shared if shared >= LEAST_SHARED else 0
     return [Request(len(s.prompt), s.params.max_tokens, shared) for s in sequences]
 

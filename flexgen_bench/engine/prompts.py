@@ -56,6 +56,21 @@ class Prompts:
                     found.append(torch.tensor(forest.positions[first:last], dtype=torch.long))
         return torch.cat(found)
 
+    def lengths(self, work: MicroBatch) -> Tensor:
+        """Of every row: the tokens that its sequence has when the row is computed. All of a prompt's are there from its first chunk on;
+        rows of forests, whose sequences have several ends, count those up to their own."""
+        positions = self.positions(work)
+        if not work.is_prefill:
+            return positions + 1
+        found = []
+        for member in work.members:
+            cohort = member.cohort
+            of = zip(cohort.sequences, cohort.prompt_lens, member.ranges, strict=True)
+            for sequence, length, (first, last) in of:
+                known = self._forest(sequence) is None
+                found.append(torch.full((last - first,), length if known else 0))
+        return torch.maximum(torch.cat(found), positions + 1)
+
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""
         work = step.micro_batch

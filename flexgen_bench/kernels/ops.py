@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,9 @@ from flexgen_bench.kernels.narrow_linear import (
 )
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
+from flexgen_bench.kernels.rotary import rotary_table, rotate
+
+__all__ = ["activation", "layer_norm", "linear", "rms_norm", "rotary_table", "rotate"]
 
 # Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
 # operand: 68 against 47 GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 and at 4, half as fast at 2
@@ -79,6 +80,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -87,41 +90,3 @@ def activation(name: str, x: Tensor) -> Tensor:
     if name not in _ACTIVATIONS:
         raise unknown_choice("activation", name, _ACTIVATIONS)
     return _ACTIVATIONS[name](x)
-
-
-def rotary_table(
-    positions: Tensor,
-    head_dim: int,
-    theta: float,
-    scaling: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, D) of the rotary angles (Su et al. 2021), computed in float32.
-
-    ``scaling``: None, {"rope_type": "linear", "factor"} (positions divided), or {"rope_type": "llama3", ...}
-    (Llama 3.1: long wavelengths divided by factor, short ones kept, a smooth ramp between).
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    inverse = 1.0 / (theta ** (exponents / head_dim))
-    if scaling is not None:
-        inverse = _scaled_frequencies(inverse, scaling)
-    angles = positions.float()[:, None] * inverse[None, :]
-    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _scaled_frequencies(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    factor = float(scaling["factor"])
-    if scaling["rope_type"] == "linear":
-        return inverse / factor
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    wavelength = 2 * math.pi / inverse
-    ramp = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return inverse / factor * (1 - ramp) + inverse * ramp
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head's halves by the angles: x (N, H, D), cos and sin (N, 1, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -73,10 +73,14 @@ class WeightStore:
         return RepeatedFile(self.path, self.repeats) if self.repeats else DirectFile(self.path)
 
 
-def fingerprint(plan: StorePlan, files: list[Path]) -> str:
-    """Changes whenever the checkpoint's files, the model, the format or the compression do."""
+def fingerprint(
+    plan: StorePlan, files: list[Path], quantization: Mapping[str, Any] | None = None
+) -> str:
+    """Changes whenever the checkpoint's files, what it says about its quantization, the model, the format or the compression do."""
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     what: list[Any] = [FORMAT_VERSION, plan.dtype, plan.description, stamp]
+    if quantization is not None:
+        what.append(["dequantized", quantization])
     if plan.compression is not None:
         what += [COMPRESSED_VERSION, plan.compression.to_dict()]
     text = json.dumps(what, sort_keys=True)
@@ -96,7 +100,8 @@ def open_or_convert(
     """
     if is_calibrated(plan.compression):
         check_importance(checkpoint.folder)
-    folder = make_writable(cache, "cache_dir") / fingerprint(plan, _files(checkpoint, plan))
+    stamp = fingerprint(plan, _files(checkpoint, plan), checkpoint.quantization)
+    folder = make_writable(cache, "cache_dir") / stamp
     with _locked(folder):
         if not (folder / "manifest.json").exists():
             _convert(checkpoint, plan, folder, progress)
@@ -106,7 +111,10 @@ def open_or_convert(
 def is_complete(checkpoint: Checkpoint, plan: StorePlan, cache: Path) -> bool:
     """Whether the store for this checkpoint exists."""
     files = _files(checkpoint, plan)
-    return files[-1].exists() and (cache / fingerprint(plan, files) / "manifest.json").exists()
+    if not files[-1].exists():
+        return False
+    stamp = fingerprint(plan, files, checkpoint.quantization)
+    return (cache / stamp / "manifest.json").exists()
 
 
 def _files(checkpoint: Checkpoint, plan: StorePlan) -> list[Path]:
@@ -258,6 +266,8 @@ def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> I
     for source, rows in zip(stored.sources, stored.rows, strict=True):
         tensor = _find(checkpoint, plan, source)
         _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
+        if plan.dtype is DType.FLOAT16:
+            _check_half(tensor, source, checkpoint)
         if stored.compression is not None:
             _check_range(tensor, source, checkpoint)
         yield tensor.detach()  # some .bin files hold parameters that want gradients
@@ -290,6 +300,16 @@ def _check(tensor: Tensor, expected: tuple[int, ...], source: str, checkpoint: C
         )
     if not bool(torch.isfinite(tensor).all()):
         raise StoreError(f"tensor {source} in {checkpoint.folder} holds NaN or infinite values.")
+
+
+def _check_half(tensor: Tensor, source: str, checkpoint: Checkpoint) -> None:
+    """Values beyond float16 would become infinite."""
+    limit = torch.finfo(torch.float16).max
+    if tensor.dtype is not torch.float16 and float(tensor.abs().max()) > limit:
+        raise StoreError(
+            f"tensor {source} in {checkpoint.folder} holds values beyond {limit:g}, the largest of float16. "
+            "Use dtype bfloat16 or float32."
+        )
 
 
 def _check_range(tensor: Tensor, source: str, checkpoint: Checkpoint) -> None:

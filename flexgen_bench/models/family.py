@@ -98,10 +98,17 @@ class ModelFamily(ABC):
     def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
         """Gathered rows (table name -> (N, E)) -> hidden states (N, hidden)."""
 
-    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, like: Tensor) -> Any:
+    def steady_positions(self, shape: ModelShape) -> int:
+        """Up to which length of its sequence the keys of a token depend on what precedes it alone. Of longer ones they depend on
+        the length, too, so that sequences which begin alike cannot share them."""
+        return shape.max_positions
+
+    def angles(
+        self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor
+    ) -> Any:
         """What every layer needs to know of positions (N,): made once per pass, in the dtype of ``like``.
 
-        None for families that put positions into the embedding.
+        lengths: (N,) of the tokens' sequences when they are computed. None for families that put positions into the embedding.
         """
         return None
 
@@ -126,9 +133,17 @@ class ModelFamily(ABC):
         """Hidden (R, hidden) of the rows that need logits -> logits (R, vocab)."""
 
 
+def config_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """An entry that is true or false; null and a missing one are ``default``. A string is neither."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"config.json: {key}", value, "true or false")
+    return default if value is None else value
+
+
 def config_value(config: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
     """A required entry of a checkpoint's config, checked for its type."""
     value = config.get(key)
-    if value is None or not isinstance(value, kind):
+    if value is None or not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"config.json: {key}", value, "present and of the right type")
     return value

@@ -1,6 +1,6 @@
 """Llama (Touvron et al. 2023) and its relatives of the same form: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-Options of ``ModelShape``: rope_theta, rope_scaling (None or the checkpoint's own mapping), norm_eps,
+Options of ``ModelShape``: rope_theta, rope_scaling (None or a mapping, ``models/rope.py``), norm_eps,
 attention_bias, mlp_bias, activation.
 """
 
@@ -9,25 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape, TensorSpec
+from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.family import (
     Inventory,
     ModelFamily,
     PackedTensor,
     Weights,
+    config_flag,
     config_value,
 )
+from flexgen_bench.models.rope import DEFAULT_THETA, positions_of, rope_of, steady_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Ways of scaling rotary frequencies, and the numbers each needs.
-_ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_POSITIONS = "max_position_embeddings"
+_DEFAULT_POSITIONS = 2048  # of transformers' LlamaConfig
 
 
 class Llama(ModelFamily):
@@ -39,24 +37,13 @@ class Llama(ModelFamily):
     def shape_from_config(self, config: Mapping[str, Any], name: str) -> ModelShape:
         hidden = config_value(config, "hidden_size", int)
         heads = config_value(config, "num_attention_heads", int)
-        # Newer checkpoints keep base and scaling together in rope_parameters; older ones have two entries.
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
-        kind = str(rope.get("rope_type", rope.get("type", "default")))
-        if kind not in _ROPE_NUMBERS:
-            raise UserError("config.json: rope_type", kind, f"one of {', '.join(_ROPE_NUMBERS)}")
-        needed = _ROPE_NUMBERS[kind]
-        bad = [
-            key for key in needed if not isinstance(rope.get(key), int | float) or rope[key] <= 0
-        ]
-        if bad:
-            raise UserError(
-                f"config.json: {bad[0]} of rope_type {kind}", rope.get(bad[0]), "a number above 0"
-            )
-        if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError(
-                "config.json: partial_rotary_factor", rope["partial_rotary_factor"], "1"
-            )
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        positions = config.get("max_position_embeddings")
+        if positions is None:
+            positions = _DEFAULT_POSITIONS
+        rope = rope_of(
+            config, config_value({**config, _POSITIONS: positions}, _POSITIONS, int), head_dim
+        )
         return ModelShape(
             name=name,
             family=self.name,
@@ -64,23 +51,27 @@ class Llama(ModelFamily):
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=head_dim,
             ffn_size=config_value(config, "intermediate_size", int),
             vocab_size=config_value(config, "vocab_size", int),
-            max_positions=config_value(config, "max_position_embeddings", int),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_positions=rope.reach,
+            tied_embeddings=config_flag(config, "tie_word_embeddings", False),
             options={
-                "rope_theta": theta,
-                "rope_scaling": None if kind == "default" else {**rope, "rope_type": kind},
+                "rope_theta": rope.theta,
+                "rope_scaling": rope.scaling,
                 "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-                "attention_bias": bool(config.get("attention_bias", False)),
-                "mlp_bias": bool(config.get("mlp_bias", False)),
-                "activation": str(config.get("hidden_act", "silu")),
+                "attention_bias": config_flag(config, "attention_bias", False),
+                "mlp_bias": config_flag(config, "mlp_bias", False),
+                "activation": activation_of(
+                    "config.json: hidden_act", config.get("hidden_act", "silu")
+                ),
             },
         )
 
     def config_from_shape(self, shape: ModelShape) -> dict[str, Any]:
-        rope = dict(shape.options.get("rope_scaling") or {"rope_type": "default"})
+        scaling = shape.options.get("rope_scaling")
+        rope = dict(scaling or {"rope_type": "default"})
+        positions = positions_of(scaling, shape.max_positions)
         return {
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
@@ -89,7 +80,7 @@ class Llama(ModelFamily):
             "num_key_value_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
             "intermediate_size": shape.ffn_size,
-            "max_position_embeddings": shape.max_positions,
+            "max_position_embeddings": positions,
             "rms_norm_eps": _norm_eps(shape),
             "hidden_act": shape.options.get("activation", "silu"),
             "attention_bias": shape.options.get("attention_bias", False),
@@ -152,9 +143,17 @@ class Llama(ModelFamily):
     def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
         return rows["tokens"]
 
-    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, like: Tensor) -> Any:
+    def steady_positions(self, shape: ModelShape) -> int:
+        steady = steady_positions(shape.options.get("rope_scaling"))
+        return shape.max_positions if steady is None else steady
+
+    def angles(
+        self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor
+    ) -> Any:
         scaling = shape.options.get("rope_scaling")
-        return ops.rotary_table(positions, shape.head_dim, _rope_theta(shape), scaling, like.dtype)
+        return ops.rotary_table(
+            positions, lengths, shape.head_dim, _rope_theta(shape), scaling, like.dtype
+        )
 
     def project(
         self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
@@ -185,7 +184,7 @@ def _norm_eps(shape: ModelShape) -> float:
 
 
 def _rope_theta(shape: ModelShape) -> float:
-    return float(shape.options.get("rope_theta", 10000.0))
+    return float(shape.options.get("rope_theta", DEFAULT_THETA))
 
 
 FAMILY = Llama()

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape, TensorSpec
+from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.family import (
     Inventory,
     ModelFamily,
     PackedTensor,
     Weights,
+    config_flag,
     config_value,
 )
 
@@ -36,8 +38,8 @@ class OPT(ModelFamily):
     def shape_from_config(self, config: Mapping[str, Any], name: str) -> ModelShape:
         hidden = config_value(config, "hidden_size", int)
         heads = config_value(config, "num_attention_heads", int)
-        norm_before = bool(config.get("do_layer_norm_before", True))
-        tied = bool(config.get("tie_word_embeddings", True))
+        norm_before = config_flag(config, "do_layer_norm_before", True)
+        tied = config_flag(config, "tie_word_embeddings", True)
         if hidden % heads:
             raise UserError("config.json: num_attention_heads", heads, f"a divisor of {hidden}")
         return ModelShape(
@@ -55,10 +57,13 @@ class OPT(ModelFamily):
             options={
                 "norm_before": norm_before,
                 "embed_dim": int(config.get("word_embed_proj_dim") or hidden),
-                "activation": str(config.get("activation_function", "relu")),
-                "bias": bool(config.get("enable_bias", True)),
-                "norm_affine": bool(config.get("layer_norm_elementwise_affine", True)),
-                "final_norm": norm_before and not config.get("_remove_final_layer_norm", False),
+                "activation": activation_of(
+                    "config.json: activation_function", config.get("activation_function", "relu")
+                ),
+                "bias": config_flag(config, "enable_bias", True),
+                "norm_affine": config_flag(config, "layer_norm_elementwise_affine", True),
+                "final_norm": norm_before
+                and not config_flag(config, "_remove_final_layer_norm", False),
             },
         )
 

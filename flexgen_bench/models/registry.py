@@ -13,25 +13,36 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
 
-_NOT_FAMILIES = {"family", "registry"}
+_NOT_FAMILIES = {"activations", "family", "registry", "rope", "stored_names"}
+
+
+# Entries that change what a model computes, and which no family here knows, with the values that change nothing.
+_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
+    "use_qk_norm": (None, False),
+    "qk_layernorm": (None, False),
+    "clip_qkv": (None,),
+}
 
 
 @cache
-def _scan() -> tuple[dict[str, ModelFamily], dict[str, ModelFamily]]:
+def _families() -> dict[str, ModelFamily]:
     families: dict[str, ModelFamily] = {}
-    architectures: dict[str, ModelFamily] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name in _NOT_FAMILIES:
-            continue
-        loaded = importlib.import_module(f"flexgen_bench.models.{module.name}")
-        families[loaded.FAMILY.name] = loaded.FAMILY
-        architectures[loaded.FAMILY.architecture] = loaded.FAMILY
-    return families, architectures
+        if module.name not in _NOT_FAMILIES:
+            found = importlib.import_module(f"flexgen_bench.models.{module.name}").FAMILY
+            families[found.name] = found
+    return families
 
 
 def family(name: str) -> ModelFamily:
     """The family with this name; UserError lists the known ones."""
-    families, _ = _scan()
+    families = _families()
     if name not in families:
         raise unknown_choice("model.family", name, families)
     return families[name]
@@ -39,21 +50,60 @@ def family(name: str) -> ModelFamily:
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape described by a checkpoint's ``config.json``; UserError if no family here knows it."""
-    _, architectures = _scan()
-    for architecture in config.get("architectures") or ():
-        if architecture in architectures:
-            try:
-                return architectures[architecture].shape_from_config(config, name)
-            except (TypeError, ValueError, KeyError) as error:
-                if isinstance(error, UserError):
-                    raise
+    found = _family_of(config)
+    try:
+        shape = found.shape_from_config(config, name)
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            "config.json",
+            repr(error),
+            f"a config of {found.architecture} with values of the right type",
+        ) from error
+    _check_foreign(config, found, shape)
+    return shape
+
+
+def _family_of(config: Mapping[str, Any]) -> ModelFamily:
+    """By ``architectures`` (the model with its head, or the bare decoder, in any case), or where there are none by ``model_type``."""
+    given, kind = config.get("architectures"), config.get("model_type")
+    names = [given] if isinstance(given, str) else list(given or ())
+    known = _families().values()
+    for found in known:
+        whole = found.architecture.lower()
+        own = {whole, whole.replace("forcausallm", "model")}
+        by_type = str(kind).lower() == found.model_type
+        if by_type if not names else any(str(name).lower() in own for name in names):
+            # transformers goes by the model_type, whatever the architectures say
+            if kind is not None and not by_type:
                 raise UserError(
-                    "config.json",
-                    repr(error),
-                    f"a config of {architecture} with values of the right type",
-                ) from error
+                    "config.json: model_type",
+                    kind,
+                    f"{found.model_type!r} for architectures {names}",
+                )
+            return found
+    allowed = f"one of {', '.join(sorted(f.architecture for f in known))}"
+    if names or kind is None:
+        raise UserError("config.json: architectures", given, allowed)
     raise UserError(
-        "config.json: architectures",
-        config.get("architectures"),
-        f"one of {', '.join(sorted(architectures))}",
+        "config.json: model_type", kind, f"one of {', '.join(sorted(f.model_type for f in known))}"
     )
+
+
+def _check_foreign(config: Mapping[str, Any], found: ModelFamily, shape: ModelShape) -> None:
+    for key, neutral in _FOREIGN.items():
+        if config.get(key) not in neutral:
+            raise UserError(
+                f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {found.name} model"
+            )
+    window = config.get("sliding_window")
+    if window is not None and not (isinstance(window, int) and window >= shape.max_positions):
+        raise UserError(
+            "config.json: sliding_window",
+            window,
+            f"null, or not below {shape.max_positions} positions",
+        )
+    others = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if others:
+        raise UserError("config.json: layer_types", others[0], "full_attention for every layer")

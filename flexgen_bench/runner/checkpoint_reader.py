@@ -1,4 +1,4 @@
-"""The tensors of a source checkpoint under the names of the full model: a folder, or a GGUF file."""
+"""The tensors of a GGUF file under the names of the full model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.core.errors import StoreError
-from flexgen_bench.core.model import DType
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +17,10 @@ _ADVICE = "Fetch the checkpoint again."
 
 
 class CheckpointReader:
-    """Tensors by name. ``safe`` says that the files are safetensors."""
+    """Tensors by name."""
 
-    def __init__(self, tensors: Tensors, where: Path, safe: bool) -> None:
-        self._tensors, self.where, self.safe = tensors, where, safe
+    def __init__(self, tensors: Tensors, where: Path) -> None:
+        self._tensors, self.where = tensors, where
         self._names = tensors.names()
 
     def _find(self, name: str) -> str | None:
@@ -50,13 +49,6 @@ class CheckpointReader:
                     f"{self.where}: tensor {name} has shape {found}, the model needs {shape}"
                 )
 
-    def is_plain(self, expected: Mapping[str, tuple[int, ...]], dtype: DType) -> bool:
-        """Whether every system can read the files as they are: safetensors, the usual names, this dtype."""
-        return self.safe and all(
-            name in self._names and self._tensors.header(name)[1] == dtype.value
-            for name in expected
-        )
-
 
 class _InMemory:
     """Tensors that are all in memory already."""
@@ -73,14 +65,6 @@ class _InMemory:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
-
-
-def open_folder(folder: Path) -> CheckpointReader:
-    """The tensors of a Hugging Face style folder. Safetensors win over pickles where both are there."""
-    from flexgen_bench.memory.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(folder)
-    return CheckpointReader(checkpoint, folder, checkpoint.is_safetensors)
 
 
 def open_gguf(path: Path) -> tuple[CheckpointReader, Any]:
@@ -107,4 +91,4 @@ def open_gguf(path: Path) -> tuple[CheckpointReader, Any]:
     # GGUF stores this in single precision; take the decimal number that was meant.
     if hasattr(config, "rms_norm_eps"):
         config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    return CheckpointReader(_InMemory(dict(model.named_parameters())), path, False), config
+    return CheckpointReader(_InMemory(dict(model.named_parameters())), path), config

@@ -96,7 +96,17 @@ def write_repeated(
 def _as(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
     import torch
 
-    return tensor.to(getattr(torch, dtype.value)).contiguous()
+    made = tensor.to(getattr(torch, dtype.value)).contiguous()
+    limit = torch.finfo(made.dtype).max
+    if (
+        dtype is DType.FLOAT16
+        and tensor.dtype is not torch.float16
+        and float(tensor.abs().max()) > limit
+    ):
+        raise StoreError(
+            f"the checkpoint holds values beyond {limit:g}, the largest of float16. Use dtype=bfloat16 or float32."
+        )
+    return made
 
 
 def plan_shards(sizes: Mapping[str, int]) -> list[list[str]]:

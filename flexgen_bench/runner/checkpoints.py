@@ -6,6 +6,7 @@ its own name only when complete; a second process that wants the same one waits 
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
 from flexgen_bench.runner.checkpoint_writer import (
     Progress,
@@ -36,6 +38,9 @@ _log = logging.getLogger("flexgen_bench.stage")
 
 # Part of every folder's name; a change of what is written must change it.
 _FORMAT = 1
+_READING = (
+    2  # of users' own folders and the hub's: since which version their tensors are read as now
+)
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
@@ -45,6 +50,8 @@ _TOKENIZER_FILES = (
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
     identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
+    if model.weights in (WeightSource.PATH, WeightSource.HUB):
+        identity["reading"] = _READING
     if model.weights is WeightSource.PATH:
         identity["files"] = _fingerprint(Path(model.location))
     if model.weights is WeightSource.TRAINED:
@@ -84,7 +91,7 @@ def prepare_checkpoint(model: ModelSpec, dtype: DType, cache: Path, progress: Pr
             _write_dummy(model, dtype, target, progress)
             return target
         source = _source(model, cache, progress)
-        if source.suffix == ".gguf":
+        if is_gguf(source):
             _convert_gguf(model, dtype, source, target, progress)
             return target
         return _convert_folder(model, dtype, source, target, progress)
@@ -108,7 +115,7 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
 
         return hub_folder(model.location)
     path = Path(model.location)
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
+    if not path.is_dir() and not (path.is_file() and is_gguf(path)):
         raise UserError("location", str(path), "an existing checkpoint folder or .gguf file")
     return path
 
@@ -180,27 +187,48 @@ def _convert_gguf(
 
 
 def _convert_folder(
-    model: ModelSpec, dtype: DType, source: Path, target: Path, progress: Progress
+    model: ModelSpec, dtype: DType, folder: Path, target: Path, progress: Progress
 ) -> Path:
+    from flexgen_bench.engine.source import open_source
     from flexgen_bench.memory.checkpoint import read_config
-    from flexgen_bench.runner.checkpoint_reader import open_folder
-    from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
+    from flexgen_bench.models.stored_names import locate
+    from flexgen_bench.runner.hf_config import (
+        check_same_model,
+        check_same_shape,
+        expected_tensors,
+        hf_config,
+    )
 
-    config = read_config(source)
-    check_same_model(model.shape, config, source)
-    expected = expected_tensors(hf_config(model.shape, dtype))
-    reader = open_folder(source)
-    reader.check(expected)
-    if model.weights is WeightSource.PATH and reader.is_plain(expected, dtype):
-        return source
-    with new_folder(target, needed_bytes(expected, dtype)) as folder:
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        config = {key: value for key, value in config.items() if key != "torch_dtype"}
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype.value}, indent=2))
-        write_weights(folder, expected, dtype, reader.get, progress)
+    # Whether the embedding is tied, the tensors decide.
+    ties = {"tie_word_embeddings": model.shape.tied_embeddings}
+    check_same_model(model.shape, read_config(folder) | ties, folder)
+    with open_source(folder) as source:
+        check_same_shape(model.shape, source.shape, folder)
+        expected = expected_tensors(hf_config(model.shape, dtype))
+        if model.weights is WeightSource.PATH and source.is_plain(expected, dtype.value):
+            return folder
+        if source.note:
+            _log.warning("%s: %s", folder, source.note)
+        own = locate(source.names, source.family.prefixes, expected).found
+        name_of = {full: name for name, full in own.items()}
+        with new_folder(target, needed_bytes(expected, dtype)) as made:
+            for name in _TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    _copy(folder / name, made / name)
+            config = source.plain_config() | {"dtype": dtype.value}
+            (made / "config.json").write_text(json.dumps(config, indent=2))
+            write_weights(
+                made, expected, dtype, lambda full: source.tensor(name_of[full]), progress
+            )
     return target
+
+
+def _copy(file: Path, target: Path) -> None:
+    """A byte order mark stays behind: transformers cannot read JSON with one."""
+    if file.suffix == ".json":
+        target.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    else:
+        shutil.copyfile(file, target)
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.models.activations import ACTIVATIONS
 from flexgen_bench.models.registry import family, shape_from_config
 
 
@@ -40,12 +41,19 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
 def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:
     """Raise StoreError naming every field in which a checkpoint's config is not this shape."""
     try:
-        theirs = shape_from_config(config, shape.name).to_dict()
+        found = shape_from_config(config, shape.name)
     except UserError as error:
         raise StoreError(f"{where} is not a model that is known here: {error}") from error
-    ours = shape.to_dict()
+    check_same_shape(shape, found, where)
+
+
+def check_same_shape(shape: ModelShape, found: ModelShape, where: Path) -> None:
+    """Raise StoreError naming every field in which the shape found in a checkpoint is not the one that was asked for."""
+    ours, theirs = shape.to_dict(), found.to_dict()
     options, their_options = ours.pop("options"), theirs.pop("options")
-    pairs = [(key, ours[key], theirs[key]) for key in ours]
+    if "activation" in options:  # a function by any of its names
+        options["activation"] = ACTIVATIONS.get(options["activation"], options["activation"])
+    pairs = [(key, ours[key], theirs[key]) for key in ours if key != "name"]
     pairs += [(f"options.{key}", options[key], their_options.get(key)) for key in options]
     differ = [
         f"{key} is {there!r} there and {here!r} in model {shape.name}"
@@ -53,7 +61,10 @@ def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) 
         if not _same(here, there)
     ]
     if differ:
-        raise StoreError(f"{where} is not a checkpoint of {shape.name}: {'; '.join(differ)}")
+        raise StoreError(
+            f"{where} is not a checkpoint of {shape.name}: {'; '.join(differ)}. Choose another model, "
+            "or set these keys (model.<key>=...) as the checkpoint has them."
+        )
 
 
 def _same(ours: Any, theirs: Any) -> bool:

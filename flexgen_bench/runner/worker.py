@@ -21,6 +21,7 @@ from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.engine.tokenization import TextTokenizer
+from flexgen_bench.memory.checkpoint import NOTE, read_config
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
@@ -87,7 +88,9 @@ class Worker:
             "io_per_repetition": used,
             "peak_resident_bytes": peak_resident_bytes(),
         }
-        self.state.report = _with_peak(system.report())
+        report = _with_peak(system.report())
+        note = read_config(self.job.checkpoint).get(NOTE)
+        self.state.report = replace(report, notes=(*report.notes, *([note] if note else [])))
         self._judge(outputs)
         self.state.outputs = self._outputs(outputs[-1])
         timeline = system.timeline()
