@@ -28,9 +28,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from yaml import YAMLError
 
+from flexgen_bench.cells import Cell
 from flexgen_bench.compose import (
     CONFIG_NAME,
-    Cell,
     Plan,
     check_groups,
     overrides_last,

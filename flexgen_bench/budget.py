@@ -58,10 +58,12 @@ def _over(seconds: Mapping[str, float], budget_s: float) -> dict[str, float]:
 def _smaller(workload: Workload, stated: Collection[str]) -> Iterator[Workload]:
     """Ever smaller ones."""
     now = workload
-    for name, least in (("gen_len", LEAST_TOKENS), ("num_prompts", LEAST_PROMPTS)):
-        while name not in stated and getattr(now, name) > least:
-            now = replace(now, **{name: max(least, _half(getattr(now, name)))})
-            yield now
+    while "gen_len" not in stated and now.gen_len > LEAST_TOKENS:
+        now = replace(now, gen_len=max(LEAST_TOKENS, _half(now.gen_len)))
+        yield now
+    while "num_prompts" not in stated and now.num_prompts > LEAST_PROMPTS:
+        now = replace(now, num_prompts=max(LEAST_PROMPTS, _half(now.num_prompts)))
+        yield now
 
 
 def _half(count: int) -> int:
