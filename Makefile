@@ -1,4 +1,4 @@
-# make bench: install (once) and run the default suite. make test: the same for the tests.
+# make bench: install (once) and run the default suite, at most five minutes on two cores. make test: the same for the tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 WORKERS ?= 2

@@ -4,6 +4,12 @@ Cells of this machine are measured; those of another one, whose constants are kn
 
 Exit status: 0 if every cell was measured, simulated or is known not to fit or not to be possible here, 1 if one failed
 (or nothing could be said of any), 2 for bad input, 130 after Ctrl-C. With dry_run=true: 1 if something cannot fit.
+
+Where cells of the system that the benchmark is about are among those of a command (``subject`` in conf/system), its status tells
+how these did. Of a system beside it that fails, takes too long or is killed there is a record, a line in the table and a warning.
+A command that asks for other systems alone is told about these.
+
+Started with SIGINT ignored, as by nohup or in the background of a script, it goes on at a Ctrl-C that is meant for others: SIGTERM ends it.
 """
 
 from __future__ import annotations
@@ -22,13 +28,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from yaml import YAMLError
 
+from flexgen_bench.cells import Cell
 from flexgen_bench.compose import (
     CONFIG_NAME,
-    Cell,
     Plan,
     check_groups,
     overrides_last,
     plan,
+    suite_of,
     user_error,
     without_null_groups,
 )
@@ -36,11 +43,14 @@ from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.record import Record
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
+from flexgen_bench.expected import Expected
 from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.runner.predictions import simulate
 from flexgen_bench.runner.suite import finished_record
+from flexgen_bench.this_machine import ThisMachine
 from flexgen_bench.work import Work, divide, printed_values
 
 # How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
@@ -58,6 +68,9 @@ class Outcome:
     explanations: dict[str, None] = field(default_factory=dict)
     bad_input: bool = False
     broken: bool = False
+    tolerated: set[str] = field(
+        default_factory=set
+    )  # hashes of cells whose failure is only warned of
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
 
@@ -93,8 +106,10 @@ def main() -> int:
     return _judged(outcome, _summary(outcome))
 
 
-def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
+def _judged(outcome: Outcome, records: Sequence[Record]) -> int:
     """The exit status of what was measured and simulated."""
+    measured = [r.status for r in records]
+    failed = [r for r in records if r.status not in _FINDINGS]
     simulated = [row.status for row in outcome.simulated]
     beyond = any(row.is_beyond_its_machine for row in outcome.simulated) and not outcome.is_plan
     if Status.INVALID in simulated or beyond:
@@ -103,7 +118,7 @@ def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
     if broken or outcome.is_plan:
         return FAILED if broken or outcome.unfit else 0
     said = Status.OK in measured or Status.OK in simulated or Status.OOM in simulated
-    return 0 if said and all(status in _FINDINGS for status in measured) else FAILED
+    return 0 if said and all(r.spec_hash in outcome.tolerated for r in failed) else FAILED
 
 
 def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
@@ -112,7 +127,7 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
         overrides = list(HydraConfig.get().overrides.task)
         suite = str(HydraConfig.get().runtime.choices.get("suite") or "")
         conf = app_conf(composed)
-        _run(conf, plan(conf, overrides, suite), outcome)
+        _run(conf, overrides, suite, outcome)
     except UserError as error:
         if traceback_wanted:
             raise
@@ -125,20 +140,25 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
-def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
+def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) -> None:
     cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
     results = Path(conf.results_dir).expanduser()
+    of_suite = suite_of(conf, overrides, suite)
 
     def is_worth_measuring(cell: Cell) -> bool:
         wanted_now = conf.rerun or conf.dry_run
-        is_new = wanted_now or finished_record(results, cell.spec.spec_hash, wanted.suite) is None
+        is_new = wanted_now or finished_record(results, cell.spec.spec_hash, of_suite) is None
         return conf.calibrate and is_new
 
     rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
+    expected = Expected(rates, cache)
+    wanted = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell))
     if conf.dry_run:
         _plan(wanted, results, cache, rates, outcome)
         return
-    work = divide(wanted.cells, cache, rates)
+    if any(cell.subject and cell.can_run for cell in wanted.cells):
+        outcome.tolerated |= {c.spec.spec_hash for c in wanted.cells if not c.subject}
+    work = divide(wanted.cells, cache, expected)
     outcome.why.update(dict.fromkeys([work.why] if work.why else []))
     outcome.explanations.update(dict.fromkeys(work.explanations))
     for rows in simulate(work.simulate, cache, _tell):
@@ -194,15 +214,15 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _summary(outcome: Outcome) -> list[Status]:
-    """Print the tables and, as the last line, one JSON document that names the records and holds what was simulated."""
+def _summary(outcome: Outcome) -> list[Record]:
+    """Print the tables and, as the last line, one JSON document that names the records and holds what was simulated. The records."""
     from flexgen_bench.report.prediction_table import print_predictions, to_json
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
 
     records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
-    statuses = [item.record.status for item in stored]
+    found = [item.record for item in stored]
     tables = printed_values()
     for explanation in outcome.explanations:
         print(f"\n{explanation}")
@@ -211,14 +231,27 @@ def _summary(outcome: Outcome) -> list[Status]:
         print_table(records)
     if simulated and not outcome.is_plan:
         print_predictions(simulated, " ".join(outcome.why), tables)
-    counts = Counter(status.value for status in statuses)
+    for record in found:
+        if record.status not in _FINDINGS and record.spec_hash in outcome.tolerated:
+            _tell(_warning(record))
+    counts = Counter(record.status.value for record in found)
     document = {
         "records": [str(path) for path in records],
         "simulated": [to_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
     print(json.dumps(document))
-    return statuses
+    return found
+
+
+def _warning(record: Record) -> str:
+    """Of a system beside the one that the benchmark is about."""
+    lines = record.reason.strip().splitlines() or ["no reason"]
+    reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    return (
+        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the table; "
+        f"what the others did stands. Again: {record.rerun_command}"
+    )
 
 
 def _complain(error: UserError) -> int:

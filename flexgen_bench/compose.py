@@ -6,9 +6,8 @@ Hydra composes; this module decides what it composes, and says in our words what
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,14 +16,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from yaml import YAMLError
 
+from flexgen_bench.cells import Cell, Local, Unmeasured
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
-from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model, typed_conf
-from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.config import (
+    FASTEST,
+    app_conf,
+    cell_spec,
+    conf_dir,
+    system_model,
+    typed_conf,
+)
 from flexgen_bench.core.errors import UserError, unknown_choice
-from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 
 CONFIG_NAME = "config"
-COMMAND = "python -m flexgen_bench"
 # What Hydra reads as text, and so as the name of a file.
 _NAME = re.compile(
     r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*"
@@ -40,43 +44,6 @@ _NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell with its name in the suite ("" outside one) and the overrides that choose it again.
-
-    model: what predicts its system. keys: what the command line or the suite says, where the rest is default. named: its system was asked for,
-    not just all of them.
-    """
-
-    name: str
-    spec: CellSpec
-    overrides: tuple[str, ...]
-    model: SystemModel = field(default_factory=SystemModel)
-    keys: frozenset[str] = frozenset()
-    named: bool = True
-
-    @property
-    def num_prompts(self) -> int | None:
-        """Prompts of a simulated run; None, as in the paper, for as many as a block of the system holds."""
-        return self.spec.workload.num_prompts if "workload.num_prompts" in self.keys else None
-
-    @property
-    def lossy_is_given(self) -> bool:
-        """Whether somebody has said what may change of the results."""
-        given = any(key.startswith("policy.lossy") for key in self.keys)
-        return given or not self.spec.lossy.is_exact
-
-    @property
-    def can_run(self) -> bool:
-        """Whether there is anything to run, on any machine."""
-        return self.spec.target != SIMULATED_ONLY
-
-    @property
-    def command(self) -> str:
-        """What to type to measure this cell again."""
-        return f"{COMMAND} {shlex.join([*self.overrides, 'rerun=true'])}"
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a command line asks for. ``suite`` is "" where cells were asked for one by one."""
 
@@ -84,28 +51,37 @@ class Plan:
     cells: tuple[Cell, ...]
 
 
-def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
+def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | None = None) -> Plan:
     """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
 
     Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
-    the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. Must be called while Hydra is initialised. Raises UserError.
+    the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. local: settles what cells leave
+    open. Must be called while Hydra is initialised. Raises UserError.
     """
-    given = {key_of(override) for override in overrides}
-    if conf.suite is None or ("suite" not in given and given & {"model", "system"}):
+    local = local or Unmeasured()
+    suite = suite_of(conf, overrides, suite)
+    if conf.suite is None or not suite:
         names = [conf.system.name] if conf.system else system_names()
         of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
         usual = [f"{key}={value}" for key, value in of_machine.items() if value]
         group = CellGroupConf(name="", overrides=usual, systems=names)
-        cells = _cells(group, overrides, named=conf.system is not None)
+        cells = _cells(group, overrides, local, named=conf.system is not None)
         return Plan("", tuple(cells))
     wanted = [conf.system.name] if conf.system else None
     groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
     if not groups:
         raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
-    cells = [cell for group in groups for cell in _cells(group, overrides, wanted, suite)]
+    cells = [cell for group in groups for cell in _cells(group, overrides, local, wanted, suite)]
     if not cells:
         raise UserError("suite", suite, "a suite that holds cells for the system asked for")
     return Plan(suite, tuple(cells))
+
+
+def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
+    """The suite that a command line runs; "" where it asks for cells one by one."""
+    given = {key_of(override) for override in overrides}
+    one_by_one = conf.suite is None or ("suite" not in given and given & {"model", "system"})
+    return "" if one_by_one else suite
 
 
 def check_groups(arguments: Sequence[str]) -> None:
@@ -161,38 +137,66 @@ def system_names() -> list[str]:
 def _cells(
     group: CellGroupConf,
     overrides: Sequence[str],
+    local: Local,
     wanted: Sequence[str] | None = None,
     suite: str = "",
     named: bool = True,
 ) -> list[Cell]:
+    """The cells of a group, of the systems ``wanted`` (None: all of them)."""
     unknown = set(group.system_overrides) - set(group.systems)
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
     user = [o for o in overrides if key_of(o) not in _NOT_OF_THE_CELL]
-    cells = []
-    for name in group.systems:
-        if wanted is None or name in wanted:
-            own = [f"system={name}", *group.system_overrides.get(name, [])]
-            lines = merged([*group.overrides, *own], user)
-            # A record that is made again must land in the same suite, where its table finds it.
-            chosen = (
-                [f"suite={suite}", f"cell={group.name}", f"system={name}", *user]
-                if suite
-                else lines
-            )
-            conf = composed(lines)
-            assert conf.system is not None
-            cells.append(
-                Cell(
-                    group.name,
-                    cell_spec(conf),
-                    tuple(chosen),
-                    system_model(conf.system),
-                    frozenset(map(key_of, lines)),
-                    named,
-                )
-            )
-    return cells
+    lines = {
+        name: merged(
+            [*group.overrides, f"system={name}", *group.system_overrides.get(name, [])], user
+        )
+        for name in group.systems
+    }
+    if wanted is not None and not set(wanted) & set(lines):
+        return []
+    # All of them, whichever are wanted: what is left out of a workload is the same whoever is measured today.
+    confs = {name: composed(own) for name, own in lines.items()}
+    cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
+    changes, note = _settled(confs, cells, local, {key_of(line) for line in user})
+    chosen = [name for name in group.systems if wanted is None or name in wanted]
+    found = []
+    for name in chosen:
+        final = merged(lines[name], changes)
+        cell = _cell(group, composed(final), final, local) if changes else cells[name]
+        # A record that is made again must land in the same suite, where its table finds it.
+        place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
+        command = final if place is None else merged([*place, *user], changes)
+        found.append(replace(cell, overrides=tuple(command), named=named, note=note))
+    return found
+
+
+def _cell(group: CellGroupConf, conf: AppConf, lines: Sequence[str], local: Local) -> Cell:
+    assert conf.system is not None
+    return Cell(
+        group.name,
+        cell_spec(conf, local.fastest),
+        tuple(lines),
+        system_model(conf.system),
+        frozenset(map(key_of, lines)),
+        subject=conf.system.subject,
+    )
+
+
+def _settled(
+    confs: Mapping[str, AppConf], cells: Mapping[str, Cell], local: Local, stated: Collection[str]
+) -> tuple[list[str], str]:
+    """The overrides that say what was left open, so that the command of a record asks for just what it holds; and why something was left
+    out of the workload. stated: keys of the command line."""
+    conf, cell = next(iter(confs.values())), next(iter(cells.values()))
+    changes = [f"dtype={cell.spec.dtype}"] if conf.dtype == FASTEST else []
+    if conf.measure.budget_s is None:
+        return changes, ""
+    prefix = "workload."
+    kept = {key.removeprefix(prefix) for key in stated if key.startswith(prefix)}
+    fit = local.fitted(cells, conf.measure.budget_s, kept)
+    changes += [f"{prefix}{name}={value}" for name, value in fit.changes.items()]
+    return [*changes, "measure.budget_s=null"] if fit.note else changes, fit.note
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

@@ -113,11 +113,13 @@ class SystemConf:
 
     target null: it cannot be run, only predicted. predictor: the class that predicts it (planner.predictor.Predictor); constants: what
     that one is told. printed_as: its name in the FlexGen paper, for the values quoted beside it. follows_policy: policy= is meant for it.
+    subject: it is what the benchmark is about; a command that measures it tells by its exit status how that went, and only warns of the others.
     """
 
     name: str = MISSING
     target: str | None = MISSING
     follows_policy: bool = False
+    subject: bool = False
     predictor: str | None = None
     constants: dict[str, float] = field(default_factory=dict)
     printed_as: str | None = None
@@ -259,13 +261,15 @@ class FootnotesConf:
 
 @dataclass
 class MeasureConf:
-    """How each cell is measured; see core.cell.MeasureSpec."""
+    """How each cell is measured; see core.cell.MeasureSpec. budget_s: seconds that a system may take for a cell, as predicted (see
+    budget.py); null for whatever it takes."""
 
     repetitions: int = 3
     warmup: int = 1
     time_limit_s: float = 600.0
     batch_sizes: list[int] = field(default_factory=list)
     tuning_gen_len: int = 2
+    budget_s: float | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ The only module that knows OmegaConf: everything behind it sees frozen dataclass
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSour
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates
@@ -32,7 +33,11 @@ from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import MIB, parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.planner.fastest_dtype import fastest_dtype
 from flexgen_bench.runner import machine
+
+# The dtype that leaves it to the machine.
+FASTEST = "fastest"
 
 
 def conf_dir() -> Path:
@@ -113,6 +118,18 @@ def _user_error(schema: Any, error: OmegaConfBaseException, prefix: str) -> User
     if isinstance(error, ValidationError):
         return UserError(key, getattr(error, "value", None), f"of the right type ({reason})")
     return UserError(key, None, f"readable ({reason})")
+
+
+def dtype_by_rule(hardware: HardwareProfile, threads: int) -> DType:
+    """What ``dtype=fastest`` is on a machine: by the rates that its profile states, else by its processor's instructions."""
+    return fastest_dtype(hardware, usable())
+
+
+def _dtype(name: str, fastest: Callable[[], DType]) -> DType:
+    known = [dtype.value for dtype in DType]
+    if name != FASTEST and name not in known:
+        raise unknown_choice("dtype", name, [*known, FASTEST])
+    return fastest() if name == FASTEST else DType(name)
 
 
 def _choice(enum: Any, value: str, name: str) -> Any:
@@ -253,8 +270,13 @@ def _check_system(conf: SystemConf) -> None:
             raise unknown_choice(f"system.options.{name}", str(value), conf.choices[name])
 
 
-def cell_spec(conf: AppConf) -> CellSpec:
-    """The cell that a configuration with a system describes. Raises UserError for anything that cannot be."""
+def cell_spec(
+    conf: AppConf, fastest: Callable[[HardwareProfile, int], DType] = dtype_by_rule
+) -> CellSpec:
+    """The cell that a configuration with a system describes. fastest: machine, threads -> the dtype where that is left to the machine.
+
+    Raises UserError for anything that cannot be.
+    """
     if conf.system is None:
         raise UserError("system", None, "given to make a cell of a configuration")
     _check_system(conf.system)
@@ -276,6 +298,9 @@ def cell_spec(conf: AppConf) -> CellSpec:
         raise UserError(
             "threads", threads, f"at most the {machine.logical_cores()} hardware threads here"
         )
+    budget_s = conf.measure.budget_s
+    if budget_s is not None and not budget_s > 0:
+        raise UserError("measure.budget_s", budget_s, "more than zero seconds, or null")
     hardware = _hardware(conf.gpu)
     return CellSpec(
         system=conf.system.name,
@@ -283,7 +308,7 @@ def cell_spec(conf: AppConf) -> CellSpec:
         model=model,
         workload=workload,
         hardware=hardware,
-        dtype=_choice(DType, conf.dtype, "dtype"),
+        dtype=_dtype(conf.dtype, lambda: fastest(hardware, threads)),
         threads=threads,
         measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
         policy=to_policy(conf.policy, hardware),

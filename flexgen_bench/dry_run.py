@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexgen_bench.compose import Cell
+from flexgen_bench.cells import Cell
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.units import format_bytes

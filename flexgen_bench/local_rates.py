@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_bench.calibrate.store import calibrated_rates, ensure_calibrated, with_calibration
-from flexgen_bench.compose import Cell
+from flexgen_bench.cells import Cell
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.hardware import HardwareProfile
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,23 @@ class LocalRates:
         spec = cell.spec
         if spec.hardware.rates is not None:
             return cell
-        rates = calibrated_rates(self.cache, spec.threads)
-        if rates is None and cell.model.predictor is not None and self.is_worth_it(cell):
+        worth_it = cell.model.predictor is not None and self.is_worth_it(cell)
+        hardware = self.filled(spec.hardware, spec.threads, worth_it)
+        return (
+            cell if hardware.rates is None else replace(cell, spec=replace(spec, hardware=hardware))
+        )
+
+    def filled(self, hardware: HardwareProfile, threads: int, worth_it: bool) -> HardwareProfile:
+        """The same of a profile of this machine. worth_it: whether to measure now what is not known."""
+        if hardware.rates is not None:
+            return hardware
+        rates = calibrated_rates(self.cache, threads)
+        if rates is None and worth_it:
             make_writable(self.cache, "cache_dir")
             try:
-                rates = ensure_calibrated(self.cache, spec.threads, self.tell)
+                rates = ensure_calibrated(self.cache, threads, self.tell)
             except StoreError as error:
                 if self.required:
                     raise
                 self.tell(f"no predictions: {error}")
-        if rates is None:
-            return cell
-        hardware = with_calibration(spec.hardware, rates)
-        return replace(cell, spec=replace(spec, hardware=hardware))
+        return hardware if rates is None else with_calibration(hardware, rates)

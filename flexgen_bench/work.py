@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.compose import Cell
+from flexgen_bench.cells import Cell
 from flexgen_bench.config import conf_dir, list_models, model_spec
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.model import ModelShape
-from flexgen_bench.local_rates import LocalRates
+from flexgen_bench.expected import Expected
 from flexgen_bench.report.printed import printed
 from flexgen_bench.runner.feasibility import Refusal, explain
-from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict, predict_policy
+from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict_policy
 from flexgen_bench.runner.suite import SuiteCell
 
 
@@ -32,8 +32,8 @@ class Work:
     explanations: tuple[str, ...]
 
 
-def divide(cells: Sequence[Cell], cache: Path, rates: LocalRates) -> Work:
-    """Sort out the cells of a command line. Nothing is run, but this machine may be measured (``rates``)."""
+def divide(cells: Sequence[Cell], cache: Path, expected: Expected) -> Work:
+    """Sort out the cells of a command line. Nothing is run, but this machine may be measured (``expected.rates``)."""
     known = known_shapes()
     measure: list[SuiteCell] = []
     simulate: list[tuple[str, Asked]] = []
@@ -47,13 +47,13 @@ def divide(cells: Sequence[Cell], cache: Path, rates: LocalRates) -> Work:
                 f"Not measured, as this is not gpu={cell.spec.hardware.name}: {refusal.machine}."
             ] = None
         elif cell.can_run and refusal is not None:
-            measure.append(SuiteCell(label(cell), cell.spec, cell.command, refusal.reason))
+            measure.append(_refused(cell, refusal.reason))
             explanations[_explained(cell, refusal)] = None
         elif cell.can_run:
-            measure.append(_to_measure(rates.of(cell), cache))
+            measure.append(_to_measure(expected.rates.of(cell), expected))
         elif cell.named:
             reason = f"{cell.spec.system} can only be simulated: there is a model of it, but nothing to run"
-            measure.append(SuiteCell(label(cell), cell.spec, cell.command, reason))
+            measure.append(_refused(cell, reason))
             explanations[f"{reason}. Ask for a machine such as gpu=t4."] = None
     return Work(tuple(measure), tuple(simulate), " ".join(why), tuple(explanations))
 
@@ -102,21 +102,30 @@ def known_shapes() -> list[ModelShape]:
     return [model_spec(name).shape for name in list_models()]
 
 
-def _to_measure(cell: Cell, cache: Path) -> SuiteCell:
-    spec, asked = cell.spec, asked_here(cell)
-    known = spec.hardware.rates is not None
-    chooses = cell.model.follows_policy and spec.policy is None
+def _refused(cell: Cell, reason: str) -> SuiteCell:
+    return SuiteCell(label(cell), cell.spec, cell.command, reason, note=cell.note)
+
+
+def _to_measure(cell: Cell, expected: Expected) -> SuiteCell:
+    known = cell.spec.hardware.rates is not None
+    chooses = cell.model.follows_policy and cell.spec.policy is None
+    asked = asked_here(cell)
     return SuiteCell(
         label(cell),
-        spec,
+        cell.spec,
         cell.command,
-        predict=partial(_prediction, asked, cache) if known else None,
-        predict_policy=partial(_prediction_of, asked, cache) if known and chooses else None,
+        predict=partial(_prediction, cell, expected) if known else None,
+        predict_policy=partial(_prediction_of, asked, expected.cache)
+        if known and chooses
+        else None,
+        expected_s=partial(expected.seconds, cell) if known else None,
+        note=cell.note,
     )
 
 
-def _prediction(asked: Asked, cache: Path) -> Mapping[str, Any]:
-    return as_recorded(predict(asked, asked.spec.lossy, cache))
+def _prediction(cell: Cell, expected: Expected) -> Mapping[str, Any]:
+    row = expected.row(cell)
+    return {} if row is None else as_recorded(row)
 
 
 def _prediction_of(

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell starts what it puts into the background with SIGINT ignored, Python leaves it so, and every process started from here
+# inherits it: tests that interrupt something would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported anywhere. Spinning threads beside a busy neighbour make tests several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -39,7 +39,7 @@ from flexgen_bench.core.units import MIB
 TINY = Effort(
     name="tiny",
     patience=Patience(budget_s=0.1, sample_s=0.0002, last=2, spread=0.5),
-    cpu=SiteEffort(widths=(64, 128), rows=(1, 4), matrix=CPU_MATRIX, prompts=(4, 8), prompt_tokens=16,
+    cpu=SiteEffort(widths=(64, 128), rows=(1, 4), matrix=CPU_MATRIX, prompts=(4, 8), prompt_tokens=16, torch_widths=(64,), torch_rows=(1, 4),
                    heads=(1, 4), cache_tokens=64, heads_of_dim=((2, 16), (1, 32)), least_bytes=4 * MIB,
                    most_bytes=4 * MIB),
     gpu=QUICK.gpu,
@@ -80,6 +80,9 @@ def test_measures_everything_a_model_asks_for(
     assert set(site.matrix) == {"float32", "bfloat16", "float16", "bfloat16/4", "bfloat16/8", "float32/4"}  # fmt: skip
     assert all(set(table) == {1, 4} for w in site.matrix.values() for table in w.values())
     assert set(site.matrix["bfloat16/4"]) == {64, 128}
+    # What systems without kernels of their own compute with: in every dtype, as the fastest one is chosen by it, too.
+    assert set(site.torch_matrix) == {"float32", "bfloat16", "float16"}
+    assert all(set(widths[64]) == {1, 4} for widths in site.torch_matrix.values())
     assert set(site.decode_attention["bfloat16/8"]) == {1, 4}
     assert {"disk_read", "disk_write"} <= set(calibration.rates.links)
     assert {"disk_read_cached", "disk_write_cached"} <= set(calibration.rates.transfers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,15 +124,6 @@ def test_an_exception_in_a_sampler(engine: Engine, tiny: Tiny, offload: Path) ->
     tiny.check(engine)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell starts what it puts into the background with SIGINT ignored, and Python leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("token", [1, 4])
 def test_an_interrupt_while_the_main_thread_waits(
     engine: Engine, tiny: Tiny, offload: Path, token: int
@@ -152,7 +142,6 @@ def test_an_interrupt_while_the_main_thread_waits(
     tiny.check(engine)
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_in_the_progress_callback(engine: Engine, tiny: Tiny, offload: Path) -> None:
     leftovers = Leftovers(offload)
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +150,6 @@ def test_an_interrupt_in_the_progress_callback(engine: Engine, tiny: Tiny, offlo
     tiny.check(engine)
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_more_interrupts_while_the_first_one_is_obeyed(
     engine: Engine, tiny: Tiny, offload: Path
 ) -> None:

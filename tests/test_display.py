@@ -12,7 +12,7 @@ import pytest
 from record_factory import make_record
 
 from flexgen_bench.core.status import Status
-from flexgen_bench.runner.display import Meter, ProgressDisplay
+from flexgen_bench.runner.display import Meter, ProgressDisplay, suite_time
 from flexgen_bench.runner.events import Display, show
 from flexgen_bench.store.writer import write_record
 
@@ -31,7 +31,8 @@ def test_plain_lines_are_few_and_tell_rate_and_time_left(tmp_path: Path) -> None
     out, clock = io.StringIO(), Clock()
     path = write_record(make_record(times=[(1.0, 3.0)]), tmp_path)
     display: Display = ProgressDisplay(out, clock)
-    display.cell_start("flexgen tiny", 1, 2)
+    display.suite_start([73.0, 0.0, None])
+    display.cell_start("flexgen tiny", 1, 2, 73.0)
     display.stage("repetition 1 of 1")
     display.progress("prefill", 64, 64, "tokens")
     for tokens in range(1, 101):
@@ -39,11 +40,29 @@ def test_plain_lines_are_few_and_tell_rate_and_time_left(tmp_path: Path) -> None
         display.progress("decode", 2 * tokens, 200, "tokens")
     display.cell_end("flexgen tiny", Status.OK, "", path, False)
     lines = out.getvalue().splitlines()
-    assert lines[:2] == ["[1/2] flexgen tiny: started", "    repetition 1 of 1"]
-    assert lines[2] == "    decode: 40 of 200 tokens, 4.0 tokens/s, 40.0s left"
+    assert lines[0] == "3 cells: about 1 min, 1 finished or not possible here, 1 of unknown time"
+    assert lines[1:3] == ["[1/2] flexgen tiny: started, about 1 min", "    repetition 1 of 1"]
+    assert lines[3] == "    decode: 40 of 200 tokens, 4.0 tokens/s, 40.0s left"
     assert len([line for line in lines if "decode" in line]) == 5
     assert lines[-1] == "flexgen tiny: ok, 4.00 tok/s MEASURED, took 50.0s"
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("expected_s", "text"),
+    [
+        ([], ""),
+        ([0.0, 0.0], "2 cells, nothing left to run"),
+        ([None], "1 cell: 1 of unknown time"),
+        ([20.0, 200.0], "2 cells: about 4 min"),
+        ([4.0, 0.0], "2 cells: about 10 s, 1 finished or not possible here"),
+        ([54.0], "1 cell: about 50 s"),
+        ([56.0], "1 cell: about 1 min"),
+        ([5400.0, 3600.0], "2 cells: about 2 h"),
+    ],
+)
+def test_the_time_of_a_suite(expected_s: list[float | None], text: str) -> None:
+    assert suite_time(expected_s) == text
 
 
 def test_bytes_are_shown_as_bytes() -> None:
@@ -108,7 +127,7 @@ def test_a_terminal_gets_bars_that_go_away(tmp_path: Path) -> None:
     with open(follower, "w", encoding="utf-8") as terminal:
         with ProgressDisplay(terminal, clock) as display:
             assert display._bars is not None
-            display.cell_start("flexgen tiny", 1, 2)
+            display.cell_start("flexgen tiny", 1, 2, None)
             display.stage("repetition 1 of 1")
             for tokens in (10, 20, 30):
                 clock.now += 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from planner_machines import MIB, host, small_opt
 
-from flexgen_bench.compose import Cell
+from flexgen_bench.cells import Cell
 from flexgen_bench.core.cell import CellSpec, ModelSpec
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.model import DType
@@ -17,6 +17,8 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.simulated import SystemModel
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.expected import Expected
+from flexgen_bench.local_rates import LocalRates
 from flexgen_bench.runner import predictions
 from flexgen_bench.runner.predictions import (
     FOUR_BITS,
@@ -124,14 +126,10 @@ def test_who_is_asked_again(
 ) -> None:
     """Systems that follow policies and were given none."""
 
-    class Known:
-        """Rates are the profile's."""
-
-        def of(self, cell: Cell) -> Cell:
-            return cell
-
     spec = asked(model, policy).spec
-    work = divide([Cell("", spec, (), model)], tmp_path, Known())  # type: ignore[arg-type]
+    # Rates are the profile's.
+    expected = Expected(LocalRates(tmp_path, lambda cell: False, lambda text: None), tmp_path)
+    work = divide([Cell("", spec, (), model)], tmp_path, expected)
     [cell] = work.measure
     assert cell.predict is not None
     assert (cell.predict_policy is not None) == is_asked_again

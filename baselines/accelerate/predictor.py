@@ -28,8 +28,6 @@ from flexgen_bench.planner.predictor import Predictor
 MODES = ("auto", "cpu", "disk")
 RESIDENT = "none"
 _REMEDY = "Lower system.options.batch_size, or offload further down."
-# Python, torch and the loader.
-_HOST_BYTES = 3e9
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,9 @@ class AcceleratePredictor(Predictor):
         machine, size = model.machine, model.size.weight_bytes
         loads = {"h2d: weights": size / (self._constants.copy_share * machine.h2d)}
         if mode == "disk":
-            spare = None if machine.host_bytes is None else machine.host_bytes - _HOST_BYTES
+            spare = (
+                None if machine.host_bytes is None else machine.host_bytes - machine.process_bytes
+            )
             share = cached_share(size, spare)
             disk = self._constants.disk_share * machine.disk_read
             rate = read_rate(disk, machine.disk_read_cached, share)
@@ -119,7 +119,7 @@ def _check(model: HFModel, mode: str, batch: int) -> dict[Tier, Parts]:
     buffers = size.largest_matrix_bytes + size.bytes_of(size.table_values)
     needed: dict[Tier, Parts] = {here: {"buffers": buffers, **model.working_parts(batch)}}
     host: Parts = needed.setdefault(Tier.CPU, {})
-    host["process"] = _HOST_BYTES
+    host["process"] = model.machine.process_bytes
     if mode == "cpu":
         host["weights"] = size.weight_bytes
     else:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from baselines.common.model_size import ModelSize
-from flexgen_bench.core.rates import SiteRates, number_format
+from flexgen_bench.core.rates import SiteRates
 
 # Passes over (tokens, hidden) values in one layer beside the products: two norms (4), scaling of Q (2), Q, K, V brought into the order
 # of heads (6), the attention's result brought back (2), two residual additions (6); over (tokens, ffn): the activation (2).
@@ -31,8 +31,7 @@ class EagerCompute:
 
     def product(self, rows: float, values: float, width: float) -> float:
         """``rows`` rows times a matrix of ``values`` values: bound by arithmetic, or by reading the matrix."""
-        number = number_format(self.size.dtype)
-        flops = 2 * rows * values / self.site.matrix_rate(number, rows, width)
+        flops = 2 * rows * values / self.site.torch_matrix_rate(self.size.dtype, rows, width)
         return max(flops, self.size.bytes_of(values) / self.site.memory)
 
     def attention_products(self, rows: float) -> float:
@@ -60,7 +59,7 @@ class EagerCompute:
         """Scores and weighted values of a prompt, the whole square of them."""
         shape, size = self.size.shape, self.size
         square = batch * shape.num_heads * tokens * tokens
-        rate = self.site.matrix_rate(number_format(size.dtype), tokens, tokens)
+        rate = self.site.torch_matrix_rate(size.dtype, tokens, tokens)
         flops = 4 * square * shape.head_dim / rate
         return flops + size.bytes_of(self.score_passes * square) / self.site.memory
 

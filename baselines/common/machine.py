@@ -15,6 +15,10 @@ from flexgen_bench.planner.cost import rates_of
 # Of the GPU's memory, what tensors cannot have: the CUDA context and its libraries' workspaces (0.5 to 0.8 GB), error correction (a T4
 # sold with 16 GB shows 15.8 GB).
 CUDA_CONTEXT_BYTES = 1_000_000_000
+# Of host memory, what a process of a baseline takes beside tensors: Python, torch, the loader, with a GPU also CUDA's libraries and
+# what is page-locked. Without: MEASURED, torch's build for processors, 170 MiB of a system that refuses before it loads; 0.99 GiB of
+# Accelerate's at its peak (results/default, OPT-1.3B), 0.5 GB of which are the buffers and activations that are counted by themselves.
+GPU_PROCESS_BYTES, CPU_PROCESS_BYTES = 3e9, 0.5e9
 # Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml assumes).
 PAGEABLE_SHARE = 0.25
 
@@ -34,6 +38,11 @@ class Machine:
     def has_gpu(self) -> bool:
         """Whether baselines compute on an accelerator; an emulated one is this project's own."""
         return self.hardware.accelerator is Accelerator.CUDA
+
+    @property
+    def process_bytes(self) -> float:
+        """Of host memory, beside tensors."""
+        return GPU_PROCESS_BYTES if self.has_gpu else CPU_PROCESS_BYTES
 
     @cached_property
     def compute(self) -> SiteRates:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from baselines.common.hf_model import HFModel, Parts
 from flexgen_bench.core.tiers import Tier
 
-# Python, torch, the process group.
-PROCESS_BYTES = 3e9
 # Buffers for reads from NVMe, of the largest tensor each (the configuration of the FlexGen authors' runs).
 NVME_BUFFERS = 5
 REMEDY = "Lower system.options.batch_size."
@@ -35,8 +33,11 @@ class Loading:
 
     @property
     def in_one_machine(self) -> bool:
-        host = self.model.machine.host_bytes
-        return self.num_gpus == 1 or host is None or self.stored_bytes + PROCESS_BYTES <= host
+        machine = self.model.machine
+        host = machine.host_bytes
+        return (
+            self.num_gpus == 1 or host is None or self.stored_bytes + machine.process_bytes <= host
+        )
 
     @property
     def machine_bytes(self) -> float:
@@ -75,7 +76,7 @@ class Loading:
         working = model.working_parts(batch, cache_here=cache_here)
         needed: dict[Tier, Parts] = {here: {"layers": buffers, "token table": table, **working}}
         host = needed.setdefault(Tier.CPU, {})
-        host["process"] = PROCESS_BYTES
+        host["process"] = model.machine.process_bytes
         if not cache_here:
             host["kv_cache"] = self._batches_per_machine * model.cache_bytes(
                 batch, model.prompt_len + model.gen_len

@@ -97,6 +97,32 @@ def _layer(
     return call
 
 
+def torch_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.torch_matrix.<dtype>.<width>.<rows>``: a square product as torch computes it, the weight as checkpoints hold it."""
+    site = room.site
+    for dtype in DType if effort.torch_widths else ():
+        kind = TORCH_DTYPES[dtype]
+        for width in effort.torch_widths:
+            pieces = room.copies(width * width * dtype.bytes)
+            if not pieces:
+                continue
+            size = width * width * dtype.bytes
+            turns = cycle([piece[:size].view(kind).view(width, width) for piece in pieces])
+            for rows in effort.torch_rows:
+                yield Probe(
+                    f"{site.tier}.torch_matrix.{number_format(dtype)}.{width}.{rows}",
+                    2 * width * width * rows,
+                    functools.partial(_multiply_next, room.numbers((rows, width), kind), turns),
+                    site.settle,
+                )
+
+
+def _multiply_next(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    from torch.nn.functional import linear
+
+    return linear(x, next(weights))
+
+
 def unpack_probe(room: Room, effort: SiteEffort) -> Probe:
     """``<tier>.unpack``: bytes of plain weights, out of a whole unit at a time."""
     dtype, compression = _UNPACKED

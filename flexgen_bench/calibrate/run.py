@@ -14,7 +14,7 @@ from flexgen_bench.calibrate.disk import disk_probes
 from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
 from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
-from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, unpack_probe
+from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, torch_probes, unpack_probe
 from flexgen_bench.calibrate.others import Others
 from flexgen_bench.calibrate.reading import memory_probe
 from flexgen_bench.calibrate.site import Room, Site
@@ -90,6 +90,7 @@ def _site_probes(room: Room, effort: Effort, of_site: SiteEffort) -> Iterator[Pr
     yield step_probe(room.site, effort)
     yield unpack_probe(room, of_site)
     yield from matrix_probes(room, of_site)
+    yield from torch_probes(room, of_site)
     yield from prefill_probes(room, of_site)
     yield from decode_probes(room, of_site)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from flexgen_bench.core import instructions
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates
@@ -51,10 +52,12 @@ class Calibration:
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """What rates depend on: processor, cores, memory, GPU (where torch can use it), and the threads that compute."""
+    """What rates depend on: processor and which of its instructions are used, cores, memory, GPU (where torch can use it), and the
+    threads that compute. (Virtual processors of different kinds may have one and the same name.)"""
     gpus = machine.local_gpus() if machine.torch_has_cuda() else ()
     return {
         "cpu": cpu_model(),
+        "instructions": instructions.describe(),
         "cores": machine.logical_cores(),
         "memory_gib": round(machine.memory_bytes() / GIB),
         "gpu": gpus[0].name if gpus else None,

@@ -26,6 +26,10 @@ def print_tables(readings: Readings, console: Console) -> None:
                 ("format", "width"),
             )
         )
+        title = f"{tier}: torch's own matrix products, GFLOP/s by rows"
+        of_torch = _grid(title, readings, f"{tier}.torch_matrix.", ("format", "width"))
+        if of_torch.rows:
+            console.print(of_torch)
         console.print(
             _grid(
                 f"{tier}: prefill attention, GFLOP/s by tokens",
@@ -63,7 +67,7 @@ def _rest(readings: Readings) -> Table:
     for label in ("", "rate", "spread"):
         table.add_column(label, justify="left" if not label else "right", no_wrap=True)
     for name, reading in readings.items():
-        if ".matrix." in name or "_attention." in name:
+        if "matrix." in name or "_attention." in name:
             continue
         star = "" if reading.stable else "*"
         if name.endswith(".step"):

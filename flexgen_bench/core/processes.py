@@ -46,8 +46,12 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _belong_to(parent: int) -> None:
-    """End soon after the one that started this process, even if that one is killed; at Ctrl-C, which both get, at once and without a word."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    """End soon after the one that started this process, even if that one is killed; at Ctrl-C, which both get, at once and without a word.
+
+    A parent that ignores Ctrl-C (nohup, the background of a script) goes on working, and so does this process, which has inherited that.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -45,6 +45,8 @@ class SiteRates:
     decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
     step: seconds a step takes beside its work (launches, Python, waking up a thread).
+    torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their own; by dtype, width and
+        rows; where there are none, as ``matrix`` says.
     attend, attend_sequence: seconds of a decode attention beside reading its cache, once and for every sequence, by number format; none where
         they are not known apart from ``step`` and from reading.
     """
@@ -57,11 +59,15 @@ class SiteRates:
     step: float
     attend: Mapping[str, float] = field(default_factory=dict)
     attend_sequence: Mapping[str, float] = field(default_factory=dict)
+    torch_matrix: Mapping[str, Mapping[int, Table]] = field(default_factory=dict)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""
-        widths = self.matrix[_nearest(number, self.matrix)]
-        return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
+        return _product_rate(self.matrix, number, rows, width)
+
+    def torch_matrix_rate(self, dtype: DType, rows: float, width: float) -> float:
+        """The same of torch's own product of plain numbers."""
+        return _product_rate(self.torch_matrix or self.matrix, number_format(dtype), rows, width)
 
     def decode_attention_s(
         self, sequences: int, read_bytes: float, number: str, heads_per_kv_head: int
@@ -79,7 +85,9 @@ class SiteRates:
         return interpolated(self.prefill_attention, tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """What is not always known only where it is: rates from before read the same."""
+        data = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return data if self.torch_matrix else {k: v for k, v in data.items() if k != "torch_matrix"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,13 @@ class Rates:
         return Rates(sites, links, transfers, spread, price)
 
 
+def _product_rate(
+    formats: Mapping[str, Mapping[int, Table]], number: str, rows: float, width: float
+) -> float:
+    widths = formats[_nearest(number, formats)]
+    return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
+
+
 def interpolated(table: Mapping[int, float], size: float) -> float:
     """The rate at a size: on a straight line between neighbours in logarithms, constant beyond the ends."""
     sizes = sorted(table)
@@ -157,7 +172,7 @@ def _site(data: Any, where: str) -> SiteRates:
         raise UserError(where, data, "a mapping of constants")
     names = [f.name for f in fields(SiteRates)]
     _only(data, names, where)
-    needed = [name for name in names if name not in ("attend", "attend_sequence")]
+    needed = [n for n in names if n not in ("attend", "attend_sequence", "torch_matrix")]
     missing = [name for name in needed if data.get(name) in (None, {})]
     if missing:
         raise UserError(
@@ -166,17 +181,9 @@ def _site(data: Any, where: str) -> SiteRates:
             "given",
             "A profile states all of " + ", ".join(needed) + ".",
         )
-    formats = data["matrix"]
+    of_torch = data.get("torch_matrix") or {}
     return SiteRates(
-        matrix={
-            _format(number, f"{where}.matrix"): {
-                _size(width, f"{where}.matrix.{number}"): _table(
-                    rows, f"{where}.matrix.{number}.{width}", FLOPS
-                )
-                for width, rows in _mapping(widths, f"{where}.matrix.{number}").items()
-            }
-            for number, widths in _formats(formats, f"{where}.matrix").items()
-        },
+        matrix=_products(data["matrix"], f"{where}.matrix"),
         memory=stated_rate(data["memory"], f"{where}.memory"),
         prefill_attention=_table(data["prefill_attention"], f"{where}.prefill_attention", FLOPS),
         decode_attention={
@@ -191,7 +198,19 @@ def _site(data: Any, where: str) -> SiteRates:
         step=_seconds(data["step"], f"{where}.step"),
         attend=_all_seconds(data, "attend", where),
         attend_sequence=_all_seconds(data, "attend_sequence", where),
+        torch_matrix=_products(of_torch, f"{where}.torch_matrix") if of_torch else {},
     )
+
+
+def _products(data: Any, where: str) -> dict[str, dict[int, Table]]:
+    """By number format, width and rows."""
+    return {
+        _format(number, where): {
+            _size(width, f"{where}.{number}"): _table(rows, f"{where}.{number}.{width}", FLOPS)
+            for width, rows in _mapping(widths, f"{where}.{number}").items()
+        }
+        for number, widths in _formats(data, where).items()
+    }
 
 
 def _all_seconds(data: Mapping[str, Any], name: str, where: str) -> dict[str, float]:

@@ -65,3 +65,13 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+
+
+def about(seconds: float) -> str:
+    """``73.9`` -> ``'about 1 min'``: as much as can be said beforehand."""
+    if seconds < 55:
+        return f"about {max(1, round(seconds / 10)) * 10} s"
+    minutes = max(1, round(seconds / 60))
+    if minutes < 90:
+        return f"about {minutes} min"
+    return f"about {round(minutes / 60)} h"

@@ -90,6 +90,12 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What stands below a table: what was left out of the workload, each note once, and the failures."""
+    notes = dict.fromkeys(str(r.stored.record.validity.get("workload_note") or "") for r in rows)
+    return [*(f"workload: {note}" for note in notes if note), *failures(rows)]
+
+
 def legend(rows: Sequence[Row]) -> list[str]:
     """What the signs in these rows mean; only of signs that occur."""
     kinds = {r.generation.interval for r in rows if r.generation is not None}

@@ -132,6 +132,8 @@ def machine_of(environment: Mapping[str, Any]) -> str:
         parts.append(str(cpu["model"]))
     if cpu.get("usable_cores"):
         parts.append(f"{cpu['usable_cores']} usable cores")
+    if cpu.get("limited_to"):
+        parts.append(f"instructions limited to {cpu['limited_to']}")
     total = _count(memory.get("total_bytes"))
     if total is not None:
         parts.append(f"{format_bytes(total)} of memory")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flexgen_bench.core.metrics import Summary
 from flexgen_bench.core.status import Status
-from flexgen_bench.report.cells import HEADERS, cells, failures, headers, heading, legend
+from flexgen_bench.report.cells import HEADERS, cells, headers, heading, legend, remarks
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.store.reader import read_paths
 
@@ -54,7 +54,7 @@ def print_table(paths: Iterable[Path], file: IO[str] | None = None) -> None:
         for names in (HEADERS,) if console.width >= _WIDE else _SPLIT:
             columns = [name for name in names if name in shown]
             console.print(_rich_table(group, columns, plain=not console.is_terminal))
-        for line in failures(group):
+        for line in remarks(group):
             console.print(Text(line), soft_wrap=True)
     for problem in problems:
         console.print(Text(f"not shown: {problem.message}", style="red"), soft_wrap=True)
@@ -76,9 +76,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
                 texts[1] = f"**{texts[1]}**"
             lines.append(_line(texts))
         lines.append("")
-        reasons = failures(group)
-        if reasons:
-            lines += [*(f"- {escape(reason)}" for reason in reasons), ""]
+        below = remarks(group)
+        if below:
+            lines += [*(f"- {escape(line)}" for line in below), ""]
     if rows:
         lines += [escape(" ".join(legend(rows))), ""]
     return "\n".join(lines)

@@ -131,9 +131,11 @@ def make_record(
     cap: MemoryCap,
     environment: Mapping[str, Any],
     prediction: Mapping[str, Any],
+    note: str = "",
 ) -> Record:
-    """The record of a cell that has ended in ``state``."""
+    """The record of a cell that has ended in ``state``. note: what of the workload that was asked for has not been run, and why."""
     assert state.status is not None
+    of_workload = {"workload_note": note} if note else {}
     measured = state.status in (Status.OK, Status.INVALID)
     return Record(
         run_id=f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
@@ -155,7 +157,7 @@ def make_record(
         memory_cap=cap.to_dict(),
         outputs=state.outputs,
         prediction=prediction,
-        validity=state.validity | _reasons_for_doubt(state, cap, measured),
+        validity=state.validity | _reasons_for_doubt(state, cap, measured) | of_workload,
         environment=dict(environment)
         | {
             "threads": spec.threads,

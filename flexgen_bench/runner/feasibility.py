@@ -66,7 +66,7 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
 
     cache: where checkpoints go (its disk must hold them). known: shapes to choose a smaller model from.
     """
-    reasons = _machine_reasons(spec.hardware)
+    reasons = machine_reasons(spec.hardware)
     wrong_machine = "; ".join(reasons)
     if not is_prepared(spec.model, spec.dtype, cache):
         need, free = disk_bytes(spec), machine.free_disk_bytes(cache)
@@ -89,7 +89,8 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
     )
 
 
-def _machine_reasons(hardware: HardwareProfile) -> list[str]:
+def machine_reasons(hardware: HardwareProfile) -> list[str]:
+    """What of a profile this machine is not, in words; empty if it is that machine."""
     reasons = []
     if hardware.accelerator is Accelerator.CUDA:
         reasons += _gpu_reasons(hardware)

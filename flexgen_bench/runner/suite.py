@@ -13,6 +13,7 @@ from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.instructions import limited_to
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.runner.cell import make_record, run_cell
@@ -32,7 +33,8 @@ from flexgen_bench.store.writer import write_record
 class SuiteCell:
     """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what its run is
     expected to be (``Record.prediction``), asked before it begins. ``predict_policy``: the same for the policy that ran, asked after a run that
-    ended well, of a system that has chosen its policy itself; None if the system does not say which."""
+    ended well, of a system that has chosen its policy itself; None if the system does not say which. ``expected_s``: seconds that the cell will
+    take, None where nobody can say. ``note``: what of the workload asked for was left out, and why."""
 
     label: str
     spec: CellSpec
@@ -40,6 +42,8 @@ class SuiteCell:
     unavailable_reason: str | None = None
     predict: Callable[[], Mapping[str, Any]] | None = None
     predict_policy: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
+    expected_s: Callable[[], float | None] | None = None
+    note: str = ""
 
 
 def run_suite(
@@ -63,10 +67,16 @@ def run_suite(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     runner = _Runner(suite, results_dir, cache_dir, display)
+
+    def finished(cell: SuiteCell) -> Path | None:
+        return None if rerun else finished_record(results_dir, cell.spec.spec_hash, suite)
+
+    expected = [_expected(cell, finished(cell)) for cell in cells]
+    display.suite_start(expected)
     paths = []
     for index, cell in enumerate(cells, start=1):
-        display.cell_start(cell.label, index, len(cells))
-        path = None if rerun else finished_record(results_dir, cell.spec.spec_hash, suite)
+        display.cell_start(cell.label, index, len(cells), expected[index - 1])
+        path = finished(cell)
         skipped = path is not None
         if path is None:
             path, skipped = runner.run(cell)
@@ -78,12 +88,19 @@ def run_suite(
     return paths
 
 
+def _expected(cell: SuiteCell, done: Path | None) -> float | None:
+    """Seconds that are to be waited for a cell; none for one that is finished or will be refused."""
+    if done is not None or cell.unavailable_reason is not None:
+        return 0.0
+    return None if cell.expected_s is None else cell.expected_s()
+
+
 def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | None:
     """The record that makes running a cell again needless; None if it has to run.
 
     Records of failures count: running them again is asked for with ``rerun``. A cell that could not run is
     looked at again, as what was missing may have been installed. Records that came with the checkout were
-    measured elsewhere and do not count.
+    measured elsewhere and do not count, nor do those measured with other instructions of the processor than are permitted now.
     """
     path = find_record(results_dir, spec_hash, suite)
     if path is None:
@@ -91,7 +108,7 @@ def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | Non
     record = read_record(path)
     if record.status is Status.UNAVAILABLE or not is_own(results_dir, record.run_id):
         return None
-    return path
+    return path if record.environment.get("cpu", {}).get("limited_to", "") == limited_to() else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,7 @@ class _Runner:
             cap=cap,
             environment=environment,
             prediction=prediction,
+            note=cell.note,
         )
         same = self._same_refusal(record)
         if same is not None:

@@ -1,4 +1,4 @@
-"""Compiles ``native/<name>.cpp`` for this processor, once, and loads it.
+"""Compiles ``native/<name>.cpp`` for this processor (or what the environment leaves of it), once, and loads it.
 
 A source exports ``extern "C"`` functions over pointers and sizes and includes nothing of torch, so a build is one
 command of a few seconds, and ctypes lets go of the interpreter lock during a call.
@@ -18,12 +18,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-SWITCH = "FLEXGEN_NATIVE"
+from flexgen_bench.core.instructions import NATIVE_SWITCH as SWITCH
+from flexgen_bench.core.instructions import native_arch
+
 FOLDER = Path(__file__).parent
 # No -ffast-math: with it the linker adds start-up code that makes the whole process flush small numbers to zero.
 # No OpenMP runtime: torch brings its own, and threads are shared out in native/threads.py.
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu++20", "-fPIC", "-shared", "-fopenmp-simd",
+    "-O3", "-std=gnu++20", "-fPIC", "-shared", "-fopenmp-simd",
     "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
 )  # fmt: skip
 BUILD_SECONDS = 300
@@ -35,13 +37,14 @@ _lock = threading.Lock()
 def library(name: str) -> ctypes.CDLL | None:
     """The library made from ``native/<name>.cpp``; None where it cannot be had, for a reason that is logged once.
 
-    The environment variable FLEXGEN_NATIVE=0 turns all of them off; it is read at every call.
+    The environment variable FLEXGEN_NATIVE=0 turns all of them off, FLEXGEN_NATIVE_ARCH=x86-64-v3 (or another -march of the
+    compiler) says what to compile for; both are read at every call. Processes under different ones share the folder of builds.
     """
     if os.environ.get(SWITCH) == "0":
         _say_switched_off()
         return None
     with _lock:  # two lanes may ask at the same time
-        return _load(name)
+        return _load(name, native_arch())
 
 
 @functools.cache
@@ -50,9 +53,9 @@ def _say_switched_off() -> None:
 
 
 @functools.cache
-def _load(name: str) -> ctypes.CDLL | None:
+def _load(name: str, arch: str) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_built(name)))
+        return ctypes.CDLL(str(_built(name, arch)))
     # Whatever is missing or odd about the machine's compiler, there is a torch path for everything done here.
     except (OSError, ImportError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
@@ -60,7 +63,7 @@ def _load(name: str) -> ctypes.CDLL | None:
         return None
 
 
-def _built(name: str) -> Path:
+def _built(name: str, arch: str) -> Path:
     """The compiled file, built first if this source, compiler, flags and processor have none yet.
 
     Two processes may build the same at once: each writes a file of its own and renames it, so there is no lock that a
@@ -70,11 +73,11 @@ def _built(name: str) -> Path:
     from torch.utils import cpp_extension
 
     source = FOLDER / f"{name}.cpp"
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    command = [*shlex.split(cpp_extension.get_cxx_compiler()), *FLAGS, f"-march={arch}"]
     key = hashlib.sha256(source.read_bytes())
     for header in sorted(FOLDER.glob("*.h")):
         key.update(header.read_bytes())
-    key.update("\0".join([*compiler, *FLAGS, _processor()]).encode())
+    key.update("\0".join([*command, _processor()]).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / "flexgen_bench"
     target = folder / f"{name}-{key.hexdigest()[:16]}.so"
@@ -82,10 +85,10 @@ def _built(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / target.name
-            command = [*compiler, *FLAGS, str(source), "-o", str(made)]
             subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
-            )
+                [*command, str(source), "-o", str(made)],
+                check=True, capture_output=True, text=True, timeout=BUILD_SECONDS,
+            )  # fmt: skip
             made.replace(target)
     return target
 
