@@ -51,12 +51,17 @@ class Program:
     def is_done(self) -> bool:
         return not self._running and self._admission.is_empty
 
+    @property
+    def running(self) -> list[RunningCohort]:
+        """Who takes part in the pass that has begun, in the order of their rooms."""
+        return [self._running[room] for room in sorted(self._running)]
+
     def begin_pass(self) -> list[MicroBatch]:
         """Let cohorts move in; the micro-batches of the next pass."""
         self.admit()
         return form_micro_batches(
             self._plan.job,
-            [self._running[room] for room in sorted(self._running)],
+            self.running,
             self._policy.gpu_batch_size,
             lambda size: chunk_len(self._policy, size),
             self._wanted,
