@@ -192,13 +192,13 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
                     Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, slot=slots[unit.kind]
                 )
                 for piece in range(len(held._job.pieces(held._job.units[unit.index]))):
-                    held.load(replace(load, part=piece))
+                    held.load(load._replace(part=piece))
             if not unit.plain_bytes:
                 continue
             held.dequantize(step)
             if slot == 0:  # what was loaded is needed no longer
                 held._slots[Tier.CPU][place].fill_(255)
-            wanted = expected.of(replace(step, slot=-1, plain=-1))
+            wanted = expected.of(step._replace(slot=-1, plain=-1))
             found = held.of(step)
             assert set(found) == set(wanted)
             for name, tensor in wanted.items():

@@ -21,7 +21,7 @@ from paper_report import (
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.report.paper import answers
+from flexgen_bench.store import kept_predictions
 from flexgen_bench.table_conf import ConfiguredSystem
 
 
@@ -227,16 +227,16 @@ def test_an_answer_depends_on_the_code_that_gave_it(
 ) -> None:
     run(tmp_path, "--tables", "t2")
     asked = len(FakePredictor.asked)
-    monkeypatch.setattr(answers, "_code", lambda predictor: "another")
+    monkeypatch.setattr(kept_predictions, "code_of", lambda predictor: "another")
     run(tmp_path, "--tables", "t2")
     assert len(FakePredictor.asked) == 2 * asked
     monkeypatch.undo()
     digests = {
-        answers._code(p)
+        kept_predictions.code_of(p)
         for p in ("paper_fakes:FakePredictor", "flexgen_bench.planner.x:X", "baselines.x:X")
     }
     assert len(digests) == 3
-    assert answers._code("flexgen_bench.planner.y:Y") in digests
+    assert kept_predictions.code_of("flexgen_bench.planner.y:Y") in digests
 
 
 def test_several_processes_say_what_one_says(

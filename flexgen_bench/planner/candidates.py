@@ -42,6 +42,9 @@ _TRIES = 10  # of making room for what whole layers and sequences take
 IN_PLACE_SEQUENCES = 32
 
 
+_RESOURCES = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link are one
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A batch shape with its best placement. seconds: what the linear program promises for a block; tok_per_s follows from it."""
@@ -111,17 +114,16 @@ class Candidates:
     def ways(self, of_a_kind: int) -> list[list[Candidate]]:
         """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with and without the disk.
         What a way loses to waiting is not in its promise, so none is left out for what others promise. Each list is in order of promise."""
-        bounded = [
+        problems = [
             (shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))
         ]
-        bounded.sort(key=lambda one: -self._bound(*one))
+        bounded = [(self._bound(*one), *one) for one in problems]
+        bounded.sort(key=lambda one: -one[0])
         found: dict[object, list[Candidate]] = {}
-        for shape, problem in bounded:
+        for bound, shape, problem in bounded:
             both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
-            if all(len(k) == of_a_kind for k in both):
-                bound = self._bound(shape, problem)
-                if all(bound < SAME * known[-1].tok_per_s for known in both):
-                    continue
+            if all(len(k) == of_a_kind and bound < SAME * k[-1].tok_per_s for k in both):
+                continue
             # Where two staging slots have no room, one may; elsewhere that is tried with what turns out best.
             for candidate in self.solved(shape, problem) or self.solved(replace(shape, prefetch=1)):
                 known = found.setdefault(_way(candidate.policy, candidate.uses_disk), [])
@@ -264,7 +266,6 @@ class Candidates:
 
     def _bound(self, shape: Policy, problem: PlacementProblem) -> float:
         """Tokens/s that no placement of this shape can beat: every link and processor at its least, whatever memory there is."""
-        resources = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link are one
 
         def least(phase: PhaseCost, resource: Lane) -> float:
             seconds = on_resource(phase.fixed, resource)
@@ -276,8 +277,8 @@ class Candidates:
             return seconds
 
         passes = problem.decode_passes
-        prefill = [least(problem.prefill, one) for one in resources]
-        decode = [passes * least(problem.decode, one) for one in resources]
+        prefill = [least(problem.prefill, one) for one in _RESOURCES]
+        decode = [passes * least(problem.decode, one) for one in _RESOURCES]
         if shape.schedule is Schedule.BLOCK:
             seconds = max(prefill) + max(decode)
         else:

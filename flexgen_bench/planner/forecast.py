@@ -13,7 +13,7 @@ from flexgen_bench.core.tiers import Lane, link_of
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse, mixes, pass_kinds
+from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
 from flexgen_bench.planner.simulator import (
     COMPUTE,
     Contention,
@@ -163,11 +163,11 @@ def _forecast(
     warm: bool = False,
 ) -> Forecast:
     """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still writing."""
-    kinds = pass_kinds(policy, plan)
-    if points is None:
-        made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
-    else:
-        made_of = mixes(kinds, points) if points >= POINTS else mixes(coarse(kinds), points)
+    few = points is not None and points < POINTS
+    kinds = (coarse_kinds if few else pass_kinds)(policy, plan)
+    made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
+    if points is not None:
+        made_of = mixes(kinds, points)
     scheduler = Scheduler(policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     played: dict[int, PassTime] = {}

@@ -39,12 +39,20 @@ def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
     return list(_kinds(Scheduler(policy, plan)))
 
 
-def coarse(passes: list[PassKind]) -> list[PassKind]:
+def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few passes."""
-    return [
-        PassKind((any(p for p, *_ in own), any(not p for p, *_ in own)), amount)
-        for (own, *_), amount in passes
-    ]
+    scheduler, found = Scheduler(policy, plan), []
+    while not scheduler.is_done:
+        scheduler.admit()
+        starting = [r.cohort for r in scheduler.running if not r.token]
+        decoding = [Member(r.cohort, r.token) for r in scheduler.running if r.token]
+        rows = sum(sum(c.prompt_lens) - c.shared * (c.size - 1) for c in starting)
+        rows += sum(member.cohort.size for member in decoding)
+        amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
+        tails = any(map(_has_tail, decoding))
+        found.append(PassKind((bool(starting), bool(decoding), tails), amount))
+        scheduler.end_pass()
+    return found
 
 
 def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
@@ -86,11 +94,15 @@ def _cached(member: Member) -> int:
 
 def _writes_tail(batch: MicroBatch) -> bool:
     """Whether a part of a cache on disk has a segment to write."""
-    return any(
-        part.tier is Tier.DISK and part.token and part.token % layout.segment_tokens == 0
-        for part in batch.kv_parts
-        if (layout := part.cohort.layouts[part.home]).num_segments
-    )
+    return any(map(_has_tail, batch.members))
+
+
+def _has_tail(member: Member) -> bool:
+    cohort, token = member.cohort, member.token
+    return token > 0 and any(
+        span.tier is Tier.DISK and span.count and layout.num_segments and token % layout.segment_tokens == 0
+        for span, layout in zip(cohort.kv, cohort.layouts, strict=True)
+    )  # fmt: skip
 
 
 def _spread(known: list[tuple[int, int]], points: int) -> list[tuple[int, int]]:

@@ -171,7 +171,10 @@ def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementS
 
 def on_resource(seconds: Seconds, resource: Lane) -> float:
     """Seconds of all lanes that work on a link (or processor), which is named after one of them."""
-    return sum(s for lane, s in seconds.items() if link_of(lane) is resource)
+    return sum(seconds.get(lane, 0.0) for lane in _LANES_ON[resource])
+
+
+_LANES_ON = {on: [lane for lane in Lane if link_of(lane) is on] for on in Lane}
 
 
 def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolution | None:

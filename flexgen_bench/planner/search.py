@@ -20,8 +20,9 @@ from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.forecast import Forecast, forecast
-from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job, weight_tiers
 from flexgen_bench.planner.moves import fine_moves, moves
+from flexgen_bench.planner.pass_kinds import POINTS as TOLD_POINTS
 from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
@@ -31,13 +32,17 @@ ONE_SLOT = 2  # of these, those that are looked at with a single staging slot, t
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
-# A deeper model is judged by so many of its layers: they are alike.
+# A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have another share of them than
+# it has of all: what is read from it is off by at most this part, or as little as that many layers allow.
 THIN_LAYERS = 12
+SHARE_ERROR = 0.05
 NEAR = 0.8  # a start that promises so much of what the best does may lead further
 POINTS = 3  # passes of a kind that are played while policies are compared
 GAIN = 1.002  # what a change must bring to be taken
 # The policy found is played on all layers if that takes no more steps than this.
 FULL_STEPS = 60_000
+
+_BELOW = (Tier.CPU, Tier.DISK)  # what is read from them takes time
 
 Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 
@@ -154,9 +159,7 @@ class Search:
             if a * b == best.block_size
         ]
         near = [other for other in others if self._play(other) > NEAR * self._play(best)]
-        found = max([best, *near], key=self._whole_speed)
-        better = self._whole_speed(found) > GAIN * self._whole_speed(best)
-        return found if better else best
+        return max([best, *near], key=self._whole_speed)
 
     def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the tensors where they are is
@@ -204,7 +207,7 @@ class Search:
         self, best: Policy, ruled: Policy | None, candidates: tuple[Candidate, ...]
     ) -> Choice:
         """A policy that fits, with its plan and its times, and what else was considered."""
-        plan, found = self.task.plan(best), self._whole(best)
+        plan, found = self.task.plan(best), self._told(best)
         speed = self.task.count(best) * self.task.request.gen_len / found.total_s
         return Choice(best, plan, found, speed, len(self._known), ruled, candidates)
 
@@ -215,14 +218,20 @@ class Search:
         """Of a policy that fits: played on all layers where that does not take too long."""
         found = self._played(policy)
         assert found is not None, "what is chosen fits"
-        if found.steps * self.task.shape.num_layers >= FULL_STEPS * THIN_LAYERS:
+        if self._is_long(found):
             return found
         if policy not in self._in_full:
-            task = self.task
-            self._in_full[policy] = forecast(
-                task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, task.plan(policy)
-            )  # fmt: skip
+            self._in_full[policy] = self._of_all(policy, POINTS)
         return self._in_full[policy]
+
+    def _told(self, policy: Policy) -> Forecast:
+        """Of the policy chosen: the same, with as many passes of every kind as a given policy's forecast has."""
+        found = self._whole(policy)
+        return found if self._is_long(found) else self._of_all(policy, TOLD_POINTS)
+
+    def _is_long(self, played: Forecast) -> bool:
+        """Whether a policy takes too many steps to be played on all layers, going by what was played of it."""
+        return played.steps * self.task.shape.num_layers >= FULL_STEPS * THIN_LAYERS
 
     def _play(self, policy: Policy) -> float:
         """Tokens/s on simulated lanes; 0 for what does not fit or takes too long."""
@@ -233,11 +242,11 @@ class Search:
         """Played once, however often it is asked about."""
         if policy not in self._known:
             try:
-                self.task.plan(policy)
+                plan = self.task.plan(policy)
             except DoesNotFit:
                 self._known[policy] = None
             else:
-                self._known[policy] = self._times(policy)
+                self._known[policy] = self._times(policy, plan)
         return self._known[policy]
 
     def _speed(self, policy: Policy, times: Forecast) -> float:
@@ -247,12 +256,30 @@ class Search:
             return 0.0
         return count * self.task.request.gen_len / times.total_s
 
-    def _times(self, policy: Policy) -> Forecast:
+    def _times(self, policy: Policy, plan: MemoryPlan) -> Forecast:
         """Of the whole job; of a deep model, from a shallow one."""
         layers = self.task.shape.num_layers
         if layers <= 2 * THIN_LAYERS:
             return self._of(policy, layers)
-        return self._of(policy, THIN_LAYERS).deeper(layers / THIN_LAYERS, policy.overlap)
+        few = self._like_all(policy, plan)
+        return self._of(policy, few).deeper(layers / few, policy.overlap)
+
+    def _like_all(self, policy: Policy, plan: MemoryPlan) -> int:
+        """How many layers lie on the tiers as all of them do, nearly."""
+        layers, packed = self.task.shape.num_layers, self.task.packed[policy.lossy]
+        wanted = _shares([unit.tier for unit in plan.job.units])
+
+        def error(few: int) -> float:
+            thin = thinned(self.task.shape, packed, few)
+            found = _shares(weight_tiers(thin.packed, policy.weights))
+            return max(abs(found[t] - wanted[t]) / (wanted[t] or 1 / layers) for t in _BELOW)
+
+        best = THIN_LAYERS
+        for few in range(THIN_LAYERS, 2 * THIN_LAYERS + 1):
+            if error(few) <= SHARE_ERROR:
+                return few
+            best = min(best, few, key=error)
+        return best
 
     def _of(self, policy: Policy, layers: int) -> Forecast:
         task = self.task
@@ -267,6 +294,14 @@ class Search:
         self._steps += found.steps
         return found
 
+    def _of_all(self, policy: Policy, points: int) -> Forecast:
+        """On all layers; does not count as a try."""
+        task = self.task
+        return forecast(
+            task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware,
+            task.plan(policy), points=points,
+        )  # fmt: skip
+
 
 def _one_of_each(started: list[Candidate]) -> list[Policy]:
     """The best of those that use the disk, and of those that do not: no single change leads from one to the other."""
@@ -274,6 +309,12 @@ def _one_of_each(started: list[Candidate]) -> list[Policy]:
     for candidate in started:
         found.setdefault(candidate.uses_disk, candidate.policy)
     return list(found.values())
+
+
+def _shares(tiers: list[Tier]) -> dict[Tier, float]:
+    """Of the layers alone, without embedding and head."""
+    layers = tiers[1:-1]
+    return {tier: layers.count(tier) / len(layers) for tier in Tier}
 
 
 def _placement(policy: Policy) -> tuple[Placement, ...]:

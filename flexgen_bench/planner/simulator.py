@@ -54,6 +54,7 @@ class Simulator:
         self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {
             lane: deque() for lane in Lane
         }
+        self._lanes = tuple(self._waiting.items())
         self._running: dict[Lane, _Running] = {}
         # What contention has said, asked once, by the lanes that have work; None: all go undisturbed.
         self._speeds: dict[tuple[Lane, ...], Mapping[Lane, float] | None] = {}
@@ -68,16 +69,18 @@ class Simulator:
 
     def run_pass(self, steps: Iterable[Step]) -> float:
         """Seconds from the submission of a pass until its last step on a compute lane is over. Loads for the next may go on."""
-        begin = self.now_s
+        begin, submit = self.now_s, self._tracker.add
+        waiting, last, overlap = self._waiting, self._last, self._overlap
         for step in steps:
-            number, waits = self._tracker.add(step)
-            self._waiting[step.lane].append((step, waits))
-            self._last[step.lane] = number
+            lane = step.lane
+            number, waits = submit(step)
+            waiting[lane].append((step, waits))
+            last[lane] = number
             self.steps += 1
-            if not self._overlap:
-                self._run_until(Lane(step.lane), number)
+            if not overlap:
+                self._run_until(lane, number)
         for lane in COMPUTE:
-            self._run_until(lane, self._last[lane])
+            self._run_until(lane, last[lane])
         return self.now_s - begin
 
     def drain(self) -> None:
@@ -86,14 +89,15 @@ class Simulator:
             self._run_until(lane, self._last[lane])
 
     def _run_until(self, lane: Lane, number: int) -> None:
-        while self._done[lane] < number:
+        done = self._done
+        while done[lane] < number:
             self._start()
             self._advance()
 
     def _start(self) -> None:
         """Whatever is first in its lane and has all it waits for begins."""
         done, running = self._done, self._running
-        for lane, waiting in self._waiting.items():
+        for lane, waiting in self._lanes:
             if waiting and lane not in running:
                 step, waits = waiting[0]
                 for other, n in waits.items():
@@ -109,21 +113,25 @@ class Simulator:
         assert running, "a step waits for one that comes after it on a lane"
         speed = None if self._contention is None else self._speed(self._contention)
         if speed is None:
-            passed = min(one.left_s for one in running.values())
+            passed = min([one.left_s for one in running.values()])
             for one in running.values():
                 one.left_s -= passed
         else:
-            passed = min(one.left_s / speed[lane] for lane, one in running.items())
+            passed = min([one.left_s / speed[lane] for lane, one in running.items()])
             for lane, one in running.items():
                 one.left_s -= passed * speed[lane]
         self.now_s += passed
-        for lane in [lane for lane, one in running.items() if one.left_s <= _DONE_S]:
-            one = running.pop(lane)
-            self._done[lane] += 1
-            self.busy_s[lane] += self.now_s - one.begin_s
-            self.bytes[lane] += one.step.bytes
-            if self._kept:
-                self.events.append(Event(one.step, one.begin_s, self.now_s))
+        ended = None
+        for lane, one in running.items():
+            if one.left_s <= _DONE_S:
+                self._done[lane] += 1
+                self.busy_s[lane] += self.now_s - one.begin_s
+                self.bytes[lane] += one.step.bytes
+                if self._kept:
+                    self.events.append(Event(one.step, one.begin_s, self.now_s))
+                ended = [lane] if ended is None else [*ended, lane]
+        for lane in ended or ():
+            del running[lane]
 
     def _speed(self, contention: Contention) -> Mapping[Lane, float] | None:
         lanes = tuple(self._running)

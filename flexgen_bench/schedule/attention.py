@@ -12,8 +12,11 @@ from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 def attention_buffers(work: MicroBatch) -> tuple[Buffer, ...]:
     """Where the attention's output lies: one buffer per part in decode, one for all in prefill."""
-    parts = range(len(work.kv_parts)) if work.token else (0,)
-    return tuple(work.buffer("attn", part) for part in parts)
+    found = work.known.get("attn")
+    if found is None:
+        parts = range(len(work.kv_parts)) if work.token else (0,)
+        found = work.known["attn"] = tuple(work.buffer("attn", part) for part in parts)
+    return found
 
 
 def attention_steps(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:

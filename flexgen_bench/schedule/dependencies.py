@@ -7,7 +7,6 @@ from flexgen_bench.schedule.steps import Buffer, Step
 
 # Which step of which lane must be done first. Lanes work in order, so one number per lane says it all:
 # "lane X has finished its n-th step" implies all its earlier ones.
-Ticket = tuple[Lane, int]
 Dependencies = dict[Lane, int]
 
 
@@ -20,28 +19,45 @@ class DependencyTracker:
     """
 
     def __init__(self) -> None:
-        self._count: dict[Lane, int] = {}
-        self._writer: dict[Buffer, Ticket] = {}
-        self._readers: dict[Buffer, Dependencies] = {}
+        self._count: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._used: dict[Buffer, _Use] = {}
 
     def add(self, step: Step) -> tuple[int, Dependencies]:
-        """The step's number on its lane (from 1), and per other lane the number it waits for."""
-        lane = step.lane
-        number = self._count[lane] = self._count.get(lane, 0) + 1
+        """The step's number on its lane (from 1), and per other lane the number it waits for.
+
+        Called for every step that is run or played, so each buffer is looked up once.
+        """
+        lane, used = step.lane, self._used
+        number = self._count[lane] = self._count[lane] + 1
         waits: Dependencies = {}
         for buffer in step.reads:
-            self._wait_for_writer(buffer, waits)
-            self._readers.setdefault(buffer, {})[lane] = number
+            use = used.get(buffer)
+            if use is None:
+                use = used[buffer] = _Use()
+            elif use.number > waits.get(use.writer, 0):
+                waits[use.writer] = use.number
+            use.readers[lane] = number
         for buffer in step.writes:
-            self._wait_for_writer(buffer, waits)
-            for reader, n in self._readers.pop(buffer, {}).items():
-                if n > waits.get(reader, 0):
-                    waits[reader] = n
-            self._writer[buffer] = (lane, number)
+            use = used.get(buffer)
+            if use is None:
+                use = used[buffer] = _Use()
+            else:
+                if use.number > waits.get(use.writer, 0):
+                    waits[use.writer] = use.number
+                for reader, n in use.readers.items():
+                    if n > waits.get(reader, 0):
+                        waits[reader] = n
+                use.readers.clear()
+            use.writer, use.number = lane, number
         waits.pop(lane, None)  # the lane's own order already guarantees it
         return number, waits
 
-    def _wait_for_writer(self, buffer: Buffer, waits: Dependencies) -> None:
-        writer = self._writer.get(buffer)
-        if writer is not None and writer[1] > waits.get(writer[0], 0):
-            waits[writer[0]] = writer[1]
+
+class _Use:
+    """Of a buffer: its last writer (lane, and the step's number on it; 0: nobody has written it), and who has read it since."""
+
+    __slots__ = ("number", "readers", "writer")
+
+    def __init__(self) -> None:
+        self.writer, self.number = Lane.CPU, 0
+        self.readers: Dependencies = {}

@@ -14,26 +14,23 @@ from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.steps import Buffer, Step, StepKind
 
 
-def hidden_home(work: MicroBatch, part: Part) -> Buffer:
-    """Where a part's hidden states live between units; each chunk of a prompt has a place of its own."""
-    return Buffer("hidden", part.cohort.room, work.chunk, part.home)
-
-
 def working_buffers(unit: Unit, work: MicroBatch) -> tuple[Buffer, ...]:
     """What a compute step on a micro-batch's hidden states touches: the staging slot for parts that live
     elsewhere, and the homes of the parts that live where the unit is computed."""
-    homes = tuple(
-        hidden_home(work, part) for part in work.hidden_parts if part.tier is unit.site.tier
-    )
-    if len(homes) == len(work.hidden_parts):
-        return homes
-    return (work.buffer(f"x.{unit.site.tier}"), *homes)
+    site = unit.site.tier
+    found = work.known.get(site)
+    if found is None:
+        parts = zip(work.hidden_parts, work.hidden_homes, strict=True)
+        homes = tuple(home for part, home in parts if part.tier is site)
+        elsewhere = len(homes) < len(work.hidden_parts)
+        found = work.known[site] = (work.buffer(f"x.{site}"), *homes) if elsewhere else homes
+    return found
 
 
 def load_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     """Bring every part of the hidden states to the site of the unit."""
     for part, path in _paths(unit, work):
-        source = hidden_home(work, part)
+        source = work.hidden_homes[part.index]
         for lower, upper in pairwise(path):
             target = work.buffer(f"x.{upper}")
             yield Step(
@@ -50,7 +47,7 @@ def store_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
         source = work.buffer(f"x.{unit.site.tier}")
         for upper, lower in pairwise(back):
             home = lower is part.tier
-            target = hidden_home(work, part) if home else work.buffer(f"x.{lower}")
+            target = work.hidden_homes[part.index] if home else work.buffer(f"x.{lower}")
             yield Step(
                 _LINK[upper, lower], StepKind.STORE_HIDDEN, unit.index, work, part.index,
                 reads=(source,), writes=(target,), bytes=part.rows * job.hidden_row_bytes,
@@ -66,12 +63,14 @@ _LINK = {
 }
 
 
+_ORDER = [Tier.DISK, Tier.CPU, Tier.GPU]
+
+
 def _paths(unit: Unit, work: MicroBatch) -> Iterator[tuple[Part, list[Tier]]]:
     """Parts that live elsewhere, with the tiers between their home and the site, both included."""
-    order = [Tier.DISK, Tier.CPU, Tier.GPU]
+    site = unit.site.tier
     for part in work.hidden_parts:
-        home, site = order.index(part.tier), order.index(unit.site.tier)
-        if home < site:
-            yield part, order[home : site + 1]
-        elif home > site:
-            yield part, order[site : home + 1][::-1]
+        if part.tier is not site:
+            home, there = _ORDER.index(part.tier), _ORDER.index(site)
+            way = _ORDER[min(home, there) : max(home, there) + 1]
+            yield part, way if home < there else way[::-1]

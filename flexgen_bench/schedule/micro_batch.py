@@ -108,7 +108,7 @@ class MicroBatch:
     wanted: tuple[int, ...]
     chunk: int = 0
 
-    @property
+    @cached_property
     def token(self) -> int:
         """0 in prefill; in decode, of the member that has come furthest."""
         return max(member.token for member in self.members)
@@ -138,6 +138,18 @@ class MicroBatch:
         parts = self._parts([member.cohort.hidden for member in self.members])
         with_rows = [part for part in parts if part.rows]
         return tuple(replace(part, index=index) for index, part in enumerate(with_rows))
+
+    @cached_property
+    def hidden_homes(self) -> tuple[Buffer, ...]:
+        """Where each part's hidden states live between units; each chunk of a prompt has a place of its own."""
+        return tuple(
+            Buffer("hidden", part.cohort.room, self.chunk, part.home) for part in self.hidden_parts
+        )
+
+    @cached_property
+    def known(self) -> dict[object, tuple[Buffer, ...]]:
+        """What the generator has worked out for this micro-batch: it is the same in every layer."""
+        return {}
 
     def buffer(self, name: str, part: int = 0) -> Buffer:
         """A staging buffer of this micro-batch's stage."""

@@ -88,12 +88,17 @@ class Scheduler:
         """Whether no sequence runs and none waits. Of an open job: for now."""
         return not self._running and self._admission.is_empty
 
+    @property
+    def running(self) -> list[RunningCohort]:
+        """Who takes part in the pass that has begun, in the order of their rooms."""
+        return [self._running[room] for room in sorted(self._running)]
+
     def schedule(self) -> list[MicroBatch]:
         """Let cohorts move in; the micro-batches of the next pass."""
         self.admit()
         return form_micro_batches(
             self._job,
-            [self._running[room] for room in sorted(self._running)],
+            self.running,
             self._policy.gpu_batch_size,
             lambda size: chunk_len(self._policy, size),
             self._wanted,

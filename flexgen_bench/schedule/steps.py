@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,9 +45,8 @@ class Buffer(NamedTuple):
     part: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One unit of work.
+class Step(NamedTuple):
+    """One unit of work. (A tuple: hundreds of thousands are made in a search for a policy.)
 
     unit: 0 = embedding, 1..L = decoder layers, L+1 = head. work: the micro-batch it belongs to, None for weights.
     part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one. slot: staging slot of the weights (-1: in place).

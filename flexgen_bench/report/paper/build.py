@@ -13,7 +13,6 @@ from pathlib import Path
 
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.report.paper.answers import FILE, Answer, load, text_of
 from flexgen_bench.report.paper.cells import Sources
 from flexgen_bench.report.paper.curves import plot
 from flexgen_bench.report.paper.details import HEADERS, details
@@ -26,6 +25,7 @@ from flexgen_bench.report.paper.simulate import Simulations
 from flexgen_bench.report.paper.svg import svg
 from flexgen_bench.report.paper.table import PaperTable, build_table
 from flexgen_bench.store.accuracy_store import read_accuracy
+from flexgen_bench.store.kept_predictions import FILE, Answer, load, text_of
 from flexgen_bench.store.reader import Problem, StoredRecord
 from flexgen_bench.table_conf import (
     configured_systems,

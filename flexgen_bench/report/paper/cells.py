@@ -11,14 +11,13 @@ from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.report.paper.answers import Answer
 from flexgen_bench.report.paper.policy_text import PolicyText, parse_policy
 from flexgen_bench.report.paper.quantities import is_of_a_job, quantity
 from flexgen_bench.report.paper.quoted import Quoted
 from flexgen_bench.report.paper.recorded import Recorded, find
 from flexgen_bench.report.paper.scores import Scores
 from flexgen_bench.report.paper.settings import run_text
-from flexgen_bench.report.paper.simulate import OOM, Job, Simulations, policy_options
+from flexgen_bench.report.paper.simulate import OOM, Job, Simulations, Told, policy_options
 from flexgen_bench.table_conf import ours_beside
 
 NOTHING = "-"
@@ -183,7 +182,7 @@ class _Asks:
             self.simulations.ask(system, {}, job), system.name
         )
 
-    def _told(self, answer: Answer, name: str) -> Beside:
+    def _told(self, answer: Told, name: str) -> Beside:
         if answer.run is None:
             evidence = Evidence.SIMULATED if answer.word == OOM else None
             return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)

@@ -11,16 +11,15 @@ from typing import Any
 
 from flexgen_bench.config import hardware_profile, model_spec
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.processes import process_pool
 from flexgen_bench.core.status import Status
-from flexgen_bench.planner.predictor import make_predictor
-from flexgen_bench.report.paper.answers import Answer, key_of
+from flexgen_bench.planner.ask import ask
 from flexgen_bench.report.paper.policy_text import PolicyText
 from flexgen_bench.report.paper.settings import run_text
+from flexgen_bench.store.kept_predictions import Answer, key_of
 from flexgen_bench.table_conf import ConfiguredSystem
 
 OOM = "OOM"
@@ -45,10 +44,30 @@ class Job:
     lossy: Lossy = EXACT
     num_gpus: int = 1
 
-    def __str__(self) -> str:
-        prompts = "a block" if self.num_prompts is None else f"{self.num_prompts} prompts"
-        gpus = f", {self.num_gpus} GPUs" if self.num_gpus > 1 else ""
-        return f"{self.model} on {self.machine}{gpus}, {prompts} of {self.prompt_len}, {self.gen_len} generated, {self.lossy}"
+    @property
+    def question(self) -> Question:
+        return Question(
+            _shape(self.model),
+            _DTYPE,
+            _machine(self.machine),
+            self.prompt_len,
+            self.gen_len,
+            self.num_prompts,
+            self.lossy,
+            self.num_gpus,
+        )
+
+
+@dataclass(frozen=True)
+class Told:
+    """An answer as tables show it: a prediction, or the word that stands for it (OOM, cannot run) and the reason. lossy: what the system then
+    changes of the results, in words."""
+
+    run: Prediction | None = None
+    word: str = ""
+    reason: str = ""
+    settings: str = ""
+    lossy: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,6 @@ class Simulations:
     known: dict[str, Answer] = field(default_factory=dict)
     used: dict[str, Answer] = field(default_factory=dict)
     _open: dict[str, Ask] = field(default_factory=dict)
-    _known_of: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def named(self, name: str) -> ConfiguredSystem | None:
         return next((s for s in self.systems if s.name == name), None)
@@ -83,20 +101,17 @@ class Simulations:
             (s for s in self.systems if s.printed_as == name and s.name != other_than), None
         )
 
-    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Answer:
+    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Told:
         """What ``system`` with ``options`` (over those of its configuration) is predicted to do with ``job``."""
         if system.predictor is None:
-            return Answer(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
+            return Told(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
         told = {**system.options, **options}
-        key = key_of(
-            system.predictor,
-            {**self._facts(job), "options": told, "constants": dict(system.constants)},
-        )
+        key = key_of(system.predictor, system.constants, told, job.question)
         if key not in self.known:
             self._open[key] = Ask(system, told, job)
-            return Answer(word=PENDING)
+            return Told(word=PENDING)
         self.used[key] = self.known[key]
-        return self.known[key]
+        return _told(self.known[key], system, job)
 
     @property
     def open(self) -> int:
@@ -119,14 +134,6 @@ class Simulations:
                     keep()
                     kept = time.monotonic()
 
-    def _facts(self, job: Job) -> dict[str, Any]:
-        """All that is known of a job's model and machine."""
-        names = job.model, job.machine
-        if names not in self._known_of:
-            machine = _machine(job.machine).to_dict() | {"sources": {}}
-            self._known_of[names] = {"shape": _shape(job.model).to_dict(), "machine": machine}
-        return {**self._known_of[names], "job": repr(job)}
-
 
 @cache
 def _shape(name: str) -> ModelShape:
@@ -138,32 +145,21 @@ def _machine(name: str) -> HardwareProfile:
     return hardware_profile(name)
 
 
-def answer(ask: Ask) -> Answer:
+def answer(asked: Ask) -> Answer:
     """Asked of the predictor. Refusals are answers, too."""
-    job, name, asked = ask.job, ask.system.name, f"{ask.system.name}: {ask.job}"
-    assert ask.system.predictor is not None
-    question = Question(
-        _shape(job.model),
-        _DTYPE,
-        _machine(job.machine),
-        job.prompt_len,
-        job.gen_len,
-        job.num_prompts,
-        job.lossy,
-        job.num_gpus,
-    )
-    try:
-        predictor = make_predictor(ask.system.predictor, ask.system.constants, ask.options)
-        run = predictor.predict(question)
-    except DoesNotFit as error:
-        return Answer(word=OOM, reason=f"{name}: {error}", asked=asked)
-    except CannotRun as error:
-        word = OOM if error.status is Status.OOM else CANNOT_RUN
-        return Answer(word=word, reason=f"{name}: {error}", asked=asked)
-    except UserError as error:
-        return Answer(word=CANNOT_RUN, reason=f"{name}: {error}", asked=asked)
-    lossy = str(run.changes(job.lossy))
-    return Answer(run, settings=run_text(run), lossy=lossy, asked=asked)
+    system = asked.system
+    assert system.predictor is not None
+    return ask(
+        system.predictor, system.constants, asked.options, asked.job.question, system.name
+    )  # fmt: skip
+
+
+def _told(answer: Answer, system: ConfiguredSystem, job: Job) -> Told:
+    if answer.run is None:
+        word = OOM if answer.status is Status.OOM else CANNOT_RUN
+        return Told(word=word, reason=f"{system.name}: {answer.reason}")
+    lossy = str(answer.run.changes(job.lossy))
+    return Told(answer.run, settings=run_text(answer.run), lossy=lossy)
 
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""A question asked of a system's predictor: every answer, refusals included, as something that can be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
+from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.status import Status
+from flexgen_bench.planner.predictor import make_predictor
+from flexgen_bench.store.kept_predictions import Answer, plain
+
+
+def ask(
+    predictor: str,
+    constants: Mapping[str, float],
+    options: Mapping[str, Any],
+    question: Question,
+    name: str,
+) -> Answer:
+    """What the predictor written ``module:Class`` says. name: of the system, for the answer's words. Raises whatever a mistake in it raises."""
+    asked = f"{name}: {in_words(question)}"
+    try:
+        run = make_predictor(predictor, constants, options).predict(question)
+    except DoesNotFit as error:
+        need, there = error.need_bytes, error.capacity_bytes
+        return Answer(None, Status.OOM, str(error), str(error.tier), need, there, asked)
+    except CannotRun as error:
+        return Answer(None, error.status, str(error), asked=asked)
+    except UserError as error:
+        return Answer(None, Status.INVALID, str(error), asked=asked)
+    return plain(Answer(run, asked=asked))
+
+
+def in_words(question: Question) -> str:
+    """``opt-30b on t4, a block of 512, 32 generated, exact``."""
+    prompts = "a block" if question.num_prompts is None else f"{question.num_prompts} prompts"
+    gpus = f", {question.num_gpus} GPUs" if question.num_gpus > 1 else ""
+    latest = question.max_latency_s
+    soon = "" if latest is None else f", within {latest:g} s"
+    return (
+        f"{question.shape.name} on {question.hardware.name}{gpus}, {prompts} of {question.prompt_len}, "
+        f"{question.gen_len} generated, {question.lossy}{soon}"
+    )

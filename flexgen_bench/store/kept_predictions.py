@@ -1,0 +1,198 @@
+"""Predictions kept from one run to the next: a search for a policy takes seconds, tables ask for hundreds, and the same is asked again and again.
+
+One form of file in two places: ``results/predictions.json`` is shipped with the project, and only ``python -m flexgen_bench.report`` writes it; what a
+user asks besides is kept in the cache directory. An answer is found again only by everything that decides it: predictor, its constants and options,
+model, machine, job and limits, and the code that predicts. After a change of any of these it is computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.status import Status
+
+FILE = "predictions.json"
+_VERSION = 3
+MOST = 500  # answers in a user's file: the oldest go first
+# What every predictor is made of.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHARED = ("core", "planner", "schedule", "models")
+_SECONDS = ("prefill_s", "decode_s")
+_COUNTS = ("num_prompts", "prompt_len", "gen_len", "batch_size")
+_RUN = tuple(f.name for f in fields(Prediction))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction, or why there is none: ``status`` and ``reason``; of a job without room the tier, what it would need and what there is, in bytes.
+    asked: the question in words, for readers of the file."""
+
+    run: Prediction | None = None
+    status: Status = Status.OK
+    reason: str = ""
+    tier: str = ""
+    need_bytes: int | None = None
+    capacity_bytes: int | None = None
+    asked: str = ""
+
+
+def key_of(
+    predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], question: Question
+) -> str:
+    """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a machine's constants come from
+    decides nothing."""
+    asked = {f.name: getattr(question, f.name) for f in fields(Question)} | {
+        "shape": question.shape.to_dict(),
+        "hardware": question.hardware.to_dict() | {"sources": {}},
+        "lossy": question.lossy.to_dict(),
+    }
+    told = [predictor, dict(constants), dict(options), asked, code_of(predictor)]
+    facts = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(facts.encode()).hexdigest()[:24]
+
+
+def load(path: Path) -> dict[str, Answer]:
+    """The answers in a file; none if there is no file. Raises StoreError naming the file if it cannot be read, or holds something else."""
+    try:
+        if not path.exists():
+            return {}
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != _VERSION:
+            raise ValueError(f"schema version {data['schema_version']}")
+        return {key: _answer(told) for key, told in data["answers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StoreError(f"{path} does not hold predictions ({reason})") from error
+
+
+def text_of(answers: Mapping[str, Answer]) -> str:
+    """The text of a shipped file, an answer a line: the same answers give the same bytes."""
+    ordered = sorted(answers.items(), key=lambda one: (one[1].asked, one[0]))
+    return _text(ordered)
+
+
+def plain(answer: Answer) -> Answer:
+    """The answer as it is read back, so that what is kept and what is new look the same."""
+    return _answer(json.loads(json.dumps(_told(answer), default=str)))
+
+
+@dataclass
+class KeptPredictions:
+    """The answers that are shipped, and the user's own in the file ``own``. tell: gets a line about a file that is damaged or cannot be written; neither
+    is more than a loss of time."""
+
+    shipped: Path
+    own: Path
+    tell: Callable[[str], None] = field(repr=False)
+
+    def find(self, key: str) -> Answer | None:
+        return self._shipped.get(key) or self._own.get(key)
+
+    def keep(self, new: Mapping[str, Answer]) -> None:
+        """Add to the user's file. Another process may do so at the same time: then one of the two will have to ask again."""
+        if not new:
+            return
+        self._own.update(new)
+        newest = list(self._own.items())[-MOST:]
+        temporary = self.own.with_name(f".{self.own.name}.{os.getpid()}.tmp")
+        try:
+            self.own.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(_text(newest), encoding="utf-8", newline="\n")
+            temporary.replace(self.own)
+        except OSError as error:
+            self.tell(f"predictions are not kept: {self.own}: {error.strerror or error}")
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    @cached_property
+    def _shipped(self) -> dict[str, Answer]:
+        return self._loaded(self.shipped)
+
+    @cached_property
+    def _own(self) -> dict[str, Answer]:
+        return self._loaded(self.own)
+
+    def _loaded(self, path: Path) -> dict[str, Answer]:
+        try:
+            return load(path)
+        except StoreError as error:
+            self.tell(f"warning: {error}; what it kept is predicted anew")
+            return {}
+
+
+def _text(answers: Iterable[tuple[str, Answer]]) -> str:
+    lines = [
+        f" {json.dumps(key)}: {json.dumps(_told(answer), allow_nan=False, default=str)}"
+        for key, answer in answers
+    ]
+    body = ",\n".join(lines)
+    return f'{{"schema_version": {_VERSION}, "answers": {{\n{body}\n}}}}\n'
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    run = answer.run
+    told: dict[str, Any] = {"asked": answer.asked, "status": answer.status.value}
+    told |= {name: v for name in _REASONS if (v := getattr(answer, name))}
+    if run is not None:
+        told["run"] = {name: _bare(getattr(run, name)) for name in _RUN}
+    return told
+
+
+_REASONS = ("reason", "tier", "need_bytes", "capacity_bytes")
+
+
+def _bare(value: Any) -> Any:
+    """Mappings as dictionaries with text for keys, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _bare(item) for key, item in value.items()}
+    return [_bare(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _answer(told: Mapping[str, Any]) -> Answer:
+    run = None if told.get("run") is None else _run({k: told["run"][k] for k in _RUN})
+    status = Status(told["status"])
+    if (run is None) == (status is Status.OK):
+        raise ValueError(f"status {status} with{'out' if run is None else ''} a run")
+    why = {name: told[name] for name in _REASONS if name in told}
+    if not all(isinstance(v, str if n in ("reason", "tier") else int) for n, v in why.items()):
+        raise ValueError(f"reasons of {why}")
+    return Answer(run, status, asked=str(told["asked"]), **why)
+
+
+def _run(kept: Mapping[str, Any]) -> Prediction:
+    """Raises ValueError for what is no prediction's, TypeError for what is no number."""
+    counted = all(isinstance(kept[k], int) and kept[k] > 0 for k in _COUNTS)
+    timed = all(0 <= kept[k] < math.inf for k in _SECONDS) and sum(kept[k] for k in _SECONDS) > 0
+    shaped = all(isinstance(kept[k], dict) for k in ("bytes", "lane_busy_s", "settings"))
+    worded = isinstance(kept["bottleneck"], str) and isinstance(kept["notes"], list)
+    if not (counted and timed and shaped and worded and isinstance(kept["overlapped"], bool)):
+        raise ValueError(f"a run of {kept}")
+    return Prediction(**{**kept, "notes": tuple(map(str, kept["notes"]))})
+
+
+@cache
+def code_of(predictor: str) -> str:
+    """Of the files that a predictor may be made of: its top-level package, or of ours the parts that predict."""
+    top = predictor.partition(":")[0].partition(".")[0]
+    files = [f for part in _SHARED for f in (_PACKAGE / part).rglob("*.py")]
+    spec = None if top == _PACKAGE.name else importlib.util.find_spec(top)
+    if spec is not None:
+        folders = [Path(f) for f in spec.submodule_search_locations or ()]
+        files += [f for folder in folders for f in folder.rglob("*.py")]
+        files += [Path(spec.origin)] if not folders and spec.origin else []
+    digest = hashlib.sha256()
+    for name, file in sorted((f.name, f) for f in set(files)):
+        digest.update(name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
