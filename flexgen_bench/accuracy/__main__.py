@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.accuracy.modes import list_modes, load_mode
+from flexgen_bench.accuracy.needs import check_installed
 from flexgen_bench.accuracy.options import AccuracyConf, Request, to_request
 from flexgen_bench.compose import check_groups, composed_as
 from flexgen_bench.config import list_models
@@ -110,6 +111,7 @@ def _run(request: Request) -> int:
     from flexgen_bench.report.accuracy.text import print_outcome
     from flexgen_bench.store.accuracy_store import read_accuracy
 
+    check_installed()
     make_writable(request.cache, "cache_dir")
     run = AccuracyRun(request, _tell)
     if request.dry_run:
