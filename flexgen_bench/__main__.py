@@ -19,23 +19,20 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
 from flexgen_bench.compose import (
     CONFIG_NAME,
     Cell,
     Plan,
-    check_groups,
-    overrides_last,
     plan,
-    user_error,
-    without_null_groups,
+    prepared,
 )
+from flexgen_bench.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.folders import expanded, make_writable
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
 from flexgen_bench.local_rates import LocalRates
@@ -56,6 +53,7 @@ class Outcome:
     simulated: list[Simulated] = field(default_factory=list)
     why: dict[str, None] = field(default_factory=dict)  # not measured; in order, each once
     explanations: dict[str, None] = field(default_factory=dict)
+    running: bool = False  # what goes wrong now is no mistake of the configuration
     bad_input: bool = False
     broken: bool = False
     is_plan: bool = False
@@ -69,17 +67,18 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of exiting
 
     def run_composed(composed: Any) -> None:
+        outcome.running = True
         _guarded(outcome, traceback_wanted, composed)
+        outcome.running = False
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
-        check_groups(sys.argv[1:])
-        sys.argv[1:] = overrides_last(without_null_groups(sys.argv[1:]))
+        sys.argv[1:] = prepared(sys.argv[1:])
         app(run_composed)()
     except UserError as error:
         return _complain(error)
-    except (HydraException, YAMLError) as error:
-        if traceback_wanted:
+    except NOT_COMPOSED as error:
+        if traceback_wanted or outcome.running:
             raise
         return _complain(user_error(error))
     except KeyboardInterrupt:
@@ -109,7 +108,9 @@ def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
 def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
     """One run. Bad input ends this run alone, so that the others of a --multirun still happen."""
     try:
-        overrides = list(HydraConfig.get().overrides.task)
+        # As they were written: Hydra would put in what ${...} stands for, which may need quotes again.
+        given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = [str(word) for word in given] if isinstance(given, list) else []
         suite = str(HydraConfig.get().runtime.choices.get("suite") or "")
         conf = app_conf(composed)
         _run(conf, plan(conf, overrides, suite), outcome)
@@ -126,8 +127,8 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 
 
 def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
-    cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
-    results = Path(conf.results_dir).expanduser()
+    cache = expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir()
+    results = expanded(conf.results_dir, "results_dir")
 
     def is_worth_measuring(cell: Cell) -> bool:
         wanted_now = conf.rerun or conf.dry_run

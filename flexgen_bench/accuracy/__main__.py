@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.accuracy.modes import list_modes, load_mode
@@ -20,6 +19,7 @@ from flexgen_bench.compose import check_groups, composed_as
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.overrides import quoted, readable, text_of
 
 if TYPE_CHECKING:
     from flexgen_bench.accuracy.run import AccuracyRun
@@ -92,7 +92,7 @@ def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:
     for word in given:
         if word.startswith("-") or "=" not in word:
             raise UserError("command line", word, "key=value", "--help lists the keys.")
-    words = [_checkpoint(word) for word in given]
+    words = readable([_checkpoint(word) for word in given], AccuracyConf)
     check_groups(words)
     conf: AccuracyConf = composed_as(CONFIG, AccuracyConf, words)
     return conf, tuple(given)
@@ -101,8 +101,9 @@ def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:
 def _checkpoint(word: str) -> str:
     """``model=/path`` and ``model=owner/name`` name a checkpoint, not one of conf/model."""
     key, _, value = word.partition("=")
-    is_place = "/" in value or value.endswith(".gguf") or (Path(value) / "config.json").is_file()
-    return f"checkpoint='{value}'" if key == "model" and is_place else word
+    named = text_of(value)
+    is_place = "/" in named or named.lower().endswith(".gguf") or os.path.isdir(named)
+    return f"checkpoint={quoted(named)}" if key == "model" and is_place else word
 
 
 def _run(request: Request) -> int:
