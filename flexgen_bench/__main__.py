@@ -19,7 +19,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from flexgen_bench.compose import (
     CONFIG_NAME,
@@ -30,7 +29,7 @@ from flexgen_bench.compose import (
 )
 from flexgen_bench.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.conf_schema import AppConf
-from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
+from flexgen_bench.config import app_conf, as_written, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import expanded, make_writable
 from flexgen_bench.core.simulated import Simulated
@@ -108,9 +107,8 @@ def _judged(outcome: Outcome, measured: Sequence[Status]) -> int:
 def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
     """One run. Bad input ends this run alone, so that the others of a --multirun still happen."""
     try:
-        # As they were written: Hydra would put in what ${...} stands for, which may need quotes again.
-        given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        overrides = [str(word) for word in given] if isinstance(given, list) else []
+        # What ${...} stands for may need quotes again.
+        overrides = as_written(HydraConfig.get().overrides.task)
         suite = str(HydraConfig.get().runtime.choices.get("suite") or "")
         conf = app_conf(composed)
         _run(conf, plan(conf, overrides, suite), outcome)

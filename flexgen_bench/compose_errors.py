@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
 from flexgen_bench.conf_schema import AppConf
-from flexgen_bench.config import conf_error
+from flexgen_bench.config import ConfError, conf_error
 from flexgen_bench.core.errors import UserError, unknown_choice
 
 # What Hydra and OmegaConf raise for a configuration that cannot be composed. UserErrors are ValueErrors, too, but not of this kind.
-NOT_COMPOSED = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError)
+NOT_COMPOSED = (HydraException, ConfError, YAMLError, UnicodeDecodeError, OSError)
 
 
 def user_error(error: Exception, schema: type[Any] = AppConf) -> UserError:
     """What Hydra objects to, one of ``NOT_COMPOSED``, naming the key and what is allowed; or a file that is no YAML. schema: of the configuration, for the keys there are."""
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
-    if isinstance(cause, GrammarParseError) or cause is error:
-        assert isinstance(cause, OmegaConfBaseException)
-        return conf_error(schema, cause)
+    if isinstance(error, ConfError):
+        return conf_error(schema, error)
+    if isinstance(error.__cause__, ConfError) and "${" in str(
+        error
+    ):  # no interpolation, though it begins like one
+        return conf_error(schema, error.__cause__)
     if isinstance(error, YAMLError):
         return _unreadable(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

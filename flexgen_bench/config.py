@@ -38,6 +38,15 @@ from flexgen_bench.core.units import MIB, parse_bytes
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.runner import machine
 
+# What OmegaConf raises, for those who may not know it.
+ConfError = OmegaConfBaseException
+
+
+def as_written(words: Any) -> list[str]:
+    """A composed list of texts without what ``${...}`` in them stands for."""
+    given = OmegaConf.to_container(words, resolve=False)
+    return [str(word) for word in given] if isinstance(given, list) else []
+
 
 def conf_dir() -> Path:
     """The folder of the conf groups: inside an installed package, or at the root of a checkout."""
