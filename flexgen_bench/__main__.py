@@ -25,24 +25,20 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from yaml import YAMLError
 
 from flexgen_bench.cells import Cell
 from flexgen_bench.compose import (
     CONFIG_NAME,
     Plan,
-    check_groups,
-    overrides_last,
     plan,
+    prepared,
     suite_of,
-    user_error,
-    without_null_groups,
 )
+from flexgen_bench.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.conf_schema import AppConf
-from flexgen_bench.config import app_conf, conf_dir, default_cache_dir
+from flexgen_bench.config import app_conf, as_written, conf_dir, default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.folders import expanded, make_writable
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
@@ -66,6 +62,7 @@ class Outcome:
     simulated: list[Simulated] = field(default_factory=list)
     why: dict[str, None] = field(default_factory=dict)  # not measured; in order, each once
     explanations: dict[str, None] = field(default_factory=dict)
+    running: bool = False  # what goes wrong now is no mistake of the configuration
     bad_input: bool = False
     broken: bool = False
     tolerated: set[str] = field(
@@ -82,17 +79,18 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of exiting
 
     def run_composed(composed: Any) -> None:
+        outcome.running = True
         _guarded(outcome, traceback_wanted, composed)
+        outcome.running = False
 
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
-        check_groups(sys.argv[1:])
-        sys.argv[1:] = overrides_last(without_null_groups(sys.argv[1:]))
+        sys.argv[1:] = prepared(sys.argv[1:])
         app(run_composed)()
     except UserError as error:
         return _complain(error)
-    except (HydraException, YAMLError) as error:
-        if traceback_wanted:
+    except NOT_COMPOSED as error:
+        if traceback_wanted or outcome.running:
             raise
         return _complain(user_error(error))
     except KeyboardInterrupt:
@@ -124,7 +122,8 @@ def _judged(outcome: Outcome, records: Sequence[Record]) -> int:
 def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
     """One run. Bad input ends this run alone, so that the others of a --multirun still happen."""
     try:
-        overrides = list(HydraConfig.get().overrides.task)
+        # What ${...} stands for may need quotes again.
+        overrides = as_written(HydraConfig.get().overrides.task)
         suite = str(HydraConfig.get().runtime.choices.get("suite") or "")
         conf = app_conf(composed)
         _run(conf, overrides, suite, outcome)
@@ -141,8 +140,8 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 
 
 def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) -> None:
-    cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
-    results = Path(conf.results_dir).expanduser()
+    cache = expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir()
+    results = expanded(conf.results_dir, "results_dir")
     of_suite = suite_of(conf, overrides, suite)
 
     def is_worth_measuring(cell: Cell) -> bool:

@@ -5,18 +5,18 @@ Hydra composes; this module decides what it composes, and says in our words what
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
-from yaml import YAMLError
 
 from flexgen_bench.cells import Cell, Local, Unmeasured
+from flexgen_bench.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
 from flexgen_bench.config import (
     FASTEST,
@@ -27,12 +27,18 @@ from flexgen_bench.config import (
     typed_conf,
 )
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.folders import is_gguf
+from flexgen_bench.overrides import MULTIRUN, readable
 
 CONFIG_NAME = "config"
 # What Hydra reads as text, and so as the name of a file.
 _NAME = re.compile(
     r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*"
 )
+# Functions of Hydra that make several values of a group.
+_SWEEP = re.compile(r"(?:choice|glob|shuffle|sort|tag)\(")
+# Beginnings of a place on the disk, which is no name of a file in conf.
+_PLACES = ("/", "~", ".")
 _OPTIONAL = ("system", "suite")
 # Hydra's own, whose value is the next word.
 _OPTIONS_WITH_VALUE = (
@@ -84,6 +90,15 @@ def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
     return "" if one_by_one else suite
 
 
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """A command line as Hydra must have it: paths quoted, no null groups, overrides behind options. Raises UserError for what it could not take."""
+    check_groups(arguments)
+    options = {w for before, w in itertools.pairwise(arguments) if before in _OPTIONS_WITH_VALUE}
+    several = any(word in MULTIRUN for word in arguments)
+    words = readable(without_null_groups(arguments), AppConf, several=several, skip=tuple(options))
+    return overrides_last(words)
+
+
 def check_groups(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would not take as the name of a group's file: a bare number, a list, an empty name.
 
@@ -94,12 +109,20 @@ def check_groups(arguments: Sequence[str]) -> None:
         key = key_of(argument)
         folder = conf_dir() / key
         optional = value == "null" and key in _OPTIONAL
-        if not (equals and key and folder.is_dir()) or optional or "(" in value:
+        if not (equals and key and folder.is_dir()) or optional or _SWEEP.match(value):
             continue
         known = [path.stem for path in folder.glob("*.yaml")]
         for name in value.split(","):
-            if name not in known and not _NAME.fullmatch(name):
-                raise unknown_choice(key, name, known)
+            if name not in known and (not _NAME.fullmatch(name) or name.startswith(_PLACES)):
+                raise _no_choice(key, value, known)
+
+
+def _no_choice(key: str, name: str, known: Sequence[str]) -> UserError:
+    error = unknown_choice(key, name, known)
+    if key != "model" or not (name.startswith(_PLACES) or is_gguf(name)):
+        return error
+    place = shlex.quote(f"location={name}")
+    return UserError(key, name, error.allowed, f"A checkpoint of your own: weights=path {place}")
 
 
 def without_null_groups(arguments: Sequence[str]) -> list[str]:
@@ -209,7 +232,7 @@ def composed(overrides: Sequence[str]) -> AppConf:
     """The typed configuration of some overrides. Raises UserError in our words for what Hydra refuses."""
     try:
         return app_conf(compose(CONFIG_NAME, overrides=list(overrides)))
-    except (HydraException, YAMLError) as error:
+    except NOT_COMPOSED as error:
         raise user_error(error) from error
 
 
@@ -221,63 +244,5 @@ def composed_as(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return typed_conf(schema, compose(name, overrides=list(overrides)))
-        except (HydraException, YAMLError) as error:
+        except NOT_COMPOSED as error:
             raise user_error(error, schema) from error
-
-
-def user_error(error: HydraException | YAMLError, schema: type[Any] = AppConf) -> UserError:
-    """What Hydra objects to, naming the key and what is allowed; or a file that is no YAML. schema: of the configuration, for the keys there are."""
-    if isinstance(error, YAMLError):
-        return _unreadable(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return unknown_choice(group or "config", name, error.options or [])
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    quoted = lines[0].split("'") if lines else []
-    if "Could not override" in lines[0] and len(quoted) > 2:
-        key = quoted[1].rstrip(".")
-        return _unknown_key(key, lines, schema)
-    action = "Run with --help for the groups and keys."
-    return UserError(
-        "command line", " ".join(lines)[:190], "key=value overrides that exist", action
-    )
-
-
-def _unreadable(error: YAMLError) -> UserError:
-    """Names the group and the file with the line."""
-    reason = " ".join(str(error).split())
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    if mark is None:
-        return UserError("configuration", None, f"of readable YAML files ({reason})")
-    path = Path(mark.name)
-    where = f"{path}, line {mark.line + 1}"
-    return UserError(path.parent.name, where, f"a readable YAML file ({reason})")
-
-
-def _unknown_key(key: str, lines: list[str], schema: type[Any]) -> UserError:
-    parent = key.rpartition(".")[0]
-    hint = "Run with --help for the groups and keys, with --cfg job for those of your choices."
-    if parent.startswith("policy") and key.rpartition(".")[2] in _keys_of(parent, schema):
-        hint = "policy=auto has only max_latency_s, which others have not: to set the rest start from another, e.g. policy=half-disk."
-        return UserError("key", key, "a key of the policy chosen", hint)
-    if parent.startswith("system"):
-        hint = "Options belong to one system: name it with system=..., and see its file in conf/system."
-        return UserError("key", key, "a key of the system chosen", hint)
-    known = _keys_of(parent, schema)
-    if known:
-        return unknown_choice(
-            "key", key, [f"{parent}.{name}" if parent else name for name in known]
-        )
-    return UserError("key", key, "a key of the configuration", hint)
-
-
-def _keys_of(path: str, schema: type[Any]) -> list[str]:
-    """The keys of a part of the configuration such as ``workload``; none for free mappings like options."""
-    owner: Any = schema
-    for name in filter(None, path.split(".")):
-        hint = get_type_hints(owner).get(name)
-        classes = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
-        if not classes:
-            return []
-        owner = classes[0]
-    return sorted(f.name for f in fields(owner))

@@ -6,6 +6,7 @@ The only module that knows OmegaConf: everything behind it sees frozen dataclass
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -24,6 +27,7 @@ from flexgen_bench.conf_schema import AppConf, GpuConf, LossyConf, ModelConf, Po
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.folders import expanded
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType, ModelShape
@@ -38,6 +42,15 @@ from flexgen_bench.runner import machine
 
 # The dtype that leaves it to the machine.
 FASTEST = "fastest"
+
+# What OmegaConf raises, for those who may not know it.
+ConfError = OmegaConfBaseException
+
+
+def as_written(words: Any) -> list[str]:
+    """A composed list of texts without what ``${...}`` in them stands for."""
+    given = OmegaConf.to_container(words, resolve=False)
+    return [str(word) for word in given] if isinstance(given, list) else []
 
 
 def conf_dir() -> Path:
@@ -54,7 +67,11 @@ def conf_dir() -> Path:
 def default_cache_dir() -> Path:
     """$FLEXGEN_BENCH_CACHE, or ~/.cache/flexgen-bench."""
     named = os.environ.get("FLEXGEN_BENCH_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "flexgen-bench"
+    return (
+        expanded(named, "FLEXGEN_BENCH_CACHE")
+        if named
+        else Path.home() / ".cache" / "flexgen-bench"
+    )
 
 
 def app_conf(composed: Any) -> AppConf:
@@ -99,10 +116,11 @@ def _typed(schema: Any, node: Any, prefix: str) -> Any:
         assert isinstance(merged, DictConfig)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _user_error(schema, error, prefix) from error
+        raise conf_error(schema, error, prefix) from error
 
 
-def _user_error(schema: Any, error: OmegaConfBaseException, prefix: str) -> UserError:
+def conf_error(schema: Any, error: OmegaConfBaseException, prefix: str = "") -> UserError:
+    """What OmegaConf objects to in a configuration of a schema, naming the key at fault."""
     key = f"{prefix}{error.full_key or error.key or 'configuration'}"
     reason = (error.msg or str(error)).splitlines()[0]
     if isinstance(error, ConfigKeyError):
@@ -113,6 +131,12 @@ def _user_error(schema: Any, error: OmegaConfBaseException, prefix: str) -> User
             str(error.key),
             [f.name for f in fields(owner)],
         )
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
+        quoted = re.search(r'"(.*)"', reason)
+        return UserError(
+            key, None, f"free of ${{...}} that mean nothing ({quoted.group(1) if quoted else reason})",
+            r"Set what it asks for; where ${ is part of a name, write \${ for the sign itself.",
+        )  # fmt: skip
     if isinstance(error, MissingMandatoryValue):
         return UserError(key, None, "given", "The YAML file leaves it out.")
     if isinstance(error, ValidationError):
@@ -158,8 +182,8 @@ def _model(conf: ModelConf, weights: str | None, location: str | None) -> ModelS
             f"Or name where it is: location=<{source.value} name>.",
         )
     if source is WeightSource.PATH:
-        where = str(Path(where).expanduser().absolute())
-        if not Path(where).exists():
+        where = str(expanded(where, "location").absolute())
+        if not os.path.exists(where):
             raise UserError("location", where, "an existing checkpoint folder or .gguf file")
     return ModelSpec(shape, source, where, conf.seed)
 

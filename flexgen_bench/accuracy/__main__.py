@@ -10,15 +10,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.accuracy.modes import list_modes, load_mode
+from flexgen_bench.accuracy.needs import check_installed
 from flexgen_bench.accuracy.options import AccuracyConf, Request, to_request
 from flexgen_bench.compose import check_groups, composed_as
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.folders import is_gguf, make_writable
+from flexgen_bench.overrides import quoted, readable, text_of
 
 if TYPE_CHECKING:
     from flexgen_bench.accuracy.run import AccuracyRun
@@ -91,7 +92,7 @@ def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:
     for word in given:
         if word.startswith("-") or "=" not in word:
             raise UserError("command line", word, "key=value", "--help lists the keys.")
-    words = [_checkpoint(word) for word in given]
+    words = readable([_checkpoint(word) for word in given], AccuracyConf)
     check_groups(words)
     conf: AccuracyConf = composed_as(CONFIG, AccuracyConf, words)
     return conf, tuple(given)
@@ -100,8 +101,9 @@ def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:
 def _checkpoint(word: str) -> str:
     """``model=/path`` and ``model=owner/name`` name a checkpoint, not one of conf/model."""
     key, _, value = word.partition("=")
-    is_place = "/" in value or is_gguf(value) or (Path(value) / "config.json").is_file()
-    return f"checkpoint='{value}'" if key == "model" and is_place else word
+    named = text_of(value)
+    is_place = "/" in named or is_gguf(named) or os.path.isdir(named)
+    return f"checkpoint={quoted(named)}" if key == "model" and is_place else word
 
 
 def _run(request: Request) -> int:
@@ -110,6 +112,7 @@ def _run(request: Request) -> int:
     from flexgen_bench.report.accuracy.text import print_outcome
     from flexgen_bench.store.accuracy_store import read_accuracy
 
+    check_installed()
     make_writable(request.cache, "cache_dir")
     run = AccuracyRun(request, _tell)
     if request.dry_run:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexgen_bench.core.accuracy import Item, TaskRecord
+from flexgen_bench.core.accuracy import LOGLIK_DECIMALS, Item, TaskRecord
+from flexgen_bench.core.digits import settled
 
 # Two choices this close (natural logarithm) may change places by rounding alone.
 TIE = 1e-3
@@ -31,7 +32,7 @@ def agreement(first: TaskRecord, second: TaskRecord) -> Agreement:
     others = {item.id: item for item in second.items}
     pairs = [(item, others[item.id]) for item in first.items if item.id in others]
     changes = [
-        b - a
+        settled(b - a, LOGLIK_DECIMALS)
         for x, y in pairs
         for a, b in zip(x.loglik, y.loglik, strict=True)
         if math.isfinite(a) and math.isfinite(b)
@@ -56,9 +57,12 @@ def _is_tie(first: Item, second: Item) -> bool:
     except ValueError:
         return False  # texts: nothing says how close they were
     return any(
-        abs(item.loglik[a] - item.loglik[b]) < TIE
-        or abs(item.loglik[a] / _length(item, a) - item.loglik[b] / _length(item, b)) < TIE
+        settled(abs(x - y), 2 * LOGLIK_DECIMALS) < TIE
         for item in (first, second)
+        for x, y in (
+            (item.loglik[a], item.loglik[b]),
+            (item.loglik[a] / _length(item, a), item.loglik[b] / _length(item, b)),
+        )
     )
 
 

@@ -19,9 +19,11 @@ from flexgen_bench.accuracy.statistics import (
     holm,
     mean_of,
     mean_of_intervals,
+    on_grid,
     paired_difference,
 )
-from flexgen_bench.core.accuracy import Item, TaskRecord
+from flexgen_bench.core.accuracy import LOGLIK_DECIMALS, Item, TaskRecord
+from flexgen_bench.core.digits import significant
 from flexgen_bench.core.errors import UserError
 
 # Two one-sided tests at 5 % each are one 90 % interval (Schuirmann 1987).
@@ -44,7 +46,8 @@ class Margins:
                 raise UserError(f"margin.{name}", value, "a number above 0 and below 1")
 
     def __str__(self) -> str:
-        return f"±{100 * self.score:g} points, ±{self.bits:g} bits per byte"
+        score, bits = significant(100 * self.score, 6), significant(self.bits, 6)
+        return f"±{score} points, ±{bits} bits per byte"
 
 
 class Verdict(StrEnum):
@@ -154,7 +157,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         raise UserError(
             f"items of {candidate.task}", len(mine), "in part those of the reference", "Run both with one limit."
         )  # fmt: skip
-    before, after = (_parts([pair[i] for pair in pairs]) for i in (0, 1))
+    before, after = on_grid(*(_parts([pair[i] for pair in pairs]) for i in (0, 1)))
     clusters = [item.cluster or item.id for item, _ in pairs]
     statistic = reference.statistic
     difference = paired_difference(before, after, statistic, clusters)
@@ -237,9 +240,13 @@ def _bits(pairs: Sequence[tuple[Item, Item]], clusters: Sequence[str]) -> Differ
 def _identical(pairs: Sequence[tuple[Item, Item]]) -> bool:
     """Whether all log-likelihoods are the same, or all texts where nothing was scored."""
     return all(
-        tuple(a.loglik) == tuple(b.loglik) and (a.loglik or a.prediction == b.prediction)
-        for a, b in pairs
+        _kept(a) == _kept(b) and (a.loglik or a.prediction == b.prediction) for a, b in pairs
     )
+
+
+def _kept(item: Item) -> list[float]:
+    """Log-likelihoods with the digits that are kept of them."""
+    return [round(value, LOGLIK_DECIMALS) for value in item.loglik]
 
 
 def _wide(difference: Difference, pair: Discordance | None, level: float) -> Interval:

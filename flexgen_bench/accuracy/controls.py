@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexgen_bench.accuracy.compare import ALPHA, ModeComparison
-from flexgen_bench.accuracy.statistics import mean_of
+from flexgen_bench.accuracy.statistics import mean_draws, mean_of
 from flexgen_bench.core.accuracy import ModeRecord
 from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.digits import fixed
 
 # Relative weight error of 4 bits in groups of 64, whatever the model (docs/notes/accuracy.md): outside, the grid is not what it is said to be.
 BAND = (0.05, 0.12)
@@ -65,7 +66,7 @@ def _of_mode(one: Seen) -> list[Finding]:
         found.append(Finding(
             one.mode, "weights on the grid",
             f"this model's weights lie on the grid of {one.lossy.weights} already (an independent quantizer changes them by "
-            f"{one.numbers.grid_error:.4f}, too): nothing is lost by construction, which says nothing about other models.", False,
+            f"{fixed(one.numbers.grid_error, 4)}, too): nothing is lost by construction, which says nothing about other models.", False,
         ))  # fmt: skip
     only_weights = one.lossy.kv_cache is None and one.lossy.value_share == 1
     if one.comparison is not None and one.comparison.tasks and not one.lossy.is_exact:
@@ -94,7 +95,7 @@ def _weights(one: Seen, compression: Compression, numbers: ModeRecord, trap: boo
         return [Finding(one.mode, "compression silently off", text, True)]
     usual = (compression.bits, compression.group_size) == (4, Compression.group_size)
     if usual and not BAND[0] <= error <= BAND[1]:
-        text = f"relative error {error:.4f} of the weights; 4 bits in groups of 64 give {BAND[0]} to {BAND[1]} on trained weights."
+        text = f"relative error {fixed(error, 4)} of the weights; 4 bits in groups of 64 give {BAND[0]} to {BAND[1]} on trained weights."
         return [Finding(one.mode, "weight error out of band", text, True)]
     return []
 
@@ -123,13 +124,13 @@ def _not_worse(coarse: Seen, fine: Seen) -> str:
     if coarse.numbers is not None and fine.numbers is not None:
         a, b = coarse.numbers.weight_error, fine.numbers.weight_error
         if a is not None and b is not None and a <= b:
-            return f"weight error {a:.4f} of {coarse.mode} is not above {b:.4f} of {fine.mode}."
+            return f"weight error {fixed(a, 4)} of {coarse.mode} is not above {fixed(b, 4)} of {fine.mode}."
     if coarse.comparison is None or fine.comparison is None:
         return ""
     first, second = coarse.comparison.bits, fine.comparison.bits
     shared = {t.task for t in coarse.comparison.tasks} == {t.task for t in fine.comparison.tasks}
     if shared and first is not None and second is not None and first.value <= second.value:
-        return f"added log-loss {first.value:.4f} bits per byte of {coarse.mode} is not above {second.value:.4f} of {fine.mode}."
+        return f"added log-loss {fixed(first.value, 4)} bits per byte of {coarse.mode} is not above {fixed(second.value, 4)} of {fine.mode}."
     return ""
 
 
@@ -153,12 +154,12 @@ def _yardstick(one: Seen, trap: bool) -> list[Finding]:
     if plain < LEAST_ADDED or mine <= MOST_OF_YARDSTICK * plain:
         return []
     # The same items and seed give the same resamples, so draws of both belong together.
-    excess = np.mean(
-        [ours[name].draws - MOST_OF_YARDSTICK * theirs[name].draws for name in shared], axis=0
+    excess = mean_draws(
+        [ours[name].draws - MOST_OF_YARDSTICK * theirs[name].draws for name in shared]
     )
     certain = bool(np.quantile(excess, ALPHA) > 0)
     text = (
-        f"added log-loss {mine:.5f} bits per byte is {mine / plain:.3f} times the {plain:.5f} of plain rounding to the same grid "
+        f"added log-loss {fixed(mine, 5)} bits per byte is {fixed(mine / plain, 3)} times the {fixed(plain, 5)} of plain rounding to the same grid "
         f"(bar: {MOST_OF_YARDSTICK}); {'more than chance explains' if certain else 'chance may explain it'}."
     )  # fmt: skip
     return [Finding(one.mode, "worse than the yardstick", text, certain)]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.core.folders import path_argument
 from flexgen_bench.engine.added_tokens import AddedTokens
 from flexgen_bench.memory.importance import IMPORTANCE
 
@@ -93,13 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--text",
-        type=Path,
+        type=path_argument,
         default=None,
         help="a file of plain text; default: the King James Bible",
     )
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="default: the benchmark's own cache"
+        "--cache-dir", type=path_argument, default=None, help="default: the benchmark's own cache"
     )
     options = parser.parse_args(arguments)
     cache = (options.cache_dir or default_cache_dir()).expanduser().absolute()

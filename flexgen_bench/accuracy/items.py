@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexgen_bench.accuracy.statistics import STATISTICS
-from flexgen_bench.core.accuracy import Item
+from flexgen_bench.core.accuracy import LOGLIK_DECIMALS, Item
 from flexgen_bench.core.errors import UserError
 
 # What lm-eval calls an aggregation -> the statistic of ``accuracy.statistics`` that it is.
@@ -19,8 +19,6 @@ _STATISTIC_OF = {
     "bits_per_byte": "bits",
     "f1_score": "f1",
 }
-# Digits kept of a log-likelihood: well below the 1e-3 that counts as a tie, and files stay small.
-DIGITS = 5
 
 
 def statistic_of(task: str, metric: str, aggregation: Any) -> str:
@@ -52,7 +50,7 @@ def to_item(sample: Mapping[str, Any], kind: str, metric: str, statistic: str) -
         parts=parts,
         prediction=_prediction(sample, kind, metric, loglik, texts),
         correct=bool(parts[0]) if statistic == "mean" and parts[0] in (0.0, 1.0) else None,
-        loglik=tuple(round(value, DIGITS) for value in loglik),
+        loglik=tuple(round(value, LOGLIK_DECIMALS) for value in loglik),
         bytes=tuple(len(text.encode("utf-8")) for text in texts),
         gold=gold,
     )

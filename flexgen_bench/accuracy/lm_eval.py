@@ -6,6 +6,11 @@ command alone cannot know this one. This registers it and hands the command line
 
 from __future__ import annotations
 
+import sys
+
+from flexgen_bench.accuracy.needs import check_installed
+from flexgen_bench.core.errors import CannotRun
+
 NAME = "flexgen"
 
 
@@ -19,7 +24,11 @@ def register() -> None:
 
 
 def main() -> None:
-    """``lm_eval`` with our model."""
+    """``lm_eval`` with our model; exits with status 1 and a line that says what to install where it is missing."""
+    try:
+        check_installed()
+    except CannotRun as error:
+        sys.exit(f"error: {error}")
     from lm_eval.__main__ import cli_evaluate
 
     register()

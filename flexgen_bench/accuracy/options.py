@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flexgen_bench.config import default_cache_dir, list_systems, run_parts
 from flexgen_bench.core.accuracy import EXACT_MODE
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.folders import expanded
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
@@ -127,8 +129,8 @@ def to_request(conf: AccuracyConf, overrides: tuple[str, ...]) -> Request:
         max_length=conf.max_length,
         rerun=conf.rerun,
         dry_run=conf.dry_run,
-        results_dir=Path(conf.results_dir).expanduser(),
-        cache=Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir(),
+        results_dir=expanded(conf.results_dir, "results_dir"),
+        cache=expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir(),
         overrides=overrides,
     )
 
@@ -166,8 +168,8 @@ def _source(conf: AccuracyConf, model: ModelSpec) -> tuple[str, str]:
             raise UserError(
                 "checkpoint", conf.checkpoint, "given alone, without weights= and location="
             )
-        path = Path(conf.checkpoint).expanduser()
-        if path.exists():
+        path = expanded(conf.checkpoint, "checkpoint")
+        if os.path.exists(path):
             found = path.resolve()
             return str(path.absolute()), found.stem if path.is_file() else found.name
         if conf.checkpoint.count("/") == 1 and not conf.checkpoint.startswith((".", "/", "~")):

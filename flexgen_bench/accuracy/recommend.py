@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flexgen_bench.accuracy.compare import ModeComparison, Verdict
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.digits import fixed
 
 # Of a value that is not compressed, where no record says: 16 bits.
 PLAIN_BYTES = 2.0
@@ -57,8 +58,8 @@ def recommend(candidates: Sequence[Candidate]) -> Recommendation:
     assert sure is not None
     return Recommendation(
         chosen.mode,
-        f"fewest bytes ({_size(chosen)[0]:.2f} per weight) of the modes whose mean change lies within the margin "
-        f"({100 * sure.low:+.2f} to {100 * sure.high:+.2f} points at 90 %), with no task that got worse",
+        f"fewest bytes ({fixed(_size(chosen)[0], 2)} per weight) of the modes whose mean change lies within the margin "
+        f"({fixed(100 * sure.low, 2, plus=True)} to {fixed(100 * sure.high, 2, plus=True)} points at 90 %), with no task that got worse",
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Statistics of paired items: bootstrap intervals of differences, McNemar's test, Tango's interval, Holm's correction.
 
 N items, K parts. A score of a task is a function of sums over its items (a mean, a ratio of sums, an F1 of counts), so an item
-is its K addends, and a resample of the items is one matrix product.
+is its K addends, and a resample of the items is one matrix product. Addends lie on a grid on which these sums are exact (``on_grid``), so every
+processor and every library of matrix products finds the same sums, in whatever order it adds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ RESAMPLES = 4000
 _AT_ONCE = 512
 # Up to this many items all resamples are kept: many runs of one task, and tasks of one size, share them.
 _KEPT_ITEMS = 2000
+# Bits of an addend, relative to the largest of its column: an error of 1.2e-10 of that one, far above what float64 leaves of noise. Fewer where there are
+# so many items that their sum would need more than the 53 bits of a float64. Spare: a resample that draws a large cluster often has more items.
+_GRID_BITS, _FLOAT_BITS, _SPARE_BITS = 32, 53, 6
 
 
 def _ratio(sums: Floats) -> Floats:
@@ -82,9 +86,29 @@ class Difference:
         return Interval(self.value, float(low), float(high), level)
 
 
+def on_grid(*tables: Floats) -> list[Floats]:
+    """Tables of addends (N, K), each rounded to a multiple of one power of two per column, the same for all tables. A sum over N of them, some
+    taken several times, is then exact.
+
+    So sums do not depend on their order, equal addends stay equal, and 0.9999999999999999 is 1.
+    """
+    exponents = np.max([_exponents(table) for table in tables], axis=0)
+    bits = min(_GRID_BITS, _FLOAT_BITS - _SPARE_BITS - math.ceil(math.log2(max(2, len(tables[0])))))
+    step = np.exp2(exponents - bits)
+    return [np.where(np.isfinite(t), np.rint(t / step) * step, t) + 0.0 for t in tables]
+
+
+def _exponents(table: Floats) -> Floats:
+    """Of each column's largest finite value, as ``frexp``; a neighbour of a power of two counts as that, and next to nothing as 2**-100."""
+    finite = np.where(np.isfinite(table), np.abs(table), 0.0)
+    largest = np.maximum(finite.max(axis=0), 2.0**-100)
+    return np.frexp(largest * (1 + 2.0**-40))[1].astype(np.float64)
+
+
 def score(parts: Floats, statistic: str) -> float:
     """The score of items' addends (N, K)."""
-    return float(STATISTICS[statistic](parts.sum(axis=0)))
+    (exact,) = on_grid(parts)
+    return float(STATISTICS[statistic](exact.sum(axis=0)))
 
 
 def paired_difference(
@@ -103,6 +127,7 @@ def paired_difference(
     if reference.shape != candidate.shape or not len(reference):
         raise ValueError(f"not the same items: {reference.shape} and {candidate.shape}")
     of = STATISTICS[statistic]
+    reference, candidate = on_grid(reference, candidate)
     both = np.concatenate([reference, candidate], axis=1)
     if clusters is not None and len(set(clusters)) > 1:
         both = _summed(both, clusters)
@@ -234,10 +259,18 @@ def mean_of_intervals(intervals: Sequence[Interval]) -> Interval:
 def mean_of(differences: Sequence[Difference], level: float = 0.95) -> Interval:
     """The mean difference of several tasks, each counting the same; tasks are independent, their draws are averaged."""
     count = min(len(d.draws) for d in differences)
-    draws = np.mean([d.draws[:count] for d in differences], axis=0)
-    value = float(np.mean([d.value for d in differences]))
+    draws = mean_draws([d.draws[:count] for d in differences])
+    value = math.fsum(d.value for d in differences) / len(differences)
     known = draws[np.isfinite(draws)]
     if not len(known):
         return Interval(value, math.nan, math.nan, level)
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), level)
+
+
+def mean_draws(draws: Sequence[Floats]) -> Floats:
+    """The mean of several tasks' draws, task by task in the order of adding: (D,)."""
+    total = np.zeros(len(draws[0]))
+    for one in draws:
+        total = total + one
+    return total / len(draws)

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from flexgen_bench.calibrate.effort import FULL, QUICK, Effort
 from flexgen_bench.calibrate.profile import write_profile
@@ -14,7 +13,7 @@ from flexgen_bench.calibrate.stable import Progress
 from flexgen_bench.calibrate.store import path_for, save
 from flexgen_bench.config import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.folders import make_writable, path_argument
 from flexgen_bench.core.units import format_seconds
 from flexgen_bench.runner import machine
 
@@ -31,12 +30,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="about 20 seconds instead of minutes")
     parser.add_argument("--threads", type=int, help="that compute (default: one per physical core)")
     parser.add_argument(
-        "--cache-dir", type=Path, help="default: $FLEXGEN_BENCH_CACHE, ~/.cache/flexgen-bench"
+        "--cache-dir",
+        type=path_argument,
+        help="default: $FLEXGEN_BENCH_CACHE, ~/.cache/flexgen-bench",
     )
     parser.add_argument(
-        "--disk-dir", type=Path, help="where offloaded files will be (default: the cache)"
+        "--disk-dir", type=path_argument, help="where offloaded files will be (default: the cache)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.yaml",
+    parser.add_argument("--out", type=path_argument, metavar="FILE.yaml",
                         help="write a machine for conf/gpu instead of keeping the rates in the cache")  # fmt: skip
     return parser
 
@@ -58,14 +59,14 @@ def _run(options: argparse.Namespace, effort: Effort) -> int:
         raise UserError(
             "--threads", threads, f"from 1 to the {machine.logical_cores()} hardware threads here"
         )
-    cache = default_cache_dir() if options.cache_dir is None else options.cache_dir.expanduser()
+    cache = default_cache_dir() if options.cache_dir is None else options.cache_dir
     if options.out is None:
         make_writable(cache, "--cache-dir")
     elif options.out.suffix not in (".yaml", ".yml"):
         raise UserError("--out", str(options.out), "a file name that ends in .yaml")
     else:
         make_writable(options.out.absolute().parent, "--out")
-    disk_dir = cache if options.disk_dir is None else options.disk_dir.expanduser()
+    disk_dir = cache if options.disk_dir is None else options.disk_dir
     # Only now: these load torch, and what is wrong above is told at once.
     from rich.console import Console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,8 @@ from flexgen_bench.core.status import Evidence
 ACCURACY_SCHEMA_VERSION = 1
 # The mode everything else is compared with.
 EXACT_MODE = "exact"
+# Decimals kept of a log-likelihood: well below the 1e-3 that counts as a tie, and files stay small.
+LOGLIK_DECIMALS = 5
 # Layer of a tensor that is in none.
 NO_LAYER = -1
 
@@ -163,4 +166,4 @@ class ModeRecord:
         total = sum(e.values for e in layers)
         if not total:
             return None
-        return float((sum(e.values * e.error**2 for e in layers) / total) ** 0.5)
+        return math.sqrt(math.fsum(e.values * e.error**2 for e in layers) / total)

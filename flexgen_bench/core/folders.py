@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,31 @@ from flexgen_bench.core.errors import UserError
 def is_gguf(path: str | Path) -> bool:
     """Whether a path is that of a GGUF file, by its ending in any case."""
     return Path(path).suffix.lower() == ".gguf"
+
+
+def expanded(name: str | Path, field: str) -> Path:
+    """A path with ``~`` as the home folder it stands for; UserError naming ``field`` if nobody has it, or no file can be called so."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            field, str(name), "a path whose ~ is somebody's home folder", "For a folder that is called so, write ./~..."
+        ) from error  # fmt: skip
+    try:
+        path.lstat()
+    except (OSError, ValueError) as error:
+        impossible = isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG
+        if impossible:
+            raise UserError(field, str(name), f"a path that can be ({error})") from error
+    return path
+
+
+def path_argument(name: str) -> Path:
+    """A path on the command line of an ``argparse`` parser: the shell leaves the ``~`` of ``--out=~/x`` to the program."""
+    try:
+        return expanded(name, "path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def make_writable(directory: Path, field: str) -> Path:

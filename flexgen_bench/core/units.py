@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from flexgen_bench.core.digits import fixed
 from flexgen_bench.core.errors import UserError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
@@ -54,7 +55,7 @@ def format_bytes(count: float) -> str:
     """``1610612736`` -> ``'1.50 GiB'``; three significant places, binary units."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(count) >= unit:
-            return f"{count / unit:.2f} {name}"
+            return f"{fixed(count / unit, 2)} {name}"
     return f"{int(count)} B"
 
 

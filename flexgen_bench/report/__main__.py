@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flexgen_bench.accuracy.compare import Margins
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.processes import cores
 from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
 from flexgen_bench.report.accuracy.build import build_accuracy
@@ -186,10 +187,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside simulations. The same "
         "records and configuration give the same bytes.",
     )
-    parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"))
-    parser.add_argument("out", nargs="?", type=Path, default=Path("reports"))
+    parser.add_argument("results_dir", nargs="?", type=path_argument, default=Path("results"))
+    parser.add_argument("out", nargs="?", type=path_argument, default=Path("reports"))
     parser.add_argument(
-        "--readme", type=Path, help="also fill the tables between <!-- table:SUITE --> markers"
+        "--readme",
+        type=path_argument,
+        help="also fill the tables between <!-- table:SUITE --> markers",
     )
     usual = Margins()
     parser.add_argument(
@@ -213,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-simulation", action="store_true", help="the paper's tables without simulated values"
     )
     parser.add_argument(
-        "--config-dir", type=Path, help="a folder of your own with table/<name>.yaml"
+        "--config-dir", type=path_argument, help="a folder of your own with table/<name>.yaml"
     )
     parser.add_argument("--workers", type=int, help="processes that predict (default: a core each)")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexgen_bench.core.digits import fixed, rounded, significant
 from flexgen_bench.core.metrics import BOOTSTRAP_LEAST_N, IntervalKind, Summary
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.units import format_bytes
@@ -145,9 +146,9 @@ def memory_text(memory: Memory) -> str:
 def number(value: float) -> str:
     """Three significant digits without exponent: ``1234``, ``56.7``, ``0.0123``."""
     for least, decimals in ((100, 0), (10, 1), (1, 2), (0.1, 3), (0.01, 4)):
-        if abs(value) >= least:
-            return f"{value:.{decimals}f}"
-    return f"{value:.3g}"
+        if abs(rounded(value, 3)) >= least:
+            return fixed(value, decimals)
+    return significant(value, 3)
 
 
 def one_line(text: str, longest: int) -> str:

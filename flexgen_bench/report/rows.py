@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flexgen_bench.core.digits import settled
 from flexgen_bench.core.metrics import (
     DECODE,
     GENERATION,
@@ -236,7 +237,7 @@ def _mark_best(rows: list[Row]) -> list[Row]:
 
 
 def _speed(row: Row) -> float:
-    return row.generation.value if row.generation is not None else -1.0
+    return settled(row.generation.value) if row.generation is not None else -1.0
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_bench.core.digits import significant
+
 # Told elsewhere on a card, or too long for a cell.
 _ELSEWHERE = ("policy", "why", "binding", "gains")
 _SHAPE = ("gpu_batch_size", "num_gpu_batches")
@@ -47,7 +49,7 @@ def placement_text(shares: Mapping[str, float]) -> str:
     used = {tier: share for tier, share in shares.items() if share}
     if len(used) == 1:
         return next(iter(used))
-    return ", ".join(f"{tier} {100 * share:.3g} %" for tier, share in used.items())
+    return ", ".join(f"{tier} {significant(100 * share, 3)} %" for tier, share in used.items())
 
 
 def _setting(key: str, value: Any) -> str:
@@ -61,4 +63,4 @@ def _short(value: Any) -> str:
         return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return " ".join(map(_short, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return significant(value, 3) if isinstance(value, float) else str(value)

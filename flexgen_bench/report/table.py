@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flexgen_bench.core.digits import TIMED, significant
 from flexgen_bench.core.metrics import Summary
 from flexgen_bench.core.status import Status
 from flexgen_bench.report.cells import HEADERS, cells, headers, heading, legend, remarks
@@ -85,14 +86,15 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row], results_dir: Path) -> str:
-    """Every row with unrounded figures; units are in the column names. Paths are relative to ``results_dir``."""
+    """Every row; units are in the column names, figures have the digits of their kind (``core.digits``), the records all of them. Paths are relative
+    to ``results_dir``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for index, row in enumerate(rows):
         named = dict(csv_values(row, results_dir))
         if index == 0:
             writer.writerow(named)
-        writer.writerow(["" if v is None else v for v in named.values()])
+        writer.writerow([_printed(value) for value in named.values()])
     return out.getvalue()
 
 
@@ -178,6 +180,13 @@ def _csv_summary(name: str, summary: Summary | None) -> Iterator[tuple[str, obje
     yield f"{name}_high", None if summary is None else summary.high
     yield f"{name}_interval", None if summary is None else summary.interval.value
     yield "repetitions", None if summary is None else summary.n
+
+
+def _printed(value: object) -> object:
+    """Every float of a row is a rate, or a count that was divided by repetitions."""
+    if isinstance(value, float):
+        return significant(value, TIMED)
+    return "" if value is None else value
 
 
 def _line(texts: Iterable[str]) -> str:

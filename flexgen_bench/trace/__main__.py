@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.core.errors import StoreError, UserError
-from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.folders import make_writable, path_argument
 from flexgen_bench.trace.chart import chart
 from flexgen_bench.trace.chrome import trace_events
 from flexgen_bench.trace.runs import TracedRun, find_run
@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run", metavar="RUN",
         help="a record's file, its name, the beginning of its hash or of its run's name, or 'latest'",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("traces"), help="folder for the files")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of records")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("traces"), help="folder for the files"
+    )
+    parser.add_argument(
+        "--results", type=path_argument, default=Path("results"), help="folder of records"
+    )
     options = parser.parse_args(arguments)
     try:
         run = find_run(options.run, options.results)

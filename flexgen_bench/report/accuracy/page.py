@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.core.digits import fixed, power
 from flexgen_bench.report.accuracy.words import (
     NOTHING,
     READING,
@@ -12,10 +14,12 @@ from flexgen_bench.report.accuracy.words import (
     bits_interval,
     bytes_text,
     change_text,
+    error_text,
     p_text,
     points_interval,
     ratio_to_yardstick,
     score_text,
+    share_text,
     verdict_text,
     worst_text,
 )
@@ -78,10 +82,10 @@ def _modes(outcome: ModelOutcome) -> list[str]:
         ratio = ratio_to_yardstick(mode)
         rows.append((
             mode.mode, str(mode.lossy) if not mode.lossy.is_exact else mode.subject.dtype,
-            bytes_text(mode.bytes_per_weight), NOTHING if error is None else f"{error:.4f}",
+            bytes_text(mode.bytes_per_weight), error_text(error),
             points_interval(found.score if found else None), bits_interval(found.bits if found else None),
-            NOTHING if ratio is None else f"{ratio:.3f}x", NOTHING if text is None else f"{text.kl:.2e}",
-            NOTHING if text is None else f"{text.agree / text.positions:.1%}", worst_text(found), verdict_text(mode),
+            NOTHING if ratio is None else f"{fixed(ratio, 3)}x", NOTHING if text is None else power(text.kl, 2),
+            NOTHING if text is None else share_text(text.agree, text.positions), worst_text(found), verdict_text(mode),
         ))  # fmt: skip
     return ["## Modes", "", *_table(headers, rows), ""]
 
@@ -91,7 +95,7 @@ def _agreements(outcome: ModelOutcome) -> list[str]:
         return []
     headers = ("Task", "Beside", "n", "Predictions differ", "of which ties below 1e-3", "Mean difference of log-likelihoods", "Largest")  # fmt: skip
     rows = [
-        (a.task, a.beside, str(a.n), str(len(a.different) + a.ties), str(a.ties), f"{a.mean:+.1e}", f"{a.largest:.1e}")
+        (a.task, a.beside, str(a.n), str(len(a.different) + a.ties), str(a.ties), power(a.mean, 1, plus=True), power(a.largest, 1))
         for a in outcome.agreements
     ]  # fmt: skip
     return ["## The uncompressed model beside a reference", "", *_table(headers, rows), ""]
@@ -129,7 +133,7 @@ def _errors(modes: Sequence[ModeOutcome]) -> list[str]:
                 e.error for e in (*mode.numbers.weights, *mode.numbers.kv) if e.tensor == name
             )
             middle = errors[len(errors) // 2]
-            rows.append((mode.mode, name, str(len(errors)), f"{errors[0]:.4f}", f"{middle:.4f}", f"{errors[-1]:.4f}"))  # fmt: skip
+            rows.append((mode.mode, name, str(len(errors)), *map(error_text, (errors[0], middle, errors[-1]))))  # fmt: skip
     if not rows:
         return []
     return [
@@ -143,13 +147,13 @@ def _provenance(outcome: ModelOutcome) -> list[str]:
     records = [*outcome.exact.values(), *(r for m in outcome.modes for r in m.tasks.values())]
     commits = sorted({_commit(r.environment) for r in records})
     versions = sorted({f"{r.task} {r.task_version}" for r in records})
-    seconds = sum(r.seconds for r in records)
+    seconds = math.fsum(r.seconds for r in records)
     commands = dict.fromkeys(r.rerun_command for r in records)
     machines = sorted({_machine(r.environment) for r in records})
     return [
         "## Where the numbers come from",
         "",
-        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to {max(r.ended_utc for r in records)}, {seconds:.0f} s of evaluating",
+        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to {max(r.ended_utc for r in records)}, {fixed(seconds, 0)} s of evaluating",
         f"- on {escape('; '.join(machines))}; code: commit {escape(', '.join(commits))}",
         f"- weights: {escape(records[0].subject.fingerprint)}",
         f"- tasks with their versions: {escape(', '.join(versions))}",

@@ -10,16 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.core.digits import fixed, power
 from flexgen_bench.report.accuracy.words import (
     NOTHING,
     advice,
     bits_interval,
     bytes_text,
     change_text,
+    error_text,
     p_text,
     points_interval,
     ratio_to_yardstick,
     score_text,
+    share_text,
     verdict_text,
     worst_text,
 )
@@ -53,7 +56,7 @@ def print_outcome(outcome: ModelOutcome) -> None:
             _print(console, _TASKS, rows)
     if outcome.agreements:
         beside = [
-            (a.task, a.beside, str(a.n), str(len(a.different)), str(a.ties), f"{a.mean:+.1e}", f"{a.largest:.1e}")
+            (a.task, a.beside, str(a.n), str(len(a.different)), str(a.ties), power(a.mean, 1, plus=True), power(a.largest, 1))
             for a in outcome.agreements
         ]  # fmt: skip
         console.print(Text("Uncompressed, beside a reference", style="bold"))
@@ -83,12 +86,12 @@ def _mode(mode: ModeOutcome) -> tuple[str, ...]:
     return (
         mode.mode,
         bytes_text(mode.bytes_per_weight),
-        NOTHING if error is None else f"{error:.4f}",
+        error_text(error),
         points_interval(found.score if found else None),
         bits_interval(found.bits if found else None),
-        NOTHING if ratio is None else f"{ratio:.3f}",
-        NOTHING if text is None else f"{text.kl:.2e}",
-        NOTHING if text is None else f"{text.agree / text.positions:.1%}",
+        NOTHING if ratio is None else fixed(ratio, 3),
+        NOTHING if text is None else power(text.kl, 2),
+        NOTHING if text is None else share_text(text.agree, text.positions),
         worst_text(found),
         verdict_text(mode),
     )

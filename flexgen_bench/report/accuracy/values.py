@@ -1,4 +1,5 @@
-"""Accuracy as CSV, unrounded: one row a task under a mode, and one row a tensor."""
+"""Accuracy as CSV: one row a task under a mode, and one row a tensor. Figures have the digits that ``core.digits`` gives to their kind; the
+records have all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+from flexgen_bench.accuracy.compare import TaskComparison
 from flexgen_bench.accuracy.outcome import ModelOutcome
+from flexgen_bench.core.digits import CHANCE, NOISE_FREE, SCORE, SINGLE, fixed, settled, significant
 
 
 def tasks_csv(outcomes: Iterable[ModelOutcome]) -> str:
@@ -25,13 +28,14 @@ def _tasks(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
         for t in mode.comparison.tasks if mode.comparison else ():
             yield {
                 "model": outcome.model, "system": outcome.system, "dtype": outcome.dtype, "mode": mode.mode, "lossy": str(mode.lossy),
-                "bytes_per_weight": mode.bytes_per_weight, "task": t.task, "metric": t.metric, "n": t.n,
-                "exact": t.reference, "score": t.score, "change": t.change.value, "change_low": t.change.low,
-                "change_high": t.change.high, "lost": t.lost, "won": t.won, "p": t.p, "p_holm": t.p_holm,
-                "added_bits_per_byte": t.bits and t.bits.value, "added_bits_per_byte_low": t.bits and t.bits.low,
-                "added_bits_per_byte_high": t.bits and t.bits.high, "exact_bits_per_byte": t.bits_reference,
-                "same_predictions": t.same_predictions, "truncated": t.truncated, "margin": outcome.margins.score if t.bounded
-                else outcome.margins.bits, "sure_low": t.sure.low, "sure_high": t.sure.high, "verdict": t.verdict.value,
+                "bytes_per_weight": _number(mode.bytes_per_weight, SINGLE), "task": t.task, "metric": t.metric, "n": t.n,
+                "exact": _score(t, t.reference), "score": _score(t, t.score), "change": _score(t, t.change.value),
+                "change_low": _score(t, t.change.low), "change_high": _score(t, t.change.high), "lost": t.lost, "won": t.won,
+                "p": _number(t.p, CHANCE), "p_holm": _number(t.p_holm, CHANCE), "added_bits_per_byte": _bits(t.bits and t.bits.value),
+                "added_bits_per_byte_low": _bits(t.bits and t.bits.low), "added_bits_per_byte_high": _bits(t.bits and t.bits.high),
+                "exact_bits_per_byte": _bits(t.bits_reference), "same_predictions": t.same_predictions, "truncated": t.truncated,
+                "margin": _number(outcome.margins.score if t.bounded else outcome.margins.bits, SCORE),
+                "sure_low": _bits(t.sure.low), "sure_high": _bits(t.sure.high), "verdict": t.verdict.value,
                 "weights_on_grid": mode.on_grid, "evidence": mode.tasks[t.task].evidence.value,
             }  # fmt: skip
 
@@ -41,8 +45,23 @@ def _layers(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
         for e in (*mode.numbers.weights, *mode.numbers.kv) if mode.numbers else ():
             yield {
                 "model": outcome.model, "system": outcome.system, "dtype": outcome.dtype, "mode": mode.mode, "layer": e.layer,
-                "tensor": e.tensor, "values": e.values, "relative_error": e.error,
+                "tensor": e.tensor, "values": e.values, "relative_error": _number(e.error, SINGLE),
             }  # fmt: skip
+
+
+def _score(task: TaskComparison, value: float) -> str:
+    """A score, or a difference of scores: between 0 and 1 in decimals, a perplexity in digits."""
+    if task.bounded:
+        return _bits(value)
+    return _number(settled(value, NOISE_FREE - SCORE), SCORE)
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else fixed(value, SCORE)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None or not math.isfinite(value) else significant(value, digits)
 
 
 def _csv(rows: Iterable[Mapping[str, object]]) -> str:
@@ -51,9 +70,5 @@ def _csv(rows: Iterable[Mapping[str, object]]) -> str:
     for number, row in enumerate(rows):
         if number == 0:
             writer.writerow(row)
-        writer.writerow("" if _is_nothing(v) else v for v in row.values())
+        writer.writerow("" if value is None else value for value in row.values())
     return out.getvalue()
-
-
-def _is_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))

@@ -7,6 +7,7 @@ import math
 from flexgen_bench.accuracy.compare import ModeComparison, TaskComparison, Verdict
 from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
 from flexgen_bench.accuracy.statistics import Interval
+from flexgen_bench.core.digits import NOISE_FREE, fixed, settled, significant
 
 NOTHING = "-"
 
@@ -24,7 +25,7 @@ so that equal answers on few items prove nothing. Perplexities are judged by add
 
 def points(value: float) -> str:
     """A change of a score between 0 and 1: ``-1.4``."""
-    return f"{100 * value:+.1f}" if math.isfinite(value) else NOTHING
+    return fixed(100 * value, 1, plus=True) if math.isfinite(value) else NOTHING
 
 
 def points_interval(interval: Interval | None) -> str:
@@ -38,31 +39,37 @@ def bits_interval(interval: Interval | None) -> str:
     """``+0.012 (+0.010 to +0.014)``."""
     if interval is None:
         return NOTHING
-    return f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+    value, low, high = (
+        fixed(v, 4, plus=True) for v in (interval.value, interval.low, interval.high)
+    )
+    return f"{value} ({low} to {high})"
 
 
 def score_text(task: TaskComparison, value: float) -> str:
     """A score between 0 and 1 in hundredths, others as they are."""
     if not math.isfinite(value):
         return NOTHING
-    return f"{100 * value:.1f}" if task.bounded else f"{value:.4g}"
+    return fixed(100 * value, 1) if task.bounded else significant(value, 4)
 
 
 def change_text(task: TaskComparison) -> str:
     """In the unit of the score."""
     if task.bounded:
         return points_interval(task.change)
-    low, high = task.change.low, task.change.high
-    return f"{task.change.value:+.3g} ({low:+.3g} to {high:+.3g})"
+    value, low, high = (
+        significant(settled(v, 9), 3, plus=True)
+        for v in (task.change.value, task.change.low, task.change.high)
+    )
+    return f"{value} ({low} to {high})"
 
 
 def p_text(value: float) -> str:
     """``0.031``, ``<0.001``."""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+    return "<0.001" if settled(value) < 0.001 else fixed(value, 3)
 
 
 def bytes_text(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
+    return NOTHING if value is None else fixed(value, 2)
 
 
 def verdict_text(mode: ModeOutcome) -> str:
@@ -97,5 +104,15 @@ def ratio_to_yardstick(mode: ModeOutcome) -> float | None:
     plain = {t.task: t.bits for t in mode.yardstick.tasks}
     pairs = [(t.bits, plain[t.task]) for t in mode.comparison.tasks if t.task in plain]
     both = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
-    ours, theirs = (sum(pair[i] for pair in both) for i in (0, 1))
-    return ours / theirs if theirs else None
+    ours, theirs = (math.fsum(pair[i] for pair in both) for i in (0, 1))
+    return ours / theirs if settled(theirs, NOISE_FREE) else None
+
+
+def share_text(part: int, whole: int) -> str:
+    """``97.5%``."""
+    return f"{fixed(100 * part / whole, 1)}%"
+
+
+def error_text(value: float | None) -> str:
+    """A relative error: ``0.0841``."""
+    return NOTHING if value is None else fixed(value, 4)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexgen_bench.conf_schema import FigureConf
+from flexgen_bench.core.digits import settled
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.paper.cells import Beside, Cell
@@ -79,7 +80,8 @@ _Told = Callable[[Cell], tuple[float | None, Evidence | None]]
 
 
 def _beside(beside: Beside) -> tuple[float | None, Evidence | None]:
-    return beside.value, beside.evidence
+    """Settled, as points are put in order: two that have one x must have it on every machine."""
+    return None if beside.value is None else settled(beside.value), beside.evidence
 
 
 _KINDS: dict[str, _Told] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexgen_bench.core.digits import SCORE, TIMED, significant
 from flexgen_bench.report.paper.cells import Beside, Cell
 from flexgen_bench.report.paper.grid import printed_text, ratio_text
 from flexgen_bench.report.paper.quoted import NOT_FOUND, NOT_PRINTED
@@ -17,7 +18,7 @@ HEADERS = (
 
 
 def details(table: PaperTable) -> list[tuple[str, ...]]:
-    """One row per cell, in the order of ``HEADERS``; numbers in full."""
+    """One row per cell, in the order of ``HEADERS``; numbers with the digits that mean something."""
     return [_row(table, cell) for cell in table.cells]
 
 
@@ -32,7 +33,7 @@ def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
     return (
         row.table, row.system, row.model, row.prompt_len, row.gen_len, row.gpus, row.metric, row.unit,
         printed_text(cell, None), "-" if row.value in (NOT_PRINTED, NOT_FOUND) else "QUOTED", row.trust, row.source, row.policy,
-        "" if cell.unrounded is None else f"{cell.unrounded:g}", cell.assumed,
+        "" if cell.unrounded is None else significant(cell.unrounded, SCORE), cell.assumed,
         *_beside(cell, cell.simulated), cell.simulated.source, cell.simulated.settings,
         *_beside(cell, cell.ours), cell.ours_lossy or ("" if cell.ours == Beside() else "exact"),
         cell.ours.source, cell.ours.settings, " ".join(map(str, cell.notes)),
@@ -42,7 +43,7 @@ def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
 def _beside(cell: Cell, beside: Beside) -> Sequence[str]:
     ratio = cell.ratio(beside)
     return (
-        beside.word if beside.value is None else f"{beside.value:.6g}",
+        beside.word if beside.value is None else significant(beside.value, TIMED),
         "-" if beside.evidence is None else beside.evidence.value,
         "" if ratio is None else ratio_text(ratio),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flexgen_bench.core.digits import fixed, rounded
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.report.cells import MARKS, number
 from flexgen_bench.report.paper.cells import NOTHING, Beside, Cell
@@ -78,7 +79,7 @@ def beside_text(cell: Cell, beside: Beside, *, marked: bool = False) -> str:
 
 def ratio_text(ratio: float) -> str:
     """Two decimals, fewer where they say nothing, more where they would all be zeros."""
-    return number(ratio) if not 0.1 <= ratio < 10 else f"{ratio:.2f}"
+    return number(ratio) if not 0.1 <= rounded(ratio, 3) < 10 else fixed(ratio, 2)
 
 
 def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
+from flexgen_bench.core.digits import fixed, settled, significant
 from flexgen_bench.report.paper.curves import Curve, Plot
 
 _WIDTH, _HEIGHT = 640, 400
@@ -36,8 +37,9 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
-            steps = (1,) if math.log10(self.high / self.low) > _WIDE_DECADES else (1, 2, 5)
+            low, high = (settled(math.log10(v)) for v in (self.low, self.high))
+            exponents = range(math.floor(low), math.ceil(high))
+            steps = (1,) if settled(high - low, 9) > _WIDE_DECADES else (1, 2, 5)
             found = [m * 10.0**e for e in [*exponents, exponents.stop] for m in steps]
             return [t for t in found if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
         step = _nice((self.high - self.low) / 5)
@@ -97,16 +99,16 @@ def _frame(x: _Axis, y: _Axis, plot: Plot) -> list[str]:
         _text((x.start + x.end) / 2, y.start + 38, plot.x, "middle"),
     ]
     middle = (y.start + y.end) / 2
-    turned = f'transform="rotate(-90 16 {middle:.2f})"'
+    turned = f'transform="rotate(-90 16 {_at(middle)})"'
     parts.append(
-        f'<text x="16" y="{middle:.2f}" text-anchor="middle" {turned}>{escape(plot.y)}</text>'
+        f'<text x="16" y="{_at(middle)}" text-anchor="middle" {turned}>{escape(plot.y)}</text>'
     )
     return parts
 
 
 def _curve(curve: Curve, x: _Axis, y: _Axis) -> list[str]:
     places = [(x.at(a), y.at(b)) for a, b in curve.points]
-    path = " ".join(f"{a:.2f},{b:.2f}" for a, b in places)
+    path = " ".join(f"{_at(a)},{_at(b)}" for a, b in places)
     stroke = f'fill="none" stroke="{_colour(curve)}" stroke-width="1.8"{_dash(curve)}'
     return [f'<polyline points="{path}" {stroke}/>', *(_marker(curve, a, b) for a, b in places)]
 
@@ -124,9 +126,9 @@ def _marker(curve: Curve, x: float, y: float) -> str:
     """Filled where it was printed, open where it was simulated, square for this engine."""
     colour = _colour(curve)
     if curve.kind == "this engine":
-        return f'<rect x="{x - 3.5:.2f}" y="{y - 3.5:.2f}" width="7" height="7" fill="{colour}"/>'
+        return f'<rect x="{_at(x - 3.5)}" y="{_at(y - 3.5)}" width="7" height="7" fill="{colour}"/>'
     fill = colour if curve.kind == "printed" else "white"
-    return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3.5" fill="{fill}" stroke="{colour}"/>'
+    return f'<circle cx="{_at(x)}" cy="{_at(y)}" r="3.5" fill="{fill}" stroke="{colour}"/>'
 
 
 def _colour(curve: Curve) -> str:
@@ -139,12 +141,12 @@ def _dash(curve: Curve) -> str:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}"/>'
+    return f'<line x1="{_at(x1)}" y1="{_at(y1)}" x2="{_at(x2)}" y2="{_at(y2)}" stroke="{colour}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, *, bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+    return f'<text x="{_at(x)}" y="{_at(y)}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
 
 
 def _nice(step: float) -> float:
@@ -154,4 +156,8 @@ def _nice(step: float) -> float:
 
 
 def _number(value: float) -> str:
-    return f"{value:.6g}"
+    return significant(value, 6)
+
+
+def _at(pixels: float) -> str:
+    return fixed(pixels, 2)
