@@ -1,4 +1,4 @@
-"""Folders that the user names."""
+"""Folders and files that the user names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import tempfile
 from pathlib import Path
 
 from flexgen_bench.core.errors import UserError
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is that of a GGUF file, by its ending in any case."""
+    return Path(path).suffix.lower() == ".gguf"
 
 
 def make_writable(directory: Path, field: str) -> Path:

@@ -1,10 +1,10 @@
-"""The tensors of a source checkpoint under the names of the full model: a folder, or a GGUF file."""
+"""The tensors of a source checkpoint under the names of the full model: a folder in the style of Hugging Face."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
@@ -58,53 +58,9 @@ class CheckpointReader:
         )
 
 
-class _InMemory:
-    """Tensors that are all in memory already."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        found = self._tensors[name]
-        return tuple(found.shape), str(found.dtype).removeprefix("torch.")
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach()
-
-
 def open_folder(folder: Path) -> CheckpointReader:
     """The tensors of a Hugging Face style folder. Safetensors win over pickles where both are there."""
     from flexgen_bench.memory.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
     return CheckpointReader(checkpoint, folder, checkpoint.is_safetensors)
-
-
-def open_gguf(path: Path) -> tuple[CheckpointReader, Any]:
-    """The tensors of a GGUF file and its config, through transformers, which holds the whole model in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours is the only one on the screen
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-    except ImportError as error:
-        raise StoreError(
-            f"reading {path.name} needs two more packages: pip install 'flexgen-bench[gguf]' ({error})"
-        ) from error
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise StoreError(
-            f"{path} is damaged or of a kind transformers cannot read ({error})"
-        ) from error
-    config = model.config
-    config.architectures = [type(model).__name__]
-    # GGUF stores this in single precision; take the decimal number that was meant.
-    if hasattr(config, "rms_norm_eps"):
-        config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    return CheckpointReader(_InMemory(dict(model.named_parameters())), path, False), config

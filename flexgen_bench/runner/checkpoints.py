@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
+from flexgen_bench.gguf_files.header import parts_of
 from flexgen_bench.runner.checkpoint_writer import (
     Progress,
     is_complete,
@@ -36,6 +38,8 @@ _log = logging.getLogger("flexgen_bench.stage")
 
 # Part of every folder's name; a change of what is written must change it.
 _FORMAT = 1
+# The same for those made from a GGUF file.
+_GGUF_FORMAT = 2
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
@@ -45,6 +49,8 @@ _TOKENIZER_FILES = (
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
     identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
+    if model.weights is WeightSource.PACKAGE or is_gguf(Path(model.location)):
+        identity["gguf"] = _GGUF_FORMAT
     if model.weights is WeightSource.PATH:
         identity["files"] = _fingerprint(Path(model.location))
     if model.weights is WeightSource.TRAINED:
@@ -84,7 +90,7 @@ def prepare_checkpoint(model: ModelSpec, dtype: DType, cache: Path, progress: Pr
             _write_dummy(model, dtype, target, progress)
             return target
         source = _source(model, cache, progress)
-        if source.suffix == ".gguf":
+        if is_gguf(source):
             _convert_gguf(model, dtype, source, target, progress)
             return target
         return _convert_folder(model, dtype, source, target, progress)
@@ -108,7 +114,7 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
 
         return hub_folder(model.location)
     path = Path(model.location)
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
+    if not path.is_dir() and not (path.is_file() and is_gguf(path)):
         raise UserError("location", str(path), "an existing checkpoint folder or .gguf file")
     return path
 
@@ -159,24 +165,26 @@ def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progres
 def _convert_gguf(
     model: ModelSpec, dtype: DType, file: Path, target: Path, progress: Progress
 ) -> None:
-    from flexgen_bench.runner.checkpoint_reader import open_gguf
-    from flexgen_bench.runner.gguf_tokenizer import gguf_tokenizer
+    from flexgen_bench.gguf_files.config import config_from_gguf
+    from flexgen_bench.gguf_files.header import read_header
+    from flexgen_bench.gguf_files.tensors import GGUFTensors
+    from flexgen_bench.gguf_files.tokenizer import gguf_tokenizer
     from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
 
     _log.info("reading %s", file.name)
-    reader, theirs = open_gguf(file)
-    check_same_model(model.shape, theirs.to_dict(), file)
+    header = read_header(file)
+    check_same_model(model.shape, config_from_gguf(header), file)
     config = hf_config(model.shape, dtype)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(theirs, key, None))
     expected = expected_tensors(config)
-    reader.check(expected)
-    tokenizer = gguf_tokenizer(file)
-    tokenizer.model_max_length = model.shape.max_positions
+    tensors = GGUFTensors(header, model.shape.num_heads, model.shape.num_kv_heads, dtype)
+    tensors.check(expected)
+    made = gguf_tokenizer(header, model.shape.max_positions)
+    config.bos_token_id, config.pad_token_id = made.vocabulary.bos, made.vocabulary.pad
+    config.eos_token_id = list(made.vocabulary.ends) or None
     with new_folder(target, needed_bytes(expected, dtype)) as folder:
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_weights(folder, expected, dtype, reader.get, progress)
+        made.tokenizer.save_pretrained(folder)
+        write_weights(folder, expected, dtype, tensors.get, progress)
 
 
 def _convert_folder(
@@ -205,5 +213,5 @@ def _convert_folder(
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a user's files, so that a changed checkpoint is converted again."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.iterdir()) if path.is_dir() else parts_of(path)
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
