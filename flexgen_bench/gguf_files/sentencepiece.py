@@ -6,7 +6,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.gguf_files.header import GGUFHeader
-from flexgen_bench.gguf_files.vocabulary import PREFIX, Vocabulary
+from flexgen_bench.gguf_files.vocabulary import PREFIX, TokenKind, Vocabulary
 
 _SPACE = "▁"
 
@@ -51,6 +51,13 @@ def _merges(
     """Pairs of tokens whose union is a token, best score first."""
     found: list[tuple[float, int, str, str]] = []
     best: dict[float, str] = {}
+    for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
+        alone = [letter for letter in text if letter not in ids]
+        if kind is TokenKind.NORMAL and len(text) > 1 and alone:
+            raise StoreError(
+                f"{header.path}: token {text!r} holds {alone[0]!r}, which is no token, so what is merged into it is not "
+                "known. Use the checkpoint that the file was converted from."
+            )
     for text, score in zip(vocabulary.tokens, vocabulary.scores, strict=True):
         pairs = [
             (text[:cut], text[cut:])
