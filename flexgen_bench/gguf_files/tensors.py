@@ -123,9 +123,8 @@ def _pieces(info: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
             raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
             if raw.size != count * row_bytes:
                 raise StoreError(f"{info.file} ends inside tensor {info.name}. Fetch it again.")
-            with np.errstate(
-                over="ignore"
-            ):  # scales of a damaged file; the engine checks what it computes
+            # Scales of a damaged file; the engine checks what it computes.
+            with np.errstate(over="ignore", invalid="ignore"):
                 values = dequantize(raw.reshape(count, row_bytes), GGMLQuantizationType(info.kind))
             yield np.ascontiguousarray(values).reshape(count, info.shape[-1])
 
