@@ -108,7 +108,7 @@ def test_other_systems_read_what_was_written(tmp_path: Path) -> None:
     ids = torch.arange(4, 40)[None]
     assert torch.equal(loaded(ids).logits, made(ids).logits)
     config = json.loads((folder / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (0, [1])
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
 
 
 # Files that are not what the model needs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from awkward_texts import AWKWARD
+from conftest import no_progress
 from gguf_writing import (
     CONTROL,
     NORMAL,
@@ -21,13 +22,19 @@ from gguf_writing import (
     write_llama,
 )
 from llama_cpp import llama_cpp, needs_llama_cpp
+from transformers import AutoModelForCausalLM
 
+from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError
-from flexgen_bench.engine.tokenization import load_tokenizer
+from flexgen_bench.core.model import DType
+from flexgen_bench.engine.tokenization import TextTokenizer, load_tokenizer
 from flexgen_bench.gguf_files.header import read_header
 from flexgen_bench.gguf_files.splitting import SPLITTINGS
 from flexgen_bench.gguf_files.tokenizer import gguf_tokenizer
 from flexgen_bench.gguf_files.vocabulary import read_vocabulary
+from flexgen_bench.runner.checkpoints import prepare_checkpoint
+from flexgen_bench.runner.gguf_shape import gguf_shape
+from flexgen_bench.runner.packages import package_file
 
 
 def random_texts(count: int, seed: int) -> list[str]:
@@ -90,6 +97,20 @@ def test_every_name_means_what_it_means_to_llama_cpp(tmp_path: Path) -> None:
     vocabulary = byte_level(texts, size=700)
     files = [saved(tmp_path, vocabulary, f"{name}.gguf", tokenizer__ggml__pre=name) for name in SPLITTINGS]  # fmt: skip
     check_ids(files, texts, tmp_path)
+
+
+@needs_llama_cpp
+def test_a_real_vocabulary(
+    smollm2: tuple[ModelSpec, Path], shared_cache: Path, tmp_path: Path
+) -> None:
+    """Of SmolLM2, as it is published."""
+    spec, folder = smollm2
+    texts = [*AWKWARD, *random_texts(200, seed=3), "<|im_start|>user\nhi<|im_end|>\n<reponame>"]
+    file = package_file(spec.location, shared_cache, no_progress)
+    (theirs,) = llama_cpp([file], texts)
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer(text)["input_ids"] for text in texts] == theirs["ids"]
+    assert sorted(TextTokenizer(folder).end_ids) == theirs["ends"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +195,16 @@ def test_the_end_ids_of_a_plain_file(tmp_path: Path) -> None:
     assert made.vocabulary.ends == (1, 2)
     assert made.tokenizer.eos_token == made.tokenizer.pad_token == "<|end_of_text|>"
     assert made.tokenizer.model_max_length == 77
+
+
+def test_a_generation_stops_at_each_of_them(tmp_path: Path) -> None:
+    """What is written beside the weights is found by the engine and, with AutoModel, by other systems."""
+    vocabulary = byte_level(AWKWARD, size=400, eot_token_id=2)
+    file = saved(tmp_path, vocabulary)
+    spec = ModelSpec(gguf_shape(file), WeightSource.PATH, str(file))
+    folder = prepare_checkpoint(spec, DType.FLOAT32, tmp_path, no_progress)
+    assert TextTokenizer(folder).end_ids == {1, 2}
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [1, 2]
 
 
 def test_the_chat_template_comes_along(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def _write_tensor(out: BinaryIO, name: str, tensor: torch.Tensor, shape: tuple[i
     import torch
 
     assert tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}"
-    out.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_repeated(

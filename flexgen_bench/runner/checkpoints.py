@@ -179,11 +179,15 @@ def _convert_gguf(
     tensors = GGUFTensors(header, model.shape.num_heads, model.shape.num_kv_heads, dtype)
     tensors.check(expected)
     made = gguf_tokenizer(header, model.shape.max_positions)
-    config.bos_token_id, config.pad_token_id = made.vocabulary.bos, made.vocabulary.pad
-    config.eos_token_id = list(made.vocabulary.ends) or None
+    special = made.vocabulary
+    for key, token in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad)):
+        setattr(config, f"{key}_token_id", token)
     with new_folder(target, needed_bytes(expected, dtype)) as folder:
         config.save_pretrained(folder)
         made.tokenizer.save_pretrained(folder)
+        if special.ends:  # where every system looks for what ends a generation
+            ends = {"eos_token_id": list(special.ends)}
+            (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
         write_weights(folder, expected, dtype, tensors.get, progress)
 
 
