@@ -103,7 +103,7 @@ def test_every_name_means_what_it_means_to_llama_cpp(tmp_path: Path) -> None:
 def test_a_real_vocabulary(
     smollm2: tuple[ModelSpec, Path], shared_cache: Path, tmp_path: Path
 ) -> None:
-    """Of SmolLM2, as it is published."""
+    """Of SmolLM2, as it is published. It lacks some control characters, across which words were merged."""
     spec, folder = smollm2
     texts = [*AWKWARD, *random_texts(200, seed=3), "<|im_start|>user\nhi<|im_end|>\n<reponame>"]
     file = package_file(spec.location, shared_cache, no_progress)

@@ -95,10 +95,14 @@ def _byte_level(header: GGUFHeader, vocabulary: Vocabulary, splitting: Splitting
         raise StoreError(
             f"{header.path}: {PREFIX}merges do not fit the vocabulary ({error}). Convert the file again."
         ) from error
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    steps: list[Any] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    # A byte without a token is left out, but nothing is merged across it.
+    lost = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
+    steps += [pre_tokenizers.Split(byte, "removed") for byte in lost]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     return backend
 
