@@ -103,10 +103,7 @@ def rotary_table(
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     inverse = 1.0 / (theta ** (exponents / head_dim))
-    if scaling is not None and scaling["rope_type"] == "longrope":  # a divisor for each frequency
-        divisors = torch.tensor(scaling["long_factor"], device=positions.device)
-        inverse = 1.0 / (divisors * theta ** (exponents / head_dim))
-    elif scaling is not None:
+    if scaling is not None:
         inverse = _scaled_frequencies(inverse, scaling)
     angles = positions.float()[:, None] * inverse[None, :]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]

@@ -27,7 +27,6 @@ _ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("factor", "attention_factor"),
 }
 
 
@@ -53,14 +52,6 @@ class Llama(ModelFamily):
         if bad:
             raise UserError(
                 f"config.json: {bad[0]} of rope_type {kind}", rope.get(bad[0]), "a number above 0"
-            )
-        if kind == "longrope" and (
-            rope.get("short_factor") != rope.get("long_factor") or rope["attention_factor"] != 1
-        ):
-            raise UserError(
-                "config.json: long_factor of rope_type longrope",
-                rope.get("long_factor"),
-                "the same as short_factor, with an attention_factor of 1",
             )
         if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(

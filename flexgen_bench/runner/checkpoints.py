@@ -38,23 +38,23 @@ _log = logging.getLogger("flexgen_bench.stage")
 
 # Part of every folder's name; a change of what is written must change it.
 _FORMAT = 1
-# The same for those made from a GGUF file.
-_GGUF_FORMAT = 2
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# Part of the names of folders that are made from a GGUF file.
+_GGUF_FORMAT = 2
 
 
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
     identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
-    if model.weights is WeightSource.PACKAGE or is_gguf(Path(model.location)):
-        identity["gguf"] = _GGUF_FORMAT
     if model.weights is WeightSource.PATH:
         identity["files"] = _fingerprint(Path(model.location))
     if model.weights is WeightSource.TRAINED:
         identity["files"] = _fingerprint(trained_folder(model.location, cache))
+    if model.weights is WeightSource.PACKAGE or is_gguf(model.location):
+        identity["gguf"] = _GGUF_FORMAT
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model.shape.name)[:60]
     return (
