@@ -147,13 +147,11 @@ def _add_ends(
         return
     before = [around["bos"][0]] if "bos" in around else []
     after = [around["eos"][0]] if "eos" in around else []
-    template = processors.TemplateProcessing(
+    backend.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B:1", *after],
         special_tokens=list(dict.fromkeys(around.values())),
     )
-    # The byte-level step keeps offsets right; transformers' own tokenizers have the two in this order.
-    backend.post_processor = template
 
 
 def _for_transformers(
