@@ -51,7 +51,7 @@ def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
         amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
         tails = any(map(_has_tail, decoding))
         found.append(PassKind((bool(starting), bool(decoding), tails), amount))
-        scheduler.end_pass()
+        scheduler.postprocess()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder shard by shard: whole or not at all."""
+"""Writing a checkpoint folder tensor by tensor: whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
@@ -24,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 SHARD_BYTES = 400 * 10**6
 MANIFEST = "flexgen_bench.json"
+_SAFETENSORS_NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
 
 
 def write_weights(
@@ -33,34 +35,64 @@ def write_weights(
     get: Callable[[str], torch.Tensor],
     progress: Progress,
 ) -> None:
-    """Write every expected tensor as ``dtype``, a shard at a time; at most one shard is in memory.
-
-    Tensors of a shard are made by two threads, as random numbers take longer than writing them.
-    """
-    from safetensors.torch import save_file
-
+    """Write every expected tensor as ``dtype``, one after the other; no more than three are in memory."""
     sizes = {name: math.prod(shape) * dtype.bytes for name, shape in expected.items()}
     shards = plan_shards(sizes)
     total, done = sum(sizes.values()), 0
     where: dict[str, str] = {}
     progress("convert", 0, total)
     with ThreadPoolExecutor(2) as pool:
+        made = _ahead(pool, lambda name: _as(get(name), dtype), expected)
         for number, names in enumerate(shards, 1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard = {}
-            for name, tensor in zip(
-                names, pool.map(lambda n: _as(get(n), dtype), names), strict=True
-            ):
-                shard[name] = tensor
-                done += sizes[name]
-                progress("convert", done, total)
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            with (folder / file).open("wb") as out:
+                out.write(_shard_header({name: expected[name] for name in names}, dtype))
+                for name in names:
+                    _write_tensor(out, name, next(made), expected[name])
+                    done += sizes[name]
+                    progress("convert", done, total)
             where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, make: Callable[[str], torch.Tensor], names: Iterable[str]
+) -> Iterator[torch.Tensor]:
+    """What ``make`` makes of every name, in order, two at a time: making a tensor takes longer than writing it."""
+    under_way: deque[Future[torch.Tensor]] = deque()
+    for name in names:
+        under_way.append(pool.submit(make, name))
+        if len(under_way) > 2:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype: DType) -> bytes:
+    """The header of a safetensors file (its format: 8 bytes of length, JSON, the tensors without gaps).
+
+    The package itself wants all tensors of a file in memory at once.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.bytes
+        kind = _SAFETENSORS_NAMES[dtype]
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(out: BinaryIO, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    import torch
+
+    assert tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}"
+    out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_repeated(

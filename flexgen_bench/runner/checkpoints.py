@@ -22,6 +22,7 @@ from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
+from flexgen_bench.gguf_files.header import parts_of
 from flexgen_bench.runner.checkpoint_writer import (
     Progress,
     is_complete,
@@ -45,6 +46,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# Part of the names of folders that are made from a GGUF file.
+_GGUF_FORMAT = 2
 
 
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
@@ -56,6 +59,8 @@ def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
         identity["files"] = _fingerprint(Path(model.location))
     if model.weights is WeightSource.TRAINED:
         identity["files"] = _fingerprint(trained_folder(model.location, cache))
+    if model.weights is WeightSource.PACKAGE or is_gguf(model.location):
+        identity["gguf"] = _GGUF_FORMAT
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in model.shape.name)[:60]
     return (
@@ -166,24 +171,30 @@ def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progres
 def _convert_gguf(
     model: ModelSpec, dtype: DType, file: Path, target: Path, progress: Progress
 ) -> None:
-    from flexgen_bench.runner.checkpoint_reader import open_gguf
-    from flexgen_bench.runner.gguf_tokenizer import gguf_tokenizer
+    from flexgen_bench.gguf_files.config import config_from_gguf
+    from flexgen_bench.gguf_files.header import read_header
+    from flexgen_bench.gguf_files.tensors import GGUFTensors
+    from flexgen_bench.gguf_files.tokenizer import gguf_tokenizer
     from flexgen_bench.runner.hf_config import check_same_model, expected_tensors, hf_config
 
     _log.info("reading %s", file.name)
-    reader, theirs = open_gguf(file)
-    check_same_model(model.shape, theirs.to_dict(), file)
+    header = read_header(file)
+    check_same_model(model.shape, config_from_gguf(header), file)
     config = hf_config(model.shape, dtype)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(theirs, key, None))
     expected = expected_tensors(config)
-    reader.check(expected)
-    tokenizer = gguf_tokenizer(file)
-    tokenizer.model_max_length = model.shape.max_positions
+    tensors = GGUFTensors(header, model.shape.num_heads, model.shape.num_kv_heads, dtype)
+    tensors.check(expected)
+    made = gguf_tokenizer(header, model.shape.max_positions)
+    special = made.vocabulary
+    for key, token in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad)):
+        setattr(config, f"{key}_token_id", token)
     with new_folder(target, needed_bytes(expected, dtype)) as folder:
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_weights(folder, expected, dtype, reader.get, progress)
+        made.tokenizer.save_pretrained(folder)
+        if special.ends:  # where every system looks for what ends a generation
+            ends = {"eos_token_id": list(special.ends)}
+            (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+        write_weights(folder, expected, dtype, tensors.get, progress)
 
 
 def _convert_folder(
@@ -233,5 +244,5 @@ def _copy(file: Path, target: Path) -> None:
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a user's files, so that a changed checkpoint is converted again."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.iterdir()) if path.is_dir() else parts_of(path)
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

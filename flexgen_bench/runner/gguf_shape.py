@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.gguf_files.config import config_from_gguf
+from flexgen_bench.gguf_files.header import read_header
 from flexgen_bench.models.registry import shape_from_config
-from flexgen_bench.runner.checkpoint_reader import open_gguf
 
 
 def gguf_shape(file: Path) -> ModelShape:
-    """Read the file once through transformers and translate its config. StoreError if it is not there."""
-    if not file.is_file():
-        raise StoreError(f"{file} does not exist.")
-    _, config = open_gguf(file)
-    return shape_from_config(config.to_dict(), file.stem)
+    """Read the header and translate what it says. StoreError if the file is not there or cannot be run."""
+    try:
+        return shape_from_config(config_from_gguf(read_header(file)), file.stem)
+    except UserError as error:
+        raise StoreError(f"{file} holds a model that cannot be run: {error}") from error
