@@ -37,12 +37,11 @@ class Constants:
     """Of conf/system/accelerate.yaml, where each is explained."""
 
     copy_share: float
-    disk_share: float
 
 
 class AcceleratePredictor(Predictor):
     """Options: offload (auto: nothing if the model fits beside a batch, else to the host's memory, else to disk); batch_size, None for
-    the largest power of two that fits."""
+    the most that fit."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -105,8 +104,7 @@ class AcceleratePredictor(Predictor):
         if mode == "disk":
             spare = None if machine.host_bytes is None else machine.host_bytes - _HOST_BYTES
             share = cached_share(size, spare)
-            disk = self._constants.disk_share * machine.disk_read
-            rate = read_rate(disk, machine.disk_read_cached, share)
+            rate = read_rate(machine.disk_read, machine.disk_read_cached, share)
             loads["disk_read: weights"] = size / rate
         return loads
 

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from flexgen_bench.core.device_memory import process_bytes
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.planner.cost import rates_of
 
-# Of the GPU's memory, what tensors cannot have: the CUDA context and its libraries' workspaces (0.5 to 0.8 GB), error correction (a T4
-# sold with 16 GB shows 15.8 GB).
-CUDA_CONTEXT_BYTES = 1_000_000_000
 # Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml assumes).
 PAGEABLE_SHARE = 0.25
 
@@ -87,6 +85,11 @@ class Machine:
         return max(self.rates.transfers.get("disk_write_cached", 0.0), self.disk_write)
 
     @property
+    def process_bytes(self) -> float:
+        """Of the GPU's memory, what no tensor can have (``core/device_memory.py``). What a system's own allocator loses is in its model."""
+        return process_bytes(self.hardware) if self.has_gpu else 0.0
+
+    @property
     def host_bytes(self) -> int | None:
         """Of host memory."""
         return self.hardware.cpu_memory_bytes
@@ -106,13 +109,22 @@ class Machine:
 
 
 def largest_that_fits(fits: Callable[[int], object], limit: int) -> int:
-    """The largest power of two up to ``limit`` for which ``fits`` raises no DoesNotFit. Raises that of 1 if there is none."""
+    """The largest count up to ``limit`` for which ``fits`` raises no DoesNotFit: what fits with more fits with fewer. Raises that of 1 if
+    there is none."""
     fits(1)
-    size = 1
-    while size * 2 <= limit:
+
+    def does(count: int) -> bool:
         try:
-            fits(size * 2)
+            fits(count)
         except DoesNotFit:
-            break
-        size *= 2
-    return size
+            return False
+        return True
+
+    good, bad = 1, 2
+    while bad <= limit and does(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, limit + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if does(middle) else (good, middle)
+    return good
