@@ -13,7 +13,7 @@ from baselines.common.batches import BatchTimes, passes, predict_batches
 from baselines.common.constants import only_options, read_constants, read_count
 from baselines.common.hf_model import Compute, HFModel, Parts
 from baselines.common.machine import largest_that_fits
-from baselines.common.page_cache import cached_share, read_rate
+from baselines.common.page_cache import cached_share, mapped_rate
 from baselines.transformers.predictor import (
     LARGEST_BATCH,
     check_lossless,
@@ -104,7 +104,7 @@ class AcceleratePredictor(Predictor):
         if mode == "disk":
             spare = None if machine.host_bytes is None else machine.host_bytes - _HOST_BYTES
             share = cached_share(size, spare)
-            rate = read_rate(machine.disk_read, machine.disk_read_cached, share)
+            rate = mapped_rate(machine.disk_read, machine.disk_read_cached, share)
             loads["disk_read: weights"] = size / rate
         return loads
 
