@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen_bench.core.units import GIB, MIB, PAGE
 from flexgen_bench.core.device_memory import WORKSPACE_BYTES, gpu_room
+from flexgen_bench.core.units import GIB, MIB, PAGE
 from flexgen_bench.memory import host
 from flexgen_bench.memory.host import allocate
 

@@ -78,7 +78,9 @@ class Loading:
         ahead = size.bytes_of(FETCHED_AHEAD * size.shape.hidden_size**2)
         return self.stored_bytes / size.weight_bytes * (size.largest_matrix_bytes + ahead)
 
-    def check(self, batch: int, unpacked: float = 0.0, *, cache_here: bool = True) -> dict[Tier, Parts]:
+    def check(
+        self, batch: int, unpacked: float = 0.0, *, cache_here: bool = True
+    ) -> dict[Tier, Parts]:
         """Bytes of one GPU and its machine with ``batch`` sequences on each GPU. unpacked: bytes of weights. Raises DoesNotFit."""
         model, size = self.model, self.model.size
         here = Tier.GPU if model.machine.has_gpu else Tier.CPU

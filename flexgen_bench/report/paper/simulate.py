@@ -168,6 +168,7 @@ def answer(ask: Ask) -> Answer:
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:
     """The policy in the terms of a system: of the settings that it knows by name, those that the policy states."""
+    policy = policy.completed
     stated: dict[str, Any] = {
         "percent": None if policy.percent is None else list(policy.percent),
         "gpu_batch_size": policy.gpu_batch_size,
