@@ -207,7 +207,7 @@ def test_figure_4(tokens: int, printed: float) -> None:
 
 
 def test_breakdown_of_table_8() -> None:
-    """Held out: OPT-175B without overlap, in seconds."""
+    """OPT-175B without overlap, in seconds. Decoding was fitted (how fast caches are read from the disk), the prompts are held out."""
     options = original(
         "0 50 0 0 0 100", "32x8", cpu_cache_compute=True, pin_weight=False, overlap=False
     )
@@ -323,14 +323,48 @@ class TestFormulas:
         assert found.decode_s == pytest.approx(31 * weights / rate, rel=0.02)
         assert found.batch_size == 4
 
-    def test_batches_that_fit_are_those_that_were_used(self) -> None:
-        """Nobody tells the model that Accelerate ran 2, 8 and 2 sequences, DeepSpeed 16, 4 and 1 (half of it for 1024 tokens)."""
-        models = ("opt-6.7b", "opt-30b", "opt-175b")
-        found = [predict("accelerate", model).batch_size for model in models]
-        assert found == [2, 8, 2]
-        assert [predict("accelerate", m, 1024).batch_size for m in models] == [1, 4, 1]
-        assert [predict("deepspeed", model).batch_size for model in models] == [16, 4, 1]
-        assert [predict("deepspeed", m, 1024).batch_size for m in models[:2]] == [8, 2]
+    @pytest.mark.parametrize(
+        ("name", "model", "lengths", "printed", "found"),
+        [
+            # As many as fit (Tables 17 and 18).
+            ("deepspeed", "opt-6.7b", (512, 8), 18, 18),
+            ("deepspeed", "opt-6.7b", (128, 128), 36, 37),
+            ("accelerate", "opt-6.7b", (128, 128), 5, 6),
+            # Powers of two where the authors took those (Tables 2, 14 and 16).
+            ("accelerate", "opt-6.7b", (512, 32), 2, 2),
+            ("accelerate", "opt-30b", (512, 32), 8, 8),
+            ("accelerate", "opt-175b", (512, 32), 2, 2),
+            ("accelerate", "opt-30b", (1024, 32), 4, 4),
+            ("accelerate", "opt-30b", (256, 32), 16, 16),
+            ("deepspeed", "opt-6.7b", (512, 32), 16, 17),
+            ("deepspeed", "opt-30b", (512, 32), 4, 6),
+            ("deepspeed", "opt-175b", (512, 32), 1, 1),
+            ("deepspeed", "opt-6.7b", (1024, 32), 8, 8),
+            ("deepspeed", "opt-6.7b", (256, 32), 32, 32),
+        ],
+    )
+    def test_batches_that_fit_are_about_those_that_were_used(
+        self, name: str, model: str, lengths: tuple[int, int], printed: int, found: int
+    ) -> None:
+        """Nobody tells the model. Batches were powers of two, and the printed ones are not."""
+        batch = predict(name, model, *lengths).batch_size
+        assert batch == found
+        assert printed <= batch < 2 * printed
+
+    def test_the_original_fills_the_gpu(self) -> None:
+        """196 and 7 sequences of OPT-6.7B are printed for 128 + 128 tokens; the search tried 128 and 4, and nothing between those and the next power of two."""
+        assert predict("flexgen_original", "opt-6.7b", 128, 128).batch_size in (7, 8)
+        four = Lossy(FOUR_BITS, FOUR_BITS)
+
+        def batch(size: int) -> int:
+            options = original("100 0 100 0 100 0", f"{size}x1", overlap=False)
+            return predict(
+                "flexgen_original", "opt-6.7b", 128, 128, options=options, lossy=four
+            ).batch_size
+
+        assert batch(196) == 196
+        with pytest.raises(DoesNotFit):
+            batch(204)
 
     def test_published_settings_without_being_told(self) -> None:
         found = predict("flexgen_original", "opt-30b")

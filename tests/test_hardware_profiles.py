@@ -123,11 +123,29 @@ def test_the_papers_machines_are_asked_in_its_dtype(name: str) -> None:
 
 
 def test_a_capped_card_is_the_same_card() -> None:
-    """h100-16gb has less memory than an H100, and all of its speed."""
+    """h100-16gb has less memory than an H100, about a T4's, and all of its speed."""
     whole, capped = hardware_profile("h100"), hardware_profile("h100-16gb")
-    assert capped.gpu_memory_bytes == hardware_profile("t4").gpu_memory_bytes
+    assert capped.gpu_memory_bytes == pytest.approx(
+        hardware_profile("t4").gpu_memory_bytes, rel=0.01
+    )
     assert rates_of("h100").sites[Tier.GPU] == rates_of("h100-16gb").sites[Tier.GPU]
     assert whole.device_match == capped.device_match
+
+
+@pytest.mark.parametrize(
+    ("name", "mib"),
+    [("t4", 15360), ("rtx3090", 24576), ("rtx4090", 24564), ("a6000", 49140), ("a100", 40960),
+     ("a100-80gb", 81920), ("h100", 81559), ("laptop", 6144)],
+)  # fmt: skip
+def test_a_card_has_what_its_driver_says(name: str, mib: int) -> None:
+    """Data sheets' GB were taken for 10^9 bytes: a 3090 had 1.8 GB less than it has."""
+    assert hardware_profile(name).gpu_memory_bytes == mib * 2**20
+
+
+def test_nothing_is_said_never_to_have_run_on_a_gpu() -> None:
+    """The fused kernel has, on an H100."""
+    for file in (conf_dir() / "gpu").glob("*.yaml"):
+        assert "has not run on a GPU" not in file.read_text()
 
 
 GPU, CPU = "gpu.rates.gpu", "gpu.rates.cpu"

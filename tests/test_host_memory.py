@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen_bench.core.device_memory import WORKSPACE_BYTES, gpu_room
 from flexgen_bench.core.units import GIB, MIB, PAGE
-from flexgen_bench.engine.device import GPU_RESERVE_BYTES, gpu_room
 from flexgen_bench.memory import host
 from flexgen_bench.memory.host import allocate
 
@@ -88,10 +88,10 @@ def test_memory_that_cannot_be_locked_is_refused_and_released(
 @pytest.mark.parametrize(
     ("free", "cap", "reserved", "room"),
     [
-        (80 * GIB, None, 0, 80 * GIB - GPU_RESERVE_BYTES),
-        (80 * GIB, 16 * GIB, 0, 16 * GIB - GPU_RESERVE_BYTES),
+        (80 * GIB, None, 0, 80 * GIB - WORKSPACE_BYTES),
+        (80 * GIB, 16 * GIB, 0, 16 * GIB - WORKSPACE_BYTES),
         (80 * GIB, 16 * GIB, 15 * GIB, GIB - 128 * MIB),  # weights of this process are in place
-        (4 * GIB, 16 * GIB, 0, 4 * GIB - GPU_RESERVE_BYTES),  # somebody else uses the GPU
+        (4 * GIB, 16 * GIB, 0, 4 * GIB - WORKSPACE_BYTES),  # somebody else uses the GPU
         (GIB, 16 * GIB, 16 * GIB, 0),
     ],
 )

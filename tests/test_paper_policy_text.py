@@ -12,16 +12,18 @@ from paper_report import (
     PRINTED,
 )
 
-from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.report.paper.policy_text import parse_policy
+from flexgen_bench.report.paper.simulate import policy_options
+from flexgen_bench.table_conf import ConfiguredSystem, configured_systems
 
 
 def test_every_printed_policy_can_be_read() -> None:
     for row in PRINTED:
         policy = parse_policy(row.policy)
         if "bs=" in row.policy:
-            assert policy.is_policy
+            assert policy.is_whole == ("pct=" in row.policy or "total batch" in row.policy)
             assert f"bs={policy.gpu_batch_size}x{policy.num_gpu_batches}" in row.policy
         if row.table == "T15":
             assert policy.block_size == row.number, "the printed block is the policy's"
@@ -38,16 +40,41 @@ def test_every_printed_policy_can_be_read() -> None:
         ("compress kv only; bs=16x20", {"lossy": Lossy(kv_cache=FOUR), "block_size": 320}),
         ("bs=40x1; pipeline 4x1; inner 4 [repo scripts, not confirmed]", {"stages": 4, "num_prompts": 160, "origin": "repo scripts, not confirmed"}),
         ("bs=24x1; pipeline 4x1; comm gpu", {"num_prompts": 96, "remarks": ("comm gpu",)}),
-        ("total batch 48; cpu offload", {"block_size": 48, "weights_on": "cpu", "is_policy": True}),
+        ("total batch 48; cpu offload", {"block_size": 48, "weights_on": "cpu", "is_whole": True}),
         ("bs=96x3; eval instances=850; 3 train trials", {"num_prompts": 2592}),
         ("bs=20x3; tested samples=189; executed=180", {"num_prompts": 180, "tested": 189}),
-        ("effective batch=144", {"block_size": 144, "is_policy": False}),
-        ("", {"is_policy": False, "remarks": (), "lossy": EXACT}),
+        ("effective batch=144", {"block_size": 144, "is_whole": False}),
+        ("", {"is_whole": False, "remarks": (), "lossy": None, "overlap": None}),
+        ("not found", {"is_whole": False, "remarks": ("not found",), "gpu_batch_size": None}),
     ],
 )  # fmt: skip
 def test_a_policy_text_means(text: str, expected: dict[str, Any]) -> None:
     policy = parse_policy(text)
     assert {name: getattr(policy, name) for name in expected} == expected
+
+
+def test_words_that_a_whole_policy_leaves_out_have_a_meaning() -> None:
+    whole = parse_policy("bs=48x3; pct=20 80 0 100 0 100").completed
+    assert (whole.cpu_attention, whole.overlap, whole.pin_weight) == (False, True, True)
+    assert whole.unsaid == ""
+
+
+def test_what_no_text_says_is_not_told_to_a_system() -> None:
+    """``bs=7x1`` alone became attention on the GPU, overlap on and page-locked weights, as if the paper had printed it; without any policy nothing was asked."""
+    original = configured("flexgen_original")
+    batch = parse_policy("bs=7x1")
+    assert policy_options(batch, original) == {"gpu_batch_size": 7, "num_gpu_batches": 1}
+    assert "in part" in batch.unsaid
+    assert policy_options(parse_policy("not found"), original) == {}
+    assert "no policy" in parse_policy("not found").unsaid
+    assert policy_options(parse_policy("bs=5x1"), configured("accelerate")) == {"batch_size": 5}
+    told = policy_options(parse_policy("bs=48x3; pct=20 80 0 100 0 100"), original)
+    assert told["overlap"] is True
+    assert told["cpu_cache_compute"] is False
+
+
+def configured(name: str) -> ConfiguredSystem:
+    return next(system for system in configured_systems() if system.name == name)
 
 
 PARTS = {
@@ -95,5 +122,5 @@ def test_any_other_text_is_kept_or_refused(text: str) -> None:
     except UserError:
         return
     kept = "".join((*policy.remarks, policy.origin))
-    if not policy.is_policy and policy == parse_policy("; ".join(policy.remarks)):
+    if not policy.is_whole and policy == parse_policy("; ".join(policy.remarks)):
         assert all(word in kept for word in text.replace(";", " ").split() if word.isalpha())

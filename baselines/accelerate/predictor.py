@@ -13,7 +13,7 @@ from baselines.common.batches import BatchTimes, passes, predict_batches
 from baselines.common.constants import only_options, read_constants, read_count
 from baselines.common.hf_model import Compute, HFModel, Parts
 from baselines.common.machine import largest_that_fits
-from baselines.common.page_cache import cached_share, read_rate
+from baselines.common.page_cache import cached_share, mapped_rate
 from baselines.transformers.predictor import (
     LARGEST_BATCH,
     check_lossless,
@@ -35,12 +35,11 @@ class Constants:
     """Of conf/system/accelerate.yaml, where each is explained."""
 
     copy_share: float
-    disk_share: float
 
 
 class AcceleratePredictor(Predictor):
     """Options: offload (auto: nothing if the model fits beside a batch, else to the host's memory, else to disk); batch_size, None for
-    the largest power of two that fits."""
+    the most that fit."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -102,11 +101,12 @@ class AcceleratePredictor(Predictor):
         loads = {"h2d: weights": size / (self._constants.copy_share * machine.h2d)}
         if mode == "disk":
             spare = (
-                None if machine.host_bytes is None else machine.host_bytes - machine.process_bytes
+                None
+                if machine.host_bytes is None
+                else machine.host_bytes - machine.host_process_bytes
             )
             share = cached_share(size, spare)
-            disk = self._constants.disk_share * machine.disk_read
-            rate = read_rate(disk, machine.disk_read_cached, share)
+            rate = mapped_rate(machine.disk_read, machine.disk_read_cached, share)
             loads["disk_read: weights"] = size / rate
         return loads
 
@@ -119,7 +119,7 @@ def _check(model: HFModel, mode: str, batch: int) -> dict[Tier, Parts]:
     buffers = size.largest_matrix_bytes + size.bytes_of(size.table_values)
     needed: dict[Tier, Parts] = {here: {"buffers": buffers, **model.working_parts(batch)}}
     host: Parts = needed.setdefault(Tier.CPU, {})
-    host["process"] = model.machine.process_bytes
+    host["process"] = model.machine.host_process_bytes
     if mode == "cpu":
         host["weights"] = size.weight_bytes
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from baselines.common.eager import EagerCompute
-from baselines.common.machine import CUDA_CONTEXT_BYTES, Machine
+from baselines.common.machine import Machine
 from baselines.common.model_size import ModelSize
 from flexgen_bench.core.prediction import Question
 
@@ -105,8 +105,11 @@ class HFModel:
     def cache_bytes(self, batch: int, tokens: int) -> float:
         return batch * tokens * self.size.kv_bytes_per_token
 
-    def working_parts(self, batch: int, *, cache_here: bool = True) -> Parts:
-        """Bytes beside the weights where it is computed, at the worst moment: the end of the prompt, or of decoding."""
+    def working_parts(
+        self, batch: int, *, cache_here: bool = True, fragmentation: float = FRAGMENTATION
+    ) -> Parts:
+        """Bytes beside the weights where it is computed, at the worst moment: the end of the prompt, or of decoding. fragmentation: what
+        growing caches take over their size."""
         size, shape = self.size, self.size.shape
         tokens = batch * self.prompt_len
         hidden = size.bytes_of(tokens * shape.hidden_size)
@@ -114,11 +117,11 @@ class HFModel:
         logits = size.bytes_of(tokens * shape.vocab_size)
         up = size.bytes_of(tokens * shape.ffn_size)
         prompt = max(scores + HIDDEN_TENSORS * hidden, logits + 2 * hidden, 2 * up + 3 * hidden)
-        first = self.cache_bytes(batch, self.prompt_len) * FRAGMENTATION
-        last = 2 * self.cache_bytes(batch, self.prompt_len + self.gen_len) * FRAGMENTATION
+        first = self.cache_bytes(batch, self.prompt_len) * fragmentation
+        last = 2 * self.cache_bytes(batch, self.prompt_len + self.gen_len) * fragmentation
         if not cache_here:
             first = last = 0.0
         end_of_prompt = {"kv_cache": first, "workspace": prompt}
         end = {"kv_cache": last, "workspace": 2 * size.bytes_of(batch * shape.vocab_size)}
         worst = max(end_of_prompt, end, key=lambda parts: sum(parts.values()))
-        return worst | {"context": CUDA_CONTEXT_BYTES if self.machine.has_gpu else 0.0}
+        return worst | {"driver and context": self.machine.process_bytes}

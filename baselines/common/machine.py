@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from flexgen_bench.core.device_memory import process_bytes
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.planner.cost import rates_of
 
-# Of the GPU's memory, what tensors cannot have: the CUDA context and its libraries' workspaces (0.5 to 0.8 GB), error correction (a T4
-# sold with 16 GB shows 15.8 GB).
-CUDA_CONTEXT_BYTES = 1_000_000_000
 # Of host memory, what a process of a baseline takes beside tensors: Python, torch, the loader, with a GPU also CUDA's libraries and
 # what is page-locked. Without: MEASURED, torch's build for processors, 170 MiB of a system that refuses before it loads; 0.99 GiB of
 # Accelerate's at its peak (results/default, OPT-1.3B), 0.5 GB of which are the buffers and activations that are counted by themselves.
@@ -40,7 +38,7 @@ class Machine:
         return self.hardware.accelerator is Accelerator.CUDA
 
     @property
-    def process_bytes(self) -> float:
+    def host_process_bytes(self) -> float:
         """Of host memory, beside tensors."""
         return GPU_PROCESS_BYTES if self.has_gpu else CPU_PROCESS_BYTES
 
@@ -96,6 +94,11 @@ class Machine:
         return max(self.rates.transfers.get("disk_write_cached", 0.0), self.disk_write)
 
     @property
+    def process_bytes(self) -> float:
+        """Of the GPU's memory, what no tensor can have (``core/device_memory.py``). What a system's own allocator loses is in its model."""
+        return process_bytes(self.hardware) if self.has_gpu else 0.0
+
+    @property
     def host_bytes(self) -> int | None:
         """Of host memory."""
         return self.hardware.cpu_memory_bytes
@@ -115,13 +118,22 @@ class Machine:
 
 
 def largest_that_fits(fits: Callable[[int], object], limit: int) -> int:
-    """The largest power of two up to ``limit`` for which ``fits`` raises no DoesNotFit. Raises that of 1 if there is none."""
+    """The largest count up to ``limit`` for which ``fits`` raises no DoesNotFit: what fits with more fits with fewer. Raises that of 1 if
+    there is none."""
     fits(1)
-    size = 1
-    while size * 2 <= limit:
+
+    def does(count: int) -> bool:
         try:
-            fits(size * 2)
+            fits(count)
         except DoesNotFit:
-            break
-        size *= 2
-    return size
+            return False
+        return True
+
+    good, bad = 1, 2
+    while bad <= limit and does(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, limit + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if does(middle) else (good, middle)
+    return good

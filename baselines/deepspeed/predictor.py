@@ -1,4 +1,4 @@
-"""How fast DeepSpeed ZeRO-Inference would be, as of 2022: the KV cache on the GPU, the next layer on its way while this one computes."""
+"""How fast DeepSpeed ZeRO-Inference would be, as of 2022: the KV cache on the GPU, the next weights on their way while these are used."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from flexgen_bench.planner.predictor import Predictor
 
 MODES = ("cpu", "nvme")
 LARGEST_BATCH = 256
-# The layer that is computed and the one that is fetched meanwhile.
-LAYERS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,14 @@ class Constants:
     """Of conf/system/deepspeed.yaml, where each is explained."""
 
     link_share: float
+    disk_share: float
     network: float
+    fragmentation: float
 
 
 class DeepSpeedPredictor(Predictor):
     """Options: offload (cpu goes on to nvme where the host's memory is too small; None the same); batch_size, of all GPUs together, None
-    for the largest power of two that fits on each."""
+    for the most sequences that fit on each."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -71,15 +71,18 @@ class DeepSpeedPredictor(Predictor):
     ) -> tuple[Loading, int, dict[Tier, Parts]]:
         """Where the weights lie, sequences on each GPU, and bytes. Raises DoesNotFit."""
         gpus = question.num_gpus
+        constants, machine = self._constants, model.machine
         loading = Loading(
-            model, mode, model.size.weight_bytes, gpus,
-            self._constants.link_share * model.machine.h2d, self._constants.network,
-        )  # fmt: skip
-        buffers = LAYERS_IN_FLIGHT * model.size.bytes_of(model.size.layer_values)
-
-        def check(size: int) -> dict[Tier, Parts]:
-            return loading.check(size, buffers)
-
+            model,
+            mode,
+            model.size.weight_bytes,
+            gpus,
+            link=constants.link_share * machine.h2d,
+            disk=constants.disk_share * machine.disk_read,
+            network=constants.network,
+            fragmentation=constants.fragmentation,
+        )
+        check = loading.check
         if self._batch is not None:
             each = -(-self._batch // gpus)
         else:

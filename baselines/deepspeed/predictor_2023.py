@@ -10,10 +10,10 @@ from typing import Any
 
 from baselines.common.batches import BatchTimes, passes, predict_batches
 from baselines.common.constants import only_options, read_constants, read_count
-from baselines.common.hf_model import HFModel, Parts
+from baselines.common.hf_model import FRAGMENTATION, HFModel, Parts
 from baselines.common.machine import largest_that_fits
 from baselines.deepspeed.loading import Loading
-from baselines.deepspeed.predictor import LARGEST_BATCH, LAYERS_IN_FLIGHT, MODES
+from baselines.deepspeed.predictor import LARGEST_BATCH, MODES
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError, unknown_choice
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Tier
@@ -32,7 +32,7 @@ class Constants:
 
 
 class ZeroInference2023Predictor(Predictor):
-    """Options: offload (None: cpu or nvme, what is faster); batch_size (None: the largest power of two that fits); kv_offload (None:
+    """Options: offload (None: cpu or nvme, what is faster); batch_size (None: the most that fit); kv_offload (None:
     what is faster); pin_memory, whether weights in the host's memory are page-locked."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
@@ -74,15 +74,19 @@ class ZeroInference2023Predictor(Predictor):
         shrunk = packed.row_bytes(group) / (group * model.size.dtype.bytes) if packed else 1.0
         share = constants.link_share if self._pinned else constants.pageable_share
         loading = Loading(
-            model, mode, shrunk * model.size.weight_bytes, 1,
-            share * model.machine.h2d, constants.network,
-        )  # fmt: skip
-        buffers = shrunk * LAYERS_IN_FLIGHT * model.size.bytes_of(model.size.layer_values)
-        if packed:
-            buffers += model.size.largest_matrix_bytes
+            model,
+            mode,
+            shrunk * model.size.weight_bytes,
+            1,
+            link=share * model.machine.h2d,
+            disk=model.machine.disk_read,
+            network=constants.network,
+            fragmentation=FRAGMENTATION,
+        )
+        unpacked = model.size.largest_matrix_bytes if packed else 0.0
 
         def check(size: int) -> dict[Tier, Parts]:
-            return loading.check(size, buffers, cache_here=not kv_offload)
+            return loading.check(size, unpacked, cache_here=not kv_offload)
 
         batch = self._batch or largest_that_fits(check, question.num_prompts or LARGEST_BATCH)
         needed = check(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from baselines.common.eager import EagerCompute
-from baselines.common.page_cache import cached_share, read_rate
+from baselines.common.page_cache import cached_share, mapped_rate
 from baselines.flexgen_original import memory
 from baselines.flexgen_original.job import Job
 from baselines.flexgen_original.parts import Part, Runs
@@ -18,6 +18,8 @@ SCORE_PASSES = 6
 UPCAST_TRAFFIC = 3
 # On the cpu a packed number becomes float32 in five passes (two to unpack, divide, add): 22 bytes of traffic for 2 of float16.
 CPU_UNPACK_TRAFFIC = 11
+# Of a batch in a layer: its keys, its values.
+KV_FILES = 2
 _HAS_ATTENTION = (LayerKind.ATTENTION, LayerKind.BLOCK)
 _HAS_MLP = (LayerKind.MLP, LayerKind.BLOCK)
 
@@ -47,8 +49,16 @@ class Costs:
 
     @cached_property
     def disk_rate(self) -> float:
+        """At which one file at a time is read: weights, hidden states."""
         machine = self.machine
-        return read_rate(machine.disk_read, machine.disk_read_cached, self.cached)
+        return mapped_rate(machine.disk_read, machine.disk_read_cached, self.cached)
+
+    @cached_property
+    def kv_disk_rate(self) -> float:
+        """At which the keys and the values of a batch are read, two files at a time."""
+        machine, share = self.machine, self.job.constants.kv_disk_share
+        disk = share * machine.disk_read
+        return mapped_rate(disk, machine.disk_read_cached, self.cached, KV_FILES)
 
     @cached_property
     def write_back_rate(self) -> float:
@@ -65,7 +75,7 @@ class Costs:
                 copies = Part("cpu: copies into page-locked memory", on_cpu / rate, Runs.ON_MAIN)
                 parts.append(copies)
         if on_disk:
-            parts += self._from_disk("weights", on_disk, to_gpu=True)
+            parts += self._from_disk("weights", on_disk / self.disk_rate, on_disk)
         return parts
 
     def load_cache(self, kind: LayerKind, context: float) -> list[Part]:
@@ -77,7 +87,8 @@ class Costs:
         to_gpu = not self.settings.cpu_cache_compute
         parts = []
         if shares[Tier.DISK]:
-            parts += self._from_disk("KV cache", shares[Tier.DISK] * kept, to_gpu)
+            on_disk = shares[Tier.DISK] * kept
+            parts += self._from_disk("KV cache", on_disk / self.kv_disk_rate, on_disk * to_gpu)
         on_cpu = shares[Tier.CPU]
         if on_cpu and to_gpu:
             pace = min(self.job.constants.kv_load_share * self.machine.cpu.memory, self.machine.h2d)
@@ -167,9 +178,9 @@ class Costs:
         seconds = self.job.constants.step_launches * self.machine.compute.step
         return Part("gpu: idle between steps", seconds, Runs.ON_MAIN)
 
-    def _from_disk(self, what: str, size: float, to_gpu: bool) -> list[Part]:
-        """A copy thread reads into its buffer, then sends that to the GPU."""
-        parts = [Part(f"disk_read: {what}", size / self.disk_rate, Runs.DISK)]
-        if to_gpu:
-            parts.append(Part(f"h2d: {what}", size / self.machine.h2d, Runs.DISK))
+    def _from_disk(self, what: str, read_s: float, sent: float) -> list[Part]:
+        """A copy thread reads into its buffer, then sends so many bytes of that to the GPU."""
+        parts = [Part(f"disk_read: {what}", read_s, Runs.DISK)]
+        if sent:
+            parts.append(Part(f"h2d: {what}", sent / self.machine.h2d, Runs.DISK))
         return parts

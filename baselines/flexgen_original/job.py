@@ -26,6 +26,7 @@ class Constants:
     unpack_share: float
     pin_copy_share: float
     kv_load_share: float
+    kv_disk_share: float
     step_launches: float
     network: float
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from baselines.common.machine import CUDA_CONTEXT_BYTES
 from baselines.flexgen_original.job import RELAY_BYTES, Job
 from baselines.flexgen_original.placement import LayerKind
 from flexgen_bench.core.tiers import Tier
@@ -46,7 +45,7 @@ def _gpu(job: Job) -> Parts:
         "unpacked weights": plain,
         "activations": _gpu_hidden(job),
         "workspace": max(_prefill_attention(job), _prefill_head(job), _decode_attention(job)),
-        "context": CUDA_CONTEXT_BYTES,
+        "driver and context": job.machine.process_bytes,
     }
 
 

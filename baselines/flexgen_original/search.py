@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from baselines.common.machine import largest_that_fits
 from baselines.flexgen_original import memory, settings
 from baselines.flexgen_original.job import Job
 from baselines.flexgen_original.outcome import Outcome, outcome
@@ -22,7 +23,9 @@ _PUBLISHED_GEN_LEN = 32
 _CACHE_ALONE = ("opt-30b",)
 # Weights on gpu and on cpu, in percent.
 _WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
-# The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2.
+# The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2. What they ran on the
+# GPU alone was as large as fits (7, 76, 196: Tables 17 and 18), elsewhere at most 160.
+_LARGEST_GPU_BATCH = 256
 _GPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 
@@ -90,7 +93,8 @@ def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
     best: Outcome | None = None
     refusal: DoesNotFit | None = None
     for candidate in _candidates(question.lossy, given):
-        for shaped in _shapes(candidate, question, given):
+        sizes = _gpu_batch_sizes(replace(job, settings=candidate), given)
+        for shaped in _shapes(candidate, question, given, sizes):
             try:
                 found = _largest_blocks(replace(job, settings=shaped), given)
             except DoesNotFit as error:
@@ -126,13 +130,28 @@ def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
                     yield candidate
 
 
-def _shapes(
-    candidate: Settings, question: Question, given: Mapping[str, Any]
-) -> Iterator[Settings]:
-    """Batch sizes, small before large; where the number of prompts is stated, batches as even as they can be."""
-    sizes: tuple[int, ...] = _GPU_BATCH_SIZES
+def _gpu_batch_sizes(job: Job, given: Mapping[str, Any]) -> list[int]:
+    """Those that are tried, small before large. With the whole cache on the GPU also the largest of which one batch fits."""
     if "gpu_batch_size" in given:
-        sizes = (candidate.gpu_batch_size,)
+        return [job.settings.gpu_batch_size]
+    if job.settings.percent[2] < 100:
+        return list(_GPU_BATCH_SIZES)
+
+    def check(size: int) -> None:
+        settings = replace(job.settings, gpu_batch_size=size, num_gpu_batches=1, pin_weight=False)
+        memory.check(replace(job, settings=settings))
+
+    try:
+        largest = largest_that_fits(check, _LARGEST_GPU_BATCH)
+    except DoesNotFit:
+        return [1]  # which says what is missing
+    return sorted({*(size for size in _GPU_BATCH_SIZES if size < largest), largest})
+
+
+def _shapes(
+    candidate: Settings, question: Question, given: Mapping[str, Any], sizes: list[int]
+) -> Iterator[Settings]:
+    """Batches of these sizes; where the number of prompts is stated, as even as they can be."""
     each = question.num_prompts and max(1, question.num_prompts // question.num_gpus)
     for size in sizes:
         if each is None:

@@ -24,7 +24,7 @@ class _Constants:
 
 
 class TransformersPredictor(Predictor):
-    """Option batch_size: sequences computed together; None takes the largest power of two that fits."""
+    """Option batch_size: sequences computed together; None takes the most that fit."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -70,7 +70,7 @@ def check_resident(model: HFModel, batch: int) -> dict[Tier, Parts]:
 
 
 def resident_batch(model: HFModel, question: Question) -> int:
-    """The largest power of two that fits, up to the job's prompts. Raises DoesNotFit if one sequence does not."""
+    """The most sequences that fit, up to the job's prompts. Raises DoesNotFit if one sequence does not."""
     limit = question.num_prompts or LARGEST_BATCH
     return largest_that_fits(lambda size: check_resident(model, size), limit)
 

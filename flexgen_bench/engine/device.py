@@ -10,17 +10,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.device_memory import gpu_room
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
-from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.engine.throttle import Link
 from flexgen_bench.memory import host
-
-# What torch takes on a GPU besides the tensors of a plan: cuBLAS workspaces (32 MiB for each stream on recent GPUs),
-# segments that are cut in pieces, and tensors another stream has not let go of yet. Not measured yet.
-GPU_RESERVE_BYTES = 384 * MIB
 
 
 @dataclass(frozen=True)
@@ -115,13 +111,6 @@ class Device:
                 torch.cuda.memory_reserved(),
             )
         return free
-
-
-def gpu_room(free: int, cap: int | None, reserved: int) -> int:
-    """Bytes a plan may use on the GPU: what is free, and under a cap what this process (``reserved`` bytes held)
-    has left of it; less what torch takes for itself."""
-    room = free if cap is None else min(free, cap - reserved)
-    return max(0, room - min(GPU_RESERVE_BYTES, room // 8))
 
 
 @cache

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.device_memory import WORKSPACE_BYTES, job_bytes, process_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import format_seconds
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
@@ -69,6 +70,7 @@ def _why(auto: AutoChoice) -> Iterator[str]:
 def _task(question: Question, policy: Policy | None) -> Task:
     shape = question.shape
     inventory = family(shape.family).inventory(shape)
+    room = job_bytes(question.hardware)
     lossies = [policy.lossy] if policy is not None else allowed(question.lossy)
     return Task(
         shape=shape,
@@ -77,6 +79,7 @@ def _task(question: Question, policy: Policy | None) -> Task:
         packed={lossy: pack(shape, inventory, question.dtype, lossy.weights) for lossy in lossies},
         request=Request(question.prompt_len, question.gen_len),
         prompts=question.num_prompts,
+        available={} if room is None else {Tier.GPU: room},
         max_latency_s=question.max_latency_s,
     )
 
@@ -98,13 +101,22 @@ def _prediction(
         prompt_len=task.request.prompt_len,
         gen_len=task.request.gen_len,
         batch_size=policy.block_size,
-        bytes={str(tier): plan.total(tier) for tier in plan.bytes},
+        bytes=_bytes(task, plan),
         lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
         bottleneck=_bottleneck(busy, times.total_s),
         settings={"policy": policy.to_dict(), **words},
         disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
         overlapped=policy.mixes_phases(prompts),
     )
+
+
+def _bytes(task: Task, plan: MemoryPlan) -> dict[str, int]:
+    """By tier, with what a process takes of a GPU beside its plan."""
+    planned = {str(tier): plan.total(tier) for tier in plan.bytes}
+    beside = process_bytes(task.hardware)
+    if beside:
+        planned[str(Tier.GPU)] += beside + WORKSPACE_BYTES
+    return planned
 
 
 def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:

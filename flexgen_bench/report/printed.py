@@ -18,6 +18,8 @@ _GENERATION = {"table": "T2", "metric": "generation throughput"}
 _DECODING = {"table": "T3", "metric": "decoding throughput"}
 _MACHINE_TABLE, _DEVICE = "T1", "T4"
 _MACHINE = {"gpu_memory_bytes": "GPU memory", "cpu_memory_bytes": "CPU DRAM"}  # both in GB
+# Of a T4's 16 GiB, what error correction leaves.
+_WITHOUT_ECC = 15 / 16
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,21 @@ def printed(
     generation, decoding = _first(rows, _GENERATION), _first(rows, _DECODING)
     if generation is None:
         return None
-    lossy = parse_policy(generation.policy).lossy if compressed else EXACT
+    lossy = parse_policy(generation.policy).lossy or EXACT if compressed else EXACT
     return Printed(generation, decoding, lossy)
 
 
 def is_printed_machine(tables: Path, hardware: HardwareProfile) -> bool:
     """Whether a profile is the machine of the paper's single-GPU tables, so that a ratio says something about the prediction. Memory modules
-    hold powers of two, so its GB may be GiB."""
+    hold powers of two, so its GB may be GiB; of a card's, error correction takes a sixteenth."""
     sizes = {row.metric: row.number for row in _rows(tables) if row.table == _MACHINE_TABLE}
+
+    def may_be(name: str) -> tuple[float, ...]:
+        printed = sizes.get(name) or 0.0
+        return printed * GB, printed * GIB, printed * GIB * _WITHOUT_ECC
+
     return hardware.device_match == _DEVICE and all(
-        getattr(hardware, key) in ((sizes.get(name) or 0) * GB, (sizes.get(name) or 0) * GIB)
-        for key, name in _MACHINE.items()
+        getattr(hardware, key) in may_be(name) for key, name in _MACHINE.items()
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
-from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.processes import cores, process_pool
@@ -148,7 +148,10 @@ def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simu
     ran = Policy.stated_in(policy)
     if ran is None:
         return None
-    spec = replace(asked.spec, policy=ran, max_latency_s=None)
+    hardware = asked.spec.hardware
+    if hardware.accelerator is Accelerator.CUDA:  # it has fitted, whatever the model says
+        hardware = replace(hardware, gpu_memory_bytes=None)
+    spec = replace(asked.spec, policy=ran, max_latency_s=None, hardware=hardware)
     return predict(replace(asked, spec=spec), ran.lossy, cache)
 
 

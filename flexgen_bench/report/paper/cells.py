@@ -21,7 +21,6 @@ from flexgen_bench.report.paper.simulate import OOM, Job, Simulations, Told, pol
 from flexgen_bench.table_conf import ours_beside
 
 NOTHING = "-"
-NO_POLICY = "no policy known"
 OVERLAPPED = (
     "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own; "
     "only the whole job has"
@@ -98,7 +97,9 @@ def build_cell(
             raise _uncounted(row, name)
         asks = _Asks(row, table, sources, sources.simulations, name)
         printed_as = (conf and conf.simulated_as) or row.system
-        simulated = asks.original(printed_as, policy, prompts)
+        # Compression that a text does not state is what its system is named for, as beside it.
+        named = policy if policy.lossy is not None else replace(policy, lossy=beside)
+        simulated = asks.original(printed_as, named, prompts)
         if beside is not None:
             whole_job = policy.executed is not None or policy.eval_instances is not None
             given = prompts if prompts is not None else policy.num_prompts if whole_job else None
@@ -116,7 +117,7 @@ def build_cell(
         ours=ours,
         ours_lossy="" if lossy == _EXACT else lossy,
         unrounded=next((a.unrounded for a in assumed if a.unrounded is not None), None),
-        assumed="; ".join(_assumed_text(a) for a in assumed),
+        assumed="; ".join(_assumed_texts(assumed, policy if simulated.source else None)),
         has_ratio=row.quantity not in table.no_ratio,
         notes=notes,
     )
@@ -158,7 +159,7 @@ class _Asks:
             prompt_len,
             gen_len,
             num_prompts,
-            policy.lossy,
+            policy.lossy or EXACT,
             self.row.count("gpus") or 1,
         )
 
@@ -167,8 +168,6 @@ class _Asks:
         job = self.job(policy.num_prompts if prompts is None else prompts, policy)
         if system is None or job is None:
             return Beside()
-        if not policy.is_policy:
-            return Beside(word=NO_POLICY)
         options = policy_options(policy, system)
         return self._recorded(system.name, job, options) or self._told(
             self.simulations.ask(system, options, job), system.name
@@ -221,6 +220,12 @@ def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, in
     text = next((a.policy for a in assumed if a.policy is not None), row.policy)
     prompts = next((a.num_prompts for a in assumed if a.num_prompts is not None), None)
     return parse_policy(text), prompts
+
+
+def _assumed_texts(assumed: Sequence[AssumedConf], asked: PolicyText | None) -> list[str]:
+    """asked: the policy of a system that was asked, which may leave something for it to choose."""
+    texts = [_assumed_text(one) for one in assumed]
+    return texts + ([asked.unsaid] if asked is not None and asked.unsaid else [])
 
 
 def _assumed_text(assumed: AssumedConf) -> str:

@@ -2,6 +2,9 @@
 
 ``bs=48x3; pct=20 80 0 100 0 100; cpu attention; pin 0``: parts between semicolons, in any order. What is in square brackets says
 where the policy was found. Parts that mean nothing to a simulation are kept as remarks, so that no text is lost.
+
+A text with a shape and percents is a whole policy: words it leaves out (attention, overlap, pinning) then mean what the authors' command line
+does without them. Of any other text only what it says is told to a system, which chooses the rest as it would for its users.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError
 
 _FOUR_BITS = Compression(bits=4, group_size=64)
@@ -40,10 +43,13 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "cpu offload": {"offload": "cpu"},
 }
 
+_ALL_CHOSEN = "no policy is printed: chosen as the system would"
+_REST_CHOSEN = "the policy is printed in part: the rest chosen as the system would"
+
 
 @dataclass(frozen=True)
 class PolicyText:
-    """What a policy text says; None and "" for what it does not.
+    """What a policy text says; None and "" for what it does not. lossy None: nothing of compression.
 
     percent: weights on gpu, on cpu, KV cache on gpu, on cpu, activations on gpu, on cpu. stages: GPUs of a pipeline; inner: blocks
     in flight in it. total_batch: of all GPUs. effective: a block whose shape is not known. tested, executed, eval_instances, trials: of a task. origin: the text in brackets.
@@ -52,10 +58,10 @@ class PolicyText:
     gpu_batch_size: int | None = None
     num_gpu_batches: int | None = None
     percent: tuple[int, ...] | None = None
-    cpu_attention: bool = False
-    overlap: bool = True
-    pin_weight: bool = True
-    lossy: Lossy = EXACT
+    cpu_attention: bool | None = None
+    overlap: bool | None = None
+    pin_weight: bool | None = None
+    lossy: Lossy | None = None
     stages: int | None = None
     inner: int | None = None
     total_batch: int | None = None
@@ -69,9 +75,30 @@ class PolicyText:
     remarks: tuple[str, ...] = ()
 
     @property
-    def is_policy(self) -> bool:
-        """Whether there is enough to simulate: at least a batch."""
-        return self.gpu_batch_size is not None or self.total_batch is not None
+    def is_whole(self) -> bool:
+        """Whether nothing is left for a system to choose: a batch, and where tensors are."""
+        shape, total = self.gpu_batch_size is not None, self.total_batch is not None
+        return (shape and self.percent is not None) or total
+
+    @property
+    def completed(self) -> PolicyText:
+        """With what a whole policy leaves unsaid: the defaults of the authors' command line. Any other stays as it is."""
+        if not self.is_whole:
+            return self
+        return replace(
+            self,
+            cpu_attention=self.cpu_attention or False,
+            overlap=self.overlap is not False,
+            pin_weight=self.pin_weight is not False,
+        )
+
+    @property
+    def unsaid(self) -> str:
+        """What the text leaves to the system, in words; "" for a whole policy."""
+        if self.is_whole:
+            return ""
+        told = self.gpu_batch_size is not None or self.percent is not None or self.offload
+        return _REST_CHOSEN if told else _ALL_CHOSEN
 
     @property
     def block_size(self) -> int | None:

@@ -164,6 +164,7 @@ def _told(answer: Answer, system: ConfiguredSystem, job: Job) -> Told:
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:
     """The policy in the terms of a system: of the settings that it knows by name, those that the policy states."""
+    policy = policy.completed
     stated: dict[str, Any] = {
         "percent": None if policy.percent is None else list(policy.percent),
         "gpu_batch_size": policy.gpu_batch_size,
