@@ -155,9 +155,10 @@ class LLM:
     ) -> list[Output]:
         """Continue every prompt: texts or lists of token ids, any number, any mixture of lengths.
 
-        Empty text is the model's start token. Ids may be arrays of numpy or torch, one-dimensional. Results come in the order of the
-        prompts and do not depend on how they are batched. ``on_output`` gets each as soon as it is there. Raises UserError for the
-        first prompt that cannot be used, before any is computed.
+        Empty text is the model's start token. Ids may be arrays of numpy or torch, one-dimensional.
+        Results come in the order of the prompts and do not depend on how they are batched.
+        ``on_output`` gets each as soon as it is there. Raises UserError for the first prompt that
+        cannot be used, before any is computed.
         """
         self._check_open()
         asked = prompts_of(prompts)

@@ -18,8 +18,9 @@ Prompt = str | Sequence[int]
 class Output:
     """One prompt's result.
 
-    text: what the tokens add to the prompt's text, so that prompt + text is the whole of it: from the space before the first word
-    on, without special tokens, and cut before the first stop string. finish_reason: "stop" (a stop id or string) or "length".
+    text: what the tokens add to the prompt's text, so that prompt + text is the whole of it: from
+    the space before the first word on, without special tokens, and cut before the first stop
+    string. finish_reason: "stop" (a stop id or string) or "length".
     """
 
     prompt: Prompt
@@ -48,7 +49,8 @@ class Score:
 
 
 def prompts_of(prompts: Any) -> list[str | list[int]]:
-    """Each a text or a list of ids: of a single prompt, or of a list of prompts in any mixture. UserError names the first that is neither."""
+    """Each a text or a list of ids: of a single prompt, or of a list of prompts in any mixture.
+    UserError names the first that is neither."""
     if isinstance(prompts, str):
         return [prompts]
     given = as_list(prompts, "prompts", "a text, a list of token ids, or a list of these")

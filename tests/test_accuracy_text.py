@@ -1,4 +1,5 @@
-"""Tasks with tokenizers of the sentencepiece kind: lm-eval's answers, and words scored where a tokenizer adds an end."""
+"""Tasks with tokenizers of the sentencepiece kind: lm-eval's answers, and words scored where a
+tokenizer adds an end."""
 
 from __future__ import annotations
 
@@ -47,8 +48,9 @@ def answers(lm: Any) -> Sequence[str]:
 
 @pytest.mark.parametrize(("system", "options"), [("flexgen", {}), ("transformers", {"batch_size": 2})])  # fmt: skip
 def test_answers_are_those_of_lm_eval(tmp_path: Path, system: str, options: dict[str, Any]) -> None:
-    """Stop strings with a leading space, of several bytes, of a special token. One that is the first word lm-eval's own model does not
-    see, since it looks for it in text without the first space; here it ends the answer."""
+    """Stop strings with a leading space, of several bytes, of a special token. One that is the
+    first word lm-eval's own model does not see, since it looks for it in text without the first
+    space; here it ends the answer."""
     folder = folder_of(tmp_path, end=False)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     reference = HFLM(pretrained=model, tokenizer=sentencepiece(), device="cpu")
@@ -59,7 +61,8 @@ def test_answers_are_those_of_lm_eval(tmp_path: Path, system: str, options: dict
 
 
 def test_a_word_is_scored_where_the_tokenizer_adds_an_end(tmp_path: Path) -> None:
-    """``</s>`` was scored in its place: lm-eval cuts as many tokens from both together as the context has, its end counted in."""
+    """``</s>`` was scored in its place: lm-eval cuts as many tokens from both together as the
+    context has, its end counted in."""
     asked = [Instance("loglikelihood", {}, (PROMPT, w), 0) for w in (" Paris", " hello")]
     with closing(opened(folder_of(tmp_path, end=True), "flexgen")) as lm:
         right, wrong = lm.loglikelihood(asked, disable_tqdm=True)

@@ -1,4 +1,5 @@
-"""Text from tokens one at a time: the same as of all of them at once, in the context of the prompt, at a constant cost."""
+"""Text from tokens one at a time: the same as of all of them at once, in the context of the prompt,
+at a constant cost."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def whole(kind: str, ids: list[int]) -> str:
 
 
 def by_bytes(kind: str, ids: list[int]) -> str:
-    """All ids of a byte-fallback kind at once. The library's own decoder gives up a whole run of bytes for one that is wrong."""
+    """All ids of a byte-fallback kind at once. The library's own decoder gives up a whole run of
+    bytes for one that is wrong."""
     data = b""
     for name in tokenizer(kind).convert_ids_to_tokens(ids):
         if name is None or name in SPECIAL:
@@ -72,7 +74,8 @@ def test_joined_it_is_the_text_of_all_tokens(kind: str, data: st.DataObject) -> 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(min_size=1), cut=st.integers(0, 20), end=st.integers(0, 3))
 def test_characters_come_whole(kind: str, text: str, cut: int, end: int) -> None:
-    """Of any text that is cut anywhere into prompt and answer, no character is ever shown in parts, and all is as in the library."""
+    """Of any text that is cut anywhere into prompt and answer, no character is ever shown in parts,
+    and all is as in the library."""
     ids = tokenizer(kind).encode(text, add_special_tokens=False)
     prompt, new = ids[:cut], ids[cut : len(ids) - end]
     *parts, rest = deltas(kind, prompt, new)
@@ -94,14 +97,16 @@ def test_each_token_gives_its_text_at_once() -> None:
 
 @pytest.mark.parametrize("kind", FALLBACK)
 def test_a_wrong_byte_costs_itself_alone(kind: str) -> None:
-    """The library's own stream of decoded text raises here ("Invalid prefix encountered"), and its decoder shows seven U+FFFD."""
+    """The library's own stream of decoded text raises here ("Invalid prefix encountered"), and its
+    decoder shows seven U+FFFD."""
     (stray,) = ids_of(tokenizer(kind), "<0xE4>")
     ids = [*ids_of(tokenizer(kind), "😀"), stray, *ids_of(tokenizer(kind), "▁Paris")]
     assert "".join(deltas(kind, ids_of(tokenizer(kind), "▁is"), ids)) == "😀\ufffd Paris"
 
 
 def test_nothing_before_the_text() -> None:
-    """After special tokens alone the first word has no space: it begins the text. Later hidden tokens change nothing."""
+    """After special tokens alone the first word has no space: it begins the text. Later hidden
+    tokens change nothing."""
     start, paris = ids_of(tokenizer("sentencepiece"), "<s>", "▁Paris")
     for prompt in ([], [start], [start, start]):
         assert "".join(deltas("sentencepiece", prompt, [paris, start, paris])) == "Paris Paris"
@@ -130,7 +135,8 @@ def test_special_tokens_are_shown_where_asked() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_costs_the_same_at_any_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deciding on a stop string used to decode all tokens for each new one: 8 million for an answer of 4,000."""
+    """Deciding on a stop string used to decode all tokens for each new one: 8 million for an answer
+    of 4,000."""
     made, draw = tokenizer(kind), random.Random(0)
     ids = [draw.randrange(5, len(made)) for _ in range(4000)]
     real, decoded = made.decode, []

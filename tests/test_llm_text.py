@@ -1,4 +1,5 @@
-"""Text through the library: what was generated is what is shown, and prompts have the tokens that a continuation needs."""
+"""Text through the library: what was generated is what is shown, and prompts have the tokens that a
+continuation needs."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def opened(folder: Path) -> LLM:
 def test_text_goes_on_after_the_prompt(
     says: Open, said: list[str], stop: Any, text: str, reason: str, count: int, cleanup: bool
 ) -> None:
-    """It was "…France isParis.", stop strings with a leading space never fired, and none that is a special token."""
+    """It was "…France isParis.", stop strings with a leading space never fired, and none that is a
+    special token."""
     with says(*said, cleanup=cleanup) as llm:
         most = len(ids_of(sentencepiece(), *said))
         (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=most, stop=stop))
@@ -87,7 +89,8 @@ def test_spaces_before_punctuation_stay(says: Open) -> None:
 
 
 def test_end_tokens_are_put_into_no_prompt(says: Open) -> None:
-    """A tokenizer that adds ``</s>`` made the model continue after an end; ``score`` scored that end, not the word."""
+    """A tokenizer that adds ``</s>`` made the model continue after an end; ``score`` scored that
+    end, not the word."""
     with says("▁Paris", ".", end=True) as llm:
         (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=2))
         assert output.text == " Paris."
@@ -112,7 +115,8 @@ def test_a_prompt_that_begins_with_the_start_token_gets_one(says: Open, end: boo
 
 
 def test_an_empty_prompt_is_the_start_token(tmp_path: Path) -> None:
-    """``generate("")`` was refused where ``score([""], ...)`` worked: both begin with the model's start token."""
+    """``generate("")`` was refused where ``score([""], ...)`` worked: both begin with the model's
+    start token."""
     for name, start in (("added", True), ("not-added", False)):
         made = byte_level(start=start)
         folder = model_that_says(tmp_path / name / "ckpt", made, START, ids_of(made, "a", "b"))
@@ -131,12 +135,13 @@ def test_an_empty_prompt_is_the_start_token(tmp_path: Path) -> None:
     with opened(folder) as llm:
         with pytest.raises(UserError, match=r"prompts\[1\] = '': .*start token"):
             llm.generate(["a", ""], SamplingParams(max_tokens=1))
-        with pytest.raises(UserError, match=r"continuations\[0\] = '': .*start token"):
+        with pytest.raises(UserError, match=r"contexts\[0\] = '': .*start token"):
             llm.score([""], ["ab"])
 
 
 def test_a_context_that_ends_within_a_token(tmp_path: Path) -> None:
-    """ "Fran" + "ce": the token of both was taken for the context, and the continuation was said to be empty."""
+    """ "Fran" + "ce": the token of both was taken for the context, and the continuation was said to
+    be empty."""
     made = sentencepiece()
     made.save_pretrained(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
@@ -149,7 +154,8 @@ def test_a_context_that_ends_within_a_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [sentencepiece, byte_level])
 def test_scores_are_those_of_lm_eval(tmp_path: Path, kind: Callable[..., Any]) -> None:
-    """Item by item, with and without a context, also where the text itself begins with the start token."""
+    """Item by item, with and without a context, also where the text itself begins with the start
+    token."""
     lm_eval = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
@@ -176,7 +182,8 @@ def test_scores_are_those_of_lm_eval(tmp_path: Path, kind: Callable[..., Any]) -
 
 
 def test_a_rival_stops_where_the_engine_stops(tmp_path: Path) -> None:
-    """Its stop strings were looked for in text without the prompt and without special tokens, all of it again for each token."""
+    """Its stop strings were looked for in text without the prompt and without special tokens, all
+    of it again for each token."""
     made = sentencepiece()
     said = ids_of(made, "▁Paris", ".", "😀", "<|im_end|>", "▁hello", ",")
     folder = model_that_says(tmp_path / "ckpt", made, *ids_of(made, "▁is"), said)
@@ -194,7 +201,8 @@ def test_a_rival_stops_where_the_engine_stops(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [False, True])
 def test_prompts_of_a_cell_have_no_end_token(tmp_path: Path, start: bool) -> None:
-    """The ids that all systems of a benchmark are given are those that the library makes of the same text."""
+    """The ids that all systems of a benchmark are given are those that the library makes of the
+    same text."""
     sentencepiece(start=start, end=True).save_pretrained(tmp_path)
     work = Workload("test", PromptKind.TEXT, num_prompts=3, prompt_len=60, gen_len=4)
     shape = llama_shape(vocab_size=320, max_positions=64)
@@ -203,10 +211,22 @@ def test_prompts_of_a_cell_have_no_end_token(tmp_path: Path, start: bool) -> Non
     assert [prompt[0] == START for prompt in prompts] == [start] * 3
 
 
+def test_records_tell_the_text_of_an_answer_after_its_prompt(tmp_path: Path) -> None:
+    """What a cell's record says was written began with "Paris", too; special tokens are shown there."""
+    made = sentencepiece()
+    made.save_pretrained(tmp_path)
+    tokenizer, prompt = TextTokenizer(tmp_path), ids_of(made, "<s>", "▁France", "▁is")
+    assert tokenizer.text_after((), prompt) == "<s>France is"
+    answer = ids_of(made, "▁Paris", "</s>", "😀")
+    assert tokenizer.text_after(prompt, answer) == " Paris</s>😀"
+    assert TextTokenizer(tmp_path / "none").text_after(prompt, answer) == ""
+
+
 def test_a_trained_model_stops_at_the_end_of_its_turn(
     smollm2: tuple[ModelSpec, Path], shared_cache: Path
 ) -> None:
-    """Real weights: with ``ignore_eos`` the answer went on into a turn of the user that the model made up."""
+    """Real weights: with ``ignore_eos`` the answer went on into a turn of the user that the model
+    made up."""
     chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
     params = [
         SamplingParams(max_tokens=40, ignore_eos=True, stop=stop)

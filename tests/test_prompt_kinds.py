@@ -1,4 +1,5 @@
-"""What is taken for a prompt, a stop string, a number, and what is refused: by name, before anything runs."""
+"""What is taken for a prompt, a stop string, a number, and what is refused: by name, before
+anything runs."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def ids(text: str) -> list[int]:
     seed=st.integers(0, 2**16),
 )
 def test_any_text_ends_before_its_first_stop_string(text: str, stop: list[str], seed: int) -> None:
-    """Tokens of any lengths, hidden ones between them. What has been shown is never taken back, and what is sure is shown."""
+    """Tokens of any lengths, hidden ones between them. What has been shown is never taken back, and
+    what is sure is shown."""
     draw, tokens = random.Random(seed), []
     while text:  # split otherwise than the tokenizer does
         size = draw.randrange(1, 6)
@@ -72,7 +73,8 @@ def test_any_text_ends_before_its_first_stop_string(text: str, stop: list[str], 
     ],
 )  # fmt: skip
 def test_stop_strings_of_all_kinds(said: str, stop: str, text: str) -> None:
-    """Leading spaces, line breaks, several tokens, characters of several bytes, a beginning that was none."""
+    """Leading spaces, line breaks, several tokens, characters of several bytes, a beginning that
+    was none."""
     found = stream((stop,))
     shown = [found.put(token) for token in ids(said)]
     assert "".join(shown) + found.finish() == text
@@ -98,7 +100,8 @@ def test_what_comes_after_the_stop_string_is_ignored() -> None:
     ],
 )
 def test_stop_strings_with_special_tokens(said: list[str], stop: str, text: str) -> None:
-    """``stop=["<|im_end|>"]`` never ended anything: it was looked for in text without special tokens."""
+    """``stop=["<|im_end|>"]`` never ended anything: it was looked for in text without special
+    tokens."""
     tokenizer = made("sentencepiece")
     found = stream((stop,), "sentencepiece", tuple(ids_of(tokenizer, "▁is")))
     for token in ids_of(tokenizer, *said):

@@ -1,4 +1,5 @@
-"""Small tokenizers of the kinds that models come with, and a model that says what a test wants it to say."""
+"""Small tokenizers of the kinds that models come with, and a model that says what a test wants it
+to say."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def byte_level(start: bool = False, end: bool = False) -> Any:
 
 
 def sentencepiece(start: bool = True, end: bool = False, cleanup: bool = False) -> Any:
-    """As of Llama 2: a space is put before the text, ``▁`` is a space, unknown characters are bytes."""
+    """As of Llama 2: a space is put before the text, ``▁`` is a space, unknown characters are
+    bytes."""
     made = Tokenizer(models.Unigram(list(_scores().items()), unk_id=UNK, byte_fallback=True))
     made.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -121,7 +123,8 @@ def _wrapped(made: Tokenizer, start: bool, end: bool, cleanup: bool = False) -> 
 
 
 def model_that_says(folder: Path, tokenizer: Any, prompt: int, said: Sequence[int]) -> Path:
-    """A checkpoint that continues any prompt ending with the token ``prompt`` by ``said`` (no token twice)."""
+    """A checkpoint that continues any prompt ending with the token ``prompt`` by ``said`` (no token
+    twice)."""
     import torch
 
     chain = [prompt, *said]

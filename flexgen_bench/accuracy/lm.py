@@ -1,7 +1,10 @@
-"""Any system of the suite as a model of lm-eval: its tasks, its prompts, its scoring; our engine or a baseline underneath.
+"""Any system of the suite as a model of lm-eval: its tasks, its prompts, its scoring; our engine or
+a baseline underneath.
 
-Tokens are made as lm-eval's own ``hf`` model makes them (context and continuation together, spaces at the end of a context moved
-to the continuation, the start token before text without context), so results can be compared item by item.
+Tokens are made as lm-eval's own ``hf`` model makes them (context and continuation together, spaces
+at the end of a context moved to the continuation, the start token before text without context), so
+results can be compared item by item. Two things are done otherwise (docs/notes/text.md): end tokens
+that a tokenizer adds are left out, and a stop string that is the first word ends an answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What callers give, of whatever library: text, integers, lists of token ids, and nothing that only looks like them."""
+"""What callers give, of whatever library: text, integers, lists of token ids, and nothing that only
+looks like them."""
 
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ def check_text(text: str, field: str) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             field, text, "text that can be written as UTF-8",
-            f"Character {error.start} is a surrogate, half of a character: decode its source with errors='replace', or as "
-            "UTF-16.",
+            f"Character {error.start} is a surrogate, half of a character: decode its source with "
+            "errors='replace', or as UTF-16.",
         ) from error  # fmt: skip
 
 
 def whole_number(value: Any) -> int | None:
-    """``value`` as an int where it is one, of whatever library; None for all else, bool and 3.0 too."""
+    """``value`` as an int where it is one, of whatever library; None for all else, bool and 3.0
+    too."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # a scalar of numpy or torch
     is_number = isinstance(value, Integral) and not isinstance(value, bool)
@@ -32,7 +34,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def token_ids(value: Any, field: str) -> list[int]:
-    """The ids in ``value``. UserError for what holds no ids, or holds something else beside them."""
+    """The ids in ``value``. UserError for what holds none, or something else beside them."""
     if isinstance(value, str):
         raise UserError(field, value, _WANTED.removeprefix("text, or "))
     ids = as_list(value, field, _WANTED)
@@ -46,7 +48,8 @@ def token_ids(value: Any, field: str) -> list[int]:
 
 
 def as_list(value: Any, field: str, wanted: str) -> list[Any]:
-    """The items of a list, a tuple, or a one-dimensional array; UserError, with what to do, for all else."""
+    """The items of a list, a tuple, or a one-dimensional array; UserError, with what to do, for all
+    else."""
     if isinstance(value, bytes | bytearray | memoryview):
         raise UserError(field, value, wanted, "Bytes are neither: decode them to text first.")
     dimensions = getattr(value, "ndim", None)
@@ -54,7 +57,7 @@ def as_list(value: Any, field: str, wanted: str) -> list[Any]:
         if dimensions > 1:
             raise UserError(
                 field, f"an array of shape {tuple(value.shape)}", wanted,
-                "Rows of an array are padded: give a list with the ids of each prompt, without padding.",
+                "Rows of an array are padded: give a list with each prompt's ids, without padding.",
             )  # fmt: skip
         return list(value.tolist())
     if isinstance(value, Mapping):

@@ -17,9 +17,10 @@ class SamplingParams:
     """Sampling of one prompt's continuation.
 
     max_tokens: most new tokens. temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all.
-    repetition_penalty: above 1 discourages tokens seen in prompt or output. stop: strings that end the text (they
-    are cut off); None: none. stop_token_ids: ids that end it, besides the model's own end-of-sequence id unless ignore_eos.
-    seed: with the same seed and prompt position, the same tokens come out however prompts are batched.
+    repetition_penalty: above 1 discourages tokens seen in prompt or output. stop: strings that end
+    the text (they are cut off); None: none. stop_token_ids: ids that end it, besides the model's
+    own end-of-sequence id unless ignore_eos. seed: with the same seed and prompt position, the same
+    tokens come out however prompts are batched.
 
     Numbers may be numpy's or torch's. UserError names the field that has a value of another kind.
     """

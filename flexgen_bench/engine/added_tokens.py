@@ -32,8 +32,8 @@ class AddedTokens:
     def open_ended(self, ids: Sequence[int]) -> list[int]:
         """``ids`` of a text, as the tokenizer gives them, as the beginning of a longer one.
 
-        Without the end tokens, after which a model begins something else; and with one start where the text itself says it, too (the
-        output of a chat template does).
+        Without the end tokens, after which a model begins something else; and with one start where
+        the text itself says it, too (the output of a chat template does).
         """
         stop = len(ids) - len(self.after)
         own = list(ids if tuple(ids[stop:]) != self.after else ids[:stop])

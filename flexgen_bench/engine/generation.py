@@ -24,7 +24,8 @@ LEAST_SHARED = 8
 class Running:
     """One prompt on its way: what it has produced, and why it ended (empty: it goes on).
 
-    stop_text: given all new tokens with each of them, says whether their text has ended. text: what becomes of them, if anybody wants it.
+    stop_text: given all new tokens with each of them, says whether their text has ended. text: what
+    becomes of them, if anybody wants it.
     """
 
     prompt: Sequence[int]

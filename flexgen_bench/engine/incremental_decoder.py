@@ -1,4 +1,5 @@
-"""Text from tokens that come one at a time, in the context of the prompt. The cost of a token does not grow with their number."""
+"""Text from tokens that come one at a time, in the context of the prompt. The cost of a token does
+not grow with their number."""
 
 from __future__ import annotations
 
@@ -6,16 +7,18 @@ from collections.abc import Sequence
 
 from flexgen_bench.engine.token_pieces import REPLACEMENT, TokenPieces
 
-# A prompt's last tokens that decide how text goes on: an incomplete character has at most three bytes.
+# As many last tokens of a prompt decide how text goes on: an incomplete character has at most three
+# bytes.
 _CONTEXT = 4
 
 
 class IncrementalDecoder:
     """Gives the text that each new token adds.
 
-    All that ``put`` and ``finish`` return, joined, is what the tokens add to the prompt's text: with the space before the first word,
-    without special tokens (or with them, ``show_special``), nothing tidied up. A character whose bytes come in several tokens is
-    returned with the last of them; bytes that are part of no character become U+FFFD.
+    All that ``put`` and ``finish`` return, joined, is what the tokens add to the prompt's text:
+    with the space before the first word, without special tokens (or with them, ``show_special``),
+    nothing tidied up. A character whose bytes come in several tokens is returned with the last of
+    them; bytes that are part of no character become U+FFFD.
     """
 
     def __init__(
@@ -28,7 +31,8 @@ class IncrementalDecoder:
         for token in self._end_of(prompt):
             self.put(token)
         incomplete = self._utf8.getstate()[0]
-        # What stands for the prompt's own incomplete character, if the new tokens do not complete it, is no new text.
+        # The marks of the prompt's own incomplete character, if the new tokens do not complete it,
+        # are no new text.
         self._foreign = pieces.marks(incomplete) if incomplete else 0
 
     def put(self, token: int) -> str:

@@ -9,13 +9,16 @@ from flexgen_bench.engine.incremental_decoder import IncrementalDecoder
 
 
 class TextStream:
-    """Takes tokens, gives text that is sure: that completes to no other character and begins no stop string.
+    """Takes tokens, gives text that is sure: that completes to no other character and begins no
+    stop string.
 
-    A stop string ends the text before it. One that holds a special token's text (``<|im_end|>``) is looked for in the text with
-    special tokens, any other one in the text that is shown; special tokens are shown in neither case.
+    A stop string ends the text before it. One that holds a special token's text (``<|im_end|>``) is
+    looked for in the text with special tokens, any other one in the text that is shown; special
+    tokens are shown in neither case.
 
-    decoder: None where there is no tokenizer; the text stays empty then. special: the text of each special token. count: tokens
-    taken so far. stopped: whether a stop string has ended the text; what comes after it is ignored.
+    decoder: None where there is no tokenizer; the text stays empty then. special: the text of each
+    special token. count: tokens taken so far. stopped: whether a stop string has ended the text;
+    what comes after it is ignored.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class TextStream:
         return self._give(min(self._shown_text.begins_at, self._whole_text.begins_at))
 
     def follow(self, tokens: Sequence[int]) -> bool:
-        """Put what is new in ``tokens``, all tokens so far. Whether a stop string has ended the text."""
+        """Put what is new in ``tokens``, all tokens so far. Whether a stop string has ended the
+        text."""
         for token in tokens[self.count :]:
             self.put(token)
         return self.stopped
@@ -102,9 +106,11 @@ _NOWHERE = 2**62
 
 @dataclass
 class _StopStrings:
-    """Looks for strings in text that comes in pieces; keeps no more of it than the longest string may need.
+    """Looks for strings in text that comes in pieces; keeps no more of it than the longest string
+    may need.
 
-    found_at: the place where the first of them begins. begins_at: where one might begin that is not complete yet.
+    found_at: the place where the first of them begins. begins_at: where one might begin that is not
+    complete yet.
     """
 
     stop: tuple[str, ...]

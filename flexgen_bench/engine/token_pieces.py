@@ -1,8 +1,9 @@
 """What each token of a tokenizer stands for, as bytes of UTF-8.
 
-Bytes, since a token may hold a part of a character. Where the vocabulary states them (byte-level BPE, the byte fallback of
-sentencepiece) they are read from it; all else is text, and is what the tokenizer's own decoder adds for the token after another one:
-sentencepiece drops the space of the very first token, WordPiece puts one before every other.
+Bytes, since a token may hold a part of a character. Where the vocabulary states them (byte-level
+BPE, the byte fallback of sentencepiece) they are read from it; all else is text, and is what the
+tokenizer's own decoder adds for the token after another one: sentencepiece drops the space of the
+very first token, WordPiece puts one before every other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _EACH_BYTE = "flexgen_bench.replace_each_byte"
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """One mark for each byte that is part of no character, as decoders with byte fallback write it."""
+    """A mark for each byte that is part of no character, as decoders with byte fallback do."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return REPLACEMENT * (error.end - error.start), error.end
@@ -45,11 +46,13 @@ class TokenPieces:
         self._stated: dict[int, bytes | None] = {}
 
     def is_known(self, token: int) -> bool:
-        """Models often have more rows than their tokenizer has tokens: the others stand for nothing."""
+        """Models often have more rows than their tokenizer has tokens: the others stand for
+        nothing."""
         return self._tokenizer.convert_ids_to_tokens(token) is not None
 
     def after(self, previous: int | None, token: int) -> bytes:
-        """What a known ``token`` adds to text that ends with the token ``previous`` (None: that is empty)."""
+        """What a known ``token`` adds to text that ends with the token ``previous`` (None: that is
+        empty)."""
         if previous is None:
             text = self._decoded([token])
             if REPLACEMENT not in text:
@@ -60,7 +63,8 @@ class TokenPieces:
         return self._added_text(previous, token).encode() if stated is None else stated
 
     def utf8(self) -> codecs.IncrementalDecoder:
-        """From bytes to text. Bytes that are part of no character are marked as the tokenizer's own decoder marks them."""
+        """From bytes to text. Bytes that are part of no character are marked as the tokenizer's own
+        decoder marks them."""
         errors = "replace" if self._is_byte_level else _EACH_BYTE
         return codecs.getincrementaldecoder("utf-8")(errors)
 
@@ -106,8 +110,8 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet (Radford et al. 2019, ``bytes_to_unicode``): a byte that prints stands for itself, the others
-    for the letters from U+0100 on, in order."""
+    """GPT-2's alphabet (Radford et al. 2019, ``bytes_to_unicode``): a byte that prints stands for
+    itself, the others for the letters from U+0100 on, in order."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printed]
     letters = {chr(byte): byte for byte in printed}

@@ -27,9 +27,11 @@ class TextTokenizer:
         self._folder = folder
 
     def encode(self, prompt: str | Sequence[int], field: str) -> list[int]:
-        """Ids of a prompt that is to be continued: with the start tokens of the tokenizer, once, and without its end tokens.
+        """Ids of a prompt that is to be continued: with the start tokens of the tokenizer, once,
+        and without its end tokens.
 
-        Of empty text: the model's start token. UserError for what is no text and no ids, and for text without a tokenizer.
+        Of empty text: the model's start token. UserError for what is no text and no ids, and for
+        text without a tokenizer.
         """
         if not isinstance(prompt, str):
             return token_ids(prompt, field)
@@ -42,9 +44,10 @@ class TextTokenizer:
     ) -> tuple[int, list[int]]:
         """Where the continuation starts, and the ids of both.
 
-        Text is encoded as one, as lm-eval's own models do, so the continuation has the ids that follow the context's: spaces at the end
-        of a context belong to it, since tokens carry their leading space. Where a token of both together would reach over the end of the
-        context, each has ids of its own. An empty context is the model's start token.
+        Text is encoded as one, as lm-eval's own models do, so the continuation has the ids that
+        follow the context's: spaces at the end of a context belong to it, since tokens carry their
+        leading space. Where a token of both together would reach over the end of the context, each
+        has ids of its own. An empty context is the model's start token.
         """
         field = f"continuations[{index}]"
         if isinstance(context, str) and isinstance(continuation, str):
@@ -56,14 +59,15 @@ class TextTokenizer:
                 raise UserError(
                     field, continuation, "of the same kind as its context: both text or both ids"
                 )
-            before = before or self._start(field)
+            before = before or self._start(f"contexts[{index}]")
             both = [*before, *own]
         if len(both) <= len(before):
             raise UserError(field, continuation, "at least one token long")
         return len(before), both
 
     def stream(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> TextStream:
-        """The text of an answer to these ids, as it appears. UserError for stop strings without a tokenizer."""
+        """The text of an answer to these ids, as it appears. UserError for stop strings without a
+        tokenizer."""
         if self._pieces is None:
             if stop:
                 raise UserError(
@@ -73,7 +77,8 @@ class TextTokenizer:
         return TextStream(IncrementalDecoder(self._pieces, prompt), self._pieces.special, stop)
 
     def text_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """``ids`` as text that goes on after ``prompt``, special tokens shown; empty without a tokenizer."""
+        """``ids`` as text that goes on after ``prompt``, special tokens shown; empty without a
+        tokenizer."""
         if self._pieces is None:
             return ""
         decoder = IncrementalDecoder(self._pieces, prompt, show_special=True)
@@ -99,7 +104,7 @@ class TextTokenizer:
         self._for_text(continuation, field)
         before = self.encode(context, f"contexts[{index}]") if context else []
         if not before:
-            before, own = self._start(field), self._plain(continuation, field)
+            before, own = self._start(f"contexts[{index}]"), self._plain(continuation, field)
             says_it = own[: len(before)] == before
             return before, own if says_it else [*before, *own]
         both = self.encode(context + continuation, field)
@@ -112,7 +117,8 @@ class TextTokenizer:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _inside(self, text: str, field: str) -> list[int]:
-        """Ids of text that something stands before: sentencepiece begins other text with a space of its own."""
+        """Ids of text that something stands before: sentencepiece begins other text with a space of
+        its own."""
         for before in _BEFORE_ANYTHING:
             ids, both = self._plain(before, field), self._plain(before + text, field)
             if both[: len(ids)] == ids:
@@ -126,14 +132,17 @@ class TextTokenizer:
         """The tokenizer, for text that it can take."""
         if self._loaded is None:
             raise UserError(
-                field, text, "token ids", f"{self._folder} has no tokenizer, so text cannot be read."
-            )  # fmt: skip
+                field,
+                text,
+                "token ids",
+                f"{self._folder} has no tokenizer, so text cannot be read.",
+            )
         check_text(text, field)
         return self._loaded
 
     def _start(self, field: str) -> list[int]:
-        """What stands before text that nothing stands before: what the tokenizer puts there, else the start token, else the end
-        token of tokenizer or model (as in lm-eval)."""
+        """What stands before text that nothing stands before: what the tokenizer puts there, else
+        the start token, else the end token of tokenizer or model (as in lm-eval)."""
         if self._loaded is not None and self._added.before:
             return list(self._added.before)
         config = _json(self._folder / "config.json")
@@ -143,7 +152,8 @@ class TextTokenizer:
                     return [found]
         raise UserError(
             field, "", "at least one token long",
-            "Nothing stands before it, and neither the tokenizer nor config.json names a start token (bos_token_id).",
+            "Nothing stands before it, and neither the tokenizer nor config.json names a start token "
+            "(bos_token_id).",
         )  # fmt: skip
 
     @cached_property
