@@ -115,7 +115,7 @@ def test_a_bare_decoder(name: str, part: str, tmp_path: Path) -> None:
      ({"num_local_experts": 4}, "num_local_experts"), ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
      ({"attention_bias": "no"}, "attention_bias"), ({"num_attention_heads": "5"}, "num_attention_heads"), ({"hidden_size": True}, "hidden_size"),
      ({"hidden_act": "softmax"}, "hidden_act"), ({"head_dim": 11}, "head_dim"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-     ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type"), ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor of rope_type yarn"),
+     ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type"), ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"), ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor of rope_type yarn"),
      ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 6}}, "short_factor")],
 )  # fmt: skip
 def test_what_would_change_results_is_refused(

@@ -44,6 +44,13 @@ class Rope:
 def rope_of(config: Mapping[str, Any], positions: int, head_dim: int) -> Rope:
     """positions: ``max_position_embeddings``. UserError names what is not known or not of the right type."""
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(
+            f"config.json: {nested[0]} of rope_parameters",
+            given[nested[0]],
+            "left out: one rope for all layers",
+        )
     theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or DEFAULT_THETA)
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial is not None and float(partial) != 1.0:
