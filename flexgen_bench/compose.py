@@ -99,6 +99,15 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     return overrides_last(words)
 
 
+def command_cells(overrides: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of a command line that names a model, for callers that do not come through it. Raises UserError.
+
+    Initialises Hydra, and leaves it as it was.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return plan(composed(overrides), overrides, "").cells
+
+
 def check_groups(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would not take as the name of a group's file: a bare number, a list, an empty name.
 

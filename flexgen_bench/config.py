@@ -64,6 +64,13 @@ def conf_dir() -> Path:
     )
 
 
+def shipped_predictions() -> Path:
+    """The file of predictions that comes with the project: inside an installed package, or among the results of a checkout. It may not be there."""
+    package = Path(__file__).resolve().parent
+    inside = package / "results" / "predictions.json"
+    return inside if inside.is_file() else package.parent / "results" / "predictions.json"
+
+
 def default_cache_dir() -> Path:
     """$FLEXGEN_BENCH_CACHE, or ~/.cache/flexgen-bench."""
     named = os.environ.get("FLEXGEN_BENCH_CACHE")

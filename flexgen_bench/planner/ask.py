@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
-from flexgen_bench.store.kept_predictions import Answer, plain
+from flexgen_bench.store.kept_predictions import Answer, key_of, plain
 
 
-def ask(
-    predictor: str,
-    constants: Mapping[str, float],
-    options: Mapping[str, Any],
-    question: Question,
-    name: str,
-) -> Answer:
-    """What the predictor written ``module:Class`` says. name: of the system, for the answer's words. Raises whatever a mistake in it raises."""
-    asked = f"{name}: {in_words(question)}"
-    try:
-        run = make_predictor(predictor, constants, options).predict(question)
-    except DoesNotFit as error:
-        need, there = error.need_bytes, error.capacity_bytes
-        return Answer(None, Status.OOM, str(error), str(error.tier), need, there, asked)
-    except CannotRun as error:
-        return Answer(None, error.status, str(error), asked=asked)
-    except UserError as error:
-        return Answer(None, Status.INVALID, str(error), asked=asked)
-    return plain(Answer(run, asked=asked))
+@dataclass(frozen=True)
+class Ask:
+    """One question to one system.
+
+    name: of the system, for the answer's words. predictor: written ``module:Class``. constants, options: all that it is told.
+    """
+
+    name: str
+    predictor: str
+    constants: Mapping[str, float]
+    options: Mapping[str, Any]
+    question: Question
+
+    @property
+    def key(self) -> str:
+        """By which the answer is kept."""
+        return key_of(self.predictor, self.constants, self.options, self.question)
+
+    def answer(self) -> Answer:
+        """What the predictor says. Raises whatever a mistake in it raises."""
+        asked = f"{self.name}: {in_words(self.question)}"
+        try:
+            predictor = make_predictor(self.predictor, self.constants, self.options)
+            run = predictor.predict(self.question)
+        except DoesNotFit as error:
+            need, there = error.need_bytes, error.capacity_bytes
+            return Answer(None, Status.OOM, str(error), str(error.tier), need, there, asked)
+        except CannotRun as error:
+            return Answer(None, error.status, str(error), asked=asked)
+        except UserError as error:
+            return Answer(None, Status.INVALID, str(error), asked=asked)
+        return plain(Answer(run, asked=asked))
 
 
 def in_words(question: Question) -> str:

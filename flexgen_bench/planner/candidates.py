@@ -6,7 +6,7 @@ What the program promises for a shape is a bound (nothing waits in it); shapes t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.errors import DoesNotFit
@@ -111,16 +111,20 @@ class Candidates:
         self._costs: dict[Policy, MicroBatchCost] = {}
         self._rest: dict[Policy, dict[Tier, float]] = {}
 
-    def ways(self, of_a_kind: int) -> list[list[Candidate]]:
+    def ways(
+        self, of_a_kind: int, watch: Callable[[float], None] = lambda share: None
+    ) -> list[list[Candidate]]:
         """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with and without the disk.
-        What a way loses to waiting is not in its promise, so none is left out for what others promise. Each list is in order of promise."""
+        What a way loses to waiting is not in its promise, so none is left out for what others promise. Each list is in order of promise.
+        watch: gets the share of the shapes that have been looked at."""
         problems = [
             (shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))
         ]
         bounded = [(self._bound(*one), *one) for one in problems]
         bounded.sort(key=lambda one: -one[0])
         found: dict[object, list[Candidate]] = {}
-        for bound, shape, problem in bounded:
+        for number, (bound, shape, problem) in enumerate(bounded):
+            watch(number / len(bounded))
             both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
             if all(len(k) == of_a_kind and bound < SAME * k[-1].tok_per_s for k in both):
                 continue

@@ -23,6 +23,7 @@ from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job, weight_tiers
 from flexgen_bench.planner.moves import fine_moves, moves
 from flexgen_bench.planner.pass_kinds import POINTS as TOLD_POINTS
+from flexgen_bench.planner.progress import report
 from flexgen_bench.planner.task import Task
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
@@ -43,6 +44,9 @@ GAIN = 1.002  # what a change must bring to be taken
 FULL_STEPS = 60_000
 
 _BELOW = (Tier.CPU, Tier.DISK)  # what is read from them takes time
+
+# Shares of a search's time that are over once programs are solved, the best of them played, and single changes tried; roughly.
+_PROGRAMS, _STARTS, _MOVES = 0.25, 0.4, 0.8
 
 Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 
@@ -80,10 +84,14 @@ class Search:
         if best is None or not self._play(best):
             best, starts = self._modest(), []
         near = [policy for policy in starts if self._play(policy) > NEAR * self._play(best)]
-        best = max([self._moved(policy) for policy in near or [best]], key=self._whole_speed)
+        near = near or [best]
+        parts = [_STARTS + (_MOVES - _STARTS) * n / len(near) for n in range(len(near) + 1)]
+        ends = [self._moved(*one) for one in zip(near, parts[:-1], parts[1:], strict=True)]
+        report(_MOVES)
+        best = max(ends, key=self._whole_speed)
         ruled = self._ruled(best)
         if ruled is not None and self._play(ruled) > self._play(best):
-            best = self._moved(ruled)
+            best = self._moved(ruled, _MOVES, 1.0)
         best = self._divided_anew(best)
         if not self._play(best) and self.task.max_latency_s is not None:
             raise self._too_late(self.task.max_latency_s)
@@ -94,13 +102,14 @@ class Search:
         more than has been reached; of the very best, with a single staging slot, too (nothing is loaded ahead then, but more has room in
         memory)."""
         solver = self._solver
-        ways = solver.ways(OF_A_KIND)
+        ways = solver.ways(OF_A_KIND, lambda share: report(_PROGRAMS * share))
         found: list[Candidate] = []
         best = 0.0
         budget = START_BUDGET * len(self.task.packed)
         while ways and len(found) < LOOKED_AT and self._steps < budget:
             ways.sort(key=lambda way: -way[0].tok_per_s)
             for way in ways:
+                report(_PROGRAMS + (_STARTS - _PROGRAMS) * self._steps / budget)
                 fitted = None
                 if self._steps >= budget:
                     break
@@ -141,11 +150,15 @@ class Search:
         except DoesNotFit:
             return None
 
-    def _moved(self, best: Policy) -> Policy:
-        """Where single changes lead, coarse ones and then fine ones."""
-        self._steps = 0
-        best = self._improved(best, moves, STEP_BUDGET)
-        return self._improved(best, fine_moves, STEP_BUDGET + FINE_BUDGET)
+    def _moved(self, best: Policy, begin: float, end: float) -> Policy:
+        """Where single changes lead, coarse ones and then fine ones. begin, end: as shares of the search, for who watches it."""
+        self._steps, most = 0, STEP_BUDGET + FINE_BUDGET
+
+        def watch() -> None:
+            report(begin + (end - begin) * self._steps / most)
+
+        best = self._improved(best, moves, STEP_BUDGET, watch)
+        return self._improved(best, fine_moves, most, watch)
 
     def _divided_anew(self, best: Policy) -> Policy:
         """The same block in half as many micro-batches, or twice as many, if that is better on all layers: a shallow model cannot tell, for its
@@ -161,7 +174,9 @@ class Search:
         near = [other for other in others if self._play(other) > NEAR * self._play(best)]
         return max([best, *near], key=self._whole_speed)
 
-    def _improved(self, best: Policy, neighbours: Neighbours, budget: int) -> Policy:
+    def _improved(
+        self, best: Policy, neighbours: Neighbours, budget: int, watch: Callable[[], None]
+    ) -> Policy:
         """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the tensors where they are is
         placed anew."""
         changed = True
@@ -170,6 +185,7 @@ class Search:
             for neighbour in neighbours(self.task, best):
                 if self._steps >= budget:
                     return best
+                watch()
                 policy = neighbour
                 if self._played(policy) is None and _placement(policy) == _placement(best):
                     policy = self._placed_anew(neighbour)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.accuracy.compare import Margins
+from flexgen_bench.config import shipped_predictions
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.processes import cores
@@ -19,8 +20,10 @@ from flexgen_bench.report.page import index_page, suite_page
 from flexgen_bench.report.paper.build import build_paper
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.report.table import to_csv, to_markdown
+from flexgen_bench.store.kept_predictions import FILE
 from flexgen_bench.store.reader import Problem, read_all
 from flexgen_bench.store.writer import suite_folder
+from flexgen_bench.title_jobs import title_asks
 
 _MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
 
@@ -61,6 +64,8 @@ def build_paper_tables(
     if own is not None and not own.is_dir():
         raise UserError("--config-dir", str(own), "a folder with table/<name>.yaml")
     records, problems = read_all(results_dir)
+    # Only the file that is shipped holds more than the tables ask.
+    ships = (results_dir / FILE).resolve() == shipped_predictions().resolve()
     return build_paper(
         records,
         problems,
@@ -71,6 +76,7 @@ def build_paper_tables(
         names=names,
         own=own,
         workers=workers,
+        also=title_asks if ships else None,
     )
 
 
@@ -185,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flexgen_bench.report",
         description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside simulations. The same "
-        "records and configuration give the same bytes.",
+        "records and configuration give the same bytes. In a checkout it also keeps, in results/predictions.json, the answers that "
+        "python -m flexgen_bench model=X gpu=Y gives at once.",
     )
     parser.add_argument("results_dir", nargs="?", type=path_argument, default=Path("results"))
     parser.add_argument("out", nargs="?", type=path_argument, default=Path("reports"))

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.config import shipped_predictions
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
-from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Question
-from flexgen_bench.core.processes import cores, process_pool
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.planner.predictor import make_predictor
+from flexgen_bench.planner.ask import Ask
 from flexgen_bench.runner import machine
+from flexgen_bench.runner.searches import Searches
+from flexgen_bench.store.kept_predictions import FILE, Answer, KeptPredictions
 
 NO_MODEL = "no model"
+# What is worth keeping: answers. Whoever asks for what cannot be, or has made a mistake, will change the question.
+KEPT = (Status.OK, Status.OOM, Status.UNAVAILABLE)
 # Weights and KV cache in 4 bits; of a system that compresses only one of them, that one.
 FOUR_BITS = (
     Lossy(weights=Compression(4), kv_cache=Compression(4)),
@@ -50,21 +50,50 @@ def simulate(
 ) -> Iterator[list[Simulated]]:
     """The rows of each cell: what it says, and what is asked for beside that.
 
-    cache: on whose disk files would go, where a profile states no disk. tell: gets a line for each cell by its name. Where several policies are
-    to be searched for, that is done by as many processes as there are cores; the rows are the same.
+    cache: on whose disk files would go, where a profile states no disk, and where policies found are kept. tell: gets a line for each cell by its name,
+    and while policies are searched for. Where several are, that is done by as many processes as there are cores; the rows are the same.
     """
-    searches = [(n, lossy) for n, (_, asked) in enumerate(cells) for lossy in _searched(asked)]
-    workers = min(cores(), len(searches))
-    with process_pool(workers) if workers > 1 else nullcontext() as pool:
-        begun = {}
-        if pool is not None:
-            begun = {
-                (n, lossy): pool.submit(predict, cells[n][1], lossy, cache) for n, lossy in searches
-            }
+    kept = KeptPredictions(shipped_predictions(), cache / FILE, tell)
+    asks = {
+        (n, lossy): _question(asked, lossy, cache)
+        for n, (_, asked) in enumerate(cells)
+        for lossy in _lossies(asked)
+        if asked.model.predictor is not None
+    }
+    known = {one: found for one, ask in asks.items() if (found := kept.find(ask.key)) is not None}
+    wanted = [
+        (n, lossy)
+        for n, (_, asked) in enumerate(cells)
+        for lossy in _searched(asked)
+        if (n, lossy) in asks and (n, lossy) not in known
+    ]
+    searches = Searches([(asks[one], f"{cells[one[0]][0]}, {one[1]}") for one in wanted], tell)
+    with searches:
         for number, (name, asked) in enumerate(cells):
             tell(f"predicting {name}")
-            own = {lossy: future for (n, lossy), future in begun.items() if n == number}
-            yield list(_rows(asked, partial(_row, asked, cache, tell, own)))
+
+            def row(lossy: Lossy, number: int = number, asked: Asked = asked) -> Simulated:
+                one = (number, lossy)
+                if one in known:
+                    return _simulated(asked, asks[one].question, known[one])
+                if one not in wanted:
+                    return predict(asked, lossy, cache)
+                found = _guarded(
+                    asked, asks[one].question, lambda: searches.answer(wanted.index(one))
+                )
+                if not isinstance(found, Answer):
+                    return found
+                if found.status in KEPT:
+                    kept.keep({asks[one].key: found})
+                return _simulated(asked, asks[one].question, found)
+
+            yield list(_rows(asked, row))
+
+
+def _lossies(asked: Asked) -> list[Lossy]:
+    """All that a cell may be asked for."""
+    groups = [lossy for group in asked.also for lossy in group]
+    return list(dict.fromkeys([asked.spec.lossy, *groups]))
 
 
 def _searched(asked: Asked) -> list[Lossy]:
@@ -72,22 +101,6 @@ def _searched(asked: Asked) -> list[Lossy]:
     if not asked.model.follows_policy or asked.spec.policy is not None:
         return []
     return list(dict.fromkeys([asked.spec.lossy, *(group[0] for group in asked.also)]))
-
-
-def _row(
-    asked: Asked,
-    cache: Path,
-    tell: Callable[[str], None],
-    begun: Mapping[Lossy, Future[Simulated]],
-    lossy: Lossy,
-) -> Simulated:
-    """One row, from the process that has begun it; from this one if none has, or if it died (as one may where memory is short)."""
-    if lossy in begun:
-        try:
-            return begun[lossy].result()
-        except BrokenExecutor as error:
-            tell(f"a process that searched for a policy has died ({error}); searching here")
-    return predict(asked, lossy, cache)
 
 
 def _rows(asked: Asked, row: Callable[[Lossy], Simulated]) -> Iterator[Simulated]:
@@ -108,7 +121,21 @@ def _rows(asked: Asked, row: Callable[[Lossy], Simulated]) -> Iterator[Simulated
 
 def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
     """One row. What the system's model refuses, or fails of, is told in the row, never raised."""
-    spec, model = asked.spec, asked.model
+    ask = _question(asked, lossy, cache)
+    if asked.model.predictor is None:
+        return Simulated(asked.spec, ask.question, asked.model, Status.UNAVAILABLE, NO_MODEL)
+    found = _guarded(asked, ask.question, ask.answer)
+    return _simulated(asked, ask.question, found) if isinstance(found, Answer) else found
+
+
+def questions(asked: Asked, cache: Path) -> list[Ask]:
+    """All that the rows of a cell may be made of. (A system that searches for its policy can do the first of each group.)"""
+    lossies = _searched(asked) or _lossies(asked)
+    return [_question(asked, lossy, cache) for lossy in lossies]
+
+
+def _question(asked: Asked, lossy: Lossy, cache: Path) -> Ask:
+    spec = asked.spec
     question = Question(
         shape=spec.model.shape,
         dtype=spec.dtype,
@@ -119,28 +146,28 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
         lossy=lossy,
         max_latency_s=spec.max_latency_s,
     )
-    if model.predictor is None:
-        return Simulated(spec, question, model, Status.UNAVAILABLE, NO_MODEL)
+    model = asked.model
+    return Ask(
+        spec.system, model.predictor or "", model.constants, _options(asked, lossy), question
+    )
+
+
+def _guarded(asked: Asked, question: Question, answer: Callable[[], Answer]) -> Answer | Simulated:
+    """The answer, or the row that tells of a mistake in a model: it must not hide the other systems, nor lose a measurement."""
     try:
-        predictor = make_predictor(model.predictor, model.constants, _options(asked, lossy))
-        prediction = predictor.predict(question)
-    except DoesNotFit as error:
-        return Simulated(
-            *(spec, question, model, Status.OOM, str(error)),
-            tier=error.tier,
-            need_bytes=error.need_bytes,
-            capacity_bytes=error.capacity_bytes,
-        )
-    except CannotRun as error:
-        return Simulated(spec, question, model, error.status, str(error))
-    except UserError as error:
-        return Simulated(spec, question, model, Status.INVALID, str(error))
-    except (
-        Exception
-    ) as error:  # a model with a mistake in it must not hide the others, nor lose a measurement
+        return answer()
+    except Exception as error:
         reason = f"the model failed: {type(error).__name__}: {error}"
-        return Simulated(spec, question, model, Status.FAILED, reason)
-    return Simulated(spec, question, model, Status.OK, prediction=prediction)
+        return Simulated(asked.spec, question, asked.model, Status.FAILED, reason)
+
+
+def _simulated(asked: Asked, question: Question, found: Answer) -> Simulated:
+    return Simulated(
+        *(asked.spec, question, asked.model, found.status, found.reason, found.run),
+        tier=found.tier,
+        need_bytes=found.need_bytes,
+        capacity_bytes=found.capacity_bytes,
+    )
 
 
 def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simulated | None:

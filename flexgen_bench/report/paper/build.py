@@ -6,13 +6,14 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from flexgen_bench.config import list_models
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.planner.ask import Ask
 from flexgen_bench.report.paper.cells import Sources
 from flexgen_bench.report.paper.curves import plot
 from flexgen_bench.report.paper.details import HEADERS, details
@@ -49,11 +50,13 @@ def build_paper(
     names: Sequence[str] | None = None,
     own: Path | None = None,
     workers: int = 1,
+    also: Callable[[Iterable[tuple[str, str]]], Iterable[Ask]] | None = None,
 ) -> tuple[list[Path], list[UserError]]:
     """Write the tables ``names`` (None: all there are, with an index); returns the paths and what is wrong with other tables.
 
     problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. workers: processes that predict;
     what they say is kept in ``results_dir``/predictions.json; if that cannot be used it is said on standard error, and all is asked anew.
+    also: with all tables, what is to be answered and kept besides, given the (machine, model) of the tables.
     Raises UserError for an unknown name, and for what is wrong with the printed values themselves.
     """
     recorded, unfit = usable(records)
@@ -67,6 +70,10 @@ def build_paper(
         if name not in list_tables(own):
             table_conf(name, own)
     tables, errors = _tables(chosen, own, sources)
+    asked = also(simulations.pairs) if simulations and also and names is None else ()
+    for one in asked:
+        assert simulations is not None
+        simulations.note(one)
     if simulations is not None and simulations.open:
         print(f"{simulations.open} predictions to make", file=sys.stderr)
         keep = partial(_keep, simulations.known, results_dir, write)
@@ -75,6 +82,8 @@ def build_paper(
         finally:
             keep()
         tables, errors = _tables(chosen, own, sources)
+        for one in asked:
+            simulations.note(one)
     if simulations is not None and names is None and not errors:
         _keep(simulations.used, results_dir, write)
     written: list[Path] = []

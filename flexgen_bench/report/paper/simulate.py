@@ -16,10 +16,10 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.processes import process_pool
 from flexgen_bench.core.status import Status
-from flexgen_bench.planner.ask import ask
+from flexgen_bench.planner.ask import Ask
 from flexgen_bench.report.paper.policy_text import PolicyText
 from flexgen_bench.report.paper.settings import run_text
-from flexgen_bench.store.kept_predictions import Answer, key_of
+from flexgen_bench.store.kept_predictions import Answer
 from flexgen_bench.table_conf import ConfiguredSystem
 
 OOM = "OOM"
@@ -70,15 +70,6 @@ class Told:
     lossy: str = ""
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One question to one system. ``options`` are all that it is told."""
-
-    system: ConfiguredSystem
-    options: Mapping[str, Any]
-    job: Job
-
-
 @dataclass
 class Simulations:
     """What the systems' predictors say. models: the names in conf/model. known: answers by key, kept from earlier runs.
@@ -90,6 +81,7 @@ class Simulations:
     models: Container[str]
     known: dict[str, Answer] = field(default_factory=dict)
     used: dict[str, Answer] = field(default_factory=dict)
+    pairs: set[tuple[str, str]] = field(default_factory=set)  # (machine, model) asked about
     _open: dict[str, Ask] = field(default_factory=dict)
 
     def named(self, name: str) -> ConfiguredSystem | None:
@@ -106,12 +98,22 @@ class Simulations:
         if system.predictor is None:
             return Told(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
         told = {**system.options, **options}
-        key = key_of(system.predictor, system.constants, told, job.question)
+        asked = Ask(system.name, system.predictor, system.constants, told, job.question)
+        key = asked.key
+        if job.num_gpus == 1:
+            self.pairs.add((job.machine, job.model))
         if key not in self.known:
-            self._open[key] = Ask(system, told, job)
+            self._open[key] = asked
             return Told(word=PENDING)
         self.used[key] = self.known[key]
         return _told(self.known[key], system, job)
+
+    def note(self, asked: Ask) -> None:
+        """A question of nobody's table, to be answered and kept with the others."""
+        if asked.key in self.known:
+            self.used[asked.key] = self.known[asked.key]
+        else:
+            self._open[asked.key] = asked
 
     @property
     def open(self) -> int:
@@ -123,10 +125,10 @@ class Simulations:
         asks, self._open = self._open, {}
         if workers == 1 or len(asks) < _WORTH_A_PROCESS:
             for key, ask in asks.items():
-                self.known[key] = answer(ask)
+                self.known[key] = ask.answer()
             return
         with process_pool(workers) as pool:
-            futures = {pool.submit(answer, ask): key for key, ask in asks.items()}
+            futures = {pool.submit(ask.answer): key for key, ask in asks.items()}
             kept = time.monotonic()
             for future in as_completed(futures):
                 self.known[futures[future]] = future.result()
@@ -143,15 +145,6 @@ def _shape(name: str) -> ModelShape:
 @cache
 def _machine(name: str) -> HardwareProfile:
     return hardware_profile(name)
-
-
-def answer(asked: Ask) -> Answer:
-    """Asked of the predictor. Refusals are answers, too."""
-    system = asked.system
-    assert system.predictor is not None
-    return ask(
-        system.predictor, system.constants, asked.options, asked.job.question, system.name
-    )  # fmt: skip
 
 
 def _told(answer: Answer, system: ConfiguredSystem, job: Job) -> Told:
