@@ -67,7 +67,7 @@ def test_opt_30b_on_a_t4(tmp_path: Path) -> None:
         "208.00 GiB of host memory",
         "55.83 GiB for weights (bfloat16)",
         "84.00 MiB of KV cache for each sequence of 32+32 tokens (5.25 GiB for all 64)",
-        "gpu=t4 stands for 14.90 GiB of GPU memory, 208.00 GiB of host memory, 1.36 TiB of disk",
+        "gpu=t4 stands for 15.00 GiB of GPU memory, 208.00 GiB of host memory, 1.36 TiB of disk",
         "Here: no NVIDIA GPU, 16.00 GiB of host memory, 100.00 GiB free",
         "model=opt-30b gpu=auto: its weights fit streamed from disk (takes 57.68 GiB of it)",
         "fits in memory here is opt-6.7b (12.40 GiB): model=opt-6.7b gpu=auto",

@@ -83,7 +83,7 @@ def test_the_order_is_the_papers(tmp_path: Path) -> None:
         ("t2", ["two policies: 8.70", "total throughput divided by the number of GPUs", "KV cache alone", "GB are GiB", "is a rounding", "8.2 %"]),
         ("t3", ["nothing confirms", "page cache"]),
         ("t4", ["6.93 with"]),
-        ("t8", ["3249 s against 2711", "page cache helps"]),
+        ("t8", ["3249 s against 2711", "page cache, or reading several files"]),
         ("t10", ["imply 210.7 samples"]),
         ("t13", ["not found"]),
         ("t21", ["not found"]),

@@ -66,7 +66,7 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     lines = card(answer)
     assert lines["policy"] == "2x2; weights gpu 20 %, cpu 80 %; KV cache cpu; attention on the cpu"
     assert lines["why"] == "the link is busier than anything else / so blocks are large"
-    assert lines["gpu"] == "[#####               ] 3.73 GiB of 14.90 GiB (25%)"
+    assert lines["gpu"] == "[#####               ] 3.73 GiB of 15.00 GiB (25%)"
     assert lines["cpu"] == "[#####               ] 48.43 GiB of 208.00 GiB (23%)"
     assert lines["time"].startswith(
         "prefill 2.0s, decode 6.0s, in all 8.0s for 4 prompts in 1 block"

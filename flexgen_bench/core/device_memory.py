@@ -42,3 +42,12 @@ def job_bytes(hardware: HardwareProfile) -> int | None:
     if hardware.accelerator is not Accelerator.CUDA or size is None:
         return None
     return gpu_room(size - process_bytes(hardware), None, 0)
+
+
+def beside_bytes(hardware: HardwareProfile) -> int:
+    """What is kept from a plan: of the GPU's memory, or of any large one where it is not known."""
+    room = job_bytes(hardware)
+    if room is None or hardware.gpu_memory_bytes is None:
+        taken = process_bytes(hardware)
+        return taken + WORKSPACE_BYTES if taken else 0
+    return hardware.gpu_memory_bytes - room

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexgen_bench.core.compression import Lossy
-from flexgen_bench.core.device_memory import WORKSPACE_BYTES, job_bytes, process_bytes
+from flexgen_bench.core.device_memory import beside_bytes, job_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
@@ -113,10 +113,8 @@ def _prediction(
 def _bytes(task: Task, plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
     planned = {str(tier): plan.total(tier) for tier in plan.bytes}
-    beside = process_bytes(task.hardware)
-    if beside:
-        planned[str(Tier.GPU)] += beside + WORKSPACE_BYTES
-    return planned
+    beside = beside_bytes(task.hardware)
+    return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
 
 
 def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:
