@@ -12,6 +12,17 @@ from flexgen_bench.engine.tokenization import has_tokenizer, load_tokenizer
 PROBE = 'Question: Is 12 + 30 = 42?\n\nAnswer: yes, it isn\'t "No" (café, 50%).'
 
 
+def check_text(text: object) -> None:
+    """Raises UserError for what no tokenizer takes, without the text itself: it may be a line of somebody's data."""
+    if not isinstance(text, str):
+        raise UserError("text", type(text).__name__, "text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise UserError("text", found, "without halves of surrogate pairs") from error
+
+
 class TaskText:
     """Text to token ids and back, by the rules of lm-eval's own ``hf`` model, so that equal tasks give equal tokens.
 
@@ -66,7 +77,11 @@ class TaskText:
         return None if end is None else str(self.tokenizer.decode(end, skip_special_tokens=False))
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """special: whether to add special tokens; None is the tokenizer's own habit, but none for text that begins with one already."""
+        """special: whether to add special tokens; None is the tokenizer's own habit, but none for text that begins with one already.
+
+        Raises UserError for what is no text (``check_text``).
+        """
+        check_text(text)
         if special is None and self._special_ids():
             start = self.tokenizer.decode(self.start_id)
             if start and text.startswith(start):
