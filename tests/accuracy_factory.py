@@ -60,7 +60,7 @@ def task_record(items: Sequence[Item], mode: str = "exact", task: str = "quiz", 
     values: dict[str, Any] = {
         "run_id": f"run-{task}-{mode}", "key": f"key{task}{mode}".ljust(16, "0"), "subject": subject(mode), "task": task,
         "task_version": "1", "data_sha256": {"data": "0" * 64}, "metric": "acc", "statistic": "mean",
-        "higher_is_better": True, "limit": None, "truncated": {}, "scores": {"acc": 0.5}, "items": tuple(items),
+        "higher_is_better": True, "limit": None, "truncated": {}, "left_out": {}, "scores": {"acc": 0.5}, "items": tuple(items),
         "started_utc": TIME, "ended_utc": TIME, "seconds": 1.0,
         "rerun_command": f"python -m flexgen_bench.accuracy model=tiny tasks={task} mode={mode}",
     }  # fmt: skip

@@ -66,7 +66,7 @@ class TaskComparison:
     change: of the score, 95 %. sure: the interval the verdict was made with, 90 %; likely: the same at 95 %. bits: added bits per byte of the right texts, 95 % (None
     where nothing was scored). lost, won: items right in one run alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or
     wrong; p_holm: adjusted for all tasks of the mode. same_predictions: items with the same answer. bounded: whether the score lies between 0 and 1.
-    silent: whether neither run got anything right, so that nothing could be lost. difference: with the sign that makes better positive.
+    left_out: items that one of the runs could not score, which are in neither side. silent: whether neither run got anything right, so that nothing could be lost. difference: with the sign that makes better positive.
     """
 
     task: str
@@ -88,6 +88,7 @@ class TaskComparison:
     identical: bool
     verdict: Verdict
     truncated: int
+    left_out: int
     bounded: bool
     silent: bool
     difference: Difference
@@ -191,6 +192,7 @@ def compare_task(reference: TaskRecord, candidate: TaskRecord, margins: Margins)
         identical=_identical(pairs),
         verdict=Verdict.UNDECIDED,
         truncated=sum(candidate.truncated.values()),
+        left_out=len({*reference.left_out, *candidate.left_out}),
         bounded=bounded,
         silent=bounded and difference.reference == difference.candidate == 0,
         difference=better,

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexgen_bench.accuracy.items import statistic_of, to_item
+from flexgen_bench.accuracy.items import item_id, statistic_of, to_item
 from flexgen_bench.accuracy.statistics import score
 from flexgen_bench.core.accuracy import Item
 from flexgen_bench.core.errors import UserError
 
+# Code points that are no characters.
+_HALVES = re.compile("[\ud800-\udfff]")
 # Of a task's score, between lm-eval's own aggregation and the sums of items.
 _SAME_SCORE = 1e-6
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a task left. scores: by metric, as lm-eval aggregates them (with the filter's name if there are several filters)."""
+    """What a task left. scores: by metric, as lm-eval aggregates them (with the filter's name if there are several filters). left_out: items that
+    cannot be scored, with the reason."""
 
     items: tuple[Item, ...]
     scores: dict[str, float | None]
     statistic: str
     higher_is_better: bool
     truncated: dict[str, int]
+    left_out: dict[str, str]
     seconds: float
 
 
@@ -41,7 +47,8 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
     """Run a task. answers: where lm-eval's database of answers (its ``use_cache``) lies, written as each item is done, so that a run that was
     killed goes on where it stopped.
 
-    Raises UserError for a metric that the task does not have or whose score is no function of sums over items.
+    Items that cannot be scored are found beforehand and left out. Raises UserError if these are all, for a metric that the task does not have or whose score is no
+    function of sums over items.
     """
     from lm_eval.api.model import CachingLM
     from lm_eval.evaluator import evaluate
@@ -53,9 +60,16 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
     begin = time.perf_counter()
     with quiet():
         _seed(task)
+        without = unscorable(lm, task)
+        if len(without) == len(task.eval_docs):
+            raise UserError(
+                f"items of task {name}", len(without), "such as can be scored", f"The first: {without[0][1]}"
+            )  # fmt: skip
+        _seed(task)
         found = evaluate(
-            CachingLM(lm, f"{answers}_rank0.db"), {name: task}, bootstrap_iters=0, log_samples=True
-        )
+            CachingLM(lm, f"{answers}_rank0.db"), {name: task}, bootstrap_iters=0, log_samples=True,
+            samples=_others(name, task, without),
+        )  # fmt: skip
     seconds = time.perf_counter() - begin
     assert found is not None, "rank 0 has results"
     (task_name,) = found["samples"]
@@ -67,7 +81,41 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
     _check_score(name, metric, scores[metric], items, statistic)
     higher = task.higher_is_better().get(metric, True)
     truncated = dict(getattr(lm, "truncated", {}))
-    return Evaluated(items, scores, statistic, bool(higher), truncated, seconds)
+    left_out = dict(without.values())
+    return Evaluated(items, scores, statistic, bool(higher), truncated, left_out, seconds)
+
+
+def unscorable(lm: Any, task: Any) -> dict[int, tuple[str, str]]:
+    """Items of a task that ``lm`` cannot score: number -> (id, why). One of its texts cannot be, or its document is no text that can be logged."""
+    task.build_all_requests(rank=lm.rank, world_size=lm.world_size)
+    found: dict[int, tuple[str, str]] = {}
+    for instance in task.instances:
+        number = int(instance.doc_id)
+        if number in found:
+            continue
+        why = lm.why_not(instance.request_type, instance.args) if hasattr(lm, "why_not") else ""
+        text, readable = _logged(instance.doc)
+        if not readable and not why:
+            why = "its document holds half of a surrogate pair, which is no text"
+        if why:
+            digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+            found[number] = (item_id(number, digest), why)
+    return found
+
+
+def _logged(document: Any) -> tuple[str, bool]:
+    """What lm-eval hashes of a document, and whether it can."""
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return text, not _HALVES.search(text)
+
+
+def _others(name: str, task: Any, without: Collection[int]) -> dict[str, list[int]] | None:
+    """What ``lm_eval.evaluate`` is told of the items to ask; None for all."""
+    if not without:
+        return None
+    return {name: [number for number in range(len(task.eval_docs)) if number not in without]}
 
 
 def _seed(task: Any) -> None:

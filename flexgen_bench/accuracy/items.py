@@ -38,6 +38,11 @@ def statistic_of(task: str, metric: str, aggregation: Any) -> str:
     return str(name)
 
 
+def item_id(number: int, digest: str) -> str:
+    """An item by its number and the beginning of the hash that lm-eval logs of its document."""
+    return f"{number}-{digest[:12]}"
+
+
 def to_item(sample: Mapping[str, Any], kind: str, metric: str, statistic: str) -> Item:
     """One logged sample. kind: the task's output type. Raises UserError for a metric value of a shape nobody knows."""
     arguments = [tuple(a) for a in sample["arguments"]]
@@ -45,7 +50,7 @@ def to_item(sample: Mapping[str, Any], kind: str, metric: str, statistic: str) -
     loglik, texts, gold = _scored(sample, kind, arguments)
     document = sample["doc"] if isinstance(sample["doc"], Mapping) else {}
     return Item(
-        id=f"{sample['doc_id']}-{str(sample['doc_hash'])[:12]}",
+        id=item_id(sample["doc_id"], str(sample["doc_hash"])),
         cluster=str(document.get("subject") or ""),
         parts=parts,
         prediction=_prediction(sample, kind, metric, loglik, texts),

@@ -9,17 +9,19 @@ that a tokenizer adds are left out, and a stop string that is the first word end
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from flexgen_bench.accuracy.request_tokens import RequestTokens
 from flexgen_bench.accuracy.sampling import sampling_of
 from flexgen_bench.accuracy.text import TaskText
 from flexgen_bench.core.compression import EXACT, Lossy
@@ -27,6 +29,7 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.outputs import Score
 from flexgen_bench.schedule.forest import ScoreRequest
 from flexgen_bench.systems.scorer import Scorer
@@ -41,7 +44,8 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """An lm-eval model over a scorer.
 
-    truncated: by kind of request, how many items were longer than ``max_length`` and cut from the left.
+    truncated: by kind of request, how many items were longer than ``max_length`` and cut from the left. left_out: name of a request that cannot be
+    scored -> why; the others are. (``evaluate_task`` leaves such items out beforehand; lm-eval's own command line cannot.)
     Every result is told to lm-eval's cache as soon as it is there, so a run that is killed goes on where it stopped.
     """
 
@@ -55,6 +59,8 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.max_length = max_length
         self.tokenizer = text.tokenizer
         self.truncated: Counter[str] = Counter()
+        self.left_out: dict[str, str] = {}
+        self._tokens = RequestTokens(text, max_length, self._encode_pair)
 
     @classmethod
     def create_from_arg_string(
@@ -108,52 +114,56 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         )  # fmt: skip
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes down about the model, when it has answered: how many items were cut is part of its results."""
+        """What lm-eval writes down about the model, when it has answered: how many items were cut, and which could not be scored, is part of its results."""
         return {
             "model_name": self._name,
             "max_length": self.max_length,
             "truncated": dict(self.truncated),
+            "left_out": dict(self.left_out),
         }
+
+    def why_not(self, kind: str, arguments: tuple[Any, ...]) -> str:
+        """Why a request cannot be scored; "" if it can. kind, arguments: of an instance of lm-eval."""
+        try:
+            self._prepare(kind)(*arguments)
+        except UserError as error:
+            return str(error)
+        return ""
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Without lm-eval's bar of tokenizing where nobody watches."""
-        found: list[tuple[float, bool]] = super().loglikelihood(
-            requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty()
-        )
-        return found
+        """Of continuations after their contexts. One that cannot be scored has the probability 0, see ``left_out``."""
+        asked = self._each("loglikelihood", requests)
+        arguments = [request.args for request in requests]
+        return self._scored([(i, made) for i, made in enumerate(asked) if made is not None], arguments, disable_tqdm)  # fmt: skip
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        asked = [self._request(i, before, after) for i, (_, before, after) in enumerate(requests)]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        with tqdm(
-            total=len(asked), desc="Running loglikelihood requests", disable=disable_tqdm or None
-        ) as bar:
+        asked = [(i, self._tokens.request(*pair)) for i, (_, *pair) in enumerate(requests)]
+        return self._scored(asked, [request[0] for request in requests], disable_tqdm)
 
-            def take(index: int, score: Score) -> None:
+    def _scored(
+        self,
+        asked: Sequence[tuple[int, tuple[ScoreRequest, bool]]],
+        arguments: Sequence[Any],
+        disable_tqdm: bool,
+    ) -> list[tuple[float, bool]]:
+        """asked: requests with their place among ``arguments``."""
+        found: list[tuple[float, bool]] = [(-math.inf, False)] * len(arguments)
+        self._count("loglikelihood", sum(cut for _, (_, cut) in asked))
+        with _bar("loglikelihood", len(asked), disable_tqdm) as bar:
+
+            def take(number: int, score: Score) -> None:
+                index = asked[number][0]
                 found[index] = (score.logprob, score.is_greedy)
-                self._keep("loglikelihood", requests[index][0], found[index])
+                self._keep("loglikelihood", arguments[index], found[index])
                 bar.update()
 
             if asked:
-                self._scorer.score(asked, take)
+                self._scorer.score([request for _, (request, _) in asked], take)
         return found
-
-    def _request(self, index: int, before: list[int], after: list[int]) -> ScoreRequest:
-        """Cut from the left where it is too long: the last token is not computed, so one more than the model's positions fits."""
-        if not 1 <= len(after) <= self.max_length:
-            raise UserError(
-                f"continuation of request {index}", f"{len(after)} tokens",
-                f"from 1 to {self.max_length} tokens long", "It cannot be scored as a whole.",
-            )  # fmt: skip
-        tokens = before + after
-        if len(tokens) > self.max_length + 1:
-            self.truncated["loglikelihood"] += 1
-            tokens = tokens[-(self.max_length + 1) :]
-        return ScoreRequest(tokens, len(tokens) - len(after))
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -161,18 +171,16 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Log-likelihood of whole texts: each token is predicted once, from as much as the model can see."""
         windows: list[ScoreRequest] = []
         owner: list[int] = []
-        texts = [request.args[0] for request in requests]
-        for number, text in enumerate(texts):
-            for window in get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
-            ):
-                windows.append(self._request(number, *make_disjoint_window(window)))
-                owner.append(number)
-        left, total = Counter(owner), [0.0] * len(texts)
-        parts: list[dict[int, float]] = [{} for _ in texts]
-        with tqdm(
-            total=len(windows), desc="Running rolling requests", disable=disable_tqdm or None
-        ) as bar:
+        total = [0.0] * len(requests)
+        for number, made in enumerate(self._each("loglikelihood_rolling", requests)):
+            if made is None:
+                total[number] = -math.inf
+            else:
+                windows += made
+                owner += [number] * len(made)
+        left = Counter(owner)
+        parts: list[dict[int, float]] = [{} for _ in requests]
+        with _bar("rolling", len(windows), disable_tqdm) as bar:
 
             def take(index: int, score: Score) -> None:
                 number = owner[index]
@@ -180,7 +188,7 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 left[number] -= 1
                 if not left[number]:  # summed in order: the same whatever came first
                     total[number] = sum(parts[number][i] for i in sorted(parts[number]))
-                    self._keep("loglikelihood_rolling", (texts[number],), total[number])
+                    self._keep("loglikelihood_rolling", requests[number].args, total[number])
                 bar.update()
 
             if windows:
@@ -188,42 +196,60 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return total
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to prompts, cut before the first stop string."""
-        prompts, params, stops = [], [], []
-        for request in requests:
-            context, given = request.args
-            options = normalize_gen_kwargs(given, self.max_gen_toks)
-            stop = handle_stop_sequences(options.pop("until", None), eos=self._text.end_text)
-            stop = [s for s in stop if s]
-            sampling = sampling_of(options, stop)
-            prompts.append(self._prompt(context, sampling.max_tokens))
-            params.append(sampling)
-            stops.append(stop)
-        found = [""] * len(prompts)
-        with tqdm(
-            total=len(prompts), desc="Running generate_until requests", disable=disable_tqdm or None
-        ) as bar:
+        """Answers to prompts, cut before the first stop string. One that cannot be asked has an empty answer, see ``left_out``."""
+        asked = [(i, made) for i, made in enumerate(self._each("generate_until", requests)) if made]
+        self._count("generate_until", sum(made.cut for _, made in asked))
+        found = [""] * len(requests)
+        with _bar("generate_until", len(asked), disable_tqdm) as bar:
 
-            def take(index: int, tokens: Sequence[int]) -> None:
-                found[index] = self._text.answer(prompts[index], tokens, stops[index])
+            def take(number: int, tokens: Sequence[int]) -> None:
+                index, made = asked[number]
+                stop = list(made.sampling.stop)
+                found[index] = self._text.answer(made.tokens, tokens, stop)
                 self._keep("generate_until", requests[index].args, found[index])
                 bar.update()
 
-            if prompts:
-                self._scorer.generate(prompts, params, take)
+            if asked:
+                prompts = [made.tokens for _, made in asked]
+                self._scorer.generate(prompts, [made.sampling for _, made in asked], take)
         return found
 
-    def _prompt(self, context: str, new_tokens: int) -> list[int]:
-        most = self.max_length - new_tokens
-        if most < 1:
-            raise UserError(
-                "max_gen_toks", new_tokens, f"below the {self.max_length} positions there are",
-                "Nothing is left for the prompt.",
-            )  # fmt: skip
-        tokens = self._text.encode(context) or [self.prefix_token_id]
-        if len(tokens) > most:
-            self.truncated["generate_until"] += 1
-        return tokens[-most:]
+    def _prompt(self, context: str, given: dict[str, Any]) -> _Prompt:
+        options = normalize_gen_kwargs(given, self.max_gen_toks)
+        stop = handle_stop_sequences(options.pop("until", None), eos=self._text.end_text)
+        sampling = sampling_of(options, [s for s in stop if s])
+        return _Prompt(*self._tokens.prompt(context, sampling.max_tokens), sampling)
+
+    def _prepare(self, kind: str) -> Callable[..., Any]:
+        """What turns one request of a kind into tokens. Raises UserError for one that cannot be scored."""
+        prepare: dict[str, Callable[..., Any]] = {
+            "loglikelihood": self._tokens.pair,
+            "loglikelihood_rolling": self._tokens.windows,
+            "generate_until": self._prompt,
+        }
+        return prepare[kind]
+
+    def _each(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        """Each request prepared; None for one that cannot be scored, which is told and noted. UserError if none can."""
+        found, reasons = [], []
+        for index, request in enumerate(requests):
+            try:
+                found.append(self._prepare(kind)(*request.args))
+            except UserError as error:
+                found.append(None)
+                reasons.append((_name(request, index), error))
+        if reasons and len(reasons) == len(requests):
+            raise reasons[0][1]
+        for name, reason in reasons:
+            self.left_out[name] = str(reason)
+            print(
+                f"warning: {name} cannot be scored and counts as wrong: {reason}", file=sys.stderr
+            )
+        return found
+
+    def _count(self, kind: str, cut: int) -> None:
+        if cut:
+            self.truncated[kind] += cut
 
     def logprobs(self, token_ids: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Of each sequence of T tokens in turn, the log-probabilities (T-1, V) float32 after its first, second, ... token."""
@@ -238,6 +264,25 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """In lm-eval's cache, if it has one."""
         if arguments is not None:
             self.cache_hook.add_partial(kind, arguments, result)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """cut: whether its beginning was cut off."""
+
+    tokens: list[int]
+    cut: bool
+    sampling: SamplingParams
+
+
+def _name(request: Any, index: int) -> str:
+    """The item as lm-eval numbers it."""
+    task, number = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+    return f"request {index}" if task is None else f"{task}, item {number}"
+
+
+def _bar(what: str, total: int, disable: bool) -> Any:
+    return tqdm(total=total, desc=f"Running {what} requests", disable=disable or None)
 
 
 def make_lm(

@@ -134,6 +134,8 @@ class AccuracyRun:
             shutil.rmtree(answers.parent, ignore_errors=True)
         begin = _now()
         done = evaluate_task(lm, task.name, task.task, task.metric, answers)
+        for item, why in done.left_out.items():
+            self._tell(f"{task.name}: item {item} cannot be scored and is left out: {why}")
         record = TaskRecord(
             run_id=_run_id(),
             key=key,
@@ -146,6 +148,7 @@ class AccuracyRun:
             higher_is_better=done.higher_is_better,
             limit=None if self._limit == _ALL else self._limit,
             truncated=done.truncated,
+            left_out=done.left_out,
             scores=done.scores,
             items=done.items,
             started_utc=begin,

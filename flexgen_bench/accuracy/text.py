@@ -73,7 +73,7 @@ class TaskText:
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """special: whether to add special tokens. None: those that the tokenizer puts before a
         text, but for text that begins with them already. Its end tokens are left out, other than in
-        lm-eval: it would score them in place of a continuation's last words."""
+        lm-eval: it would score them in place of a continuation's last words. UserError for what is no text."""
         check_text(text, "text")
         if special is None:
             return self._added.open_ended(self.tokenizer.encode(text))

@@ -11,7 +11,8 @@ from typing import Any
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.status import Evidence
 
-ACCURACY_SCHEMA_VERSION = 1
+# 2: left_out.
+ACCURACY_SCHEMA_VERSION = 2
 # The mode everything else is compared with.
 EXACT_MODE = "exact"
 # Decimals kept of a log-likelihood: well below the 1e-3 that counts as a tie, and files stay small.
@@ -74,7 +75,8 @@ class Item:
 class TaskRecord:
     """One task under one subject. ``metric`` is the task's own; ``statistic`` is how it follows from the items' parts.
 
-    truncated: items cut from the left to fit the context, by kind of request. scores: every metric of the task, as lm-eval gives them.
+    truncated: items cut from the left to fit the context, by kind of request. left_out: items that could not be scored, by their number and hash, with the reason; neither
+    ``items`` nor ``scores`` know them. scores: every metric of the task, as lm-eval gives them.
     """
 
     run_id: str
@@ -88,6 +90,7 @@ class TaskRecord:
     higher_is_better: bool
     limit: int | None
     truncated: Mapping[str, int]
+    left_out: Mapping[str, str]
     scores: Mapping[str, float | None]
     items: Sequence[Item]
     started_utc: str

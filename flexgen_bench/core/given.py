@@ -12,15 +12,17 @@ from flexgen_bench.core.errors import UserError
 _WANTED = "text, or token ids as integers (a list, or a one-dimensional array or tensor)"
 
 
-def check_text(text: str, field: str) -> None:
-    """UserError for text with surrogates: half a character, which no tokenizer can read."""
+def check_text(text: Any, field: str) -> None:
+    """UserError for what is no text, and for surrogates in it: half of a character, which no tokenizer can read. It does not repeat the
+    text, which may be a line of somebody's data."""
+    if not isinstance(text, str):
+        raise UserError(field, type(text).__name__, "text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            field, text, "text that can be written as UTF-8",
-            f"Character {error.start} is a surrogate, half of a character: decode its source with "
-            "errors='replace', or as UTF-16.",
+            field, f"U+{ord(text[error.start]):04X} at character {error.start}", "text that can be written as UTF-8",
+            "A surrogate is half of a character: decode its source with errors='replace', or as UTF-16.",
         ) from error  # fmt: skip
 
 

@@ -97,7 +97,9 @@ def read_accuracy(results_dir: Path, keys: Collection[str] | None = None) -> Sto
 
 def find_task(results_dir: Path, model: str, key: str, items: int) -> Path | None:
     """The newest readable record of this key with at least so many items; None if there is none. A damaged record is no record."""
-    return _find(results_dir, model, key, read_task, lambda r: len(r.items) >= items, mode=False)
+    return _find(
+        results_dir, model, key, read_task, lambda r: len(r.items) + len(r.left_out) >= items, mode=False
+    )  # fmt: skip
 
 
 def find_mode(results_dir: Path, model: str, key: str) -> Path | None:
@@ -162,6 +164,8 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind:
         data = json.loads(gzip.decompress(Path(path).read_bytes()))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not a whole accuracy record ({error}). {_ADVICE}") from error
+    if isinstance(data, dict) and data.get("schema_version") == 1:  # nothing could be left out then
+        data |= {"schema_version": 2} | ({"left_out": {}} if kind is TaskRecord else {})
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != ACCURACY_SCHEMA_VERSION:
         raise StoreError(

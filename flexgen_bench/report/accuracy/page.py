@@ -15,6 +15,7 @@ from flexgen_bench.report.accuracy.words import (
     bytes_text,
     change_text,
     error_text,
+    left_out_lines,
     p_text,
     points_interval,
     ratio_to_yardstick,
@@ -59,13 +60,15 @@ def model_page(outcome: ModelOutcome) -> str:
 
 
 def _findings(outcome: ModelOutcome) -> list[str]:
-    if not outcome.findings and not outcome.problems:
+    left_out = left_out_lines(outcome)
+    if not outcome.findings and not outcome.problems and not left_out:
         return []
     lines = ["## Mind", ""]
     for finding in outcome.findings:
         word = "**A control fails**" if finding.fails else "Note"
         lines.append(f"- {word}, {escape(finding.mode)}: {escape(finding.name)}. {escape(finding.text)}")  # fmt: skip
     lines += [f"- Not compared: {escape(problem)}" for problem in outcome.problems]
+    lines += [f"- Left out, {escape(line)}" for line in left_out]
     return [*lines, ""]
 
 

@@ -18,6 +18,7 @@ from flexgen_bench.report.accuracy.words import (
     bytes_text,
     change_text,
     error_text,
+    left_out_lines,
     p_text,
     points_interval,
     ratio_to_yardstick,
@@ -69,6 +70,8 @@ def print_outcome(outcome: ModelOutcome) -> None:
         console.print(Text(f"{word}: {finding.mode}: {finding.name}: {finding.text}", style=style))
     for problem in outcome.problems:
         console.print(Text(f"not compared: {problem}", style="yellow"))
+    for line in left_out_lines(outcome):
+        console.print(Text(f"left out: {line}", style="yellow"), soft_wrap=True)
     if outcome.modes:
         console.print(Text(advice(outcome)))
 

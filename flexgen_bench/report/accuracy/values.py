@@ -33,7 +33,7 @@ def _tasks(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
                 "change_low": _score(t, t.change.low), "change_high": _score(t, t.change.high), "lost": t.lost, "won": t.won,
                 "p": _number(t.p, CHANCE), "p_holm": _number(t.p_holm, CHANCE), "added_bits_per_byte": _bits(t.bits and t.bits.value),
                 "added_bits_per_byte_low": _bits(t.bits and t.bits.low), "added_bits_per_byte_high": _bits(t.bits and t.bits.high),
-                "exact_bits_per_byte": _bits(t.bits_reference), "same_predictions": t.same_predictions, "truncated": t.truncated,
+                "exact_bits_per_byte": _bits(t.bits_reference), "same_predictions": t.same_predictions, "truncated": t.truncated, "left_out": t.left_out,
                 "margin": _number(outcome.margins.score if t.bounded else outcome.margins.bits, SCORE),
                 "sure_low": _bits(t.sure.low), "sure_high": _bits(t.sure.high), "verdict": t.verdict.value,
                 "weights_on_grid": mode.on_grid, "evidence": mode.tasks[t.task].evidence.value,

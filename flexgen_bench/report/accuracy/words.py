@@ -10,6 +10,8 @@ from flexgen_bench.accuracy.statistics import Interval
 from flexgen_bench.core.digits import NOISE_FREE, fixed, settled, significant
 
 NOTHING = "-"
+# Items that cannot be scored and are named on a page; the records name all.
+_TOLD = 5
 
 READING = """\
 - **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same item under both.
@@ -106,6 +108,22 @@ def ratio_to_yardstick(mode: ModeOutcome) -> float | None:
     both = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
     ours, theirs = (math.fsum(pair[i] for pair in both) for i in (0, 1))
     return ours / theirs if settled(theirs, NOISE_FREE) else None
+
+
+def left_out_lines(outcome: ModelOutcome) -> list[str]:
+    """For each task with items that cannot be scored: how many, of which, and why. They are in no number, under no mode."""
+    lines = []
+    for name, record in outcome.exact.items():
+        found = dict(record.left_out)
+        for mode in outcome.modes:
+            found |= mode.tasks[name].left_out if name in mode.tasks else {}
+        if found:
+            count = len(found)
+            of = len(found.keys() | {item.id for item in record.items})
+            told = "; ".join(f"item {item}: {why}" for item, why in list(found.items())[:_TOLD])
+            more = f"; and {count - _TOLD} more" if count > _TOLD else ""
+            lines.append(f"{name}: {count} of {of} items cannot be scored and are left out under every mode ({told}{more})")  # fmt: skip
+    return lines
 
 
 def share_text(part: int, whole: int) -> str:
