@@ -68,9 +68,8 @@ class Outcome:
     explanations: dict[str, None] = field(default_factory=dict)
     bad_input: bool = False
     broken: bool = False
-    tolerated: set[str] = field(
-        default_factory=set
-    )  # hashes of cells whose failure is only warned of
+    # Hashes of cells whose failure is only warned of.
+    tolerated: set[str] = field(default_factory=set)
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
 
