@@ -65,9 +65,8 @@ class Outcome:
     running: bool = False  # what goes wrong now is no mistake of the configuration
     bad_input: bool = False
     broken: bool = False
-    tolerated: set[str] = field(
-        default_factory=set
-    )  # hashes of cells whose failure is only warned of
+    # Hashes of cells whose failure is only warned of.
+    tolerated: set[str] = field(default_factory=set)
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
 

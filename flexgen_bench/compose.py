@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,28 +179,27 @@ def _cells(
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
     user = [o for o in overrides if key_of(o) not in _NOT_OF_THE_CELL]
-    lines = {
-        name: merged(
-            [*group.overrides, f"system={name}", *group.system_overrides.get(name, [])], user
-        )
-        for name in group.systems
-    }
-    if wanted is not None and not set(wanted) & set(lines):
+    chosen = [name for name in group.systems if wanted is None or name in wanted]
+    if not chosen:
         return []
-    # All of them, whichever are wanted: what is left out of a workload is the same whoever is measured today.
+    lines = {name: merged(_lines(group, name), user) for name in chosen}
     confs = {name: composed(own) for name, own in lines.items()}
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
-    changes, note = _settled(confs, cells, local, {key_of(line) for line in user})
-    chosen = [name for name in group.systems if wanted is None or name in wanted]
+    changes, note = _settled(group, confs, cells, local, user)
     found = []
     for name in chosen:
         final = merged(lines[name], changes)
-        cell = _cell(group, composed(final), final, local) if changes else cells[name]
+        # (A dtype that was left open is settled in the cell already.)
+        cell = _cell(group, composed(final), final, local) if note else cells[name]
         # A record that is made again must land in the same suite, where its table finds it.
         place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
         command = final if place is None else merged([*place, *user], changes)
         found.append(replace(cell, overrides=tuple(command), named=named, note=note))
     return found
+
+
+def _lines(group: CellGroupConf, system: str) -> list[str]:
+    return [*group.overrides, f"system={system}", *group.system_overrides.get(system, [])]
 
 
 def _cell(group: CellGroupConf, conf: AppConf, lines: Sequence[str], local: Local) -> Cell:
@@ -216,17 +215,27 @@ def _cell(group: CellGroupConf, conf: AppConf, lines: Sequence[str], local: Loca
 
 
 def _settled(
-    confs: Mapping[str, AppConf], cells: Mapping[str, Cell], local: Local, stated: Collection[str]
+    group: CellGroupConf,
+    confs: Mapping[str, AppConf],
+    cells: Mapping[str, Cell],
+    local: Local,
+    user: Sequence[str],
 ) -> tuple[list[str], str]:
     """The overrides that say what was left open, so that the command of a record asks for just what it holds; and why something was left
-    out of the workload. stated: keys of the command line."""
+    out of the workload. user: the overrides of the command line."""
     conf, cell = next(iter(confs.values())), next(iter(cells.values()))
     changes = [f"dtype={cell.spec.dtype}"] if conf.dtype == FASTEST else []
     if conf.measure.budget_s is None:
         return changes, ""
+    # Systems that are not measured today are asked as well: what is left out is the same whoever is. Options of a system are only its own.
+    of_all = [override for override in user if not key_of(override).startswith("system.")]
+    others = {n: merged(_lines(group, n), of_all) for n in group.systems if n not in cells}
+    everyone = dict(cells) | {
+        n: _cell(group, composed(own), own, local) for n, own in others.items()
+    }
     prefix = "workload."
-    kept = {key.removeprefix(prefix) for key in stated if key.startswith(prefix)}
-    fit = local.fitted(cells, conf.measure.budget_s, kept)
+    stated = {key_of(o).removeprefix(prefix) for o in user if key_of(o).startswith(prefix)}
+    fit = local.fitted(everyone, conf.measure.budget_s, stated)
     changes += [f"{prefix}{name}={value}" for name, value in fit.changes.items()]
     return [*changes, "measure.budget_s=null"] if fit.note else changes, fit.note
 

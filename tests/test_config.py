@@ -176,7 +176,7 @@ def test_a_machine_may_state_its_usual_workload() -> None:
     other = cells("model=opt-30b", "system=flexgen", "gpu=t4", "dtype=float32")
     assert [c.spec.dtype.value for c in other] == ["float32"]
     suite = cells("suite=default", "gpu=t4")
-    assert {c.spec.workload.name for c in suite} == {"mixed-text", "32-32"}
+    assert {c.spec.workload.name for c in suite} == {"mixed-text", "32-16"}
     again = cells("model=opt-30b", "system=flexgen", "gpu=t4")[0]
     assert [c.spec for c in cells(*again.overrides)] == [again.spec]
 

@@ -133,6 +133,15 @@ def test_a_smaller_workload_is_the_same_for_all_and_in_the_command() -> None:
     assert capped.spec.workload.name == "32-8"
 
 
+def test_options_of_one_system_are_not_asked_of_the_others() -> None:
+    machine = Machine(DType.FLOAT32)
+    [cell] = cells(
+        machine, "suite=default", "cell=capped", "system=accelerate", "system.options.offload=cpu"
+    )
+    assert cell.spec.system_options["offload"] == "cpu"
+    assert len(machine.asked[0][0]) == 4
+
+
 def test_what_the_command_line_says_stays() -> None:
     machine = Machine(DType.FLOAT32)
     cells(machine, "workload.gen_len=12", "measure.budget_s=5")
