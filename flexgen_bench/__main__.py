@@ -60,6 +60,9 @@ class Outcome:
     broken: bool = False
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
+    json: bool | None = (
+        None  # whether the line of JSON is wanted; None: where it is no person who reads
+    )
 
 
 def main() -> int:
@@ -126,6 +129,7 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 
 
 def _run(conf: AppConf, wanted: Plan, outcome: Outcome) -> None:
+    outcome.json = conf.json
     cache = Path(conf.cache_dir).expanduser() if conf.cache_dir else default_cache_dir()
     results = Path(conf.results_dir).expanduser()
 
@@ -195,7 +199,7 @@ def _tell(text: str) -> None:
 
 
 def _summary(outcome: Outcome) -> list[Status]:
-    """Print the tables and, as the last line, one JSON document that names the records and holds what was simulated."""
+    """Print the tables and, as the last line where a program reads them, one JSON document that names the records and holds what was simulated."""
     from flexgen_bench.report.prediction_table import print_predictions, to_json
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
@@ -217,7 +221,9 @@ def _summary(outcome: Outcome) -> list[Status]:
         "simulated": [to_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
-    print(json.dumps(document))
+    wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json
+    if wanted:
+        print(json.dumps(document))
     return statuses
 
 
