@@ -69,6 +69,9 @@ class Outcome:
     tolerated: set[str] = field(default_factory=set)
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
+    json: bool | None = (
+        None  # whether the line of JSON is wanted; None: where it is no person who reads
+    )
 
 
 def main() -> int:
@@ -139,6 +142,7 @@ def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
 
 
 def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) -> None:
+    outcome.json = conf.json
     cache = expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir()
     results = expanded(conf.results_dir, "results_dir")
     of_suite = suite_of(conf, overrides, suite)
@@ -213,7 +217,8 @@ def _tell(text: str) -> None:
 
 
 def _summary(outcome: Outcome) -> list[Record]:
-    """Print the tables and, as the last line, one JSON document that names the records and holds what was simulated. The records."""
+    """Print the tables and, as the last line where a program reads them, one JSON document that names the records and holds what was
+    simulated. The records."""
     from flexgen_bench.report.prediction_table import print_predictions, to_json
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
@@ -238,7 +243,9 @@ def _summary(outcome: Outcome) -> list[Record]:
         "simulated": [to_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
-    print(json.dumps(document))
+    wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json
+    if wanted:
+        print(json.dumps(document))
     return found
 
 

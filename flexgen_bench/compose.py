@@ -46,7 +46,7 @@ _OPTIONS_WITH_VALUE = (
     "--experimental-rerun", "--info", "-i", "--package", "-p",
 )  # fmt: skip
 # What a command line says about the run, and not about a cell.
-_NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run")
+_NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run", "json")
 
 
 @dataclass(frozen=True)

@@ -292,5 +292,6 @@ class AppConf:
     rerun: bool = False
     dry_run: bool = False
     calibrate: bool = True
+    json: bool | None = None
     results_dir: str = "results"
     cache_dir: str | None = None

@@ -12,7 +12,6 @@ from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.core.units import format_seconds
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
 from flexgen_bench.planner.cost import rates_of
@@ -22,6 +21,7 @@ from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.predictor import Predictor
 from flexgen_bench.planner.task import Task
 from flexgen_bench.planner.units import pack
+from flexgen_bench.planner.why import why
 from flexgen_bench.schedule.cohorts import Request
 
 
@@ -42,20 +42,23 @@ class EnginePredictor(Predictor):
             times = forecast(
                 task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, plan
             )
-            return _prediction(task, policy, plan, times, {"why": ["as asked for"]})
+            told = ["as asked for", why(task, policy, plan, times, None)]
+            return _prediction(task, policy, plan, times, {"why": told})
         auto = auto_choice(task)
         choice = auto.choice
         found = gains(task, choice.policy, choice.tok_per_s)
         words = {
-            "why": list(_why(auto)),
+            "why": list(_why(task, auto)),
             "binding": ", ".join(found.binding),
             "gains": dict(found.more),
         }
         return _prediction(task, choice.policy, choice.plan, choice.forecast, words)
 
 
-def _why(auto: AutoChoice) -> Iterator[str]:
+def _why(task: Task, auto: AutoChoice) -> Iterator[str]:
     choice = auto.choice
+    other = choice.other if auto.gain is None else None
+    yield why(task, choice.policy, choice.plan, choice.forecast, other)
     yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
     promised = max((c.tok_per_s for c in choice.candidates), default=0.0)
     if (
@@ -119,4 +122,4 @@ def _bytes(task: Task, plan: MemoryPlan) -> dict[str, int]:
 
 def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:
     lane = max(busy, key=lambda one: busy[one])
-    return f"{lane}: busy {busy[lane] / total_s:.0%} of {format_seconds(total_s)}"
+    return f"{lane}: busy {busy[lane] / total_s:.0%} of the job"

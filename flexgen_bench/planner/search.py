@@ -25,6 +25,7 @@ from flexgen_bench.planner.moves import fine_moves, moves
 from flexgen_bench.planner.pass_kinds import POINTS as TOLD_POINTS
 from flexgen_bench.planner.progress import report
 from flexgen_bench.planner.task import Task
+from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
 LOOKED_AT = 10  # of all ways
@@ -54,7 +55,7 @@ Neighbours = Callable[[Task, Policy], Iterator[Policy]]
 @dataclass(frozen=True)
 class Choice:
     """The policy found, its plan, and its times. tried: policies played; ruled: the rule's policy, None if it has none that fits;
-    candidates: of the linear programs, best promise first."""
+    candidates: of the linear programs, best promise first; other: the best that works in another way, None if none was played."""
 
     policy: Policy
     plan: MemoryPlan
@@ -63,6 +64,7 @@ class Choice:
     tried: int
     ruled: Policy | None = None
     candidates: tuple[Candidate, ...] = field(repr=False, default=())
+    other: Alternative | None = None
 
 
 class Search:
@@ -225,7 +227,20 @@ class Search:
         """A policy that fits, with its plan and its times, and what else was considered."""
         plan, found = self.task.plan(best), self._told(best)
         speed = self.task.count(best) * self.task.request.gen_len / found.total_s
-        return Choice(best, plan, found, speed, len(self._known), ruled, candidates)
+        return Choice(
+            best, plan, found, speed, len(self._known), ruled, candidates, self._other(best)
+        )
+
+    def _other(self, chosen: Policy) -> Alternative | None:
+        """The fastest of what was played that works in another way and is no faster."""
+        mine, most = way_of_working(chosen), self._play(chosen)
+        others = [p for p in self._known if way_of_working(p) != mine and 0 < self._play(p) <= most]
+        best = max(others, key=self._play, default=None)
+        if best is None:
+            return None
+        times = self._played(best)
+        assert times is not None, "it has a speed"
+        return Alternative(best, self._play(best) / most, busy_shares(times))
 
     def _whole_speed(self, policy: Policy) -> float:
         return self._speed(policy, self._whole(policy)) if self._played(policy) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,43 +24,55 @@ from flexgen_bench.report.settings_text import settings_text
 
 _PLAIN_WIDTH = 160
 _S, _Q = f" ({MARKS[Evidence.SIMULATED]})", f" ({MARKS[Evidence.QUOTED]})"
+# One meaning a column. Columns in which no row has anything are left out.
+_TOK, _PAPER, _ERROR = f"tok/s{_S}", f"Paper tok/s{_Q}", "Model error"
+_OVER_PAPER, _OVER_MODEL = f"Speed-up over paper{_Q}", f"Speed-up over original{_S}"
+_DECODE, _PAPER_DECODE = f"Decode tok/s{_S}", f"Paper decode tok/s{_Q}"
 _SPEED = (
-    "System",
-    "tok/s",
-    "Paper tok/s",
-    "Ratio",
-    "Decode tok/s",
-    "Paper decode",
-    "Block latency",
-    "Prefill",
-    "Decode",
-    "Evidence",
+    "System", _TOK, _PAPER, _ERROR, _OVER_PAPER, _OVER_MODEL, _DECODE, _PAPER_DECODE, "Evidence",
+)  # fmt: skip
+_BLOCK, _BLOCK_S, _JOB, _JOB_S = (
+    "Block, prompts",
+    f"Block takes{_S}",
+    "Job, prompts",
+    f"Job takes{_S}",
 )
-_HOW = ("System", "Batch", "gpu memory", "cpu memory", "disk", "Bottleneck", "Settings", "Evidence")
+_PREFILL_S, _DECODE_S = f"of it prefill{_S}", f"of it decode{_S}"
+_TIME = ("System", _BLOCK, _BLOCK_S, _JOB, _JOB_S, _PREFILL_S, _DECODE_S)
+_TIER_COLUMNS = {tier: f"{tier} memory{_S}" for tier in ("gpu", "cpu")} | {"disk": f"disk{_S}"}
+_BOUND = f"Bottleneck{_S}"
+_HOW = ("System", *_TIER_COLUMNS.values(), _BOUND)
+_ALWAYS = ("System", _TOK, "Evidence")
 _WORDS = STATUS_WORDS | {Status.INVALID: "refused", Status.UNAVAILABLE: "cannot run"}
 _LONG_REASON = 900
+AS_ASKED = "as asked for"  # what a policy that is given says of itself
 
 
 def print_predictions(
     rows: Sequence[Simulated], why: str, tables: Path, file: IO[str] | None = None
 ) -> None:
-    """Print two tables for each job that was predicted: how fast, and by what means.
+    """Print for each job that was predicted how fast, how long and where, and below that by what means and why.
 
     why: what is missing to measure instead. tables: the paper's values, as a CSV file.
     """
     console = Console(file=file, highlight=False, markup=False, emoji=False)
     plain = not console.is_terminal
-    if plain:
+    if plain and "COLUMNS" not in os.environ:
         console.width = _PLAIN_WIDTH
     for job in by_job(rows):
         console.print()
-        console.print(Text(heading(job[0]), style="bold"), soft_wrap=True)
-        for columns in (_SPEED, _HOW):
+        console.print(Text(heading(job[0]), style="bold"), soft_wrap=plain)
+        for columns in (_SPEED, _TIME, _HOW):
             console.print(_table(job, columns, tables, plain))
-        for line in remarks(job):
-            console.print(Text(line), soft_wrap=True)
+        for title, lines in (("Why", whys(job)), ("Settings", settings(job)), ("", remarks(job))):
+            if title and lines:
+                console.print(Text(f"{title}:", style="bold"))
+            for line in lines:
+                console.print(Text(f"  {line}" if title else line), soft_wrap=plain)
     if rows:
-        console.print(Text(" ".join(legend(rows, why, tables)), style="dim"), soft_wrap=True)
+        console.print()
+        for line in legend(rows, why, tables):
+            console.print(Text(line, style="dim"), soft_wrap=plain)
 
 
 def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
@@ -80,6 +93,24 @@ def heading(row: Simulated) -> str:
         f"SIMULATED, nothing was run: {asked.shape.name}, {asked.dtype}; prompts of {asked.prompt_len} tokens, "
         f"{asked.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
     )
+
+
+def whys(rows: Sequence[Simulated]) -> list[str]:
+    """One sentence for each system that says why it works as it does."""
+    told = ((row, row.prediction.settings.get("why")) for row in rows if row.prediction)
+    return [f"{row.label}: {_sentence(why)}" for row, why in told if why]
+
+
+def _sentence(why: Any) -> str:
+    """The first of what a system says that is more than whose choice it was, or both."""
+    lines = [why] if isinstance(why, str) else list(map(str, why))
+    return "; ".join(lines[:2] if lines[0] == AS_ASKED else lines[:1]) + "."
+
+
+def settings(rows: Sequence[Simulated]) -> list[str]:
+    """What each system ran with."""
+    told = ((row, row.prediction) for row in rows if row.prediction)
+    return [f"{row.label}: {text}" for row, done in told if (text := settings_text(done.settings))]
 
 
 def remarks(rows: Sequence[Simulated]) -> list[str]:
@@ -106,13 +137,26 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
             "FlexGen(c) stands beside the row that compresses as it did, or may."
         )
-        if any(ratio_beside(row, tables) is not None for row in rows):
-            lines.append("Ratio = predicted / printed.")
         lines += dict.fromkeys(filter(None, (why_no_ratio(row, tables) for row in rows)))
+    if any(model_error(row, tables) is not None for row in rows):
+        lines.append(
+            f"{_ERROR} = simulated / printed - 1, for a system that the paper ran: how far to trust the model of it."
+        )
+    if any(speed_up(row, tables) is not None for row in rows):
+        lines.append(
+            f"{_OVER_PAPER} = this engine's simulated tok/s / those that the paper prints for FlexGen."
+        )
+    if any(_original(row, rows) for row in rows):
+        lines.append(
+            f"{_OVER_MODEL} = this engine's / those of the original system, both simulated here."
+        )
+    ours = dict.fromkeys(row.system for row in rows if row.model.follows_policy)
+    if ours:
+        lines.append(f"{', '.join(ours)} = this project's engine.")
     if any(row.prediction is not None and row.prediction.overlapped for row in rows):
         lines.append(
-            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and block "
-            "latency is what a sequence takes on average."
+            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and what a "
+            "block takes is what a sequence takes on average."
         )
     if any(row.question.num_prompts is None for row in rows):
         lines.append(
@@ -157,6 +201,10 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
             "tok_per_s": "OOM" if quoted.out_of_memory else quoted.tok_per_s,
             "decode_tok_per_s": quoted.decode_tok_per_s,
             "policy": quoted.policy,
+        }
+        data |= {
+            "model_error": model_error(row, tables),
+            "speed_up_over_paper": speed_up(row, tables),
         }
     plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
     return plain
@@ -213,66 +261,97 @@ def _order(row: Simulated) -> tuple[Any, ...]:
 def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plain: bool) -> Table:
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
-    for column in columns:
-        least = 18 if column == "System" else None
+    named = [cells(row, tables, rows) for row in rows]
+    shown = [c for c in columns if c in _ALWAYS or any(row[c] != UNKNOWN for row in named)]
+    for column in shown:
+        least = 20 if column == "System" else None
         table.add_column(column, overflow="fold", no_wrap=column == "Evidence", min_width=least)
-    for row in rows:
-        named = cells(row, tables)
-        texts = {column: Text(named[column]) for column in columns}
-        if row.status is not Status.OK and "tok/s" in texts:
-            texts["tok/s"].stylize("bold red")
-        table.add_row(*texts.values())
+    for row, texts in zip(rows, named, strict=True):
+        line = {column: Text(texts[column]) for column in shown}
+        if row.status is not Status.OK and _TOK in line:
+            line[_TOK].stylize("bold red")
+        table.add_row(*line.values())
     return table
 
 
-def cells(row: Simulated, tables: Path) -> dict[str, str]:
-    """The texts of one row, by column."""
-    quoted, ratio = printed_beside(row, tables), ratio_beside(row, tables)
+def model_error(row: Simulated, tables: Path) -> float | None:
+    """Simulated / printed - 1, of a system that the paper ran; None for this engine, and where the two may not be divided."""
+    ratio = None if row.model.follows_policy else ratio_beside(row, tables)
+    return None if ratio is None else ratio - 1
+
+
+def speed_up(row: Simulated, tables: Path) -> float | None:
+    """This engine's tok/s over those printed for the system it is built after; None for others, and where the two may not be divided."""
+    return ratio_beside(row, tables) if row.model.follows_policy else None
+
+
+def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
+    """Of a row of this engine, the fastest of the system it is built after that changes as much of the results: nothing, or something."""
+    if not (row.model.follows_policy and row.model.printed_as and row.prediction):
+        return None
+    others = [
+        other
+        for other in rows
+        if other.model.printed_as == row.model.printed_as
+        and not other.model.follows_policy
+        and other.lossy.is_exact == row.lossy.is_exact
+        and other.prediction is not None
+        and (other.question.num_prompts, other.question.max_latency_s) == (row.question.num_prompts, row.question.max_latency_s)
+    ]  # fmt: skip
+    return max(
+        others, key=lambda one: one.prediction.tok_per_s if one.prediction else 0, default=None
+    )
+
+
+def cells(row: Simulated, tables: Path, rows: Sequence[Simulated] = ()) -> dict[str, str]:
+    """The texts of one row, by column. rows: those of the same job, among which the original system may be."""
+    quoted, done = printed_beside(row, tables), row.prediction
+    error, gain, original = model_error(row, tables), speed_up(row, tables), _original(row, rows)
     texts = {
         "System": row.label,
         "Evidence": UNKNOWN if row.model.predictor is None else Evidence.SIMULATED.value,
-        "tok/s": _word(row),
-        "Ratio": UNKNOWN if ratio is None else f"{ratio:.2f}",
-        "Paper tok/s": UNKNOWN,
-        "Paper decode": UNKNOWN,
+        _TOK: _word(row),
     }
+    if error is not None:
+        texts[_ERROR] = f"{error:+.0%}"
+    if gain is not None:
+        texts[_OVER_PAPER] = f"{gain:.2f}x"
+    if original is not None and original.prediction is not None and done is not None:
+        texts[_OVER_MODEL] = f"{done.tok_per_s / original.prediction.tok_per_s:.2f}x"
     if quoted is not None:
-        texts["Paper tok/s"] = quoted.generation.value + _Q
+        texts[_PAPER] = quoted.generation.value
         if quoted.decoding is not None:
-            texts["Paper decode"] = quoted.decoding.value + _Q
-    done = row.prediction
+            texts[_PAPER_DECODE] = quoted.decoding.value
     if done is not None:
         decode, (prefill_s, decode_s) = done.decode_tok_per_s, done.phases_s
         texts |= {
-            "tok/s": number(done.tok_per_s) + _S,
-            "Decode tok/s": UNKNOWN if decode is None else number(decode) + _S,
-            "Block latency": _seconds(done.block_latency_s),
-            "Prefill": _seconds(prefill_s),
-            "Decode": _seconds(decode_s),
-            "Batch": str(done.batch_size),
-            "Bottleneck": done.bottleneck or UNKNOWN,
-            "Settings": settings_text(done.settings) or UNKNOWN,
+            _TOK: number(done.tok_per_s),
+            _DECODE: UNKNOWN if decode is None else number(decode),
+            _BLOCK: str(done.batch_size),
+            _BLOCK_S: _seconds(done.block_latency_s),
+            _JOB: str(done.num_prompts),
+            _JOB_S: _seconds(done.total_s),
+            _PREFILL_S: _seconds(prefill_s),
+            _DECODE_S: _seconds(decode_s),
+            _BOUND: done.bottleneck or UNKNOWN,
         }
         sizes = {str(tier): size for tier, size in done.bytes.items()}
         texts |= {
-            name: format_bytes(sizes[tier]) + _S
+            name: format_bytes(sizes[tier])
             for tier, name in _TIER_COLUMNS.items()
             if sizes.get(tier)
         }
     elif row.tier in _TIER_COLUMNS and row.need_bytes and row.capacity_bytes:
         need, there = format_bytes(row.need_bytes), format_bytes(row.capacity_bytes)
-        texts[_TIER_COLUMNS[row.tier]] = f"{need}{_S} of {there}"
-    return {column: texts.get(column, UNKNOWN) for column in {*_SPEED, *_HOW}}
+        texts[_TIER_COLUMNS[row.tier]] = f"{need} of {there}"
+    return {column: texts.get(column, UNKNOWN) for column in {*_SPEED, *_TIME, *_HOW}}
 
 
 def _seconds(seconds: float | None) -> str:
-    return UNKNOWN if seconds is None else format_seconds(seconds) + _S
-
-
-_TIER_COLUMNS = {"gpu": "gpu memory", "cpu": "cpu memory", "disk": "disk"}
+    return UNKNOWN if seconds is None else format_seconds(seconds)
 
 
 def _word(row: Simulated) -> str:
     if row.status is Status.OOM:
-        return f"OOM on {row.tier}{_S}" if row.tier else f"OOM{_S}"
+        return f"OOM on {row.tier}" if row.tier else "OOM"
     return "no model" if row.model.predictor is None else _WORDS[row.status]

@@ -1,0 +1,133 @@
+"""One sentence on why a policy is what it is: what bounds it, what lies where, and what the next best way of working would lose. From the plan's own figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
+from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.units import format_bytes
+from flexgen_bench.planner.forecast import Forecast
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.task import Task
+
+_LANES = {
+    Lane.DISK_READ: "reading from disk",
+    Lane.DISK_WRITE: "writing to disk",
+    Lane.H2D: "the link to the gpu",
+    Lane.D2H: "the link from the gpu",
+    Lane.GPU: "the gpu",
+    Lane.CPU: "the processor",
+}
+_TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
+_WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
+_HARDLY = 0.005  # of the speed: what loses less is as good
+_SOME = 0.02  # a share of the cache on the gpu that is another way of working
+_SHOWS = 0.005  # a difference in shares that shows when they are told
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The fastest policy that was played and works in another way. part: of the speed of the one chosen, both judged alike."""
+
+    policy: Policy
+    part: float
+    busy: Mapping[Lane, float]
+
+
+def way_of_working(policy: Policy) -> object:
+    """What makes two policies ways of working that have to be explained apart."""
+    return (
+        policy.schedule, policy.attention, policy.offloaded, policy.lossy,
+        policy.kv_cache.share(Tier.GPU) > _SOME, policy.lowest_tier is Tier.DISK,
+    )  # fmt: skip
+
+
+def busy_shares(times: Forecast) -> dict[Lane, float]:
+    """Of the job's time, by link or processor."""
+    found = dict.fromkeys(_LANES, 0.0)
+    for lane, seconds in times.busy_s().items():
+        found[link_of(lane)] += seconds / times.total_s
+    return found
+
+
+def why(
+    task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, other: Alternative | None
+) -> str:
+    """The sentence. other: what it is compared with; None: nothing else was tried."""
+    parts = [_bound(busy_shares(times)), *_placed(task, policy, plan)]
+    if other is not None:
+        parts.append(_loses(policy, other))
+    return "; ".join(parts)
+
+
+def _bound(busy: Mapping[Lane, float]) -> str:
+    (first, most), (second, less) = sorted(busy.items(), key=lambda one: -one[1])[:2]
+    if most >= _WAITS:
+        return (
+            f"bound by {_LANES[first]}, busy {most:.0%} of the job ({_LANES[second]}: {less:.0%})"
+        )
+    return f"no part is busy all the time: {_LANES[first]} {most:.0%} of the job, {_LANES[second]} {less:.0%}; steps wait for each other"
+
+
+def _placed(task: Task, policy: Policy, plan: MemoryPlan) -> Iterator[str]:
+    here = task.hardware.compute_tier
+    there = f"{_TIERS[here]} of {format_bytes(round(task.capacity(here)))}"
+    held = {tier: parts.get("weights", 0) for tier, parts in plan.bytes.items()}
+    yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
+    cache = {tier: parts.get("kv_cache", 0) for tier, parts in plan.bytes.items()}
+    if sum(cache.values()):
+        text = f"{_lies(f'the KV cache of {policy.block_size} sequences', cache, here)}{_too_large(cache, here, 'than fits beside them')}"
+        away = sum(cache.values()) - cache.get(here, 0)
+        if away and here is Tier.GPU:
+            text += (
+                ", and the processor attends to it there"
+                if policy.attention is AttentionSite.CPU
+                else ", and is moved to the gpu for every token"
+            )
+        yield text
+
+
+def _lies(what: str, held: Mapping[Tier, int], here: Tier) -> str:
+    total = sum(held.values())
+    used = [(tier, size) for tier, size in held.items() if size]
+    places = ", ".join(
+        (f"{size / total:.0%} " if len(used) > 1 else "") + f"in {_TIERS[tier]}".replace("in disk", "on disk")
+        for tier, size in used
+    )  # fmt: skip
+    return f"{what} ({format_bytes(total)}) {places}"
+
+
+def _too_large(held: Mapping[Tier, int], here: Tier, more: str) -> str:
+    """Why not all of it is where it is used."""
+    return f", more {more}" if held.get(here, 0) < sum(held.values()) else ""
+
+
+def _loses(policy: Policy, other: Alternative) -> str:
+    told = ", ".join(_differences(policy, other.policy)) or "smaller steps alike"
+    lane, most = max(other.busy.items(), key=lambda one: one[1])
+    if abs(1 - other.part) < _HARDLY:
+        return f"as good within {_HARDLY:.1%}: {told}"
+    lost = f"{1 - other.part:.0%}" if 1 - other.part >= 0.01 else f"{1 - other.part:.1%}"
+    return f"the next best way ({told}) is {lost} slower: {_LANES[lane]} would be busy {most:.0%}"
+
+
+def _differences(policy: Policy, other: Policy) -> Iterator[str]:
+    """What the other does otherwise."""
+    if other.schedule is not policy.schedule:
+        yield f"{'block by block' if other.schedule is Schedule.BLOCK else 'continuous schedule'}"
+    if other.attention is not policy.attention:
+        yield f"attention on the {'processor' if other.attention is AttentionSite.CPU else 'gpu'}"
+    if other.offloaded is not policy.offloaded:
+        here = other.offloaded is Offloaded.IN_PLACE
+        yield f"offloaded layers {'computed where they lie' if here else 'moved to the gpu'}"
+    if other.lossy != policy.lossy:
+        yield str(other.lossy)
+    for name, kind in (("weights", "weights"), ("KV cache", "kv_cache")):
+        mine, its = getattr(policy, kind), getattr(other, kind)
+        if any(abs(mine.share(tier) - its.share(tier)) > _SHOWS for tier in Tier):
+            shares = [f"{its.share(t):.0%} {t}" for t in Tier if its.share(t) > _SHOWS]
+            yield f"{name} {' + '.join(shares)}"
+    if other.block_size != policy.block_size:
+        yield f"blocks of {other.block_size}"
