@@ -55,6 +55,14 @@ class Printed:
         """How the paper ran it."""
         return self.generation.policy
 
+    @property
+    def block_size(self) -> int | None:
+        """Prompts that it ran at once; None if it does not say."""
+        shape = parse_policy(self.policy)
+        if shape.gpu_batch_size is None or shape.num_gpu_batches is None:
+            return None
+        return shape.gpu_batch_size * shape.num_gpu_batches
+
 
 def printed(
     tables: Path, system: str, compressed: bool, model: str, prompt_len: int, gen_len: int

@@ -40,4 +40,10 @@ def why_no_ratio(row: Simulated, tables: Path) -> str:
         return "No ratio: the paper's job is another, one block of each system's own; leave out workload.num_prompts to compare."
     if quoted.is_coarse:
         return f"No ratio beside {quoted.generation.value}: it is rounded to one digit."
+    other = quoted.block_size not in (None, row.prediction.batch_size)
+    if other and not row.model.follows_policy:
+        return (
+            f"No model error of {row.spec.system}: the paper ran {quoted.block_size} prompts at once, the model finds room for "
+            f"{row.prediction.batch_size}. system={row.spec.system} system.options.batch_size={quoted.block_size} compares."
+        )
     return ""
