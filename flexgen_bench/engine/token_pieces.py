@@ -46,9 +46,9 @@ class TokenPieces:
         self._stated: dict[int, bytes | None] = {}
 
     def is_known(self, token: int) -> bool:
-        """Models often have more rows than their tokenizer has tokens: the others stand for
-        nothing."""
-        return self._tokenizer.convert_ids_to_tokens(token) is not None
+        """Whether it stands for anything: models often have more rows than their tokenizer has
+        tokens."""
+        return bool(self._tokenizer.convert_ids_to_tokens(token))
 
     def after(self, previous: int | None, token: int) -> bytes:
         """What a known ``token`` adds to text that ends with the token ``previous`` (None: that is
