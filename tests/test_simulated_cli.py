@@ -52,7 +52,7 @@ def test_figures_by_hand(run: Run, tmp_path: Path) -> None:
     assert row["quoted"]["tok_per_s"] == 7.32
     assert row["quoted"]["decode_tok_per_s"] == 11.52
     assert row["quoted"]["evidence"] == "QUOTED"
-    for text in ("16.0 (S)", "7.32 (Q)", "2.19", "20.7 (S)", "11.52 (Q)", "8.0s (S)", "a remark"):
+    for text in ("| 16.0 ", "| 7.32 ", "+119%", "| 20.7 ", "| 11.52 ", "| 8.0s ", "a remark"):
         assert text in answer.stdout, text
     assert "the link to the" in answer.stdout
     assert "48.43 GiB" in answer.stdout
@@ -61,8 +61,8 @@ def test_figures_by_hand(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "system", "shown"),
-    [("opt-6.7b", "FlexGen", "25.26 (Q)"), ("opt-175b", "FlexGen", "0.69 (Q)"),
-     ("opt-30b", "DeepSpeed ZeRO-Inference", "0.60 (Q)"), ("opt-175b", "Accelerate", "0.01 (Q)")],
+    [("opt-6.7b", "FlexGen", "25.26"), ("opt-175b", "FlexGen", "0.69"),
+     ("opt-30b", "DeepSpeed ZeRO-Inference", "0.60"), ("opt-175b", "Accelerate", "0.01")],
 )  # fmt: skip
 def test_what_is_quoted_is_quoted(
     run: Run, tmp_path: Path, model: str, system: str, shown: str
@@ -70,7 +70,7 @@ def test_what_is_quoted_is_quoted(
     """Printed values were rounded to three digits, or given digits that the paper does not print: 25.3, 0.690, 0.0100."""
     add_system(tmp_path, "fake", "Plain", printed_as=system)
     answer = run(f"model={model}", "gpu=t4", "system=fake")
-    assert f" {shown}" in answer.stdout
+    assert f"| {shown} " in answer.stdout
 
 
 def test_a_rounding_to_one_digit_gives_no_ratio(run: Run, tmp_path: Path) -> None:
@@ -79,15 +79,15 @@ def test_a_rounding_to_one_digit_gives_no_ratio(run: Run, tmp_path: Path) -> Non
     answer = run("model=opt-175b", "gpu=t4", "system=fake")
     assert "No ratio beside 0.01: it is rounded to one digit." in answer.stdout
     assert "1600.00" not in answer.stdout
-    assert "Ratio =" not in answer.stdout
+    assert "Model error" not in answer.stdout
 
 
 def test_another_job_than_the_papers_has_no_ratio(run: Run, tmp_path: Path) -> None:
     """With a number of prompts of its own a job was divided by the throughput of the paper's, which is of whole blocks."""
     add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
     answer = run(*T4, "system=fake", "workload.num_prompts=4")
-    assert "7.32 (Q)" in answer.stdout
-    assert "2.19" not in answer.stdout
+    assert "| 7.32 " in answer.stdout
+    assert "+119%" not in answer.stdout
     assert "No ratio: the paper's job is another" in answer.stdout
 
 
@@ -197,9 +197,9 @@ def test_a_model_with_a_mistake_hides_no_other(run: Run, tmp_path: Path) -> None
 def test_another_machine_than_the_papers_has_no_ratio(run: Run, tmp_path: Path) -> None:
     add_system(tmp_path, "fake", "Plain", printed_as="FlexGen")
     answer = run(*T4, "system=fake", "gpu.cpu_memory=400GB")
-    assert "7.32 (Q)" in answer.stdout
+    assert "| 7.32 " in answer.stdout
     assert "No ratio: this is another machine than the paper's" in answer.stdout
-    assert "2.19" not in answer.stdout
+    assert "+119%" not in answer.stdout
 
 
 def test_lengths_that_the_paper_does_not_print(run: Run, tmp_path: Path) -> None:

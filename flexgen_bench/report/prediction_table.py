@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,22 +29,23 @@ _TOK, _PAPER, _ERROR = f"tok/s{_S}", f"Paper tok/s{_Q}", "Model error"
 _OVER_PAPER, _OVER_MODEL = f"Speed-up over paper{_Q}", f"Speed-up over original{_S}"
 _DECODE, _PAPER_DECODE = f"Decode tok/s{_S}", f"Paper decode tok/s{_Q}"
 _SPEED = (
-    "System", _TOK, _PAPER, _ERROR, _OVER_PAPER, _OVER_MODEL, _DECODE, _PAPER_DECODE, "Evidence",
+    "System", _TOK, _PAPER, _ERROR, _OVER_PAPER, _OVER_MODEL, _DECODE, _PAPER_DECODE,
 )  # fmt: skip
 _BLOCK, _BLOCK_S, _JOB, _JOB_S = (
-    "Block, prompts",
+    "Block size",
     f"Block takes{_S}",
-    "Job, prompts",
+    "Job size",
     f"Job takes{_S}",
 )
-_PREFILL_S, _DECODE_S = f"of it prefill{_S}", f"of it decode{_S}"
+_PREFILL_S, _DECODE_S = f"Prefill{_S}", f"Decode{_S}"
 _TIME = ("System", _BLOCK, _BLOCK_S, _JOB, _JOB_S, _PREFILL_S, _DECODE_S)
 _TIER_COLUMNS = {tier: f"{tier} memory{_S}" for tier in ("gpu", "cpu")} | {"disk": f"disk{_S}"}
 _BOUND = f"Bottleneck{_S}"
 _HOW = ("System", *_TIER_COLUMNS.values(), _BOUND)
-_ALWAYS = ("System", _TOK, "Evidence")
+_ALWAYS = ("System", _TOK)
 _WORDS = STATUS_WORDS | {Status.INVALID: "refused", Status.UNAVAILABLE: "cannot run"}
 _LONG_REASON = 900
+_LEAST, _BETWEEN = 20, 3  # letters of a system's name at least, and around a column
 AS_ASKED = "as asked for"  # what a policy that is given says of itself
 
 
@@ -63,7 +64,8 @@ def print_predictions(
         console.print()
         console.print(Text(heading(job[0]), style="bold"), soft_wrap=plain)
         for columns in (_SPEED, _TIME, _HOW):
-            console.print(_table(job, columns, tables, plain))
+            for table in _tables(job, columns, tables, console):
+                console.print(table)
         for title, lines in (("Why", whys(job)), ("Settings", settings(job)), ("", remarks(job))):
             if title and lines:
                 console.print(Text(f"{title}:", style="bold"))
@@ -149,6 +151,10 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     if any(_original(row, rows) for row in rows):
         lines.append(
             f"{_OVER_MODEL} = this engine's / those of the original system, both simulated here."
+        )
+    if any(row.prediction is not None for row in rows):
+        lines.append(
+            "Sizes are in prompts: a block shares each load of the weights, a job is one block or more."
         )
     ours = dict.fromkeys(row.system for row in rows if row.model.follows_policy)
     if ours:
@@ -258,16 +264,43 @@ def _order(row: Simulated) -> tuple[Any, ...]:
     return (-speed, list(Status).index(row.status), row.label)
 
 
-def _table(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, plain: bool) -> Table:
+def _tables(
+    rows: Sequence[Simulated], columns: Sequence[str], tables: Path, console: Console
+) -> Iterator[Table]:
+    """The columns in one table; in several, below each other, where the console is too narrow for one."""
+    named = [cells(row, tables, rows) for row in rows]
+    first, *shown = [c for c in columns if c in _ALWAYS or any(row[c] != UNKNOWN for row in named)]
+    plain = not console.is_terminal
+    parts: list[list[str]] = [[]]
+    name = min(max(len(row.label) for row in rows), max(_LEAST, console.width // 4))
+    left = whole = console.width - name - 2 * _BETWEEN
+    for column in shown:
+        words = (
+            word for text in (column, *(row[column] for row in named)) for word in text.split()
+        )
+        needed = max(map(len, words)) + _BETWEEN
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = whole
+        parts[-1].append(column)
+        left -= needed
+    for part in parts:
+        yield _table(rows, named, [first, *part], name, plain)
+
+
+def _table(
+    rows: Sequence[Simulated],
+    named: Sequence[Mapping[str, str]],
+    columns: Sequence[str],
+    name: int,
+    plain: bool,
+) -> Table:
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
-    named = [cells(row, tables, rows) for row in rows]
-    shown = [c for c in columns if c in _ALWAYS or any(row[c] != UNKNOWN for row in named)]
-    for column in shown:
-        least = 20 if column == "System" else None
-        table.add_column(column, overflow="fold", no_wrap=column == "Evidence", min_width=least)
+    for column in columns:
+        table.add_column(column, width=name if column == "System" else None)
     for row, texts in zip(rows, named, strict=True):
-        line = {column: Text(texts[column]) for column in shown}
+        line = {column: Text(texts[column]) for column in columns}
         if row.status is not Status.OK and _TOK in line:
             line[_TOK].stylize("bold red")
         table.add_row(*line.values())
@@ -309,7 +342,6 @@ def cells(row: Simulated, tables: Path, rows: Sequence[Simulated] = ()) -> dict[
     error, gain, original = model_error(row, tables), speed_up(row, tables), _original(row, rows)
     texts = {
         "System": row.label,
-        "Evidence": UNKNOWN if row.model.predictor is None else Evidence.SIMULATED.value,
         _TOK: _word(row),
     }
     if error is not None:
