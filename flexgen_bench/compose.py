@@ -19,9 +19,12 @@ from yaml import YAMLError
 
 from flexgen_bench.conf_schema import AppConf, CellGroupConf
 from flexgen_bench.config import app_conf, cell_spec, conf_dir, system_model, typed_conf
-from flexgen_bench.core.cell import CellSpec
-from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.cell import CellSpec, WeightSource
+from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
+from flexgen_bench.ignored_options import refuse_ignored
+from flexgen_bench.runner.shape_of_weights import shape_at
 
 CONFIG_NAME = "config"
 COMMAND = "python -m flexgen_bench"
@@ -43,7 +46,7 @@ _NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run", "json")
 class Cell:
     """A cell with its name in the suite ("" outside one) and the overrides that choose it again.
 
-    model: what predicts its system. keys: what the command line or the suite says, where the rest is default. named: its system was asked for,
+    model: what predicts its system. keys: what the command line or the suite says, where the rest is default; given: of a cell outside a suite, what the command line says. named: its system was asked for,
     not just all of them.
     """
 
@@ -53,6 +56,8 @@ class Cell:
     model: SystemModel = field(default_factory=SystemModel)
     keys: frozenset[str] = frozenset()
     named: bool = True
+    conf: AppConf = field(default_factory=AppConf, repr=False, compare=False)
+    given: frozenset[str] = frozenset()
 
     @property
     def num_prompts(self) -> int | None:
@@ -91,7 +96,11 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str) -> Plan:
     the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. Must be called while Hydra is initialised. Raises UserError.
     """
     given = {key_of(override) for override in overrides}
-    if conf.suite is None or ("suite" not in given and given & {"model", "system"}):
+    if conf.suite is None or ("suite" not in given and given & {"model", "system", "location"}):
+        if conf.cell is not None:
+            raise UserError(
+                "cell", conf.cell, "given with a suite, whose cells have names", "Add suite=..., or leave cell out."
+            )  # fmt: skip
         names = [conf.system.name] if conf.system else system_names()
         of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
         usual = [f"{key}={value}" for key, value in of_machine.items() if value]
@@ -191,17 +200,37 @@ def _cells(
             )
             conf = composed(lines)
             assert conf.system is not None
+            keys = frozenset(map(key_of, lines))
+            given = frozenset() if suite else frozenset(map(key_of, overrides))
+            if not suite:
+                refuse_ignored(conf, given, named)
             cells.append(
                 Cell(
                     group.name,
-                    cell_spec(conf),
+                    cell_spec(conf, _shape_of_weights(conf, keys)),
                     tuple(chosen),
                     system_model(conf.system),
-                    frozenset(map(key_of, lines)),
+                    keys,
                     named,
+                    conf,
+                    given,
                 )
             )
     return cells
+
+
+def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
+    """The shape of the model in ``location``, where no model is named; None where one is, or is not asked for. Raises UserError."""
+    if conf.location is None or any(key.split(".")[0] == "model" for key in keys):
+        return None
+    if conf.weights != WeightSource.PATH.value:
+        raise UserError(
+            "location", conf.location, "given with the model that it holds", "Add model=..., or weights=path for a folder or .gguf file."
+        )  # fmt: skip
+    try:
+        return shape_at(Path(conf.location).expanduser())
+    except StoreError as error:
+        raise UserError("location", conf.location, f"a model that can be read ({error})") from error
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

@@ -37,6 +37,12 @@ def family(name: str) -> ModelFamily:
     return families[name]
 
 
+def of_model_type(name: str) -> ModelFamily | None:
+    """The family that transformers calls ``name``; None if none is known here."""
+    families, _ = _scan()
+    return next((kind for kind in families.values() if kind.model_type == name), None)
+
+
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape described by a checkpoint's ``config.json``; UserError if no family here knows it."""
     _, architectures = _scan()
