@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flexgen_bench.budget import Fitted
+from flexgen_bench.conf_schema import AppConf
 from flexgen_bench.config import dtype_by_rule
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.hardware import HardwareProfile
@@ -22,7 +23,7 @@ class Cell:
     """A cell with its name in the suite ("" outside one) and the overrides that choose it again.
 
     model: what predicts its system. keys: what the command line or the suite says, where the rest is default. named: its system was asked for,
-    not just all of them. subject: its system is what the benchmark is about, not one beside it. note: what of its workload was left out, and why.
+    not just all of them. conf: what it was made of. given: of a cell outside a suite, the keys of the command line. subject: its system is what the benchmark is about, not one beside it. note: what of its workload was left out, and why.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Cell:
     named: bool = True
     subject: bool = False
     note: str = ""
+    conf: AppConf = field(default_factory=AppConf, repr=False, compare=False)
+    given: frozenset[str] = frozenset()
 
     @property
     def num_prompts(self) -> int | None:

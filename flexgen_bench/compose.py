@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -26,9 +27,13 @@ from flexgen_bench.config import (
     system_model,
     typed_conf,
 )
-from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import is_gguf
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.ignored_options import refuse_ignored
 from flexgen_bench.overrides import MULTIRUN, readable
+from flexgen_bench.runner.shape_of_weights import shape_at
 
 CONFIG_NAME = "config"
 # What Hydra reads as text, and so as the name of a file.
@@ -67,6 +72,10 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | Non
     local = local or Unmeasured()
     suite = suite_of(conf, overrides, suite)
     if conf.suite is None or not suite:
+        if conf.cell is not None:
+            raise UserError(
+                "cell", conf.cell, "given with a suite, whose cells have names", "Add suite=..., or leave cell out."
+            )  # fmt: skip
         names = [conf.system.name] if conf.system else system_names()
         of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
         usual = [f"{key}={value}" for key, value in of_machine.items() if value]
@@ -86,7 +95,9 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | Non
 def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
     """The suite that a command line runs; "" where it asks for cells one by one."""
     given = {key_of(override) for override in overrides}
-    one_by_one = conf.suite is None or ("suite" not in given and given & {"model", "system"})
+    one_by_one = conf.suite is None or (
+        "suite" not in given and given & {"model", "system", "location"}
+    )
     return "" if one_by_one else suite
 
 
@@ -184,6 +195,9 @@ def _cells(
         return []
     lines = {name: merged(_lines(group, name), user) for name in chosen}
     confs = {name: composed(own) for name, own in lines.items()}
+    given = frozenset() if suite else frozenset(map(key_of, overrides))
+    for conf in confs.values():
+        refuse_ignored(conf, given, named)
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
     changes, note = _settled(group, confs, cells, local, user)
     found = []
@@ -194,7 +208,8 @@ def _cells(
         # A record that is made again must land in the same suite, where its table finds it.
         place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
         command = final if place is None else merged([*place, *user], changes)
-        found.append(replace(cell, overrides=tuple(command), named=named, note=note))
+        settled = replace(cell, overrides=tuple(command), named=named, note=note, given=given)
+        found.append(settled)
     return found
 
 
@@ -204,13 +219,15 @@ def _lines(group: CellGroupConf, system: str) -> list[str]:
 
 def _cell(group: CellGroupConf, conf: AppConf, lines: Sequence[str], local: Local) -> Cell:
     assert conf.system is not None
+    keys = frozenset(map(key_of, lines))
     return Cell(
         group.name,
-        cell_spec(conf, local.fastest),
+        cell_spec(conf, local.fastest, _shape_of_weights(conf, keys)),
         tuple(lines),
         system_model(conf.system),
-        frozenset(map(key_of, lines)),
+        keys,
         subject=conf.system.subject,
+        conf=conf,
     )
 
 
@@ -238,6 +255,20 @@ def _settled(
     fit = local.fitted(everyone, conf.measure.budget_s, stated)
     changes += [f"{prefix}{name}={value}" for name, value in fit.changes.items()]
     return [*changes, "measure.budget_s=null"] if fit.note else changes, fit.note
+
+
+def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
+    """The shape of the model in ``location``, where no model is named; None where one is, or is not asked for. Raises UserError."""
+    if conf.location is None or any(key.split(".")[0] == "model" for key in keys):
+        return None
+    if conf.weights != WeightSource.PATH.value:
+        raise UserError(
+            "location", conf.location, "given with the model that it holds", "Add model=..., or weights=path for a folder or .gguf file."
+        )  # fmt: skip
+    try:
+        return shape_at(Path(conf.location).expanduser())
+    except StoreError as error:
+        raise UserError("location", conf.location, f"a model that can be read ({error})") from error
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

@@ -169,9 +169,12 @@ def _choice(enum: Any, value: str, name: str) -> Any:
     return enum(value)
 
 
-def _model(conf: ModelConf, weights: str | None, location: str | None) -> ModelSpec:
-    shape_keys = [f.name for f in fields(ModelShape)]
-    shape = ModelShape(**{key: getattr(conf, key) for key in shape_keys})
+def _model(
+    conf: ModelConf, weights: str | None, location: str | None, shape: ModelShape | None = None
+) -> ModelSpec:
+    """shape: of the weights themselves, where that decides."""
+    if shape is None:
+        shape = ModelShape(**{f.name: getattr(conf, f.name) for f in fields(ModelShape)})
     source: WeightSource = _choice(WeightSource, weights or conf.weights, "weights")
     if source is WeightSource.DUMMY:
         return ModelSpec(shape, source, "", conf.seed)
@@ -302,16 +305,19 @@ def _check_system(conf: SystemConf) -> None:
 
 
 def cell_spec(
-    conf: AppConf, fastest: Callable[[HardwareProfile, int], DType] = dtype_by_rule
+    conf: AppConf,
+    fastest: Callable[[HardwareProfile, int], DType] = dtype_by_rule,
+    shape: ModelShape | None = None,
 ) -> CellSpec:
-    """The cell that a configuration with a system describes. fastest: machine, threads -> the dtype where that is left to the machine.
+    """The cell that a configuration with a system describes. fastest: machine, threads -> the dtype where that is left to the machine. shape: of
+    the model, where its weights say it and not the configuration.
 
     Raises UserError for anything that cannot be.
     """
     if conf.system is None:
         raise UserError("system", None, "given to make a cell of a configuration")
     _check_system(conf.system)
-    model = _model(conf.model, conf.weights, conf.location)
+    model = _model(conf.model, conf.weights, conf.location, shape)
     kind = _choice(PromptKind, conf.workload.kind, "workload.kind")
     workload = Workload(
         **({f.name: getattr(conf.workload, f.name) for f in fields(Workload)} | {"kind": kind})

@@ -16,7 +16,14 @@ from flexgen_bench.runner.feasibility import Refusal, checkpoint_bytes, disk_byt
 from flexgen_bench.runner.predictions import simulate
 from flexgen_bench.runner.suite import finished_record
 from flexgen_bench.store.reader import find_record
-from flexgen_bench.work import asked_here, asked_of, is_simulated, known_shapes, label
+from flexgen_bench.work import (
+    asked_here,
+    asked_of,
+    is_simulated,
+    known_shapes,
+    label,
+    refuse_out_of_place,
+)
 
 _MAKING = {
     WeightSource.DUMMY: "making random weights",
@@ -32,6 +39,8 @@ def cards(
     """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, on first use, what ``rates`` measures."""
     known = known_shapes()
     refusals = [explain(cell.spec, cache, known) for cell in cells]
+    for cell, refusal in zip(cells, refusals, strict=True):
+        refuse_out_of_place(cell, refusal)
     known_here = [
         cell if _is_elsewhere(refusal) else rates.of(cell)
         for cell, refusal in zip(cells, refusals, strict=True)

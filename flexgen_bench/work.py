@@ -11,8 +11,10 @@ from typing import Any
 from flexgen_bench.cells import Cell
 from flexgen_bench.config import conf_dir, list_models, model_spec
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.expected import Expected
+from flexgen_bench.ignored_options import refuse_unmeasured, refuse_unthrottled
 from flexgen_bench.report.printed import printed
 from flexgen_bench.runner.feasibility import Refusal, explain
 from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict_policy
@@ -41,6 +43,7 @@ def divide(cells: Sequence[Cell], cache: Path, expected: Expected) -> Work:
     explanations: dict[str, None] = {}
     for cell in cells:
         refusal = explain(cell.spec, cache, known)
+        refuse_out_of_place(cell, refusal)
         if refusal is not None and is_simulated(cell, refusal):
             simulate.append((label(cell), asked_of(cell)))
             why[
@@ -56,6 +59,16 @@ def divide(cells: Sequence[Cell], cache: Path, expected: Expected) -> Work:
             measure.append(_refused(cell, reason))
             explanations[f"{reason}. Ask for a machine such as gpu=t4."] = None
     return Work(tuple(measure), tuple(simulate), " ".join(why), tuple(explanations))
+
+
+def refuse_out_of_place(cell: Cell, refusal: Refusal | None) -> None:
+    """Raises UserError for an option about measuring of a machine that is not here, and for the links of one that is."""
+    hardware = cell.spec.hardware
+    if refusal is not None and refusal.machine:
+        if is_simulated(cell, refusal):
+            refuse_unmeasured(cell.conf, cell.given, hardware.name)
+    elif hardware.accelerator is not Accelerator.EMULATED:
+        refuse_unthrottled(cell.conf, cell.given)
 
 
 def is_simulated(cell: Cell, refusal: Refusal) -> bool:

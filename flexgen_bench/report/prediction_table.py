@@ -90,7 +90,9 @@ def heading(row: Simulated) -> str:
     asked, hardware = row.question, row.hardware
     sizes = {tier: hardware.capacity_bytes(tier) for tier in Tier}
     held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in sizes.items() if size)
-    many = "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
+    many = (
+        "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
+    )
     return (
         f"SIMULATED, nothing was run: {asked.shape.name}, {asked.dtype}; prompts of {asked.prompt_len} tokens, "
         f"{asked.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
