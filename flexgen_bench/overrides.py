@@ -42,7 +42,7 @@ def readable(
 
 def quoted(text: str, quote: Quote = Quote.single) -> str:
     """A text in quotes, as Hydra's grammar has them; Hydra reads exactly ``text``."""
-    return QuotedString(text=text, quote=quote).with_quotes()
+    return str(QuotedString(text=text, quote=quote).with_quotes())
 
 
 def text_of(value: str) -> str:

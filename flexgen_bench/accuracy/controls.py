@@ -63,6 +63,7 @@ def _of_mode(one: Seen) -> list[Finding]:
     trap = on_grid(one.numbers)
     if trap:
         assert one.numbers is not None
+        assert one.numbers.grid_error is not None
         found.append(Finding(
             one.mode, "weights on the grid",
             f"this model's weights lie on the grid of {one.lossy.weights} already (an independent quantizer changes them by "

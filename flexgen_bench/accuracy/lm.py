@@ -241,9 +241,9 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 reasons.append((_name(request, index), error))
         if reasons and len(reasons) == len(requests):
             raise reasons[0][1]
-        for name, error in reasons:
-            self.left_out[name] = str(error)
-            print(f"warning: {name} cannot be scored and counts as wrong: {error}", file=sys.stderr)
+        for name, why in reasons:
+            self.left_out[name] = str(why)
+            print(f"warning: {name} cannot be scored and counts as wrong: {why}", file=sys.stderr)
         return found
 
     def _count(self, kind: str, cut: int) -> None:

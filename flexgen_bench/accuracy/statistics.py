@@ -102,7 +102,7 @@ def _exponents(table: Floats) -> Floats:
     """Of each column's largest finite value, as ``frexp``; a neighbour of a power of two counts as that, and next to nothing as 2**-100."""
     finite = np.where(np.isfinite(table), np.abs(table), 0.0)
     largest = np.maximum(finite.max(axis=0), 2.0**-100)
-    return np.frexp(largest * (1 + 2.0**-40))[1].astype(np.float64)
+    return np.asarray(np.frexp(largest * (1 + 2.0**-40))[1], dtype=np.float64)
 
 
 def score(parts: Floats, statistic: str) -> float:
