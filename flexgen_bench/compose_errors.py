@@ -21,9 +21,8 @@ def user_error(error: Exception, schema: type[Any] = AppConf) -> UserError:
     """What Hydra objects to, one of ``NOT_COMPOSED``, naming the key and what is allowed; or a file that is no YAML. schema: of the configuration, for the keys there are."""
     if isinstance(error, ConfError):
         return conf_error(schema, error)
-    if isinstance(error.__cause__, ConfError) and "${" in str(
-        error
-    ):  # no interpolation, though it begins like one
+    # An override that begins like an interpolation and is none.
+    if isinstance(error.__cause__, ConfError) and "${" in str(error):
         return conf_error(schema, error.__cause__)
     if isinstance(error, YAMLError):
         return _unreadable(error)
