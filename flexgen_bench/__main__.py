@@ -219,7 +219,8 @@ def _tell(text: str) -> None:
 def _summary(outcome: Outcome) -> list[Record]:
     """Print the tables and, as the last line where a program reads them, one JSON document that names the records and holds what was
     simulated. The records."""
-    from flexgen_bench.report.prediction_table import print_predictions, to_json
+    from flexgen_bench.report.prediction_json import to_json
+    from flexgen_bench.report.prediction_table import print_predictions
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
 

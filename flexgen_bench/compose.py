@@ -15,6 +15,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from flexgen_bench.cells import Cell, Local, Unmeasured
 from flexgen_bench.compose_errors import NOT_COMPOSED, user_error
@@ -197,7 +199,8 @@ def _cells(
     confs = {name: composed(own) for name, own in lines.items()}
     given = frozenset() if suite else frozenset(map(key_of, overrides))
     for conf in confs.values():
-        refuse_ignored(conf, given, named)
+        # Of several systems, one after the other, some may have no use for an option.
+        refuse_ignored(conf, given, named and not _is_sweep())
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
     changes, note = _settled(group, confs, cells, local, user)
     found = []
@@ -211,6 +214,11 @@ def _cells(
         settled = replace(cell, overrides=tuple(command), named=named, note=note, given=given)
         found.append(settled)
     return found
+
+
+def _is_sweep() -> bool:
+    """Whether this is one run of a ``--multirun``."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def _lines(group: CellGroupConf, system: str) -> list[str]:

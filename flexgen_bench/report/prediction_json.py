@@ -1,0 +1,85 @@
+"""Predicted rows as JSON values, for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.prediction import Prediction
+from flexgen_bench.core.simulated import Simulated
+from flexgen_bench.core.status import Evidence
+from flexgen_bench.report.prediction_table import model_error, speed_up
+from flexgen_bench.report.printed_beside import printed_beside
+
+
+def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
+    """The row as JSON values; figures unrounded, units in their names."""
+    asked, quoted = row.question, printed_beside(row, tables)
+    policy = row.spec.policy
+    data: dict[str, Any] = {
+        "evidence": Evidence.SIMULATED.value,
+        "system": row.system,
+        "lossy": "" if row.lossy.is_exact else str(row.lossy),
+        "model": asked.shape.name,
+        "dtype": asked.dtype.value,
+        "hardware": row.hardware.name,
+        "workload": row.spec.workload.name,
+        "prompt_len": asked.prompt_len,
+        "gen_len": asked.gen_len,
+        "policy_asked_for": None if policy is None else policy.to_dict(),
+        "spec_hash": row.spec.spec_hash,
+        "status": row.status.value,
+        "reason": row.reason,
+    }
+    if row.tier:
+        data |= {
+            "tier": row.tier,
+            "need_bytes": row.need_bytes,
+            "capacity_bytes": row.capacity_bytes,
+        }
+    if row.prediction is not None:
+        data |= _figures(row.prediction)
+    if quoted is not None:
+        data["quoted"] = {
+            "evidence": Evidence.QUOTED.value,
+            "printed_as": row.model.printed_as + ("" if row.lossy.is_exact else "(c)"),
+            "tok_per_s": "OOM" if quoted.out_of_memory else quoted.tok_per_s,
+            "decode_tok_per_s": quoted.decode_tok_per_s,
+            "policy": quoted.policy,
+        }
+        data |= {
+            "model_error": model_error(row, tables),
+            "speed_up_over_paper": speed_up(row, tables),
+        }
+    plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return plain
+
+
+def _figures(done: Prediction) -> dict[str, Any]:
+    prefill_s, decode_s = done.phases_s
+    return {
+        "num_prompts": done.num_prompts,
+        "batch_size": done.batch_size,
+        "tok_per_s": done.tok_per_s,
+        "decode_tok_per_s": done.decode_tok_per_s,
+        "prefill_tok_per_s": done.prefill_tok_per_s,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "total_s": done.total_s,
+        "overlapped": done.overlapped,
+        "block_latency_s": done.block_latency_s,
+        "bytes": {str(tier): count for tier, count in done.bytes.items()},
+        "lane_busy_s": {str(lane): seconds for lane, seconds in done.lane_busy_s.items()},
+        "bottleneck": done.bottleneck,
+        "disk_written_bytes": done.disk_written_bytes,
+        "settings": _plain(done.settings),
+        "notes": list(done.notes),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
