@@ -36,7 +36,7 @@ _MAKING = {
 def cards(
     cells: Sequence[Cell], suite: str, results: Path, cache: Path, rates: LocalRates
 ) -> list[Card]:
-    """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, on first use, what ``rates`` measures."""
+    """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, into the cache, what ``rates`` measures on first use and the policies that were searched for."""
     known = known_shapes()
     refusals = [explain(cell.spec, cache, known) for cell in cells]
     for cell, refusal in zip(cells, refusals, strict=True):

@@ -83,7 +83,7 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     assert "no NVIDIA GPU" in lines["here"]
     assert "the run is simulated" in lines["here"]
     assert [row["tok_per_s"] for row in document(answer)["simulated"]] == [pytest.approx(16)]
-    assert written(tmp_path) == []
+    assert written(tmp_path) == [Path("cache/predictions.json")], "what was searched for"
 
 
 def test_the_card_of_a_job_whose_blocks_overlap(run: Run, tmp_path: Path) -> None:

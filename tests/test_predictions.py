@@ -19,7 +19,8 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.expected import Expected
 from flexgen_bench.local_rates import LocalRates
-from flexgen_bench.runner import predictions
+from flexgen_bench.planner.progress import listening
+from flexgen_bench.runner import searches
 from flexgen_bench.runner.predictions import (
     FOUR_BITS,
     Asked,
@@ -100,18 +101,37 @@ def _searched(system: SystemModel, cache: Path) -> list[list[str]]:
 def test_several_processes_find_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictions, "cores", lambda: 1)
-    alone = _searched(ENGINE, tmp_path)
-    monkeypatch.setattr(predictions, "cores", lambda: 2)
-    assert _searched(ENGINE, tmp_path) == alone
+    monkeypatch.setattr(searches, "cores", lambda: 1)
+    alone = _searched(ENGINE, tmp_path / "alone")
+    monkeypatch.setattr(searches, "cores", lambda: 2)
+    assert _searched(ENGINE, tmp_path / "together") == alone
     assert [len(rows) for rows in alone] == [2, 1]
+
+
+def test_a_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked the title command saw nothing for half a minute."""
+    shares: list[float] = []
+    with listening(shares.append):
+        predict(asked(), EXACT, tmp_path)
+    assert len(shares) > 5
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < 0.25 < shares[-1] <= 1
+    monkeypatch.setattr(searches, "cores", lambda: 1)
+    monkeypatch.setattr(searches, "_EVERY_S", 0.0)
+    told: list[str] = []
+    list(simulate([("one", asked())], tmp_path, told.append))
+    assert told[0] == "searching for a policy: one, exact"
+    assert any("% of the search done in" in line for line in told)
+    again: list[str] = []
+    list(simulate([("one", asked())], tmp_path, again.append))
+    assert again == ["predicting one"]
 
 
 def test_a_process_that_dies_leaves_its_search_to_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where memory is short and the kernel ends one of them."""
-    monkeypatch.setattr(predictions, "cores", lambda: 2)
+    monkeypatch.setattr(searches, "cores", lambda: 2)
     mortal = SystemModel("fake_predictors:DiesElsewhere", follows_policy=True)
     monkeypatch.setenv("FAKE_PREDICTOR_HOME", str(os.getpid()))
     assert _searched(mortal, tmp_path)[0][0].startswith("s ok")

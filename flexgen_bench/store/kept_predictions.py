@@ -52,13 +52,14 @@ def key_of(
     predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], question: Question
 ) -> str:
     """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a machine's constants come from
-    decides nothing."""
+    decides nothing, and an option that is None is for the predictor to choose, as one that is left out."""
     asked = {f.name: getattr(question, f.name) for f in fields(Question)} | {
         "shape": question.shape.to_dict(),
         "hardware": question.hardware.to_dict() | {"sources": {}},
         "lossy": question.lossy.to_dict(),
     }
-    told = [predictor, dict(constants), dict(options), asked, code_of(predictor)]
+    stated = {name: value for name, value in options.items() if value is not None}
+    told = [predictor, dict(constants), stated, asked, code_of(predictor)]
     facts = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
