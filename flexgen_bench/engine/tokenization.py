@@ -86,11 +86,20 @@ class TextTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """End-of-sequence ids: what the checkpoint says for generation, else for the model, else the tokenizer's."""
+        """End-of-sequence ids: what the checkpoint says for generation, else for the model, else the tokenizer's.
+
+        StoreError for an entry that is no id, which would never end anything.
+        """
         for name in ("generation_config.json", "config.json"):
             found = _json(self._folder / name).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+            if found is None:
+                continue
+            ids = found if isinstance(found, list) else [found]
+            if any(type(each) is not int for each in ids):
+                raise StoreError(
+                    f"{self._folder / name}: eos_token_id is {found!r}; it must be an integer, a list of integers, or null."
+                )
+            return frozenset(ids)
         own = None if self._loaded is None else self._loaded.eos_token_id
         return frozenset() if own is None else frozenset([own])
 
