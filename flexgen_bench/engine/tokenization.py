@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,20 @@ def load_tokenizer(folder: Path) -> Any:
         first = str(error).strip().splitlines()
         raise StoreError(
             f"the tokenizer in {folder} cannot be loaded: {first[0] if first else type(error).__name__}"
+            + _without_sentencepiece(folder)
         ) from error
+
+
+def _without_sentencepiece(folder: Path) -> str:
+    """What to do where a sentencepiece model stands alone and its package is missing: transformers then takes the file for
+    one of another kind, and says so."""
+    alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    if not alone or find_spec("sentencepiece") is not None:
+        return ""
+    return (
+        ". If tokenizer.model is one of sentencepiece, as Llama 2 has it: pip install sentencepiece protobuf, "
+        "or add the tokenizer.json that is published with it."
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
