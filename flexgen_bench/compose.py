@@ -10,7 +10,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -31,7 +30,7 @@ from flexgen_bench.config import (
 )
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
-from flexgen_bench.core.folders import is_gguf
+from flexgen_bench.core.folders import expanded, is_gguf
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.ignored_options import refuse_ignored
 from flexgen_bench.overrides import MULTIRUN, readable
@@ -273,8 +272,10 @@ def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
         raise UserError(
             "location", conf.location, "given with the model that it holds", "Add model=..., or weights=path for a folder or .gguf file."
         )  # fmt: skip
+    if not conf.location:  # of $UNSET, say; as a path it would be the folder that one is in
+        raise UserError("location", conf.location, "the checkpoint folder or .gguf file", "Add location=/path/to/it.")  # fmt: skip
     try:
-        return shape_at(Path(conf.location).expanduser())
+        return shape_at(expanded(conf.location, "location"))
     except StoreError as error:
         raise UserError("location", conf.location, f"a model that can be read ({error})") from error
 

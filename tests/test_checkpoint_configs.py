@@ -109,7 +109,7 @@ def test_a_bare_decoder(name: str, part: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"architectures": ["MixtralForCausalLM"]}, "architectures"), ({"model_type": "mistral"}, "model_type"),
+    [({"architectures": ["MixtralForCausalLM"]}, "architectures"), ({"architectures": 5}, "architectures"), ({"model_type": "mistral"}, "model_type"),
      ({"architectures": None, "model_type": "qwen2"}, "model_type"), ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
      ({"sliding_window": 8}, "sliding_window"), ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
      ({"num_local_experts": 4}, "num_local_experts"), ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),

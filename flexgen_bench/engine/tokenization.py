@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,20 @@ class TextTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """End-of-sequence ids: what the checkpoint says for generation, else for the model, else the tokenizer's."""
+        """End-of-sequence ids: what the checkpoint says for generation, else for the model, else the tokenizer's.
+
+        StoreError for an entry that is no id, which would never end anything.
+        """
         for name in ("generation_config.json", "config.json"):
             found = _json(self._folder / name).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+            if found is None:
+                continue
+            ids = found if isinstance(found, list) else [found]
+            if any(type(each) is not int for each in ids):
+                raise StoreError(
+                    f"{self._folder / name}: eos_token_id is {found!r}; it must be an integer, a list of integers, or null."
+                )
+            return frozenset(ids)
         own = None if self._loaded is None else self._loaded.eos_token_id
         return frozenset() if own is None else frozenset([own])
 
@@ -184,7 +194,20 @@ def load_tokenizer(folder: Path) -> Any:
         first = str(error).strip().splitlines()
         raise StoreError(
             f"the tokenizer in {folder} cannot be loaded: {first[0] if first else type(error).__name__}"
+            + _without_sentencepiece(folder)
         ) from error
+
+
+def _without_sentencepiece(folder: Path) -> str:
+    """What to do where a sentencepiece model stands alone and its package is missing: transformers then takes the file for
+    one of another kind, and says so."""
+    alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    if not alone or find_spec("sentencepiece") is not None:
+        return ""
+    return (
+        ". If tokenizer.model is one of sentencepiece, as Llama 2 has it: pip install sentencepiece protobuf, "
+        "or add the tokenizer.json that is published with it."
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

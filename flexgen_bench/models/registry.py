@@ -68,6 +68,8 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
 def _family_of(config: Mapping[str, Any]) -> ModelFamily:
     """By ``architectures`` (the model with its head, or the bare decoder, in any case), or where there are none by ``model_type``."""
     given, kind = config.get("architectures"), config.get("model_type")
+    if not isinstance(given, str | list | None):
+        raise UserError("config.json: architectures", given, "a list of names, or null")
     names = [given] if isinstance(given, str) else list(given or ())
     known = _families().values()
     for found in known:

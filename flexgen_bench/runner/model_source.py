@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flexgen_bench.config import list_models, model_spec
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import UserError, unknown_choice
-from flexgen_bench.core.folders import is_gguf
+from flexgen_bench.core.folders import expanded, is_gguf
 from flexgen_bench.core.model import DType
 from flexgen_bench.engine.source import open_source
 from flexgen_bench.memory.checkpoint import Checkpoint
@@ -17,6 +20,9 @@ from flexgen_bench.runner.gguf_shape import gguf_shape
 from flexgen_bench.runner.hub import hub_folder
 
 Progress = Callable[[str, int, int], None]
+
+# owner/name, the letters that the hub allows. Whatever else has a slash in it is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def checkpoint_of(
@@ -32,6 +38,8 @@ def checkpoint_of(
     read, too, so one that this engine alone understands (a quantized checkpoint) is written out. Raises UserError for what is
     none of these, StoreError for what cannot be had.
     """
+    if not isinstance(model, ModelSpec):
+        model = _name(model)
     if isinstance(model, str | Path) and (Path(model) / "config.json").exists():
         return _folder(Path(model), dtype, cache, progress, plain)
     if isinstance(model, ModelSpec):
@@ -44,6 +52,11 @@ def checkpoint_of(
         raise UserError(
             "model", str(model), "a checkpoint folder (with config.json) or a .gguf file"
         )
+    elif "/" in str(model) and not _HUB_ID.fullmatch(str(model)):
+        raise UserError(
+            "model", str(model), "a folder or file that exists",
+            "A hub id is written owner/name, a model of conf/model by its name alone.",
+        )  # fmt: skip
     elif "/" in str(model):
         return _folder(hub_folder(str(model)), dtype, cache, progress, plain)
     else:
@@ -53,6 +66,15 @@ def checkpoint_of(
         own = Path(spec.location)
     chosen = _dtype(dtype, own)
     return prepare_checkpoint(spec, chosen, cache, progress), chosen
+
+
+def _name(model: Any) -> str:
+    """A name or path as it was given, the home folder in place of ``~``; UserError for what is neither."""
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise UserError(
+            "model", model, "a name from conf/model, a checkpoint folder, a .gguf file, a hub id or a ModelSpec"
+        )  # fmt: skip
+    return str(expanded(os.fspath(model), "model")) if "~" in str(model) else os.fspath(model)
 
 
 def _folder(
