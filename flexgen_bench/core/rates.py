@@ -15,7 +15,7 @@ from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
 
 # Nothing that computes or moves data is outside of this, so a constant beyond it is a typing error or a wrong unit: the slowest
 # machine in FLOP/s is above the fastest in GFLOP/s, the slowest in bytes/s above the fastest in GB/s.
-FLOPS, BYTES = (1e7, 1e16), (1e6, 1e14)
+FLOPS, BYTES = (1e6, 1e16), (1e6, 1e14)
 _UNITS = {FLOPS: "FLOP/s", BYTES: "bytes/s"}
 _HINTS = {FLOPS: "A TFLOP/s is 1e12.", BYTES: "A GB/s is 1e9."}
 _LARGEST_SIZE = 10**9
