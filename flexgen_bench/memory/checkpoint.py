@@ -112,3 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StoreError(f"{path} does not hold a JSON object.")
     return config
+
+
+def note_of(folder: Path) -> str:
+    """What whoever wrote the folder wants said of its weights; "" for nothing."""
+    return str(read_config(folder).get(NOTE) or "") if (folder / "config.json").is_file() else ""

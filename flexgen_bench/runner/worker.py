@@ -21,7 +21,7 @@ from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.memory.checkpoint import NOTE, read_config
+from flexgen_bench.memory.checkpoint import note_of
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
@@ -89,7 +89,7 @@ class Worker:
             "peak_resident_bytes": peak_resident_bytes(),
         }
         report = _with_peak(system.report())
-        note = read_config(self.job.checkpoint).get(NOTE)
+        note = note_of(self.job.checkpoint)
         self.state.report = replace(report, notes=(*report.notes, *([note] if note else [])))
         self._judge(outputs)
         self.state.outputs = self._outputs(outputs[-1])
