@@ -25,6 +25,7 @@ from flexgen_bench.config import (
     app_conf,
     cell_spec,
     conf_dir,
+    shape_of,
     system_model,
     typed_conf,
 )
@@ -34,6 +35,7 @@ from flexgen_bench.core.folders import expanded, is_gguf
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.ignored_options import refuse_ignored
 from flexgen_bench.overrides import MULTIRUN, readable
+from flexgen_bench.runner.hf_config import check_same_shape
 from flexgen_bench.runner.shape_of_weights import shape_at
 
 CONFIG_NAME = "config"
@@ -265,19 +267,29 @@ def _settled(
 
 
 def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
-    """The shape of the model in ``location``, where no model is named; None where one is, or is not asked for. Raises UserError."""
-    if conf.location is None or any(key.split(".")[0] == "model" for key in keys):
+    """The shape of the model in ``location``, where no model is named; None where one is, or nothing is to be read. A model that is named must be
+    the one that is there. Raises UserError."""
+    is_named = any(key.split(".")[0] == "model" for key in keys)
+    is_path = conf.weights == WeightSource.PATH.value
+    if conf.location is None or (is_named and not is_path):
         return None
-    if conf.weights != WeightSource.PATH.value:
+    if not is_path:
         raise UserError(
             "location", conf.location, "given with the model that it holds", "Add model=..., or weights=path for a folder or .gguf file."
         )  # fmt: skip
     if not conf.location:  # of $UNSET, say; as a path it would be the folder that one is in
         raise UserError("location", conf.location, "the checkpoint folder or .gguf file", "Add location=/path/to/it.")  # fmt: skip
+    place = expanded(conf.location, "location")
+    is_there = is_gguf(place) if place.is_file() else (place / "config.json").is_file()
+    if is_named and not is_there:  # refused where the cell is made
+        return None
     try:
-        return shape_at(expanded(conf.location, "location"))
+        found = shape_at(place)
+        if is_named:
+            check_same_shape(shape_of(conf.model), found, place)
     except StoreError as error:
         raise UserError("location", conf.location, f"a model that can be read ({error})") from error
+    return None if is_named else found
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

@@ -169,12 +169,17 @@ def _choice(enum: Any, value: str, name: str) -> Any:
     return enum(value)
 
 
+def shape_of(conf: ModelConf) -> ModelShape:
+    """What conf/model says of a model."""
+    return ModelShape(**{f.name: getattr(conf, f.name) for f in fields(ModelShape)})
+
+
 def _model(
     conf: ModelConf, weights: str | None, location: str | None, shape: ModelShape | None = None
 ) -> ModelSpec:
     """shape: of the weights themselves, where that decides."""
     if shape is None:
-        shape = ModelShape(**{f.name: getattr(conf, f.name) for f in fields(ModelShape)})
+        shape = shape_of(conf)
     source: WeightSource = _choice(WeightSource, weights or conf.weights, "weights")
     if source is WeightSource.DUMMY:
         return ModelSpec(shape, source, "", conf.seed)

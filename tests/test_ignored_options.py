@@ -145,9 +145,9 @@ def test_the_shape_comes_from_the_file_where_no_model_is_named(tmp_path: Path) -
     )
     assert (shape.num_kv_heads, shape.vocab_size, shape.ffn_size) == (2, 100, 48)
     assert not shape.tied_embeddings
-    # A model that is named is taken at its word; loading compares it with the file.
-    (cell,) = command_cells([MODEL, "weights=path", f"location={folder}", "system=flexgen"])
-    assert cell.spec.model.shape.name == "opt-125m"
+    # A model that is named must be the one that is there: OPT-30B was planned with a folder of something else.
+    with pytest.raises(UserError, match="not a checkpoint of opt-125m"):
+        command_cells([MODEL, "weights=path", f"location={folder}", "system=flexgen"])
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.gguf", "notes.txt", "empty", "broken.gguf"])
