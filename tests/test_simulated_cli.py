@@ -141,13 +141,13 @@ def test_exact_and_in_4_bits(run: Run, tmp_path: Path) -> None:
 def test_a_policy_is_handed_to_the_system_that_follows_it(run: Run, tmp_path: Path) -> None:
     add_system(tmp_path, "both", "Compressing", follows_policy=True)
     add_system(tmp_path, "plain", "Plain", options={"offload": "cpu"})
-    answer = run("-m", *T4, "system=both,plain", "policy=half-disk", "policy.prefetch=3")
+    answer = run(*T4, "system=both", "policy=half-disk", "policy.prefetch=3")
     for row in rows(answer, "both"):
         policy = row["settings"]["policy"]  # type: ignore[index]
         assert policy["weights"]["disk"] == 0.5
         assert policy["prefetch"] == 3
         assert (policy["lossy"]["weights"] is None) == (row["lossy"] == "")
-    (row,) = rows(answer, "plain")
+    (row,) = rows(run(*T4, "system=plain"), "plain")
     assert row["settings"]["options"] == {"offload": "cpu"}  # type: ignore[index]
 
 

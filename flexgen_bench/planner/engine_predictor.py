@@ -56,18 +56,19 @@ class EnginePredictor(Predictor):
 
 
 def _why(task: Task, auto: AutoChoice) -> Iterator[str]:
-    choice = auto.choice
-    other = choice.other if auto.gain is None else None
-    yield why(task, choice.policy, choice.plan, choice.forecast, other)
+    choice, gain = auto.choice, auto.gain
+    told = why(
+        task, choice.policy, choice.plan, choice.forecast, choice.other if gain is None else None
+    )
+    if gain is not None:
+        told += f"; it is the plain rule's policy: the best found promises {gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
+    yield told
     yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
     promised = max((c.tok_per_s for c in choice.candidates), default=0.0)
     if (
         promised > choice.tok_per_s
     ):  # else the programs keep room for staging that the policy found does without
         yield f"without any waiting the best would reach {promised:.3g} tokens/s"
-    if auto.gain is None:
-        return
-    yield f"the plain rule's policy: the best found promises {auto.gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
 
 
 def _task(question: Question, policy: Policy | None) -> Task:

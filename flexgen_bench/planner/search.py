@@ -240,7 +240,7 @@ class Search:
             return None
         times = self._played(best)
         assert times is not None, "it has a speed"
-        return Alternative(best, self._play(best) / most, busy_shares(times))
+        return Alternative(best, self._play(best) / most, busy_shares(times, self.task.hardware))
 
     def _whole_speed(self, policy: Policy) -> float:
         return self._speed(policy, self._whole(policy)) if self._played(policy) else 0.0

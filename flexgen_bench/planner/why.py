@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
-from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.planner.forecast import Forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
@@ -44,11 +45,13 @@ def way_of_working(policy: Policy) -> object:
     )  # fmt: skip
 
 
-def busy_shares(times: Forecast) -> dict[Lane, float]:
-    """Of the job's time, by link or processor."""
+def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]:
+    """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy while they do."""
+    busy, moved = times.busy_s(), times.moved_bytes()
     found = dict.fromkeys(_LANES, 0.0)
-    for lane, seconds in times.busy_s().items():
-        found[link_of(lane)] += seconds / times.total_s
+    for lane in Lane:
+        rate = hardware.link_rate(lane) if lane in LINKS else None
+        found[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
     return found
 
 
@@ -56,7 +59,7 @@ def why(
     task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, other: Alternative | None
 ) -> str:
     """The sentence. other: what it is compared with; None: nothing else was tried."""
-    parts = [_bound(busy_shares(times)), *_placed(task, policy, plan)]
+    parts = [_bound(busy_shares(times, task.hardware)), *_placed(task, policy, plan)]
     if other is not None:
         parts.append(_loses(policy, other))
     return "; ".join(parts)
