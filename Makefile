@@ -16,9 +16,9 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # A few items of every kind of request, uncompressed and in 4 bits, with the controls: under three minutes on two cores, once the
-# model and the data are there (python -m flexgen_bench.fetch smollm2 accuracy). Its records are no results.
+# model and the data are there (python -m flexgen_bench fetch smollm2 accuracy). Its records are no results.
 accuracy-ci: $(VENV)/.installed-test
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m flexgen_bench.accuracy tasks=ci limit=10 mode=w4 text_tokens=256 rerun=true results_dir=.cache/accuracy-ci $(ARGS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(RUN) -m flexgen_bench accuracy tasks=ci limit=10 mode=w4 text_tokens=256 rerun=true results_dir=.cache/accuracy-ci $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -60,9 +60,7 @@ def checkpoint_bytes(checkpoint: Path) -> int:
 def prepare_model(model: Any) -> Any:
     """Evaluation mode, and none of the checkpoint's own ideas about sampling or where to stop."""
     model.eval()
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=None, pad_token_id=PAD, use_cache=True
-    )
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=PAD, use_cache=True)
     return model
 
 
@@ -116,9 +114,7 @@ def generate_batches(
         new = output[:, ids.shape[1] :].tolist()
         answers |= {i: tuple(tokens) for i, tokens in zip(members, new, strict=True)}
     return Generation(
-        token_ids=tuple(answers[i] for i in range(len(prompts))),
-        prefill_s=clock.prefill_s,
-        decode_s=clock.decode_s,
+        token_ids=tuple(answers[i] for i in range(len(prompts))), prefill_s=clock.prefill_s, decode_s=clock.decode_s
     )
 
 
@@ -138,11 +134,7 @@ class _Clock(StoppingCriteria):
     """Called by ``generate`` after every token it has chosen for a batch; never stops it."""
 
     def __init__(
-        self,
-        device: torch.device,
-        progress: Progress,
-        prompts: Sequence[Sequence[int]],
-        gen_len: int,
+        self, device: torch.device, progress: Progress, prompts: Sequence[Sequence[int]], gen_len: int
     ) -> None:
         self._device, self._progress, self._prompts = device, progress, prompts
         self._prompt_tokens = sum(len(prompt) for prompt in prompts)
@@ -178,9 +170,7 @@ class _Clock(StoppingCriteria):
         return time.perf_counter()
 
 
-def bytes_per_tier(
-    sizes: Iterator[tuple[str, int]], tier_of: Callable[[str], str]
-) -> dict[str, int]:
+def bytes_per_tier(sizes: Iterator[tuple[str, int]], tier_of: Callable[[str], str]) -> dict[str, int]:
     """Total of (parameter name, bytes) pairs by the tier that ``tier_of`` gives for a name."""
     totals: dict[str, int] = {}
     for name, size in sizes:

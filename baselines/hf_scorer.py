@@ -13,10 +13,10 @@ from transformers import StoppingCriteria
 
 from baselines.hf_generate import padded
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.engine.outputs import Score
 from flexgen_bench.engine.text_stream import TextStream
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.outputs import Score
-from flexgen_bench.schedule.forest import ScoreRequest
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.systems.scorer import OnScore, OnTokens, Scorer
 
 
@@ -45,12 +45,7 @@ class HFScorer(Scorer):
             yield self._logits([tokens[:-1]])[0].float().log_softmax(-1)
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        on_tokens: OnTokens,
-    ) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_tokens: OnTokens) -> None:
         alike: dict[SamplingParams, list[int]] = defaultdict(list)
         for index, wanted in enumerate(params):
             alike[wanted].append(index)
@@ -71,9 +66,7 @@ class HFScorer(Scorer):
         logits: Tensor = self._model(ids.to(self._device), use_cache=False).logits
         return logits
 
-    def _continue(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[list[int]]:
+    def _continue(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
         ids, mask = padded(prompts, left=True)
         ends = set(params.stop_token_ids or ())
         if not params.ignore_eos:
@@ -81,18 +74,17 @@ class HFScorer(Scorer):
         options: dict[str, Any] = {"do_sample": not params.greedy}
         if not params.greedy:
             torch.manual_seed(params.seed)
-            options |= {
-                "temperature": params.temperature,
-                "top_k": params.top_k,
-                "top_p": params.top_p,
-            }
+            options |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         texts = [self._tokenizer.stream(prompt, params.stop or ()) for prompt in prompts]
         stop = _Stop(ids.shape[1], texts, ends)
         output = self._model.generate(
-            ids.to(self._device), attention_mask=mask.to(self._device), max_new_tokens=params.max_tokens,
-            repetition_penalty=params.repetition_penalty, stopping_criteria=[stop],
+            ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            max_new_tokens=params.max_tokens,
+            repetition_penalty=params.repetition_penalty,
+            stopping_criteria=[stop],
             **options,
-        )  # fmt: skip
+        )
         return stop.cut(output[:, ids.shape[1] :].tolist())
 
 

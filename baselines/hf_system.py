@@ -24,16 +24,9 @@ class HFSystem(System):
     _batch_size: int
     _model: Any = None
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress) -> Generation:
         return hf.generate_batches(
-            self._model,
-            prompts,
-            gen_len,
-            batch_size=self._batch_size,
-            device=self._device,
-            progress=progress,
+            self._model, prompts, gen_len, batch_size=self._batch_size, device=self._device, progress=progress
         )
 
     def scorer(self, batch_size: int | None) -> Scorer:

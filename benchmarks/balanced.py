@@ -44,24 +44,28 @@ def main() -> int:
     last = rounds[-1]
     whole = [m.wall_s / m.busy_s(m.busiest) for m in rounds]
     alike = [_balance(m, rate) for m, rate in zip(rounds, rates, strict=True)]
-    steady = [
-        sum(m.pass_s) / max(_steady_busy(m, rate)) for m, rate in zip(rounds, rates, strict=True)
-    ]
+    steady = [sum(m.pass_s) / max(_steady_busy(m, rate)) for m, rate in zip(rounds, rates, strict=True)]
     report = Report("balanced", Evidence.EMULATED, opts)
-    report.settings = {
-        "h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(JOB), "balance": alike,
-    }  # fmt: skip
+    report.settings = {"h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(JOB), "balance": alike}
     report.rounds = [m.to_dict() for m in rounds]
     report.bars = [
         Bar(
-            "whole run", f"{last.busy_s(last.busiest):.2f} s ({last.busiest})",
-            f"{median([m.wall_s for m in rounds]):.2f} s", tuple(whole), LIMIT, at_most=True,
+            "whole run",
+            f"{last.busy_s(last.busiest):.2f} s ({last.busiest})",
+            f"{median([m.wall_s for m in rounds]):.2f} s",
+            tuple(whole),
+            LIMIT,
+            at_most=True,
         ),
         Bar(
-            "decode passes", f"{max(_steady_busy(last, rates[-1])):.2f} s",
-            f"{sum(last.pass_s):.2f} s", tuple(steady), LIMIT, at_most=True,
+            "decode passes",
+            f"{max(_steady_busy(last, rates[-1])):.2f} s",
+            f"{sum(last.pass_s):.2f} s",
+            tuple(steady),
+            LIMIT,
+            at_most=True,
         ),
-    ]  # fmt: skip
+    ]
     if min(alike) < BALANCE:
         report.where_time_goes.append(
             f"link and compute were not alike (ratios {[round(a, 2) for a in alike]}): quieter machine, again"
@@ -72,7 +76,8 @@ def main() -> int:
 
 
 def _steady_busy(measured: Measured, rate: float) -> tuple[float, float]:
-    """Busy seconds of the link and gpu in the decode passes: the link's from its bytes, the gpu's without the prefill's.
+    """Busy seconds of the link and gpu in the decode passes: the link's from its bytes, the gpu's without the
+    prefill's.
 
     In the prefill the gpu lane computes for longer than its share of the link takes, so it is busy throughout.
     """

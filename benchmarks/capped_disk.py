@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import Bar, Options, Report, median, options
 
-from flexgen_bench.config import default_cache_dir
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.store.reader import read_record
@@ -27,9 +27,12 @@ SUITE = "capped"
 BARS = {"16-bit": 2.0, "4-bit": 4.0}
 # --rounds are repetitions of every cell.
 QUICK = [
-    "model=opt-125m", "workload.num_prompts=4", "workload.gen_len=4", "gpu.cpu_memory=null",
+    "model=opt-125m",
+    "workload.num_prompts=4",
+    "workload.gen_len=4",
+    "gpu.cpu_memory=null",
     "measure.batch_sizes=[4]",
-]  # fmt: skip
+]
 
 
 def main() -> int:
@@ -58,11 +61,14 @@ def main() -> int:
             if record.status is Status.OK:
                 report.bars.append(
                     Bar(
-                        f"{bits} weights", f"{rated[best]:.2f} tok/s ({best})",
+                        f"{bits} weights",
+                        f"{rated[best]:.2f} tok/s ({best})",
                         f"{median(_rates(record)):.2f} tok/s",
-                        tuple(rate / rated[best] for rate in _rates(record)), BARS[bits], at_most=False,
+                        tuple(rate / rated[best] for rate in _rates(record)),
+                        BARS[bits],
+                        at_most=False,
                     )
-                )  # fmt: skip
+                )
     return report.finish()
 
 
@@ -91,9 +97,7 @@ def _line(name: str, record: Record) -> str:
         return f"{name}: {record.status}: {record.reason.splitlines()[0] if record.reason else ''}"
     prefill = median([sample.prefill_s for sample in record.samples])
     decode = median([sample.decode_s for sample in record.samples])
-    busy = ", ".join(
-        f"{lane} {seconds:.0f} s" for lane, seconds in record.report.lane_busy_s.items() if seconds
-    )
+    busy = ", ".join(f"{lane} {seconds:.0f} s" for lane, seconds in record.report.lane_busy_s.items() if seconds)
     lanes = f"; busy, all repetitions: {busy}" if busy else ""
     enforced = "" if record.memory_cap.get("enforced") else " WITHOUT its cap"
     return f"{name}: batch {record.batch_size}{enforced}, prefill {prefill:.1f} s, decode {decode:.1f} s{lanes}"

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.config import default_cache_dir
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.runner.environment import describe_environment
+from flexgen_bench.machine.environment import describe_environment
 
 FULL_MODEL, QUICK_MODEL = "opt-1.3b", "opt-125m"
 
@@ -40,19 +40,14 @@ class Options:
 
 def options(doc: str | None, rounds: int = 3, arguments: Sequence[str] | None = None) -> Options:
     """The options every benchmark takes. ``rounds``: how often each figure is taken, unless told otherwise."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, one round, no verdict")
     parser.add_argument("--rounds", type=int, default=None, help=f"default {rounds}")
     parser.add_argument("--threads", type=int, default=2, help="of the compute lane (default 2)")
     parser.add_argument("--out", type=Path, help="e.g. results/benchmarks/<name>.json")
     parser.add_argument("--cache", type=Path, default=default_cache_dir())
     given = parser.parse_args(arguments)
-    return Options(
-        given.quick, given.rounds or (1 if given.quick else rounds), given.threads, given.out,
-        given.cache,
-    )  # fmt: skip
+    return Options(given.quick, given.rounds or (1 if given.quick else rounds), given.threads, given.out, given.cache)
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,7 @@ class Bar:
 
     @property
     def spread(self) -> str:
-        return (
-            f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
-            if len(self.ratios) > 1
-            else "one round"
-        )
+        return f"{min(self.ratios):.2f}-{max(self.ratios):.2f}" if len(self.ratios) > 1 else "one round"
 
 
 @dataclass
@@ -116,11 +107,16 @@ class Report:
         header = ("", "bound", "achieved", "ratio", "rounds", "bar", "verdict")
         rows = [
             (
-                bar.what, bar.bound, bar.achieved, f"{bar.ratio:.3f}", bar.spread,
-                f"{'<=' if bar.at_most else '>='} {bar.limit:g}", self._verdict(bar),
+                bar.what,
+                bar.bound,
+                bar.achieved,
+                f"{bar.ratio:.3f}",
+                bar.spread,
+                f"{'<=' if bar.at_most else '>='} {bar.limit:g}",
+                self._verdict(bar),
             )
             for bar in self.bars
-        ]  # fmt: skip
+        ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         print(f"\n{self.name} ({self.evidence.value}, {self.options.rounds} rounds, median judged)")
         for row in (header, *rows):
@@ -137,10 +133,7 @@ class Report:
             "model": self.options.model,
             "quick": self.options.quick,
             "threads": self.options.threads,
-            "bars": [
-                asdict(bar) | {"ratio": bar.ratio, "verdict": self._verdict(bar)}
-                for bar in self.bars
-            ],
+            "bars": [asdict(bar) | {"ratio": bar.ratio, "verdict": self._verdict(bar)} for bar in self.bars],
             "where_time_goes": self.where_time_goes,
             "settings": self.settings,
             "rounds": self.rounds,

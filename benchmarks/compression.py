@@ -2,7 +2,8 @@
 
 ``python benchmarks/compression.py [--quick] [--out results/benchmarks/compression.json]``
 
-Weights on the cpu, an emulated accelerator behind an h2d link that is slow for 4-bit weights too; runs alternate. Bound:
+Weights on the cpu, an emulated accelerator behind an h2d link that is slow for 4-bit weights too; runs alternate.
+Bound:
 16 bits / 4.5 bits per value (codes, and two float16 parameters per group of 64) for the matrices, 1 for the rest.
 """
 
@@ -45,16 +46,22 @@ def main() -> int:
     report.rounds = [{"weights": kind} | m.to_dict() for kind in kinds for m in runs[kind]]
     report.bars = [
         Bar(
-            "fewer bytes", f"{pairs[0][0].bytes(Lane.H2D) / GB:.2f} GB in 16 bits",
+            "fewer bytes",
+            f"{pairs[0][0].bytes(Lane.H2D) / GB:.2f} GB in 16 bits",
             f"{pairs[0][1].bytes(Lane.H2D) / GB:.2f} GB in 4",
-            tuple(a.bytes(Lane.H2D) / b.bytes(Lane.H2D) for a, b in pairs), FEWER_BYTES, at_most=False,
+            tuple(a.bytes(Lane.H2D) / b.bytes(Lane.H2D) for a, b in pairs),
+            FEWER_BYTES,
+            at_most=False,
         ),
         Bar(
-            "faster", f"{median([a.wall_s for a, _ in pairs]):.2f} s in 16 bits",
+            "faster",
+            f"{median([a.wall_s for a, _ in pairs]):.2f} s in 16 bits",
             f"{median([b.wall_s for _, b in pairs]):.2f} s in 4",
-            tuple(a.wall_s / b.wall_s for a, b in pairs), FASTER, at_most=False,
+            tuple(a.wall_s / b.wall_s for a, b in pairs),
+            FASTER,
+            at_most=False,
         ),
-    ]  # fmt: skip
+    ]
     if not all(bar.met for bar in report.bars):
         for kind in kinds:
             report.where_time_goes += lane_lines(runs[kind][-1], f"{kind}, last round")

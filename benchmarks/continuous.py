@@ -2,12 +2,12 @@
 
 ``python benchmarks/continuous.py [--quick] [--out results/benchmarks/continuous.json]``
 
-An emulated accelerator, weights on the cpu. The prefill of a block is bound by computing, its decode passes by the link;
-the link is throttled so that both take as long (measured at the start of every round). Block by block the two
+An emulated accelerator, weights on the cpu. The prefill of a block is bound by computing, its decode passes by the
+link; the link is throttled so that both take as long (measured at the start of every round). Block by block the two
 phases follow each other; continuously, each pass prefills one micro-batch while the others decode, so a pass takes the
-longer of the two. As many cohorts in flight as new tokens: then one ends, and one can start, in every pass; those that decode
-share one micro-batch. Both schedules have room for the same sequences, and compute as many at once. Bound, if decoding took no
-time to compute: (8 blocks x both phases) / (passes of the continuous schedule).
+longer of the two. As many sequence groups in flight as new tokens: then one ends, and one can start, in every pass;
+those that decode share one micro-batch. Both schedules have room for the same sequences, and compute as many at once.
+Bound, if decoding took no time to compute: (8 blocks x both phases) / (passes of the continuous schedule).
 """
 
 from __future__ import annotations
@@ -16,16 +16,7 @@ import sys
 from dataclasses import replace
 
 from common import Bar, Report, median, options
-from engine_runs import (
-    UNTHROTTLED,
-    Measured,
-    Shape,
-    dummy_weights,
-    emulated,
-    engine,
-    lane_lines,
-    run,
-)  # fmt: skip
+from engine_runs import UNTHROTTLED, Measured, Shape, dummy_weights, emulated, engine, lane_lines, run
 
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.status import Evidence
@@ -34,10 +25,10 @@ from flexgen_bench.core.units import GB
 
 LIMIT = 1.3
 BLOCKS = 8
-# Cohorts in flight, and new tokens per sequence: a cohort lives for this many passes.
+# Sequence groups in flight, and new tokens per sequence: a sequence group lives for this many passes.
 IN_FLIGHT = 6
-# Of a cohort. Long prompts and few new tokens, as in the paper's workload: what decoding computes is small beside prefill, and the
-# prompts of one cohort are enough rows for large matrix products.
+# Of a sequence group. Long prompts and few new tokens, as in the paper's workload: what decoding computes is small
+# beside prefill, and the prompts of one sequence group are enough rows for large matrix products.
 SEQUENCES, PROMPT_LEN = 2, 200
 MODEL = "opt-350m"  # eight blocks of a larger one would take a quarter of an hour
 
@@ -65,17 +56,18 @@ def main() -> int:
     blocks = job.prompts // block.prompts
     bound = blocks * 2 * (IN_FLIGHT - 1) / (blocks * IN_FLIGHT + IN_FLIGHT - 1)
     report = Report("continuous", Evidence.EMULATED, opts)
-    report.settings = {
-        "h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(job), "bound": bound,
-    }  # fmt: skip
+    report.settings = {"h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(job), "bound": bound}
     report.rounds = [{"schedule": str(s)} | m.to_dict() for s in Schedule for m in runs[s]]
     report.bars = [
         Bar(
-            "block / continuous", f"{bound:.2f}x",
+            "block / continuous",
+            f"{bound:.2f}x",
             f"{median([b.wall_s for b, _ in pairs]):.1f} s / {median([c.wall_s for _, c in pairs]):.1f} s",
-            tuple(b.wall_s / c.wall_s for b, c in pairs), LIMIT, at_most=False,
+            tuple(b.wall_s / c.wall_s for b, c in pairs),
+            LIMIT,
+            at_most=False,
         )
-    ]  # fmt: skip
+    ]
     report.where_time_goes.append(f"link throttled to {rates[-1] / GB:.2f} GB/s")
     same = [b.tokens == c.tokens for b, c in pairs]
     if not all(same):  # bfloat16: another batch shape may round a near tie the other way

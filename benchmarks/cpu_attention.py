@@ -1,11 +1,13 @@
-"""Decode attention on the processor: bytes of KV cache per second, next to the rate at which the same memory can be read.
+"""Decode attention on the processor: bytes of KV cache per second, next to the rate at which the same memory can be
+read.
 
 ``python benchmarks/cpu_attention.py [--threads 1 2] [--rounds 5] [--only NAME ...] [--out results/benchmarks/cpu_attention.json]``
 
-Every call reads another layer's cache, and all layers together are more than caches hold, so all bytes come from memory. A round
-is a number of turns of: a read loop (another one each turn), the native kernel, torch's operators, about as many bytes each. What
-counts is each one's fastest turn of the round, because on a machine with other work most turns are disturbed; the ratio of a round is
-a path's rate over the read loops'. What follows from it is in docs/notes/cpu_attention.md.
+Every call reads another layer's cache, and all layers together are more than caches hold, so all bytes come from
+memory. A round is a number of turns of: a read loop (another one each turn), the native kernel, torch's operators,
+about as many bytes each. What counts is each one's fastest turn of the round, because on a machine with other work most
+turns are disturbed; the ratio of a round is a path's rate over the read loops'. What follows from it is in
+docs/notes/cpu_attention.md.
 """
 
 from __future__ import annotations
@@ -31,17 +33,15 @@ from flexgen_bench.kernels.decode import attend_with_torch
 from flexgen_bench.kernels.native.build import SWITCH, library
 from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.quantization import quantize
-from flexgen_bench.runner.environment import cpu_model
+from flexgen_bench.machine.environment import cpu_model
 
 ALL_BYTES = 512 * MIB  # of all layers' caches, and of the buffer of the read loops
 TURN_BYTES = 64 * MIB  # at least; a few milliseconds, in which a thread may well be left alone
 TURNS = 24
-# (streams, bytes prefetched ahead) of the read loops: which one is fastest differs between machines and numbers of threads.
+# (streams, bytes prefetched ahead) of the read loops: which one is fastest differs between machines and numbers of
+# threads.
 READ_LOOPS = [(1, 4096), (4, 1024), (8, 0)]
-BARS = {
-    "torch": 0.45,
-    "native": 0.70,
-}  # of the read rate, for the case named BAR_CASE on all threads
+BARS = {"torch": 0.45, "native": 0.70}  # of the read rate, for the case named BAR_CASE on all threads
 BAR_CASE = "8 x 56 heads, 528 tokens, bf16"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -158,10 +158,7 @@ def measure(case: Case, rounds: int, buffer: Tensor) -> dict[str, Any]:
         "layer_bytes": layers.layer_bytes,
         "read_bytes_per_s": reads,
         **{f"{name}_bytes_per_s": values for name, values in rates.items()},
-        **{
-            f"{name}_ratio": [a / b for a, b in zip(values, reads, strict=True)]
-            for name, values in rates.items()
-        },
+        **{f"{name}_ratio": [a / b for a, b in zip(values, reads, strict=True)] for name, values in rates.items()},
     }
 
 

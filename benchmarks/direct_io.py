@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.core.units import GB, KIB, MIB, parse_bytes
+from flexgen_bench.core.parsing import parse_bytes
+from flexgen_bench.core.units import GB, KIB, MIB
 from flexgen_bench.memory import direct_file
 from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import allocate
@@ -73,13 +74,9 @@ def main() -> None:
             for request in WRITES:
                 writes[request].append(write_rate(path, request))
     rows: list[dict[str, Any]] = [
-        {"what": "read", "chunk_bytes": c, "in_flight": f, "bytes_per_s": rates}
-        for (c, f), rates in reads.items()
+        {"what": "read", "chunk_bytes": c, "in_flight": f, "bytes_per_s": rates} for (c, f), rates in reads.items()
     ]
-    rows += [
-        {"what": "write", "chunk_bytes": r, "in_flight": 1, "bytes_per_s": v}
-        for r, v in writes.items()
-    ]
+    rows += [{"what": "write", "chunk_bytes": r, "in_flight": 1, "bytes_per_s": v} for r, v in writes.items()]
     for row in rows:
         rates = row["bytes_per_s"]
         print(

@@ -5,8 +5,8 @@
 All weights on disk, two sequences, so that computing a unit takes a fraction of reading it; without accelerator, and
 with an emulated one whose links are not felt. Judged is bytes read / wall time of the decode passes. The reference is
 the faster of two plain direct reads of the packed file from end to end: one request of 16 MiB after the other, and four
-of 4 MiB in flight all the time, into memory as large as the processor's caches are not, as weights must be. Every run stands
-between two reads of each kind, whose mean counts. The first pass verifies checksums and is shown apart.
+of 4 MiB in flight all the time, into memory as large as the processor's caches are not, as weights must be. Every run
+stands between two reads of each kind, whose mean counts. The first pass verifies checksums and is shown apart.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> int:
     weights = dummy_weights(opts)
     machines = {"cpu": HOST, "emulated": emulated()}
     region = allocate(REGION_BYTES)
-    region.fill_(1)  # pages that are there, as those of the staging slots are
+    region.fill_(1)  # pages that are there, as those of the staging buffers are
     readers = memoryview(region.numpy())
     runs: dict[str, list[Measured]] = {name: [] for name in machines}
     plain: dict[str, list[dict[str, float]]] = {name: [] for name in machines}
@@ -86,16 +86,17 @@ def main() -> int:
     for name, measured in runs.items():
         references = [max(found.values()) for found in plain[name]]
         rates = [_rate(m) for m in measured]
-        report.rounds += [
-            {"machine": name, "bytes_per_s": _rate(m)} | m.to_dict() for m in measured
-        ]
+        report.rounds += [{"machine": name, "bytes_per_s": _rate(m)} | m.to_dict() for m in measured]
         report.bars.append(
             Bar(
-                f"weights on disk, {name}", f"{median(references) / GB:.3f} GB/s",
+                f"weights on disk, {name}",
+                f"{median(references) / GB:.3f} GB/s",
                 f"{median(rates) / GB:.3f} GB/s",
-                tuple(r / p for r, p in zip(rates, references, strict=True)), LIMIT, at_most=False,
+                tuple(r / p for r, p in zip(rates, references, strict=True)),
+                LIMIT,
+                at_most=False,
             )
-        )  # fmt: skip
+        )
         first = median([m.prefill_s for m in measured])
         report.where_time_goes.append(
             f"{name}: first pass, with checksums: {first:.2f} s; later ones "

@@ -14,7 +14,8 @@ from typing import Any
 
 from common import Options
 
-from flexgen_bench.config import model_spec
+from flexgen_bench.checkpoints.prepared import prepare_checkpoint
+from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
@@ -30,8 +31,7 @@ from flexgen_bench.engine.executor import LaneUse
 from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.runner.checkpoints import prepare_checkpoint
-from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.sequence_groups import Request
 
 # Of a link that is not to be felt. Copies are made by a core, at some 10 GB/s.
 UNTHROTTLED = 100 * GB
@@ -41,9 +41,7 @@ HOST = HardwareProfile("cpu", Accelerator.NONE)
 
 def emulated(h2d: float = UNTHROTTLED, d2h: float = UNTHROTTLED) -> HardwareProfile:
     """An emulated accelerator with room for everything and links of these bytes/s."""
-    return HardwareProfile(
-        "emulated", Accelerator.EMULATED, gpu_memory_bytes=12 * GIB, links={"h2d": h2d, "d2h": d2h}
-    )
+    return HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=12 * GIB, links={"h2d": h2d, "d2h": d2h})
 
 
 def dummy_weights(options: Options, compression: Compression | None = None) -> PackedWeights:
@@ -58,9 +56,7 @@ def dummy_weights(options: Options, compression: Compression | None = None) -> P
 
 
 @contextmanager
-def engine(
-    weights: PackedWeights, policy: Policy, hardware: HardwareProfile, options: Options
-) -> Iterator[Engine]:
+def engine(weights: PackedWeights, policy: Policy, hardware: HardwareProfile, options: Options) -> Iterator[Engine]:
     """An engine that is closed at the end; what it spills goes beside the cached weights, to the same disk."""
     options.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.cache) as folder:
@@ -118,9 +114,7 @@ class Measured:
         }
 
 
-def predicted(
-    weights: PackedWeights, policy: Policy, job: Shape, hardware: HardwareProfile, **how: Any
-) -> Forecast:
+def predicted(weights: PackedWeights, policy: Policy, job: Shape, hardware: HardwareProfile, **how: Any) -> Forecast:
     """A job's times on a machine whose rates are known; ``how``: see ``planner.forecast``."""
     requests = [Request(job.prompt_len, job.gen_len)] * job.prompts
     shape, packed, dtype = weights.shape, weights.packed, weights.dtype
@@ -132,16 +126,11 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
     """Generate greedily, without early ends, from random prompts that are the same for the same ``seed``."""
     rng = random.Random(seed)
     params = SamplingParams(max_tokens=shape.gen_len, ignore_eos=True)
-    prompts = [
-        [rng.randrange(4, vocab_size) for _ in range(shape.prompt_len)]
-        for _ in range(shape.prompts)
-    ]
+    prompts = [[rng.randrange(4, vocab_size) for _ in range(shape.prompt_len)] for _ in range(shape.prompts)]
     sequences = to_full_length(prompts, params)
     told: list[tuple[float, str, int]] = []
     start = time.perf_counter()
-    result = made.generate(
-        sequences, lambda phase, done, total: told.append((time.perf_counter(), phase, done))
-    )
+    result = made.generate(sequences, lambda phase, done, total: told.append((time.perf_counter(), phase, done)))
     wall = time.perf_counter() - start
     assert result.plan is not None
     return Measured(
@@ -157,7 +146,8 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
 
 
 def _decode_passes(told: Sequence[tuple[float, str, int]], sequences: int) -> tuple[float, ...]:
-    """A pass over one block ends when it has told of all its sequences once more; the first one starts with the prefill's end."""
+    """A pass over one block ends when it has told of all its sequences once more; the first one starts with the
+    prefill's end."""
     ends = [max((t for t, phase, _ in told if phase == "prefill"), default=0.0)]
     wanted = sequences
     for moment, phase, done in told:
@@ -175,9 +165,7 @@ def lane_lines(measured: Measured, title: str) -> list[str]:
             continue
         moved = f", {use.bytes / GB:.2f} GB" if use.bytes else ""
         rate = f" at {use.bytes / use.busy_s / GB:.2f} GB/s" if use.bytes and use.busy_s else ""
-        lines.append(
-            f"  {lane:<11} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}"
-        )
+        lines.append(f"  {lane:<11} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}")
     idle = measured.wall_s - measured.busy_s(measured.busiest)
     lines.append(f"  the busiest lane, {measured.busiest}, was idle for {idle:.2f} s")
     return lines

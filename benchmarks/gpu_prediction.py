@@ -1,10 +1,11 @@
-"""Predicted against achieved on a GPU: layers of OPT-6.7B under policies that use every link, float16, 512 tokens in and 32 out.
+"""Predicted against achieved on a GPU: layers of OPT-6.7B under policies that use every link, float16, 512 tokens in
+and 32 out.
 
 ``python benchmarks/gpu_prediction.py [--layers 12] [--only NAME] [--kinds] [--out results/benchmarks/gpu_prediction.json]``
 
-Calibrates first if this machine has not been (quickly; ``python -m flexgen_bench.calibrate`` does it thoroughly). Each policy's job runs
-once with two tokens to warm up, then ``--rounds`` times. ``--kinds`` also shows where a prediction goes wrong: seconds of each kind of
-step, predicted and achieved.
+Calibrates first if this machine has not been (quickly; ``python -m flexgen_bench calibrate`` does it thoroughly). Each
+policy's job runs once with two tokens to warm up, then ``--rounds`` times. ``--kinds`` also shows where a prediction
+goes wrong: seconds of each kind of step, predicted and achieved.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from common import Bar, Options, Report
 from engine_runs import Shape, engine, lane_lines, predicted, run
 
-from flexgen_bench.calibrate.store import ensure_calibrated, with_calibration
-from flexgen_bench.config import default_cache_dir, hardware_profile, model_spec
+from flexgen_bench.checkpoints import dummy_weights
+from flexgen_bench.checkpoints.prepared import prepare_checkpoint
+from flexgen_bench.config.build import hardware_profile, model_spec
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
@@ -30,10 +33,9 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.machine.host import physical_cores
+from flexgen_bench.machine.measured_rates import ensure_calibrated, with_calibration
 from flexgen_bench.planner.forecast import Forecast
-from flexgen_bench.runner import dummy_weights
-from flexgen_bench.runner.checkpoints import prepare_checkpoint
-from flexgen_bench.runner.machine import physical_cores
 
 MEDIAN_LIMIT = 0.10  # of the errors, over all policies
 MODEL = "opt-6.7b"
@@ -58,19 +60,13 @@ def cases() -> Iterator[Case]:
     yield Case("all resident", resident)
     yield Case("few sequences", replace(resident, gpu_batch_size=4, num_gpu_batches=1), FEW)
     yield Case("weights moved", moved)
-    yield Case(
-        "weights moved, one micro-batch", replace(moved, gpu_batch_size=64, num_gpu_batches=1)
-    )
+    yield Case("weights moved, one micro-batch", replace(moved, gpu_batch_size=64, num_gpu_batches=1))
     yield Case("half of the weights moved", replace(moved, weights=Placement(gpu=0.5, cpu=0.5)))
     yield Case("KV cache moved", replace(resident, kv_cache=CPU))
     yield Case("weights and KV cache moved", replace(moved, kv_cache=CPU))
-    attended = replace(
-        moved, kv_cache=CPU, attention=AttentionSite.CPU, gpu_batch_size=16, num_gpu_batches=4
-    )
+    attended = replace(moved, kv_cache=CPU, attention=AttentionSite.CPU, gpu_batch_size=16, num_gpu_batches=4)
     yield Case("attended by the cpu", attended)
-    continuous = replace(
-        attended, gpu_batch_size=8, num_gpu_batches=1, schedule=Schedule.CONTINUOUS
-    )
+    continuous = replace(attended, gpu_batch_size=8, num_gpu_batches=1, schedule=Schedule.CONTINUOUS)
     yield Case("continuous, attended by the cpu", continuous, SOME)
     yield Case("activations moved", replace(resident, activations=CPU))
     yield Case("no overlap", replace(moved, overlap=False))
@@ -78,14 +74,9 @@ def cases() -> Iterator[Case]:
     yield Case("4-bit weights moved", replace(moved, lossy=Lossy(weights=FOUR)))
     yield Case("4-bit KV cache", replace(resident, lossy=Lossy(kv_cache=FOUR)))
     yield Case(
-        "4-bit weights and KV cache moved",
-        replace(moved, kv_cache=CPU, lossy=Lossy(weights=FOUR, kv_cache=FOUR)),
+        "4-bit weights and KV cache moved", replace(moved, kv_cache=CPU, lossy=Lossy(weights=FOUR, kv_cache=FOUR))
     )
-    yield Case(
-        "weights from disk",
-        replace(moved, weights=Placement(gpu=0.5, disk=0.5)),
-        replace(FEW, gen_len=8),
-    )
+    yield Case("weights from disk", replace(moved, weights=Placement(gpu=0.5, disk=0.5)), replace(FEW, gen_len=8))
 
 
 def packed_weights(layers: int, compression: Compression | None, cache: Path) -> PackedWeights:
@@ -101,9 +92,7 @@ def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
     ours: Counter[tuple[str, str, bool]] = Counter()
     theirs: Counter[tuple[str, str, bool]] = Counter()
     for event in times.events:
-        ours[str(event.step.lane), str(event.step.kind), event.step.token == 0] += (
-            event.end_s - event.begin_s
-        )
+        ours[str(event.step.lane), str(event.step.kind), event.step.token == 0] += event.end_s - event.begin_s
     for lane, slices in timeline.lanes.items():
         for piece in slices:
             theirs[str(lane), piece.kind, piece.token == 0] += piece.seconds
@@ -114,9 +103,7 @@ def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--only", default="")
     parser.add_argument("--kinds", action="store_true")

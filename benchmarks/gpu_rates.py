@@ -2,8 +2,9 @@
 
 ``python benchmarks/gpu_rates.py [--device cuda] [--dir FOLDER] [--out results/benchmarks/gpu_rates.json]``
 
-Sections stand for themselves: one that fails is noted with its error, and the file is written after each. Every figure is
-the median of ROUNDS rounds, with the slowest and the fastest. ``--device cpu --quick`` tries the script out without a GPU.
+Sections stand for themselves: one that fails is noted with its error, and the file is written after each. Every figure
+is the median of ROUNDS rounds, with the slowest and the fastest. ``--device cpu --quick`` tries the script out without
+a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexgen_bench.config import default_cache_dir
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.units import GB, GIB, KIB, MIB
 from flexgen_bench.kernels.attention import PlainSegment, decode_attention
 from flexgen_bench.memory.direct_file import DirectFile
@@ -33,17 +34,7 @@ from flexgen_bench.memory.host import allocate
 
 ROUNDS = 5
 SIZES = (64 * KIB, MIB, 16 * MIB, 256 * MIB, GIB)
-ROWS = (
-    1,
-    4,
-    16,
-    48,
-    64,
-    128,
-    512,
-    4096,
-    16384,
-)  # decode rows of small and large micro-batches; prefill
+ROWS = (1, 4, 16, 48, 64, 128, 512, 4096, 16384)  # decode rows of small and large micro-batches; prefill
 WIDTHS = (7168, 28672)  # OPT-30B's feed-forward matrix
 HEADS, HEAD_DIM, TOKENS = 56, 128, 528
 Row = dict[str, Any]
@@ -83,9 +74,7 @@ class Bench:
             rounds.append((time.perf_counter() - start) / repeats)
         return rounds
 
-    def row(
-        self, what: str, amount: float, unit: str, work: Callable[[], Any], **about: Any
-    ) -> Row:
+    def row(self, what: str, amount: float, unit: str, work: Callable[[], Any], **about: Any) -> Row:
         """``amount`` per call, as rates in ``unit`` per second."""
         rates = sorted(amount / s for s in self.seconds(work))
         found = about | {"what": what, "unit": unit, "median": statistics.median(rates)}
@@ -93,19 +82,16 @@ class Bench:
 
 
 def links(bench: Bench) -> Iterator[Row]:
-    """Both directions, from memory registered as the engine does it and from pageable memory; both directions at once."""
+    """Both directions, from memory registered as the engine does it and from pageable memory; both directions at
+    once."""
     for size in SIZES[:3] if bench.quick else SIZES:
         there = torch.empty(size, dtype=torch.uint8, device=bench.device)
         for kind in ("registered", "pageable"):
             here = allocate(size, pinned=bench.is_cuda and kind == "registered")[:size]
             here.fill_(1)
             about = {"memory": kind, "bytes": size}
-            yield bench.row(
-                "h2d", size, "B/s", lambda a=there, b=here: a.copy_(b, non_blocking=True), **about
-            )
-            yield bench.row(
-                "d2h", size, "B/s", lambda a=there, b=here: b.copy_(a, non_blocking=True), **about
-            )
+            yield bench.row("h2d", size, "B/s", lambda a=there, b=here: a.copy_(b, non_blocking=True), **about)
+            yield bench.row("d2h", size, "B/s", lambda a=there, b=here: b.copy_(a, non_blocking=True), **about)
     if bench.is_cuda:
         yield both_ways(bench)
 
@@ -129,12 +115,7 @@ def both_ways(bench: Bench) -> Row:
 def products(bench: Bench) -> Iterator[Row]:
     """x (rows, in) times a weight (out, in), by rows: at few rows the weight's own memory sets the pace."""
     inner, outer = (256, 1024) if bench.quick else WIDTHS
-    kinds = {
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-        "float32": torch.float32,
-        "tf32": torch.float32,
-    }
+    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
     for name, dtype in kinds.items():
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         weight = torch.randn(outer, inner, device=bench.device, dtype=dtype)
@@ -142,9 +123,7 @@ def products(bench: Bench) -> Iterator[Row]:
             x = torch.randn(rows, inner, device=bench.device, dtype=dtype)
             flops = 2 * rows * inner * outer
             about = {"dtype": name, "rows": rows, "in": inner, "out": outer}
-            yield bench.row(
-                "product", flops, "FLOP/s", lambda x=x, w=weight: F.linear(x, w), **about
-            )
+            yield bench.row("product", flops, "FLOP/s", lambda x=x, w=weight: F.linear(x, w), **about)
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -159,9 +138,7 @@ def attention(bench: Bench) -> Iterator[Row]:
         def prefill(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        yield bench.row(
-            "prefill attention", flops, "FLOP/s", prefill, sequences=sequences, tokens=tokens
-        )
+        yield bench.row("prefill attention", flops, "FLOP/s", prefill, sequences=sequences, tokens=tokens)
         yield decode(bench, q[:, :, 0], k, v, bench.device.type)
 
 
@@ -177,28 +154,15 @@ def host_attention(bench: Bench) -> Iterator[Row]:
     source = torch.ones(MIB if bench.quick else GIB, dtype=torch.uint8)
     target = torch.empty_like(source)
     yield bench.row(
-        "host copy",
-        2 * source.numel(),
-        "B/s",
-        lambda: target.copy_(source),
-        threads=torch.get_num_threads(),
+        "host copy", 2 * source.numel(), "B/s", lambda: target.copy_(source), threads=torch.get_num_threads()
     )
 
 
 def decode(bench: Bench, q: Tensor, k: Tensor, v: Tensor, where: str) -> Row:
     size = 2 * k.numel() * k.element_size()
-    about = {
-        "where": where,
-        "dtype": str(k.dtype).removeprefix("torch."),
-        "sequences": len(q),
-        "tokens": k.shape[2],
-    }
+    about = {"where": where, "dtype": str(k.dtype).removeprefix("torch."), "sequences": len(q), "tokens": k.shape[2]}
     return bench.row(
-        "decode attention",
-        size,
-        "B/s",
-        lambda: decode_attention(q, [PlainSegment(k, v)], None, 0.1),
-        **about,
+        "decode attention", size, "B/s", lambda: decode_attention(q, [PlainSegment(k, v)], None, 0.1), **about
     )
 
 
@@ -223,16 +187,16 @@ def disk(bench: Bench) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "links": links, "products": products, "attention": attention, "host_attention": host_attention, "disk": disk,
-}  # fmt: skip
+    "links": links,
+    "products": products,
+    "attention": attention,
+    "host_attention": host_attention,
+    "disk": disk,
+}
 
 
 def shown(row: Row) -> str:
-    about = ", ".join(
-        f"{k}={v}"
-        for k, v in row.items()
-        if k not in ("what", "unit", "median", "slowest", "fastest")
-    )
+    about = ", ".join(f"{k}={v}" for k, v in row.items() if k not in ("what", "unit", "median", "slowest", "fastest"))
     return f"{row['what']:18} {row['median'] / GB:10.2f} G{row['unit']}  ({row['slowest'] / GB:.2f}-{row['fastest'] / GB:.2f})  {about}"
 
 

@@ -3,8 +3,8 @@
 ``python benchmarks/latency.py [--quick] [--out results/benchmarks/latency.json]``
 
 An emulated accelerator behind a 2 GB/s link, one prompt, all decoder layers on the cpu. Moving takes weights / link
-bandwidth per token; computing in place reads the weights from memory instead. No outside bar: in place must be faster, or
-the policy has no reason to be. Bound of the ratio: the link's time for a pass / the processor's own time for it
+bandwidth per token; computing in place reads the weights from memory instead. No outside bar: in place must be faster,
+or the policy has no reason to be. Bound of the ratio: the link's time for a pass / the processor's own time for it
 (the same model without accelerator).
 """
 
@@ -49,15 +49,15 @@ def main() -> int:
     report.rounds = [{"layers": name} | m.to_dict() for name in policies for m in runs[name]]
     report.bars = [
         Bar(
-            "move / in place, s per token", f"{pass_s / median(seconds['no accelerator']):.2f}x",
+            "move / in place, s per token",
+            f"{pass_s / median(seconds['no accelerator']):.2f}x",
             f"{median(seconds['move']):.3f} / {median(seconds['in place']):.3f}",
             tuple(m / p for m, p in zip(seconds["move"], seconds["in place"], strict=True)),
-            LIMIT, at_most=False,
+            LIMIT,
+            at_most=False,
         )
-    ]  # fmt: skip
-    report.where_time_goes.append(
-        f"no accelerator: {median(seconds['no accelerator']):.3f} s per token"
-    )
+    ]
+    report.where_time_goes.append(f"no accelerator: {median(seconds['no accelerator']):.3f} s per token")
     if not report.bars[0].met:
         for name, found in runs.items():
             report.where_time_goes += lane_lines(found[-1], f"{name}, last round")

@@ -43,15 +43,22 @@ def main() -> int:
     report.rounds = [m.to_dict() for m in rounds]
     report.bars = [
         Bar(
-            "whole run", f"{rounds[0].bytes(Lane.H2D) / rate:.2f} s",
-            f"{median([m.wall_s for m in rounds]):.2f} s", tuple(whole), LIMIT, at_most=True,
+            "whole run",
+            f"{rounds[0].bytes(Lane.H2D) / rate:.2f} s",
+            f"{median([m.wall_s for m in rounds]):.2f} s",
+            tuple(whole),
+            LIMIT,
+            at_most=True,
         ),
         Bar(
-            "steady passes", f"{pass_bytes / rate:.3f} s/pass",
+            "steady passes",
+            f"{pass_bytes / rate:.3f} s/pass",
             f"{median([sum(m.pass_s) / len(m.pass_s) for m in rounds]):.3f} s/pass",
-            tuple(steady), LIMIT, at_most=True,
+            tuple(steady),
+            LIMIT,
+            at_most=True,
         ),
-    ]  # fmt: skip
+    ]
     if not all(bar.met for bar in report.bars):
         report.where_time_goes = lane_lines(rounds[-1], "last round")
     return report.finish()

@@ -25,7 +25,7 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import GIB
-from flexgen_bench.runner.probes import peak_resident_bytes
+from flexgen_bench.machine.probes import peak_resident_bytes
 
 LIMIT = 1.05
 NOT_PLANNED_BYTES = GIB // 2
@@ -55,9 +55,7 @@ def cases() -> dict[str, Case]:
         "4-bit resident": Case(replace(resident, lossy=four_bits)),
         "4-bit streamed": Case(replace(streamed, lossy=four_bits)),
         "long prompts": Case(replace(streamed, gpu_batch_size=2), job=LONG),
-        "long prompts in chunks": Case(
-            replace(streamed, gpu_batch_size=2, prefill_chunk=128), job=LONG
-        ),
+        "long prompts in chunks": Case(replace(streamed, gpu_batch_size=2, prefill_chunk=128), job=LONG),
         "emulated, all on gpu": Case(Policy(8, 1, gpu, gpu, gpu), emulated()),
         "emulated, all on cpu": Case(moved, emulated()),
         "emulated, all on disk": Case(Policy(4, 2, disk, disk, disk), emulated()),
@@ -82,10 +80,14 @@ def main() -> int:
         planned, peak = found["planned_bytes"], found["peak_bytes"]
         report.bars.append(
             Bar(
-                name, f"{planned / GIB:.2f} GiB planned", f"{peak / GIB:.2f} GiB peak",
-                ((peak - NOT_PLANNED_BYTES) / planned,), LIMIT, at_most=True,
+                name,
+                f"{planned / GIB:.2f} GiB planned",
+                f"{peak / GIB:.2f} GiB peak",
+                ((peak - NOT_PLANNED_BYTES) / planned,),
+                LIMIT,
+                at_most=True,
             )
-        )  # fmt: skip
+        )
         if not report.bars[-1].met:
             over = (peak - NOT_PLANNED_BYTES - LIMIT * planned) / GIB
             report.where_time_goes.append(f"{name}: {over:.2f} GiB too much; {found['parts']}")
@@ -112,12 +114,7 @@ def _child(name: str, opts: Options) -> int:
     parts = {str(t): dict(p) for t, p in found.plan.bytes.items() if t is not Tier.DISK}
     print(
         json.dumps(
-            {
-                "planned_bytes": planned,
-                "peak_bytes": peak_resident_bytes(),
-                "before_bytes": before,
-                "parts": parts,
-            }
+            {"planned_bytes": planned, "peak_bytes": peak_resident_bytes(), "before_bytes": before, "parts": parts}
         )
     )
     return 0

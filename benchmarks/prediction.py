@@ -1,13 +1,15 @@
-"""Predicted against achieved: the simulator's times of a grid of policies next to the engine's, on the host and on an emulated accelerator.
+"""Predicted against achieved: the simulator's times of a grid of policies next to the engine's, on the host and on an
+emulated accelerator.
 
 ``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration] [--out results/benchmarks/prediction.json]``
 
-A round calibrates the machine anew (not with ``--keep-calibration``, nor if quick), then runs every policy's job: once to warm up, once on the
-clock. No constant is fitted to these runs. The error of a run is predicted / achieved - 1, that of a policy the
-median of its rounds, whatever its sign.
+A round calibrates the machine anew (not with ``--keep-calibration``, nor if quick), then runs every policy's job: once
+to warm up, once on the clock. No constant is fitted to these runs. The error of a run is predicted / achieved - 1, that
+of a policy the median of its rounds, whatever its sign.
 
-Beside it stands the error as drifted: what was predicted from the same constants times the machine's speed between the jobs of the round over its
-calibrated speed (``yardstick.py``). Where the two differ, the machine did not run as it was calibrated.
+Beside it stands the error as drifted: what was predicted from the same constants times the machine's speed between the
+jobs of the round over its calibrated speed (``yardstick.py``). Where the two differ, the machine did not run as it was
+calibrated.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from common import Bar, Options, Report, options
 from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, predicted, run
 from yardstick import Yardstick, as_fast, open_yardstick
 
-from flexgen_bench.calibrate.store import ensure_calibrated, with_calibration
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -30,6 +31,7 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import GB
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.machine.measured_rates import ensure_calibrated, with_calibration
 from flexgen_bench.planner.forecast import Forecast
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.07, 0.20
@@ -62,9 +64,7 @@ def cases() -> Iterator[Case]:
     yield Case("half of the weights on disk", True, replace(host, weights=half))
     yield Case("weights on disk", True, replace(host, weights=DISK))
     yield Case("weights on disk, one slot", True, replace(host, weights=DISK, prefetch=1))
-    yield Case(
-        "weights on disk, few sequences", True, replace(host, gpu_batch_size=2, weights=DISK), FEW
-    )
+    yield Case("weights on disk, few sequences", True, replace(host, gpu_batch_size=2, weights=DISK), FEW)
     yield Case("KV cache on disk", True, replace(host, kv_cache=DISK))
     yield Case("all on disk", True, replace(host, weights=DISK, kv_cache=DISK, activations=DISK))
     yield Case("no overlap, half on disk", True, replace(host, weights=half, overlap=False))
@@ -78,33 +78,17 @@ def cases() -> Iterator[Case]:
     yield Case("all resident", False, replace(moved, weights=GPU))
     yield Case("weights moved", False, moved)
     yield Case("weights moved, few sequences", False, replace(moved, gpu_batch_size=2), FEW)
-    yield Case(
-        "weights moved, two micro-batches",
-        False,
-        replace(moved, gpu_batch_size=8, num_gpu_batches=2),
-    )
+    yield Case("weights moved, two micro-batches", False, replace(moved, gpu_batch_size=8, num_gpu_batches=2))
     yield Case("a quarter resident", False, replace(moved, weights=quarter))
     yield Case("KV cache moved", False, replace(moved, kv_cache=CPU), LONG)
     yield Case("activations moved", False, replace(moved, activations=CPU))
-    attended = replace(
-        moved, kv_cache=CPU, attention=AttentionSite.CPU, gpu_batch_size=8, num_gpu_batches=2
-    )
+    attended = replace(moved, kv_cache=CPU, attention=AttentionSite.CPU, gpu_batch_size=8, num_gpu_batches=2)
     yield Case("attended by the cpu", False, attended, LONG)
-    yield Case(
-        "continuous, attended by the cpu",
-        False,
-        replace(attended, schedule=Schedule.CONTINUOUS),
-        LONG,
-    )
+    yield Case("continuous, attended by the cpu", False, replace(attended, schedule=Schedule.CONTINUOUS), LONG)
     yield Case("weights from disk", False, replace(moved, weights=DISK))
     yield Case("4-bit weights moved", False, replace(moved, lossy=FOUR))
     yield Case("no overlap, moved", False, replace(moved, overlap=False))
-    yield Case(
-        "computed where they lie",
-        False,
-        replace(moved, gpu_batch_size=2, offloaded=Offloaded.IN_PLACE),
-        FEW,
-    )
+    yield Case("computed where they lie", False, replace(moved, gpu_batch_size=2, offloaded=Offloaded.IN_PLACE), FEW)
 
 
 @dataclass(frozen=True)
@@ -269,7 +253,7 @@ def _bars(rounds: Sequence[Round], label: str, error: Callable[[Outcome], float]
 
 
 def _recalibrated(opts: Options) -> Rates:
-    from flexgen_bench.calibrate.__main__ import main as calibrate
+    from flexgen_bench.cli.calibrate import main as calibrate
 
     calibrate(["--cache-dir", str(opts.cache), "--threads", str(opts.threads)])
     return ensure_calibrated(opts.cache, opts.threads, print)

@@ -2,9 +2,10 @@
 
 ``python benchmarks/quantized_products.py [--threads 2] [--rows 1 8 32] [--out results/benchmarks/quantized_products.json]``
 
-Interleaved rounds; each product uses another copy of the weight, so that caches do not flatter it. Two rates per product:
-GFLOP/s by the clock (best round), and by the processor time that all threads took, times the number of threads: the second
-one hardly changes when something else runs beside it. What follows is in docs/notes/cpu_products.md and compression.md.
+Interleaved rounds; each product uses another copy of the weight, so that caches do not flatter it. Two rates per
+product: GFLOP/s by the clock (best round), and by the processor time that all threads took, times the number of
+threads: the second one hardly changes when something else runs beside it. What follows is in docs/notes/cpu_products.md
+and compression.md.
 """
 
 from __future__ import annotations
@@ -110,16 +111,12 @@ def main() -> None:
         for outputs, inputs in [SHAPES[i] for i in options.shapes]:
             size = outputs * inputs * dtype.itemsize
             copies = max(1, min(4, COPIES_BYTES // size))
-            cases = products(
-                [(torch.randn(outputs, inputs) * 0.02).to(dtype) for _ in range(copies)]
-            )
+            cases = products([(torch.randn(outputs, inputs) * 0.02).to(dtype) for _ in range(copies)])
             for rows in options.rows:
                 x = torch.randn(rows, inputs).to(dtype)
                 with torch.inference_mode():
                     taken = measure(x, cases)
-                results.append(
-                    {"dtype": name, "weight": [outputs, inputs], "rows": rows, "seconds": taken}
-                )
+                results.append({"dtype": name, "weight": [outputs, inputs], "rows": rows, "seconds": taken})
                 flops = 2e-9 * rows * outputs * inputs
                 shown = ", ".join(
                     f"{case} {flops / min(s['clock']):.0f} ({flops * options.threads / min(s['processor']):.0f})"
@@ -128,12 +125,7 @@ def main() -> None:
                 print(f"{name} {outputs}x{inputs}, {rows} rows, GFLOP/s: {shown}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "evidence": "MEASURED",
-            "threads": options.threads,
-            "conversions": converted,
-            "rows": results,
-        }
+        record = {"evidence": "MEASURED", "threads": options.threads, "conversions": converted, "rows": results}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

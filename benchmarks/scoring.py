@@ -1,15 +1,17 @@
 """Scoring real items: the engine against transformers at its best batch, SmolLM2-135M.
 
-``python benchmarks/scoring.py [--quick] [--threads 2] [--out results/benchmarks/scoring.json]``; the tasks' data must be there
-(``python -m flexgen_bench.fetch --help``).
+``python benchmarks/scoring.py [--quick] [--threads 2] [--out results/benchmarks/scoring.json]``; the tasks' data must
+be there (``python -m flexgen_bench fetch --help``).
 
-transformers is lm-eval's own ``hf`` model: requests sorted by length, padded batches, one-token continuations of the same context
-computed once. Its batch size and dtype are the fastest of all tried on a share of the items. Then both take turns on all items. The engine
-is measured twice: laid out as it always is, and with no more shared than transformers shares, which shows what packing alone is worth.
-Tokens are those that the requests hold, whether they were computed once or often: both systems are asked the same.
+transformers is lm-eval's own ``hf`` model: requests sorted by length, padded batches, one-token continuations of the
+same context computed once. Its batch size and dtype are the fastest of all tried on a share of the items. Then both
+take turns on all items. The engine is measured twice: laid out as it always is, and with no more shared than
+transformers shares, which shows what packing alone is worth. Tokens are those that the requests hold, whether they were
+computed once or often: both systems are asked the same.
 
-Bar: requests per second, engine / transformers >= 1.2 over all tasks together, and no task below 1. Bound: what the engine computes takes at
-least its matrix products' time at the rate at which this processor multiplies them alone (measured here, at 1024 rows).
+Bar: requests per second, engine / transformers >= 1.2 over all tasks together, and no task below 1. Bound: what the
+engine computes takes at least its matrix products' time at the rate at which this processor multiplies them alone
+(measured here, at 1024 rows).
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ import torch
 from common import Bar, Options, Report, median, options
 from torch.nn import functional as F
 
-from flexgen_bench.accuracy.lm import SystemLM, make_lm
-from flexgen_bench.accuracy.tasks import load_tasks
+from flexgen_bench.accuracy.data.tasks import load_tasks
+from flexgen_bench.accuracy.run.lm import SystemLM, make_lm
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.planner.scoring import FOREST_ROWS
-from flexgen_bench.schedule import forest
-from flexgen_bench.schedule.forest import ScoreRequest, grow
+from flexgen_bench.planner.scoring import TREE_ROWS
+from flexgen_bench.schedule import prefix_tree as tree
+from flexgen_bench.schedule.prefix_tree import ScoreRequest, grow
 
 MODEL = "smollm2-135m"
 TASKS = ("lambada", "hellaswag", "openbookqa", "boolq", "mmlu", "wikipedia_text")
@@ -52,7 +54,7 @@ def main() -> int:
     dtype, batch = min(tried, key=lambda key: tried[key])
     engine = make_lm(
         "flexgen", MODEL, dtype="float32", threads=opts.threads, cache_dir=opts.cache, max_length=MAX_LENGTH
-    )  # fmt: skip
+    )
     reference = hf_model(opts, dtype, batch)
     systems: dict[str, Callable[[str, list[Any]], float]] = {
         "transformers": lambda kind, asked: timed(reference, kind, asked),
@@ -70,14 +72,17 @@ def main() -> int:
     report = Report("scoring", Evidence.MEASURED, opts)
     counts = {task: count(engine, asked) for task, asked in everything.items()}
     report.settings = {
-        "model": MODEL, "tasks": counts, "transformers": {"dtype": dtype, "batch_size": batch},
-        "engine": {"dtype": "float32", "forest_rows": FOREST_ROWS}, "max_length": MAX_LENGTH,
+        "model": MODEL,
+        "tasks": counts,
+        "transformers": {"dtype": dtype, "batch_size": batch},
+        "engine": {"dtype": "float32", "forest_rows": TREE_ROWS},
+        "max_length": MAX_LENGTH,
         "tuning_seconds": {f"{d}, batch {b}": s for (d, b), s in tried.items()},
-    }  # fmt: skip
+    }
     report.rounds = [{"system": s, "seconds": found} for s, found in seconds.items()]
     flops = (2 * linear_values(engine)).tolist()
     rate = product_rate(engine)
-    bound_s = sum(c["rows_computed"] * flops[0] + c["rows_scored"] * flops[1] for c in counts.values()) / rate  # fmt: skip
+    bound_s = sum(c["rows_computed"] * flops[0] + c["rows_scored"] * flops[1] for c in counts.values()) / rate
     report.bars = bars(seconds, counts, bound_s)
     total = median(totals(seconds["engine"]))
     report.where_time_goes.append(
@@ -95,9 +100,7 @@ def instances(opts: Options, items: int) -> Instances:
     """lm-eval's requests of the first items of each task."""
     found: Instances = {}
     for name in TASKS:
-        (task,) = load_tasks(
-            [name], TEXTS if name == "wikipedia_text" else items, opts.cache
-        ).values()
+        (task,) = load_tasks([name], TEXTS if name == "wikipedia_text" else items, opts.cache).values()
         task.build_all_requests(limit=items, rank=0, world_size=1)
         found[name] = list(task.instances)
     return found
@@ -108,18 +111,22 @@ def hf_model(opts: Options, dtype: str, batch: int) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from flexgen_bench.runner.model_source import checkpoint_of
+    from flexgen_bench.llm.model_source import checkpoint_of
 
     folder, _ = checkpoint_of(MODEL, dtype, opts.cache, lambda what, done, total: None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return HFLM(
-        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu",
-        batch_size=batch, max_length=MAX_LENGTH,
-    )  # fmt: skip
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        device="cpu",
+        batch_size=batch,
+        max_length=MAX_LENGTH,
+    )
 
 
 def tune(opts: Options, asked: Instances) -> dict[tuple[str, int], float]:
-    """Seconds for all tasks, of every batch size and dtype. A batch that is slower than the best by half ends its dtype's row."""
+    """Seconds for all tasks, of every batch size and dtype. A batch that is slower than the best by half ends its
+    dtype's row."""
     found: dict[tuple[str, int], float] = {}
     for dtype in DTYPES:
         model = hf_model(opts, dtype, 1)
@@ -141,11 +148,11 @@ def timed(model: Any, kind: str, asked: list[Any]) -> float:
 
 
 def without_sharing(engine: SystemLM, kind: str, asked: list[Any]) -> float:
-    usual, forest.ROW_PAIRS = forest.ROW_PAIRS, 0  # only what is alike altogether is then shared
+    usual, tree.ROW_PAIRS = tree.ROW_PAIRS, 0  # only what is alike altogether is then shared
     try:
         return timed(engine, kind, asked)
     finally:
-        forest.ROW_PAIRS = usual
+        tree.ROW_PAIRS = usual
 
 
 def count(engine: SystemLM, asked: Sequence[Any]) -> dict[str, int]:
@@ -161,12 +168,12 @@ def count(engine: SystemLM, asked: Sequence[Any]) -> dict[str, int]:
         getattr(engine, asked[0].request_type)(asked, disable_tqdm=True)
     finally:
         engine._scorer = real
-    grown = grow(seen, FOREST_ROWS)
+    grown = grow(seen, TREE_ROWS)
     return {
         "requests": len(asked),
         "tokens": sum(len(r.tokens) - 1 for r in seen),
         "rows_computed": sum(f.rows for f in grown),
-        "rows_scored": sum(len(f.wanted) for f in grown),
+        "rows_scored": sum(len(f.logit_rows) for f in grown),
     }
 
 
@@ -181,7 +188,7 @@ def linear_values(engine: SystemLM) -> torch.Tensor:
 def product_rate(engine: SystemLM) -> float:
     """FLOP/s of the model's largest product by itself, the best of several."""
     shape = engine._scorer._llm.shape  # type: ignore[attr-defined]
-    x, w = torch.randn(FOREST_ROWS, shape.hidden_size), torch.randn(2 * shape.ffn_size, shape.hidden_size)  # fmt: skip
+    x, w = torch.randn(TREE_ROWS, shape.hidden_size), torch.randn(2 * shape.ffn_size, shape.hidden_size)
     best = 1e9
     for _ in range(20):
         start = time.perf_counter()
@@ -194,9 +201,7 @@ def totals(by_task: dict[str, list[float]]) -> list[float]:
     return [sum(each) for each in zip(*by_task.values(), strict=True)]
 
 
-def bars(
-    seconds: dict[str, dict[str, list[float]]], counts: dict[str, dict[str, int]], bound_s: float
-) -> list[Bar]:
+def bars(seconds: dict[str, dict[str, list[float]]], counts: dict[str, dict[str, int]], bound_s: float) -> list[Bar]:
     theirs, ours, packed = (seconds[s] for s in ("transformers", "engine", "engine, packed alone"))
     requests, tokens = (sum(c[key] for c in counts.values()) for key in ("requests", "tokens"))
 
@@ -206,24 +211,34 @@ def bars(
     total = totals(theirs)
     found = [
         Bar(
-            "all tasks: engine / transformers", f"{rates(bound_s)} (matrix products alone)",
+            "all tasks: engine / transformers",
+            f"{rates(bound_s)} (matrix products alone)",
             f"{rates(median(totals(ours)))} / {rates(median(total))}",
-            tuple(t / o for t, o in zip(total, totals(ours), strict=True)), LIMIT, False,
+            tuple(t / o for t, o in zip(total, totals(ours), strict=True)),
+            LIMIT,
+            False,
         ),
         Bar(
-            "all tasks, packed alone", "", rates(median(totals(packed))),
-            tuple(t / o for t, o in zip(total, totals(packed), strict=True)), TASK_LIMIT, False,
+            "all tasks, packed alone",
+            "",
+            rates(median(totals(packed))),
+            tuple(t / o for t, o in zip(total, totals(packed), strict=True)),
+            TASK_LIMIT,
+            False,
         ),
-    ]  # fmt: skip
+    ]
     for task, c in counts.items():
         took = median(ours[task])
         found.append(
             Bar(
-                f"{task}: {c['requests']} requests", f"{c['rows_computed']} of {c['tokens']} rows",
+                f"{task}: {c['requests']} requests",
+                f"{c['rows_computed']} of {c['tokens']} rows",
                 f"{c['tokens'] / took:.0f} / {c['tokens'] / median(theirs[task]):.0f} tokens/s",
-                tuple(t / o for t, o in zip(theirs[task], ours[task], strict=True)), TASK_LIMIT, False,
+                tuple(t / o for t, o in zip(theirs[task], ours[task], strict=True)),
+                TASK_LIMIT,
+                False,
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -55,12 +55,7 @@ def main() -> None:
                         for name, product in PRODUCTS.items():
                             taken[name].append(seconds(product, x, weights))
                 flops = 2 * count * outputs * inputs
-                row = {
-                    "dtype": str(dtype),
-                    "weight": [outputs, inputs],
-                    "rows": count,
-                    "seconds": taken,
-                }
+                row = {"dtype": str(dtype), "weight": [outputs, inputs], "rows": count, "seconds": taken}
                 rows.append(row)
                 rates = {n: flops / statistics.median(s) / 1e9 for n, s in taken.items()}
                 shown = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items())
@@ -68,8 +63,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(
-            json.dumps({"evidence": "MEASURED", "threads": options.threads, "rows": rows}, indent=1)
-            + "\n"
+            json.dumps({"evidence": "MEASURED", "threads": options.threads, "rows": rows}, indent=1) + "\n"
         )
 
 

@@ -2,8 +2,9 @@
 
 ``python benchmarks/step_overhead.py [--quick] [--rounds 7] [--out results/benchmarks/step_overhead.json]``
 
-The steps come from the generator, for a model's shape (nothing is loaded) under policies that use different lanes, and are driven
-as the engine drives them: pass by pass, waiting for the last compute step of every unit. Per step: ``wall`` of the whole job,
+The steps come from the generator, for a model's shape (nothing is loaded) under policies that use different lanes, and
+are driven as the engine drives them: pass by pass, waiting for the last compute step of every unit. Per step: ``wall``
+of the whole job,
 ``generate`` (making the steps), ``submit`` (queueing them while every lane is held back) and ``execute`` (letting the
 lanes run what is queued). Rounds are interleaved, so that a busy neighbour disturbs every setting.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from common import Bar, Report, median, options
 
 from flexgen_bench.calibrate.steps import drive
-from flexgen_bench.config import model_spec
+from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
@@ -27,12 +28,12 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
+from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.units import pack
-from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step, StepKind
 
 LIMIT_US = 60
@@ -116,10 +117,7 @@ def one_round(model: str, choices: Choices) -> dict[str, float]:
     wall, count = run(model, choices, overlap=True)
     serial, _ = run(model, choices, overlap=False)
     made, submitted, executed = in_parts(model, choices)
-    seconds = {
-        "wall": wall, "wall_no_overlap": serial, "generate": made, "submit": submitted,
-        "execute": executed,
-    }  # fmt: skip
+    seconds = {"wall": wall, "wall_no_overlap": serial, "generate": made, "submit": submitted, "execute": executed}
     return {"steps": count} | {name: round(s / count * 1e6, 2) for name, s in seconds.items()}
 
 
@@ -127,18 +125,12 @@ def main() -> int:
     opts = options(__doc__, rounds=7)
     report = Report("step_overhead", Evidence.MEASURED, opts)
     for _ in range(opts.rounds):
-        report.rounds.append(
-            {name: one_round(opts.model, choices) for name, choices in JOBS.items()}
-        )
+        report.rounds.append({name: one_round(opts.model, choices) for name, choices in JOBS.items()})
     report.settings = {"passes": PASSES, "batches": BATCHES, "unit": "us per step"}
     for name in JOBS:
-        taken = {
-            key: [found[name][key] for found in report.rounds] for key in report.rounds[0][name]
-        }
+        taken = {key: [found[name][key] for found in report.rounds] for key in report.rounds[0][name]}
         walls = tuple(wall / LIMIT_US for wall in taken["wall"])
-        bar = Bar(
-            name, f"{LIMIT_US} us", f"{median(taken['wall']):.1f} us", walls, 1.0, at_most=True
-        )
+        bar = Bar(name, f"{LIMIT_US} us", f"{median(taken['wall']):.1f} us", walls, 1.0, at_most=True)
         report.bars.append(bar)
         parts = [f"{key} {median(values):.1f}" for key, values in taken.items() if key != "steps"]
         report.where_time_goes.append(f"{name}: us per step, median: {', '.join(parts)}")

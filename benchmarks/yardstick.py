@@ -1,8 +1,9 @@
 """How fast the machine is while a benchmark runs, against its calibration: the same probes, a second of them at a time.
 
-Calibrated constants are medians of undisturbed moments within a few minutes. On a machine that is shared, or warms up, the same work takes
-longer an hour later, and a job meets disturbances that a median hides. Looks between the jobs tell such drift from an error of the model: a look is
-an average over its time, and the speeds of a round are those of all its looks together.
+Calibrated constants are medians of undisturbed moments within a few minutes. On a machine that is shared, or warms up,
+the same work takes longer an hour later, and a job meets disturbances that a median hides. Looks between the jobs tell
+such drift from an error of the model: a look is an average over its time, and the speeds of a round are those of all
+its looks together.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ EFFORT = Effort(
     disk_bytes=512 * MIB,
     disk_piece=256 * MIB,
     step_passes=1,
-)  # fmt: skip
+)
 
 
 class Yardstick:
@@ -64,13 +65,8 @@ class Yardstick:
         """Of all looks together, over the calibrated ones."""
         site = rates.sites[Tier.CPU]
         calibrated = {MEMORY: site.memory, DISK: rates.links["disk_read"]}
-        calibrated |= {
-            name: site.matrix_rate("bfloat16", rows, WIDTH) for rows, name in PRODUCTS.items()
-        }
-        return {
-            name: self._amounts[name] / seconds / calibrated[name]
-            for name, seconds in self._seconds.items()
-        }
+        calibrated |= {name: site.matrix_rate("bfloat16", rows, WIDTH) for rows, name in PRODUCTS.items()}
+        return {name: self._amounts[name] / seconds / calibrated[name] for name, seconds in self._seconds.items()}
 
 
 @contextmanager
@@ -84,15 +80,12 @@ def open_yardstick(threads: int, folder: Path) -> Iterator[Yardstick]:
 
 
 def as_fast(rates: Rates, speeds: Mapping[str, float]) -> Rates:
-    """The rates of a machine that runs at these speeds: products by their rows, everything else that computes like products with many of them,
-    what reads memory like memory, and both directions of the disk like its reads."""
+    """The rates of a machine that runs at these speeds: products by their rows, everything else that computes like
+    products with many of them, what reads memory like memory, and both directions of the disk like its reads."""
     return replace(
         rates,
         sites={tier: _site(site, speeds) for tier, site in rates.sites.items()},
-        links={
-            lane: rate * (speeds[DISK] if lane.startswith("disk") else 1.0)
-            for lane, rate in rates.links.items()
-        },
+        links={lane: rate * (speeds[DISK] if lane.startswith("disk") else 1.0) for lane, rate in rates.links.items()},
     )
 
 
@@ -118,7 +111,5 @@ def _site(site: SiteRates, speeds: Mapping[str, float]) -> SiteRates:
         unpack=site.unpack * many,
         step=site.step / many,
         attend={number: seconds / many for number, seconds in site.attend.items()},
-        attend_sequence={
-            number: seconds / many for number, seconds in site.attend_sequence.items()
-        },
+        attend_sequence={number: seconds / many for number, seconds in site.attend_sequence.items()},
     )

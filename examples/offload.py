@@ -5,10 +5,7 @@ import sys
 from flexgen_bench import LLM, Compression, Lossy, Placement, Policy, SamplingParams
 
 POLICY = Policy(
-    gpu_batch_size=8,
-    num_gpu_batches=2,
-    weights=Placement(disk=1.0),
-    lossy=Lossy(weights=Compression(bits=4)),
+    gpu_batch_size=8, num_gpu_batches=2, weights=Placement(disk=1.0), lossy=Lossy(weights=Compression(bits=4))
 )
 
 if __name__ == "__main__":

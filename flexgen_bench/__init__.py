@@ -17,18 +17,16 @@ from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from flexgen_bench.llm import LLM
-    from flexgen_bench.outputs import Output, Piece, Score
+    from flexgen_bench.engine.outputs import Output, Piece, Score
+    from flexgen_bench.llm.llm import LLM
 
-__all__ = [
-    "LLM", "Compression", "Lossy", "Output", "Piece", "Placement", "Policy", "SamplingParams", "Score",
-]  # fmt: skip
+__all__ = ["LLM", "Compression", "Lossy", "Output", "Piece", "Placement", "Policy", "SamplingParams", "Score"]
 
 
 def __getattr__(name: str) -> Any:
     """LLM and its results are loaded on first use: planning and tables must not wait for torch."""
     if name in ("LLM", "Output", "Piece", "Score"):
-        from flexgen_bench import llm
+        from flexgen_bench.llm import llm
 
         return getattr(llm, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""What tasks cost, in tokens of a model's tokenizer: python scripts/accuracy_budget.py TOKENIZER_FOLDER [--limit N] [TASK_OR_SET ...]
+"""What tasks cost, in tokens of a model's tokenizer: python scripts/accuracy_budget.py TOKENIZER_FOLDER [--limit N]
+[TASK_OR_SET ...]
 
-tokens: of all requests, each by itself. distinct: what is left if shared beginnings (examples, the context of several choices) are computed
-once. generated: at most. gold cut: items whose right answer is longer than what may be generated.
+tokens: of all requests, each by itself. distinct: what is left if shared beginnings (examples, the context of several
+choices) are computed once. generated: at most. gold cut: items whose right answer is longer than what may be generated.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from flexgen_bench.accuracy.tasks import load_tasks
-from flexgen_bench.config import default_cache_dir
+from flexgen_bench.accuracy.data.tasks import load_tasks
+from flexgen_bench.config.paths import default_cache_dir
 
 Encode = Callable[[str], list[int]]
 
@@ -46,9 +47,7 @@ def main() -> None:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
 
-    print(
-        f"| task | {' | '.join(f.replace('_', ' ') for f in Cost.__dataclass_fields__)} |\n|---|{'---|' * 7}"
-    )
+    print(f"| task | {' | '.join(f.replace('_', ' ') for f in Cost.__dataclass_fields__)} |\n|---|{'---|' * 7}")
     total = Cost()
     for name, task in load_tasks(options.tasks, options.limit, default_cache_dir()).items():
         cost = cost_of(task, encode)

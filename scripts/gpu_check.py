@@ -1,9 +1,10 @@
-"""Run the checks that need a CUDA device, step by step: ``scripts/gpu_check.sh [--list] [--again] [--for S] [step ...]``.
+"""Run the checks that need a CUDA device, step by step:
+``scripts/gpu_check.sh [--list] [--again] [--for S] [step ...]``.
 
-Each step is a process with a time limit; what it finds is in its own record as soon as it ends, and how it ended is noted
-in results/benchmarks/gpu_check/steps.json. Steps that ended well are not run again, so the command can be given again
-and again (--again forgets that). A step that fails does not stop the next one. Exit status: 0 if every step asked for has
-ended well, 1 if one has not, 2 for an unknown step.
+Each step is a process with a time limit; what it finds is in its own record as soon as it ends, and how it ended is
+noted in results/benchmarks/gpu_check/steps.json. Steps that ended well are not run again, so the command can be given
+again and again (--again forgets that). A step that fails does not stop the next one. Exit status: 0 if every step asked
+for has ended well, 1 if one has not, 2 for an unknown step.
 """
 
 from __future__ import annotations
@@ -84,16 +85,8 @@ def all_steps(results: Path) -> list[Step]:
     for cell in suite["cells"]:
         limits = [float(o.partition("=")[2]) for o in cell["overrides"] if "time_limit_s" in o]
         for system in cell["systems"]:
-            command = [
-                "-m",
-                "flexgen_bench",
-                f"suite={SUITE}",
-                f"cell={cell['name']}",
-                f"system={system}",
-            ]
-            if (
-                results != ROOT / "results"
-            ):  # the usual folder would only be one more word in a record's rerun command
+            command = ["-m", "flexgen_bench", f"suite={SUITE}", f"cell={cell['name']}", f"system={system}"]
+            if results != ROOT / "results":  # the usual folder would only be one more word in a record's rerun command
                 command.append(f"results_dir={results}")
             steps.append(
                 Step(
@@ -128,7 +121,8 @@ class Notes:
 
 
 def judge(step: Step, returncode: int | None, output: str) -> dict[str, Any]:
-    """How a step ended: ``done`` (not to be run again) and ``why`` in a few words. returncode None: its time was over."""
+    """How a step ended: ``done`` (not to be run again) and ``why`` in a few words. returncode None: its time was
+    over."""
     if returncode is None:
         return {"done": False, "why": f"stopped after its {step.limit_s:.0f} s"}
     if step.is_cell:
@@ -137,10 +131,7 @@ def judge(step: Step, returncode: int | None, output: str) -> dict[str, Any]:
         # Out of memory or out of time is a result; what could not be tried, or broke, is tried again.
         done = bool(statuses) and not set(statuses) & {"unavailable", "failed", "invalid"}
         return {"done": done, "why": ", ".join(statuses) or f"no record, exit status {returncode}"}
-    return {
-        "done": returncode == 0,
-        "why": "ok" if returncode == 0 else f"exit status {returncode}",
-    }
+    return {"done": returncode == 0, "why": "ok" if returncode == 0 else f"exit status {returncode}"}
 
 
 def run_step(step: Step, log: Path) -> dict[str, Any]:
@@ -164,10 +155,7 @@ def run_step(step: Step, log: Path) -> dict[str, Any]:
             _end(process)
     output = log.read_text(errors="replace")
     print("\n".join(f"    {line}" for line in output.rstrip().splitlines()[-TAIL_LINES:]))
-    ended = {
-        "seconds": round(time.monotonic() - start, 1),
-        "ended_utc": datetime.now(UTC).isoformat(),
-    }
+    ended = {"seconds": round(time.monotonic() - start, 1), "ended_utc": datetime.now(UTC).isoformat()}
     return judge(step, returncode, output) | ended
 
 
@@ -202,7 +190,8 @@ def run(
     for_s: float | None = None,
     runner: Callable[[Step, Path], dict[str, Any]] = run_step,
 ) -> int:
-    """Run what is not done; returns the exit status. With ``for_s`` no step starts that could end after so many seconds."""
+    """Run what is not done; returns the exit status. With ``for_s`` no step starts that could end after so many
+    seconds."""
     start = time.monotonic()
     for step in steps:
         if notes.is_done(step) and not again:
@@ -229,9 +218,7 @@ def _summary(steps: Sequence[Step], notes: Notes) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
     parser.add_argument("step", nargs="*", help="which steps (default: all); see --list")
-    parser.add_argument(
-        "--list", action="store_true", help="say what there is and what is done; run nothing"
-    )
+    parser.add_argument("--list", action="store_true", help="say what there is and what is done; run nothing")
     parser.add_argument("--again", action="store_true", help="run steps that are done, too")
     parser.add_argument(
         "--for",
@@ -256,9 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{'done' if notes.is_done(step) else 'open':5} {step.name} (at most {step.limit_s:.0f} s): {step.what}"
             )
         return 0
-    return run(
-        chosen, notes, ROOT / ".cache" / "gpu-check", again=options.again, for_s=options.for_s
-    )
+    return run(chosen, notes, ROOT / ".cache" / "gpu-check", again=options.again, for_s=options.for_s)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a GPU machine has, as JSON: ``python scripts/gpu_environment.py --out FILE``. Fails where the engine could not work."""
+"""What a GPU machine has, as JSON: ``python scripts/gpu_environment.py --out FILE``. Fails where the engine could not
+work."""
 
 from __future__ import annotations
 
@@ -13,10 +14,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
-QUERY = ("name", "driver_version", "memory.total", "memory.used", "pcie.link.gen.max", "pcie.link.gen.current",
-         "pcie.link.width.max", "pcie.link.width.current", "clocks.max.sm", "power.limit", "ecc.mode.current")  # fmt: skip
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed", "hydra-core", "omegaconf", "safetensors",
-            "numpy", "scipy", "pandas", "psutil", "rich", "pytest", "attrs", "tqdm", "pydantic")  # fmt: skip
+QUERY = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "pcie.link.gen.max",
+    "pcie.link.gen.current",
+    "pcie.link.width.max",
+    "pcie.link.width.current",
+    "clocks.max.sm",
+    "power.limit",
+    "ecc.mode.current",
+)
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "psutil",
+    "rich",
+    "pytest",
+    "attrs",
+    "tqdm",
+    "pydantic",
+)
 NEEDED = (
     "torch",
     "transformers",
@@ -135,8 +164,8 @@ def main() -> int:
     elif not report["cuda"]["registered_memory"]["works"]:
         problems.append("copies from host memory registered with CUDA are not asynchronous here")
     if found["psutil"]:
-        from flexgen_bench.config import default_cache_dir
-        from flexgen_bench.runner.environment import cpu_model, file_system, git_state
+        from flexgen_bench.config.paths import default_cache_dir
+        from flexgen_bench.machine.environment import cpu_model, file_system, git_state
 
         report |= {"host": host(), "cpu": cpu_model(), "disk": file_system(default_cache_dir())}
         report["code"] = git_state(Path(__file__).resolve().parent)

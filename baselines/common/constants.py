@@ -20,9 +20,7 @@ def read_constants(kind: type[T], given: Mapping[str, float]) -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in [*names, *given]:
         if name not in names:
-            raise UserError(
-                f"system.constants.{name}", given[name], f"one of {', '.join(names) or 'none'}"
-            )
+            raise UserError(f"system.constants.{name}", given[name], f"one of {', '.join(names) or 'none'}")
         if name not in given:
             raise UserError(f"system.constants.{name}", None, "given in conf/system")
         if not (math.isfinite(float(given[name])) and float(given[name]) > 0):
@@ -42,6 +40,4 @@ def only_options(options: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raises UserError for an option that the system does not have."""
     for name in options:
         if name not in known:
-            raise UserError(
-                f"system.options.{name}", options[name], f"one of {', '.join(known) or 'none'}"
-            )
+            raise UserError(f"system.options.{name}", options[name], f"one of {', '.join(known) or 'none'}")

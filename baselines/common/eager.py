@@ -1,6 +1,8 @@
-"""Seconds that PyTorch's eager operators take for the parts of a layer: every operator reads its inputs and writes its outputs.
+"""Seconds that PyTorch's eager operators take for the parts of a layer: every operator reads its inputs and writes its
+outputs.
 
-Formulas count floating point operations against the profile's matrix rate, and bytes against its memory rate; no fused attention.
+Formulas count floating point operations against the profile's matrix rate, and bytes against its memory rate; no fused
+attention.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from dataclasses import dataclass
 from baselines.common.model_size import ModelSize
 from flexgen_bench.core.rates import SiteRates
 
-# Passes over (tokens, hidden) values in one layer beside the products: two norms (4), scaling of Q (2), Q, K, V brought into the order
-# of heads (6), the attention's result brought back (2), two residual additions (6); over (tokens, ffn): the activation (2).
+# Passes over (tokens, hidden) values in one layer beside the products: two norms (4), scaling of Q (2), Q, K, V brought
+# into the order of heads (6), the attention's result brought back (2), two residual additions (6); over (tokens, ffn):
+# the activation (2).
 HIDDEN_PASSES, FFN_PASSES = 20, 2
 
 
@@ -20,8 +23,9 @@ HIDDEN_PASSES, FFN_PASSES = 20, 2
 class EagerCompute:
     """Seconds on one site, of one layer and ``batch`` sequences.
 
-    score_passes: passes over a prompt's (heads, tokens, tokens) attention scores between writing them and having read them for the
-    last time. decode_attention_share: bytes/s of KV cache that decode attention gets through, as a share of the memory rate.
+    score_passes: passes over a prompt's (heads, tokens, tokens) attention scores between writing them and having read
+    them for the last time. decode_attention_share: bytes/s of KV cache that decode attention gets through, as a share
+    of the memory rate.
     """
 
     size: ModelSize

@@ -1,7 +1,9 @@
-"""A transformers model on a machine, as its eager implementation computes it: seconds of a forward pass and memory that it takes.
+"""A transformers model on a machine, as its eager implementation computes it: seconds of a forward pass and memory that
+it takes.
 
-A KV cache grows by joining: each layer's new cache is written beside its old one, and all old ones are there until the pass has
-ended. So a cache takes twice its size on the GPU, and that, not the weights, is what limits the batch of an offloading system.
+A KV cache grows by joining: each layer's new cache is written beside its old one, and all old ones are there until the
+pass has ended. So a cache takes twice its size on the GPU, and that, not the weights, is what limits the batch of an
+offloading system.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from baselines.common.machine import Machine
 from baselines.common.model_size import ModelSize
 from flexgen_bench.core.prediction import Question
 
-# Passes over a prompt's scores: written, masked (read, written), softmax to float32 (read 1, written 2), to the model's dtype (read 2,
-# written 1), read; where the mask is also bounded from below (OPT) read and written once more.
+# Passes over a prompt's scores: written, masked (read, written), softmax to float32 (read 1, written 2), to the model's
+# dtype (read 2, written 1), read; where the mask is also bounded from below (OPT) read and written once more.
 SCORE_PASSES = 11
 # What a prompt's attention holds of its scores: in the model's dtype, and the float32 weights made of them.
 SCORE_TENSORS = 4
@@ -105,11 +107,9 @@ class HFModel:
     def cache_bytes(self, batch: int, tokens: int) -> float:
         return batch * tokens * self.size.kv_bytes_per_token
 
-    def working_parts(
-        self, batch: int, *, cache_here: bool = True, fragmentation: float = FRAGMENTATION
-    ) -> Parts:
-        """Bytes beside the weights where it is computed, at the worst moment: the end of the prompt, or of decoding. fragmentation: what
-        growing caches take over their size."""
+    def working_parts(self, batch: int, *, cache_here: bool = True, fragmentation: float = FRAGMENTATION) -> Parts:
+        """Bytes beside the weights where it is computed, at the worst moment: the end of the prompt, or of decoding.
+        fragmentation: what growing caches take over their size."""
         size, shape = self.size, self.size.shape
         tokens = batch * self.prompt_len
         hidden = size.bytes_of(tokens * shape.hidden_size)

@@ -13,11 +13,13 @@ from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.planner.cost import rates_of
 
-# Of host memory, what a process of a baseline takes beside tensors: Python, torch, the loader, with a GPU also CUDA's libraries and
-# what is page-locked. Without: MEASURED, torch's build for processors, 170 MiB of a system that refuses before it loads; 0.99 GiB of
-# Accelerate's at its peak (results/default, OPT-1.3B), 0.5 GB of which are the buffers and activations that are counted by themselves.
+# Of host memory, what a process of a baseline takes beside tensors: Python, torch, the loader, with a GPU also CUDA's
+# libraries and what is page-locked. Without: MEASURED, torch's build for processors, 170 MiB of a system that refuses
+# before it loads; 0.99 GiB of Accelerate's at its peak (results/default, OPT-1.3B), 0.5 GB of which are the buffers and
+# activations that are counted by themselves.
 GPU_PROCESS_BYTES, CPU_PROCESS_BYTES = 3e9, 0.5e9
-# Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml assumes).
+# Pageable copies go through a bounce buffer of the driver: a quarter of the pinned rate is usual (as conf/gpu/t4.yaml
+# assumes).
 PAGEABLE_SHARE = 0.25
 
 
@@ -95,7 +97,8 @@ class Machine:
 
     @property
     def process_bytes(self) -> float:
-        """Of the GPU's memory, what no tensor can have (``core/device_memory.py``). What a system's own allocator loses is in its model."""
+        """Of the GPU's memory, what no tensor can have (``core/device_memory.py``). What a system's own allocator loses
+        is in its model."""
         return process_bytes(self.hardware) if self.has_gpu else 0.0
 
     @property
@@ -118,8 +121,8 @@ class Machine:
 
 
 def largest_that_fits(fits: Callable[[int], object], limit: int) -> int:
-    """The largest count up to ``limit`` for which ``fits`` raises no DoesNotFit: what fits with more fits with fewer. Raises that of 1 if
-    there is none."""
+    """The largest count up to ``limit`` for which ``fits`` raises no DoesNotFit: what fits with more fits with fewer.
+    Raises that of 1 if there is none."""
     fits(1)
 
     def does(count: int) -> bool:

@@ -36,9 +36,7 @@ class ModelSize:
 
     @property
     def position_values(self) -> int:
-        return (
-            self.shape.max_positions * self.shape.hidden_size if self.shape.family == "opt" else 0
-        )
+        return self.shape.max_positions * self.shape.hidden_size if self.shape.family == "opt" else 0
 
     @property
     def layer_values(self) -> int:

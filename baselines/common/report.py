@@ -19,7 +19,8 @@ def lane_seconds(parts: Mapping[str, float], times: float = 1.0) -> dict[str, fl
 
 
 def bottleneck(parts: Mapping[str, float]) -> str:
-    """The longest part of what is busy longest: a lane with many parts may be busier than the one with the longest part."""
+    """The longest part of what is busy longest: a lane with many parts may be busier than the one with the longest
+    part."""
     busy: dict[str, float] = defaultdict(float)
     for name, seconds in parts.items():
         busy[_resource(name)] += seconds

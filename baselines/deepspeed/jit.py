@@ -25,16 +25,10 @@ def check_async_io_buildable() -> None:
             "Install them, e.g. apt-get install g++ and pip install ninja."
         )
     header = subprocess.run(
-        [compiler, "-E", "-x", "c++", "-"],
-        input="#include <libaio.h>\n",
-        capture_output=True,
-        text=True,
-        check=False,
+        [compiler, "-E", "-x", "c++", "-"], input="#include <libaio.h>\n", capture_output=True, text=True, check=False
     )
     if header.returncode != 0:
-        raise CannotRun(
-            "offload=nvme needs the header libaio.h. Install it, e.g. apt-get install libaio-dev."
-        )
+        raise CannotRun("offload=nvme needs the header libaio.h. Install it, e.g. apt-get install libaio-dev.")
 
 
 def use_own_programs() -> None:
@@ -51,18 +45,14 @@ def extension_folders() -> list[Path]:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     # The default root has one more level, named after the versions of Python and CUDA.
-    return [
-        path.parent
-        for pattern in ("*/build.ninja", "*/*/build.ninja")
-        for path in root.glob(pattern)
-    ] + [path.parent for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
+    return [path.parent for pattern in ("*/build.ninja", "*/*/build.ninja") for path in root.glob(pattern)] + [
+        path.parent for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)
+    ]
 
 
 def is_built(operator: str) -> bool:
     """Whether an operator's library is there already."""
-    return any(
-        folder.name == operator and any(folder.glob("*.so")) for folder in extension_folders()
-    )
+    return any(folder.name == operator and any(folder.glob("*.so")) for folder in extension_folders())
 
 
 def delete_stale_locks() -> list[Path]:

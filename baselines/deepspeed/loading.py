@@ -1,8 +1,9 @@
-"""How ZeRO stage 3 brings weights to its GPUs: matrix after matrix, the next ones while one computes, for every batch and token anew.
+"""How ZeRO stage 3 brings weights to its GPUs: matrix after matrix, the next ones while one computes, for every batch
+and token anew.
 
-Several GPUs hold a slice of every tensor each: a GPU loads its slice over its own link and gets the others from its neighbours.
-GPUs whose model fits into one machine's memory are taken to be in one machine and exchange over its links to GPUs; others stand in a
-machine each and exchange over the network.
+Several GPUs hold a slice of every tensor each: a GPU loads its slice over its own link and gets the others from its
+neighbours. GPUs whose model fits into one machine's memory are taken to be in one machine and exchange over its links
+to GPUs; others stand in a machine each and exchange over the network.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from flexgen_bench.core.tiers import Tier
 
 # Buffers for reads from NVMe, of the largest tensor each (the configuration of the FlexGen authors' runs).
 NVME_BUFFERS = 5
-# Squares of the hidden size that are fetched ahead of the matrix in use: stage3_prefetch_bucket_size and stage3_max_live_parameters of the
-# example that ZeRO-Inference's authors give (microsoft/DeepSpeedExamples).
+# Squares of the hidden size that are fetched ahead of the matrix in use: stage3_prefetch_bucket_size and
+# stage3_max_live_parameters of the example that ZeRO-Inference's authors give (microsoft/DeepSpeedExamples).
 FETCHED_AHEAD = 2
 REMEDY = "Lower system.options.batch_size."
 
@@ -24,8 +25,8 @@ REMEDY = "Lower system.options.batch_size."
 class Loading:
     """Where weights lie and how many bytes they have there (``stored_bytes``); rates in bytes/s.
 
-    link: what a GPU gets from page-locked memory. disk: what is read around the page cache. network: between machines. fragmentation: what
-    growing KV caches take over their size.
+    link: what a GPU gets from page-locked memory. disk: what is read around the page cache. network: between machines.
+    fragmentation: what growing KV caches take over their size.
     """
 
     model: HFModel
@@ -41,11 +42,7 @@ class Loading:
     def in_one_machine(self) -> bool:
         machine = self.model.machine
         host = machine.host_bytes
-        return (
-            self.num_gpus == 1
-            or host is None
-            or self.stored_bytes + machine.host_process_bytes <= host
-        )
+        return self.num_gpus == 1 or host is None or self.stored_bytes + machine.host_process_bytes <= host
 
     @property
     def machine_bytes(self) -> float:
@@ -81,24 +78,19 @@ class Loading:
         ahead = size.bytes_of(FETCHED_AHEAD * size.shape.hidden_size**2)
         return self.stored_bytes / size.weight_bytes * (size.largest_matrix_bytes + ahead)
 
-    def check(
-        self, batch: int, unpacked: float = 0.0, *, cache_here: bool = True
-    ) -> dict[Tier, Parts]:
-        """Bytes of one GPU and its machine with ``batch`` sequences on each GPU. unpacked: bytes of weights. Raises DoesNotFit."""
+    def check(self, batch: int, unpacked: float = 0.0, *, cache_here: bool = True) -> dict[Tier, Parts]:
+        """Bytes of one GPU and its machine with ``batch`` sequences on each GPU. unpacked: bytes of weights. Raises
+        DoesNotFit."""
         model, size = self.model, self.model.size
         here = Tier.GPU if model.machine.has_gpu else Tier.CPU
         table = size.bytes_of(size.table_values)
-        working = model.working_parts(
-            batch, cache_here=cache_here, fragmentation=self.fragmentation
-        )
+        working = model.working_parts(batch, cache_here=cache_here, fragmentation=self.fragmentation)
         weights = {"weights": self.buffers + unpacked, "token table": table}
         needed: dict[Tier, Parts] = {here: {**weights, **working}}
         host = needed.setdefault(Tier.CPU, {})
         host["process"] = model.machine.host_process_bytes
         if not cache_here:
-            host["kv_cache"] = self._batches_per_machine * model.cache_bytes(
-                batch, model.prompt_len + model.gen_len
-            )
+            host["kv_cache"] = self._batches_per_machine * model.cache_bytes(batch, model.prompt_len + model.gen_len)
         if self.mode == "nvme":
             host["read buffers"] = NVME_BUFFERS * size.largest_matrix_bytes
             needed[Tier.DISK] = {"weights": self.machine_bytes}

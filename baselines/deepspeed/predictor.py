@@ -1,4 +1,5 @@
-"""How fast DeepSpeed ZeRO-Inference would be, as of 2022: the KV cache on the GPU, the next weights on their way while these are used."""
+"""How fast DeepSpeed ZeRO-Inference would be, as of 2022: the KV cache on the GPU, the next weights on their way while
+these are used."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Constants:
 
 
 class DeepSpeedPredictor(Predictor):
-    """Options: offload (cpu goes on to nvme where the host's memory is too small; None the same); batch_size, of all GPUs together, None
-    for the most sequences that fit on each."""
+    """Options: offload (cpu goes on to nvme where the host's memory is too small; None the same); batch_size, of all
+    GPUs together, None for the most sequences that fit on each."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -66,9 +67,7 @@ class DeepSpeedPredictor(Predictor):
             notes,
         )
 
-    def _fitting(
-        self, model: HFModel, mode: str, question: Question
-    ) -> tuple[Loading, int, dict[Tier, Parts]]:
+    def _fitting(self, model: HFModel, mode: str, question: Question) -> tuple[Loading, int, dict[Tier, Parts]]:
         """Where the weights lie, sequences on each GPU, and bytes. Raises DoesNotFit."""
         gpus = question.num_gpus
         constants, machine = self._constants, model.machine
@@ -98,6 +97,4 @@ def _times(loading: Loading, batch: int) -> BatchTimes:
     def one(compute: Compute, phase: str) -> tuple[float, Parts]:
         return max(load_s, compute.seconds), loads | compute.parts(model.lane, phase)
 
-    return passes(
-        model.gen_len, one(model.prefill(batch), "prefill"), one(model.decode(batch), "decode")
-    )
+    return passes(model.gen_len, one(model.prefill(batch), "prefill"), one(model.decode(batch), "decode"))

@@ -1,5 +1,5 @@
-"""How fast ZeRO-Inference of 2023 would be: weights in 4 bits with fused kernels that unpack them, the KV cache in the host's memory if
-that is better, with attention computed there.
+"""How fast ZeRO-Inference of 2023 would be: weights in 4 bits with fused kernels that unpack them, the KV cache in the
+host's memory if that is better, with attention computed there.
 """
 
 from __future__ import annotations
@@ -90,20 +90,13 @@ class ZeroInference2023Predictor(Predictor):
 
         batch = self._batch or largest_that_fits(check, question.num_prompts or LARGEST_BATCH)
         needed = check(batch)
-        chosen = {
-            "offload": mode,
-            "batch_size": batch,
-            "kv_offload": kv_offload,
-            "pin_memory": self._pinned,
-        }
+        chosen = {"offload": mode, "batch_size": batch, "kv_offload": kv_offload, "pin_memory": self._pinned}
         unpack_s = 0.0
         if packed:
             rate = constants.unpack_share * model.machine.compute.memory
             unpack_s = model.size.weight_bytes / rate
         work = _Work(loading, unpack_s, kv_offload, constants.cpu_attention_share)
-        return predict_batches(
-            question, min(batch, question.num_prompts or batch), work.times, needed, chosen
-        )
+        return predict_batches(question, min(batch, question.num_prompts or batch), work.times, needed, chosen)
 
 
 def _check_can(question: Question) -> None:
@@ -146,8 +139,4 @@ class _Work:
             seconds = max(load_s, busy_s + self.unpack_s) + sum(beside.values())
             return seconds, {**loads, **own, **beside, **unpacking}
 
-        return passes(
-            model.gen_len,
-            one(prefill.seconds, parts[0], extra[0]),
-            one(decode.seconds, parts[1], extra[1]),
-        )
+        return passes(model.gen_len, one(prefill.seconds, parts[0], extra[0]), one(decode.seconds, parts[1], extra[1]))

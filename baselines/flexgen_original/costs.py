@@ -1,4 +1,5 @@
-"""What each part of the original's steps costs: bytes over the rate of the way they take, work over the rate of who does it."""
+"""What each part of the original's steps costs: bytes over the rate of the way they take, work over the rate of who
+does it."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from baselines.flexgen_original.parts import Part, Runs
 from baselines.flexgen_original.placement import LayerKind, PlacedLayer
 from flexgen_bench.core.tiers import Tier
 
-# Its attention writes the scores, masks them into a copy and makes weights of them in another one, which is read: 6 passes.
+# Its attention writes the scores, masks them into a copy and makes weights of them in another one, which is read: 6
+# passes.
 SCORE_PASSES = 6
 # A float16 number is read and written as float32: three times its bytes go over the memory bus.
 UPCAST_TRAFFIC = 3
-# On the cpu a packed number becomes float32 in five passes (two to unpack, divide, add): 22 bytes of traffic for 2 of float16.
+# On the cpu a packed number becomes float32 in five passes (two to unpack, divide, add): 22 bytes of traffic for 2 of
+# float16.
 CPU_UNPACK_TRAFFIC = 11
 # Of a batch in a layer: its keys, its values.
 KV_FILES = 2
@@ -31,9 +34,7 @@ class Costs:
         self._needed = needed
         self.job, self.machine, self.settings = job, job.machine, job.settings
         self.batch = job.settings.gpu_batch_size
-        self.eager = EagerCompute(
-            job.size, job.machine.compute, SCORE_PASSES, job.constants.gpu_attention_share
-        )
+        self.eager = EagerCompute(job.size, job.machine.compute, SCORE_PASSES, job.constants.gpu_attention_share)
         self.unpack_rate = job.constants.unpack_share * job.machine.compute.memory
 
     @cached_property

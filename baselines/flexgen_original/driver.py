@@ -13,9 +13,7 @@ import sys
 import traceback
 from typing import Any, TextIO
 
-WARM_UP_TOKENS = (
-    32  # the original's own program warms up with prompts of this length, and one new token
-)
+WARM_UP_TOKENS = 32  # the original's own program warms up with prompts of this length, and one new token
 
 
 class Original:
@@ -33,22 +31,26 @@ class Original:
         config = get_opt_config(build["model"])
         check_shape(config, build["shape"])
         gpu, cpu, disk = TorchDevice("cuda:0"), TorchDevice("cpu"), TorchDisk(build["offload_dir"])
-        self._env = ExecutionEnv(
-            gpu=gpu, cpu=cpu, disk=disk, mixed=TorchMixedDevice([gpu, cpu, disk])
-        )
+        self._env = ExecutionEnv(gpu=gpu, cpu=cpu, disk=disk, mixed=TorchMixedDevice([gpu, cpu, disk]))
         chosen = build["settings"]
         # Groups along the output channel for weights, along the head for the cache, as its program has them.
         weights, cache = (
-            CompressionConfig(num_bits=4, group_size=64, group_dim=dim, symmetric=False)
-            for dim in (0, 2)
+            CompressionConfig(num_bits=4, group_size=64, group_dim=dim, symmetric=False) for dim in (0, 2)
         )
         policy = Policy(
-            chosen["gpu_batch_size"], chosen["num_gpu_batches"], *chosen["percent"],
-            overlap=chosen["overlap"], sep_layer=chosen["sep_layer"], pin_weight=chosen["pin_weight"],
-            cpu_cache_compute=chosen["cpu_cache_compute"], attn_sparsity=1.0,
-            compress_weight=chosen["compress_weight"], comp_weight_config=weights,
-            compress_cache=chosen["compress_cache"], comp_cache_config=cache,
-        )  # fmt: skip
+            chosen["gpu_batch_size"],
+            chosen["num_gpu_batches"],
+            *chosen["percent"],
+            overlap=chosen["overlap"],
+            sep_layer=chosen["sep_layer"],
+            pin_weight=chosen["pin_weight"],
+            cpu_cache_compute=chosen["cpu_cache_compute"],
+            attn_sparsity=1.0,
+            compress_weight=chosen["compress_weight"],
+            comp_weight_config=weights,
+            compress_cache=chosen["compress_cache"],
+            comp_cache_config=cache,
+        )
         self._model = OptLM(config, self._env, "_DUMMY_", policy)
         block = chosen["gpu_batch_size"] * chosen["num_gpu_batches"]
         self.generate([[2] * WARM_UP_TOKENS] * block, 1)
@@ -83,8 +85,13 @@ def limit_gpu_memory(wanted: int | None) -> None:
 
 def check_shape(config: Any, shape: dict[str, int]) -> None:
     """The original knows models by name; a name that means another shape here must not be measured under it."""
-    names = {"num_layers": "num_hidden_layers", "hidden_size": "input_dim", "num_heads": "n_head",
-             "ffn_size": "ffn_embed_dim", "vocab_size": "vocab_size"}  # fmt: skip
+    names = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "input_dim",
+        "num_heads": "n_head",
+        "ffn_size": "ffn_embed_dim",
+        "vocab_size": "vocab_size",
+    }
     for ours, theirs in names.items():
         if getattr(config, theirs) != shape[ours]:
             raise ValueError(
@@ -100,11 +107,7 @@ def failure(error: BaseException) -> dict[str, Any]:
         text in str(error) for text in ("out of memory", "can't allocate memory")
     )
     where = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
-    return {
-        "error": f"{type(error).__name__}: {error}",
-        "out_of_memory": memory,
-        "traceback": where,
-    }
+    return {"error": f"{type(error).__name__}: {error}", "out_of_memory": memory, "traceback": where}
 
 
 def serve(source: TextIO, sink: TextIO, kind: type[Original] = Original) -> None:

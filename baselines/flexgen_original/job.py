@@ -1,4 +1,5 @@
-"""One block of the original on one machine, or on one stage of a pipeline: settings, model, placed weights, cache bytes."""
+"""One block of the original on one machine, or on one stage of a pipeline: settings, model, placed weights, cache
+bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Constants:
 
 @dataclass(frozen=True)
 class Job:
-    """``stages``: machines that share the layers; ``layers`` are those of the last stage, the slowest, or of one before it."""
+    """``stages``: machines that share the layers; ``layers`` are those of the last stage, the slowest, or of one before
+    it."""
 
     settings: Settings
     size: ModelSize
@@ -69,7 +71,8 @@ class Job:
 
     @cached_property
     def neighbours(self) -> list[tuple[tuple[PlacedLayer, PlacedLayer, PlacedLayer], int]]:
-        """A layer with the ones before and after it in the endless sequence of passes, and how often these kinds meet."""
+        """A layer with the ones before and after it in the endless sequence of passes, and how often these kinds
+        meet."""
         layers, known = self.layers, {layer.kind: layer for layer, _ in self.counted}
         kinds = [layer.kind for layer in layers]
         met = Counter(zip([kinds[-1], *kinds[:-1]], kinds, [*kinds[1:], kinds[0]], strict=True))
@@ -83,7 +86,8 @@ class Job:
 
     @cached_property
     def kv_shares(self) -> dict[Tier, float]:
-        """The shares of sequences whose cache is on each tier, of one batch; mixed ones in whole sequences, rounded down."""
+        """The shares of sequences whose cache is on each tier, of one batch; mixed ones in whole sequences, rounded
+        down."""
         gpu, cpu = self.settings.percent[2:4]
         batch = self.settings.gpu_batch_size
         if 100 in (gpu, cpu, 100 - gpu - cpu):
@@ -91,11 +95,7 @@ class Job:
         on_gpu, on_cpu = batch * gpu // 100, batch * cpu // 100
         if gpu + cpu == 100:
             on_cpu = batch - on_gpu
-        return {
-            Tier.GPU: on_gpu / batch,
-            Tier.CPU: on_cpu / batch,
-            Tier.DISK: (batch - on_gpu - on_cpu) / batch,
-        }
+        return {Tier.GPU: on_gpu / batch, Tier.CPU: on_cpu / batch, Tier.DISK: (batch - on_gpu - on_cpu) / batch}
 
     @property
     def kv_packed(self) -> float:

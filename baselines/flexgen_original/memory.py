@@ -12,8 +12,8 @@ _REMEDY = {
     Tier.CPU: "Lower the block, move shares to disk, or set system.options.pin_weight=false.",
     Tier.DISK: "Keep more in memory.",
 }
-# What a prompt's attention holds at once, in (batch, tokens, hidden) tensors: input, norm, Q, K, V, the next batch's input, the last
-# batch's output; in (batch, heads, tokens, tokens) tensors: the scores, and what softmax makes of them.
+# What a prompt's attention holds at once, in (batch, tokens, hidden) tensors: input, norm, Q, K, V, the next batch's
+# input, the last batch's output; in (batch, heads, tokens, tokens) tensors: the scores, and what softmax makes of them.
 HIDDEN_TENSORS, SCORE_TENSORS = 7, 2
 
 
@@ -35,9 +35,7 @@ def _gpu(job: Job) -> Parts:
     inner = [layer for layer, _ in job.counted if layer.kind not in outer]
     # The layer that is computed and the one that comes next; in the worst place these are an attention and an MLP.
     buffers = sum(layer.moved_bytes for layer in inner) * (1 if len(inner) > 1 else 2)
-    plain = (
-        max(layer.plain_bytes for layer, _ in job.counted) if job.settings.compress_weight else 0
-    )
+    plain = max(layer.plain_bytes for layer, _ in job.counted) if job.settings.compress_weight else 0
     return {
         "weights": job.weight_bytes(Tier.GPU),
         "kv_cache": job.cache_bytes(Tier.GPU),

@@ -46,8 +46,8 @@ def outcome(job: Job) -> Outcome:
 def _through_stages(last: Phase, job: Job, tokens: int, before_s: float | None = None) -> Phase:
     """As many blocks as stages, one after the other through all of them, at the pace of the last stage.
 
-    before_s: seconds of the stages that the first block passes before it gets there; None if they have work anyway: every
-    block's next token follows its last one without a gap. What leaves a stage goes over the network.
+    before_s: seconds of the stages that the first block passes before it gets there; None if they have work anyway:
+    every block's next token follows its last one without a gap. What leaves a stage goes over the network.
     """
     settings, shape = job.settings, job.size.shape
     moved = job.size.bytes_of(settings.block_size * tokens * shape.hidden_size)

@@ -32,15 +32,28 @@ def is_installed(cache: Path) -> bool:
 
 
 def install(cache: Path) -> None:
-    """Install it with pip, and of what it depends on only what is not here at all: torch and transformers stay as they are.
+    """Install it with pip, and of what it depends on only what is not here at all: torch and transformers stay as they
+    are.
 
     pip's own settings are followed: PIP_NO_INDEX=1 with PIP_FIND_LINKS=FOLDER needs no network. Raises CannotRun.
     """
     wanted = f"{NAME}=={VERSION}"
     missing = [name for module, name in SMALL.items() if importlib.util.find_spec(module) is None]
     _stage.info("installing %s into a folder of its own", wanted)
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check",
-               "--upgrade", "--target", str(folder(cache)), wanted, *missing]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--upgrade",
+        "--target",
+        str(folder(cache)),
+        wanted,
+        *missing,
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0 or not is_installed(cache):
         lines = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]

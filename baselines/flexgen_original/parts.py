@@ -11,7 +11,9 @@ from enum import Enum, auto
 class Runs(Enum):
     """Beside what a part of a step can run. Parts of one kind follow one another."""
 
-    ON_MAIN = auto()  # on the one thread that also starts everything, or in the GPU's default stream, which it waits for
+    ON_MAIN = (
+        auto()
+    )  # on the one thread that also starts everything, or in the GPU's default stream, which it waits for
     LINK = auto()  # to the GPU
     KV_COPY = auto()  # caches to the GPU, at the pace of copies out of pageable memory
     DISK = auto()  # in the copy threads

@@ -1,8 +1,8 @@
 """Where the original really puts weights: whole tensors, which shares of 100 % only aim at.
 
-In each of its layers (attention and MLP are two) the tensors are lined up in a fixed order, and a tensor goes to the tier in whose
-band its middle falls; the bands are disk, cpu, gpu, in this order. With 20 % on the GPU and 80 % on the cpu an attention layer keeps
-one of four matrices on the GPU and an MLP none, which makes 8.2 % of the model.
+In each of its layers (attention and MLP are two) the tensors are lined up in a fixed order, and a tensor goes to the
+tier in whose band its middle falls; the bands are disk, cpu, gpu, in this order. With 20 % on the GPU and 80 % on the
+cpu an attention layer keeps one of four matrices on the GPU and an MLP none, which makes 8.2 % of the model.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def layer_tensors(shape: ModelShape, kind: LayerKind) -> list[tuple[int, ...]]:
 def place_layer(
     shape: ModelShape, kind: LayerKind, gpu: float, cpu: float, compression: Compression | None
 ) -> PlacedLayer:
-    """Place one layer's tensors for ``gpu`` and ``cpu`` percent. With sep_layer off attention and MLP are still placed apart."""
+    """Place one layer's tensors for ``gpu`` and ``cpu`` percent. With sep_layer off attention and MLP are still placed
+    apart."""
     kinds = (LayerKind.ATTENTION, LayerKind.MLP) if kind is LayerKind.BLOCK else (kind,)
     parts = tuple(tuple(layer_tensors(shape, part)) for part in kinds)
     return _place(kind, parts, gpu, cpu, compression)
@@ -121,10 +122,7 @@ def model_layers(
 def realised_shares(layers: list[PlacedLayer]) -> dict[str, float]:
     """The shares of all weights per tier that come out."""
     total = sum(sum(layer.bytes.values()) for layer in layers)
-    return {
-        str(tier): sum(layer.bytes[tier] for layer in layers) / total
-        for tier in (Tier.GPU, Tier.CPU, Tier.DISK)
-    }
+    return {str(tier): sum(layer.bytes[tier] for layer in layers) / total for tier in (Tier.GPU, Tier.CPU, Tier.DISK)}
 
 
 def _bytes_per_value(compression: Compression | None) -> float:

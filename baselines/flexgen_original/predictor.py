@@ -23,13 +23,12 @@ from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
-_OPTIONS = (
-    "percent", "gpu_batch_size", "num_gpu_batches", "cpu_cache_compute", "pin_weight", "overlap", "sep_layer",
-)  # fmt: skip
+_OPTIONS = ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_cache_compute", "pin_weight", "overlap", "sep_layer")
 
 
 class FlexGenOriginalPredictor(Predictor):
-    """Options: those of ``conf/system/flexgen_original.yaml``; None takes what was published, else the best of a search."""
+    """Options: those of ``conf/system/flexgen_original.yaml``; None takes what was published, else the best of a
+    search."""
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
         super().__init__(constants, options)
@@ -54,13 +53,9 @@ def _check_can(question: Question, machine: Machine) -> None:
     if not machine.has_gpu:
         raise CannotRun("the original FlexGen needs a CUDA device; it has no way to run without")
     if shape.family != "opt" or not shape.options.get("norm_before", True):
-        raise CannotRun(
-            f"the original FlexGen does not know {shape.name}; it knows the OPT models but 350m"
-        )
+        raise CannotRun(f"the original FlexGen does not know {shape.name}; it knows the OPT models but 350m")
     if question.dtype is not DType.FLOAT16:
-        raise CannotRun(
-            f"the original FlexGen computes in float16, not in {question.dtype}; add dtype=float16"
-        )
+        raise CannotRun(f"the original FlexGen computes in float16, not in {question.dtype}; add dtype=float16")
     if question.prompt_len + question.gen_len > shape.max_positions:
         raise CannotRun(f"{shape.name} knows {shape.max_positions} positions")
 

@@ -1,9 +1,9 @@
 """Seconds of the original's schedule: it waits for everything at every (token, layer, batch).
 
-In the step of layer j and batch k (overlap on, two or more batches) begin: at k = 0 the load of all of layer j + 1's weights; the load
-of the cache of batch k + 1; the store of what batch k - 1 has left; the computation. Then it waits for all of them. So a step takes
-as long as its slowest part, and what one step leaves idle no other can use. With one batch the layers j - 1 and j + 1 are in the place
-of batches. With overlap off these follow one another.
+In the step of layer j and batch k (overlap on, two or more batches) begin: at k = 0 the load of all of layer j + 1's
+weights; the load of the cache of batch k + 1; the store of what batch k - 1 has left; the computation. Then it waits
+for all of them. So a step takes as long as its slowest part, and what one step leaves idle no other can use. With one
+batch the layers j - 1 and j + 1 are in the place of batches. With overlap off these follow one another.
 """
 
 from __future__ import annotations
@@ -51,11 +51,7 @@ def _overlapped(
     """The steps of one layer, all batches."""
     before, layer, after = around
     count, phase = costs.settings.num_gpu_batches, Phase()
-    work = [
-        costs.start(),
-        *costs.compute(layer, tokens, context),
-        *costs.move_hidden(tokens),
-    ]
+    work = [costs.start(), *costs.compute(layer, tokens, context), *costs.move_hidden(tokens)]
     store_before, store_own = (costs.store_cache(la.kind, tokens) for la in (before, layer))
     load_own, load_after = (costs.load_cache(la.kind, context) for la in (layer, after))
     weights = costs.load_weights(after)

@@ -23,8 +23,8 @@ _PUBLISHED_GEN_LEN = 32
 _CACHE_ALONE = ("opt-30b",)
 # Weights on gpu and on cpu, in percent.
 _WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
-# The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches of 1 and 2. What they ran on the
-# GPU alone was as large as fits (7, 76, 196: Tables 17 and 18), elsewhere at most 160.
+# The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches
+# of 1 and 2. What they ran on the GPU alone was as large as fits (7, 76, 196: Tables 17 and 18), elsewhere at most 160.
 _LARGEST_GPU_BATCH = 256
 _GPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
@@ -37,18 +37,15 @@ SEARCHED = "settings: the best of a search, as nothing is published for exactly 
 
 
 def published(question: Question) -> Settings | None:
-    """What the authors published for exactly this: model, lengths, compression and number of GPUs, on a card like theirs."""
+    """What the authors published for exactly this: model, lengths, compression and number of GPUs, on a card like
+    theirs."""
     memory_bytes = question.hardware.gpu_memory_bytes
     least, most = _PUBLISHED_GPU_BYTES
     if memory_bytes is None or not least <= memory_bytes <= most:
         return None
     if question.gen_len != _PUBLISHED_GEN_LEN:
         return None
-    tables = {
-        (512, 1): settings.PUBLISHED,
-        (1024, 1): settings.PUBLISHED_1024,
-        (512, 4): settings.PUBLISHED_4_GPUS,
-    }
+    tables = {(512, 1): settings.PUBLISHED, (1024, 1): settings.PUBLISHED_1024, (512, 4): settings.PUBLISHED_4_GPUS}
     name, lossy = question.shape.name, question.lossy
     compressed = lossy.kv_cache is not None
     if (lossy.weights is not None) != (compressed and name not in _CACHE_ALONE):
@@ -57,8 +54,8 @@ def published(question: Question) -> Settings | None:
 
 
 def choose(job: Job, question: Question, options: Mapping[str, Any]) -> tuple[Outcome, str]:
-    """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold anyway. With a word on
-    where the settings come from.
+    """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold
+    anyway. With a word on where the settings come from.
 
     job: for any settings. Raises DoesNotFit if nothing fits.
     """
@@ -131,7 +128,8 @@ def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
 
 
 def _gpu_batch_sizes(job: Job, given: Mapping[str, Any]) -> list[int]:
-    """Those that are tried, small before large. With the whole cache on the GPU also the largest of which one batch fits."""
+    """Those that are tried, small before large. With the whole cache on the GPU also the largest of which one batch
+    fits."""
     if "gpu_batch_size" in given:
         return [job.settings.gpu_batch_size]
     if job.settings.percent[2] < 100:
@@ -148,9 +146,7 @@ def _gpu_batch_sizes(job: Job, given: Mapping[str, Any]) -> list[int]:
     return sorted({*(size for size in _GPU_BATCH_SIZES if size < largest), largest})
 
 
-def _shapes(
-    candidate: Settings, question: Question, given: Mapping[str, Any], sizes: list[int]
-) -> Iterator[Settings]:
+def _shapes(candidate: Settings, question: Question, given: Mapping[str, Any], sizes: list[int]) -> Iterator[Settings]:
     """Batches of these sizes; where the number of prompts is stated, as even as they can be."""
     each = question.num_prompts and max(1, question.num_prompts // question.num_gpus)
     for size in sizes:
@@ -163,8 +159,8 @@ def _shapes(
 
 
 def _largest_blocks(job: Job, given: Mapping[str, Any]) -> list[Outcome]:
-    """Blocks of one batch, and of the most that fit (up to the settings' own); also with weights that are not page-locked, if
-    then more fit. Raises DoesNotFit."""
+    """Blocks of one batch, and of the most that fit (up to the settings' own); also with weights that are not
+    page-locked, if then more fit. Raises DoesNotFit."""
     most = job.settings.num_gpu_batches
     counts = [c for c in _NUM_GPU_BATCHES if c <= most]
     if "num_gpu_batches" in given:

@@ -1,6 +1,7 @@
 """The original's settings: those its authors published for a 16 GB GPU, changed by what the cell asks for.
 
-Its command line calls them --gpu-batch-size, --num-gpu-batches, --percent, --cpu-cache-compute, --pin-weight, --overlap,
+Its command line calls them --gpu-batch-size, --num-gpu-batches, --percent, --cpu-cache-compute, --pin-weight,
+--overlap,
 --sep-layer, --compress-weight and --compress-cache.
 """
 
@@ -13,15 +14,16 @@ from typing import Any
 from flexgen_bench.core.compression import Along, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError
 
-# The only compression it has. Its groups of weights lie along outputs; a cell may say so, or leave the layout to the system.
+# The only compression it has. Its groups of weights lie along outputs; a cell may say so, or leave the layout to the
+# system.
 COMPRESSION = Compression(bits=4, group_size=64)
 ITS_LAYOUT = Compression(4, 64, Along.OUTPUTS)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run of the original. ``percent``: weights on gpu, on cpu, KV cache on gpu, on cpu, activations on gpu, on cpu;
-    what is missing to 100 of each pair is on disk."""
+    """One run of the original. ``percent``: weights on gpu, on cpu, KV cache on gpu, on cpu, activations on gpu, on
+    cpu; what is missing to 100 of each pair is on disk."""
 
     gpu_batch_size: int
     num_gpu_batches: int
@@ -50,9 +52,7 @@ class Settings:
                 "pairs (gpu, cpu) of percents, each pair at most 100 together",
             )
         if self.percent[4:] not in ((100, 0), (0, 100), (0, 0)):
-            raise UserError(
-                "system.options.percent", list(self.percent), "activations on one tier altogether"
-            )
+            raise UserError("system.options.percent", list(self.percent), "activations on one tier altogether")
 
     @property
     def block_size(self) -> int:
@@ -95,9 +95,7 @@ PUBLISHED: Mapping[tuple[str, bool], Settings] = {
     ("opt-6.7b", True): Settings(72, 1, _ALL_GPU, overlap=False),
     ("opt-30b", False): Settings(48, 3, (20, 80, 0, 100, 0, 100), cpu_cache_compute=True),
     ("opt-30b", True): Settings(16, 20, _ALL_CPU),
-    ("opt-175b", False): Settings(
-        32, 8, (0, 50, 0, 0, 0, 100), cpu_cache_compute=True, pin_weight=False
-    ),
+    ("opt-175b", False): Settings(32, 8, (0, 50, 0, 0, 0, 100), cpu_cache_compute=True, pin_weight=False),
     ("opt-175b", True): Settings(48, 3, _ALL_CPU, pin_weight=False),
 }
 # The same for prompts of 1024 tokens (Table 16).
@@ -106,13 +104,11 @@ PUBLISHED_1024: Mapping[tuple[str, bool], Settings] = {
     ("opt-6.7b", True): Settings(28, 1, _ALL_GPU, overlap=False),
     ("opt-30b", False): Settings(20, 4, (4, 96, 0, 100, 0, 100), cpu_cache_compute=True),
     ("opt-30b", True): Settings(20, 12, _ALL_CPU),
-    ("opt-175b", False): Settings(
-        12, 12, (0, 50, 0, 0, 0, 100), cpu_cache_compute=True, pin_weight=False
-    ),
+    ("opt-175b", False): Settings(12, 12, (0, 50, 0, 0, 0, 100), cpu_cache_compute=True, pin_weight=False),
     ("opt-175b", True): Settings(12, 4, _ALL_CPU, pin_weight=False),
 }
-# For four machines with one GPU each, prompts of 512 (the scripts in its repository; not confirmed as the runs of Table 3): each has
-# a quarter of the layers, and as many blocks as machines are in flight.
+# For four machines with one GPU each, prompts of 512 (the scripts in its repository; not confirmed as the runs of Table
+# 3): each has a quarter of the layers, and as many blocks as machines are in flight.
 PUBLISHED_4_GPUS: Mapping[tuple[str, bool], Settings] = {
     ("opt-6.7b", False): Settings(24, 1, _ALL_GPU),
     ("opt-30b", False): Settings(64, 3, (20, 80, 0, 100, 0, 100), cpu_cache_compute=True),
@@ -132,7 +128,8 @@ def choose(model: str, options: Mapping[str, Any], lossy: Lossy) -> Settings:
 
 
 def overlaid(base: Settings, options: Mapping[str, Any], lossy: Lossy) -> Settings:
-    """``base`` with ``options`` that are not None laid over it and ``lossy`` followed. Raises what ``choose`` raises."""
+    """``base`` with ``options`` that are not None laid over it and ``lossy`` followed. Raises what ``choose``
+    raises."""
     for name in ("weights", "kv_cache"):
         if getattr(lossy, name) not in (None, COMPRESSION, ITS_LAYOUT):
             raise CannotRun(
@@ -143,11 +140,7 @@ def overlaid(base: Settings, options: Mapping[str, Any], lossy: Lossy) -> Settin
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     unknown = set(given) - {f.name for f in fields(Settings)}
     if unknown:
-        raise UserError(
-            "system.options",
-            min(unknown),
-            f"one of {', '.join(f.name for f in fields(Settings))}",
-        )
+        raise UserError("system.options", min(unknown), f"one of {', '.join(f.name for f in fields(Settings))}")
     if "percent" in given:
         given["percent"] = _percent(given["percent"])
     given["compress_weight"] = lossy.weights is not None
@@ -162,7 +155,5 @@ def _percent(value: Any) -> tuple[int, ...]:
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 6:
-        raise UserError(
-            "system.options.percent", value, "six whole numbers", "For example [20,80,0,100,0,100]."
-        )
+        raise UserError("system.options.percent", value, "six whole numbers", "For example [20,80,0,100,0,100].")
     return numbers

@@ -1,7 +1,8 @@
 """The original FlexGen, release 0.1.8 of its authors' package, in a process and a folder of its own.
 
-Known of it: it computes in float16, knows the OPT models by name, and always takes 8 GiB of page-locked host memory for its
-copy threads; with attention on the cpu, two or more batches and overlap its tokens are wrong (``Settings.is_known_wrong``).
+Known of it: it computes in float16, knows the OPT models by name, and always takes 8 GiB of page-locked host memory for
+its copy threads; with attention on the cpu, two or more batches and overlap its tokens are wrong
+(``Settings.is_known_wrong``).
 """
 
 from __future__ import annotations
@@ -23,26 +24,14 @@ from flexgen_bench.core.record import SystemReport
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODELS = (
-    "opt-125m",
-    "opt-1.3b",
-    "opt-2.7b",
-    "opt-6.7b",
-    "opt-13b",
-    "opt-30b",
-    "opt-66b",
-    "opt-175b",
-)
+MODELS = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b")
 
 
 class FlexGenOriginal(System):
     """Options: those of its command line (``settings.Settings``); None takes what its authors published."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        mixed_lengths=False,
-        accelerators=("cuda",),
-        needs=("torch", "transformers"),
-        lossy=("weights", "kv_cache"),
+        mixed_lengths=False, accelerators=("cuda",), needs=("torch", "transformers"), lossy=("weights", "kv_cache")
     )
 
     def __init__(self, *arguments: Any) -> None:
@@ -53,17 +42,11 @@ class FlexGenOriginal(System):
     def check(self) -> None:
         spec = self.spec
         if spec.hardware.accelerator.value not in self.capabilities.accelerators:
-            raise CannotRun(
-                "the original FlexGen needs a CUDA device; it has no way to run without"
-            )
+            raise CannotRun("the original FlexGen needs a CUDA device; it has no way to run without")
         if spec.model.shape.name not in MODELS:
-            raise CannotRun(
-                f"the original FlexGen does not know {spec.model.shape.name}; it knows {', '.join(MODELS)}"
-            )
+            raise CannotRun(f"the original FlexGen does not know {spec.model.shape.name}; it knows {', '.join(MODELS)}")
         if spec.model.weights is not WeightSource.DUMMY:
-            raise CannotRun(
-                "the original FlexGen is measured with its own dummy weights; weights=dummy"
-            )
+            raise CannotRun("the original FlexGen is measured with its own dummy weights; weights=dummy")
         if spec.dtype is not DType.FLOAT16:
             raise CannotRun(f"the original FlexGen computes in float16, not in {spec.dtype}")
         self._wanted = settings.choose(spec.model.shape.name, spec.system_options, spec.lossy)
@@ -105,10 +88,9 @@ class FlexGenOriginal(System):
             }
         )
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
-        """Block by block. A last block that is not full is filled up with its last prompt: the original takes no less."""
+    def generate(self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress) -> Generation:
+        """Block by block. A last block that is not full is filled up with its last prompt: the original takes no
+        less."""
         size, answers = self._settings.block_size, []
         prefill_s = decode_s = 0.0
         prompt_total = sum(map(len, prompts))

@@ -13,9 +13,7 @@ from flexgen_bench.systems.contract import Capabilities
 class TransformersSystem(HFSystem):
     """``model.generate`` of transformers, greedy, in batches."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        needs=("torch", "transformers"), reference=True, scores=True
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(needs=("torch", "transformers"), reference=True, scores=True)
 
     def check(self) -> None:
         self._device = hf.compute_device(self.spec)

@@ -1,7 +1,8 @@
-"""Rates of attention, as the engine's ATTEND steps compute it: new keys and values are checked, put into the cache, and attended to.
+"""Rates of attention, as the engine's ATTEND steps compute it: new keys and values are checked, put into the cache, and
+attended to.
 
-Prefill counts 4 FLOP per pair of a token and one it sees, head and dimension, as the schedule does; decode counts the bytes of cache that
-are read. Each decode call takes another cache, so that it comes from memory.
+Prefill counts 4 FLOP per pair of a token and one it sees, head and dimension, as the schedule does; decode counts the
+bytes of cache that are read. Each decode call takes another cache, so that it comes from memory.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.effort import Format, SiteEffort
-from flexgen_bench.calibrate.site import Room, Site
+from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Probe, Reading
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.rates import number_format
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.engine.health import Health
+from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.kernels.attention import decode_attention, prefill_attention
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
@@ -31,34 +32,31 @@ _FEW_TOKENS = 2 * _NEW_TOKENS  # of a cache that is hardly any
 _STEP = Step(Lane.CPU, StepKind.ATTEND, 0)
 
 
-def prefill_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
-    """``<tier>.prefill_attention.<tokens>``, of several prompts of that length, in the format that models usually have there."""
-    site, (heads, dim) = room.site, effort.heads_of_dim[0]
+def prefill_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.prefill_attention.<tokens>``, of several prompts of that length, in the format that models usually have
+    there."""
+    site, (heads, dim) = memory_of_site.site, effort.heads_of_dim[0]
     dtype = TORCH_DTYPES[_usual(site)]
     for tokens in effort.prompts:
         count = max(1, min(effort.sequences, effort.prompt_tokens // tokens))
         form = KVForm(heads, dim, dtype, None)
         token_bytes = 2 * heads * dim * dtype.itemsize
         layout = KVLayout(count, tokens, _NEW_TOKENS, _NEW_TOKENS, token_bytes)
-        if layout.region_bytes > room.size:
+        if layout.region_bytes > memory_of_site.size:
             continue
         region = KVRegion(layout, form)
-        q, k, v = (room.numbers((count * tokens, heads, dim), dtype) for _ in range(3))
+        q, k, v = (memory_of_site.numbers((count * tokens, heads, dim), dtype) for _ in range(3))
         pairs = count * tokens * (tokens + 1) // 2
         yield Probe(
             f"{site.tier}.prefill_attention.{tokens}",
             4 * heads * dim * pairs,
-            _prefill(site, region, room.turns(layout.region_bytes).__next__, (q, k, v), tokens),
+            _prefill(site, region, memory_of_site.turns(layout.region_bytes).__next__, (q, k, v), tokens),
             site.settle,
         )
 
 
 def _prefill(
-    site: Site,
-    region: KVRegion,
-    home: Callable[[], Tensor],
-    qkv: tuple[Tensor, Tensor, Tensor],
-    tokens: int,
+    site: Site, region: KVRegion, home: Callable[[], Tensor], qkv: tuple[Tensor, Tensor, Tensor], tokens: int
 ) -> Callable[[], object]:
     q, k, v = qkv
     form, lengths = region.form, [tokens] * region.layout.sequences
@@ -74,15 +72,15 @@ def _prefill(
     return call
 
 
-def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
-    """``<tier>.decode_attention.<format>.<query heads per KV head>`` over much cache of many sequences, ``<tier>.attend_sequence.<format>`` over
-    hardly any of as many, and ``<tier>.attend.<format>`` of one: ``apart`` tells their constants from these. As many sequences as a format has room for;
-    none of its probes if not for one."""
+def decode_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.decode_attention.<format>.<query heads per KV head>`` over much cache of many sequences,
+    ``<tier>.attend_sequence.<format>`` over hardly any of as many, and ``<tier>.attend.<format>`` of one: ``apart``
+    tells their constants from these. As many sequences as a format has room for; none of its probes if not for one."""
     heads = effort.heads_of_dim
     for dtype, compression in effort.kv:
         number, form = number_format(dtype, compression), (dtype, compression)
         sequences, tokens = effort.sequences, effort.cache_tokens
-        while sequences and room.size < max(
+        while sequences and memory_of_site.size < max(
             _layout(form, of, sequences, tokens).region_bytes for of in heads
         ):
             sequences //= 2
@@ -90,9 +88,9 @@ def decode_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
             continue
         for shared in effort.heads:
             name = f"decode_attention.{number}.{shared}"
-            yield _decode_probe(room, name, form, heads[shared > 1], shared, sequences, tokens)
+            yield _decode_probe(memory_of_site, name, form, heads[shared > 1], shared, sequences, tokens)
         for name, count in (("attend_sequence", sequences), ("attend", 1)):
-            yield _decode_probe(room, f"{name}.{number}", form, heads[0], 1, count, _FEW_TOKENS)
+            yield _decode_probe(memory_of_site, f"{name}.{number}", form, heads[0], 1, count, _FEW_TOKENS)
 
 
 def _layout(number: Format, heads: tuple[int, int], sequences: int, tokens: int) -> KVLayout:
@@ -103,7 +101,7 @@ def _layout(number: Format, heads: tuple[int, int], sequences: int, tokens: int)
 
 
 def _decode_probe(
-    room: Room,
+    memory_of_site: ProbeMemory,
     name: str,
     number: Format,
     heads: tuple[int, int],
@@ -111,16 +109,16 @@ def _decode_probe(
     sequences: int,
     tokens: int,
 ) -> Probe:
-    site, (dtype, compression), (kv_heads, dim) = room.site, number, heads
+    site, (dtype, compression), (kv_heads, dim) = memory_of_site.site, number, heads
     torch_dtype = TORCH_DTYPES[dtype]
     form = KVForm(kv_heads, dim, torch_dtype, compression)
     layout = _layout(number, heads, sequences, tokens)
-    q = room.numbers((sequences, kv_heads * shared, dim), torch_dtype)
-    k, v = (room.numbers((sequences, kv_heads, dim), torch_dtype) for _ in range(2))
+    q = memory_of_site.numbers((sequences, kv_heads * shared, dim), torch_dtype)
+    k, v = (memory_of_site.numbers((sequences, kv_heads, dim), torch_dtype) for _ in range(2))
     return Probe(
         f"{site.tier}.{name}",
         sequences * tokens * layout.token_bytes,
-        _decode(site, KVRegion(layout, form), room.turns(layout.region_bytes).__next__, (q, k, v)),
+        _decode(site, KVRegion(layout, form), memory_of_site.turns(layout.region_bytes).__next__, (q, k, v)),
         site.settle,
     )
 
@@ -135,10 +133,11 @@ class DecodeCost:
 
 
 def apart(large: Reading, short: Reading, single: Reading, memory: float) -> DecodeCost:
-    """From calls that read much of many sequences (``large``), hardly anything of as many (``short``), or of one (``single``).
+    """From calls that read much of many sequences (``large``), hardly anything of as many (``short``), or of one
+    (``single``).
 
-    memory: bytes/s that nothing exceeds. An accelerator may read all of the large cache while its host still issues the call: both
-    then take as long, and the memory's rate is what is known.
+    memory: bytes/s that nothing exceeds. An accelerator may read all of the large cache while its host still issues the
+    call: both then take as long, and the memory's rate is what is known.
     """
     sequences = short.amount / single.amount
     more_s = large.seconds - short.seconds
@@ -149,10 +148,7 @@ def apart(large: Reading, short: Reading, single: Reading, memory: float) -> Dec
 
 
 def _decode(
-    site: Site,
-    region: KVRegion,
-    cache: Callable[[], Tensor],
-    qkv: tuple[Tensor, Tensor, Tensor],
+    site: Site, region: KVRegion, cache: Callable[[], Tensor], qkv: tuple[Tensor, Tensor, Tensor]
 ) -> Callable[[], object]:
     q, k, v = qkv
     form, slots = region.form, range(region.layout.sequences)

@@ -15,9 +15,9 @@ from flexgen_bench.calibrate.stable import Probe
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.units import MIB, format_bytes
+from flexgen_bench.machine import host as machine
 from flexgen_bench.memory import host
 from flexgen_bench.memory.direct_file import DirectFile, disk_error
-from flexgen_bench.runner import machine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,18 +32,22 @@ def check_folder(folder: Path, effort: Effort) -> Path:
     need, free = 2 * effort.disk_bytes + _SPARE_BYTES, machine.free_disk_bytes(folder)
     if free < need:
         raise UserError(
-            "--disk-dir", str(folder), f"a folder with {format_bytes(need)} free (it has {format_bytes(free)})",
+            "--disk-dir",
+            str(folder),
+            f"a folder with {format_bytes(need)} free (it has {format_bytes(free)})",
             "Make room, or name the folder that offloaded data will be in.",
-        )  # fmt: skip
+        )
     return folder
 
 
 @contextmanager
 def disk_probes(folder: Path, effort: Effort, pinned: bool) -> Iterator[tuple[list[Probe], bool]]:
-    """``links.disk_read``, ``links.disk_write``, ``transfers.disk_read_cached``, ``transfers.disk_write_cached``; and whether the
-    file system lets the page cache be gone around. The files have no names by then, so nothing is left on the disk.
+    """``links.disk_read``, ``links.disk_write``, ``transfers.disk_read_cached``, ``transfers.disk_write_cached``; and
+    whether the file system lets the page cache be gone around. The files have no names by then, so nothing is left on
+    the disk.
 
-    pinned: read into memory that is registered with CUDA, as it is beside a GPU. Raises StoreError for what the disk refuses.
+    pinned: read into memory that is registered with CUDA, as it is beside a GPU. Raises StoreError for what the disk
+    refuses.
     """
     size, piece = effort.disk_bytes, effort.disk_piece
     with ExitStack() as stack:
@@ -62,18 +66,21 @@ def disk_probes(folder: Path, effort: Effort, pinned: bool) -> Iterator[tuple[li
 
         write(0, memory)
         os.fdatasync(cached)
-        yield [
-            Probe("links.disk_read", piece, _each(places, direct.read)),
-            Probe("links.disk_write", piece, _each(places, direct.write)),
-            Probe("transfers.disk_read_cached", piece, _each(places, read)),
-            # What was written to the page cache must not go to the disk while others are measured.
-            Probe("transfers.disk_write_cached", piece, _each(places, write),
-                  after=lambda: os.fdatasync(cached)),
-        ], direct.direct  # fmt: skip
+        yield (
+            [
+                Probe("links.disk_read", piece, _each(places, direct.read)),
+                Probe("links.disk_write", piece, _each(places, direct.write)),
+                Probe("transfers.disk_read_cached", piece, _each(places, read)),
+                # What was written to the page cache must not go to the disk while others are measured.
+                Probe("transfers.disk_write_cached", piece, _each(places, write), after=lambda: os.fdatasync(cached)),
+            ],
+            direct.direct,
+        )
 
 
 def _files(folder: Path, stack: ExitStack) -> tuple[DirectFile, int]:
-    """A file to go around the page cache with, and the descriptor of another one to go through it; closed by the stack."""
+    """A file to go around the page cache with, and the descriptor of another one to go through it; closed by the
+    stack."""
     try:
         with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as named:
             path = Path(named)
@@ -98,13 +105,7 @@ def _fill(memory: Tensor) -> None:
         part.copy_(block[: part.numel()])
 
 
-def _whole(
-    move: Callable[[int, list[memoryview], int], int],
-    file: int,
-    data: Tensor,
-    at: int,
-    folder: Path,
-) -> None:
+def _whole(move: Callable[[int, list[memoryview], int], int], file: int, data: Tensor, at: int, folder: Path) -> None:
     """All of ``data`` by ``os.preadv`` or ``os.pwritev``."""
     view: memoryview = data.numpy().data
     done = 0
@@ -117,9 +118,7 @@ def _whole(
         raise disk_error(error, folder, f"read or write at byte {at + done}") from error
 
 
-def _each(
-    places: list[tuple[int, Tensor]], work: Callable[[int, Tensor], object]
-) -> Callable[[], object]:
+def _each(places: list[tuple[int, Tensor]], work: Callable[[int, Tensor], object]) -> Callable[[], object]:
     """One place after the other, over and over."""
     turns = cycle(places)
     return lambda: work(*next(turns))

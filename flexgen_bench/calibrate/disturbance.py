@@ -1,4 +1,5 @@
-"""What a machine loses to what else happens on it: medians are of undisturbed moments, a job meets the disturbed ones as well."""
+"""What a machine loses to what else happens on it: medians are of undisturbed moments, a job meets the disturbed ones
+as well."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _COMPUTING = (Tier.GPU, Tier.CPU)
 
 
 def slowdowns(readings: Mapping[str, Reading]) -> dict[str, float]:
-    """By computing tier: how long its work took on average, over all samples of all its constants, compared with what the constants say.
+    """By computing tier: how long its work took on average, over all samples of all its constants, compared with what
+    the constants say.
 
     One factor for a tier, since a single constant has too few samples to show what happens every few seconds.
     """
@@ -28,8 +30,7 @@ def slowdowns(readings: Mapping[str, Reading]) -> dict[str, float]:
 def as_met(readings: Mapping[str, Reading], factors: Mapping[str, float]) -> dict[str, Reading]:
     """The readings with the rates that a job meets: those of a tier over its slowdown."""
     return {
-        name: replace(reading, rate=reading.rate / factors.get(_place(name), 1.0))
-        for name, reading in readings.items()
+        name: replace(reading, rate=reading.rate / factors.get(_place(name), 1.0)) for name, reading in readings.items()
     }
 
 

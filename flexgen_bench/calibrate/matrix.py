@@ -1,8 +1,8 @@
 """Rates of a layer's matrix products: OPT layers, computed as the engine does, norms and activations included.
 
-One call computes a layer without its attention (PROJECT and OUTPUT); its FLOP are 2 per weight and row, as the planner counts
-them. Layers are listed by their hidden size, which is the square root of a twelfth of their weights. Each call takes
-another copy of the layer, so that weights come from memory.
+One call computes a layer without its attention (PROJECT and OUTPUT); its FLOP are 2 per weight and row, as the planner
+counts them. Layers are listed by their hidden size, which is the square root of a twelfth of their weights. Each call
+takes another copy of the layer, so that weights come from memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.effort import SiteEffort
-from flexgen_bench.calibrate.site import Room
+from flexgen_bench.calibrate.site import ProbeMemory
 from flexgen_bench.calibrate.stable import Probe
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
@@ -21,8 +21,8 @@ from flexgen_bench.core.rates import number_format
 from flexgen_bench.engine.weight_views import plain_views, unpack, views
 from flexgen_bench.kernels import ops
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
+from flexgen_bench.models.packing import PackedUnit, pack
 from flexgen_bench.models.registry import family
-from flexgen_bench.planner.units import PackedUnit, pack
 from flexgen_bench.schedule.job import UnitKind
 
 if TYPE_CHECKING:
@@ -39,10 +39,18 @@ def layer_shape(width: int) -> ModelShape:
     """An OPT model of one layer and this hidden size."""
     heads = max(1, width // 64)
     return ModelShape(
-        name=f"layer-{width}", family=FAMILY, num_layers=1, hidden_size=width, num_heads=heads,
-        num_kv_heads=heads, head_dim=width // heads, ffn_size=4 * width, vocab_size=64, max_positions=64,
+        name=f"layer-{width}",
+        family=FAMILY,
+        num_layers=1,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        ffn_size=4 * width,
+        vocab_size=64,
+        max_positions=64,
         tied_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 def layer_unit(shape: ModelShape, dtype: DType, compression: Compression | None) -> PackedUnit:
@@ -61,20 +69,20 @@ def largest_layer(effort: SiteEffort, limit: int) -> int:
     return max((size for size in sizes if size <= limit), default=0)
 
 
-def matrix_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
+def matrix_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
     """``<tier>.matrix.<format>.<width>.<rows>``. A layer too large for the room is left out."""
-    site = room.site
+    site = memory_of_site.site
     for dtype, compression in effort.matrix:
         number = number_format(dtype, compression)
         for width in effort.widths:
             shape = layer_shape(width)
             unit = layer_unit(shape, dtype, compression)
-            copies = room.copies(unit.num_bytes)
+            copies = memory_of_site.copies(unit.num_bytes)
             if not copies:
                 continue
             turns = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in copies])
             for rows in effort.rows:
-                x, attended = (room.numbers((rows, width), TORCH_DTYPES[dtype]) for _ in range(2))
+                x, attended = (memory_of_site.numbers((rows, width), TORCH_DTYPES[dtype]) for _ in range(2))
                 yield Probe(
                     f"{site.tier}.matrix.{number}.{width}.{rows}",
                     2 * unit.num_values * rows,
@@ -83,9 +91,7 @@ def matrix_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
                 )
 
 
-def _layer(
-    shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor
-) -> Callable[[], object]:
+def _layer(shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor) -> Callable[[], object]:
     kind = family(FAMILY)
 
     def call() -> Tensor:
@@ -97,13 +103,14 @@ def _layer(
     return call
 
 
-def torch_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
-    """``<tier>.torch_matrix.<dtype>.<width>.<rows>``: a square product as torch computes it, the weight as checkpoints hold it."""
-    site = room.site
+def torch_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
+    """``<tier>.torch_matrix.<dtype>.<width>.<rows>``: a square product as torch computes it, the weight as checkpoints
+    hold it."""
+    site = memory_of_site.site
     for dtype in DType if effort.torch_widths else ():
         kind = TORCH_DTYPES[dtype]
         for width in effort.torch_widths:
-            pieces = room.copies(width * width * dtype.bytes)
+            pieces = memory_of_site.copies(width * width * dtype.bytes)
             if not pieces:
                 continue
             size = width * width * dtype.bytes
@@ -112,7 +119,7 @@ def torch_probes(room: Room, effort: SiteEffort) -> Iterator[Probe]:
                 yield Probe(
                     f"{site.tier}.torch_matrix.{number_format(dtype)}.{width}.{rows}",
                     2 * width * width * rows,
-                    functools.partial(_multiply_next, room.numbers((rows, width), kind), turns),
+                    functools.partial(_multiply_next, memory_of_site.numbers((rows, width), kind), turns),
                     site.settle,
                 )
 
@@ -123,21 +130,16 @@ def _multiply_next(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
     return linear(x, next(weights))
 
 
-def unpack_probe(room: Room, effort: SiteEffort) -> Probe:
+def unpack_probe(memory_of_site: ProbeMemory, effort: SiteEffort) -> Probe:
     """``<tier>.unpack``: bytes of plain weights, out of a whole unit at a time."""
     dtype, compression = _UNPACKED
-    site, width = room.site, sorted(effort.widths)[len(effort.widths) // 2]
+    site, width = memory_of_site.site, sorted(effort.widths)[len(effort.widths) // 2]
     unit = layer_unit(layer_shape(width), dtype, compression)
     out = site.device.allocate(site.tier, unit.plain_bytes)
     plain = plain_views(out, unit, TORCH_DTYPES[dtype])
-    packed = cycle(
-        [views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in room.copies(unit.num_bytes)]
-    )
+    packed = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in memory_of_site.copies(unit.num_bytes)])
     return Probe(
-        f"{site.tier}.unpack",
-        unit.plain_bytes,
-        functools.partial(_unpack_next, packed.__next__, plain),
-        site.settle,
+        f"{site.tier}.unpack", unit.plain_bytes, functools.partial(_unpack_next, packed.__next__, plain), site.settle
     )
 
 

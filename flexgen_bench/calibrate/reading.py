@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from flexgen_bench.calibrate.site import Room
+from flexgen_bench.calibrate.site import ProbeMemory
 from flexgen_bench.calibrate.stable import Probe
 from flexgen_bench.core.units import MIB, PAGE
 from flexgen_bench.kernels.native.build import library
@@ -20,13 +20,13 @@ _PIECE = 64 * MIB
 _READ_LOOPS = ((1, 4096), (4, 1024), (8, 0))
 
 
-def memory_probe(room: Room) -> Probe:
+def memory_probe(memory_of_site: ProbeMemory) -> Probe:
     """``<tier>.memory``: bytes/s of the fastest of a few read loops; of a sum where there is no native code for it."""
-    size = min(_PIECE, room.size // 4)
-    turns = room.turns(size)
-    native = None if room.site.device.is_cuda else library("bandwidth")
+    size = min(_PIECE, memory_of_site.size // 4)
+    turns = memory_of_site.turns(size)
+    native = None if memory_of_site.site.device.is_cuda else library("bandwidth")
     read = _summed if native is None else _fastest_loop(native, turns)
-    return Probe(f"{room.site.tier}.memory", size, lambda: read(next(turns)), room.site.settle)
+    return Probe(f"{memory_of_site.site.tier}.memory", size, lambda: read(next(turns)), memory_of_site.site.settle)
 
 
 def _summed(piece: Tensor) -> object:

@@ -15,29 +15,26 @@ from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
 from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
 from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, torch_probes, unpack_probe
-from flexgen_bench.calibrate.others import Others
 from flexgen_bench.calibrate.reading import memory_probe
-from flexgen_bench.calibrate.site import Room, Site
+from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Probe, Progress, Reading, measure
 from flexgen_bench.calibrate.steps import step_probe
-from flexgen_bench.calibrate.store import Calibration, describe
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.kernels.native.build import library
+from flexgen_bench.machine.contention import Others
+from flexgen_bench.machine.measured_rates import Calibration, describe
 
 _NATIVE = ("linear", "attention", "quantization", "bandwidth")
 
 
 def calibrate(
-    effort: Effort,
-    threads: int,
-    disk_dir: Path,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    effort: Effort, threads: int, disk_dir: Path, tell: Callable[[Progress], None] = lambda progress: None
 ) -> tuple[Calibration, Mapping[str, Reading]]:
     """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
 
-    Also returns every reading by its name, as a job meets it (``disturbance.py``). Raises StoreError for what the disk refuses,
-    MemoryError if the machine has no room.
+    Also returns every reading by its name, as a job meets it (``disturbance.py``). Raises StoreError for what the disk
+    refuses, MemoryError if the machine has no room.
     """
     notes = [f"no native {name}: torch does its work" for name in _NATIVE if library(name) is None]
     with open_probes(effort, threads, disk_dir) as (probes, direct):
@@ -57,7 +54,8 @@ def calibrate(
 
 @contextmanager
 def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[list[Probe], bool]]:
-    """Every probe of this machine, to be called within the block, and whether its disk lets the page cache be gone around."""
+    """Every probe of this machine, to be called within the block, and whether its disk lets the page cache be gone
+    around."""
     import torch
 
     before = torch.get_num_threads()
@@ -65,15 +63,15 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
     try:
         with torch.inference_mode():
             host = Site.open(Tier.CPU, threads)
-            room = _room(host, effort.cpu)
+            memory_of_site = _room(host, effort.cpu)
             cuda = torch.cuda.is_available()
-            probes = [*_site_probes(room, effort, effort.cpu)]
+            probes = [*_site_probes(memory_of_site, effort, effort.cpu)]
             if cuda:
                 gpu = Site.open(Tier.GPU, threads)
                 probes += [*_site_probes(_room(gpu, effort.gpu), effort, effort.gpu)]
                 probes += cuda_probes(gpu, effort)
             else:
-                probes += host_probes(room, effort)
+                probes += host_probes(memory_of_site, effort)
             with disk_probes(disk_dir, effort, pinned=cuda) as (of_disk, direct):
                 yield [*of_disk, *probes], direct
     finally:
@@ -81,18 +79,18 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
         gc.collect()
 
 
-def _room(site: Site, effort: SiteEffort) -> Room:
-    return Room(site, effort, largest_layer(effort, site.free_bytes() // 3))
+def _room(site: Site, effort: SiteEffort) -> ProbeMemory:
+    return ProbeMemory(site, effort, largest_layer(effort, site.free_bytes() // 3))
 
 
-def _site_probes(room: Room, effort: Effort, of_site: SiteEffort) -> Iterator[Probe]:
-    yield memory_probe(room)
-    yield step_probe(room.site, effort)
-    yield unpack_probe(room, of_site)
-    yield from matrix_probes(room, of_site)
-    yield from torch_probes(room, of_site)
-    yield from prefill_probes(room, of_site)
-    yield from decode_probes(room, of_site)
+def _site_probes(memory_of_site: ProbeMemory, effort: Effort, of_site: SiteEffort) -> Iterator[Probe]:
+    yield memory_probe(memory_of_site)
+    yield step_probe(memory_of_site.site, effort)
+    yield unpack_probe(memory_of_site, of_site)
+    yield from matrix_probes(memory_of_site, of_site)
+    yield from torch_probes(memory_of_site, of_site)
+    yield from prefill_probes(memory_of_site, of_site)
+    yield from decode_probes(memory_of_site, of_site)
 
 
 def _calibration(
@@ -130,8 +128,8 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
 
 
 def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> float:
-    """A reading as the constant of its name: a step's is the time it takes, the others are rates; what attention takes beside
-    reading its cache is told apart."""
+    """A reading as the constant of its name: a step's is the time it takes, the others are rates; what attention takes
+    beside reading its cache is told apart."""
     tier, _, what = name.partition(".")
     kind, _, number = what.partition(".")
     if kind == "step":
@@ -145,13 +143,8 @@ def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> f
     return reading.rate
 
 
-def _attention(
-    tier: str, number: str, large: Reading, readings: Mapping[str, Reading]
-) -> DecodeCost:
-    short, single = (
-        readings[f"{tier}.attend_sequence.{number}"],
-        readings[f"{tier}.attend.{number}"],
-    )
+def _attention(tier: str, number: str, large: Reading, readings: Mapping[str, Reading]) -> DecodeCost:
+    short, single = (readings[f"{tier}.attend_sequence.{number}"], readings[f"{tier}.attend.{number}"])
     return apart(large, short, single, readings[f"{tier}.memory"].rate)
 
 

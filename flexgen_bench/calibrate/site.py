@@ -63,12 +63,14 @@ class Site:
         return max(sizes, default=32 * MIB)
 
 
-class Room:
-    """Memory whose contents take turns. Every two bytes of it are an ordinary number, not too large and not denormal, as float16,
-    as bfloat16 and as half of a float32, so any format can be read from anywhere in it. Whoever writes into it keeps it so."""
+class ProbeMemory:
+    """Memory whose contents take turns. Every two bytes of it are an ordinary number, not too large and not denormal,
+    as float16, as bfloat16 and as half of a float32, so any format can be read from anywhere in it. Whoever writes into
+    it keeps it so."""
 
     def __init__(self, site: Site, effort: SiteEffort, largest_layer: int) -> None:
-        """largest_layer: bytes of the largest layer that will be laid into it; it is left out if there is no room for it."""
+        """largest_layer: bytes of the largest layer that will be laid into it; it is left out if there is no room for
+        it."""
         import torch
 
         wanted = max(effort.least_bytes, _CACHES * site.cache_bytes(), largest_layer)

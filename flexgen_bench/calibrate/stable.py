@@ -1,4 +1,5 @@
-"""Measuring until it is stable: rounds that go through everything, so that a busy neighbour disturbs every constant alike."""
+"""Measuring until it is stable: rounds that go through everything, so that a busy neighbour disturbs every constant
+alike."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def _nothing() -> None:
 class Probe:
     """One constant and the work that shows it.
 
-    amount: what a call does, in FLOP, bytes or steps. settle: waits for work that calls have only issued; it is part of the time.
+    amount: what a call does, in FLOP, bytes or steps. settle: waits for work that calls have only issued; it is part of
+    the time.
     after: what a sample leaves behind is put right, outside the time.
     """
 
@@ -36,7 +38,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their median.
+    """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their
+    median.
     amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at ``rate``."""
 
     rate: float
@@ -54,8 +57,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Patience:
-    """When to stop. A constant is stable once the last ``last`` samples of at least ``sample_s`` seconds each have a spread of at
-    most ``spread``; after ``budget_s`` seconds (warming up included) the others stay as they are."""
+    """When to stop. A constant is stable once the last ``last`` samples of at least ``sample_s`` seconds each have a
+    spread of at most ``spread``; after ``budget_s`` seconds (warming up included) the others stay as they are."""
 
     budget_s: float
     sample_s: float
@@ -86,10 +89,11 @@ def measure(
     tell: Callable[[Progress], None] = lambda progress: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Reading]:
-    """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not stable.
+    """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not
+    stable.
 
-    A first call that is long is a sample itself: what happens once is little beside it. A stable constant is the median of its last
-    samples, another one of all it has.
+    A first call that is long is a sample itself: what happens once is little beside it. A stable constant is the median
+    of its last samples, another one of all it has.
     """
     begin = clock()
     samples: dict[str, list[float]] = {probe.name: [] for probe in probes}
@@ -138,10 +142,7 @@ def _is_stable(rates: Sequence[float], patience: Patience) -> bool:
 
 
 def _readings(
-    probes: Sequence[Probe],
-    samples: Mapping[str, Sequence[float]],
-    first: Collection[str],
-    patience: Patience,
+    probes: Sequence[Probe], samples: Mapping[str, Sequence[float]], first: Collection[str], patience: Patience
 ) -> dict[str, Reading]:
     found = {}
     for probe in probes:
@@ -149,7 +150,5 @@ def _readings(
         stable, last = _is_stable(rates, patience), rates[-patience.last :]
         median = statistics.median(last if stable else rates)
         slowdowns = tuple(median / rate for rate in rates[probe.name in first :])
-        found[probe.name] = Reading(
-            median, spread_of(last), len(rates), stable, probe.amount, slowdowns
-        )
+        found[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount, slowdowns)
     return found

@@ -10,12 +10,12 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.executor import Executor
+from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.units import pack
-from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step
 
 LAYERS, BATCH_SIZE, BATCHES = 24, 8, 4
@@ -30,18 +30,28 @@ def step_probe(site: Site, effort: Effort) -> Probe:
 def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, Job]:
     """A block of sequences, half of the weights on disk."""
     shape = ModelShape(
-        name="steps", family="opt", num_layers=LAYERS, hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16,
-        ffn_size=256, vocab_size=64, max_positions=64, tied_embeddings=True,
-    )  # fmt: skip
+        name="steps",
+        family="opt",
+        num_layers=LAYERS,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        ffn_size=256,
+        vocab_size=64,
+        max_positions=64,
+        tied_embeddings=True,
+    )
     dtype, near = DType.FLOAT16, Placement.all_on(hardware.compute_tier)
     policy = Policy(
-        gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, weights=Placement(cpu=0.5, disk=0.5),
-        kv_cache=near, activations=near,
-    )  # fmt: skip
-    packed = pack(shape, family(shape.family).inventory(shape), dtype)
-    plan = plan_job(
-        shape, packed, dtype, policy, hardware, [Request(8, passes)] * policy.block_size
+        gpu_batch_size=BATCH_SIZE,
+        num_gpu_batches=BATCHES,
+        weights=Placement(cpu=0.5, disk=0.5),
+        kv_cache=near,
+        activations=near,
     )
+    packed = pack(shape, family(shape.family).inventory(shape), dtype)
+    plan = plan_job(shape, packed, dtype, policy, hardware, [Request(8, passes)] * policy.block_size)
     return Scheduler(policy, plan), plan.job
 
 

@@ -19,27 +19,23 @@ def print_tables(readings: Readings, console: Console) -> None:
     tiers = [tier for tier in ("gpu", "cpu") if any(n.startswith(f"{tier}.") for n in readings)]
     for tier in tiers:
         console.print(
-            _grid(
-                f"{tier}: matrix products, GFLOP/s by rows",
-                readings,
-                f"{tier}.matrix.",
-                ("format", "width"),
-            )
+            _grid(f"{tier}: matrix products, GFLOP/s by rows", readings, f"{tier}.matrix.", ("format", "width"))
         )
         title = f"{tier}: torch's own matrix products, GFLOP/s by rows"
         of_torch = _grid(title, readings, f"{tier}.torch_matrix.", ("format", "width"))
         if of_torch.rows:
             console.print(of_torch)
         console.print(
+            _grid(f"{tier}: prefill attention, GFLOP/s by tokens", readings, f"{tier}.prefill_attention.", ())
+        )
+        console.print(
             _grid(
-                f"{tier}: prefill attention, GFLOP/s by tokens",
+                f"{tier}: decode attention, GB/s by query heads per KV head",
                 readings,
-                f"{tier}.prefill_attention.",
-                (),
+                f"{tier}.decode_attention.",
+                ("format",),
             )
         )
-        console.print(_grid(f"{tier}: decode attention, GB/s by query heads per KV head", readings,
-                            f"{tier}.decode_attention.", ("format",)))  # fmt: skip
     console.print(_rest(readings))
 
 
@@ -61,9 +57,7 @@ def _grid(title: str, readings: Readings, prefix: str, labels: tuple[str, ...]) 
 
 
 def _rest(readings: Readings) -> Table:
-    table = Table(
-        title="memory, links, steps", title_justify="left", box=box.SIMPLE, padding=(0, 1)
-    )
+    table = Table(title="memory, links, steps", title_justify="left", box=box.SIMPLE, padding=(0, 1))
     for label in ("", "rate", "spread"):
         table.add_column(label, justify="left" if not label else "right", no_wrap=True)
     for name, reading in readings.items():

@@ -1,4 +1,5 @@
-"""What a run of accuracy leaves: for each task its items, and for each mode of a model what compression did to its numbers."""
+"""What a run of accuracy leaves: for each task its items, and for each mode of a model what compression did to its
+numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ NO_LAYER = -1
 
 
 class Role(StrEnum):
-    """evaluated: a system under test. reference: one whose arithmetic others must reproduce. yardstick: plain rounding of the same weights."""
+    """evaluated: a system under test. reference: one whose arithmetic others must reproduce. yardstick: plain rounding
+    of the same weights."""
 
     EVALUATED = "evaluated"
     REFERENCE = "reference"
@@ -33,9 +35,10 @@ class Role(StrEnum):
 class Subject:
     """What was evaluated: a model under a mode, by a system.
 
-    fingerprint: of the checkpoint; runs of different weights are never compared. mode: a name from conf/accuracy/modes. lossy: its
-    values, as ``Lossy.to_dict`` writes them. system: whose arithmetic. dtype: of what is not compressed; run_dtype: of the uncompressed
-    run it belongs to, which differs where the mode is another dtype. role: what it is in a comparison.
+    fingerprint: of the checkpoint; runs of different weights are never compared. mode: a name from conf/accuracy/modes.
+    lossy: its values, as ``Lossy.to_dict`` writes them. system: whose arithmetic. dtype: of what is not compressed;
+    run_dtype: of the uncompressed run it belongs to, which differs where the mode is another dtype. role: what it is in
+    a comparison.
     """
 
     model: str
@@ -56,9 +59,10 @@ class Subject:
 class Item:
     """One item of a task.
 
-    id: number and hash of the item; items are paired by it, and no text of the data is kept. cluster: what it shares with others (a subject), or "". parts: its addends
-    of the task's statistic (``accuracy.statistics``). loglik: natural logarithms, one for each choice or text that was scored (none where text was
-    generated). bytes: UTF-8 bytes of these. gold: index of the right one in ``loglik``; None where there is none.
+    id: number and hash of the item; items are paired by it, and no text of the data is kept. cluster: what it shares
+    with others (a subject), or "". parts: its addends of the task's statistic (``accuracy.statistics``). loglik:
+    natural logarithms, one for each choice or text that was scored (none where text was generated). bytes: UTF-8 bytes
+    of these. gold: index of the right one in ``loglik``; None where there is none.
     """
 
     id: str
@@ -75,7 +79,8 @@ class Item:
 class TaskRecord:
     """One task under one subject. ``metric`` is the task's own; ``statistic`` is how it follows from the items' parts.
 
-    truncated: items cut from the left to fit the context, by kind of request. left_out: items that could not be scored, by their number and hash, with the reason; neither
+    truncated: items cut from the left to fit the context, by kind of request. left_out: items that could not be scored,
+    by their number and hash, with the reason; neither
     ``items`` nor ``scores`` know them. scores: every metric of the task, as lm-eval gives them.
     """
 
@@ -116,8 +121,8 @@ class LayerError:
 class Divergence:
     """Of the next-token distributions of one text from the uncompressed ones.
 
-    kl: mean over positions of KL(uncompressed || compressed), nats. agree: positions with the same argmax. nll: negative log-probability
-    of the text, summed over its positions, nats.
+    kl: mean over positions of KL(uncompressed || compressed), nats. agree: positions with the same argmax. nll:
+    negative log-probability of the text, summed over its positions, nats.
     """
 
     text: str
@@ -135,9 +140,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ModeRecord:
-    """What one mode does to the numbers of one model. weight_bytes: what the compressed form of the model's tensors occupies;
-    weight_values: how many they are. grid_error: error of the same grid on the same weights by an independent quantizer; near 0, the
-    weights lie on that grid already."""
+    """What one mode does to the numbers of one model. weight_bytes: what the compressed form of the model's tensors
+    occupies;
+    weight_values: how many they are. grid_error: error of the same grid on the same weights by an independent
+    quantizer; near 0, the weights lie on that grid already."""
 
     run_id: str
     key: str
@@ -163,8 +169,8 @@ class ModeRecord:
 
     @property
     def weight_error(self) -> float | None:
-        """Of all quantized tensors of the layers together: root of the mean of their squared errors, each weighted by its size. (What has a
-        row for each token is kept in more bits, see ``Compression.of_vocabulary``.)"""
+        """Of all quantized tensors of the layers together: root of the mean of their squared errors, each weighted by
+        its size. (What has a row for each token is kept in more bits, see ``Compression.of_vocabulary``.)"""
         layers = [e for e in self.weights if e.layer != NO_LAYER]
         total = sum(e.values for e in layers)
         if not total:

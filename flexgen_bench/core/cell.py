@@ -93,9 +93,11 @@ def check_latency(seconds: float | None, policy_is_given: bool) -> None:
         raise UserError("policy.max_latency_s", seconds, "more than zero seconds, or null")
     if policy_is_given:
         raise UserError(
-            "policy.max_latency_s", seconds, "left out where a policy is given",
+            "policy.max_latency_s",
+            seconds,
+            "left out where a policy is given",
             "It is for policy=auto, which chooses within it.",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class CellSpec:
 
     system: a name from ``conf/system``; ``target``: the ``module:Class`` that implements it;
     ``system_options``: that system's own settings. policy None means the system chooses ("auto"); ``lossy`` is
-    what it may change of the results then (a given policy brings its own), ``max_latency_s`` how long a block may take then.
+    what it may change of the results then (a given policy brings its own), ``max_latency_s`` how long a block may take
+    then.
     """
 
     system: str

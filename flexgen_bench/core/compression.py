@@ -30,16 +30,18 @@ class Scales(StrEnum):
 
     MINMAX = "minmax"  # from its smallest and its largest value (the paper's)
     MSE = "mse"  # searched for the least squared error: outliers may be cut off
-    CALIBRATED = "calibrated"  # the same, an input's errors counted by how large it was on a text (accuracy/importance.py)
+    CALIBRATED = (
+        "calibrated"  # the same, an input's errors counted by how large it was on a text (accuracy/run/importance.py)
+    )
 
 
 @dataclass(frozen=True)
 class Compression:
     """Group-wise asymmetric quantization: value = smallest of its group + code * scale of its group.
 
-    Groups are runs of ``group_size`` values along the last dimension (the last group of a row may be shorter); a row's codes
-    are packed without gaps between groups, ``bits`` bits each. ``along`` outputs: of a weight (out, in), the runs go down
-    its columns. What has a row for each token is kept in more bits (``of_vocabulary``).
+    Groups are runs of ``group_size`` values along the last dimension (the last group of a row may be shorter); a row's
+    codes are packed without gaps between groups, ``bits`` bits each. ``along`` outputs: of a weight (out, in), the runs
+    go down its columns. What has a row for each token is kept in more bits (``of_vocabulary``).
     """
 
     bits: int
@@ -49,14 +51,10 @@ class Compression:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise UserError(
-                "compression.bits", self.bits, f"one of {', '.join(map(str, BITS))}, or none"
-            )
+            raise UserError("compression.bits", self.bits, f"one of {', '.join(map(str, BITS))}, or none")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 8 or size % 8:
-            raise UserError(
-                "compression.group_size", size, "a multiple of 8 (groups start at whole bytes)"
-            )
+            raise UserError("compression.group_size", size, "a multiple of 8 (groups start at whole bytes)")
         choices: dict[str, type[StrEnum]] = {"along": Along, "scales": Scales}
         for name, enum in choices.items():
             value = getattr(self, name)
@@ -65,21 +63,26 @@ class Compression:
             object.__setattr__(self, name, enum(value))
         if self.along is Along.OUTPUTS and self.scales is Scales.CALIBRATED:
             raise UserError(
-                "compression.scales", "calibrated", "minmax or mse for groups along outputs",
+                "compression.scales",
+                "calibrated",
+                "minmax or mse for groups along outputs",
                 "All values of such a group meet the same input, so calibration would change nothing.",
-            )  # fmt: skip
+            )
 
     @property
     def of_vocabulary(self) -> Compression:
         """How matrices with a row for each token are compressed (token table, head): 8 bits, within a row.
 
-        At 4 bits SmolLM2's table alone adds 0.107 to the log-loss, a third of what all layers add, for 14 of 90 MB; at 8 bits
-        0.0004 (docs/notes/accuracy_quantization.md). In large models it is 1 % of the weights. Rows of a table are looked up one by one.
+        At 4 bits SmolLM2's table alone adds 0.107 to the log-loss, a third of what all layers add, for 14 of 90 MB; at
+        8 bits
+        0.0004 (docs/notes/accuracy_quantization.md). In large models it is 1 % of the weights. Rows of a table are
+        looked up one by one.
         """
         return Compression(max(BITS), self.group_size)
 
     def matrix_bytes(self, blocks: Sequence[int], columns: int) -> tuple[int, int]:
-        """Bytes of all codes and of all parameters of a matrix (out, in = ``columns``) made of blocks of so many rows."""
+        """Bytes of all codes and of all parameters of a matrix (out, in = ``columns``) made of blocks of so many
+        rows."""
         if self.along is Along.INPUTS:
             rows = sum(blocks)
             codes, groups = rows * self.code_bytes(columns), rows * self.groups(columns)
@@ -106,11 +109,10 @@ class Compression:
         return self.code_bytes(row) + self.groups(row) * GROUP_PARAMETER_BYTES
 
     def __str__(self) -> str:
-        """``4-bit``; what differs from the usual is named, as in ``4-bit/32/outputs/mse``: equal names mean equal results."""
+        """``4-bit``; what differs from the usual is named, as in ``4-bit/32/outputs/mse``: equal names mean equal
+        results."""
         unusual = [
-            str(getattr(self, f.name))
-            for f in fields(self)
-            if f.name != "bits" and getattr(self, f.name) != f.default
+            str(getattr(self, f.name)) for f in fields(self) if f.name != "bits" and getattr(self, f.name) != f.default
         ]
         return "/".join([f"{self.bits}-bit", *unusual])
 
@@ -126,9 +128,11 @@ class Compression:
 
     @staticmethod
     def parse(value: object, group_size: int = 64) -> Compression | None:
-        """From a configuration: none, bits (``4``), a name as it is printed (``4-bit/32/outputs/mse``), or a mapping of fields.
+        """From a configuration: none, bits (``4``), a name as it is printed (``4-bit/32/outputs/mse``), or a mapping of
+        fields.
 
-        group_size: where none is named. Raises UserError for anything else; its field is ``compression`` or one of its fields.
+        group_size: where none is named. Raises UserError for anything else; its field is ``compression`` or one of its
+        fields.
         """
         if value is None or isinstance(value, Compression):
             return value
@@ -149,9 +153,7 @@ def _fields_of(name: str) -> dict[str, Any]:
     bits, *rest = name.strip().split("/")
     number = bits.removesuffix("-bit").removesuffix("bit")
     if not number.isdecimal():
-        raise UserError(
-            "compression", name, "bits (4), or a name such as 4-bit, 4-bit/32 or 4-bit/outputs/mse"
-        )
+        raise UserError("compression", name, "bits (4), or a name such as 4-bit, 4-bit/32 or 4-bit/outputs/mse")
     found: dict[str, Any] = {"bits": int(number)}
     for part in rest:
         if part.isdecimal():
@@ -172,9 +174,10 @@ def _fields_of(name: str) -> dict[str, Any]:
 class Lossy:
     """Everything that makes results differ from the uncompressed model's. The default changes nothing.
 
-    weights, kv_cache: their compression, independent of each other. A cache's is plain min-max within a head's values: it is
-    compressed token by token, while others wait.
-    value_share: decode attention uses only this share of the value rows, those with the largest weights (the last token always).
+    weights, kv_cache: their compression, independent of each other. A cache's is plain min-max within a head's values:
+    it is compressed token by token, while others wait.
+    value_share: decode attention uses only this share of the value rows, those with the largest weights (the last token
+    always).
     """
 
     weights: Compression | None = None
@@ -184,14 +187,10 @@ class Lossy:
     def __post_init__(self) -> None:
         share = self.value_share
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-            raise UserError(
-                "value_share", share, "a share above 0 and at most 1", "The paper uses 0.1."
-            )
+            raise UserError("value_share", share, "a share above 0 and at most 1", "The paper uses 0.1.")
         cache = self.kv_cache
         if cache is not None and cache != Compression(cache.bits, cache.group_size):
-            raise UserError(
-                "kv_cache", str(cache), "bits and a group size", "along and scales are for weights."
-            )
+            raise UserError("kv_cache", str(cache), "bits and a group size", "along and scales are for weights.")
 
     @property
     def is_exact(self) -> bool:

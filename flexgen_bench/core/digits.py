@@ -1,8 +1,9 @@
 """How a figure becomes text: with the digits that mean something, and the same ones on every machine.
 
-Two processors sum in different orders, so their figures differ in the 14th digit or so. Printed with fewer digits they are the same, except where that
-difference lies on the edge of a rounding, and such edges are common: 25 right answers of 200 are 12.5 %, which is printed without decimals. So a value is
-first brought to ``NOISE_FREE`` digits, which makes an exact tie of a near one, and a tie goes to the even digit, in decimal arithmetic.
+Two processors sum in different orders, so their figures differ in the 14th digit or so. Printed with fewer digits they
+are the same, except where that difference lies on the edge of a rounding, and such edges are common: 25 right answers
+of 200 are 12.5 %, which is printed without decimals. So a value is first brought to ``NOISE_FREE`` digits, which makes
+an exact tie of a near one, and a tie goes to the even digit, in decimal arithmetic.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 
 # What arithmetic in float64 over thousands of terms still agrees on.
 NOISE_FREE = 12
-# Digits of a figure that was timed or predicted: repetitions differ in the third, and a ratio of two figures should be good to three.
+# Digits of a figure that was timed or predicted: repetitions differ in the third, and a ratio of two figures should be
+# good to three.
 TIMED = 4
 # Of errors and divergences, which are computed in float32 (7 digits, fewer after summing).
 SINGLE = 4
 # Of a probability.
 CHANCE = 3
-# Decimals of scores between 0 and 1 and of bits per byte: a ten-thousandth of the smallest margin that anybody asks for.
+# Decimals of scores between 0 and 1 and of bits per byte: a ten-thousandth of the smallest margin that anybody asks
+# for.
 SCORE = 6
 
 _EXACT = Context(prec=40, rounding=ROUND_HALF_EVEN)
@@ -36,7 +39,8 @@ def settled(value: float, decimals: int | None = None) -> float:
 
 
 def fixed(value: float, decimals: int, *, plus: bool = False) -> str:
-    """``value`` with so many decimals: ``12.50``. plus: with a sign before positive ones and zero. A zero never has a minus."""
+    """``value`` with so many decimals: ``12.50``. plus: with a sign before positive ones and zero. A zero never has a
+    minus."""
     if not math.isfinite(value):
         return f"{value:+f}" if plus else f"{value:f}"
     found = _fixed(value, decimals)
@@ -44,8 +48,8 @@ def fixed(value: float, decimals: int, *, plus: bool = False) -> str:
 
 
 def significant(value: float, digits: int, *, plus: bool = False) -> str:
-    """``value`` with so many significant digits and no zeros at the end: ``0.0123``, ``1234``, ``1.2e-07``, as the format ``g`` has it,
-    but that large ones are written out up to 1e15."""
+    """``value`` with so many significant digits and no zeros at the end: ``0.0123``, ``1234``, ``1.2e-07``, as the
+    format ``g`` has it, but that large ones are written out up to 1e15."""
     found = rounded(value, digits)
     if not math.isfinite(found):
         return f"{found:+f}" if plus else f"{found:f}"
@@ -70,7 +74,8 @@ def rounded(value: float, digits: int) -> float:
 
 
 def _fixed(value: float, decimals: int) -> Decimal:
-    """Twice: to six decimals more than wanted (a difference of two numbers keeps their noise, however small it is itself), then as wanted."""
+    """Twice: to six decimals more than wanted (a difference of two numbers keeps their noise, however small it is
+    itself), then as wanted."""
     exact = Decimal(repr(settled(value)))
     for places in (decimals + 6, decimals):
         exact = exact.quantize(Decimal(1).scaleb(-places), context=_EXACT)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from flexgen_bench.core.status import Status
+from flexgen_bench.core.units import format_bytes
 
 
 class UserError(ValueError):
@@ -23,19 +24,13 @@ def unknown_choice(field: str, value: str, choices: Iterable[str]) -> UserError:
     """The error for a name that is not in a closed list; says which ones are, and the nearest."""
     names = sorted(choices)
     near = get_close_matches(str(value), names, n=1)
-    return UserError(
-        field, value, f"one of {', '.join(names)}", f"Did you mean {near[0]!r}?" if near else ""
-    )
+    return UserError(field, value, f"one of {', '.join(names)}", f"Did you mean {near[0]!r}?" if near else "")
 
 
 class DoesNotFit(UserError):
     """A plan asks for more than a tier has. Raised before any work is done."""
 
-    def __init__(
-        self, tier: str, need_bytes: int, capacity_bytes: int, parts: str, action: str
-    ) -> None:
-        from flexgen_bench.core.units import format_bytes
-
+    def __init__(self, tier: str, need_bytes: int, capacity_bytes: int, parts: str, action: str) -> None:
         self.tier, self.need_bytes, self.capacity_bytes = tier, need_bytes, capacity_bytes
         super().__init__(
             f"policy on tier {tier}",

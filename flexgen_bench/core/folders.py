@@ -16,13 +16,14 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def expanded(name: str | Path, field: str) -> Path:
-    """A path with ``~`` as the home folder it stands for; UserError naming ``field`` if nobody has it, or no file can be called so."""
+    """A path with ``~`` as the home folder it stands for; UserError naming ``field`` if nobody has it, or no file can
+    be called so."""
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(
             field, str(name), "a path whose ~ is somebody's home folder", "For a folder that is called so, write ./~..."
-        ) from error  # fmt: skip
+        ) from error
     try:
         path.lstat()
     except (OSError, ValueError) as error:
@@ -33,7 +34,8 @@ def expanded(name: str | Path, field: str) -> Path:
 
 
 def path_argument(name: str) -> Path:
-    """A path on the command line of an ``argparse`` parser: the shell leaves the ``~`` of ``--out=~/x`` to the program."""
+    """A path on the command line of an ``argparse`` parser: the shell leaves the ``~`` of ``--out=~/x`` to the
+    program."""
     try:
         return expanded(name, "path")
     except UserError as error:
@@ -47,7 +49,5 @@ def make_writable(directory: Path, field: str) -> Path:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(
-            field, str(directory), f"a writable directory ({error.strerror})", "Choose another."
-        ) from error
+        raise UserError(field, str(directory), f"a writable directory ({error.strerror})", "Choose another.") from error
     return directory

@@ -13,17 +13,19 @@ _WANTED = "text, or token ids as integers (a list, or a one-dimensional array or
 
 
 def check_text(text: Any, field: str) -> None:
-    """UserError for what is no text, and for surrogates in it: half of a character, which no tokenizer can read. It does not repeat the
-    text, which may be a line of somebody's data."""
+    """UserError for what is no text, and for surrogates in it: half of a character, which no tokenizer can read. It
+    does not repeat the text, which may be a line of somebody's data."""
     if not isinstance(text, str):
         raise UserError(field, type(text).__name__, "text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            field, f"U+{ord(text[error.start]):04X} at character {error.start}", "text that can be written as UTF-8",
+            field,
+            f"U+{ord(text[error.start]):04X} at character {error.start}",
+            "text that can be written as UTF-8",
             "A surrogate is half of a character: decode its source with errors='replace', or as UTF-16.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def whole_number(value: Any) -> int | None:
@@ -58,9 +60,11 @@ def as_list(value: Any, field: str, wanted: str) -> list[Any]:
     if dimensions and hasattr(value, "tolist"):
         if dimensions > 1:
             raise UserError(
-                field, f"an array of shape {tuple(value.shape)}", wanted,
+                field,
+                f"an array of shape {tuple(value.shape)}",
+                wanted,
                 "Rows of an array are padded: give a list with each prompt's ids, without padding.",
-            )  # fmt: skip
+            )
         return list(value.tolist())
     if isinstance(value, Mapping):
         raise UserError(field, value, wanted, "Of a mapping, give the value that is meant.")

@@ -29,10 +29,10 @@ class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
     ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
-    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these. Lanes that
-    share a link (``tiers.link_of``) share its bandwidth, stated once.
-    ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no result, so it is no part
-    of a cell's identity. ``sources`` says where each constant comes from.
+    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these.
+    Lanes that share a link (``tiers.link_of``) share its bandwidth, stated once.
+    ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
+    result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
     """
 
     name: str
@@ -56,9 +56,7 @@ class HardwareProfile:
                 if lane in LINKS:
                     link = link_of(Lane(lane))
                     action = f"{lane} shares the link of {link}: state the bandwidth of {link}."
-                raise UserError(
-                    "gpu.links", lane, f"one of {', '.join(map(str, PHYSICAL_LINKS))}", action
-                )
+                raise UserError("gpu.links", lane, f"one of {', '.join(map(str, PHYSICAL_LINKS))}", action)
             if not 0 < rate < math.inf:
                 raise UserError(f"gpu.links.{lane}", rate, "more than zero bytes/s, and finite")
         if self.accelerator is Accelerator.EMULATED and self.gpu_memory_bytes is None:
@@ -105,14 +103,12 @@ class HardwareProfile:
     def from_dict(data: dict[str, Any]) -> HardwareProfile:
         rates = data.get("rates")
         known = data | {"accelerator": Accelerator(data["accelerator"])}
-        return HardwareProfile(
-            **(known | {"rates": None if rates is None else Rates.from_dict(rates)})
-        )
+        return HardwareProfile(**(known | {"rates": None if rates is None else Rates.from_dict(rates)}))
 
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:
-    """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster than the memories at both
-    ends (of a disk's: than host memory)."""
+    """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster
+    than the memories at both ends (of a disk's: than host memory)."""
     for lane in PHYSICAL_LINKS:
         where = f"gpu.links.{lane}"
         rate = machine.link_rate(lane)
@@ -120,18 +116,22 @@ def _check_links(machine: HardwareProfile, rates: Rates) -> None:
             stated_rate(rate, where)
         elif Tier.GPU in rates.sites and machine.compute_tier is Tier.GPU:
             raise UserError(
-                where, None, "given for an accelerator whose rates are given",
+                where,
+                None,
+                "given for an accelerator whose rates are given",
                 f"State all of {', '.join(map(str, PHYSICAL_LINKS))} in bytes/s, or leave out gpu.rates.",
-            )  # fmt: skip
+            )
         ends = {tier: rates.sites[tier].memory for tier in LINKS[lane] if tier in rates.sites}
         if rate is None or not ends:
             continue
         tier = max(ends, key=lambda end: ends[end])
         if rate > ends[tier]:
             raise UserError(
-                where, rate, f"at most gpu.rates.{tier}.memory = {ends[tier]:g} bytes/s",
+                where,
+                rate,
+                f"at most gpu.rates.{tier}.memory = {ends[tier]:g} bytes/s",
                 "What a link moves is read from or written to that memory; is the unit of one of the two wrong?",
-            )  # fmt: skip
+            )
 
 
 def _check_sites(rates: Rates) -> None:
@@ -141,7 +141,8 @@ def _check_sites(rates: Rates) -> None:
             for heads, rate in table.items():
                 if rate > _ROUNDED * site.memory:
                     raise UserError(
-                        f"gpu.rates.{tier}.decode_attention.{number}.{heads}", rate,
+                        f"gpu.rates.{tier}.decode_attention.{number}.{heads}",
+                        rate,
                         f"at most gpu.rates.{tier}.memory = {site.memory:g} bytes/s",
                         "It reads the whole KV cache. Change both; or is the unit of one of the two wrong?",
-                    )  # fmt: skip
+                    )

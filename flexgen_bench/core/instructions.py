@@ -26,7 +26,8 @@ class Level(StrEnum):
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """Whether there are instructions that multiply bfloat16 numbers: without them it takes several times as long as float32."""
+        """Whether there are instructions that multiply bfloat16 numbers: without them it takes several times as long as
+        float32."""
         return self in (Level.AVX512_BF16, Level.AVX512_FP16, Level.AMX, Level.ARM_BF16)
 
 
@@ -39,8 +40,8 @@ _FLAGS = (
     (Level.AVX2, {"avx2", "fma"}),
 )
 _ORDER = (Level.BASELINE, *(level for level, _ in reversed(_FLAGS)))
-# Variables by which a library is told to do without, and what its values leave. A value that is not listed forbids nothing
-# that a level here stands for (or nothing at all: an unknown one is ignored by the library).
+# Variables by which a library is told to do without, and what its values leave. A value that is not listed forbids
+# nothing that a level here stands for (or nothing at all: an unknown one is ignored by the library).
 _ONEDNN = {
     "sse41": Level.BASELINE,
     "avx": Level.BASELINE,
@@ -54,9 +55,7 @@ _ONEDNN = {
     "avx512_core_fp16": Level.AVX512_FP16,
 }
 LIMITS: Mapping[str, Mapping[str, Mapping[str, Level]]] = {
-    "torch": {
-        "ATEN_CPU_CAPABILITY": {"default": Level.BASELINE, "avx2": Level.AVX2},
-    },
+    "torch": {"ATEN_CPU_CAPABILITY": {"default": Level.BASELINE, "avx2": Level.AVX2}},
     # https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html; the first name that is set counts.
     "onednn": {"ONEDNN_MAX_CPU_ISA": _ONEDNN, "DNNL_MAX_CPU_ISA": _ONEDNN},
     # Intel's reference of oneMKL, "Instruction Set Specific Dispatching". Up to E2 nothing is said of bfloat16.
@@ -70,7 +69,7 @@ LIMITS: Mapping[str, Mapping[str, Mapping[str, Level]]] = {
             "avx512_e1": Level.AVX512,
             "avx512_e2": Level.AVX512,
             "avx512_e3": Level.AVX512_BF16,
-        },
+        }
     },
 }
 # What this project's own kernels are compiled for: a value of the compiler's -march, and 0 for none at all.
@@ -92,9 +91,7 @@ def level_of(flags: frozenset[str], architecture: str) -> Level:
     return next(found, Level.BASELINE)
 
 
-def used_by_libraries(
-    level: Level | None = None, environment: Mapping[str, str] = os.environ
-) -> dict[str, Level]:
+def used_by_libraries(level: Level | None = None, environment: Mapping[str, str] = os.environ) -> dict[str, Level]:
     """Library -> what it uses. level: what the processor has (None: this one)."""
     own = here() if level is None else level
     return {library: _limited(own, named, environment) for library, named in LIMITS.items()}
@@ -118,7 +115,8 @@ def limited_to(level: Level | None = None, environment: Mapping[str, str] = os.e
 
 
 def native_arch(level: Level | None = None, environment: Mapping[str, str] = os.environ) -> str:
-    """What this project's kernels are compiled for (-march): as FLEXGEN_NATIVE_ARCH says, else as much as torch may use here."""
+    """What this project's kernels are compiled for (-march): as FLEXGEN_NATIVE_ARCH says, else as much as torch may use
+    here."""
     said = environment.get(NATIVE_ARCH, "").strip()
     if said:
         return said
@@ -128,15 +126,14 @@ def native_arch(level: Level | None = None, environment: Mapping[str, str] = os.
 
 
 def describe(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the speed of computing depends on, by who computes: libraries, and this project's kernels ("off": torch does their work)."""
+    """What the speed of computing depends on, by who computes: libraries, and this project's kernels ("off": torch does
+    their work)."""
     native = "off" if environment.get(NATIVE_SWITCH) == "0" else native_arch(None, environment)
     libraries = used_by_libraries(None, environment)
     return {name: str(level) for name, level in libraries.items()} | {"native": native}
 
 
-def _limited(
-    own: Level, named: Mapping[str, Mapping[str, Level]], environment: Mapping[str, str]
-) -> Level:
+def _limited(own: Level, named: Mapping[str, Mapping[str, Level]], environment: Mapping[str, str]) -> Level:
     for variable, levels in named.items():
         if variable in environment:
             limit = levels.get(environment[variable].strip().lower(), own)

@@ -41,7 +41,8 @@ class IntervalKind(StrEnum):
 class Definition:
     """How a metric is computed: sum of ``numerator`` / sum of ``denominator`` over repetitions.
 
-    Both see one repetition and the number of batches its prompts were split into. of_a_phase: needs the time of prefill or decode alone.
+    Both see one repetition and the number of batches its prompts were split into. of_a_phase: needs the time of prefill
+    or decode alone.
     """
 
     unit: str
@@ -80,17 +81,11 @@ def _later_steps(sample: Sample, batches: int) -> float:
 DEFINITIONS: dict[str, Definition] = {
     # Generated tokens / (prefill time + decode time): the throughput of the FlexGen paper (section 6).
     GENERATION: Definition(
-        "tok/s",
-        True,
-        lambda s, _: s.generated_tokens,
-        lambda s, _: s.prefill_s + s.decode_s,
-        of_a_phase=False,
+        "tok/s", True, lambda s, _: s.generated_tokens, lambda s, _: s.prefill_s + s.decode_s, of_a_phase=False
     ),
     PREFILL: Definition("tok/s", True, lambda s, _: s.prompt_tokens, lambda s, _: s.prefill_s),
     DECODE: Definition("tok/s", True, lambda s, _: s.decode_tokens, lambda s, _: s.decode_s),
-    "total_s": Definition(
-        "s", False, lambda s, _: s.prefill_s + s.decode_s, lambda *_: 1, of_a_phase=False
-    ),
+    "total_s": Definition("s", False, lambda s, _: s.prefill_s + s.decode_s, lambda *_: 1, of_a_phase=False),
     "prefill_s": Definition("s", False, lambda s, _: s.prefill_s, lambda *_: 1),
     "decode_s": Definition("s", False, lambda s, _: s.decode_s, lambda *_: 1),
     # Time from the start of a batch until each of its prompts has its first token, mean over batches.
@@ -101,11 +96,10 @@ DEFINITIONS: dict[str, Definition] = {
 
 
 def phases_overlap(record: Record) -> bool:
-    """Whether a policy of ours ran that computes some prompts while others decode; other systems' settings are no such policy."""
+    """Whether a policy of ours ran that computes some prompts while others decode; other systems' settings are no such
+    policy."""
     policy = Policy.stated_in(record.report.requested)
-    return policy is not None and policy.mixes_phases(
-        max(map(_sequences, record.samples), default=0)
-    )
+    return policy is not None and policy.mixes_phases(max(map(_sequences, record.samples), default=0))
 
 
 def _parts(record: Record, name: str) -> list[tuple[float, float]] | None:

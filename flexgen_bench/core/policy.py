@@ -22,9 +22,7 @@ class AttentionSite(StrEnum):
 class Schedule(StrEnum):
     """When micro-batches of a job start."""
 
-    BLOCK = (
-        "block"  # a block prefills together, decodes together, and ends before the next one starts
-    )
+    BLOCK = "block"  # a block prefills together, decodes together, and ends before the next one starts
     CONTINUOUS = "continuous"  # a new micro-batch starts as soon as there is room, beside older ones that decode
 
 
@@ -81,7 +79,8 @@ class Policy:
     num_gpu_batches: micro-batches that share one weight load; there is room for this many in the KV cache.
     weights, kv_cache, activations: placement of each tensor kind.
     schedule: block by block, or continuous.
-    prefill_chunk: prompt tokens of a micro-batch computed at once; None is all of them. Bounds the workspace of long prompts.
+    prefill_chunk: prompt tokens of a micro-batch computed at once; None is all of them. Bounds the workspace of long
+    prompts.
     offloaded: whether layers below the compute tier are moved up or computed where they lie.
     lossy: compression and sparse attention. Nothing else here changes a result.
     prefetch: staging slots for streamed layers; layer i+prefetch-1 loads while layer i computes. At least 1.
@@ -110,13 +109,9 @@ class Policy:
         if not isinstance(self.overlap, bool):
             raise UserError("policy.overlap", self.overlap, "true or false")
         chunk = self.prefill_chunk
-        if chunk is not None and (
-            not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1
-        ):
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise UserError("policy.prefill_chunk", chunk, "an integer of at least 1, or null")
-        choices: dict[str, type[StrEnum]] = {
-            "attention": AttentionSite, "schedule": Schedule, "offloaded": Offloaded,
-        }  # fmt: skip
+        choices: dict[str, type[StrEnum]] = {"attention": AttentionSite, "schedule": Schedule, "offloaded": Offloaded}
         for name, enum in choices.items():
             value = getattr(self, name)
             if value not in list(enum):
@@ -135,13 +130,11 @@ class Policy:
     @property
     def lowest_tier(self) -> Tier:
         """The slowest tier that anything is on."""
-        return max(
-            (p.lowest_tier for p in (self.weights, self.kv_cache, self.activations)),
-            key=list(Tier).index,
-        )
+        return max((p.lowest_tier for p in (self.weights, self.kv_cache, self.activations)), key=list(Tier).index)
 
     def mixes_phases(self, prompts: int) -> bool:
-        """Whether a job of so many prompts computes some of them while others decode, so that its two phases have no times of their own."""
+        """Whether a job of so many prompts computes some of them while others decode, so that its two phases have no
+        times of their own."""
         return self.schedule is Schedule.CONTINUOUS and prompts > self.gpu_batch_size
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,7 +165,8 @@ class Policy:
 
     @staticmethod
     def stated_in(settings: Mapping[str, Any]) -> Policy | None:
-        """The policy that a system says it has run; None for settings that are no policy of ours, as those of other systems."""
+        """The policy that a system says it has run; None for settings that are no policy of ours, as those of other
+        systems."""
         try:
             return Policy.from_dict(dict(settings)) if settings else None
         except (TypeError, ValueError):

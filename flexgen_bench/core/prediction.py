@@ -15,8 +15,8 @@ from flexgen_bench.core.model import DType, ModelShape
 class Question:
     """A job on a machine. num_prompts None: as many as one of the system's blocks holds, as in the FlexGen paper.
 
-    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile each. max_latency_s: of a
-    block, from its start to its last token, for systems that choose within it.
+    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile
+    each. max_latency_s: of a block, from its start to its last token, for systems that choose within it.
     """
 
     shape: ModelShape
@@ -34,11 +34,13 @@ class Question:
 class Prediction:
     """The predicted outcome of one job.
 
-    prefill_s: until every sequence of a block has its first token, summed over blocks; decode_s: the rest. batch_size: sequences
-    that share one load of the weights. bytes: memory needed per tier, by name. lane_busy_s: seconds each lane works.
-    bottleneck: the resource that bounds the run, in words. settings: what was chosen or asked for, as the system names it.
-    disk_written_bytes: by the job, in all. overlapped: some prompts are computed while others decode, so only the sum of prefill_s and
-    decode_s means something, and what a phase alone would tell is None.
+    prefill_s: until every sequence of a block has its first token, summed over blocks; decode_s: the rest. batch_size:
+    sequences that share one load of the weights. bytes: memory needed per tier, by name. lane_busy_s: seconds each lane
+    works.
+    bottleneck: the resource that bounds the run, in words. settings: what was chosen or asked for, as the system names
+    it.
+    disk_written_bytes: by the job, in all. overlapped: some prompts are computed while others decode, so only the sum
+    of prefill_s and decode_s means something, and what a phase alone would tell is None.
     """
 
     prefill_s: float
@@ -86,12 +88,13 @@ class Prediction:
 
     @property
     def block_latency_s(self) -> float:
-        """Seconds from the start of a block to its last token; where blocks overlap, what a sequence takes on average (a block's worth of sequences
-        starts and ends in that time), the job's start and end shared out."""
+        """Seconds from the start of a block to its last token; where blocks overlap, what a sequence takes on average
+        (a block's worth of sequences starts and ends in that time), the job's start and end shared out."""
         return self.total_s / self.blocks
 
     def changes(self, permitted: Lossy) -> Lossy:
-        """What the results would differ by: as chosen, where a system was free to compress less than it was permitted to."""
+        """What the results would differ by: as chosen, where a system was free to compress less than it was permitted
+        to."""
         policy = self.settings.get("policy") or {}
         chosen = policy.get("lossy")
         return permitted if chosen is None else Lossy.from_dict(dict(chosen))

@@ -34,8 +34,8 @@ def cores() -> int:
 
 @contextmanager
 def process_pool(workers: int, shared: Any = None) -> Iterator[ProcessPoolExecutor]:
-    """So many new processes. What has not begun when the block ends with an exception is dropped. shared: what each process
-    finds in ``shared_memory()``, such as an array of ``multiprocessing.sharedctypes``."""
+    """So many new processes. What has not begun when the block ends with an exception is dropped. shared: what each
+    process finds in ``shared_memory()``, such as an array of ``multiprocessing.sharedctypes``."""
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_belong_to, initargs=(os.getpid(), shared)
     ) as pool:
@@ -50,14 +50,17 @@ _shared: list[Any] = []
 
 
 def shared_memory() -> Any:
-    """What the process that made this one shares with it; None if nothing, or if this one was not made by ``process_pool``."""
+    """What the process that made this one shares with it; None if nothing, or if this one was not made by
+    ``process_pool``."""
     return _shared[0] if _shared else None
 
 
 def _belong_to(parent: int, shared: Any) -> None:
-    """End soon after the one that started this process, even if that one is killed; at Ctrl-C, which both get, at once and without a word.
+    """End soon after the one that started this process, even if that one is killed; at Ctrl-C, which both get, at once
+    and without a word.
 
-    A parent that ignores Ctrl-C (nohup, the background of a script) goes on working, and so does this process, which has inherited that.
+    A parent that ignores Ctrl-C (nohup, the background of a script) goes on working, and so does this process, which
+    has inherited that.
     """
     _shared[:] = [shared]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

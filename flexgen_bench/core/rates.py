@@ -1,4 +1,5 @@
-"""How fast a machine does what the engine asks of it: the constants of the cost model, each with a unit and a source."""
+"""How fast a machine does what the engine asks of it: the constants of the cost model, each with a unit and a
+source."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
 
-# Nothing that computes or moves data is outside of this, so a constant beyond it is a typing error or a wrong unit: the slowest
-# machine in FLOP/s is above the fastest in GFLOP/s, the slowest in bytes/s above the fastest in GB/s.
+# Nothing that computes or moves data is outside of this, so a constant beyond it is a typing error or a wrong unit: the
+# slowest machine in FLOP/s is above the fastest in GFLOP/s, the slowest in bytes/s above the fastest in GB/s.
 FLOPS, BYTES = (1e6, 1e16), (1e6, 1e14)
 _UNITS = {FLOPS: "FLOP/s", BYTES: "bytes/s"}
 _HINTS = {FLOPS: "A TFLOP/s is 1e12.", BYTES: "A GB/s is 1e9."}
@@ -30,7 +31,8 @@ Table = Mapping[int, float]  # size -> rate, in between interpolated
 
 
 def number_format(dtype: DType, compression: Compression | None = None) -> str:
-    """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in bfloat16."""
+    """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in
+    bfloat16."""
     return str(dtype) if compression is None else f"{dtype}/{compression.bits}"
 
 
@@ -38,16 +40,20 @@ def number_format(dtype: DType, compression: Compression | None = None) -> str:
 class SiteRates:
     """What a processor or an accelerator sustains.
 
-    matrix: FLOP/s of a product with a weight matrix, by number format, by width (the square root of the matrix' size) and by rows
+    matrix: FLOP/s of a product with a weight matrix, by number format, by width (the square root of the matrix' size)
+    and by rows
         of the other factor. Products with few rows are bound by ``memory``.
     memory: bytes/s at which weights that are in its memory, not in its caches, are read.
     prefill_attention: FLOP/s of the attention of a prompt, by its length in tokens.
-    decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV head.
+    decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV
+    head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
     step: seconds a step takes beside its work (launches, Python, waking up a thread).
-    torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their own; by dtype, width and
+    torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their
+    own; by dtype, width and
         rows; where there are none, as ``matrix`` says.
-    attend, attend_sequence: seconds of a decode attention beside reading its cache, once and for every sequence, by number format; none where
+    attend, attend_sequence: seconds of a decode attention beside reading its cache, once and for every sequence, by
+    number format; none where
         they are not known apart from ``step`` and from reading.
     """
 
@@ -69,9 +75,7 @@ class SiteRates:
         """The same of torch's own product of plain numbers."""
         return _product_rate(self.torch_matrix or self.matrix, number_format(dtype), rows, width)
 
-    def decode_attention_s(
-        self, sequences: int, read_bytes: float, number: str, heads_per_kv_head: int
-    ) -> float:
+    def decode_attention_s(self, sequences: int, read_bytes: float, number: str, heads_per_kv_head: int) -> float:
         """Seconds of a decode attention of so many sequences that reads so much of a cache of this number format."""
 
         def known(seconds: Mapping[str, float]) -> float:
@@ -92,7 +96,8 @@ class SiteRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """All constants of a machine. sites: by tier; links: bytes/s by lane, where the profile states none; transfers: bytes/s of
+    """All constants of a machine. sites: by tier; links: bytes/s by lane, where the profile states none; transfers:
+    bytes/s of
     ``TRANSFERS``; spread: of measured constants, half the range over the median; price_per_hour: USD."""
 
     sites: Mapping[Tier, SiteRates]
@@ -122,17 +127,17 @@ class Rates:
         price = data.get("price_per_hour")
         if price is not None and not 0 <= _number(price, f"{where}.price_per_hour") < 1e4:
             raise UserError(
-                f"{where}.price_per_hour", price, "US dollars per hour, from 0 to 10000",
+                f"{where}.price_per_hour",
+                price,
+                "US dollars per hour, from 0 to 10000",
                 "Leave it out where nobody knows it.",
-            )  # fmt: skip
+            )
         noise = _mapping(data.get("spread") or {}, f"{where}.spread", empty=True)
         spread = {str(k): _number(v, f"{where}.spread.{k}") for k, v in noise.items()}
         return Rates(sites, links, transfers, spread, price)
 
 
-def _product_rate(
-    formats: Mapping[str, Mapping[int, Table]], number: str, rows: float, width: float
-) -> float:
+def _product_rate(formats: Mapping[str, Mapping[int, Table]], number: str, rows: float, width: float) -> float:
     widths = formats[_nearest(number, formats)]
     return interpolated({w: interpolated(table, rows) for w, table in widths.items()}, width)
 
@@ -175,24 +180,15 @@ def _site(data: Any, where: str) -> SiteRates:
     needed = [n for n in names if n not in ("attend", "attend_sequence", "torch_matrix")]
     missing = [name for name in needed if data.get(name) in (None, {})]
     if missing:
-        raise UserError(
-            f"{where}.{missing[0]}",
-            None,
-            "given",
-            "A profile states all of " + ", ".join(needed) + ".",
-        )
+        raise UserError(f"{where}.{missing[0]}", None, "given", "A profile states all of " + ", ".join(needed) + ".")
     of_torch = data.get("torch_matrix") or {}
     return SiteRates(
         matrix=_products(data["matrix"], f"{where}.matrix"),
         memory=stated_rate(data["memory"], f"{where}.memory"),
         prefill_attention=_table(data["prefill_attention"], f"{where}.prefill_attention", FLOPS),
         decode_attention={
-            _format(number, f"{where}.decode_attention"): _table(
-                table, f"{where}.decode_attention.{number}"
-            )
-            for number, table in _formats(
-                data["decode_attention"], f"{where}.decode_attention"
-            ).items()
+            _format(number, f"{where}.decode_attention"): _table(table, f"{where}.decode_attention.{number}")
+            for number, table in _formats(data["decode_attention"], f"{where}.decode_attention").items()
         },
         unpack=stated_rate(data["unpack"], f"{where}.unpack"),
         step=_seconds(data["step"], f"{where}.step"),
@@ -217,10 +213,7 @@ def _all_seconds(data: Mapping[str, Any], name: str, where: str) -> dict[str, fl
     """By number format; none if nothing is stated."""
     where = f"{where}.{name}"
     given = _mapping(data.get(name) or {}, where, empty=True)
-    return {
-        _format(number, where): _seconds(value, f"{where}.{number}")
-        for number, value in given.items()
-    }
+    return {_format(number, where): _seconds(value, f"{where}.{number}") for number, value in given.items()}
 
 
 def _seconds(value: Any, where: str) -> float:
@@ -273,9 +266,7 @@ def stated_rate(value: Any, where: str, allowed: tuple[float, float] = BYTES) ->
     number = _number(value, where)
     least, most = allowed
     if not least <= number <= most:
-        raise UserError(
-            where, value, f"from {least:g} to {most:g} {_UNITS[allowed]}", _HINTS[allowed]
-        )
+        raise UserError(where, value, f"from {least:g} to {most:g} {_UNITS[allowed]}", _HINTS[allowed])
     return number
 
 
@@ -292,11 +283,7 @@ def _number(value: Any, where: str) -> float:
 def _only(data: Mapping[str, Any], known: Any, where: str) -> None:
     for key in data:
         if str(key) not in {str(k) for k in known}:
-            raise UserError(
-                f"{where}.{key}",
-                data[key],
-                f"left out: {where} has {', '.join(sorted(map(str, known)))}",
-            )
+            raise UserError(f"{where}.{key}", data[key], f"left out: {where} has {', '.join(sorted(map(str, known)))}")
 
 
 def _plain(value: Any) -> Any:

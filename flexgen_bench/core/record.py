@@ -80,7 +80,8 @@ class TuningProbe:
 class Record:
     """One run's full result. Written to a temporary name and renamed, before anything is printed.
 
-    prediction: what a model of the system says of the run, from the machine's constants, under the policy that ran; empty where there is no model or no constants.
+    prediction: what a model of the system says of the run, from the machine's constants, under the policy that ran;
+    empty where there is no model or no constants.
     """
 
     run_id: str
@@ -103,8 +104,6 @@ class Record:
     outputs: Mapping[str, Any] = field(default_factory=dict)
     validity: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
-    trace: str = (
-        ""  # the file with every step of the last repetition, seen from the record's folder
-    )
+    trace: str = ""  # the file with every step of the last repetition, seen from the record's folder
     prediction: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION

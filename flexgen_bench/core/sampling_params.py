@@ -43,9 +43,7 @@ class SamplingParams:
         self._number("repetition_penalty", "a finite number above 0", above_zero=True)
         self._integer("seed", None, "an integer")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        ids = token_ids(
-            () if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids"
-        )
+        ids = token_ids(() if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids")
         if any(t < 0 for t in ids):
             raise UserError("stop_token_ids", self.stop_token_ids, "token ids of at least 0")
         object.__setattr__(self, "stop_token_ids", tuple(ids))
@@ -58,9 +56,7 @@ class SamplingParams:
             raise UserError(name, getattr(self, name), allowed)
         object.__setattr__(self, name, value)
 
-    def _number(
-        self, name: str, allowed: str, *, above_zero: bool = False, most: float = inf
-    ) -> None:
+    def _number(self, name: str, allowed: str, *, above_zero: bool = False, most: float = inf) -> None:
         given = getattr(self, name)
         is_number = isinstance(given, Real) and not isinstance(given, bool)
         value = float(given) if is_number else -1.0
@@ -79,9 +75,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     if isinstance(stop, str):
         stop = (stop,)
     if not isinstance(stop, Sequence) or any(not isinstance(s, str) or not s for s in stop):
-        raise UserError(
-            "stop", stop, "a string, or strings, that are not empty", "None or [] is for none."
-        )
+        raise UserError("stop", stop, "a string, or strings, that are not empty", "None or [] is for none.")
     for number, string in enumerate(stop):
         check_text(string, f"stop[{number}]")
     return tuple(stop)

@@ -17,7 +17,8 @@ SIMULATED_ONLY = ""
 
 @dataclass(frozen=True)
 class SystemModel:
-    """How a system is predicted; ``conf_schema.SystemConf`` explains the fields. predictor None: nobody has written one."""
+    """How a system is predicted; ``conf_schema.SystemConf`` explains the fields. predictor None: nobody has written
+    one."""
 
     predictor: str | None = None
     constants: Mapping[str, float] = field(default_factory=dict)
@@ -29,8 +30,9 @@ class SystemModel:
 class Simulated:
     """One row of what was predicted.
 
-    status: OK with a prediction; OOM, it would not fit; UNAVAILABLE, the system cannot do the job or nobody has a model of it; INVALID, it
-    was asked for something that cannot be; FAILED, its model has a mistake. All but OK have a reason. question: what was asked, with the machine's gaps filled in.
+    status: OK with a prediction; OOM, it would not fit; UNAVAILABLE, the system cannot do the job or nobody has a model
+    of it; INVALID, it was asked for something that cannot be; FAILED, its model has a mistake. All but OK have a
+    reason. question: what was asked, with the machine's gaps filled in.
     """
 
     spec: CellSpec
@@ -50,7 +52,8 @@ class Simulated:
 
     @property
     def lossy(self) -> Lossy:
-        """What the results would differ by: as chosen, where a system was free to compress less than it was allowed to."""
+        """What the results would differ by: as chosen, where a system was free to compress less than it was allowed
+        to."""
         permitted = self.question.lossy
         return permitted if self.prediction is None else self.prediction.changes(permitted)
 
@@ -60,7 +63,8 @@ class Simulated:
 
     @property
     def is_beyond_its_machine(self) -> bool:
-        """Whether somebody has asked for a policy that has no room; for a system's own choice, not fitting is a finding."""
+        """Whether somebody has asked for a policy that has no room; for a system's own choice, not fitting is a
+        finding."""
         asked_for = self.model.follows_policy and self.spec.policy is not None
         return asked_for and self.status is Status.OOM
 

@@ -52,13 +52,8 @@ class LaneTimeline:
 
     def __iter__(self) -> Iterator[Slice]:
         origin = self.origin_s
-        for kind, unit, batch, part, token, begin, end, count, flops in ROW.iter_unpack(
-            self.packed
-        ):
-            yield Slice(
-                self.kinds[kind], unit, batch, part, token, begin - origin, end - origin, count,
-                flops,
-            )  # fmt: skip
+        for kind, unit, batch, part, token, begin, end, count, flops in ROW.iter_unpack(self.packed):
+            yield Slice(self.kinds[kind], unit, batch, part, token, begin - origin, end - origin, count, flops)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,7 @@ class Workload:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"workload.{name}", value, "an integer of at least 1")
         if self.min_prompt_len > self.prompt_len:
-            raise UserError(
-                "workload.min_prompt_len",
-                self.min_prompt_len,
-                f"at most prompt_len = {self.prompt_len}",
-            )
+            raise UserError("workload.min_prompt_len", self.min_prompt_len, f"at most prompt_len = {self.prompt_len}")
         object.__setattr__(self, "kind", PromptKind(self.kind))
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.engine.device import Device, crossing
-from flexgen_bench.engine.health import Health
 from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
@@ -24,9 +24,9 @@ from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.forest import Forest
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.prefix_tree import PrefixTree
+from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.steps import Step, StepKind
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -38,7 +38,7 @@ class Consumer(Protocol):
     def tokens(self, member: Member) -> Sequence[int]:
         """The token ids to feed, one per row of the member."""
 
-    def wanted(self, member: Member) -> Sequence[int]:
+    def logit_rows(self, member: Member) -> Sequence[int]:
         """Which of the member's rows need logits."""
 
     def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -47,11 +47,11 @@ class Consumer(Protocol):
     def finish(self, work: MicroBatch, found: Tensor) -> None:
         """On the host: take what ``reduce`` returned."""
 
-    def forest(self, sequence: int) -> Forest | None:
+    def tree(self, sequence: int) -> PrefixTree | None:
         """How the prompt rows of a sequence of the job hang together; None: each follows the one before it."""
 
-    def ended(self, cohort: Cohort) -> list[int]:
-        """Sequences of the cohort that have come to their end."""
+    def ended(self, group: SequenceGroup) -> list[int]:
+        """Sequences of the sequence group that have come to their end."""
 
 
 class Actions:
@@ -77,16 +77,13 @@ class Actions:
         self._value_share = policy.lossy.value_share
         self._form = KVForm(shape.num_kv_heads, shape.head_dim, dtype, policy.lossy.kv_cache)
         self._cache = KVCache(plan, self._form, device, arenas, spill)
-        self._hidden = HiddenStates(
-            plan, policy, dtype, device, arenas, spill, self._cache.spilled
-        )  # fmt: skip
-        self._prompts = Prompts(
-            plan.job, self._cache, self._form, consumer.forest, self._scale, self._value_share
-        )
+        self._hidden = HiddenStates(plan, policy, dtype, device, arenas, spill, self._cache.spilled)
+        self._prompts = Prompts(plan.job, self._cache, self._form, consumer.tree, self._scale, self._value_share)
         self._health = Health(device)
         device.settle()
-        # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use something takes
-        # it out: what a whole micro-batch's prompts leave behind would stay until its stage is used again.
+        # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
+        # something takes it out: what a whole micro-batch's prompts leave behind would stay until its stage is used
+        # again.
         self._rows: dict[int, Mapping[str, Tensor]] = {}
         self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
         self._x: dict[int, Tensor] = {}  # hidden states before the attention, for the residual
@@ -128,17 +125,25 @@ class Actions:
         self._angles.clear()
         self._prompts.begin_pass()
 
-    def forget(self, cohort: Cohort) -> None:
-        """A cohort has left its room."""
-        self._cache.forget(cohort)
+    def forget(self, group: SequenceGroup) -> None:
+        """A sequence group has left its room."""
+        self._cache.forget(group)
 
     def close(self) -> None:
         """Release the job's memory now: actions refer back to this object, so it would linger until collected."""
         self._actions.clear()
         for held in (
-            self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._rows,
-            self._gpu_rows, self._found, self._found_host, self._angles,
-        ):  # fmt: skip
+            self._x,
+            self._qkv,
+            self._qkv_host,
+            self._attended,
+            self._attended_host,
+            self._rows,
+            self._gpu_rows,
+            self._found,
+            self._found_host,
+            self._angles,
+        ):
             held.clear()
         del self._cache, self._hidden, self._prompts
 
@@ -153,14 +158,14 @@ class Actions:
 
     def _gather_rows(self, step: Step) -> None:
         moves = self._device.is_cuda and self._on_accelerator(step)
-        self._rows[step.stage] = {
+        self._rows[step.buffer_index] = {
             name: self._weights.rows(name, index, pinned=moves)
             for name, index in self._indices(step.micro_batch).items()
         }
 
     def _move_rows(self, step: Step) -> None:
-        self._gpu_rows[step.stage] = {
-            name: self._device.to_compute(rows) for name, rows in self._rows.pop(step.stage).items()
+        self._gpu_rows[step.buffer_index] = {
+            name: self._device.to_compute(rows) for name, rows in self._rows.pop(step.buffer_index).items()
         }
 
     def _embed(self, step: Step) -> None:
@@ -172,15 +177,15 @@ class Actions:
             }
         else:
             gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
-            rows = {name: crossing(r) for name, r in gathered.pop(step.stage).items()}
+            rows = {name: crossing(r) for name, r in gathered.pop(step.buffer_index).items()}
         x = self._family.embed(ops, self._shape, self._weights.of(step), rows)
         self._hidden.put(step, x)
 
     # A decoder layer
 
     def _project(self, step: Step) -> None:
-        x = self._x[step.stage] = self._hidden.take(step)
-        self._qkv[step.stage] = self._family.project(
+        x = self._x[step.buffer_index] = self._hidden.take(step)
+        self._qkv[step.buffer_index] = self._family.project(
             ops, self._shape, self._weights.of(step), x, self._angles_of(step, x)
         )
 
@@ -188,54 +193,56 @@ class Actions:
         """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
         Layers computed on another device make their own."""
         work = step.micro_batch
-        made_for, angles = self._angles.get(step.stage, (None, None))
+        made_for, angles = self._angles.get(step.buffer_index, (None, None))
         if made_for is not work or (angles is not None and angles[0].device != x.device):
             positions = self._to_site(step, self._prompts.positions(work))
             lengths = self._to_site(step, self._prompts.lengths(work))
             angles = self._family.angles(ops, self._shape, positions, lengths, x)
-            self._angles[step.stage] = (work, angles)
+            self._angles[step.buffer_index] = (work, angles)
         return angles
 
     def _move_qkv(self, step: Step) -> None:
         part = step.micro_batch.kv_parts[step.part]
-        q, k, v = (self._device.to_host(t[part.row : part.stop]) for t in self._qkv[step.stage])
-        self._qkv_host[step.stage, step.part] = (q, k, v)
+        q, k, v = (self._device.to_host(t[part.row : part.stop]) for t in self._qkv[step.buffer_index])
+        self._qkv_host[step.buffer_index, step.part] = (q, k, v)
 
     def _attend(self, step: Step) -> None:
         work = step.micro_batch
         if work.is_prefill:
-            q, k, v = self._qkv.pop(step.stage)
+            q, k, v = self._qkv.pop(step.buffer_index)
             self._health.watch(step, k, v)
-            self._attended[step.stage, 0] = self._prompts.attend(step, q, k, v)
+            self._attended[step.buffer_index, 0] = self._prompts.attend(step, q, k, v)
             return
-        part, key = work.kv_parts[step.part], (step.stage, step.part)
+        part, key = work.kv_parts[step.part], (step.buffer_index, step.part)
         for_accelerator = step.lane is Lane.CPU and self._on_accelerator(step)
         if for_accelerator:
             q, k, v = self._qkv_host.pop(key)
         else:
-            q, k, v = (t[part.row : part.stop] for t in self._qkv[step.stage])
+            q, k, v = (t[part.row : part.stop] for t in self._qkv[step.buffer_index])
         self._health.watch(step, k, v)
         new = (self._form.encode(k), self._form.encode(v))
         moved = self._cache.is_moved(step, part)
         attend = self._cache.attend_moved if moved else self._cache.attend_in_memory
         out = decode_attention(
-            q, attend(step, part, new), self._cache.padding(part, q.device), self._scale,
-            self._value_share, self._cache.live_slots(part),
-        )  # fmt: skip
+            q,
+            attend(step, part, new),
+            self._cache.padding(part, q.device),
+            self._scale,
+            self._value_share,
+            self._cache.live_slots(part),
+        )
         (self._attended_host if for_accelerator else self._attended)[key] = out
 
     def _move_attention(self, step: Step) -> None:
-        key = (step.stage, step.part)
+        key = (step.buffer_index, step.part)
         self._attended[key] = self._device.to_compute(self._attended_host.pop(key))
 
     def _output(self, step: Step) -> None:
         work = step.micro_batch
         parts = 1 if work.is_prefill else len(work.kv_parts)
-        outs = [crossing(self._attended.pop((step.stage, part))) for part in range(parts)]
+        outs = [crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)]
         attended = outs[0] if parts == 1 else torch.cat(outs)
-        x = self._family.output(
-            ops, self._shape, self._weights.of(step), self._x.pop(step.stage), attended
-        )
+        x = self._family.output(ops, self._shape, self._weights.of(step), self._x.pop(step.buffer_index), attended)
         self._hidden.put(step, x)
 
     # From hidden states to tokens
@@ -243,8 +250,8 @@ class Actions:
     def _head(self, step: Step) -> None:
         work = step.micro_batch
         x = self._hidden.take(step)
-        if len(work.wanted) < work.rows:
-            x = x[self._to_site(step, torch.tensor(work.wanted))]
+        if len(work.logit_rows) < work.rows:
+            x = x[self._to_site(step, torch.tensor(work.logit_rows))]
         w = self._weights.of(step)
 
         def head(rows: Tensor) -> Tensor:
@@ -252,17 +259,17 @@ class Actions:
             self._health.watch_head(step, rows, logits)
             return logits
 
-        self._found[step.stage] = self._consumer.reduce(work, head, x)
+        self._found[step.buffer_index] = self._consumer.reduce(work, head, x)
 
     def _move_logits(self, step: Step) -> None:
-        self._found_host[step.stage] = self._device.to_host(self._found.pop(step.stage))
+        self._found_host[step.buffer_index] = self._device.to_host(self._found.pop(step.buffer_index))
         self._health.move(step)
 
     def _sample(self, step: Step) -> None:
         self._health.judge(step)
         on_accelerator = self._on_accelerator(step)
         found = self._found_host if on_accelerator else self._found
-        self._consumer.finish(step.micro_batch, found.pop(step.stage))
+        self._consumer.finish(step.micro_batch, found.pop(step.buffer_index))
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""

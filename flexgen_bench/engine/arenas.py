@@ -7,12 +7,13 @@ from torch import Tensor
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import PAGE, aligned, format_bytes
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.kept_memory import KeptMemory
+from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.step_errors import explain_memory
 
 
 class Arenas:
-    """Allocates memory on a tier under the name the plan has for it. ``bytes``: what was asked for so far, per tier and name.
+    """Allocates memory on a tier under the name the plan has for it. ``bytes``: what was asked for so far, per tier and
+    name.
 
     kept: host memory to begin with, and where it goes when it is handed on.
     """
@@ -44,8 +45,8 @@ class Arenas:
         return memory
 
     def end(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        """Nothing uses this memory any more: what of it is on the host is kept for the next job. Nothing is kept after an error (of
-        this ``kind``), which may have been for want of memory."""
+        """Nothing uses this memory any more: what of it is on the host is kept for the next job. Nothing is kept after
+        an error (of this ``kind``), which may have been for want of memory."""
         if self._kept is not None:
             self._kept.keep(self._on_host)
             if kind is not None:

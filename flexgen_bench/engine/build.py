@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_bench.checkpoints.source import Source, open_source
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
@@ -13,12 +14,11 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, store_plan
-from flexgen_bench.engine.source import Source, open_source
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.packing import PackedModel, pack
 from flexgen_bench.planner.choose import PolicyQuestion, choose
-from flexgen_bench.planner.units import PackedModel, pack
-from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.sequence_groups import Request
 
 KEPT = 0.98  # of what is free
 
@@ -47,7 +47,8 @@ class PackedWeights:
     ) -> PackedWeights:
         """Open the packed store of a checkpoint, converting it first if need be.
 
-        compression: of the weight matrices, quantized from the checkpoint's own dtype. progress gets (bytes done, bytes in all). Raises UserError or StoreError for what is wrong with the checkpoint.
+        compression: of the weight matrices, quantized from the checkpoint's own dtype. progress gets (bytes done, bytes
+        in all). Raises UserError or StoreError for what is wrong with the checkpoint.
         """
         with open_source(folder) as source:
             packed = _packed(source, dtype, compression)
@@ -56,9 +57,7 @@ class PackedWeights:
         return PackedWeights(source.family, source.shape, dtype, packed, store, source.note)
 
     @staticmethod
-    def is_packed(
-        folder: Path, dtype: DType, cache: Path, compression: Compression | None = None
-    ) -> bool:
+    def is_packed(folder: Path, dtype: DType, cache: Path, compression: Compression | None = None) -> bool:
         """Whether ``from_checkpoint`` would have nothing to convert."""
         with open_source(folder) as source:
             packed = _packed(source, dtype, compression)
@@ -75,8 +74,9 @@ class PackedWeights:
         scored_rows: int = 0,
         max_latency_s: float | None = None,
     ) -> Policy:
-        """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. Where the device's rates are known
-        it is searched for, in another process. A little is kept back: the engine looks at what is free again. Raises DoesNotFit."""
+        """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. Where
+        the device's rates are known it is searched for, in another process. A little is kept back: the engine looks at
+        what is free again. Raises DoesNotFit."""
         free = device.available(make_writable(offload_dir, "offload_dir"))
         question = PolicyQuestion.about(
             requests,
@@ -100,16 +100,7 @@ class PackedWeights:
                 f"{_words(self.packed.compression)}: that is how these weights are packed",
                 "Change the policy, or pack the weights again with this compression.",
             )
-        return Engine(
-            self.family,
-            self.shape,
-            self.packed,
-            self.store,
-            self.dtype,
-            policy,
-            device,
-            offload_dir,
-        )
+        return Engine(self.family, self.shape, self.packed, self.store, self.dtype, policy, device, offload_dir)
 
 
 def _stores(cache: Path) -> Path:

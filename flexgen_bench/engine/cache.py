@@ -1,4 +1,4 @@
-"""The KV cache of a job: rooms on every tier, staging, and where each step reads and writes."""
+"""The KV cache of a job: KV slots on every tier, staging, and where each step reads and writes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,18 @@ from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.cohort import Cohort
 from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.micro_batch import Part
+from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.steps import Step
 
-Home = tuple[int, int, int]  # room, span of the room, layer unit
+Home = tuple[int, int, int]  # KV slot, span of the KV slot, layer unit
 
 
 class KVCache:
-    """Keys and values of all rooms of a job, and their staging buffers, allocated from its plan."""
+    """Keys and values of all KV slots of a job, and their staging buffers, allocated from its plan."""
 
-    def __init__(
-        self,
-        plan: MemoryPlan,
-        form: KVForm,
-        device: Device,
-        arenas: Arenas,
-        spill: SpillFile | None,
-    ) -> None:
+    def __init__(self, plan: MemoryPlan, form: KVForm, device: Device, arenas: Arenas, spill: SpillFile | None) -> None:
         self._job = plan.job
         self._form = form
         self._device = device
@@ -48,22 +41,22 @@ class KVCache:
         # One token's K and V, by (stage, part): made by attention, on its way home.
         self._new: dict[tuple[int, int], list[Stored]] = {}
         self._new_host: dict[tuple[int, int], list[Stored]] = {}
-        self._regions: dict[tuple[int, int], KVRegion] = {}  # by cohort and span
+        self._regions: dict[tuple[int, int], KVRegion] = {}  # by sequence group and span
         self._paddings: dict[tuple[int, int, torch.device], Padding | None] = {}
 
     def _make_rooms(self, plan: MemoryPlan, arenas: Arenas) -> None:
         layers = [u for u in plan.job.units if u.kind is UnitKind.LAYER]
-        for room, sizes in zip(plan.cohorts.rooms, plan.rooms, strict=True):
-            for number, span in enumerate(room.kv):
+        for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
+            for number, span in enumerate(kv_slot.kv):
                 size, tail = sizes.kv[number], sizes.tails[number]
                 if span.tier is Tier.DISK:
                     arenas.note(Tier.DISK, "kv_cache", size * len(layers))
                     for unit in layers:
-                        self._offset[room.index, number, unit.index] = self.spilled
+                        self._offset[kv_slot.index, number, unit.index] = self.spilled
                         self.spilled += size
                     tails = arenas.allocate(Tier.CPU, "kv tails", tail * len(layers))
                     for place, unit in enumerate(layers):
-                        self._tails[room.index, number, unit.index] = tails[place * tail :][:tail]
+                        self._tails[kv_slot.index, number, unit.index] = tails[place * tail :][:tail]
                     continue
                 # Layers computed on the cpu keep their cache there.
                 tiers = [Tier.CPU if span.tier is Tier.CPU else unit.site.tier for unit in layers]
@@ -72,26 +65,24 @@ class KVCache:
                     arena = arenas.allocate(tier, "kv_cache", size * len(mine))
                     for place, unit in enumerate(mine):
                         home = arena[place * size :][:size]
-                        self._memory[room.index, number, unit.index] = home
+                        self._memory[kv_slot.index, number, unit.index] = home
 
     def _make_staging(self, plan: MemoryPlan, arenas: Arenas) -> None:
         sizes, compute = plan.staging, plan.job.compute_tier
 
         def make(tier: Tier, name: str, size: int) -> list[Tensor]:
-            return [arenas.allocate(tier, name, size) for _ in range(sizes.stages if size else 0)]
+            return [arenas.allocate(tier, name, size) for _ in range(sizes.num_buffers if size else 0)]
 
-        self._prompts = {
-            tier: make(tier, "kv prompts", size) for tier, size in sizes.prompt.items()
-        }
+        self._prompts = {tier: make(tier, "kv prompts", size) for tier, size in sizes.prompt.items()}
         self._prompts_host = make(Tier.CPU, "kv prompts from accelerator", sizes.prompt_host)
-        self._slots = make(compute, "kv slots", sizes.kv_slot)
+        self._slots = make(compute, "kv slots", sizes.kv_buffer)
         self._host_slots = make(Tier.CPU, "kv host slots", sizes.kv_host)
 
     # Prefill
 
     def keep_prompt(self, step: Step, k: Sequence[Stored]) -> None:
-        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the way. Every sequence gets
-        those of the tokens that all share."""
+        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the
+        way. Every sequence gets those of the tokens that all share."""
         for part in step.micro_batch.kv_parts:
             raw = self._prompt_bytes(step, part)
             region, member = self._region(part), part.member
@@ -100,10 +91,14 @@ class KVCache:
             if member.shared_rows:
                 same = [tuple(t[: member.shared_rows] for t in stored) for stored in k]
                 region.put_shared(raw, member.start, same)
-            if len(set(ranges)) == 1 and part.span.count == region.layout.sequences and (
-                ranges[0][1] < member.cohort.prompt_lens[part.span.start]
-                or ranges[0][1] == region.layout.prompt_tokens
-            ):  # fmt: skip
+            if (
+                len(set(ranges)) == 1
+                and part.span.count == region.layout.sequences
+                and (
+                    ranges[0][1] < member.group.prompt_lens[part.span.start]
+                    or ranges[0][1] == region.layout.prompt_tokens
+                )
+            ):
                 region.put_prompts(raw, ranges[0][0], rows)
                 continue
             cursor = 0
@@ -111,7 +106,7 @@ class KVCache:
                 count = last - first
                 if count:
                     own = [tuple(t[cursor : cursor + count] for t in stored) for stored in rows]
-                    slot, length = part.cohort.slots[place], part.cohort.prompt_lens[place]
+                    slot, length = part.group.places[place], part.group.prompt_lens[place]
                     region.put_prompt(raw, slot, first, own, length)
                 cursor += count
 
@@ -126,7 +121,7 @@ class KVCache:
         unit = self._job.units[step.unit]
         if self._job.keep_kv and self._job.kv_tier(unit, part) is unit.site.tier:
             return self._memory[_home(step, part)]
-        return self._slice(self._prompts[unit.site.tier][step.micro_batch.prompt_slot], step, part)
+        return self._slice(self._prompts[unit.site.tier][step.micro_batch.prompt_buffer], step, part)
 
     def _slice(self, staging: Tensor, step: Step, part: Part) -> Tensor:
         """The part's share of a staging buffer: parts that are staged lie one after the other."""
@@ -149,18 +144,12 @@ class KVCache:
                 offset = self._offset[home] + layout.prefix_bytes(segment)
                 self._file.write(offset, self._tails[home][: layout.segment_bytes])
             else:
-                key = (step.stage, step.part)
-                self._new_host[key] = [
-                    tuple(self._device.to_host(t) for t in stored) for stored in self._new[key]
-                ]
+                key = (step.buffer_index, step.part)
+                self._new_host[key] = [tuple(self._device.to_host(t) for t in stored) for stored in self._new[key]]
             return
         size, from_accelerator = layout.prompt_bytes, self._job.units[step.unit].site.is_accelerator
         if step.lane is Lane.DISK_WRITE:
-            source = (
-                self._host_prompt(step, part)
-                if from_accelerator
-                else self._prompt_bytes(step, part)
-            )
+            source = self._host_prompt(step, part) if from_accelerator else self._prompt_bytes(step, part)
             self._file.write(self._offset[home], source[:size])
             return
         target = self._host_prompt(step, part) if to_disk else self._memory[home]
@@ -170,7 +159,7 @@ class KVCache:
         """Only parts on disk pass through here; each has its place after the ones before it."""
         before = (p for p in step.micro_batch.kv_parts[: part.index] if p.tier is Tier.DISK)
         start = sum(self._region(p).layout.prompt_bytes for p in before)
-        return self._prompts_host[step.micro_batch.prompt_slot][start:]
+        return self._prompts_host[step.micro_batch.prompt_buffer][start:]
 
     def load(self, step: Step) -> None:
         """LOAD_KV: disk -> host slot, or host -> accelerator."""
@@ -179,11 +168,11 @@ class KVCache:
         full, used = layout.full_segments(part.token - 1), layout.used_segments(part.token - 1)
         size = layout.prefix_bytes(full)
         if step.lane is Lane.DISK_READ:
-            self._file.read(self._offset[home], self._host_slots[part.slot][:size])
+            self._file.read(self._offset[home], self._host_slots[part.kv_buffer][:size])
             return
-        slot = self._slots[part.slot]
+        slot = self._slots[part.kv_buffer]
         if part.tier is Tier.DISK:
-            slot[:size].copy_(self._host_slots[part.slot][:size], non_blocking=True)
+            slot[:size].copy_(self._host_slots[part.kv_buffer][:size], non_blocking=True)
             if used > full:
                 tail = self._tails[home][: layout.segment_bytes]
                 slot[size:][: layout.segment_bytes].copy_(tail, non_blocking=True)
@@ -194,7 +183,7 @@ class KVCache:
     def append(self, step: Step) -> None:
         """APPEND_KV: a token that came back from the accelerator, into the cache on the host."""
         part = _part(step)
-        self._append_at_home(step, part, self._new_host[step.stage, step.part])
+        self._append_at_home(step, part, self._new_host[step.buffer_index, step.part])
 
     # Decode
 
@@ -205,15 +194,15 @@ class KVCache:
         if part.tier is not Tier.DISK:
             return region.segments(self._memory[home], token)
         on_disk = region.layout.full_segments(token - 1) * region.layout.segment_tokens
-        segments = region.segments(self._host_slots[part.slot], on_disk)
+        segments = region.segments(self._host_slots[part.kv_buffer], on_disk)
         tail = region.loose_tail(self._tails[home])
         return [*segments, region.first_tokens(tail, token - on_disk)]
 
     def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
-        region, slot = self._region(part), self._slots[part.slot]
+        region, slot = self._region(part), self._slots[part.kv_buffer]
         region.append(slot, part.token, _slots(part), new)
-        self._new[step.stage, step.part] = list(new)
+        self._new[step.buffer_index, step.part] = list(new)
         return region.segments(slot, part.token)
 
     def is_moved(self, step: Step, part: Part) -> bool:
@@ -227,9 +216,9 @@ class KVCache:
 
     def padding(self, part: Part, device: torch.device) -> Padding | None:
         """Which prompt slots hold a token; None if all do."""
-        key = (part.cohort.index, part.home, device)
+        key = (part.group.index, part.home, device)
         if key not in self._paddings:
-            whole = part.cohort.whole
+            whole = part.group.whole
             span = whole.kv[part.home]
             lengths = torch.tensor(whole.prompt_lens[span.start : span.stop])
             tokens = whole.layouts[part.home].prompt_tokens
@@ -239,11 +228,11 @@ class KVCache:
             self._paddings[key] = padding
         return self._paddings[key]
 
-    def forget(self, cohort: Cohort) -> None:
-        """A cohort has left its room."""
-        for region in [key for key in list(self._regions) if key[0] == cohort.index]:
+    def forget(self, group: SequenceGroup) -> None:
+        """A sequence group has left its KV slot."""
+        for region in [key for key in list(self._regions) if key[0] == group.index]:
             del self._regions[region]
-        for padding in [key for key in list(self._paddings) if key[0] == cohort.index]:
+        for padding in [key for key in list(self._paddings) if key[0] == group.index]:
             del self._paddings[padding]
 
     def _append_at_home(self, step: Step, part: Part, new: Sequence[Stored]) -> None:
@@ -254,11 +243,11 @@ class KVCache:
             region.append(self._memory[home], part.token, _slots(part), new)
 
     def _region(self, part: Part) -> KVRegion:
-        key = (part.cohort.index, part.home)
-        # Looked up once: a cohort may be forgotten while its last segments are on their way to disk.
+        key = (part.group.index, part.home)
+        # Looked up once: a sequence group may be forgotten while its last segments are on their way to disk.
         region = self._regions.get(key)
         if region is None:
-            region = self._regions[key] = KVRegion(part.cohort.layouts[part.home], self._form)
+            region = self._regions[key] = KVRegion(part.group.layouts[part.home], self._form)
         return region
 
     @property
@@ -272,8 +261,8 @@ def _part(step: Step) -> Part:
 
 
 def _home(step: Step, part: Part) -> Home:
-    return part.cohort.room, part.home, step.unit
+    return part.group.kv_slot, part.home, step.unit
 
 
 def _slots(part: Part) -> Sequence[int]:
-    return part.cohort.slots[part.span.start : part.span.stop]
+    return part.group.places[part.span.start : part.span.stop]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.registry import family as family_named
-from flexgen_bench.schedule.forest import ScoreRequest
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
 
 
 def check_prompt(shape: ModelShape, field: str, prompt: Sequence[int], new_tokens: int) -> None:
@@ -23,16 +23,12 @@ def check_prompt(shape: ModelShape, field: str, prompt: Sequence[int], new_token
         )
     bad = [t for t in prompt if not 0 <= t < shape.vocab_size]
     if bad:
-        raise UserError(
-            field,
-            bad[:5],
-            f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}",
-        )
+        raise UserError(field, bad[:5], f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}")
 
 
 def check_score_request(shape: ModelShape, field: str, request: ScoreRequest) -> None:
-    """UserError if nothing is to be scored, or for what ``check_prompt`` refuses. The last token is not computed, so one more than the
-    model has positions is allowed."""
+    """UserError if nothing is to be scored, or for what ``check_prompt`` refuses. The last token is not computed, so
+    one more than the model has positions is allowed."""
     if not 1 <= request.start < len(request.tokens):
         raise UserError(
             f"{field}.start",

@@ -74,8 +74,7 @@ class Device:
         throttled = self._throttled()
         settings = {
             lane: LaneSettings(
-                link=throttled.get(link_of(lane)),
-                stream=_stream(lane) if self.is_cuda and Tier.GPU in ends else None,
+                link=throttled.get(link_of(lane)), stream=_stream(lane) if self.is_cuda and Tier.GPU in ends else None
             )
             for lane, ends in LINKS.items()
             if set(ends) <= set(self.hardware.tiers)
@@ -94,11 +93,9 @@ class Device:
         return {lane: Link(stated[lane]) for lane in PHYSICAL_LINKS if lane in stated}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:
-        """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of it."""
-        free = {
-            Tier.CPU: psutil.virtual_memory().available,
-            Tier.DISK: psutil.disk_usage(str(offload_dir)).free,
-        }
+        """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of
+        it."""
+        free = {Tier.CPU: psutil.virtual_memory().available, Tier.DISK: psutil.disk_usage(str(offload_dir)).free}
         caps = (self.hardware.cpu_memory_bytes, host.group_limit())
         cap = min((c for c in caps if c is not None), default=None)
         if cap is not None:  # Python, torch and their libraries live under the cap too
@@ -106,9 +103,7 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()  # what torch keeps for later would count as used
             free[Tier.GPU] = gpu_room(
-                torch.cuda.mem_get_info()[0],
-                self.hardware.gpu_memory_bytes,
-                torch.cuda.memory_reserved(),
+                torch.cuda.mem_get_info()[0], self.hardware.gpu_memory_bytes, torch.cuda.memory_reserved()
             )
         return free
 

@@ -18,24 +18,24 @@ from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
-from flexgen_bench.engine.frames import release_frames
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
 from flexgen_bench.engine.job_run import JobResult, JobRun, Progress, quiet
-from flexgen_bench.engine.kept_memory import KeptMemory
+from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
+from flexgen_bench.engine.traceback_cleanup import release_frames
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
-from flexgen_bench.planner.units import PackedModel
 from flexgen_bench.schedule.admission import OpenAdmission
-from flexgen_bench.schedule.cohorts import Capacity, Request
-from flexgen_bench.schedule.forest import ScoreRequest, grow
+from flexgen_bench.schedule.prefix_tree import ScoreRequest, grow
 from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
 # Of each row of logits, what the host needs of it where every sequence is greedy: the number of the largest.
 GREEDY_ROW_BYTES = 8
@@ -98,38 +98,35 @@ class Engine:
     def open(self, capacity: Capacity) -> OpenJob:
         """A job that takes requests within a capacity while it runs. Until it is closed this engine runs nothing else.
 
-        Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once: the others wait.
+        Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once:
+        the others wait.
         """
         plan = self.plan(capacity, 4 * self._shape.vocab_size)
         self.check_free()
         self._check(plan)
         sequences: dict[int, Running] = {}
-        generation, admission = Generation(sequences), OpenAdmission(plan.cohorts)
+        generation, admission = Generation(sequences), OpenAdmission(plan.groups)
         result = JobResult(plan=plan)
         held = ExitStack()
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
-        scheduler = Scheduler(self.policy, plan, generation.wanted, admission)
+        scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission)
         run = JobRun(scheduler, plan.job, executor, actions, generation, result)
         self._open = OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
         return self._open
 
-    def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        found: Found,
-        progress: Progress = quiet,
-    ) -> JobResult:
+    def score(self, requests: Sequence[ScoreRequest], found: Found, progress: Progress = quiet) -> JobResult:
         """Log-likelihoods of continuations. ``found`` gets each as soon as it is there, from a thread of the engine."""
         asked = self.scoring(requests)
-        return self._run(asked.plan, Scoring(asked.forests, found), progress, asked.policy)
+        return self._run(asked.plan, Scoring(asked.trees, found), progress, asked.policy)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are in memory."""
-        forests = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
-        rows = max(forest.rows for forest in forests)
-        asked = plan_scoring(self._planned, self.policy, forests, rows, 4 * self._shape.vocab_size)
+        """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are
+        in memory."""
+        trees = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
+        rows = max(tree.rows for tree in trees)
+        asked = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._shape.vocab_size)
         found: list[list[Tensor]] = [[] for _ in sequences]
-        consumer = LogProbabilities(forests, lambda i, piece: found[i].append(piece))
+        consumer = LogProbabilities(trees, lambda i, piece: found[i].append(piece))
         self._run(asked.plan, consumer, policy=asked.policy)
         return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
 
@@ -146,10 +143,7 @@ class Engine:
         return lay_out(self._planned, self._check, self.policy, requests)
 
     def plan(
-        self,
-        requests: Sequence[Request] | Capacity,
-        logits_row_bytes: int = GREEDY_ROW_BYTES,
-        scored_rows: int = 0,
+        self, requests: Sequence[Request] | Capacity, logits_row_bytes: int = GREEDY_ROW_BYTES, scored_rows: int = 0
     ) -> MemoryPlan:
         """The plan of a job of these requests, or of a capacity, under this engine's policy."""
         return self._planned(self.policy, requests, logits_row_bytes, scored_rows)
@@ -162,9 +156,15 @@ class Engine:
         scored_rows: int = 0,
     ) -> MemoryPlan:
         return plan_job(
-            self._shape, self._packed, self._dtype, policy, self._device.hardware, requests,
-            logits_row_bytes, scored_rows,
-        )  # fmt: skip
+            self._shape,
+            self._packed,
+            self._dtype,
+            policy,
+            self._device.hardware,
+            requests,
+            logits_row_bytes,
+            scored_rows,
+        )
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -206,29 +206,25 @@ class Engine:
         self._open = None
 
     def _run(
-        self,
-        plan: MemoryPlan,
-        consumer: Consumer,
-        progress: Progress = quiet,
-        policy: Policy | None = None,
+        self, plan: MemoryPlan, consumer: Consumer, progress: Progress = quiet, policy: Policy | None = None
     ) -> JobResult:
-        """policy: the one that was planned for, if it is not the engine's own; it differs in the shape of blocks alone."""
+        """policy: the one that was planned for, if it is not the engine's own; it differs in the shape of blocks
+        alone."""
         policy = policy or self.policy
         self.check_free()
         self._check(plan)
         result = JobResult(plan=plan)
         with self._job(plan, consumer, policy, result) as (executor, actions):
-            scheduler = Scheduler(policy, plan, consumer.wanted)
-            JobRun(
-                scheduler, plan.job, executor, actions, consumer, result, plan.cohorts.requests, progress
-            ).run()  # fmt: skip
+            scheduler = Scheduler(policy, plan, consumer.logit_rows)
+            JobRun(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress).run()
         return result
 
     @contextmanager
     def _job(
         self, plan: MemoryPlan, consumer: Consumer, policy: Policy, result: JobResult
     ) -> Iterator[tuple[Executor, Actions]]:
-        """Everything that a job needs for itself, allocated from its plan and released at its end. ``result`` gets what the lanes did."""
+        """Everything that a job needs for itself, allocated from its plan and released at its end. ``result`` gets what
+        the lanes did."""
         spilled = sum(plan.bytes.get(Tier.DISK, {}).get(k, 0) for k in ("kv_cache", "activations"))
         arenas = Arenas(self._device, self._kept)
         # Released in reverse: no lane may be running when its memory goes.
@@ -239,9 +235,17 @@ class Engine:
             if spill is not None:
                 held.callback(spill.close)
             actions = Actions(
-                self._family, self._shape, TORCH_DTYPES[self._dtype], policy, plan,
-                self._weights, self._device, arenas, spill, consumer,
-            )  # fmt: skip
+                self._family,
+                self._shape,
+                TORCH_DTYPES[self._dtype],
+                policy,
+                plan,
+                self._weights,
+                self._device,
+                arenas,
+                spill,
+                consumer,
+            )
             held.callback(actions.close)
             executor = Executor(self._device.lane_settings(), policy.overlap)
             held.callback(executor.close)
@@ -263,9 +267,7 @@ def _together(*parts: Mapping[Tier, Mapping[str, int]]) -> dict[Tier, dict[str, 
     return found
 
 
-def store_plan(
-    family: ModelFamily, shape: ModelShape, packed: PackedModel, dtype: DType
-) -> StorePlan:
+def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtype: DType) -> StorePlan:
     """What the packed store of a model must hold: tables, embedding and head together, then layer by layer."""
     stored = {
         e.offset: StoredTensor(

@@ -1,6 +1,7 @@
 """Runs steps on lanes: each lane in order, each step as soon as what it waits for is done.
 
-A host lane is a thread (``lane.py``), a stream lane a thread that issues work to a CUDA stream (``stream_lane.py``). With
+A host lane is a thread (``lane.py``), a stream lane a thread that issues work to a CUDA stream (``stream_lane.py``).
+With
 ``overlap`` off, every step runs to its end before the next one is taken: the same steps, no concurrency.
 """
 
@@ -13,10 +14,10 @@ from contextlib import ExitStack
 from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
-from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, Task
+from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, QueuedStep
 from flexgen_bench.engine.progress import Aborted, Failure
 from flexgen_bench.engine.stream_lane import Origin, StreamWorker
-from flexgen_bench.engine.timeline import LaneLog, Room
+from flexgen_bench.engine.timeline import LaneLog, StepBudget
 from flexgen_bench.schedule.dependencies import DependencyTracker
 from flexgen_bench.schedule.steps import Step
 
@@ -53,7 +54,7 @@ class Executor:
         number, waits = self._tracker.add(step)
         workers = self._workers
         others = [(workers[other], n) for other, n in waits.items()]
-        workers[lane].put(Task(step, number, others, action))
+        workers[lane].put(QueuedStep(step, number, others, action))
         self._last[lane] = number
         if not self._overlap:
             self.wait([(lane, number)])
@@ -107,23 +108,21 @@ class Executor:
 
     def timeline(self) -> Timeline:
         """What every lane did and when; times count from the making of this executor. Complete after ``drain``."""
-        return Timeline({
-            str(lane): worker.log.timeline(self._begin_s, worker.settings.bytes_per_s)
-            for lane, worker in self._workers.items()
-        })  # fmt: skip
+        return Timeline(
+            {
+                str(lane): worker.log.timeline(self._begin_s, worker.settings.bytes_per_s)
+                for lane, worker in self._workers.items()
+            }
+        )
 
     def _make(self, lanes: Mapping[Lane, LaneSettings]) -> dict[Lane, LaneWorker]:
-        room, origin = Room(), None
+        budget, origin = StepBudget(), None
         workers: dict[Lane, LaneWorker] = {}
         for lane, settings in lanes.items():
-            log = LaneLog(room)
+            log = LaneLog(budget)
             if settings.stream is None:
                 workers[lane] = LaneWorker(lane, settings, self._failure, log)
                 continue
-            origin = origin or Origin.record(
-                settings.stream
-            )  # one for all: the device has one clock
-            workers[lane] = StreamWorker(
-                lane, settings, self._failure, log, settings.stream, origin
-            )
+            origin = origin or Origin.record(settings.stream)  # one for all: the device has one clock
+            workers[lane] = StreamWorker(lane, settings, self._failure, log, settings.stream, origin)
         return workers

@@ -11,12 +11,13 @@ from torch import Tensor
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.text_stream import TextStream
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.scheduler import ending, last_rows
+from flexgen_bench.schedule.sequence_group import SequenceGroup
+from flexgen_bench.schedule.sequence_groups import Request
 
-# Fewer shared tokens than this (a start token, a template's first words) are computed for every prompt: attention over fresh keys needs no mask.
+# Fewer shared tokens than this (a start token, a template's first words) are computed for every prompt: attention over
+# fresh keys needs no mask.
 LEAST_SHARED = 8
 
 
@@ -63,9 +64,11 @@ def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> 
 
 
 def requests_of(sequences: Sequence[Running], steady: int | None = None) -> list[Request]:
-    """What a job of these sequences asks for. Instructions and examples that all prompts begin with are computed once per micro-batch.
+    """What a job of these sequences asks for. Instructions and examples that all prompts begin with are computed once
+    per micro-batch.
 
-    steady: up to which length of a prompt its tokens' keys do not depend on that length; longer ones share nothing. None: always.
+    steady: up to which length of a prompt its tokens' keys do not depend on that length; longer ones share nothing.
+    None: always.
     """
     longest = max((len(s.prompt) for s in sequences), default=0)
     can_share = len(sequences) > 1 and (steady is None or longest <= steady)
@@ -82,14 +85,14 @@ def _in_common(prompts: Sequence[Sequence[int]]) -> int:
 
 
 class Generation:
-    """Feeds tokens to micro-batches and samples the next ones. sequences: by their numbers in the job; of an open one they come and go
-    between passes."""
+    """Feeds tokens to micro-batches and samples the next ones. sequences: by their numbers in the job; of an open one
+    they come and go between passes."""
 
     def __init__(self, sequences: Mapping[int, Running]) -> None:
         self._sequences = sequences
 
     def tokens(self, member: Member) -> Sequence[int]:
-        mine = [self._sequences[i] for i in member.cohort.sequences]
+        mine = [self._sequences[i] for i in member.group.sequences]
         if member.token:
             return [sequence.new[member.token - 1] for sequence in mine]
         return [
@@ -98,7 +101,7 @@ class Generation:
             for token in sequence.prompt[first:last]
         ]
 
-    def wanted(self, member: Member) -> Sequence[int]:
+    def logit_rows(self, member: Member) -> Sequence[int]:
         """The last row of every sequence whose prompt ends here, or which decodes."""
         return last_rows(member)
 
@@ -117,16 +120,16 @@ class Generation:
             for sequence, logits in zip(sequences, found, strict=True):
                 sequence.take(sequence.sampler.choose(logits))
 
-    def forest(self, sequence: int) -> None:
+    def tree(self, sequence: int) -> None:
         """Prompts are plain sequences."""
 
-    def ended(self, cohort: Cohort) -> list[int]:
-        """Sequences of a cohort that have nothing left to do."""
-        return [i for i in cohort.sequences if self._sequences[i].finish_reason]
+    def ended(self, group: SequenceGroup) -> list[int]:
+        """Sequences of a sequence group that have nothing left to do."""
+        return [i for i in group.sequences if self._sequences[i].finish_reason]
 
     def _getting(self, work: MicroBatch) -> list[Running]:
-        """The sequences that get a token from a micro-batch, in the order of its wanted rows."""
-        numbers = (m.cohort.sequences[place] for m in work.members for place in ending(m))
+        """The sequences that get a token from a micro-batch, in the order of its logit rows."""
+        numbers = (m.group.sequences[place] for m in work.members for place in ending(m))
         return [self._sequences[i] for i in numbers]
 
 

@@ -17,12 +17,12 @@ from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.steps import Step
 
-Home = tuple[int, int, int]  # room, chunk, span of the room
+Home = tuple[int, int, int]  # KV slot, chunk, span of the KV slot
 Staged = tuple[Tier, int, int]  # site, stage, part
 
 
 class HiddenStates:
-    """Hidden states (rows, hidden) of every room, cut into spans by tier.
+    """Hidden states (rows, hidden) of every KV slot, cut into spans by tier.
 
     Rows that live on the compute tier are kept as the tensors that compute steps made; rows on the host or on disk
     have a place of their own.
@@ -43,35 +43,32 @@ class HiddenStates:
         self._row_bytes = plan.job.hidden_row_bytes
         self._rows: dict[Home, Tensor] = {}  # rows that live on the compute tier
         self._joined: dict[tuple[Home, ...], Tensor] = {}  # the same as one tensor
-        self._memory: dict[tuple[int, int], Tensor] = {}  # (room, span) -> rows on the host
-        self._offset: dict[tuple[int, int], int] = {}  # (room, span) -> place in the spill file
+        self._memory: dict[tuple[int, int], Tensor] = {}  # (KV slot, span) -> rows on the host
+        self._offset: dict[tuple[int, int], int] = {}  # (KV slot, span) -> place in the spill file
         self._staged: dict[Staged, Tensor] = {}  # rows brought to a unit's site
         self._host: dict[Staged, Tensor] = {}  # rows between disk and an accelerator
         # (site, stage) -> what the last compute step left
         self._current: dict[tuple[Tier, int], Tensor] = {}
-        for room, sizes in zip(plan.cohorts.rooms, plan.rooms, strict=True):
-            for number, (span, size) in enumerate(zip(room.hidden, sizes.hidden, strict=True)):
+        for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
+            for number, (span, size) in enumerate(zip(kv_slot.hidden, sizes.hidden, strict=True)):
                 if span.tier is plan.job.compute_tier:
                     arenas.note(span.tier, "activations", size)
                 elif span.tier is Tier.DISK:
                     arenas.note(span.tier, "activations", size)
-                    self._offset[room.index, number] = spill_offset
+                    self._offset[kv_slot.index, number] = spill_offset
                     spill_offset += size
                 else:
                     memory = arenas.allocate(span.tier, "activations", size)
-                    self._memory[room.index, number] = memory
-        stages, pages = plan.staging.stages + plan.staging.apart, plan.staging.pages
-        self._pages = [
-            arenas.allocate(Tier.CPU, "activation pages", pages)
-            for _ in range(stages if pages else 0)
-        ]
+                    self._memory[kv_slot.index, number] = memory
+        num_buffers, pages = plan.staging.num_buffers + plan.staging.apart, plan.staging.pages
+        self._pages = [arenas.allocate(Tier.CPU, "activation pages", pages) for _ in range(num_buffers if pages else 0)]
 
     def put(self, step: Step, x: Tensor) -> None:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
         work, tier = step.micro_batch, self._site(step)
         if any(part.tier is not tier for part in work.hidden_parts):
             # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
-            self._current[tier, step.stage] = x
+            self._current[tier, step.buffer_index] = x
         here = [part for part in work.hidden_parts if part.tier is tier]
         for part in here:
             rows = x[part.row : part.stop]
@@ -95,7 +92,7 @@ class HiddenStates:
     def _part(self, step: Step, work: MicroBatch, part: Part) -> Tensor:
         tier = self._site(step)
         if part.tier is not tier:
-            return crossing(self._staged.pop((tier, step.stage, part.index)))
+            return crossing(self._staged.pop((tier, step.buffer_index, part.index)))
         if tier is self._job.compute_tier:  # made by a compute step, or brought back by a link
             return crossing(self._rows[_home(work, part)])
         return self._in_memory(work, part)
@@ -103,7 +100,7 @@ class HiddenStates:
     def load(self, step: Step) -> None:
         """LOAD_HIDDEN: one tier nearer to the site."""
         work = step.micro_batch
-        part, key = work.hidden_parts[step.part], (self._site(step), step.stage, step.part)
+        part, key = work.hidden_parts[step.part], (self._site(step), step.buffer_index, step.part)
         if step.lane is Lane.DISK_READ:
             pages = self._paged(step, part)
             assert self._spill is not None
@@ -124,22 +121,18 @@ class HiddenStates:
         if step.lane is Lane.DISK_WRITE:
             pages = self._paged(step, part)
             if self._site(step) is Tier.CPU:
-                rows = self._current[self._site(step), step.stage][part.row : part.stop]
+                rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
                 self._as_rows(pages, part.rows).copy_(rows)
             assert self._spill is not None
             self._spill.write(self._disk_offset(work, part), pages)
             return
-        rows = self._current[self._site(step), step.stage][part.row : part.stop]
+        rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
         if step.lane is Lane.H2D:
             self._rows[_home(work, part)] = self._device.to_compute(rows)
             self._joined.clear()  # what was joined before holds the old rows
             return
         on_disk = part.tier is Tier.DISK
-        target = (
-            self._as_rows(self._paged(step, part), part.rows)
-            if on_disk
-            else self._in_memory(work, part)
-        )
+        target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(work, part)
         target.copy_(crossing(rows), non_blocking=True)
 
     def begin_pass(self) -> None:
@@ -153,17 +146,17 @@ class HiddenStates:
     def _in_memory(self, work: MicroBatch, part: Part) -> Tensor:
         """A part's rows in its home in host memory."""
         start = sum(self._chunks(part)[: work.chunk]) if work.chunk else 0
-        memory = self._memory[part.cohort.room, part.home][start * self._row_bytes :]
+        memory = self._memory[part.group.kv_slot, part.home][start * self._row_bytes :]
         return self._as_rows(memory, part.rows)
 
     def _disk_offset(self, work: MicroBatch, part: Part) -> int:
         before = self._chunks(part)[: work.chunk] if work.chunk else ()
-        base = self._offset[part.cohort.room, part.home]
+        base = self._offset[part.group.kv_slot, part.home]
         return base + sum(aligned(rows * self._row_bytes) for rows in before)
 
     def _chunks(self, part: Part) -> list[int]:
         """Prompt rows of each chunk; prompts are computed before anybody leaves."""
-        return chunk_rows(part.cohort, part.span, chunk_len(self._policy, part.cohort.size))
+        return chunk_rows(part.group, part.span, chunk_len(self._policy, part.group.size))
 
     def _as_rows(self, raw: Tensor, count: int) -> Tensor:
         return raw[: count * self._row_bytes].view(self._dtype).view(count, -1)
@@ -173,8 +166,8 @@ class HiddenStates:
         before = (p for p in step.micro_batch.hidden_parts[: part.index] if p.tier is Tier.DISK)
         start = sum(aligned(p.rows * self._row_bytes) for p in before)
         size = aligned(part.rows * self._row_bytes)
-        return self._pages[step.stage][start : start + size]
+        return self._pages[step.buffer_index][start : start + size]
 
 
 def _home(work: MicroBatch, part: Part) -> Home:
-    return part.cohort.room, work.chunk, part.home
+    return part.group.kv_slot, work.chunk, part.home

@@ -21,9 +21,7 @@ class IncrementalDecoder:
     them; bytes that are part of no character become U+FFFD.
     """
 
-    def __init__(
-        self, pieces: TokenPieces, prompt: Sequence[int] = (), show_special: bool = False
-    ) -> None:
+    def __init__(self, pieces: TokenPieces, prompt: Sequence[int] = (), show_special: bool = False) -> None:
         self._pieces, self._show_special = pieces, show_special
         self._utf8 = pieces.utf8()
         self._previous: int | None = None  # the last token of the text so far

@@ -1,4 +1,4 @@
-"""One job being run: pass after pass, until no cohort is running and none is waiting."""
+"""One job being run: pass after pass, until no sequence group is running and none is waiting."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduler import Ended, Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
 
 # (phase "prefill" or "decode", tokens done in it, tokens of it in all)
 Progress = Callable[[str, int, int], None]
@@ -40,7 +40,8 @@ class JobResult:
 
 
 class JobRun:
-    """Drives an executor through the passes of a scheduler. requests: all that there will be, for progress; none of an open job."""
+    """Drives an executor through the passes of a scheduler. requests: all that there will be, for progress; none of an
+    open job."""
 
     def __init__(
         self,
@@ -66,19 +67,20 @@ class JobRun:
             self.step()
 
     def step(self) -> None:
-        """One pass. Whoever may start starts; sequences that come to their end leave, and their room is free for the next pass."""
+        """One pass. Whoever may start starts; sequences that come to their end leave, and their room is free for the
+        next pass."""
         begin = time.perf_counter()
         batches = self._scheduler.schedule()
         self._actions.begin_pass()
         self._pass(batches)
-        for cohort in self._scheduler.postprocess(self._consumer.ended):
-            self._actions.forget(cohort)
+        for group in self._scheduler.postprocess(self._consumer.ended):
+            self._actions.forget(group)
         self._account(batches, time.perf_counter() - begin)
 
     def remove(self, ended: Ended) -> None:
         """Between passes: let sequences leave before their end."""
-        for cohort in self._scheduler.remove(ended):
-            self._actions.forget(cohort)
+        for group in self._scheduler.remove(ended):
+            self._actions.forget(group)
 
     def _pass(self, batches: list[MicroBatch]) -> None:
         """Submit all steps of a pass, and wait for its last step on each unit: the host must see the tokens."""

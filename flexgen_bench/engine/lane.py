@@ -32,7 +32,8 @@ class LaneUse:
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """How a lane runs. threads: torch threads of its own; link: the emulated link it works on, which other lanes may share;
+    """How a lane runs. threads: torch threads of its own; link: the emulated link it works on, which other lanes may
+    share;
     stream: the CUDA stream it issues to."""
 
     threads: int = 1
@@ -46,7 +47,7 @@ class LaneSettings:
 
 
 @dataclass(slots=True)
-class Task:
+class QueuedStep:
     """A step with its number on its lane, and the steps of other lanes that must be done first."""
 
     step: Step
@@ -64,14 +65,14 @@ class LaneWorker:
         self.progress = Progress(failure)  # steps finished (on a stream: issued)
         self._failure = failure
         self._throttle = None if settings.link is None else Throttle(settings.link)
-        self._inbox: SimpleQueue[Task | None] = SimpleQueue()
+        self._inbox: SimpleQueue[QueuedStep | None] = SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=f"lane-{lane}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, task: Task) -> None:
+    def put(self, task: QueuedStep) -> None:
         self._inbox.put(task)
 
     def end(self) -> None:
@@ -82,8 +83,8 @@ class LaneWorker:
     def join(self) -> None:
         """Until the thread has come to an end, or at once if it never began.
 
-        An interrupt of the waiting thread is raised then, and not before: what the running step uses may be released after
-        this. (An interrupted ``Thread.join`` takes the thread for ended, up to Python 3.12.)
+        An interrupt of the waiting thread is raised then, and not before: what the running step uses may be released
+        after this. (An interrupted ``Thread.join`` takes the thread for ended, up to Python 3.12.)
         """
         interrupt: KeyboardInterrupt | None = None
         while self._thread.ident is not None and not self._ended.is_set():
@@ -104,7 +105,7 @@ class LaneWorker:
         """Let this lane's next step begin after a step of another lane; whether that took waiting."""
         return other.wait(number)
 
-    def run(self, task: Task, was_waiting: bool) -> None:
+    def run(self, task: QueuedStep, was_waiting: bool) -> None:
         """One step, timed. was_waiting: it could have begun as soon as the lane was free."""
         step = task.step
         if self._throttle is not None:

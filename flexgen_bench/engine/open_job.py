@@ -15,15 +15,16 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.schedule.admission import OpenAdmission
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.cohorts import Capacity, Request
+from flexgen_bench.schedule.sequence_group import SequenceGroup
+from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
 CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that a pass has produced. number: of its sequence, as ``add`` gave it; finish_reason: empty if the sequence goes on."""
+    """A token that a pass has produced. number: of its sequence, as ``add`` gave it; finish_reason: empty if the
+    sequence goes on."""
 
     number: int
     token: int
@@ -31,10 +32,13 @@ class NewToken:
 
 
 class OpenJob:
-    """``add`` requests and ``cancel`` them at any time, from any thread; one thread calls ``step``, which runs a pass, as long as it wants.
+    """``add`` requests and ``cancel`` them at any time, from any thread; one thread calls ``step``, which runs a pass,
+    as long as it wants.
 
-    A request starts with the next pass if a place is free, else as soon as one is; first come, first served. Its tokens are those of a run
-    of its own. result: its plan and the seconds of its passes so far; when it is closed, also what its lanes did. A sequence that ends gives its KV space back at once. ``Engine.open`` makes one; use as a context manager, or ``close``.
+    A request starts with the next pass if a place is free, else as soon as one is; first come, first served. Its tokens
+    are those of a run of its own. result: its plan and the seconds of its passes so far; when it is closed, also what
+    its lanes did. A sequence that ends gives its KV space back at once. ``Engine.open`` makes one; use as a context
+    manager, or ``close``.
     """
 
     def __init__(
@@ -112,10 +116,7 @@ class OpenJob:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end(kind, error, trace)
 
@@ -130,7 +131,7 @@ class OpenJob:
         gone = cancelled & self._sequences.keys()
         running = {number for number in gone if not self._admission.cancel(number)}
         if running:
-            self._run.remove(lambda cohort: _of(cohort, running))
+            self._run.remove(lambda group: _of(group, running))
         for number in gone:
             self._sequences.pop(number).finish_reason = CANCELLED
 
@@ -146,12 +147,7 @@ class OpenJob:
         if self._closed:
             raise UserError("job", "closed", "open", "Open a new one.")
 
-    def _end(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._closed:
             self._closed = True
             self._on_close()
@@ -162,5 +158,5 @@ def _request(sequence: Running) -> Request:
     return Request(len(sequence.prompt), sequence.params.max_tokens)
 
 
-def _of(cohort: Cohort, numbers: set[int]) -> list[int]:
-    return [i for i in cohort.sequences if i in numbers]
+def _of(group: SequenceGroup, numbers: set[int]) -> list[int]:
+    return [i for i in group.sequences if i in numbers]

@@ -23,8 +23,8 @@ class Failure:
 class Progress:
     """The number of the last finished step of a lane. One thread counts, others wait.
 
-    A lane finishes steps far more often than somebody waits, and who waits is woken only when the step it needs is done:
-    waking a thread costs more than all the rest of a step's overhead.
+    A lane finishes steps far more often than somebody waits, and who waits is woken only when the step it needs is
+    done: waking a thread costs more than all the rest of a step's overhead.
     """
 
     def __init__(self, failure: Failure) -> None:

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
-from flexgen_bench.kernels.forest import ForestMask, forest_attention
+from flexgen_bench.kernels.tree_attention import TreeMask, tree_attention
 from flexgen_bench.memory.kv_cache import KVForm, Stored
-from flexgen_bench.schedule.forest import Forest
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.prefix_tree import PrefixTree
 from flexgen_bench.schedule.steps import Step
 
 
 class Prompts:
-    """Attention of prompts, whole ones and chunks. Every row sees what the cache holds of it, so that results do not depend on how
-    prompts are cut into chunks.
+    """Attention of prompts, whole ones and chunks. Every row sees what the cache holds of it, so that results do not
+    depend on how prompts are cut into chunks.
 
-    forest: of a sequence of the job, how its rows hang together; None where each follows the one before it. value_share: of sparse
-    attention, which only rows of forests follow that stand for decoded tokens.
+    prefix tree: of a sequence of the job, how its rows hang together; None where each follows the one before it.
+    value_share: of sparse attention, which only rows of prefix trees follow that stand for decoded tokens.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class Prompts:
         job: Job,
         cache: KVCache,
         form: KVForm,
-        forest: Callable[[int], Forest | None],
+        tree: Callable[[int], PrefixTree | None],
         scale: float,
         value_share: float,
     ) -> None:
-        self._job, self._cache, self._form, self._forest = job, cache, form, forest
+        self._job, self._cache, self._form, self._tree = job, cache, form, tree
         self._scale, self._value_share = scale, value_share
-        self._masks: dict[int, ForestMask] = {}  # by sequence of the job
+        self._masks: dict[int, TreeMask] = {}  # by sequence of the job
 
     def begin_pass(self) -> None:
         """The prompts of the last pass are done with."""
@@ -48,26 +48,26 @@ class Prompts:
             return torch.tensor([first for member in work.members for first, _ in member.ranges])
         found = []
         for member in work.members:
-            for sequence, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True):
-                forest = self._forest(sequence)
-                if forest is None:
+            for sequence, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
+                tree = self._tree(sequence)
+                if tree is None:
                     found.append(torch.arange(first, last))
                 else:
-                    found.append(torch.tensor(forest.positions[first:last], dtype=torch.long))
+                    found.append(torch.tensor(tree.positions[first:last], dtype=torch.long))
         return torch.cat(found)
 
     def lengths(self, work: MicroBatch) -> Tensor:
-        """Of every row: the tokens that its sequence has when the row is computed. All of a prompt's are there from its first chunk on;
-        rows of forests, whose sequences have several ends, count those up to their own."""
+        """Of every row: the tokens that its sequence has when the row is computed. All of a prompt's are there from its
+        first chunk on; rows of prefix trees, whose sequences have several ends, count those up to their own."""
         positions = self.positions(work)
         if not work.is_prefill:
             return positions + 1
         found = []
         for member in work.members:
-            cohort = member.cohort
-            of = zip(cohort.sequences, cohort.prompt_lens, member.ranges, strict=True)
+            group = member.group
+            of = zip(group.sequences, group.prompt_lens, member.ranges, strict=True)
             for sequence, length, (first, last) in of:
-                known = self._forest(sequence) is None
+                known = self._tree(sequence) is None
                 found.append(torch.full((last - first,), length if known else 0))
         return torch.maximum(torch.cat(found), positions + 1)
 
@@ -78,9 +78,9 @@ class Prompts:
         stored = (self._form.encode(k), self._form.encode(v))
         if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
             self._cache.keep_prompt(step, stored)
-        if self._forest(member.cohort.sequences[0]) is not None:
-            return self._attend_forests(step, q, stored)
-        if member.start == 0 and not member.cohort.shared:
+        if self._tree(member.group.sequences[0]) is not None:
+            return self._attend_trees(step, q, stored)
+        if member.start == 0 and not member.group.shared:
             lens = [last - first for first, last in member.ranges]
             keys, values = (self._form.decode(x) for x in stored)
             return prefill_attention(q, keys, values, lens, self._scale)
@@ -92,8 +92,8 @@ class Prompts:
             outs.append(chunk_attention(q[part.row : part.stop], keys, values, ranges, self._scale))
         return _joined(outs)
 
-    def _attend_forests(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
-        """The rows of a chunk of each forest over those of all its chunks so far."""
+    def _attend_trees(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
+        """The rows of a chunk of each prefix tree over those of all its chunks so far."""
         member, outs = step.micro_batch.members[0], []
         for part in step.micro_batch.kv_parts:
             span = part.span
@@ -108,23 +108,19 @@ class Prompts:
                 if gathered:
                     keys, values = (x[place - span.start] for x in gathered)
                 else:
-                    keys, values = (
-                        self._form.decode(tuple(t[start:stop] for t in x)) for x in stored
-                    )
-                mask = self._mask(member.cohort.sequences[place])
+                    keys, values = (self._form.decode(tuple(t[start:stop] for t in x)) for x in stored)
+                mask = self._mask(member.group.sequences[place])
                 outs.append(
-                    forest_attention(
-                        q[start:stop], keys, values, mask, member.start, self._scale, self._value_share
-                    )
-                )  # fmt: skip
+                    tree_attention(q[start:stop], keys, values, mask, member.start, self._scale, self._value_share)
+                )
         return _joined(outs)
 
-    def _mask(self, sequence: int) -> ForestMask:
-        """Who sees whom in a forest: the same in every layer."""
+    def _mask(self, sequence: int) -> TreeMask:
+        """Who sees whom in a prefix tree: the same in every layer."""
         if sequence not in self._masks:
-            forest = self._forest(sequence)
-            assert forest is not None
-            self._masks[sequence] = ForestMask(forest)
+            tree = self._tree(sequence)
+            assert tree is not None
+            self._masks[sequence] = TreeMask(tree)
         return self._masks[sequence]
 
 

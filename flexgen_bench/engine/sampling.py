@@ -57,8 +57,6 @@ def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1.0:
         ordered, order = torch.sort(probabilities, descending=True)
         before = torch.cumsum(ordered, dim=-1) - ordered
-        probabilities = probabilities.scatter(
-            0, order, torch.where(before < top_p, ordered, torch.zeros(()))
-        )
+        probabilities = probabilities.scatter(0, order, torch.where(before < top_p, ordered, torch.zeros(())))
         probabilities = probabilities / probabilities.sum()
     return probabilities

@@ -1,4 +1,5 @@
-"""Scoring: log-likelihoods of given tokens, in prefill only and without a cache. What sequences share is computed once."""
+"""Scoring: log-likelihoods of given tokens, in prefill only and without a cache. What sequences share is computed
+once."""
 
 from __future__ import annotations
 
@@ -10,55 +11,54 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.planner.scoring import LOGIT_ROWS
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.forest import Forest, Prediction
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.prefix_tree import Prediction, PrefixTree
+from flexgen_bench.schedule.sequence_group import SequenceGroup
 
-# Rows whose probabilities are made at once: few enough for a processor's cache (43 against 155 ms for 256 rows of 49,152).
+# Rows whose probabilities are made at once: few enough for a processor's cache (43 against 155 ms for 256 rows of
+# 49,152).
 PIECE_ROWS = 16
 # What is told of a request when all its tokens are scored: its number, and per token (log-probability, is the largest).
 Found = Callable[[int, list[tuple[float, bool]]], None]
 
 
-class Forests:
-    """A job of forests: what its kinds have in common."""
+class PrefixTrees:
+    """A job of prefix trees: what its kinds have in common."""
 
-    def __init__(self, forests: Sequence[Forest]) -> None:
-        self._forests = forests
+    def __init__(self, trees: Sequence[PrefixTree]) -> None:
+        self._trees = trees
 
     def tokens(self, member: Member) -> Sequence[int]:
         return [
             token
-            for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True)
-            for token in self._forests[i].tokens[first:last]
+            for i, (first, last) in zip(member.group.sequences, member.ranges, strict=True)
+            for token in self._trees[i].tokens[first:last]
         ]
 
-    def wanted(self, member: Member) -> Sequence[int]:
+    def logit_rows(self, member: Member) -> Sequence[int]:
         """The rows that predict scored tokens, each once."""
         return [
             member.offsets[place] + row - first
-            for place, (i, (first, last)) in enumerate(
-                zip(member.cohort.sequences, member.ranges, strict=True)
-            )
-            for row in self._forests[i].wanted
+            for place, (i, (first, last)) in enumerate(zip(member.group.sequences, member.ranges, strict=True))
+            for row in self._trees[i].logit_rows
             if first <= row < last
         ]
 
-    def forest(self, sequence: int) -> Forest:
-        return self._forests[sequence]
+    def tree(self, sequence: int) -> PrefixTree:
+        return self._trees[sequence]
 
-    def ended(self, cohort: Cohort) -> list[int]:
-        """A forest is all there is."""
-        return list(cohort.sequences)
+    def ended(self, group: SequenceGroup) -> list[int]:
+        """A prefix tree is all there is."""
+        return list(group.sequences)
 
 
-class Scoring(Forests):
+class Scoring(PrefixTrees):
     """``found`` is called with every request when it is done, by the thread that finishes it."""
 
-    def __init__(self, forests: Sequence[Forest], found: Found) -> None:
-        super().__init__(forests)
+    def __init__(self, trees: Sequence[PrefixTree], found: Found) -> None:
+        super().__init__(trees)
         self._found = found
-        self._lengths = Counter(p.request for forest in forests for p in forest.predictions)
+        self._lengths = Counter(p.request for tree in trees for p in tree.predictions)
         self._tokens: dict[int, list[tuple[float, bool]]] = {i: [] for i in self._lengths}
         self._made: tuple[MicroBatch | None, list[Prediction]] = (None, [])
 
@@ -76,9 +76,7 @@ class Scoring(Forests):
                 stop = bisect_left(rows, start + first + PIECE_ROWS, cursor)
                 own, targets = both[:, cursor:stop]
                 cursor = stop
-                pieces.append(
-                    _judge(logits[first : first + PIECE_ROWS], own - start - first, targets)
-                )
+                pieces.append(_judge(logits[first : first + PIECE_ROWS], own - start - first, targets))
         return torch.cat(pieces, dim=1)
 
     def finish(self, work: MicroBatch, found: Tensor) -> None:
@@ -89,11 +87,11 @@ class Scoring(Forests):
                 self._found(p.request, self._tokens.pop(p.request))
 
     def _predictions(self, work: MicroBatch) -> list[Prediction]:
-        """Of the micro-batch's wanted rows, with ``row`` counted among these, in the order of rows."""
+        """Of the micro-batch's logit rows, with ``row`` counted among these, in the order of rows."""
         made, found = self._made
         if made is work:
             return found
-        number = {row: place for place, row in enumerate(work.wanted)}
+        number = {row: place for place, row in enumerate(work.logit_rows)}
         found = [
             Prediction(number[base + p.row], p.request, p.target)
             for base, predictions in self._bases(work)
@@ -106,9 +104,9 @@ class Scoring(Forests):
         """Of each sequence: what to add to its own rows to have the micro-batch's, and what is predicted here."""
         start = 0
         for member in work.members:
-            ranges = zip(member.cohort.sequences, member.ranges, strict=True)
+            ranges = zip(member.group.sequences, member.ranges, strict=True)
             for place, (i, (first, last)) in enumerate(ranges):
-                own = self._forests[i].predictions
+                own = self._trees[i].predictions
                 low = bisect_left(own, first, key=lambda p: p.row)
                 high = bisect_left(own, last, key=lambda p: p.row)
                 yield start + member.offsets[place] - first, own[low:high]
@@ -116,13 +114,15 @@ class Scoring(Forests):
 
 
 def _judge(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """logits (R, V) -> (2, P): of P targets, predicted by these rows, the log-probability and whether it is the largest.
+    """logits (R, V) -> (2, P): of P targets, predicted by these rows, the log-probability and whether it is the
+    largest.
 
-    By torch's own ``log_softmax``, and not a more exact sum: the reference uses it, whose rounding (1e-5 a token at 49,152 tokens, always to
-    the same side) adds up in long texts.
+    By torch's own ``log_softmax``, and not a more exact sum: the reference uses it, whose rounding (1e-5 a token at
+    49,152 tokens, always to the same side) adds up in long texts.
     """
     chosen = logits.log_softmax(-1)[rows, targets]
-    # Several times faster than argmax. Among equal ones that one would take the first, which is only looked for where a target is among them.
+    # Several times faster than argmax. Among equal ones that one would take the first, which is only looked for where a
+    # target is among them.
     is_largest = logits[rows, targets] == logits.amax(-1)[rows]
     if not is_largest.is_cuda and bool(is_largest.any()):
         first = logits[rows[is_largest]].argmax(-1)
@@ -130,22 +130,21 @@ def _judge(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((chosen, is_largest.float()))
 
 
-class LogProbabilities(Forests):
-    """The whole distribution of every row, in the order of rows: ``found`` is called with the number of a forest and (R, V) float32."""
+class LogProbabilities(PrefixTrees):
+    """The whole distribution of every row, in the order of rows: ``found`` is called with the number of a prefix tree
+    and (R, V) float32."""
 
-    def __init__(self, forests: Sequence[Forest], found: Callable[[int, Tensor], None]) -> None:
-        super().__init__(forests)
+    def __init__(self, trees: Sequence[PrefixTree], found: Callable[[int, Tensor], None]) -> None:
+        super().__init__(trees)
         self._found = found
 
     def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Log-probabilities (R, V) of the wanted rows."""
+        """Log-probabilities (R, V) of the logit rows."""
         found: Tensor | None = None
         for start in range(0, x.shape[0], LOGIT_ROWS):
             logits = head(x[start : start + LOGIT_ROWS])
             if found is None:
-                found = torch.empty(
-                    x.shape[0], logits.shape[1], dtype=torch.float32, device=x.device
-                )
+                found = torch.empty(x.shape[0], logits.shape[1], dtype=torch.float32, device=x.device)
             found[start : start + LOGIT_ROWS] = logits.float().log_softmax(-1)
         assert found is not None, "a micro-batch without wanted rows has no head"
         return found
@@ -153,8 +152,8 @@ class LogProbabilities(Forests):
     def finish(self, work: MicroBatch, found: Tensor) -> None:
         row = 0
         for member in work.members:
-            for i, (first, last) in zip(member.cohort.sequences, member.ranges, strict=True):
-                count = sum(first <= wanted < last for wanted in self._forests[i].wanted)
+            for i, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
+                count = sum(first <= logit_rows < last for logit_rows in self._trees[i].logit_rows)
                 if count:
                     self._found(i, found[row : row + count])
                 row += count

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flexgen_bench.core.tiers import Lane
-from flexgen_bench.engine.lane import LaneSettings, LaneWorker, Task
+from flexgen_bench.engine.lane import LaneSettings, LaneWorker, QueuedStep
 from flexgen_bench.engine.progress import Failure
 from flexgen_bench.engine.timeline import LaneLog
 from flexgen_bench.schedule.steps import Step
@@ -84,7 +84,7 @@ class StreamWorker(LaneWorker):
             self._stream.wait_event(issued.ended)
         return waited
 
-    def run(self, task: Task, was_waiting: bool) -> None:
+    def run(self, task: QueuedStep, was_waiting: bool) -> None:
         started = torch.cuda.Event(enable_timing=True)
         # blocking: threads that wait for it sleep, where the driver would have them spin on cores the cpu lane needs.
         ended = torch.cuda.Event(enable_timing=True, blocking=True)

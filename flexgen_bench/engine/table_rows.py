@@ -14,11 +14,12 @@ from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import dequantize
 from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import allocate
-from flexgen_bench.planner.units import PackedEntry
+from flexgen_bench.models.packing import PackedEntry
 
 
 def rows_in_memory(table: Weight, indices: Tensor, pinned: bool = False) -> Tensor:
-    """(N,) indices -> (N, E), on the table's device. pinned: a plain table on the host gives page-locked rows, ready to be moved."""
+    """(N,) indices -> (N, E), on the table's device. pinned: a plain table on the host gives page-locked rows, ready to
+    be moved."""
     assert not isinstance(table, OutputQuantizedWeight), "tables are grouped within their rows"
     if isinstance(table, Tensor):
         rows = table.new_empty((len(indices), table.shape[1]), pin_memory=pinned)
@@ -28,10 +29,8 @@ def rows_in_memory(table: Weight, indices: Tensor, pinned: bool = False) -> Tens
     return dequantize(codes, params, table.shape[1], table.compression, table.dtype)
 
 
-def rows_on_disk(
-    file: DirectFile, entry: PackedEntry, indices: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(N,) indices -> (N, E). Reads just the pages that hold the wanted rows: a row is far smaller than its table."""
+def rows_on_disk(file: DirectFile, entry: PackedEntry, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) indices -> (N, E). Reads just the pages that hold the logit rows: a row is far smaller than its table."""
     width = entry.tensor.spec.shape[1]
     wanted, back = torch.unique(indices.cpu(), return_inverse=True)
     rows = wanted.tolist()

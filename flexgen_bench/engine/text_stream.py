@@ -22,10 +22,7 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        decoder: IncrementalDecoder | None,
-        special: Mapping[int, str],
-        stop: Sequence[str] = (),
+        self, decoder: IncrementalDecoder | None, special: Mapping[int, str], stop: Sequence[str] = ()
     ) -> None:
         self._decoder, self._special = decoder, special
         with_special = tuple(s for s in stop if any(t and t in s for t in special.values()))

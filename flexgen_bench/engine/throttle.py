@@ -20,9 +20,11 @@ class Transfer:
 
 
 class Link:
-    """A bandwidth. Transfers that are under way at the same time have equal parts of it, one that is alone has all of it.
+    """A bandwidth. Transfers that are under way at the same time have equal parts of it, one that is alone has all of
+    it.
 
-    That is computed: the link has a clock, which stands at the last begin or end of a transfer and so never runs ahead of the real one.
+    That is computed: the link has a clock, which stands at the last begin or end of a transfer and so never runs ahead
+    of the real one.
     """
 
     def __init__(self, bytes_per_s: float) -> None:
@@ -32,7 +34,8 @@ class Link:
         self._guard = threading.Lock()
 
     def begin(self, count: int, at_s: float) -> Transfer:
-        """Let ``count`` bytes begin at a moment that may have passed, or as soon after it as what has been moved since allows."""
+        """Let ``count`` bytes begin at a moment that may have passed, or as soon after it as what has been moved since
+        allows."""
         with self._guard:
             self._advance(at_s)
             self._clock_s = max(self._clock_s, at_s)
@@ -77,8 +80,9 @@ class Link:
 class Throttle:
     """Holds up the thread of one lane until its transfers would be over.
 
-    A sleep ends late, by tens of microseconds and more on a busy machine. What is late is not lost: a transfer that was waiting
-    for its lane begins, on the link, where the one before ended, so that many short ones take what they should in all.
+    A sleep ends late, by tens of microseconds and more on a busy machine. What is late is not lost: a transfer that was
+    waiting for its lane begins, on the link, where the one before ended, so that many short ones take what they should
+    in all.
     """
 
     def __init__(self, link: Link) -> None:
@@ -86,15 +90,16 @@ class Throttle:
         self._free_at_s = math.inf  # until the first transfer there is nothing to catch up with
 
     def begin(self, count: int, was_waiting: bool) -> Transfer:
-        """To be called before ``count`` bytes are copied. was_waiting: they could have begun as soon as the lane was free."""
+        """To be called before ``count`` bytes are copied. was_waiting: they could have begun as soon as the lane was
+        free."""
         now_s = time.perf_counter()
         return self._link.begin(count, min(now_s, self._free_at_s) if was_waiting else now_s)
 
     def hold(self, transfer: Transfer) -> tuple[float, float]:
         """To be called when they have been copied: sleep until they would have been moved.
 
-        Copying for real may take longer than the link would: then the copy counts, and nothing is caught up. Returns when the
-        transfer began and ended.
+        Copying for real may take longer than the link would: then the copy counts, and nothing is caught up. Returns
+        when the transfer began and ended.
         """
         copied_s = time.perf_counter()
         self._free_at_s = max(self._link.finish(transfer), copied_s)

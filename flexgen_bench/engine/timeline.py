@@ -12,7 +12,7 @@ KINDS = tuple(str(kind) for kind in StepKind)
 _PLACES = {kind: place for place, kind in enumerate(StepKind)}
 
 
-class Room:
+class StepBudget:
     """How many more steps a job's lanes may record. Two lanes may take the last place at once: no harm in that."""
 
     def __init__(self, steps: int = MAX_STEPS) -> None:
@@ -22,21 +22,20 @@ class Room:
 class LaneLog:
     """What one lane did; written by one thread."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, budget: StepBudget) -> None:
+        self._budget = budget
         self._rows = bytearray()
         self._dropped = 0
 
     def add(self, step: Step, begin_s: float, end_s: float) -> None:
         """Keep one step, with its times in seconds on the host's clock (``time.perf_counter``)."""
-        if self._room.steps <= 0:
+        if self._budget.steps <= 0:
             self._dropped += 1
             return
-        self._room.steps -= 1
+        self._budget.steps -= 1
         self._rows += ROW.pack(
-            _PLACES[step.kind], step.unit, step.batch, step.part, step.token, begin_s, end_s,
-            step.bytes, step.flops,
-        )  # fmt: skip
+            _PLACES[step.kind], step.unit, step.batch, step.part, step.token, begin_s, end_s, step.bytes, step.flops
+        )
 
     def timeline(self, origin_s: float, bytes_per_s: float | None) -> LaneTimeline:
         """What was recorded so far; times count from ``origin_s``."""

@@ -39,8 +39,7 @@ class TokenPieces:
         self._added = {i: str(t.content) for i, t in tokenizer.added_tokens_decoder.items()}
         hidden = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special = {
-            int(i): str(tokenizer.convert_ids_to_tokens(i))
-            for i in sorted(hidden | set(tokenizer.all_special_ids))
+            int(i): str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(hidden | set(tokenizer.all_special_ids))
         }
         self._is_byte_level = _is_byte_level(tokenizer)
         self._stated: dict[int, bytes | None] = {}
@@ -92,11 +91,7 @@ class TokenPieces:
         return self._decoded([token])
 
     def _decoded(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -57,9 +57,7 @@ class TextTokenizer:
             before = self.encode(context, f"contexts[{index}]")
             own = self.encode(continuation, field)
             if isinstance(context, str) or isinstance(continuation, str):
-                raise UserError(
-                    field, continuation, "of the same kind as its context: both text or both ids"
-                )
+                raise UserError(field, continuation, "of the same kind as its context: both text or both ids")
             before = before or self._start(f"contexts[{index}]")
             both = [*before, *own]
         if len(both) <= len(before):
@@ -71,9 +69,7 @@ class TextTokenizer:
         tokenizer."""
         if self._pieces is None:
             if stop:
-                raise UserError(
-                    "stop", stop, "empty", f"{self._folder} has no tokenizer to find text with."
-                )
+                raise UserError("stop", stop, "empty", f"{self._folder} has no tokenizer to find text with.")
             return TextStream(None, {})
         return TextStream(IncrementalDecoder(self._pieces, prompt), self._pieces.special, stop)
 
@@ -104,9 +100,7 @@ class TextTokenizer:
         own = None if self._loaded is None else self._loaded.eos_token_id
         return frozenset() if own is None else frozenset([own])
 
-    def _text_pair(
-        self, context: str, continuation: str, index: int, field: str
-    ) -> tuple[list[int], list[int]]:
+    def _text_pair(self, context: str, continuation: str, index: int, field: str) -> tuple[list[int], list[int]]:
         """Ids of the context, and of both."""
         spaces = len(context) - len(context.rstrip())
         if spaces:
@@ -134,19 +128,16 @@ class TextTokenizer:
             if both[: len(ids)] == ids:
                 return both[len(ids) :]
         raise UserError(
-            field, text, "text that begins where a token begins",
+            field,
+            text,
+            "text that begins where a token begins",
             "Its tokens reach over the end of the context: give both as token ids.",
-        )  # fmt: skip
+        )
 
     def _for_text(self, text: str, field: str) -> Any:
         """The tokenizer, for text that it can take."""
         if self._loaded is None:
-            raise UserError(
-                field,
-                text,
-                "token ids",
-                f"{self._folder} has no tokenizer, so text cannot be read.",
-            )
+            raise UserError(field, text, "token ids", f"{self._folder} has no tokenizer, so text cannot be read.")
         check_text(text, field)
         return self._loaded
 
@@ -161,10 +152,11 @@ class TextTokenizer:
                 if type(found) is int:
                     return [found]
         raise UserError(
-            field, "", "at least one token long",
-            "Nothing stands before it, and neither the tokenizer nor config.json names a start token "
-            "(bos_token_id).",
-        )  # fmt: skip
+            field,
+            "",
+            "at least one token long",
+            "Nothing stands before it, and neither the tokenizer nor config.json names a start token (bos_token_id).",
+        )
 
     @cached_property
     def _loaded(self) -> Any:
@@ -199,8 +191,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _without_sentencepiece(folder: Path) -> str:
-    """What to do where a sentencepiece model stands alone and its package is missing: transformers then takes the file for
-    one of another kind, and says so."""
+    """What to do where a sentencepiece model stands alone and its package is missing: transformers then takes the file
+    for one of another kind, and says so."""
     alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     if not alone or find_spec("sentencepiece") is not None:
         return ""

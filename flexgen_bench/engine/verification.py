@@ -9,9 +9,10 @@ from torch import Tensor
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.weight_store import WeightStore
-from flexgen_bench.planner.units import PackedEntry
+from flexgen_bench.models.packing import PackedEntry
 
-# Of which files (path and time of last change) which tensors (offset) were right. A disk that lies later is a disk to replace.
+# Of which files (path and time of last change) which tensors (offset) were right. A disk that lies later is a disk to
+# replace.
 _RIGHT: set[tuple[str, int, int]] = set()
 
 
@@ -29,9 +30,7 @@ class Verification:
     def check(self, entry: PackedEntry, memory: Tensor, base: int) -> None:
         """A tensor in host memory that begins at ``base`` in the file; StoreError if it is not what was written."""
         if not self.is_right(entry):
-            self.judge(
-                entry, [checksum(memory[o - base :][:n].numpy().data) for o, n in entry.parts]
-            )
+            self.judge(entry, [checksum(memory[o - base :][:n].numpy().data) for o, n in entry.parts])
 
     def judge(self, entry: PackedEntry, sums: Sequence[int]) -> None:
         """The checksums found of a tensor's parts; StoreError if one is wrong."""
@@ -44,9 +43,7 @@ class Verification:
                 )
         _RIGHT.add((*self._file, entry.offset))
 
-    def while_reading(
-        self, entries: Sequence[PackedEntry], memory: Tensor, base: int
-    ) -> Callable[[int], None]:
+    def while_reading(self, entries: Sequence[PackedEntry], memory: Tensor, base: int) -> Callable[[int], None]:
         """To be told how many bytes of ``memory`` have arrived: checks every tensor as soon as it is there."""
         waiting = sorted((e for e in entries if not self.is_right(e)), key=lambda e: -e.offset)
 

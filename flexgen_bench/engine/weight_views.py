@@ -10,7 +10,7 @@ from torch import Tensor
 from flexgen_bench.core.compression import Along
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
-from flexgen_bench.planner.units import PackedEntry, PackedUnit
+from flexgen_bench.models.packing import PackedEntry, PackedUnit
 
 # What kernels.ops takes as a weight.
 Weight = Tensor | QuantizedWeight | OutputQuantizedWeight
@@ -26,9 +26,7 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> W
     if entry.compression.along is Along.OUTPUTS:
         params = parts[1].view(torch.float16).view(-1, 2)
         blocks = entry.tensor.source_rows
-        return OutputQuantizedWeight(
-            parts[0], params, (rows, columns), blocks, entry.compression, dtype
-        )
+        return OutputQuantizedWeight(parts[0], params, (rows, columns), blocks, entry.compression, dtype)
     codes = parts[0].view(rows, entry.compression.code_bytes(columns))
     params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
     return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype)

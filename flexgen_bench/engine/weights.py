@@ -1,7 +1,8 @@
-"""A model's weights in their places: resident blobs, staging slots, embedding tables read by row.
+"""A model's weights in their places: resident blobs, staging buffers, embedding tables read by row.
 
-Compressed weights are held, staged and loaded compressed. They are used in one of two ways: as they are, by kernels that
-unpack a tile at a time (``QuantizedWeight``), or unpacked once per pass into a plain slot by a DEQUANTIZE step.
+Compressed weights are held, staged and loaded compressed. They are used in one of two ways: as they are, by kernels
+that unpack a tile at a time (``QuantizedWeight``), or unpacked once per pass into a dequantized buffer by a DEQUANTIZE
+step.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view,
 from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.host import allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
-from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.steps import Step
 
-# Bytes that a load copies at once: a transfer of the other lane on the link gets in between two of them, after 3 ms at 12 GB/s.
+# Bytes that a load copies at once: a transfer of the other lane on the link gets in between two of them, after 3 ms at
+# 12 GB/s.
 CHUNK = 32 * MIB
 
 
@@ -33,13 +35,7 @@ class Weights:
     """Holds every unit on its tier and serves the steps that load, gather and use them."""
 
     def __init__(
-        self,
-        store: WeightStore,
-        packed: PackedModel,
-        dtype: DType,
-        job: Job,
-        device: Device,
-        arenas: Arenas,
+        self, store: WeightStore, packed: PackedModel, dtype: DType, job: Job, device: Device, arenas: Arenas
     ) -> None:
         """job: where its units live and are computed, and how many slots there are."""
         self._packed = packed
@@ -52,19 +48,16 @@ class Weights:
         self._resident: dict[int, tuple[Tensor, int]] = {}  # unit -> (memory, its file offset)
         self.direct_io = self._file.direct
         self._slots: dict[Tier, list[Tensor]] = {}
-        self._plain_slots: list[Tensor] = []
+        self._dequantized_buffers: list[Tensor] = []
         self._views: dict[tuple[int, int, Tier], Mapping[str, Weight]] = {}
         self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         try:
             self._load_resident()
-            for tier, slots in job.slots.items():
-                self._slots[tier] = [
-                    arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots
-                ]
-            unpacked = job.plain_slot_bytes
-            self._plain_slots += [
-                arenas.allocate(job.compute_tier, "unpacked weights", unpacked)
-                for _ in range(job.plain_slots)
+            for tier, slots in job.buffers.items():
+                self._slots[tier] = [arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots]
+            unpacked = job.dequantized_buffer_bytes
+            self._dequantized_buffers += [
+                arenas.allocate(job.compute_tier, "unpacked weights", unpacked) for _ in range(job.dequantized_buffers)
             ]
             device.settle()
         except BaseException:
@@ -75,34 +68,36 @@ class Weights:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
         start, stop = self._job.pieces(self._job.units[step.unit])[step.part]
         if step.lane is Lane.DISK_READ:
-            self._read_unit(step.unit, self._slots[Tier.CPU][step.slot], start, stop)
+            self._read_unit(step.unit, self._slots[Tier.CPU][step.weight_buffer], start, stop)
             return
         if self._tiers[step.unit] is Tier.DISK:
             source = self._slots[Tier.CPU][step.reads[0].key]
         else:
             memory, base = self._resident[step.unit]
             source = memory[self._packed.units[step.unit].offset - base :]
-        target = self._slots[Tier.GPU][step.slot]
+        target = self._slots[Tier.GPU][step.weight_buffer]
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)
             target[first:last].copy_(source[first:last], non_blocking=True)
 
     def dequantize(self, step: Step) -> None:
-        """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's plain slot."""
-        unpack(self._packed_views(step), self._unpacked(step.unit, step.plain))
+        """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's dequantized
+        buffer."""
+        unpack(self._packed_views(step), self._unpacked(step.unit, step.dequantized_buffer))
 
     def of(self, step: Step) -> Mapping[str, Weight]:
         """The tensors of the step's unit by name, where the unit is computed.
 
-        In its plain slot, if it names one: only plain tensors then. Else in place or in its slot, where compressed ones
-        are compressed.
+        In its dequantized buffer, if it names one: only plain tensors then. Else in place or in its slot, where
+        compressed ones are compressed.
         """
-        if step.plain >= 0:
-            return self._unpacked(step.unit, step.plain)
+        if step.dequantized_buffer >= 0:
+            return self._unpacked(step.unit, step.dequantized_buffer)
         return self._packed_views(step)
 
     def rows(self, name: str, indices: Tensor, pinned: bool = False) -> Tensor:
-        """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E). pinned: best page-locked."""
+        """Rows of an embedding table, from wherever it lies, unpacked: (N,) indices -> (N, E). pinned: best
+        page-locked."""
         entry = next(t for t in self._packed.tables if t.tensor.spec.name == name)
         if self._tiers[0] is Tier.DISK:
             return rows_on_disk(self._file, entry, indices, self._dtype)
@@ -116,7 +111,7 @@ class Weights:
         self._plain_views.clear()
         self._resident.clear()
         self._slots.clear()
-        self._plain_slots.clear()
+        self._dequantized_buffers.clear()
 
     def _load_resident(self) -> None:
         """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it."""
@@ -130,10 +125,7 @@ class Weights:
                 tables = self._packed.tables[-1]
                 stop = max(last.offset + last.num_bytes, tables.offset + tables.num_bytes)
                 start = 0
-            start, stop = (
-                start // PAGE * PAGE,
-                min(aligned(stop), self._packed.file_bytes),
-            )
+            start, stop = (start // PAGE * PAGE, min(aligned(stop), self._packed.file_bytes))
             memory = self._arenas.allocate(tier, "weights", stop - start)
             on_host = allocate(stop - start) if memory.is_cuda else memory
             inside = [e for e in self._packed.entries if start <= e.offset < stop]
@@ -152,9 +144,7 @@ class Weights:
         window = allocate(64 * MIB)
         for entry in self._packed.tables:
             if not self._verification.is_right(entry):
-                sums = [
-                    self._checksum_on_disk(first, count, window) for first, count in entry.parts
-                ]
+                sums = [self._checksum_on_disk(first, count, window) for first, count in entry.parts]
                 self._verification.judge(entry, sums)
 
     def _checksum_on_disk(self, first: int, count: int, window: Tensor) -> int:
@@ -172,15 +162,11 @@ class Weights:
         unit = self._packed.units[index]
         check = self._verification.while_reading(unit.entries, into, unit.offset)
         whole = stop == unit.num_bytes  # pieces come in order
-        self._file.read(
-            unit.offset + start,
-            into[start:stop],
-            lambda count: check(start + count) if whole else None,
-        )
+        self._file.read(unit.offset + start, into[start:stop], lambda count: check(start + count) if whole else None)
 
     def _packed_views(self, step: Step) -> Mapping[str, Weight]:
         site = self._job.units[step.unit].site.tier
-        key = (step.unit, step.slot, site)
+        key = (step.unit, step.weight_buffer, site)
         if key not in self._views:
             self._views[key] = self._make_views(*key)
         return self._views[key]
@@ -198,5 +184,5 @@ class Weights:
         key = (index, plain)
         if key not in self._plain_views:
             unit = self._packed.units[index]
-            self._plain_views[key] = plain_views(self._plain_slots[plain], unit, self._dtype)
+            self._plain_views[key] = plain_views(self._dequantized_buffers[plain], unit, self._dtype)
         return self._plain_views[key]

@@ -35,11 +35,11 @@ def decode_attention(
 ) -> Tensor:
     """One query token per sequence over a cache that lies in several segments, one after the other in time.
 
-    q (S', H, D); returns (S', H * D). slots: which of the segments' sequences q's rows belong to, S' of them in ascending order
-    (None: all S of them); the others are not read. padding: which slots of the first segment hold a token (None: all).
-    value_share below 1: of each head, the value row of the last token is used and those with the largest weights, together
-    max(1, ceil(value_share * tokens)) of them, with the weights that they have among all tokens.
-    Softmax in float32. A sequence's result depends on no other one.
+    q (S', H, D); returns (S', H * D). slots: which of the segments' sequences q's rows belong to, S' of them in
+    ascending order (None: all S of them); the others are not read. padding: which slots of the first segment hold a
+    token (None: all). value_share below 1: of each head, the value row of the last token is used and those with the
+    largest weights, together max(1, ceil(value_share * tokens)) of them, with the weights that they have among all
+    tokens. Softmax in float32. A sequence's result depends on no other one.
     """
     found = attend_natively(q, segments, padding, scale, value_share, slots)
     if found is None:

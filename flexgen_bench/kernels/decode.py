@@ -38,11 +38,7 @@ def attend_with_torch(
 
 
 def _attend(
-    q: Tensor,
-    segments: Sequence[Segment],
-    padding: Padding | None,
-    scale: float,
-    value_share: float,
+    q: Tensor, segments: Sequence[Segment], padding: Padding | None, scale: float, value_share: float
 ) -> Tensor:
     """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
     key is read once."""
@@ -71,13 +67,11 @@ def _attend(
     return out.reshape(sequences, heads * dim)
 
 
-def _use_share(
-    weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float
-) -> None:
+def _use_share(weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float) -> None:
     """weights (S, H, T over all segments): those of value rows that are not used become 0.
 
-    No value row is skipped in memory: on an accelerator the rows are there already, and on a processor the native kernel
-    reads only those it uses.
+    No value row is skipped in memory: on an accelerator the rows are there already, and on a processor the native
+    kernel reads only those it uses.
     """
     sequences, _, tokens = weights.shape
     first = segments[0].tokens

@@ -17,8 +17,8 @@ from flexgen_bench.kernels.segments import Padding, PlainSegment, Segment
 from flexgen_bench.kernels.value_share import kept
 
 _KINDS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 15}
-# Fewer pieces of work than this per thread, and the last one makes the others wait; fewer tokens than this in a piece, and
-# starting it costs as much as doing it.
+# Fewer pieces of work than this per thread, and the last one makes the others wait; fewer tokens than this in a piece,
+# and starting it costs as much as doing it.
 PIECES_PER_THREAD, PIECE_TOKENS = 4, 256
 # Below this a second thread saves less than waking it up costs.
 BYTES_PER_THREAD = 1 << 18
@@ -91,11 +91,21 @@ def attend_natively(
     partial = torch.empty(rows * heads * splits * (dim + 2) if splits > 1 else 0)
     taken = ctypes.c_int64(0)
     job = _Job(
-        queries.data_ptr(), out.data_ptr(), slot_numbers.data_ptr(),
-        None if lengths is None else lengths.data_ptr(), None if keep is None else keep.data_ptr(),
-        partial.data_ptr() or None, ctypes.addressof(taken),
-        rows, heads, kv_heads, dim, len(segments), splits, scale,
-    )  # fmt: skip
+        queries.data_ptr(),
+        out.data_ptr(),
+        slot_numbers.data_ptr(),
+        None if lengths is None else lengths.data_ptr(),
+        None if keep is None else keep.data_ptr(),
+        partial.data_ptr() or None,
+        ctypes.addressof(taken),
+        rows,
+        heads,
+        kv_heads,
+        dim,
+        len(segments),
+        splits,
+        scale,
+    )
     keys, values = ((_Rows * len(segments))(*(_rows(s, i) for s in segments)) for i in (0, 1))
 
     def work(_start: int, _stop: int) -> None:
@@ -114,9 +124,12 @@ def _is_readable(segment: Segment) -> bool:
         return all(x.device.type == "cpu" and x.dtype in _KINDS and x.stride(-1) == 1 for x in pair)
     codes, params = segment.codes, segment.params
     return (
-        codes.device.type == "cpu" and params.dtype == torch.float16 and codes.stride(-1) == 1
-        and params.stride(-1) == 1 and params.stride(-2) == 2
-    )  # fmt: skip
+        codes.device.type == "cpu"
+        and params.dtype == torch.float16
+        and codes.stride(-1) == 1
+        and params.stride(-1) == 1
+        and params.stride(-2) == 2
+    )
 
 
 def _rows(segment: Segment, which: int) -> _Rows:
@@ -124,14 +137,17 @@ def _rows(segment: Segment, which: int) -> _Rows:
     strides = ctypes.c_int64 * 3
     if isinstance(segment, PlainSegment):
         x = segment.v if which else segment.k
-        return _Rows(x.data_ptr(), strides(*_byte_strides(x)), None, strides(), segment.tokens,
-                     _KINDS[x.dtype], 0)  # fmt: skip
+        return _Rows(x.data_ptr(), strides(*_byte_strides(x)), None, strides(), segment.tokens, _KINDS[x.dtype], 0)
     codes, params = segment.codes[which], segment.params[which]
     return _Rows(
-        codes.data_ptr(), strides(*_byte_strides(codes)),
-        params.data_ptr(), strides(*_byte_strides(params)),
-        segment.tokens, segment.compression.bits, segment.compression.group_size,
-    )  # fmt: skip
+        codes.data_ptr(),
+        strides(*_byte_strides(codes)),
+        params.data_ptr(),
+        strides(*_byte_strides(params)),
+        segment.tokens,
+        segment.compression.bits,
+        segment.compression.group_size,
+    )
 
 
 def _byte_strides(x: Tensor) -> list[int]:
@@ -139,9 +155,7 @@ def _byte_strides(x: Tensor) -> list[int]:
     return [x.stride(i) * x.element_size() for i in range(3)]
 
 
-def _kept_rows(
-    segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float
-) -> Tensor | None:
+def _kept_rows(segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float) -> Tensor | None:
     """(S',) int32: how many value rows of each sequence are used; None if all are."""
     if value_share >= 1:
         return None

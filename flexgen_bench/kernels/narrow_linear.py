@@ -1,4 +1,5 @@
-"""Products on the processor with weights narrower than float32 (bfloat16, float16, quantized), and with few float32 rows.
+"""Products on the processor with weights narrower than float32 (bfloat16, float16, quantized), and with few float32
+rows.
 
 The native kernel (native/linear.cpp) turns a piece of the weight into float32 in a core's own cache and multiplies in
 float32: processors without a matrix unit do that at nearly twice the rate of their bfloat16 instructions, and rounding
@@ -25,13 +26,15 @@ BLOCK_ROWS = 256
 THREAD_VALUES = 1 << 20
 # Below this many values calling torch takes less time than calling the native kernel.
 SMALLEST_WEIGHT = 1 << 16
-# With a matrix unit, unpacking in registers still wins for quantized weights up to here: such products read, they don't compute.
+# With a matrix unit, unpacking in registers still wins for quantized weights up to here: such products read, they don't
+# compute.
 MATRIX_UNIT_ROWS = 16
 # Dequantized rows at a time where torch multiplies: on a processor larger than its L2 cache, because each call of torch
-# packs x anew (docs/notes/cpu_products.md); on a GPU whole matrices of small models, and pieces of 64 MiB of large ones.
+# packs x anew (docs/notes/cpu_products.md); on a GPU whole matrices of small models, and pieces of 64 MiB of large
+# ones.
 CPU_TILE_BYTES, DEVICE_TILE_BYTES = 8 << 20, 64 << 20
-# Rows of x for which products with plain weights are faster here. Fewer wait for memory, and torch reads without a detour
-# through a buffer; more float32 rows are what torch is tuned for.
+# Rows of x for which products with plain weights are faster here. Fewer wait for memory, and torch reads without a
+# detour through a buffer; more float32 rows are what torch is tuned for.
 NARROW_ROWS, FLOAT32_ROWS = (4, 1 << 30), (4, 12)
 TILE_ROWS = 48  # of native/linear.cpp
 
@@ -66,9 +69,7 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
     bias = None if bias is None else bias.contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (outputs,)), bias
     if isinstance(weight, QuantizedWeight):
-        matrix = matrices.quantized(
-            weight.codes, weight.params, inputs, weight.compression, weight.dtype
-        )
+        matrix = matrices.quantized(weight.codes, weight.params, inputs, weight.compression, weight.dtype)
     else:
         matrix = matrices.plain(weight)
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
@@ -80,7 +81,7 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
         packed = torch.zeros(native.packed_size(rows, inputs), dtype=torch.float32)
 
         def pack(start: int, stop: int, part: Tensor = part, packed: Tensor = packed) -> None:
-            native.pack(part.data_ptr(), kind, part.stride(0), part.shape[0], inputs, packed.data_ptr(), start, stop)  # fmt: skip
+            native.pack(part.data_ptr(), kind, part.stride(0), part.shape[0], inputs, packed.data_ptr(), start, stop)
 
         share(inputs, pack, at_least=max(16, THREAD_VALUES // 4 // rows))
         # Threads take tiles of the weight until there are none left: equal shares would wait for the slower one.
@@ -95,9 +96,15 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
             taken: ctypes.c_int64 = taken,
         ) -> None:
             native.linear(
-                ctypes.byref(matrix), packed.data_ptr(), part.shape[0], outputs,
-                None if bias is None else bias.data_ptr(), into.data_ptr(), into.stride(0), ctypes.byref(taken),
-            )  # fmt: skip
+                ctypes.byref(matrix),
+                packed.data_ptr(),
+                part.shape[0],
+                outputs,
+                None if bias is None else bias.data_ptr(),
+                into.data_ptr(),
+                into.stride(0),
+                ctypes.byref(taken),
+            )
 
         worthwhile = THREAD_VALUES // (inputs * (1 + rows // 8))
         share(outputs, multiply, at_least=max(TILE_ROWS, worthwhile))

@@ -26,14 +26,13 @@ __all__ = ["activation", "layer_norm", "linear", "rms_norm", "rotary_table", "ro
 # operand: 68 against 47 GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 and at 4, half as fast at 2
 # (benchmarks/small_products.py and quantized_products.py, docs/notes/cpu_products.md).
 FEWEST_LEFT_ROWS, MOST_LEFT_ROWS = 5, 48
-# Rows of x up to which groups along outputs are multiplied with as they lie: 19 against 13 ms at 128 rows in bfloat16 (2048 x 2048),
+# Rows of x up to which groups along outputs are multiplied with as they lie: 19 against 13 ms at 128 rows in bfloat16
+# (2048 x 2048),
 # 16 against 22 in float32, 67 against 40 and 48 against 36 at 512.
 MOST_STRIP_ROWS = 128
 
 
-def linear(
-    x: Tensor, weight: Tensor | QuantizedWeight | OutputQuantizedWeight, bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight | OutputQuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (N, in) times weight (out, in) transposed, plus bias; a quantized weight has x's type."""
     if isinstance(weight, OutputQuantizedWeight):
         return _linear_along_outputs(x, weight, bias)

@@ -1,9 +1,12 @@
-"""Weights quantized in groups along their outputs, the original's layout: of one input, a run of neighbouring outputs is a group.
+"""Weights quantized in groups along their outputs, the original's layout: of one input, a run of neighbouring outputs
+is a group.
 
-A weight (out, in) is cut into blocks of rows, one for each tensor of the checkpoint that it is made of, and a block into
-*strips* of ``group_size`` rows (its last strip may have fewer): groups never reach from one checkpoint tensor into the next. A
-strip of w rows is kept transposed, (in, w): each of its rows is one group, in the layout of kernels/quantization.py. All codes
-follow each other strip by strip, then all parameters, so that a range of output rows is a range of bytes.
+A weight (out, in) is cut into blocks of rows, one for each tensor of the checkpoint that it is made of, and a block
+into
+*strips* of ``group_size`` rows (its last strip may have fewer): groups never reach from one checkpoint tensor into the
+next. A strip of w rows is kept transposed, (in, w): each of its rows is one group, in the layout of
+kernels/quantization.py. All codes follow each other strip by strip, then all parameters, so that a range of output rows
+is a range of bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class _Run:
 class OutputQuantizedWeight:
     """A matrix (out, in) quantized along outputs; ``ops.linear`` takes it in place of a tensor.
 
-    codes (bytes,) uint8, params (groups, 2) float16; blocks: rows of the tensors it is made of; dtype: what values are rounded to.
+    codes (bytes,) uint8, params (groups, 2) float16; blocks: rows of the tensors it is made of; dtype: what values are
+    rounded to.
     """
 
     codes: Tensor
@@ -51,25 +55,15 @@ class OutputQuantizedWeight:
     dtype: torch.dtype
 
     @staticmethod
-    def of(
-        weight: Tensor, compression: Compression, blocks: tuple[int, ...] = ()
-    ) -> OutputQuantizedWeight:
+    def of(weight: Tensor, compression: Compression, blocks: tuple[int, ...] = ()) -> OutputQuantizedWeight:
         """Quantize a matrix (out, in)."""
         outputs, inputs = weight.shape
         blocks = blocks or (outputs,)
         parts = [p for block in weight.split(blocks) for p in quantize_strips(block, compression)]
         codes, params = (torch.cat(each) for each in zip(*parts, strict=True))
-        return OutputQuantizedWeight(
-            codes, params, (outputs, inputs), blocks, compression, weight.dtype
-        )
+        return OutputQuantizedWeight(codes, params, (outputs, inputs), blocks, compression, weight.dtype)
 
-    def rows(
-        self,
-        start: int,
-        stop: int,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """Output rows start to stop, dequantized: (stop - start, in)."""
         dtype = dtype or self.dtype
         if out is None:
@@ -126,9 +120,12 @@ class OutputQuantizedWeight:
                 codes = self.codes[run.code + strip * inputs * size :][: count * inputs * size]
                 params = self.params[run.group + strip * inputs :][: count * inputs]
                 values = dequantize(
-                    codes.view(count, inputs, size), params.view(count, inputs, 1, 2),
-                    run.width, self.compression, dtype,
-                )  # fmt: skip
+                    codes.view(count, inputs, size),
+                    params.view(count, inputs, 1, 2),
+                    run.width,
+                    self.compression,
+                    dtype,
+                )
                 yield run.row + strip * run.width, values
 
 

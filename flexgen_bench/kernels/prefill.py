@@ -1,7 +1,7 @@
 """Attention of prompts: whole ones over themselves, and chunks of them over what came before.
 
-S sequences, N flattened tokens, H query heads, G KV heads, D head dim, P slots for a prompt's tokens. Scores are dot products
-times ``scale``.
+S sequences, N flattened tokens, H query heads, G KV heads, D head dim, P slots for a prompt's tokens. Scores are dot
+products times ``scale``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch.nn import functional as F
 Item = TypeVar("Item")
 
 
-def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
-) -> Tensor:
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """Causal attention of each sequence over itself.
 
     q (N, H, D), k and v (N, G, D), sequences one after the other with the given lengths; returns (N, H * D).
@@ -29,21 +27,18 @@ def prefill_attention(
     row = 0
     for length, count in _runs(lengths):
         stop = row + length * count
-        keys, values = (
-            x[row:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v)
-        )
+        keys, values = (x[row:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
         outputs.append(_causal(q[row:stop], keys, values, scale))
         row = stop
     return _joined(outputs, q)
 
 
-def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int, int]], scale: float
-) -> Tensor:
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int, int]], scale: float) -> Tensor:
     """Causal attention of a chunk of each prompt over that prompt's tokens so far.
 
-    q (N, H, D): of each sequence s the tokens from ranges[s][0] to below ranges[s][1] (none if they are equal), one sequence
-    after the other. k and v (S, G, P, D) hold at least the tokens below ranges[s][1]; token t attends to tokens 0 to t.
+    q (N, H, D): of each sequence s the tokens from ranges[s][0] to below ranges[s][1] (none if they are equal), one
+    sequence after the other. k and v (S, G, P, D) hold at least the tokens below ranges[s][1]; token t attends to
+    tokens 0 to t.
     Returns (N, H * D). Neighbours with equal ranges share a call.
     """
     outputs = []
@@ -68,8 +63,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if length < tokens:  # aligned to the lower right: the last query sees every key
         mask = torch.ones(length, tokens, dtype=torch.bool, device=q.device).tril_(tokens - length)
     if grouped and q.is_cuda and (mask is not None or torch.cuda.get_device_capability()[0] < 8):
-        # On CUDA only the flash kernel takes grouped heads: no mask, Ampere or newer. The others would hold all scores at once;
-        # keys and values for every query head are far smaller.
+        # On CUDA only the flash kernel takes grouped heads: no mask, Ampere or newer. The others would hold all scores
+        # at once; keys and values for every query head are far smaller.
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     out = F.scaled_dot_product_attention(

@@ -4,22 +4,22 @@ A group is a run of ``compression.group_size`` values along the last dimension; 
 Value of a code: ``smallest + code * scale``, computed in float32 and rounded once to the type that is asked for.
 ``code * scale`` is exact in float32 (8 times 11 bits), so every implementation gives the same bits.
 
-Layout of a row of codes, ``compression.code_bytes(N)`` bytes: one group after the other, whole bytes each. Within a group
-of m values (a short last one is filled up to a multiple of 8 with code 0) neighbouring bytes hold neighbouring values, so
-that packing and unpacking are operations on contiguous vectors:
+Layout of a row of codes, ``compression.code_bytes(N)`` bytes: one group after the other, whole bytes each. Within a
+group of m values (a short last one is filled up to a multiple of 8 with code 0) neighbouring bytes hold neighbouring
+values, so that packing and unpacking are operations on contiguous vectors:
 
 - 8 bits: byte j is value j.
 - 4 bits: byte j holds value j (low half) and value j + m/2 (high half).
 - 3 bits: three planes of e = m/8 bytes, p0, p1, p2. Byte j of a plane holds two values in its bits 0-2 and 3-5:
-  p0 values j and j + e, p1 values j + 2e and j + 3e, p2 values j + 4e and j + 5e. Value j + 6e: bits 6-7 of p0, then bit 6 of
-  p1. Value j + 7e: bits 6-7 of p2, then bit 7 of p1.
+  p0 values j and j + e, p1 values j + 2e and j + 3e, p2 values j + 4e and j + 5e. Value j + 6e: bits 6-7 of p0, then
+  bit 6 of p1. Value j + 7e: bits 6-7 of p2, then bit 7 of p1.
 
 Layout of a row of parameters: (groups, 2) float16, each group's scale and smallest value.
 
 What odd groups give: a constant group has scale 0 and every value is its value as float16 holds it (all-zero groups are
-exactly zero). An outlier widens its group's steps and no other's. Values beyond float16's finite range (+-65504, from float32
-or bfloat16 tensors) saturate to it. NaN and infinities give unspecified codes for their group, without an error: callers check
-(weights when a store is converted, the cache in the engine).
+exactly zero). An outlier widens its group's steps and no other's. Values beyond float16's finite range (+-65504, from
+float32 or bfloat16 tensors) saturate to it. NaN and infinities give unspecified codes for their group, without an
+error: callers check (weights when a store is converted, the cache in the engine).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.scale_search import least_squares
 
-# Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound memory.
+# Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound
+# memory.
 TILE_VALUES, DEVICE_TILE_VALUES = 1 << 16, 1 << 24
 FLOAT16_LARGEST = 65504.0
 LIMITS = (-FLOAT16_LARGEST, FLOAT16_LARGEST)
@@ -52,7 +53,8 @@ THREAD_VALUES = 1 << 19
 class QuantizedWeight:
     """A matrix (out, in) whose rows are quantized; ``ops.linear`` takes it in place of a tensor.
 
-    codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16; dtype: what its values are rounded to.
+    codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16; dtype: what its values are rounded
+    to.
     """
 
     codes: Tensor
@@ -68,33 +70,25 @@ class QuantizedWeight:
         codes, params = quantize(weight, compression)
         return QuantizedWeight(codes, params, (outputs, inputs), compression, weight.dtype)
 
-    def rows(
-        self,
-        start: int,
-        stop: int,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """Output rows start to stop, dequantized: (stop - start, in)."""
         part = slice(start, stop)
         return dequantize(
             self.codes[part], self.params[part], self.shape[1], self.compression, dtype or self.dtype, out
-        )  # fmt: skip
+        )
 
     def dequantize(self) -> Tensor:
         """The whole matrix (out, in)."""
         return self.rows(0, self.shape[0])
 
 
-def quantize(
-    x: Tensor, compression: Compression, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, compression: Compression, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (..., N) -> codes (..., compression.code_bytes(N)) uint8 and params (..., groups, 2) float16.
 
     importance (N,) float32, above 0: how much squared errors count, with calibrated scales.
 
-    Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: at most TILE_VALUES float32
-    values a few times over, whatever the size of x.
+    Codes are the nearest to x that the stored (rounded) scale and smallest value allow. Temporaries: at most
+    TILE_VALUES float32 values a few times over, whatever the size of x.
     """
     *lead, n = x.shape
     codes = x.new_empty((*lead, compression.code_bytes(n)), dtype=torch.uint8)
@@ -125,12 +119,7 @@ def quantize(
 
 
 def dequantize(
-    codes: Tensor,
-    params: Tensor,
-    n: int,
-    compression: Compression,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    codes: Tensor, params: Tensor, n: int, compression: Compression, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """codes (..., compression.code_bytes(n)) and params (..., groups, 2) -> values (..., n) of ``dtype``.
 
@@ -170,9 +159,7 @@ def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Co
         rows, n = out.shape
         codes, params = codes.contiguous(), params.contiguous()
         matrix = matrices.quantized(codes, params, n, compression, out.dtype)
-        _in_threads(
-            native.dequantize, rows, n, ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr())
-        )
+        _in_threads(native.dequantize, rows, n, ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr()))
     else:
         dequantize_with_torch(codes, params, out, compression)
 
@@ -204,18 +191,14 @@ def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Compressi
     return dequantize_with_triton
 
 
-def dequantize_with_torch(
-    codes: Tensor, params: Tensor, out: Tensor, compression: Compression
-) -> None:
+def dequantize_with_torch(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
     """The reference, on any device: codes (R, bytes), params (R, groups, 2) -> out (R, n).
 
-    Of 4 bits it moves 13 bytes for each value of 2 bytes: two masked or shifted halves (2), put in their places as float32 (5), read and written
-    scaled (6).
+    Of 4 bits it moves 13 bytes for each value of 2 bytes: two masked or shifted halves (2), put in their places as
+    float32 (5), read and written scaled (6).
     """
     for part in _tiles(out.shape[0], out.shape[1], out.device):
-        for values, stored, group_params, width in _columns(
-            out[part], codes[part], params[part], compression
-        ):
+        for values, stored, group_params, width in _columns(out[part], codes[part], params[part], compression):
             unpacked = _unpack(stored, compression.bits)
             scale, smallest = group_params[..., :1].float(), group_params[..., 1:].float()
             # In float32, whose product of a code and a scale is exact, and rounded to the type of ``values`` once more.
@@ -242,22 +225,29 @@ def _columns(
     stop = full * compression.code_bytes(size)
     pieces = []
     if full:
-        pieces.append((
-            values[:, : full * size].unflatten(1, (full, size)),
-            codes[:, :stop].unflatten(1, (full, -1)), params[:, :full], size,
-        ))  # fmt: skip
+        pieces.append(
+            (
+                values[:, : full * size].unflatten(1, (full, size)),
+                codes[:, :stop].unflatten(1, (full, -1)),
+                params[:, :full],
+                size,
+            )
+        )
     if rest:
-        pieces.append((
-            values[:, full * size :].unflatten(1, (1, rest)),
-            codes[:, stop:].unflatten(1, (1, -1)), params[:, full:], rest,
-        ))  # fmt: skip
+        pieces.append(
+            (
+                values[:, full * size :].unflatten(1, (1, rest)),
+                codes[:, stop:].unflatten(1, (1, -1)),
+                params[:, full:],
+                rest,
+            )
+        )
     return pieces
 
 
 def _quantize_groups(
-    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression,
-    importance: Tensor | None,
-) -> None:  # fmt: skip
+    values: Tensor, codes: Tensor, params: Tensor, width: int, compression: Compression, importance: Tensor | None
+) -> None:
     """values (R, groups, width) -> codes (R, groups, bytes) and params (R, groups, 2), written in place."""
     numbers = values.float()
     # aminmax would take six times as long as both of these on a processor.
@@ -294,16 +284,10 @@ def _nearest(numbers: Tensor, scale: Tensor, smallest: Tensor, compression: Comp
 
 
 def _error(
-    numbers: Tensor,
-    scale: Tensor,
-    smallest: Tensor,
-    compression: Compression,
-    weights: Tensor | None,
+    numbers: Tensor, scale: Tensor, smallest: Tensor, compression: Compression, weights: Tensor | None
 ) -> Tensor:
     """Squared error of each group (..., 1)."""
-    back = (
-        _nearest(numbers, scale, smallest, compression).mul_(scale.float()).add_(smallest.float())
-    )
+    back = _nearest(numbers, scale, smallest, compression).mul_(scale.float()).add_(smallest.float())
     squares = back.sub_(numbers).square_()
     return (squares if weights is None else squares.mul_(weights)).sum(dim=-1, keepdim=True)
 
@@ -336,9 +320,15 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
         return out
     p0, p1, p2 = packed.chunk(3, dim=-1)
     parts = (
-        p0 & 7, (p0 >> 3) & 7, p1 & 7, (p1 >> 3) & 7, p2 & 7, (p2 >> 3) & 7,
-        (p0 >> 6) | ((p1 >> 4) & 4), (p2 >> 6) | ((p1 >> 5) & 4),
-    )  # fmt: skip
+        p0 & 7,
+        (p0 >> 3) & 7,
+        p1 & 7,
+        (p1 >> 3) & 7,
+        p2 & 7,
+        (p2 >> 3) & 7,
+        (p0 >> 6) | ((p1 >> 4) & 4),
+        (p2 >> 6) | ((p1 >> 5) & 4),
+    )
     for chunk, part in zip(out.chunk(8, dim=-1), parts, strict=True):
         chunk.copy_(part)
     return out

@@ -1,6 +1,7 @@
 """Dequantization on CUDA in one kernel: codes and parameters are read once, values written once.
 
-Layout and formula are those of kernels/quantization.py. Imported only where Triton is there and can compile for the device.
+Layout and formula are those of kernels/quantization.py. Imported only where Triton is there and can compile for the
+device.
 """
 
 from __future__ import annotations
@@ -12,22 +13,12 @@ from torch import Tensor
 
 from flexgen_bench.core.compression import Compression
 
-BLOCK = (
-    1024  # values per program: a warp's lanes read neighbouring codes and write neighbouring values
-)
+BLOCK = 1024  # values per program: a warp's lanes read neighbouring codes and write neighbouring values
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
-    codes,
-    numbers,
-    out,
-    n,
-    row_bytes,
-    groups,
-    bits: tl.constexpr,
-    group_size: tl.constexpr,
-    block: tl.constexpr,
+    codes, numbers, out, n, row_bytes, groups, bits: tl.constexpr, group_size: tl.constexpr, block: tl.constexpr
 ):
     """One program: ``block`` values of one row. All three tensors are contiguous."""
     row = tl.program_id(0).to(tl.int64)
@@ -63,14 +54,19 @@ def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
     tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize_with_triton(
-    codes: Tensor, params: Tensor, out: Tensor, compression: Compression
-) -> None:
+def dequantize_with_triton(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
     """codes (R, bytes), params (R, groups, 2) -> out (R, n), contiguous; the same bits as the torch path gives."""
     rows, n = out.shape
     grid = (rows, triton.cdiv(n, BLOCK))
     with torch.cuda.device(out.device):
         _dequantize[grid](
-            codes.contiguous(), params.contiguous(), out, n, codes.shape[1], params.shape[1],
-            bits=compression.bits, group_size=compression.group_size, block=BLOCK,
-        )  # fmt: skip
+            codes.contiguous(),
+            params.contiguous(),
+            out,
+            n,
+            codes.shape[1],
+            params.shape[1],
+            bits=compression.bits,
+            group_size=compression.group_size,
+            block=BLOCK,
+        )

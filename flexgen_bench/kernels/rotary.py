@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021) and the ways in which their frequencies are scaled for longer texts.
 
-In float32, in the order of operations of transformers 5 (``modeling_rope_utils``), so that angles agree to the last places.
+In float32, in the order of operations of transformers 5 (``modeling_rope_utils``), so that angles agree to the last
+places.
 """
 
 from __future__ import annotations
@@ -17,18 +18,13 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def rotary_table(
-    positions: Tensor,
-    lengths: Tensor,
-    head_dim: int,
-    theta: float,
-    scaling: Scaling | None,
-    dtype: torch.dtype,
+    positions: Tensor, lengths: Tensor, head_dim: int, theta: float, scaling: Scaling | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (N, 1, D) of the angles of tokens at ``positions`` (N,).
 
     lengths: (N,) how many tokens their sequences had when they were computed: those of the whole prompt for its
-    tokens, one more than its position for a later one. Only ``dynamic`` and ``longrope`` look at them: a key keeps the rotation
-    that it got, as in transformers. scaling: None, or ``rope_type`` with its numbers.
+    tokens, one more than its position for a later one. Only ``dynamic`` and ``longrope`` look at them: a key keeps the
+    rotation that it got, as in transformers. scaling: None, or ``rope_type`` with its numbers.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     exponents = exponents / head_dim
@@ -46,16 +42,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _linear(
-    scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor
-) -> tuple[Tensor, float]:
+def _linear(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:
     """Positions divided (kaiokendev 2023)."""
     return 1.0 / (theta**exponents) / float(scaling["factor"]), 1.0
 
 
-def _dynamic(
-    scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor
-) -> tuple[Tensor, float]:
+def _dynamic(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:
     """The base grows with the length beyond the original one (NTK-aware, "bloc97" and "emozilla" 2023)."""
     factor, original, dim = float(scaling["factor"]), scaling[_ORIGINAL], 2 * exponents.shape[0]
     grown = theta * ((factor * lengths / original) - (factor - 1)) ** (dim / (dim - 2))
@@ -63,10 +55,9 @@ def _dynamic(
     return 1.0 / (base[:, None] ** exponents), 1.0
 
 
-def _yarn(
-    scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor
-) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023, sections 3.2 and 3.4): slow frequencies divided, fast ones kept, a ramp between; and a temperature."""
+def _yarn(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, sections 3.2 and 3.4): slow frequencies divided, fast ones kept, a ramp between; and a
+    temperature."""
     factor, original, dim = float(scaling["factor"]), scaling[_ORIGINAL], 2 * exponents.shape[0]
 
     def turns(count: float) -> float:
@@ -99,24 +90,20 @@ def _yarn_temperature(scaling: Scaling, factor: float) -> float:
     return scale(1)
 
 
-def _longrope(
-    scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor
-) -> tuple[Tensor, float]:
+def _longrope(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:
     """LongRoPE (Ding et al. 2024): a factor of its own for each frequency, other ones beyond the original length."""
     original, factor = scaling[_ORIGINAL], float(scaling["factor"])
     inverse = [
         1.0 / (torch.tensor(scaling[key], dtype=torch.float32, device=exponents.device) * theta**exponents)
         for key in ("long_factor", "short_factor")
-    ]  # fmt: skip
+    ]
     chosen = torch.where((lengths > original)[:, None], inverse[0], inverse[1])
     if scaling.get("attention_factor") is not None:
         return chosen, float(scaling["attention_factor"])
     return chosen, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _llama3(
-    scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor
-) -> tuple[Tensor, float]:
+def _llama3(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:
     """Llama 3.1: long wavelengths divided by the factor, short ones kept, a smooth ramp between."""
     inverse, factor = 1.0 / (theta**exponents), float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])

@@ -1,10 +1,10 @@
 """A group's scale and smallest value of least squared error, in place of its smallest and largest value.
 
-Where a group's ends lie is a start, not an answer: steps become smaller if outliers are cut off. For given codes q the best
-line through the group, x ~ smallest + scale * q, is linear regression (least squares), and so is its error; for a given line the best
-codes are the nearest. The search takes the regression of a grid of starts with either end moved inwards, keeps the best, and
-goes on in turns, codes and line, as k-means does. Codes do not come back: whoever stores them rounds to the line as float16
-holds it.
+Where a group's ends lie is a start, not an answer: steps become smaller if outliers are cut off. For given codes q the
+best line through the group, x ~ smallest + scale * q, is linear regression (least squares), and so is its error; for a
+given line the best codes are the nearest. The search takes the regression of a grid of starts with either end moved
+inwards, keeps the best, and goes on in turns, codes and line, as k-means does. Codes do not come back: whoever stores
+them rounds to the line as float16 holds it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-# Shares of a group's range by which an end moves inwards, and turns from the best start. Of SmolLM2's weights at 4 bits, group 64,
-# this leaves 67 % (along inputs) and 82 % (along outputs) of min-max's squared error; 64 starts would leave 67 % and 82 % (docs/notes).
+# Shares of a group's range by which an end moves inwards, and turns from the best start. Of SmolLM2's weights at 4
+# bits, group 64, this leaves 67 % (along inputs) and 82 % (along outputs) of min-max's squared error; 64 starts would
+# leave 67 % and 82 % (docs/notes).
 SHRINK = (0.0, 0.04, 0.08, 0.14)
 TURNS = 4
 # Of a group's range: steps never get smaller, so that nothing is divided by zero.
@@ -25,9 +26,11 @@ SMALLEST_STEP = 1e-6
 def least_squares(
     numbers: Tensor, low: Tensor, high: Tensor, levels: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """numbers (..., width) float32 with their smallest and largest (..., 1) -> scale and smallest value (..., 1), float32.
+    """numbers (..., width) float32 with their smallest and largest (..., 1) -> scale and smallest value (..., 1),
+    float32.
 
-    weights: how much each squared error counts, broadcastable to ``numbers``; None: all the same. Temporaries: three times
+    weights: how much each squared error counts, broadcastable to ``numbers``; None: all the same. Temporaries: three
+    times
     ``numbers``. A constant group gets scale 0 and its value; NaN and infinities give anything.
     """
     span = high - low
@@ -53,10 +56,9 @@ def least_squares(
     return step * span, (first + mean) * span + low
 
 
-def _regression(
-    y: Tensor, weights: Tensor, step: Tensor, first: Tensor, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The line ``first + step * code`` through y (mean 0; weights sum to 1) with the codes that are nearest for the line given.
+def _regression(y: Tensor, weights: Tensor, step: Tensor, first: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The line ``first + step * code`` through y (mean 0; weights sum to 1) with the codes that are nearest for the
+    line given.
 
     Returns what it explains of y's squares, step and first; all (..., 1).
     """

@@ -84,9 +84,7 @@ class PackedSegment:
         return self._dequantized(1, dtype)
 
     def _dequantized(self, which: int, dtype: torch.dtype) -> Tensor:
-        return dequantize(
-            self.codes[which], self.params[which], self.head_dim, self.compression, dtype
-        )
+        return dequantize(self.codes[which], self.params[which], self.head_dim, self.compression, dtype)
 
 
 Segment = PlainSegment | PackedSegment
@@ -96,8 +94,8 @@ Segment = PlainSegment | PackedSegment
 class Padding:
     """Which slots of the FIRST segment hold a token: for sequence s those below lengths[s].
 
-    lengths (S,) int32 on the host; mask (S, T) bool on the compute device, True where there is a token. The same, twice:
-    neither has to be fetched from the other's memory. Other slots may hold any finite numbers.
+    lengths (S,) int32 on the host; mask (S, T) bool on the compute device, True where there is a token. The same,
+    twice: neither has to be fetched from the other's memory. Other slots may hold any finite numbers.
     """
 
     lengths: Tensor

@@ -20,12 +20,12 @@ def kept(value_share: float, tokens: int) -> int:
 def drop_small(weights: Tensor, last: Sequence[int], keep: Sequence[int]) -> Tensor:
     """weights (S, R, T) float32 in 0..1, R rows of each sequence -> the same with all but some set to 0, in place.
 
-    Of each row of sequence s its weight at last[s] (the last token) and the keep[s] - 1 largest others stay; among equal ones
-    those of earlier tokens.
+    Of each row of sequence s its weight at last[s] (the last token) and the keep[s] - 1 largest others stay; among
+    equal ones those of earlier tokens.
     """
     sequences, _, tokens = weights.shape
-    # Bits of floats that are not negative are ordered as the floats are. With the index below them no two keys are equal,
-    # so that which of equal weights stay is defined, on every device.
+    # Bits of floats that are not negative are ordered as the floats are. With the index below them no two keys are
+    # equal, so that which of equal weights stay is defined, on every device.
     index = torch.arange(tokens, device=weights.device)
     order = (weights.view(torch.int32).long() << 32) - index
     latest = _beside(weights, last)[:, None, None].expand(-1, order.shape[1], 1)

@@ -1,1 +1,2 @@
-"""Where bytes live: aligned host memory, direct disk I/O, packed weight stores, KV storage. Knows nothing of models' formulas."""
+"""Where bytes live: aligned host memory, direct disk I/O, packed weight stores, KV storage. Knows nothing of models'
+formulas."""

@@ -50,8 +50,9 @@ class DirectFile:
     def read(self, offset: int, into: Tensor, arrived: Arrived = lambda count: None) -> None:
         """Fill ``into`` (uint8, page-aligned) from ``offset``; StoreError if the file ends early.
 
-        ``arrived`` is called with how many bytes of ``into``, from its start, are there, each time there are more, on the
-        calling thread and while the rest is being read: whoever looks at all of them (a checksum) need not wait for the end.
+        ``arrived`` is called with how many bytes of ``into``, from its start, are there, each time there are more, on
+        the calling thread and while the rest is being read: whoever looks at all of them (a checksum) need not wait for
+        the end.
         """
         self._in_chunks(offset, into, self._read_chunk, arrived)
 
@@ -74,10 +75,7 @@ class DirectFile:
             arrived(len(view))
             return
         starts = range(0, len(view), CHUNK_BYTES)
-        pieces = [
-            self._pool.submit(work, offset + start, view[start : start + CHUNK_BYTES])
-            for start in starts
-        ]
+        pieces = [self._pool.submit(work, offset + start, view[start : start + CHUNK_BYTES]) for start in starts]
         try:
             for start, piece in zip(starts, pieces, strict=True):
                 piece.result()
@@ -124,13 +122,9 @@ def disk_error(error: OSError, path: Path, doing: str) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = os.statvfs(path.parent if path.parent.exists() else Path("/"))
         left = format_bytes(free.f_bavail * free.f_frsize)
-        return StoreError(
-            f"disk full: could not {doing} in {path} ({left} left). Free space or use another directory."
-        )
+        return StoreError(f"disk full: could not {doing} in {path} ({left} left). Free space or use another directory.")
     advice = _ADVICE.get(error.errno or 0, "Use another directory.")
-    return StoreError(
-        f"could not {doing} in {path}: {error.strerror} (errno {error.errno}). {advice}"
-    )
+    return StoreError(f"could not {doing} in {path}: {error.strerror} (errno {error.errno}). {advice}")
 
 
 _ADVICE = {

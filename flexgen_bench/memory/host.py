@@ -30,8 +30,8 @@ class _Region(mmap.mmap):
 def allocate(num_bytes: int, pinned: bool = False) -> Tensor:
     """A page-aligned uint8 tensor of exactly ``num_bytes`` (rounded up to a page) from the system, zeroed.
 
-    torch's own pinned allocator rounds up to powers of two; anonymous memory registered with CUDA does not. Whoever frees
-    pinned memory must know that no copy still uses it: torch knows nothing of it.
+    torch's own pinned allocator rounds up to powers of two; anonymous memory registered with CUDA does not. Whoever
+    frees pinned memory must know that no copy still uses it: torch knows nothing of it.
     Raises MemoryError if the system refuses.
     """
     size = max(PAGE, aligned(num_bytes))
@@ -70,7 +70,8 @@ def _forget_error() -> None:
 
 
 def group_limit() -> int | None:
-    """The memory limit of this process's control group (a container, a capped cell), in bytes; None if there is none."""
+    """The memory limit of this process's control group (a container, a capped cell), in bytes; None if there is
+    none."""
     found = []
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         number, controllers, path = line.split(":", 2)

@@ -1,8 +1,8 @@
 """The form of keys and values in memory: plain or compressed, in segments of a region.
 
 A region is laid out by ``schedule.kv_layout.KVLayout``: a prompt segment and tail segments, each of shape
-(2, S, G, T, ...): K then V, S sequences, G KV heads, T tokens. Plain, the last dimension is D, the head dim. Compressed, a segment is its
-codes (2, S, G, T, C) followed by its group parameters (2, S, G, T, groups, 2).
+(2, S, G, T, ...): K then V, S sequences, G KV heads, T tokens. Plain, the last dimension is D, the head dim.
+Compressed, a segment is its codes (2, S, G, T, C) followed by its group parameters (2, S, G, T, groups, 2).
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ Stored = tuple[Tensor, ...]
 class KVForm:
     """How one token's keys or values (..., D) are stored, and how they are read back."""
 
-    def __init__(
-        self, heads: int, head_dim: int, dtype: torch.dtype, compression: Compression | None
-    ) -> None:
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, compression: Compression | None) -> None:
         self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
         self.compression = compression
 
@@ -51,10 +49,7 @@ class KVForm:
         groups = self.compression.groups(self.head_dim)
         count = 2 * sequences * self.heads * tokens
         parameters = raw[count * codes : count * self.compression.row_bytes(self.head_dim)]
-        return (
-            raw[: count * codes].view(*shape, codes),
-            parameters.view(torch.float16).view(*shape, groups, 2),
-        )
+        return (raw[: count * codes].view(*shape, codes), parameters.view(torch.float16).view(*shape, groups, 2))
 
     def segment(self, stored: Stored) -> Segment:
         """A segment (2, S, G, T, ...) as attention takes it."""
@@ -94,21 +89,18 @@ class KVRegion:
         return self.form.segment(tuple(t[:, :, :, :count] for t in stored))
 
     def append(self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
-        """Write the ``token``-th generated token (from 1) of the sequences in these slots: K and V, (S', G, ...) each."""
+        """Write the ``token``-th generated token (from 1) of the sequences in these slots: K and V, (S', G, ...)
+        each."""
         segment, place = divmod(token - 1, self.layout.segment_tokens)
         self._put(self.tail(raw, segment), place, slots, new)
 
-    def append_loose(
-        self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]
-    ) -> None:
+    def append_loose(self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
         """The same into the one segment that is kept by itself."""
         self._put(self.loose_tail(raw), (token - 1) % self.layout.segment_tokens, slots, new)
 
-    def put_prompt(
-        self, raw: Tensor, slot: int, first: int, kv: Sequence[Stored], length: int
-    ) -> None:
-        """Write prompt tokens ``first ..`` (tokens, G, ...) of one sequence; what lies beyond the prompt's end is zeroed
-        with its last token, for it is multiplied by weight zero and must not hold NaN."""
+    def put_prompt(self, raw: Tensor, slot: int, first: int, kv: Sequence[Stored], length: int) -> None:
+        """Write prompt tokens ``first ..`` (tokens, G, ...) of one sequence; what lies beyond the prompt's end is
+        zeroed with its last token, for it is multiplied by weight zero and must not hold NaN."""
         for target, k, v in zip(self.prompt(raw), *kv, strict=True):
             last = first + k.shape[0]
             target[0, slot, :, first:last] = k.transpose(0, 1)
@@ -131,9 +123,7 @@ class KVRegion:
                 split = rows.view(sequences, tokens, *rows.shape[1:])
                 target[place, :, :, first : first + tokens] = split.transpose(1, 2)
 
-    def _put(
-        self, segment: Stored, place: int, slots: Sequence[int], new: Sequence[Stored]
-    ) -> None:
+    def _put(self, segment: Stored, place: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
         every = len(slots) == self.layout.sequences
         for target, k, v in zip(segment, *new, strict=True):
             for part, rows in enumerate((k, v)):

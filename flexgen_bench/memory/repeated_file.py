@@ -32,9 +32,7 @@ class RepeatedFile(DirectFile):
 
         def part(first: int, last: int, there: int) -> None:
             base = first - offset
-            super(RepeatedFile, self).read(
-                there, into[base : last - offset], lambda count: arrived(base + count)
-            )
+            super(RepeatedFile, self).read(there, into[base : last - offset], lambda count: arrived(base + count))
 
         cursor = offset
         for repeat in self._repeats:

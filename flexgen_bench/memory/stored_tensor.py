@@ -23,7 +23,8 @@ BLOCK_VALUES = 1 << 23
 class StoredTensor:
     """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
 
-    compression: None, or how its rows are quantized; its codes are at ``offset`` then, its parameters at ``params_offset``.
+    compression: None, or how its rows are quantized; its codes are at ``offset`` then, its parameters at
+    ``params_offset``.
     """
 
     name: str
@@ -37,9 +38,12 @@ class StoredTensor:
 
 
 def write_tensor(
-    fd: int, stored: StoredTensor, sources: Iterable[Tensor], dtype: torch.dtype,
+    fd: int,
+    stored: StoredTensor,
+    sources: Iterable[Tensor],
+    dtype: torch.dtype,
     importance: Sequence[Tensor | None] = (),
-) -> dict[int, int]:  # fmt: skip
+) -> dict[int, int]:
     """Write a tensor, converted to ``dtype`` or quantized from what it is; returns checksums by offset.
 
     importance: of the inputs of each source, where its scales are calibrated.
@@ -79,9 +83,7 @@ class _Region:
         return {self._offset: self._sum}
 
 
-def _quantized(
-    block: Tensor, compression: Compression, importance: Tensor | None
-) -> Iterable[tuple[Tensor, Tensor]]:
+def _quantized(block: Tensor, compression: Compression, importance: Tensor | None) -> Iterable[tuple[Tensor, Tensor]]:
     if compression.along is Along.OUTPUTS:
         return quantize_strips(block, compression)
     return [quantize(block, compression, importance)]

@@ -20,29 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexgen_bench.checkpoints.reader import Checkpoint
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.memory.checkpoint import Checkpoint
 from flexgen_bench.memory.direct_file import DirectFile, disk_error
-from flexgen_bench.memory.importance import (
-    IMPORTANCE,
-    check_importance,
-    importance_of,
-    is_calibrated,
-)
+from flexgen_bench.memory.importance import IMPORTANCE, check_importance, importance_of, is_calibrated
 from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
 from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
 
 FORMAT_VERSION = 1
 COMPRESSED_VERSION = 2  # of codes and parameters; plain stores stay valid when it changes
-TORCH_DTYPES = {
-    DType.FLOAT32: torch.float32,
-    DType.BFLOAT16: torch.bfloat16,
-    DType.FLOAT16: torch.float16,
-}
+TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -73,10 +64,9 @@ class WeightStore:
         return RepeatedFile(self.path, self.repeats) if self.repeats else DirectFile(self.path)
 
 
-def fingerprint(
-    plan: StorePlan, files: list[Path], quantization: Mapping[str, Any] | None = None
-) -> str:
-    """Changes whenever the checkpoint's files, what it says about its quantization, the model, the format or the compression do."""
+def fingerprint(plan: StorePlan, files: list[Path], quantization: Mapping[str, Any] | None = None) -> str:
+    """Changes whenever the checkpoint's files, what it says about its quantization, the model, the format or the
+    compression do."""
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     what: list[Any] = [FORMAT_VERSION, plan.dtype, plan.description, stamp]
     if quantization is not None:
@@ -96,7 +86,8 @@ def open_or_convert(
     """The store for this checkpoint, converted first if it does not exist yet.
 
     progress is called with (bytes done, bytes in all). Raises StoreError if a tensor is missing, misshapen, not
-    finite, or (compressed) outside float16, or if the disk is full; what was converted until then is kept and used by the next attempt.
+    finite, or (compressed) outside float16, or if the disk is full; what was converted until then is kept and used by
+    the next attempt.
     """
     if is_calibrated(plan.compression):
         check_importance(checkpoint.folder)
@@ -139,9 +130,7 @@ def _open(folder: Path, plan: StorePlan) -> WeightStore:
         repeats = tuple(Repeat(*extent) for extent in manifest.get("repeats", []))
         size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"weight store {folder} is damaged ({error!r}). Delete it to convert again."
-        ) from error
+        raise StoreError(f"weight store {folder} is damaged ({error!r}). Delete it to convert again.") from error
     if size != plan.file_bytes or manifest.get("file_bytes") != plan.file_bytes:
         raise StoreError(
             f"{path} has {size} bytes instead of {plan.file_bytes}: it is truncated or of another model. "
@@ -150,9 +139,7 @@ def _open(folder: Path, plan: StorePlan) -> WeightStore:
     return WeightStore(path, checksums, repeats)
 
 
-def _convert(
-    checkpoint: Checkpoint, plan: StorePlan, folder: Path, progress: Callable[[int, int], None]
-) -> None:
+def _convert(checkpoint: Checkpoint, plan: StorePlan, folder: Path, progress: Callable[[int, int], None]) -> None:
     partial, journal = folder / "weights.partial", folder / "journal.jsonl"
     # A journal speaks of the partial file beside it, and of no other.
     done = _read_journal(journal) if partial.exists() else {}
@@ -246,9 +233,7 @@ def _write_durably(path: Path, text: str) -> None:
     os.rename(temporary, path)
 
 
-def _write_group(
-    fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[StoredTensor, ...]
-) -> dict[str, int]:
+def _write_group(fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[StoredTensor, ...]) -> dict[str, int]:
     """Write the tensors of one group; returns checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
@@ -273,9 +258,7 @@ def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> I
         yield tensor.detach()  # some .bin files hold parameters that want gradients
 
 
-def _importance(
-    checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, source: str
-) -> Tensor:
+def _importance(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, source: str) -> Tensor:
     names = checkpoint.names()
     whole = next((prefix + source for prefix in plan.prefixes if prefix + source in names), source)
     return importance_of(checkpoint.folder, whole, stored.shape[1])
@@ -295,8 +278,7 @@ def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:
 def _check(tensor: Tensor, expected: tuple[int, ...], source: str, checkpoint: Checkpoint) -> None:
     if tuple(tensor.shape) != expected:
         raise StoreError(
-            f"tensor {source} in {checkpoint.folder} has shape {tuple(tensor.shape)}; "
-            f"config.json implies {expected}."
+            f"tensor {source} in {checkpoint.folder} has shape {tuple(tensor.shape)}; config.json implies {expected}."
         )
     if not bool(torch.isfinite(tensor).all()):
         raise StoreError(f"tensor {source} in {checkpoint.folder} holds NaN or infinite values.")

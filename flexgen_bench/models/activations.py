@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flexgen_bench.core.errors import unknown_choice
 
-# Each with its other names in transformers' ``activations.ACT2CLS``. The tanh forms of GELU (Hendrycks & Gimpel 2016) there differ in
-# how they are written down, not in what they compute.
+# Each with its other names in transformers' ``activations.ACT2CLS``. The tanh forms of GELU (Hendrycks & Gimpel 2016)
+# there differ in how they are written down, not in what they compute.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "relu": (),
     "silu": ("swish",),

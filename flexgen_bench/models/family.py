@@ -99,23 +99,20 @@ class ModelFamily(ABC):
         """Gathered rows (table name -> (N, E)) -> hidden states (N, hidden)."""
 
     def steady_positions(self, shape: ModelShape) -> int:
-        """Up to which length of its sequence the keys of a token depend on what precedes it alone. Of longer ones they depend on
-        the length, too, so that sequences which begin alike cannot share them."""
+        """Up to which length of its sequence the keys of a token depend on what precedes it alone. Of longer ones they
+        depend on the length, too, so that sequences which begin alike cannot share them."""
         return shape.max_positions
 
-    def angles(
-        self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor
-    ) -> Any:
+    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor) -> Any:
         """What every layer needs to know of positions (N,): made once per pass, in the dtype of ``like``.
 
-        lengths: (N,) of the tokens' sequences when they are computed. None for families that put positions into the embedding.
+        lengths: (N,) of the tokens' sequences when they are computed. None for families that put positions into the
+        embedding.
         """
         return None
 
     @abstractmethod
-    def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden (N, hidden) -> q (N, H, D), k (N, G, D), v (N, G, D), with ``angles`` applied."""
 
     def attention_scale(self, shape: ModelShape) -> float:
@@ -123,9 +120,7 @@ class ModelFamily(ABC):
         return float(shape.head_dim**-0.5)
 
     @abstractmethod
-    def output(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor
-    ) -> Tensor:
+    def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
         """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer."""
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""Llama (Touvron et al. 2023) and its relatives of the same form: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+"""Llama (Touvron et al. 2023) and its relatives of the same form: RMSNorm, rotary positions, SwiGLU, grouped-query
+attention.
 
 Options of ``ModelShape``: rope_theta, rope_scaling (None or a mapping, ``models/rope.py``), norm_eps,
 attention_bias, mlp_bias, activation.
@@ -11,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.core.model import ModelShape, TensorSpec
 from flexgen_bench.models.activations import activation_of
-from flexgen_bench.models.family import (
-    Inventory,
-    ModelFamily,
-    PackedTensor,
-    Weights,
-    config_flag,
-    config_value,
-)
+from flexgen_bench.models.family import Inventory, ModelFamily, PackedTensor, Weights, config_flag, config_value
 from flexgen_bench.models.rope import DEFAULT_THETA, positions_of, rope_of, steady_positions
 
 if TYPE_CHECKING:
@@ -41,9 +35,7 @@ class Llama(ModelFamily):
         positions = config.get("max_position_embeddings")
         if positions is None:
             positions = _DEFAULT_POSITIONS
-        rope = rope_of(
-            config, config_value({**config, _POSITIONS: positions}, _POSITIONS, int), head_dim
-        )
+        rope = rope_of(config, config_value({**config, _POSITIONS: positions}, _POSITIONS, int), head_dim)
         return ModelShape(
             name=name,
             family=self.name,
@@ -62,9 +54,7 @@ class Llama(ModelFamily):
                 "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
                 "attention_bias": config_flag(config, "attention_bias", False),
                 "mlp_bias": config_flag(config, "mlp_bias", False),
-                "activation": activation_of(
-                    "config.json: hidden_act", config.get("hidden_act", "silu")
-                ),
+                "activation": activation_of("config.json: hidden_act", config.get("hidden_act", "silu")),
             },
         )
 
@@ -93,18 +83,12 @@ class Llama(ModelFamily):
         h, f, d = shape.hidden_size, shape.ffn_size, shape.head_dim
         queries, keys = shape.num_heads * d, shape.num_kv_heads * d
 
-        def linear(
-            packed: str, rows: tuple[int, ...], inp: int, bias: str, *sources: str
-        ) -> list[PackedTensor]:
+        def linear(packed: str, rows: tuple[int, ...], inp: int, bias: str, *sources: str) -> list[PackedTensor]:
             shapes: dict[str, tuple[int, ...]] = {"weight": (sum(rows), inp)}
             if shape.options.get(bias):
                 shapes["bias"] = (sum(rows),)
             return [
-                PackedTensor(
-                    TensorSpec(f"{packed}.{part}", dims),
-                    tuple(f"{s}.{part}" for s in sources),
-                    rows,
-                )
+                PackedTensor(TensorSpec(f"{packed}.{part}", dims), tuple(f"{s}.{part}" for s in sources), rows)
                 for part, dims in shapes.items()
             ]
 
@@ -115,22 +99,16 @@ class Llama(ModelFamily):
                 PackedTensor(TensorSpec("attention_norm", (h,)), (f"{p}.input_layernorm.weight",)),
                 *linear("qkv", (queries, keys, keys), h, "attention_bias", *qkv),
                 *linear("out", (h,), queries, "attention_bias", f"{attn}.o_proj"),
-                PackedTensor(
-                    TensorSpec("mlp_norm", (h,)), (f"{p}.post_attention_layernorm.weight",)
-                ),
+                PackedTensor(TensorSpec("mlp_norm", (h,)), (f"{p}.post_attention_layernorm.weight",)),
                 *linear("gate_up", (f, f), h, "mlp_bias", f"{mlp}.gate_proj", f"{mlp}.up_proj"),
                 *linear("down", (h,), f, "mlp_bias", f"{mlp}.down_proj"),
             )
 
         head = [PackedTensor(TensorSpec("norm", (h,)), ("norm.weight",))]
         if not shape.tied_embeddings:
-            head.append(
-                PackedTensor(TensorSpec("unembed", (shape.vocab_size, h)), ("lm_head.weight",))
-            )
+            head.append(PackedTensor(TensorSpec("unembed", (shape.vocab_size, h)), ("lm_head.weight",)))
         return Inventory(
-            tables=(
-                PackedTensor(TensorSpec("tokens", (shape.vocab_size, h)), ("embed_tokens.weight",)),
-            ),
+            tables=(PackedTensor(TensorSpec("tokens", (shape.vocab_size, h)), ("embed_tokens.weight",)),),
             embed=(),
             layers=tuple(layer(i) for i in range(shape.num_layers)),
             head=tuple(head),
@@ -147,17 +125,11 @@ class Llama(ModelFamily):
         steady = steady_positions(shape.options.get("rope_scaling"))
         return shape.max_positions if steady is None else steady
 
-    def angles(
-        self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor
-    ) -> Any:
+    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor) -> Any:
         scaling = shape.options.get("rope_scaling")
-        return ops.rotary_table(
-            positions, lengths, shape.head_dim, _rope_theta(shape), scaling, like.dtype
-        )
+        return ops.rotary_table(positions, lengths, shape.head_dim, _rope_theta(shape), scaling, like.dtype)
 
-    def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         x = ops.rms_norm(x, w["attention_norm"], _norm_eps(shape))
         qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
         heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
@@ -165,9 +137,7 @@ class Llama(ModelFamily):
         cos, sin = angles
         return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v
 
-    def output(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor
-    ) -> Tensor:
+    def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
         x = x + ops.linear(attended, w["out.weight"], w.get("out.bias"))
         y = ops.rms_norm(x, w["mlp_norm"], _norm_eps(shape))
         gate, up = ops.linear(y, w["gate_up.weight"], w.get("gate_up.bias")).chunk(2, dim=-1)

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape, TensorSpec
 from flexgen_bench.models.activations import activation_of
-from flexgen_bench.models.family import (
-    Inventory,
-    ModelFamily,
-    PackedTensor,
-    Weights,
-    config_flag,
-    config_value,
-)
+from flexgen_bench.models.family import Inventory, ModelFamily, PackedTensor, Weights, config_flag, config_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,16 +55,13 @@ class OPT(ModelFamily):
                 ),
                 "bias": config_flag(config, "enable_bias", True),
                 "norm_affine": config_flag(config, "layer_norm_elementwise_affine", True),
-                "final_norm": norm_before
-                and not config_flag(config, "_remove_final_layer_norm", False),
+                "final_norm": norm_before and not config_flag(config, "_remove_final_layer_norm", False),
             },
         )
 
     def config_from_shape(self, shape: ModelShape) -> dict[str, Any]:
         if shape.head_dim * shape.num_heads != shape.hidden_size:
-            raise UserError(
-                "model.head_dim", shape.head_dim, "hidden_size / num_heads for an OPT model"
-            )
+            raise UserError("model.head_dim", shape.head_dim, "hidden_size / num_heads for an OPT model")
         return {
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
@@ -93,20 +83,15 @@ class OPT(ModelFamily):
         has_bias = bool(shape.options.get("bias", True))
 
         def linear(packed: str, out: int, inp: int, *sources: str) -> list[PackedTensor]:
-            weight = PackedTensor(
-                TensorSpec(f"{packed}.weight", (out, inp)), tuple(f"{s}.weight" for s in sources)
-            )
-            bias = PackedTensor(
-                TensorSpec(f"{packed}.bias", (out,)), tuple(f"{s}.bias" for s in sources)
-            )
+            weight = PackedTensor(TensorSpec(f"{packed}.weight", (out, inp)), tuple(f"{s}.weight" for s in sources))
+            bias = PackedTensor(TensorSpec(f"{packed}.bias", (out,)), tuple(f"{s}.bias" for s in sources))
             return [weight, bias] if has_bias else [weight]
 
         def norm(packed: str, source: str) -> list[PackedTensor]:
             if not shape.options.get("norm_affine", True):
                 return []
             return [
-                PackedTensor(TensorSpec(f"{packed}.{part}", (h,)), (f"{source}.{part}",))
-                for part in ("weight", "bias")
+                PackedTensor(TensorSpec(f"{packed}.{part}", (h,)), (f"{source}.{part}",)) for part in ("weight", "bias")
             ]
 
         def layer(i: int) -> tuple[PackedTensor, ...]:
@@ -132,9 +117,7 @@ class OPT(ModelFamily):
             embed += [PackedTensor(TensorSpec("project_in", (h, e)), ("project_in.weight",))]
             head += [PackedTensor(TensorSpec("project_out", (e, h)), ("project_out.weight",))]
         if not shape.tied_embeddings:
-            head += [
-                PackedTensor(TensorSpec("unembed", (shape.vocab_size, e)), ("lm_head.weight",))
-            ]
+            head += [PackedTensor(TensorSpec("unembed", (shape.vocab_size, e)), ("lm_head.weight",))]
         return Inventory(
             tables=tables,
             embed=tuple(embed),
@@ -152,26 +135,18 @@ class OPT(ModelFamily):
             x = ops.linear(x, w["project_in"])
         return x + rows["positions"]
 
-    def project(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         if shape.options.get("norm_before", True):
-            x = ops.layer_norm(
-                x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS
-            )
+            x = ops.layer_norm(x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS)
         qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
         q, k, v = qkv.view(-1, 3, shape.num_heads, shape.head_dim).unbind(1)
         return q, k, v
 
-    def output(
-        self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor
-    ) -> Tensor:
+    def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
         before = bool(shape.options.get("norm_before", True))
         x = x + ops.linear(attended, w["out.weight"], w.get("out.bias"))
         if not before:
-            x = ops.layer_norm(
-                x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS
-            )
+            x = ops.layer_norm(x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS)
         y = x
         if before:
             y = ops.layer_norm(x, w.get("mlp_norm.weight"), w.get("mlp_norm.bias"), NORM_EPS)

@@ -13,7 +13,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
 
-_NOT_FAMILIES = {"activations", "family", "registry", "rope", "stored_names"}
+_NOT_FAMILIES = {"activations", "family", "packing", "registry", "rope", "stored_names"}
 
 
 # Entries that change what a model computes, and which no family here knows, with the values that change nothing.
@@ -57,16 +57,15 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            "config.json",
-            repr(error),
-            f"a config of {found.architecture} with values of the right type",
+            "config.json", repr(error), f"a config of {found.architecture} with values of the right type"
         ) from error
     _check_foreign(config, found, shape)
     return shape
 
 
 def _family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """By ``architectures`` (the model with its head, or the bare decoder, in any case), or where there are none by ``model_type``."""
+    """By ``architectures`` (the model with its head, or the bare decoder, in any case), or where there are none by
+    ``model_type``."""
     given, kind = config.get("architectures"), config.get("model_type")
     if not isinstance(given, str | list | None):
         raise UserError("config.json: architectures", given, "a list of names, or null")
@@ -79,33 +78,21 @@ def _family_of(config: Mapping[str, Any]) -> ModelFamily:
         if by_type if not names else any(str(name).lower() in own for name in names):
             # transformers goes by the model_type, whatever the architectures say
             if kind is not None and not by_type:
-                raise UserError(
-                    "config.json: model_type",
-                    kind,
-                    f"{found.model_type!r} for architectures {names}",
-                )
+                raise UserError("config.json: model_type", kind, f"{found.model_type!r} for architectures {names}")
             return found
     allowed = f"one of {', '.join(sorted(f.architecture for f in known))}"
     if names or kind is None:
         raise UserError("config.json: architectures", given, allowed)
-    raise UserError(
-        "config.json: model_type", kind, f"one of {', '.join(sorted(f.model_type for f in known))}"
-    )
+    raise UserError("config.json: model_type", kind, f"one of {', '.join(sorted(f.model_type for f in known))}")
 
 
 def _check_foreign(config: Mapping[str, Any], found: ModelFamily, shape: ModelShape) -> None:
     for key, neutral in _FOREIGN.items():
         if config.get(key) not in neutral:
-            raise UserError(
-                f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {found.name} model"
-            )
+            raise UserError(f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {found.name} model")
     window = config.get("sliding_window")
     if window is not None and not (isinstance(window, int) and window >= shape.max_positions):
-        raise UserError(
-            "config.json: sliding_window",
-            window,
-            f"null, or not below {shape.max_positions} positions",
-        )
+        raise UserError("config.json: sliding_window", window, f"null, or not below {shape.max_positions} positions")
     others = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
     if others:
         raise UserError("config.json: layer_types", others[0], "full_attention for every layer")

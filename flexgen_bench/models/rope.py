@@ -1,7 +1,9 @@
 """Rotary positions in a checkpoint's config: their base, how they are scaled, and how far they reach.
 
-Kinds and defaults are those of transformers 5 (``modeling_rope_utils``): old configs have ``rope_theta`` and ``rope_scaling`` (with ``type`` or
-``rope_type``), newer ones ``rope_parameters``; where both are, ``rope_scaling`` counts. The formulas are in ``kernels/rotary.py``.
+Kinds and defaults are those of transformers 5 (``modeling_rope_utils``): old configs have ``rope_theta`` and
+``rope_scaling`` (with ``type`` or
+``rope_type``), newer ones ``rope_parameters``; where both are, ``rope_scaling`` counts. The formulas are in
+``kernels/rotary.py``.
 """
 
 from __future__ import annotations
@@ -47,9 +49,7 @@ def rope_of(config: Mapping[str, Any], positions: int, head_dim: int) -> Rope:
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(
-            f"config.json: {nested[0]} of rope_parameters",
-            given[nested[0]],
-            "left out: one rope for all layers",
+            f"config.json: {nested[0]} of rope_parameters", given[nested[0]], "left out: one rope for all layers"
         )
     theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or DEFAULT_THETA)
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -119,9 +119,7 @@ def _reach(kind: str, scaling: Mapping[str, Any], positions: int) -> int:
 
 def _checked(kind: str, key: str, value: Any, is_right: Callable[[Any], bool]) -> Any:
     if not is_right(value):
-        what = (
-            "a list of head_dim / 2 numbers" if key in _LISTS.get(kind, ()) else "a number above 0"
-        )
+        what = "a list of head_dim / 2 numbers" if key in _LISTS.get(kind, ()) else "a number above 0"
         raise UserError(f"config.json: {key} of rope_type {kind}", value, what)
     return list(value) if isinstance(value, list) else value
 

@@ -35,9 +35,7 @@ def expected_sources(inventory: Inventory) -> dict[str, tuple[int, ...]]:
     }
 
 
-def locate(
-    sources: Collection[str], prefixes: tuple[str, ...], names: Collection[str]
-) -> StoredNames:
+def locate(sources: Collection[str], prefixes: tuple[str, ...], names: Collection[str]) -> StoredNames:
     """Look for each source under each prefix in turn."""
     found: dict[str, str] = {}
     for source in sources:

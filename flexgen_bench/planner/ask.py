@@ -17,7 +17,8 @@ from flexgen_bench.store.kept_predictions import Answer, key_of, plain
 class Ask:
     """One question to one system.
 
-    name: of the system, for the answer's words. predictor: written ``module:Class``. constants, options: all that it is told.
+    name: of the system, for the answer's words. predictor: written ``module:Class``. constants, options: all that it is
+    told.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""What a micro-batch costs on each lane, by where weights, cache and activations are: summed from the steps of a single layer.
+"""What a micro-batch costs on each lane, by where weights, cache and activations are: summed from the steps of a single
+layer.
 
-Costs are linear in the shares of a placement, so the steps of a few pure placements (all of a kind on one tier) say it all, and layers
-are alike, so one does.
+Costs are linear in the shares of a placement, so the steps of a few pure placements (all of a kind on one tier) say it
+all, and layers are alike, so one does.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
-from flexgen_bench.planner.units import PackedModel
-from flexgen_bench.schedule.cohorts import Request
 from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
 
 _NONE: Mapping[Lane, float] = dict.fromkeys(Lane, 0.0)
 
@@ -43,7 +44,8 @@ def thinned(shape: ModelShape, packed: PackedModel, layers: int) -> Thin:
 
 @dataclass(frozen=True)
 class MicroBatchCost:
-    """Seconds per lane of a micro-batch in all layers, and of what is paid once per pass (weights, unpacking), in each phase."""
+    """Seconds per lane of a micro-batch in all layers, and of what is paid once per pass (weights, unpacking), in each
+    phase."""
 
     prefill: PhaseCost
     decode: PhaseCost
@@ -52,19 +54,11 @@ class MicroBatchCost:
 
     def of_block(self, batches: float) -> tuple[PhaseCost, PhaseCost]:
         """Prefill and decode pass of a block of so many micro-batches."""
-        return (
-            _sum(self.prefill_once, self.prefill, batches),
-            _sum(self.decode_once, self.decode, batches),
-        )
+        return (_sum(self.prefill_once, self.prefill, batches), _sum(self.decode_once, self.decode, batches))
 
 
 def micro_batch_cost(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    request: Request,
+    shape: ModelShape, packed: PackedModel, dtype: DType, policy: Policy, hardware: HardwareProfile, request: Request
 ) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
     thin = thinned(shape, packed, 1)
@@ -93,23 +87,15 @@ def micro_batch_cost(
 
 def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number: int) -> PhaseCost:
     fixed = base[number]
-    added = {
-        share: {lane: sums[number][lane] - fixed[lane] for lane in Lane}
-        for share, sums in vertices.items()
-    }
+    added = {share: {lane: sums[number][lane] - fixed[lane] for lane in Lane} for share, sums in vertices.items()}
     return PhaseCost(fixed, added)
 
 
 def _sums(
-    thin: Thin,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    request: Request,
-    layers: int,
-    number: int,
+    thin: Thin, dtype: DType, policy: Policy, hardware: HardwareProfile, request: Request, layers: int, number: int
 ) -> tuple[Seconds, Seconds]:
-    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count ``layers`` times."""
+    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count
+    ``layers`` times."""
     # The last pass of a job loads nothing, so what is looked at must not be the last.
     lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
     requests = [lasting] * policy.gpu_batch_size

@@ -1,6 +1,7 @@
 """Batch shapes worth a look, and for each the placement that a linear program finds best.
 
-What the program promises for a shape is a bound (nothing waits in it); shapes that cannot beat what others promise are left out.
+What the program promises for a shape is a bound (nothing waits in it); shapes that cannot beat what others promise are
+left out.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from flexgen_bench.planner.placement_lp import (
     solve,
 )
 from flexgen_bench.planner.task import Task
-from flexgen_bench.schedule.cohorts import kv_token_bytes
 from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.sequence_groups import kv_token_bytes
 
 # Coarse: what lies between is found by changing the best of these.
 BLOCKS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -47,7 +48,8 @@ _RESOURCES = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link
 
 @dataclass(frozen=True)
 class Candidate:
-    """A batch shape with its best placement. seconds: what the linear program promises for a block; tok_per_s follows from it."""
+    """A batch shape with its best placement. seconds: what the linear program promises for a block; tok_per_s follows
+    from it."""
 
     policy: Policy
     problem: PlacementProblem
@@ -69,9 +71,8 @@ def batch_shapes(task: Task) -> Iterator[Policy]:
                 for site in sites:
                     for lossy in task.packed:
                         shape = Policy(
-                            micro_batch, -(-block // micro_batch), attention=site,
-                            prefill_chunk=chunk, lossy=lossy,
-                        )  # fmt: skip
+                            micro_batch, -(-block // micro_batch), attention=site, prefill_chunk=chunk, lossy=lossy
+                        )
                         yield shape
                         if accelerator and block <= IN_PLACE_SEQUENCES:
                             yield replace(shape, offloaded=Offloaded.IN_PLACE)
@@ -111,15 +112,12 @@ class Candidates:
         self._costs: dict[Policy, MicroBatchCost] = {}
         self._rest: dict[Policy, dict[Tier, float]] = {}
 
-    def ways(
-        self, of_a_kind: int, watch: Callable[[float], None] = lambda share: None
-    ) -> list[list[Candidate]]:
-        """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with and without the disk.
-        What a way loses to waiting is not in its promise, so none is left out for what others promise. Each list is in order of promise.
+    def ways(self, of_a_kind: int, watch: Callable[[float], None] = lambda share: None) -> list[list[Candidate]]:
+        """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with
+        and without the disk. What a way loses to waiting is not in its promise, so none is left out for what others
+        promise. Each list is in order of promise.
         watch: gets the share of the shapes that have been looked at."""
-        problems = [
-            (shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))
-        ]
+        problems = [(shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))]
         bounded = [(self._bound(*one), *one) for one in problems]
         bounded.sort(key=lambda one: -one[0])
         found: dict[object, list[Candidate]] = {}
@@ -128,7 +126,7 @@ class Candidates:
             both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
             if all(len(k) == of_a_kind and bound < SAME * k[-1].tok_per_s for k in both):
                 continue
-            # Where two staging slots have no room, one may; elsewhere that is tried with what turns out best.
+            # Where two staging buffers have no room, one may; elsewhere that is tried with what turns out best.
             for candidate in self.solved(shape, problem) or self.solved(replace(shape, prefetch=1)):
                 known = found.setdefault(_way(candidate.policy, candidate.uses_disk), [])
                 known.append(candidate)
@@ -137,21 +135,21 @@ class Candidates:
         return [known for known in found.values() if known]
 
     def fitted(self, candidate: Candidate) -> Candidate | None:
-        """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences take more than shares, in
-        so much less room, or with a single staging slot if that costs less. None if it does not fit."""
+        """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences
+        take more than shares, in so much less room, or with a single staging buffer if that costs less. None if it does
+        not fit."""
         found = self._fitted(candidate)
         kept = 0.0 if found is None else found.tok_per_s
         if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.tok_per_s:
             one_slot = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
-            found = max(
-                filter(None, [found, *one_slot]), key=lambda one: one.tok_per_s, default=None
-            )
+            found = max(filter(None, [found, *one_slot]), key=lambda one: one.tok_per_s, default=None)
         return found
 
     def _fitted(self, candidate: Candidate) -> Candidate | None:
         problem, shape = candidate.problem, candidate.policy
         solution: PlacementSolution | None = candidate.solution
-        # A little less room may not cost a whole layer or sequence yet: of the same tier, twice as much is taken every time.
+        # A little less room may not cost a whole layer or sequence yet: of the same tier, twice as much is taken every
+        # time.
         more = dict.fromkeys(problem.room, 1.02)
         for _ in range(_TRIES):
             if solution is None:
@@ -172,15 +170,12 @@ class Candidates:
         return None
 
     def solved(self, shape: Policy, problem: PlacementProblem | None = None) -> list[Candidate]:
-        """The best placement of a batch shape: streaming what does not fit, or with weights (or all) held where they are used. Where that uses the
-        disk, the best without it, too; alone if the disk brings nothing."""
+        """The best placement of a batch shape: streaming what does not fit, or with weights (or all) held where they
+        are used. Where that uses the disk, the best without it, too; alone if the disk brings nothing."""
         free = self._best_of(shape, self.problems(shape, problem))
         if free is None or not free.uses_disk:
             return [free] if free is not None else []
-        without = (
-            replace(tried, room={**tried.room, Tier.DISK: 0.0})
-            for tried in self.problems(shape, problem)
-        )
+        without = (replace(tried, room={**tried.room, Tier.DISK: 0.0}) for tried in self.problems(shape, problem))
         bare = self._best_of(shape, without)
         if bare is None:
             return [free]
@@ -198,11 +193,9 @@ class Candidates:
     def _speed(self, shape: Policy, solution: PlacementSolution) -> float:
         return shape.block_size * self.task.request.gen_len / solution.seconds
 
-    def problems(
-        self, shape: Policy, problem: PlacementProblem | None = None
-    ) -> Iterator[PlacementProblem]:
-        """A shape's linear programs: one in which anything may be anywhere, others in which weights, or all, stay where they are used and
-        no room for moving them is needed."""
+    def problems(self, shape: Policy, problem: PlacementProblem | None = None) -> Iterator[PlacementProblem]:
+        """A shape's linear programs: one in which anything may be anywhere, others in which weights, or all, stay where
+        they are used and no room for moving them is needed."""
         problem = problem or self._problem(shape)
         here = self.task.hardware.compute_tier
         for held in ((), ("weights",), KINDS):
@@ -248,7 +241,8 @@ class Candidates:
         }
 
     def _room(self, shape: Policy, held: tuple[str, ...]) -> dict[Tier, float]:
-        """Bytes for what has shares: what the machine has, less staging and workspace, which a single layer's plan shows."""
+        """Bytes for what has shares: what the machine has, less staging and workspace, which a single layer's plan
+        shows."""
         task, here = self.task, self.task.hardware.compute_tier
         below = task.hardware.tiers[task.hardware.tiers.index(here) + 1]
         placed = {kind: Placement.all_on(here if kind in held else below) for kind in KINDS}
@@ -257,9 +251,8 @@ class Candidates:
             thin = thinned(task.shape, task.packed[shape.lossy], 1)
             requests = [task.request] * shape.block_size
             plan = plan_job(
-                thin.shape, thin.packed, task.dtype, policy, task.hardware, requests,
-                scored_rows=task.scored_rows,
-            )  # fmt: skip
+                thin.shape, thin.packed, task.dtype, policy, task.hardware, requests, scored_rows=task.scored_rows
+            )
             layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.units)
             rest = {}
             for tier, parts in plan.bytes.items():
@@ -269,14 +262,13 @@ class Candidates:
         return {t: task.capacity(t) - self._rest[policy].get(t, 0) for t in task.hardware.tiers}
 
     def _bound(self, shape: Policy, problem: PlacementProblem) -> float:
-        """Tokens/s that no placement of this shape can beat: every link and processor at its least, whatever memory there is."""
+        """Tokens/s that no placement of this shape can beat: every link and processor at its least, whatever memory
+        there is."""
 
         def least(phase: PhaseCost, resource: Lane) -> float:
             seconds = on_resource(phase.fixed, resource)
             for kind in KINDS:
-                added = [
-                    on_resource(s, resource) for (of, _), s in phase.by_share.items() if of == kind
-                ]
+                added = [on_resource(s, resource) for (of, _), s in phase.by_share.items() if of == kind]
                 seconds += min(added)
             return seconds
 
@@ -298,6 +290,4 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
 
 
 def _way(policy: Policy, uses_disk: bool) -> object:
-    return (
-        policy.schedule, policy.attention, policy.offloaded, policy.lossy, policy.prefetch, uses_disk,
-    )  # fmt: skip
+    return (policy.schedule, policy.attention, policy.offloaded, policy.lossy, policy.prefetch, uses_disk)

@@ -1,7 +1,10 @@
-"""``policy=auto`` chosen in a process of its own, so that nothing of the search stays in the memory of the one that is going to run.
+"""``policy=auto`` chosen in a process of its own, so that nothing of the search stays in the memory of the one that is
+going to run.
 
-A search leaves tens of megabytes behind (scipy, HiGHS, what was played). An engine under a memory cap would pay for them with resident weights.
-``python -m flexgen_bench.planner.choose`` reads a question as JSON on its standard input and writes an answer to its standard output.
+A search leaves tens of megabytes behind (scipy, HiGHS, what was played). An engine under a memory cap would pay for
+them with resident weights.
+``python -m flexgen_bench.planner.choose`` reads a question as JSON on its standard input and writes an answer to its
+standard output.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import auto_policy
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.planner.units import pack
-from flexgen_bench.schedule.cohorts import Request, worst_of
+from flexgen_bench.schedule.sequence_groups import Request, worst_of
 
 _log = logging.getLogger("flexgen_bench.stage")
 
@@ -34,9 +37,11 @@ _log = logging.getLogger("flexgen_bench.stage")
 class PolicyQuestion:
     """A job to choose a policy for, as it travels between processes.
 
-    request: what it is planned for (``worst_of`` its requests); count: how many. available: bytes a plan may use, per tier. lossy: how results
-    may be changed; its compression of weights is the one they are packed with. block_size: the most sequences per block; None: any number.
-    scored_rows: rows of logits that a scoring job wants at once. max_latency_s: of a block, from its start to its last token.
+    request: what it is planned for (``worst_of`` its requests); count: how many. available: bytes a plan may use, per
+    tier. lossy: how results may be changed; its compression of weights is the one they are packed with. block_size: the
+    most sequences per block; None: any number.
+    scored_rows: rows of logits that a scoring job wants at once. max_latency_s: of a block, from its start to its last
+    token.
     """
 
     shape: ModelShape
@@ -85,7 +90,8 @@ class PolicyQuestion:
         )
 
     def answer(self) -> Policy:
-        """The policy, searched for in this process. Raises DoesNotFit, and UserError for rates that lack what the job needs."""
+        """The policy, searched for in this process. Raises DoesNotFit, and UserError for rates that lack what the job
+        needs."""
         return auto_policy(**self._asked(), max_latency_s=self.max_latency_s)
 
     def by_rule(self) -> Policy:
@@ -110,8 +116,9 @@ class PolicyQuestion:
 def choose(question: PolicyQuestion) -> Policy:
     """The policy of a job: where rates are known, searched for in a process of its own, else the rule's.
 
-    A search that finds nothing, or whose process dies (a warning says of what), leaves it to the rule. Raises DoesNotFit if that finds nothing
-    either, and UserError for rates that lack what the job needs and for a latency that nothing keeps to.
+    A search that finds nothing, or whose process dies (a warning says of what), leaves it to the rule. Raises
+    DoesNotFit if that finds nothing either, and UserError for rates that lack what the job needs and for a latency that
+    nothing keeps to.
     """
     if question.hardware.rates is None:
         return question.answer()  # the rule's, if it is free to take it
@@ -121,9 +128,11 @@ def choose(question: PolicyQuestion) -> Policy:
     except _NoAnswer as reason:
         if question.max_latency_s is not None:
             raise UserError(
-                "policy.max_latency_s", question.max_latency_s, f"left out here: {reason}",
+                "policy.max_latency_s",
+                question.max_latency_s,
+                f"left out here: {reason}",
                 "The plain rule's policy, which needs no search, knows of no time.",
-            ) from reason  # fmt: skip
+            ) from reason
         _log.warning(
             "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given needs no search.",
             reason,
@@ -137,12 +146,18 @@ class _NoAnswer(RuntimeError):
 
 
 def _ask(question: PolicyQuestion) -> Policy | None:
-    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _NoAnswer. However this is left, it has ended."""
+    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _NoAnswer. However this is
+    left, it has ended."""
     try:
         with subprocess.Popen(
-            _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, encoding="utf-8", errors="replace",
-        ) as child:  # fmt: skip
+            _command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as child:
             try:
                 out, err = child.communicate(json.dumps(question.to_dict()))
             except BaseException:
@@ -186,9 +201,7 @@ def main() -> None:
         pass  # who asks tries the rule, which says what is missing
     except UserError as error:
         value = error.value if isinstance(error.value, str | int | float) else str(error.value)
-        answer["refused"] = {
-            "field": error.field, "value": value, "allowed": error.allowed, "action": error.action,
-        }  # fmt: skip
+        answer["refused"] = {"field": error.field, "value": value, "allowed": error.allowed, "action": error.action}
     json.dump(answer, sys.stdout)
 
 

@@ -14,14 +14,14 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
-from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
-# Values of a decoder layer's matrices are 12 h^2 in OPT (q, k, v, output: 4 h^2; two of 4 h x h), so that is how many of width h
-# they count for; rates are listed by that width.
+# Values of a decoder layer's matrices are 12 h^2 in OPT (q, k, v, output: 4 h^2; two of 4 h x h), so that is how many
+# of width h they count for; rates are listed by that width.
 _MATRICES_PER_LAYER = 12
 
 
@@ -37,7 +37,7 @@ def rates_of(hardware: HardwareProfile) -> Rates:
             "gpu",
             hardware.name,
             f"a machine whose rates are known (not known: {', '.join(missing)})",
-            "Measure this one with python -m flexgen_bench.calibrate, or state them in conf/gpu.",
+            "Measure this one with python -m flexgen_bench calibrate, or state them in conf/gpu.",
         )
     return rates
 
@@ -51,13 +51,7 @@ class StepCost:
     """Prices the steps of jobs on one machine. Equal work costs the same, so what was priced once is looked up."""
 
     def __init__(
-        self,
-        shape: ModelShape,
-        packed: PackedModel,
-        dtype: DType,
-        policy: Policy,
-        hardware: HardwareProfile,
-        job: Job,
+        self, shape: ModelShape, packed: PackedModel, dtype: DType, policy: Policy, hardware: HardwareProfile, job: Job
     ) -> None:
         self._shape, self._packed, self._dtype = shape, packed, dtype
         self._lossy, self._job = policy.lossy, job
@@ -69,10 +63,13 @@ class StepCost:
         """How long the step keeps its lane busy if nothing else uses what it needs."""
         work = step.work
         key = (
-            step.kind, step.lane, step.bytes, step.flops,
-            (step.unit, step.plain) if work is None else (work.rows, len(work.wanted)),
+            step.kind,
+            step.lane,
+            step.bytes,
+            step.flops,
+            (step.unit, step.dequantized_buffer) if work is None else (work.rows, len(work.logit_rows)),
             _attended(step),
-        )  # fmt: skip
+        )
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._price(step)
@@ -95,17 +92,17 @@ class StepCost:
         if step.kind is StepKind.GATHER_ROWS:
             return step.micro_batch.rows * self._job.embed_row_bytes / site.memory
         if step.kind is StepKind.SAMPLE:
-            return len(step.micro_batch.wanted) * self._job.logits_row_bytes / site.memory
+            return len(step.micro_batch.logit_rows) * self._job.logits_row_bytes / site.memory
         if step.kind is StepKind.APPEND_KV:
             part = step.micro_batch.kv_parts[step.part]
-            return part.rows * part.cohort.layouts[part.home].token_bytes / site.memory
+            return part.rows * part.group.layouts[part.home].token_bytes / site.memory
         raise AssertionError(f"a step of kind {step.kind} runs on no compute lane")
 
     def _product(self, step: Step, site: SiteRates, tier: Tier) -> float:
         """A product with a unit's weights: as fast as arithmetic or as the weights can be read."""
         work = step.micro_batch
         unit = self._packed.units[step.unit]
-        rows = len(work.wanted) if step.kind is StepKind.HEAD else work.rows
+        rows = len(work.logit_rows) if step.kind is StepKind.HEAD else work.rows
         if not step.flops or not rows:
             return 0.0
         # An accelerator's compressed weights are unpacked by a step of their own.
@@ -130,14 +127,14 @@ class StepCost:
         tokens = step.flops / self._job.attention_flops_per_pair
         lossy = self._lossy
         # All of K, and the wanted share of V.
-        read = tokens * part.cohort.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
+        read = tokens * part.group.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
         heads = self._shape.num_heads // self._shape.num_kv_heads
         number = number_format(self._dtype, lossy.kv_cache)
         return site.decode_attention_s(part.rows, read, number, heads)
 
 
 def _longest(work: MicroBatch) -> int:
-    return max(max(m.cohort.prompt_lens) for m in work.members)
+    return max(max(m.group.prompt_lens) for m in work.members)
 
 
 def _attended(step: Step) -> tuple[bool, int] | None:

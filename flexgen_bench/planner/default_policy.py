@@ -16,12 +16,13 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.units import PackedModel
-from flexgen_bench.schedule.cohorts import Request, worst_of
+from flexgen_bench.schedule.sequence_groups import Request, worst_of
 
 LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
-# Up to this many sequences a layer's weights are read faster by the processor than moved and then read by an accelerator.
+# Up to this many sequences a layer's weights are read faster by the processor than moved and then read by an
+# accelerator.
 IN_PLACE_SEQUENCES = 4
 SHARE_STEPS = 20  # weights are tried in steps of 5 %
 
@@ -39,8 +40,8 @@ def default_policy(
 ) -> Policy:
     """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
 
-    block_size: sequences per block to aim at; None means the whole job. lossy: goes into the policy as it is; ``packed``
-    is compressed accordingly. scored_rows: rows of logits that a scoring job wants at once.
+    block_size: sequences per block to aim at; None means the whole job. lossy: goes into the policy as it is;
+    ``packed`` is compressed accordingly. scored_rows: rows of logits that a scoring job wants at once.
     """
     wanted = min(block_size or len(requests), len(requests))
     job = [worst_of(requests)] * wanted
@@ -68,8 +69,9 @@ def _first_that_fits(
 ) -> tuple[Policy | None, DoesNotFit | None]:
     """Of policies with ever more of the weights one tier lower; or the last one's refusal.
 
-    The tier that is relieved refuses the first of them, up to one that is found by halving. What refuses that one, another tier, refuses all
-    that follow. The first is looked at by itself: only if nothing is streamed is there no staging.
+    The tier that is relieved refuses the first of them, up to one that is found by halving. What refuses that one,
+    another tier, refuses all that follow. The first is looked at by itself: only if nothing is streamed is there no
+    staging.
     """
     refusal = failing(alike[0])
     if refusal is None:
@@ -88,16 +90,15 @@ def _first_that_fits(
 
 
 def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[list[Policy]]:
-    """Best first, in lists that differ in nothing but how much of the weights is on the upper of two tiers. Nothing is streamed if everything fits beside one micro-batch: then larger blocks would only take
-    memory. Otherwise large blocks before small ones, caches high before low, weights high before low.
+    """Best first, in lists that differ in nothing but how much of the weights is on the upper of two tiers. Nothing is
+    streamed if everything fits beside one micro-batch: then larger blocks would only take memory. Otherwise large
+    blocks before small ones, caches high before low, weights high before low.
 
-    A cache below an accelerator is attended by the cpu: reading it there is faster than moving it first, on every host considered.
-    For the same reason a few sequences have the layers that are not on the accelerator computed where they lie.
+    A cache below an accelerator is attended by the cpu: reading it there is faster than moving it first, on every host
+    considered. For the same reason a few sequences have the layers that are not on the accelerator computed where they
+    lie.
     """
-    compute, below = (
-        hardware.compute_tier,
-        hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1],
-    )
+    compute, below = (hardware.compute_tier, hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1])
     here = Placement.all_on(compute)
     yield [Policy(min(wanted, LARGEST_MICRO_BATCH), 1, here, here, here)]
     homes = [(compute, compute), (below, compute), (below, below)]

@@ -13,11 +13,13 @@ _WIDTH = 2048
 
 
 def fastest_dtype(hardware: HardwareProfile, level: Level) -> DType:
-    """By the rates of what computes, where they are known. level: what the processor's instructions are, where they are not.
+    """By the rates of what computes, where they are known. level: what the processor's instructions are, where they are
+    not.
 
-    All systems of a cell have the same dtype, so both ways of computing count alike: this engine's kernels, and torch's own products.
-    Without rates: an accelerator takes float16, which every GPU multiplies at its full rate; a processor bfloat16 if it has instructions
-    that multiply it, else float32 (torch makes float32 of 16-bit numbers one by one, which takes several times as long as float32).
+    All systems of a cell have the same dtype, so both ways of computing count alike: this engine's kernels, and torch's
+    own products. Without rates: an accelerator takes float16, which every GPU multiplies at its full rate; a processor
+    bfloat16 if it has instructions that multiply it, else float32 (torch makes float32 of 16-bit numbers one by one,
+    which takes several times as long as float32).
     """
     site = None if hardware.rates is None else hardware.rates.sites.get(hardware.compute_tier)
     if site is not None:

@@ -1,4 +1,5 @@
-"""How long a planned job takes: a few passes of every kind played on the simulated lanes, the others read off the line between them."""
+"""How long a planned job takes: a few passes of every kind played on the simulated lanes, the others read off the line
+between them."""
 
 from __future__ import annotations
 
@@ -10,19 +11,12 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
-from flexgen_bench.planner.simulator import (
-    COMPUTE,
-    Contention,
-    Event,
-    SharedCores,
-    Simulator,
-    shared_links,
-)
-from flexgen_bench.planner.units import PackedModel
+from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator, shared_links
 from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
@@ -30,8 +24,8 @@ from flexgen_bench.schedule.steps import Step
 
 @dataclass(frozen=True)
 class PassTime:
-    """One pass of a job: seconds, and per lane the seconds it worked and the bytes it moved. outside_s, outside_bytes: of these, what is
-    not for the layers but for embedding and head."""
+    """One pass of a job: seconds, and per lane the seconds it worked and the bytes it moved. outside_s, outside_bytes:
+    of these, what is not for the layers but for embedding and head."""
 
     seconds: float
     is_prefill: bool
@@ -55,8 +49,8 @@ class PassTime:
         )
 
     def _alone_s(self, overlap: bool) -> float:
-        """Seconds of the pass that are for embedding and head: of the link that is busy longest, where that is what binds; else of what
-        computes, since a pass begins with the one and ends with the other."""
+        """Seconds of the pass that are for embedding and head: of the link that is busy longest, where that is what
+        binds; else of what computes, since a pass begins with the one and ends with the other."""
         if not overlap:
             return sum(self.outside_s.values())
         links, outside = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
@@ -112,8 +106,8 @@ def forecast(
     points: int | None = POINTS,
     keep: bool = False,
 ) -> Forecast:
-    """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are told apart
-    coarsely; keep: keep the times of every played step. UserError
+    """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are
+    told apart coarsely; keep: keep the times of every played step. UserError
     without rates."""
     cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
     simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
@@ -155,14 +149,10 @@ class Player(Protocol):
 
 
 def _forecast(
-    policy: Policy,
-    plan: MemoryPlan,
-    cost: StepCost,
-    player: Player,
-    points: int | None,
-    warm: bool = False,
+    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, points: int | None, warm: bool = False
 ) -> Forecast:
-    """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still writing."""
+    """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still
+    writing."""
     few = points is not None and points < POINTS
     kinds = (coarse_kinds if few else pass_kinds)(policy, plan)
     made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
@@ -183,9 +173,7 @@ def _forecast(
         else:
             scheduler.admit()
         scheduler.postprocess()
-    return Forecast(
-        tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps
-    )
+    return Forecast(tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps)
 
 
 def contention(hardware: HardwareProfile) -> Contention | None:
@@ -194,11 +182,7 @@ def contention(hardware: HardwareProfile) -> Contention | None:
         return None if hardware.accelerator is Accelerator.NONE else shared_links
     memory = rates_of(hardware).sites[hardware.compute_tier].memory
     # Copying reads and writes memory, on one of the cores.
-    shares = {
-        lane: min(0.5, 2 * rate / memory)
-        for lane in (Lane.H2D, Lane.D2H)
-        if (rate := hardware.link_rate(lane))
-    }
+    shares = {lane: min(0.5, 2 * rate / memory) for lane in (Lane.H2D, Lane.D2H) if (rate := hardware.link_rate(lane))}
     return SharedCores(shares)
 
 

@@ -1,9 +1,10 @@
 """The time of a pass in closed form: the largest of a few sums over its steps.
 
-Each sum is something that cannot go on beside itself: the steps of a lane, or of the lanes that share a link; steps of which each needs what the one before made; what goes
-through a tier's staging slots of weights, which are filled, used and filled again. Waiting that none of these explains (a
-lane whose next step is not ready while others could be) is what only the simulator sees. A sum can be beaten only by what the pass leaves to
-the next one, or did for it: stores that nobody waits for, and loads of weights ahead.
+Each sum is something that cannot go on beside itself: the steps of a lane, or of the lanes that share a link; steps of
+which each needs what the one before made; what goes through a tier's staging buffers of weights, which are filled, used
+and filled again. Waiting that none of these explains (a lane whose next step is not ready while others could be) is
+what only the simulator sees. A sum can be beaten only by what the pass leaves to the next one, or did for it: stores
+that nobody waits for, and loads of weights ahead.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable, Iterable
 
 from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.planner.simulator import COMPUTE, Event
+from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.job import Job, UnitKind
-from flexgen_bench.schedule.steps import Buffer, Step, StepKind
+from flexgen_bench.schedule.steps import Step, StepKind
 
 
 class LaneSums:
@@ -39,24 +41,22 @@ class LaneSums:
             lanes[step.lane] += seconds
             self.steps += 1
             self.bytes[step.lane] += step.bytes
-            done = seconds + max(
-                (made.get(buffer, 0.0) for buffer in (*step.reads, *step.writes)), default=0.0
-            )
+            done = seconds + max((made.get(buffer, 0.0) for buffer in (*step.reads, *step.writes)), default=0.0)
             made.update(dict.fromkeys(step.writes, done))
             if step.lane in COMPUTE:
                 chain = max(chain, done)
             if step.unit in self._streamed:
-                self._add_slots(slots, step, seconds)
+                self._add_buffers(slots, step, seconds)
         together: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         for lane, seconds in lanes.items():
             self.busy_s[lane] += seconds
             together[link_of(lane)] += seconds
         if not self._overlap:
             return sum(lanes.values())
-        held = max(slots.values(), default=0.0) / self._job.weight_slots
+        held = max(slots.values(), default=0.0) / self._job.weight_buffers
         return max(*together.values(), chain, held)
 
-    def _add_slots(self, slots: dict[Tier, float], step: Step, seconds: float) -> None:
+    def _add_buffers(self, slots: dict[Tier, float], step: Step, seconds: float) -> None:
         """Slots are held while they are filled, and while their weights move on or are computed with."""
         unit = self._job.units[step.unit]
         held: tuple[Tier, ...] = (unit.site.tier,) if step.lane is unit.site.lane else ()

@@ -10,32 +10,27 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.staging import (
-    RoomBytes,
-    Staging,
-    all_room_bytes,
-    chunk_rows,
-    everything,
-    staging,
-)
-from flexgen_bench.planner.units import PackedModel, PackedUnit
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.cohorts import Capacity, Cohorts, Request, form_cohorts
+from flexgen_bench.models.packing import PackedModel, PackedUnit
+from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
+from flexgen_bench.schedule.sequence_group import SequenceGroup
+from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
-# What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in float32.
+# What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in
+# float32.
 KERNEL_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per tier and part, the job for the generator, its cohorts and rooms, and the shares that came out."""
+    """Bytes per tier and part, the job for the generator, its sequence groups and KV slots, and the shares that came
+    out."""
 
     job: Job
-    cohorts: Cohorts
-    rooms: tuple[RoomBytes, ...]
+    groups: SequenceGroups
+    kv_slots: tuple[KVSlotBytes, ...]
     staging: Staging
     bytes: Mapping[Tier, Mapping[str, int]]
     realised_weights: Mapping[str, float]
@@ -56,9 +51,7 @@ class MemoryPlan:
             capacity = min((limit for limit in limits if limit is not None), default=None)
             if capacity is not None and need > capacity:
                 largest = sorted(parts.items(), key=lambda item: -item[1])
-                named = ", ".join(
-                    f"{name} {count / 2**30:.2f} GiB" for name, count in largest if count
-                )
+                named = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in largest if count)
                 raise DoesNotFit(tier, need, capacity, named, _REMEDY[tier])
 
 
@@ -90,61 +83,57 @@ def plan_job(
     logits_row_bytes: int = 8,
     scored_rows: int = 0,
 ) -> MemoryPlan:
-    """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of logits; ``scored_rows``: rows of logits that a scoring job
-    wants at once (0: one per sequence)."""
+    """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
+    logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence)."""
     compute = hardware.compute_tier
     for name in ("weights", "kv_cache", "activations"):
         placement: Placement = getattr(policy, name)
         if placement.gpu > 0 and compute is not Tier.GPU:
             raise UserError(
-                f"policy.{name}.gpu", placement.gpu, "0 on a machine without accelerator",
+                f"policy.{name}.gpu",
+                placement.gpu,
+                "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
-            )  # fmt: skip
+            )
     tiers = weight_tiers(packed, policy.weights)
-    units = tuple(
-        _unit(shape, unit, tier, policy, compute)
-        for unit, tier in zip(packed.units, tiers, strict=True)
-    )
+    units = tuple(_unit(shape, unit, tier, policy, compute) for unit, tier in zip(packed.units, tiers, strict=True))
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
-    cohorts = form_cohorts(shape, dtype, policy, requests, compute)
+    groups = form_groups(shape, dtype, policy, requests, compute)
     job = Job(
         units=units,
         compute_tier=compute,
         attention=policy.attention,
-        weight_slots=policy.prefetch,
-        stages=max(2, policy.prefetch),
+        weight_buffers=policy.prefetch,
+        num_buffers=max(2, policy.prefetch),
         hidden_row_bytes=shape.hidden_size * dtype.bytes,
         embed_row_bytes=sum(t.tensor.spec.shape[1] for t in packed.tables) * dtype.bytes,
         qkv_row_bytes=(shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * dtype.bytes,
         attention_row_bytes=shape.num_heads * shape.head_dim * dtype.bytes,
         logits_row_bytes=logits_row_bytes,
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
-        keep_kv=cohorts.lifetime > 1 and not scored_rows,
-        plain_slots=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
-        plain_slot_bytes=max(u.plain_bytes for u in packed.units),
+        keep_kv=groups.lifetime > 1 and not scored_rows,
+        dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
+        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units),
     )
-    rooms = all_room_bytes(job, policy, cohorts)
-    moving = staging(job, policy, cohorts)
+    kv_slots = all_slot_bytes(job, policy, groups)
+    moving = staging(job, policy, groups)
     home = dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):
         home[tier] += unit.home_bytes
-    kv, hidden = _homes(job, cohorts, rooms)
+    kv, hidden = _homes(job, groups, kv_slots)
     parts: dict[Tier, dict[str, int]] = {
-        tier: {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
-        for tier in hardware.tiers
+        tier: {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]} for tier in hardware.tiers
     }
-    _add_slots(parts, job)
-    _add_staging(parts, job, moving, rooms)
-    parts[compute]["workspace"] = _workspace(
-        job, policy, cohorts, moving, shape, dtype, scored_rows
-    )
+    _add_buffers(parts, job)
+    _add_staging(parts, job, moving, kv_slots)
+    parts[compute]["workspace"] = _workspace(job, policy, groups, moving, shape, dtype, scored_rows)
     if moving.apart:
-        attending = _attention_bytes(job, policy, _largest(cohorts), shape, dtype.bytes)
+        attending = _attention_bytes(job, policy, _largest(groups), shape, dtype.bytes)
         parts[Tier.CPU]["attention workspace"] = attending
     return MemoryPlan(
         job=job,
-        cohorts=cohorts,
-        rooms=rooms,
+        groups=groups,
+        kv_slots=kv_slots,
         staging=moving,
         bytes={tier: {k: v for k, v in p.items() if v} for tier, p in parts.items()},
         realised_weights=realised(home),
@@ -158,72 +147,70 @@ def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compu
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = Site(Tier.CPU if stays and tier is not Tier.GPU else compute)
     return Unit(
-        index=unit.index, kind=unit.kind, tier=tier, load_bytes=unit.num_bytes, site=site,
+        index=unit.index,
+        kind=unit.kind,
+        tier=tier,
+        load_bytes=unit.num_bytes,
+        site=site,
         flops_before=_flops_before(shape, unit.kind, unit.num_values),
         flops_after=_flops_after(shape, unit.kind, unit.num_values),
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
-    )  # fmt: skip
+    )
 
 
 def _homes(
-    job: Job, cohorts: Cohorts, rooms: tuple[RoomBytes, ...]
+    job: Job, groups: SequenceGroups, kv_slots: tuple[KVSlotBytes, ...]
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Bytes of KV cache and of hidden states at home, per tier."""
     kv, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
     layers = [u for u in job.units if u.kind is UnitKind.LAYER]
     in_place = sum(not u.site.is_accelerator for u in layers)
-    for room, sizes in zip(cohorts.rooms, rooms, strict=True):
-        for span, size in zip(room.kv, sizes.kv, strict=True):
+    for kv_slot, sizes in zip(groups.kv_slots, kv_slots, strict=True):
+        for span, size in zip(kv_slot.kv, sizes.kv, strict=True):
             if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
                 kv[Tier.GPU] += size * (len(layers) - in_place)
                 kv[Tier.CPU] += size * in_place
             else:
                 kv[span.tier] += size * len(layers)
-        for span, size in zip(room.hidden, sizes.hidden, strict=True):
+        for span, size in zip(kv_slot.hidden, sizes.hidden, strict=True):
             hidden[span.tier] += size
     return kv, hidden
 
 
-def _add_slots(parts: dict[Tier, dict[str, int]], job: Job) -> None:
-    """Staging slots of weights, and unpacked weights."""
-    for tier, slots in job.slots.items():
+def _add_buffers(parts: dict[Tier, dict[str, int]], job: Job) -> None:
+    """Staging buffers of weights, and unpacked weights."""
+    for tier, slots in job.buffers.items():
         parts[tier]["weight slots"] = sum(slot.bytes for slot in slots)
-    parts[job.compute_tier]["unpacked weights"] = job.plain_slots * job.plain_slot_bytes
+    parts[job.compute_tier]["unpacked weights"] = job.dequantized_buffers * job.dequantized_buffer_bytes
 
 
 def _add_staging(
-    parts: dict[Tier, dict[str, int]], job: Job, moving: Staging, rooms: tuple[RoomBytes, ...]
+    parts: dict[Tier, dict[str, int]], job: Job, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
 ) -> None:
     layers = sum(u.kind is UnitKind.LAYER for u in job.units)
     for tier, size in moving.prompt.items():
-        parts[tier]["kv prompts"] = moving.stages * size
-    parts[Tier.CPU]["kv prompts from accelerator"] = moving.stages * moving.prompt_host
-    parts[job.compute_tier]["kv slots"] = moving.stages * moving.kv_slot
-    parts[Tier.CPU]["kv host slots"] = moving.stages * moving.kv_host
-    parts[Tier.CPU]["kv tails"] = layers * sum(sum(room.tails) for room in rooms)
-    parts[Tier.CPU]["activation pages"] = (moving.stages + moving.apart) * moving.pages
+        parts[tier]["kv prompts"] = moving.num_buffers * size
+    parts[Tier.CPU]["kv prompts from accelerator"] = moving.num_buffers * moving.prompt_host
+    parts[job.compute_tier]["kv slots"] = moving.num_buffers * moving.kv_buffer
+    parts[Tier.CPU]["kv host slots"] = moving.num_buffers * moving.kv_host
+    parts[Tier.CPU]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
+    parts[Tier.CPU]["activation pages"] = (moving.num_buffers + moving.apart) * moving.pages
 
 
 def _workspace(
-    job: Job,
-    policy: Policy,
-    cohorts: Cohorts,
-    moving: Staging,
-    shape: ModelShape,
-    dtype: DType,
-    scored_rows: int,
+    job: Job, policy: Policy, groups: SequenceGroups, moving: Staging, shape: ModelShape, dtype: DType, scored_rows: int
 ) -> int:
     """Temporaries of the largest compute step, from the shapes the kernels create.
 
     A projection holds x, its norm, and q, k, v twice (fused and split); an MLP holds x, its norm and up to three
-    tensors of the inner width; attention has its own (``_attention_bytes``) at another time; logits are kept in float32 next
-    to their original.
+    tensors of the inner width; attention has its own (``_attention_bytes``) at another time; logits are kept in float32
+    next to their original.
     """
     width = dtype.bytes
-    largest = _largest(cohorts)
+    largest = _largest(groups)
     prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
-    decode = min(policy.gpu_batch_size, sum(room.size for room in cohorts.rooms))
+    decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
     tokens = max(prefill, decode)
     attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     per_token = max(2 * shape.hidden_size + attention, 3 * shape.hidden_size + 3 * shape.ffn_size)
@@ -234,23 +221,23 @@ def _workspace(
     attending = _attention_bytes(job, policy, largest, shape, width)
     return (
         max(tokens * per_token * width, attending)
-        + tokens * job.stages * staged * width
+        + tokens * job.num_buffers * staged * width
         + moving.apart * decode * staged * width
-        + logits + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
-    )  # fmt: skip
+        + logits
+        + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
+    )
 
 
-def _attention_bytes(
-    job: Job, policy: Policy, largest: Sequence[Cohort], shape: ModelShape, width: int
-) -> int:
-    """Temporaries of one cohort's attention: scores of a decode step in float32 and the dtype, twice; the mask of a prompt's
-    last chunk, or of what follows on what prompts share; keys and values of a compressed cache, unpacked."""
+def _attention_bytes(job: Job, policy: Policy, largest: Sequence[SequenceGroup], shape: ModelShape, width: int) -> int:
+    """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
+    of a prompt's last chunk, or of what follows on what prompts share; keys and values of a compressed cache,
+    unpacked."""
     found = 0
-    for cohort in largest:
-        prompt, chunk = max(cohort.prompt_lens), chunk_len(policy, cohort.size)
+    for group in largest:
+        prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
-        mask = rows * prompt if chunk is not None or cohort.shared else 0
-        tokens, unpacked, scores = cohort.size * (prompt + cohort.gen_len), 0, 0
+        mask = rows * prompt if chunk is not None or group.shared else 0
+        tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
         if job.keep_kv:
             scores = tokens * shape.num_heads * (8 + 2 * width)
         if policy.lossy.kv_cache is not None:
@@ -259,16 +246,16 @@ def _attention_bytes(
     return found
 
 
-def _largest(cohorts: Cohorts) -> list[Cohort]:
-    """Cohorts that may be the largest in some respect: by prompt tokens, by all tokens, by sequences."""
-    asked, groups = cohorts.requests, cohorts.groups
+def _largest(groups: SequenceGroups) -> list[SequenceGroup]:
+    """Sequence groups that may be the largest in some respect: by prompt tokens, by all tokens, by sequences."""
+    asked, starts = groups.requests, groups.members
     measures = (
         lambda g: sum(asked[i].prompt_len for i in g),
         lambda g: sum(asked[i].prompt_len + asked[i].gen_len for i in g),
         len,
     )
-    indices = [max(range(len(groups)), key=lambda n: measure(groups[n])) for measure in measures]
-    return [cohorts.start(i, cohorts.rooms[i % len(cohorts.rooms)]) for i in indices]
+    indices = [max(range(len(starts)), key=lambda n: measure(starts[n])) for measure in measures]
+    return [groups.start(i, groups.kv_slots[i % len(groups.kv_slots)]) for i in indices]
 
 
 def _flops_before(shape: ModelShape, kind: UnitKind, num_values: int) -> int:

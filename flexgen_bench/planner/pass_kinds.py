@@ -1,8 +1,8 @@
 """Which passes of a job are worth playing: passes of a kind take times that lie on a line over what they have to do.
 
-A pass's kind is which micro-batches it has, in which phase, whether it comes after a prefill, and whether a cache's tail is written in it.
-Within a kind only the numbers of sequences and of cached tokens change, slowly, so a few are played and the times of the others read off the
-line between them.
+A pass's kind is which micro-batches it has, in which phase, whether it comes after a prefill, and whether a cache's
+tail is written in it. Within a kind only the numbers of sequences and of cached tokens change, slowly, so a few are
+played and the times of the others read off the line between them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.scheduler import Scheduler
 
-# Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all passes, fewer.
+# Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all
+# passes, fewer.
 POINTS = 4
 SHARE = 16  # a kind gets a second point if it is a 16th of all passes, or of all there is to do
-# A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on it.
+# A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on
+# it.
 _ROW_TOKENS = 1000
 # Played passes and their weights, by number: the time of a pass is the weighted sum of theirs.
 Mix = Mapping[int, float]
@@ -40,14 +42,15 @@ def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
 
 
 def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
-    """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few passes."""
+    """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
+    passes."""
     scheduler, found = Scheduler(policy, plan), []
     while not scheduler.is_done:
         scheduler.admit()
-        starting = [r.cohort for r in scheduler.running if not r.token]
-        decoding = [Member(r.cohort, r.token) for r in scheduler.running if r.token]
+        starting = [r.group for r in scheduler.running if not r.token]
+        decoding = [Member(r.group, r.token) for r in scheduler.running if r.token]
         rows = sum(sum(c.prompt_lens) - c.shared * (c.size - 1) for c in starting)
-        rows += sum(member.cohort.size for member in decoding)
+        rows += sum(member.group.size for member in decoding)
         amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
         tails = any(map(_has_tail, decoding))
         found.append(PassKind((bool(starting), bool(decoding), tails), amount))
@@ -74,8 +77,7 @@ def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
     while not scheduler.is_done:
         batches = scheduler.schedule()
         own = tuple(
-            (batch.is_prefill, batch.chunk, len(batch.wanted) > 0, _writes_tail(batch))
-            for batch in batches
+            (batch.is_prefill, batch.chunk, len(batch.logit_rows) > 0, _writes_tail(batch)) for batch in batches
         )
         after_prefill = None if before is None else all(prefill for prefill, *_ in before)  # type: ignore[attr-defined]
         scheduler.postprocess()
@@ -89,7 +91,7 @@ def _amount(batch: MicroBatch) -> int:
 
 
 def _cached(member: Member) -> int:
-    return sum(member.cohort.prompt_lens) + member.cohort.size * member.token
+    return sum(member.group.prompt_lens) + member.group.size * member.token
 
 
 def _writes_tail(batch: MicroBatch) -> bool:
@@ -98,11 +100,11 @@ def _writes_tail(batch: MicroBatch) -> bool:
 
 
 def _has_tail(member: Member) -> bool:
-    cohort, token = member.cohort, member.token
+    group, token = member.group, member.token
     return token > 0 and any(
         span.tier is Tier.DISK and span.count and layout.num_segments and token % layout.segment_tokens == 0
-        for span, layout in zip(cohort.kv, cohort.layouts, strict=True)
-    )  # fmt: skip
+        for span, layout in zip(group.kv, group.layouts, strict=True)
+    )
 
 
 def _spread(known: list[tuple[int, int]], points: int) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """The placement of weights, KV cache and activations as a linear program, solved by HiGHS.
 
-For one shape of the batches everything that a share of a tensor kind on a tier costs is linear: seconds on each lane in a prefill and in a decode
-pass, and bytes on each tier. The paper's program (section 4.3), with costs summed from the engine's own steps instead of written
-down again, and with the schedule's overlap: a block's phases follow each other, so each is as long as its longest lane; in the continuous
-schedule both phases share the lanes, so the whole is.
+For one shape of the batches everything that a share of a tensor kind on a tier costs is linear: seconds on each lane in
+a prefill and in a decode pass, and bytes on each tier. The paper's program (section 4.3), with costs summed from the
+engine's own steps instead of written down again, and with the schedule's overlap: a block's phases follow each other,
+so each is as long as its longest lane; in the continuous schedule both phases share the lanes, so the whole is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 
 KINDS = ("weights", "kv_cache", "activations")
-# Of placements that promise about the same, the one that works least waits least; so much longer than the best counts as the same.
+# Of placements that promise about the same, the one that works least waits least; so much longer than the best counts
+# as the same.
 SLACK = 1.01
 Share = tuple[str, Tier]  # of a kind on a tier
 Seconds = Mapping[Lane, float]
@@ -34,8 +35,10 @@ class PhaseCost:
 class PlacementProblem:
     """A batch shape to place.
 
-    prefill, decode: costs of the two kinds of pass; decode_passes: how many of the latter a block has. sizes: bytes of each kind, all of it;
-    room: bytes that each tier has for them. max_latency_s: of a block; None: any. held: kinds that are on one tier whatever it costs.
+    prefill, decode: costs of the two kinds of pass; decode_passes: how many of the latter a block has. sizes: bytes of
+    each kind, all of it;
+    room: bytes that each tier has for them. max_latency_s: of a block; None: any. held: kinds that are on one tier
+    whatever it costs.
     """
 
     schedule: Schedule
@@ -63,7 +66,8 @@ class PlacementProblem:
 
 @dataclass(frozen=True)
 class LinearProgram:
-    """minimise ``objective`` x, with ``upper`` x <= ``limits``, ``equal`` x = ``values``, x >= 0. names: of the variables; rows: of the limits."""
+    """minimise ``objective`` x, with ``upper`` x <= ``limits``, ``equal`` x = ``values``, x >= 0. names: of the
+    variables; rows: of the limits."""
 
     names: tuple[str, ...]
     objective: tuple[float, ...]
@@ -76,8 +80,8 @@ class LinearProgram:
 
 @dataclass(frozen=True)
 class PlacementSolution:
-    """seconds of a block (of as many sequences as a block holds, for the continuous schedule). tight: names of the limits that bind, with
-    the seconds that one more unit (byte, or second of lane time) would save."""
+    """seconds of a block (of as many sequences as a block holds, for the continuous schedule). tight: names of the
+    limits that bind, with the seconds that one more unit (byte, or second of lane time) would save."""
 
     seconds: float
     shares: Mapping[Share, float]
@@ -101,7 +105,8 @@ class PlacementSolution:
 
 
 def linear_program(problem: PlacementProblem) -> LinearProgram:
-    """Variables are the shares, and the seconds of the phases (``T_prefill``, ``T_decode``) or of both together (``T``)."""
+    """Variables are the shares, and the seconds of the phases (``T_prefill``, ``T_decode``) or of both together
+    (``T``)."""
     shares = problem.share_names
     block = problem.schedule is Schedule.BLOCK
     times = ["T_prefill", "T_decode"] if block else ["T"]
@@ -111,9 +116,7 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
     limits: list[float] = []
     rows: list[str] = []
 
-    def limit(
-        name: str, of_shares: Sequence[float], of_times: Sequence[float], most: float
-    ) -> None:
+    def limit(name: str, of_shares: Sequence[float], of_times: Sequence[float], most: float) -> None:
         upper.append((*of_shares, *of_times))
         limits.append(most)
         rows.append(name)
@@ -141,9 +144,12 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
     return LinearProgram(
         names=(*(f"{kind} on {tier}" for kind, tier in shares), *times),
         objective=(*[0.0] * len(shares), *weights),
-        upper=tuple(upper), limits=tuple(limits), rows=tuple(rows),
-        equal=tuple(equal), values=(1.0,) * len(equal),
-    )  # fmt: skip
+        upper=tuple(upper),
+        limits=tuple(limits),
+        rows=tuple(rows),
+        equal=tuple(equal),
+        values=(1.0,) * len(equal),
+    )
 
 
 def solve(problem: PlacementProblem) -> PlacementSolution | None:
@@ -183,9 +189,8 @@ def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolut
     shares = problem.share_names
     rows, limits, scales = _scaled(program, len(shares))
     found: Any = linprog(
-        program.objective, A_ub=rows, b_ub=limits, A_eq=program.equal, b_eq=program.values,
-        method="highs",
-    )  # fmt: skip
+        program.objective, A_ub=rows, b_ub=limits, A_eq=program.equal, b_eq=program.values, method="highs"
+    )
     if found.status != 0:
         return None
     unit = _unit_s(program, len(shares))
@@ -195,9 +200,7 @@ def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolut
         if marginal < -1e-9
     }
     values = map(float, found.x)
-    return PlacementSolution(
-        float(found.fun) * unit, dict(zip(shares, values, strict=False)), saved
-    )
+    return PlacementSolution(float(found.fun) * unit, dict(zip(shares, values, strict=False)), saved)
 
 
 def _unit_s(program: LinearProgram, shares: int) -> float:
@@ -206,11 +209,9 @@ def _unit_s(program: LinearProgram, shares: int) -> float:
     return max((abs(x) for row, most in timed for x in (*row[:shares], most)), default=0.0) or 1.0
 
 
-def _scaled(
-    program: LinearProgram, shares: int
-) -> tuple[list[list[float]], list[float], list[float]]:
-    """Rows and limits with seconds in units of the largest, and bytes of each tier in units of its room: the solver's tolerances
-    are absolute. Third: what each row was divided by."""
+def _scaled(program: LinearProgram, shares: int) -> tuple[list[list[float]], list[float], list[float]]:
+    """Rows and limits with seconds in units of the largest, and bytes of each tier in units of its room: the solver's
+    tolerances are absolute. Third: what each row was divided by."""
     unit = _unit_s(program, shares)
     rows, limits, scales = [], [], []
     for row, most in zip(program.upper, program.limits, strict=True):

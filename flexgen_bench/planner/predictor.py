@@ -1,4 +1,5 @@
-"""What answers "how fast would this system be there?" without running it: a system's own model of how it uses a machine."""
+"""What answers "how fast would this system be there?" without running it: a system's own model of how it uses a
+machine."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from flexgen_bench.core.prediction import Prediction, Question
 
 
 class Predictor(ABC):
-    """A system's performance model. One class per system; ``conf/system/<name>.yaml`` names it and states its constants.
+    """A system's performance model. One class per system; ``conf/system/<name>.yaml`` names it and states its
+    constants.
 
-    constants: the model's few physical constants by name, each explained where it is used. options: the system's own settings,
-    as in ``CellSpec.system_options``; one that is None is for the predictor to choose as the system's users would.
+    constants: the model's few physical constants by name, each explained where it is used. options: the system's own
+    settings, as in ``CellSpec.system_options``; one that is None is for the predictor to choose as the system's users
+    would.
     """
 
     def __init__(self, constants: Mapping[str, float], options: Mapping[str, Any]) -> None:
@@ -27,10 +30,9 @@ class Predictor(ABC):
         UserError for constants or options that cannot be."""
 
 
-def make_predictor(
-    target: str, constants: Mapping[str, float], options: Mapping[str, Any]
-) -> Predictor:
-    """The predictor that a configuration names, written ``module:Class``. Raises UserError for one that is not there."""
+def make_predictor(target: str, constants: Mapping[str, float], options: Mapping[str, Any]) -> Predictor:
+    """The predictor that a configuration names, written ``module:Class``. Raises UserError for one that is not
+    there."""
     module, _, name = target.partition(":")
     try:
         kind = getattr(import_module(module), name)

@@ -1,27 +1,31 @@
 """The policy of a job on a machine: batch shapes enumerated, placements by linear program, the best candidates played.
 
-1. Every batch shape (block, micro-batch, prompt chunk), way of working (schedule, attention site) and allowed compression becomes a linear program
+1. Every batch shape (block, micro-batch, prompt chunk), way of working (schedule, attention site) and allowed
+compression becomes a linear program
    over placements (``candidates.py``), whose optimum is a bound: nothing waits in it.
-2. The most promising of every way of working are made real policies (whole layers, whole sequences, the memory plan's exact bytes) and played on
+2. The most promising of every way of working are made real policies (whole layers, whole sequences, the memory plan's
+exact bytes) and played on
    simulated lanes, until none is left that promises more than has been reached.
-3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``); from the policy of the rule that needs no
+3. From the best of them, one choice at a time is changed as long as that helps (``moves.py``); from the policy of the
+rule that needs no
    rates (``default_policy.py``), too, if that is better still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.candidates import Candidate, Candidates
+from flexgen_bench.planner.choice import Choice
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job, weight_tiers
-from flexgen_bench.planner.moves import fine_moves, moves
+from flexgen_bench.planner.neighbours import fine_moves, moves
 from flexgen_bench.planner.pass_kinds import POINTS as TOLD_POINTS
 from flexgen_bench.planner.progress import report
 from flexgen_bench.planner.task import Task
@@ -29,13 +33,15 @@ from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
 LOOKED_AT = 10  # of all ways
-ONE_SLOT = 2  # of these, those that are looked at with a single staging slot, too
-# Steps that may be played to compare them (for each way of compressing that is permitted), and to improve on them: about 30 us each.
+ONE_SLOT = 2  # of these, those that are looked at with a single staging buffer, too
+# Steps that may be played to compare them (for each way of compressing that is permitted), and to improve on them:
+# about 30 us each.
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
-# A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have another share of them than
-# it has of all: what is read from it is off by at most this part, or as little as that many layers allow.
+# A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have
+# another share of them than it has of all: what is read from it is off by at most this part, or as little as that many
+# layers allow.
 THIN_LAYERS = 12
 SHARE_ERROR = 0.05
 NEAR = 0.8  # a start that promises so much of what the best does may lead further
@@ -46,25 +52,11 @@ FULL_STEPS = 60_000
 
 _BELOW = (Tier.CPU, Tier.DISK)  # what is read from them takes time
 
-# Shares of a search's time that are over once programs are solved, the best of them played, and single changes tried; roughly.
+# Shares of a search's time that are over once programs are solved, the best of them played, and single changes tried;
+# roughly.
 _PROGRAMS, _STARTS, _MOVES = 0.25, 0.4, 0.8
 
 Neighbours = Callable[[Task, Policy], Iterator[Policy]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The policy found, its plan, and its times. tried: policies played; ruled: the rule's policy, None if it has none that fits;
-    candidates: of the linear programs, best promise first; other: the best that works in another way, None if none was played."""
-
-    policy: Policy
-    plan: MemoryPlan
-    forecast: Forecast
-    tok_per_s: float
-    tried: int
-    ruled: Policy | None = None
-    candidates: tuple[Candidate, ...] = field(repr=False, default=())
-    other: Alternative | None = None
 
 
 class Search:
@@ -79,7 +71,8 @@ class Search:
         self._steps = 0
 
     def run(self) -> Choice:
-        """Raises DoesNotFit, of the most modest policy there is, if nothing fits; UserError if nothing keeps to the latency."""
+        """Raises DoesNotFit, of the most modest policy there is, if nothing fits; UserError if nothing keeps to the
+        latency."""
         started = self._started()
         starts = _one_of_each(started)
         best = max(starts, key=self._play, default=None)
@@ -100,9 +93,9 @@ class Search:
         return self.choice(best, ruled, tuple(started))
 
     def _started(self) -> list[Candidate]:
-        """Where to start from, best first: what is most promising, played. The best of every way of working, then the next of those that promise
-        more than has been reached; of the very best, with a single staging slot, too (nothing is loaded ahead then, but more has room in
-        memory)."""
+        """Where to start from, best first: what is most promising, played. The best of every way of working, then the
+        next of those that promise more than has been reached; of the very best, with a single staging buffer, too
+        (nothing is loaded ahead then, but more has room in memory)."""
         solver = self._solver
         ways = solver.ways(OF_A_KIND, lambda share: report(_PROGRAMS * share))
         found: list[Candidate] = []
@@ -132,10 +125,11 @@ class Search:
         """With the latency of a block of a single sequence, for what else might be asked."""
         soonest = Search(replace(self.task, block=1, prompts=1, max_latency_s=None)).run()
         return UserError(
-            "policy.max_latency_s", latest,
+            "policy.max_latency_s",
+            latest,
             f"more: the quickest found for a single sequence takes {soonest.forecast.total_s:.3g} s",
             "Allow more seconds, permit compression (policy.lossy), or ask for fewer tokens.",
-        )  # fmt: skip
+        )
 
     def _ruled(self, like: Policy) -> Policy | None:
         """The rule's policy for the same job, as compressed as ``like``; None if it has none that fits.
@@ -146,14 +140,22 @@ class Search:
         block = task.block if task.prompts is not None else like.block_size
         try:
             return default_policy(
-                task.shape, task.packed[like.lossy], task.dtype, task.hardware, [task.request] * task.count(like),
-                task.available, block, like.lossy, task.scored_rows,
-            )  # fmt: skip
+                task.shape,
+                task.packed[like.lossy],
+                task.dtype,
+                task.hardware,
+                [task.request] * task.count(like),
+                task.available,
+                block,
+                like.lossy,
+                task.scored_rows,
+            )
         except DoesNotFit:
             return None
 
     def _moved(self, best: Policy, begin: float, end: float) -> Policy:
-        """Where single changes lead, coarse ones and then fine ones. begin, end: as shares of the search, for who watches it."""
+        """Where single changes lead, coarse ones and then fine ones. begin, end: as shares of the search, for who
+        watches it."""
         self._steps, most = 0, STEP_BUDGET + FINE_BUDGET
 
         def watch() -> None:
@@ -163,8 +165,8 @@ class Search:
         return self._improved(best, fine_moves, most, watch)
 
     def _divided_anew(self, best: Policy) -> Policy:
-        """The same block in half as many micro-batches, or twice as many, if that is better on all layers: a shallow model cannot tell, for its
-        embedding and head take a larger part of a pass."""
+        """The same block in half as many micro-batches, or twice as many, if that is better on all layers: a shallow
+        model cannot tell, for its embedding and head take a larger part of a pass."""
         if self.task.shape.num_layers <= 2 * THIN_LAYERS:
             return best
         size, count = best.gpu_batch_size, best.num_gpu_batches
@@ -176,11 +178,9 @@ class Search:
         near = [other for other in others if self._play(other) > NEAR * self._play(best)]
         return max([best, *near], key=self._whole_speed)
 
-    def _improved(
-        self, best: Policy, neighbours: Neighbours, budget: int, watch: Callable[[], None]
-    ) -> Policy:
-        """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the tensors where they are is
-        placed anew."""
+    def _improved(self, best: Policy, neighbours: Neighbours, budget: int, watch: Callable[[], None]) -> Policy:
+        """Change one thing at a time as long as that helps, and there are steps left to play. What has no room with the
+        tensors where they are is placed anew."""
         changed = True
         while changed:
             changed = False
@@ -197,8 +197,8 @@ class Search:
         return best
 
     def _placed_anew(self, shape: Policy) -> Policy:
-        """The same batches and way of working, with the best placement that fits; the policy itself if there is none, or only one with the disk
-        for what was without."""
+        """The same batches and way of working, with the best placement that fits; the policy itself if there is none,
+        or only one with the disk for what was without."""
         if shape not in self._anew:
             disk = shape.lowest_tier is Tier.DISK
             solved = [one for one in self._solver.solved(shape) if one.uses_disk <= disk]
@@ -208,10 +208,7 @@ class Search:
 
     def _modest(self) -> Policy:
         """What needs the least memory: if not even that fits, its DoesNotFit says what is missing."""
-        task, lossy = (
-            self.task,
-            min(self.task.packed, key=lambda one: self.task.packed[one].file_bytes),
-        )
+        task, lossy = (self.task, min(self.task.packed, key=lambda one: self.task.packed[one].file_bytes))
         low, next_to = Placement.all_on(Tier.DISK), Placement.all_on(Tier.CPU)
         modest = Policy(1, 1, low, low, next_to, prefetch=1, prefill_chunk=64, lossy=lossy)
         task.plan(modest)
@@ -221,15 +218,11 @@ class Search:
         """Of any policy, judged as those of the search are; 0 for what does not fit or takes too long."""
         return self._play(policy)
 
-    def choice(
-        self, best: Policy, ruled: Policy | None, candidates: tuple[Candidate, ...]
-    ) -> Choice:
+    def choice(self, best: Policy, ruled: Policy | None, candidates: tuple[Candidate, ...]) -> Choice:
         """A policy that fits, with its plan and its times, and what else was considered."""
         plan, found = self.task.plan(best), self._told(best)
         speed = self.task.count(best) * self.task.request.gen_len / found.total_s
-        return Choice(
-            best, plan, found, speed, len(self._known), ruled, candidates, self._other(best)
-        )
+        return Choice(best, plan, found, speed, len(self._known), ruled, candidates, self._other(best))
 
     def _other(self, chosen: Policy) -> Alternative | None:
         """The fastest of what was played that works in another way and is no faster."""
@@ -316,12 +309,15 @@ class Search:
         task = self.task
         thin = thinned(task.shape, task.packed[policy.lossy], layers)
         plan = plan_job(
-            thin.shape, thin.packed, task.dtype, policy, task.hardware,
-            [task.request] * task.count(policy), scored_rows=task.scored_rows,
-        )  # fmt: skip
-        found = forecast(
-            thin.shape, thin.packed, task.dtype, policy, task.hardware, plan, points=POINTS
+            thin.shape,
+            thin.packed,
+            task.dtype,
+            policy,
+            task.hardware,
+            [task.request] * task.count(policy),
+            scored_rows=task.scored_rows,
         )
+        found = forecast(thin.shape, thin.packed, task.dtype, policy, task.hardware, plan, points=POINTS)
         self._steps += found.steps
         return found
 
@@ -329,9 +325,8 @@ class Search:
         """On all layers; does not count as a try."""
         task = self.task
         return forecast(
-            task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware,
-            task.plan(policy), points=points,
-        )  # fmt: skip
+            task.shape, task.packed[policy.lossy], task.dtype, policy, task.hardware, task.plan(policy), points=points
+        )
 
 
 def _one_of_each(started: list[Candidate]) -> list[Policy]:

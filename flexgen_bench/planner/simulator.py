@@ -1,7 +1,7 @@
 """Plays the steps of a job on lanes, in time that is computed instead of spent.
 
-The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each step as soon
-as what it waits for is done, the next pass when the host has seen the tokens of the one before.
+The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
+step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _Running:
 class Simulator:
     """Lanes and their clocks. ``run_pass`` takes a pass's steps and returns when the host has its tokens.
 
-    overlap off: one step after the other. contention: what lanes take from each other. keep: whether to keep every step's times in ``events``.
+    overlap off: one step after the other. contention: what lanes take from each other. keep: whether to keep every
+    step's times in ``events``.
     """
 
     def __init__(
@@ -51,9 +52,7 @@ class Simulator:
     ) -> None:
         self._seconds, self._overlap, self._contention = seconds, overlap, contention
         self._tracker = DependencyTracker()
-        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {
-            lane: deque() for lane in Lane
-        }
+        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {lane: deque() for lane in Lane}
         self._lanes = tuple(self._waiting.items())
         self._running: dict[Lane, _Running] = {}
         # What contention has said, asked once, by the lanes that have work; None: all go undisturbed.
@@ -68,7 +67,8 @@ class Simulator:
         self.steps = 0
 
     def run_pass(self, steps: Iterable[Step]) -> float:
-        """Seconds from the submission of a pass until its last step on a compute lane is over. Loads for the next may go on."""
+        """Seconds from the submission of a pass until its last step on a compute lane is over. Loads for the next may
+        go on."""
         begin, submit = self.now_s, self._tracker.add
         waiting, last, overlap = self._waiting, self._last, self._overlap
         for step in steps:
@@ -150,8 +150,8 @@ def shared_links(lanes: Iterable[Lane]) -> Mapping[Lane, float]:
 
 @dataclass(frozen=True)
 class SharedCores:
-    """Contention of an emulated accelerator, beside that of links: both compute lanes want all cores, and copying over its links takes
-    some of them.
+    """Contention of an emulated accelerator, beside that of links: both compute lanes want all cores, and copying over
+    its links takes some of them.
 
     link_shares: of all cores, what each link takes while it copies.
     """

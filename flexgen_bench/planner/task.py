@@ -10,12 +10,12 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.planner.units import PackedModel
-from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.schedule.sequence_groups import Request
 
-# Blocks of a job whose number of prompts is left open: more than one, so that a continuous schedule shows what it does, its slow
-# start and end included.
+# Blocks of a job whose number of prompts is left open: more than one, so that a continuous schedule shows what it does,
+# its slow start and end included.
 OPEN_BLOCKS = 4
 
 
@@ -23,9 +23,12 @@ OPEN_BLOCKS = 4
 class Task:
     """A job of like requests.
 
-    packed: the weights' layout, for each of the ways in which results may be changed: the search takes the fastest. prompts: how many;
-    None: ``OPEN_BLOCKS`` blocks, whatever the policy's block is. available: bytes free per tier, where that is less than the machine has.
-    block: the most sequences that may share a load of the weights. max_latency_s: of a block, from its start to its last token.
+    packed: the weights' layout, for each of the ways in which results may be changed: the search takes the fastest.
+    prompts: how many;
+    None: ``OPEN_BLOCKS`` blocks, whatever the policy's block is. available: bytes free per tier, where that is less
+    than the machine has.
+    block: the most sequences that may share a load of the weights. max_latency_s: of a block, from its start to its
+    last token.
     scored_rows: rows of logits that a scoring job wants at once.
     """
 
@@ -54,9 +57,14 @@ class Task:
         """The job under a policy. Raises DoesNotFit."""
         requests = [self.request] * self.count(policy)
         plan = plan_job(
-            self.shape, self.packed[policy.lossy], self.dtype, policy, self.hardware, requests,
+            self.shape,
+            self.packed[policy.lossy],
+            self.dtype,
+            policy,
+            self.hardware,
+            requests,
             scored_rows=self.scored_rows,
-        )  # fmt: skip
+        )
         plan.check(self.hardware, self.available)
         return plan
 

@@ -1,4 +1,5 @@
-"""One sentence on why a policy is what it is: what bounds it, what lies where, and what the next best way of working would lose. From the plan's own figures."""
+"""One sentence on why a policy is what it is: what bounds it, what lies where, and what the next best way of working
+would lose. From the plan's own figures."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ _SHOWS = 0.005  # a difference in shares that shows when they are told
 
 @dataclass(frozen=True)
 class Alternative:
-    """The fastest policy that was played and works in another way. part: of the speed of the one chosen, both judged alike."""
+    """The fastest policy that was played and works in another way. part: of the speed of the one chosen, both judged
+    alike."""
 
     policy: Policy
     part: float
@@ -40,13 +42,18 @@ class Alternative:
 def way_of_working(policy: Policy) -> object:
     """What makes two policies ways of working that have to be explained apart."""
     return (
-        policy.schedule, policy.attention, policy.offloaded, policy.lossy,
-        policy.kv_cache.share(Tier.GPU) > _SOME, policy.lowest_tier is Tier.DISK,
-    )  # fmt: skip
+        policy.schedule,
+        policy.attention,
+        policy.offloaded,
+        policy.lossy,
+        policy.kv_cache.share(Tier.GPU) > _SOME,
+        policy.lowest_tier is Tier.DISK,
+    )
 
 
 def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]:
-    """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy while they do."""
+    """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
+    while they do."""
     busy, moved = times.busy_s(), times.moved_bytes()
     found = dict.fromkeys(_LANES, 0.0)
     for lane in Lane:
@@ -55,9 +62,7 @@ def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]
     return found
 
 
-def why(
-    task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, other: Alternative | None
-) -> str:
+def why(task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, other: Alternative | None) -> str:
     """The sentence. other: what it is compared with; None: nothing else was tried."""
     parts = [_bound(busy_shares(times, task.hardware)), *_placed(task, policy, plan)]
     if other is not None:
@@ -68,9 +73,7 @@ def why(
 def _bound(busy: Mapping[Lane, float]) -> str:
     (first, most), (second, less) = sorted(busy.items(), key=lambda one: -one[1])[:2]
     if most >= _WAITS:
-        return (
-            f"bound by {_LANES[first]}, busy {most:.0%} of the job ({_LANES[second]}: {less:.0%})"
-        )
+        return f"bound by {_LANES[first]}, busy {most:.0%} of the job ({_LANES[second]}: {less:.0%})"
     return f"no part is busy all the time: {_LANES[first]} {most:.0%} of the job, {_LANES[second]} {less:.0%}; steps wait for each other"
 
 
@@ -98,7 +101,7 @@ def _lies(what: str, held: Mapping[Tier, int], here: Tier) -> str:
     places = ", ".join(
         (f"{size / total:.0%} " if len(used) > 1 else "") + f"in {_TIERS[tier]}".replace("in disk", "on disk")
         for tier, size in used
-    )  # fmt: skip
+    )
     return f"{what} ({format_bytes(total)}) {places}"
 
 

@@ -107,24 +107,31 @@ def legend(rows: Sequence[Row]) -> list[str]:
             machines.setdefault(row.group, set()).add(row.machine)
     lines = {
         "Generation tok/s = generated tokens / (prefill + decode time) over all repetitions.": True,
-        f"range = slowest to fastest repetition (fewer than {BOOTSTRAP_LEAST_N} repetitions).": IntervalKind.RANGE in kinds,
+        f"range = slowest to fastest repetition (fewer than {BOOTSTRAP_LEAST_N} repetitions).": IntervalKind.RANGE
+        in kinds,
         "95% CI = bootstrap over whole repetitions.": IntervalKind.BOOTSTRAP in kinds,
         "n=1 = one repetition, so no spread is known.": IntervalKind.SINGLE in kinds,
-        "Prefill and decode - = they overlap: some prompts are computed while others decode, so neither has a time of its own.":
-            any(r.generation is not None and r.prefill is None for r in rows),
-        "Peak memory counts cached file pages of the cell; without cache = the rest.":
-            any(r.memory.host_anonymous for r in rows),
+        "Prefill and decode - = they overlap: some prompts are computed while others decode, so neither has a time of its own.": any(
+            r.generation is not None and r.prefill is None for r in rows
+        ),
+        "Peak memory counts cached file pages of the cell; without cache = the rest.": any(
+            r.memory.host_anonymous for r in rows
+        ),
         "Read from disk = bytes per repetition as the kernel counts them (own count: as the system does), "
         "and those over the repetition's whole time.": any(r.disk is not None for r in rows),
-        "The fastest of each table is marked (* or bold); only ok, MEASURED, exact rows compete.": any(r.best for r in rows),
+        "The fastest of each table is marked (* or bold); only ok, MEASURED, exact rows compete.": any(
+            r.best for r in rows
+        ),
         "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
         "with the reference, and it is not marked fastest.": any(r.lossy for r in rows),
-        "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it.":
-            any(r.predicted is not None for r in rows),
+        "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it.": any(
+            r.predicted is not None for r in rows
+        ),
         f"{', '.join(marks)}; figures without a mark are MEASURED.": bool(marks),
-        "Rows of one table come from different machines: none is marked fastest.":
-            any(len(found) > 1 for found in machines.values()),
-    }  # fmt: skip
+        "Rows of one table come from different machines: none is marked fastest.": any(
+            len(found) > 1 for found in machines.values()
+        ),
+    }
     return [line for line, occurs in lines.items() if occurs]
 
 

@@ -21,14 +21,10 @@ _SHOWN_CHARACTERS = 240
 
 
 def suite_page(
-    suite: str,
-    rows: Sequence[Row],
-    problems: Sequence[Problem],
-    results_dir: Path,
-    accuracy: Sequence[str] = (),
+    suite: str, rows: Sequence[Row], problems: Sequence[Problem], results_dir: Path, accuracy: Sequence[str] = ()
 ) -> str:
-    """The page of one suite: table, what compression costs (``accuracy``, lines of its own), generated texts, what to know about the figures,
-    how to rerun them."""
+    """The page of one suite: table, what compression costs (``accuracy``, lines of its own), generated texts, what to
+    know about the figures, how to rerun them."""
     records = [r.stored.record for r in rows]
     lines = [
         f"# Suite {escape(suite)}",
@@ -48,18 +44,11 @@ def suite_page(
 
 
 def index_page(
-    suites: dict[str, Sequence[Row]],
-    problems: Sequence[Problem],
-    results_dir: Path,
-    accuracy: str = "",
+    suites: dict[str, Sequence[Row]], problems: Sequence[Problem], results_dir: Path, accuracy: str = ""
 ) -> str:
-    """All suites with how their cells ended, where accuracy is told (``accuracy``, a page), and every file that could not be used."""
-    lines = [
-        "# Reports",
-        "",
-        "Built from the records alone by `python -m flexgen_bench.report`.",
-        "",
-    ]
+    """All suites with how their cells ended, where accuracy is told (``accuracy``, a page), and every file that could
+    not be used."""
+    lines = ["# Reports", "", "Built from the records alone by `python -m flexgen_bench.report`.", ""]
     if suites:
         lines += ["| Suite | Cells | Ended | Evidence | Measured until |", "|---|---|---|---|---|"]
     for suite, rows in suites.items():
@@ -123,9 +112,7 @@ def _texts(rows: Sequence[Row]) -> list[str]:
             for row in sorted(told, key=lambda r: r.label):
                 text = one_line(str(_listed(row, "texts")[index]), _SHOWN_CHARACTERS)
                 writers.setdefault(text, []).append(row.label)
-            lines += [
-                f"- {escape(', '.join(who))}: {escape(text)}" for text, who in writers.items()
-            ]
+            lines += [f"- {escape(', '.join(who))}: {escape(text)}" for text, who in writers.items()]
             lines.append("")
     return ["## Generated text", "", *lines] if lines else []
 

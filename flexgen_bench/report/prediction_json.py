@@ -10,8 +10,8 @@ from typing import Any
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence
+from flexgen_bench.published.comparison import printed_beside
 from flexgen_bench.report.prediction_table import model_error, speed_up
-from flexgen_bench.report.printed_beside import printed_beside
 
 
 def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
@@ -34,11 +34,7 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
         "reason": row.reason,
     }
     if row.tier:
-        data |= {
-            "tier": row.tier,
-            "need_bytes": row.need_bytes,
-            "capacity_bytes": row.capacity_bytes,
-        }
+        data |= {"tier": row.tier, "need_bytes": row.need_bytes, "capacity_bytes": row.capacity_bytes}
     if row.prediction is not None:
         data |= _figures(row.prediction)
     if quoted is not None:
@@ -49,10 +45,7 @@ def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
             "decode_tok_per_s": quoted.decode_tok_per_s,
             "policy": quoted.policy,
         }
-        data |= {
-            "model_error": model_error(row, tables),
-            "speed_up_over_paper": speed_up(row, tables),
-        }
+        data |= {"model_error": model_error(row, tables), "speed_up_over_paper": speed_up(row, tables)}
     plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
     return plain
 

@@ -16,8 +16,8 @@ from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
+from flexgen_bench.published.comparison import printed_beside, ratio_beside, why_no_ratio
 from flexgen_bench.report.cells import MARKS, STATUS_WORDS, UNKNOWN, number, one_line
-from flexgen_bench.report.printed_beside import printed_beside, ratio_beside, why_no_ratio
 from flexgen_bench.report.settings_text import settings_text
 
 _PLAIN_WIDTH = 160
@@ -26,15 +26,8 @@ _S, _Q = f" ({MARKS[Evidence.SIMULATED]})", f" ({MARKS[Evidence.QUOTED]})"
 _TOK, _PAPER, _ERROR = f"tok/s{_S}", f"Paper tok/s{_Q}", "Model error"
 _OVER_PAPER, _OVER_MODEL = f"Speed-up over paper{_Q}", f"Speed-up over original{_S}"
 _DECODE, _PAPER_DECODE = f"Decode tok/s{_S}", f"Paper decode tok/s{_Q}"
-_SPEED = (
-    "System", _TOK, _PAPER, _ERROR, _OVER_PAPER, _OVER_MODEL, _DECODE, _PAPER_DECODE,
-)  # fmt: skip
-_BLOCK, _BLOCK_S, _JOB, _JOB_S = (
-    "Block size",
-    f"Block takes{_S}",
-    "Job size",
-    f"Job takes{_S}",
-)
+_SPEED = ("System", _TOK, _PAPER, _ERROR, _OVER_PAPER, _OVER_MODEL, _DECODE, _PAPER_DECODE)
+_BLOCK, _BLOCK_S, _JOB, _JOB_S = ("Block size", f"Block takes{_S}", "Job size", f"Job takes{_S}")
 _PREFILL_S, _DECODE_S = f"Prefill{_S}", f"Decode{_S}"
 _TIME = ("System", _BLOCK, _BLOCK_S, _JOB, _JOB_S, _PREFILL_S, _DECODE_S)
 _TIER_COLUMNS = {tier: f"{tier} memory{_S}" for tier in ("gpu", "cpu")} | {"disk": f"disk{_S}"}
@@ -47,9 +40,7 @@ _LEAST, _BETWEEN = 20, 3  # letters of a system's name at least, and around a co
 AS_ASKED = "as asked for"  # what a policy that is given says of itself
 
 
-def print_predictions(
-    rows: Sequence[Simulated], why: str, tables: Path, file: IO[str] | None = None
-) -> None:
+def print_predictions(rows: Sequence[Simulated], why: str, tables: Path, file: IO[str] | None = None) -> None:
     """Print for each job that was predicted how fast, how long and where, and below that by what means and why.
 
     why: what is missing to measure instead. tables: the paper's values, as a CSV file.
@@ -76,7 +67,8 @@ def print_predictions(
 
 
 def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
-    """Rows that may stand in one table, the same model, lengths and machine, in the order asked. Fastest first, what does not work last."""
+    """Rows that may stand in one table, the same model, lengths and machine, in the order asked. Fastest first, what
+    does not work last."""
     jobs: dict[tuple[Any, ...], list[Simulated]] = {}
     for row in rows:
         jobs.setdefault(_job(row), []).append(row)
@@ -88,9 +80,7 @@ def heading(row: Simulated) -> str:
     asked, hardware = row.question, row.hardware
     sizes = {tier: hardware.capacity_bytes(tier) for tier in Tier}
     held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in sizes.items() if size)
-    many = (
-        "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
-    )
+    many = "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
     return (
         f"SIMULATED, nothing was run: {asked.shape.name}, {asked.dtype}; prompts of {asked.prompt_len} tokens, "
         f"{asked.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
@@ -131,9 +121,7 @@ def remarks(rows: Sequence[Simulated]) -> list[str]:
 
 def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     """What the signs mean, and why nothing was measured."""
-    lines = [
-        f"(S) = SIMULATED: predicted from the machine's constants and a model of each system. {why}"
-    ]
+    lines = [f"(S) = SIMULATED: predicted from the machine's constants and a model of each system. {why}"]
     if any(printed_beside(row, tables) for row in rows):
         lines.append(
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
@@ -145,17 +133,11 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
             f"{_ERROR} = simulated / printed - 1, for a system that the paper ran: how far to trust the model of it."
         )
     if any(speed_up(row, tables) is not None for row in rows):
-        lines.append(
-            f"{_OVER_PAPER} = this engine's simulated tok/s / those that the paper prints for FlexGen."
-        )
+        lines.append(f"{_OVER_PAPER} = this engine's simulated tok/s / those that the paper prints for FlexGen.")
     if any(_original(row, rows) for row in rows):
-        lines.append(
-            f"{_OVER_MODEL} = this engine's / those of the original system, both simulated here."
-        )
+        lines.append(f"{_OVER_MODEL} = this engine's / those of the original system, both simulated here.")
     if any(row.prediction is not None for row in rows):
-        lines.append(
-            "Sizes are in prompts: a block shares each load of the weights, a job is one block or more."
-        )
+        lines.append("Sizes are in prompts: a block shares each load of the weights, a job is one block or more.")
     ours = dict.fromkeys(row.system for row in rows if row.model.follows_policy)
     if ours:
         lines.append(f"{', '.join(ours)} = this project's engine.")
@@ -193,9 +175,7 @@ def _order(row: Simulated) -> tuple[Any, ...]:
     return (-speed, list(Status).index(row.status), row.label)
 
 
-def _tables(
-    rows: Sequence[Simulated], columns: Sequence[str], tables: Path, console: Console
-) -> Iterator[Table]:
+def _tables(rows: Sequence[Simulated], columns: Sequence[str], tables: Path, console: Console) -> Iterator[Table]:
     """The columns in one table; in several, below each other, where the console is too narrow for one."""
     named = [cells(row, tables, rows) for row in rows]
     first, *shown = [c for c in columns if c in _ALWAYS or any(row[c] != UNKNOWN for row in named)]
@@ -204,9 +184,7 @@ def _tables(
     name = min(max(len(row.label) for row in rows), max(_LEAST, console.width // 4))
     left = whole = console.width - name - 2 * _BETWEEN
     for column in shown:
-        words = (
-            word for text in (column, *(row[column] for row in named)) for word in text.split()
-        )
+        words = (word for text in (column, *(row[column] for row in named)) for word in text.split())
         needed = max(map(len, words)) + _BETWEEN
         if needed > left and parts[-1]:
             parts.append([])
@@ -218,11 +196,7 @@ def _tables(
 
 
 def _table(
-    rows: Sequence[Simulated],
-    named: Sequence[Mapping[str, str]],
-    columns: Sequence[str],
-    name: int,
-    plain: bool,
+    rows: Sequence[Simulated], named: Sequence[Mapping[str, str]], columns: Sequence[str], name: int, plain: bool
 ) -> Table:
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     table.padding = (0, 1) if plain else (0, 1, 0, 0)
@@ -237,18 +211,21 @@ def _table(
 
 
 def model_error(row: Simulated, tables: Path) -> float | None:
-    """Simulated / printed - 1, of a system that the paper ran; None for this engine, and where the two may not be divided."""
+    """Simulated / printed - 1, of a system that the paper ran; None for this engine, and where the two may not be
+    divided."""
     ratio = None if row.model.follows_policy else ratio_beside(row, tables)
     return None if ratio is None else ratio - 1
 
 
 def speed_up(row: Simulated, tables: Path) -> float | None:
-    """This engine's tok/s over those printed for the system it is built after; None for others, and where the two may not be divided."""
+    """This engine's tok/s over those printed for the system it is built after; None for others, and where the two may
+    not be divided."""
     return ratio_beside(row, tables) if row.model.follows_policy else None
 
 
 def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
-    """Of a row of this engine, the fastest of the system it is built after that changes as much of the results: nothing, or something."""
+    """Of a row of this engine, the fastest of the system it is built after that changes as much of the results:
+    nothing, or something."""
     if not (row.model.follows_policy and row.model.printed_as and row.prediction):
         return None
     others = [
@@ -258,21 +235,17 @@ def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
         and not other.model.follows_policy
         and other.lossy.is_exact == row.lossy.is_exact
         and other.prediction is not None
-        and (other.question.num_prompts, other.question.max_latency_s) == (row.question.num_prompts, row.question.max_latency_s)
-    ]  # fmt: skip
-    return max(
-        others, key=lambda one: one.prediction.tok_per_s if one.prediction else 0, default=None
-    )
+        and (other.question.num_prompts, other.question.max_latency_s)
+        == (row.question.num_prompts, row.question.max_latency_s)
+    ]
+    return max(others, key=lambda one: one.prediction.tok_per_s if one.prediction else 0, default=None)
 
 
 def cells(row: Simulated, tables: Path, rows: Sequence[Simulated] = ()) -> dict[str, str]:
     """The texts of one row, by column. rows: those of the same job, among which the original system may be."""
     quoted, done = printed_beside(row, tables), row.prediction
     error, gain, original = model_error(row, tables), speed_up(row, tables), _original(row, rows)
-    texts = {
-        "System": row.label,
-        _TOK: _word(row),
-    }
+    texts = {"System": row.label, _TOK: _word(row)}
     if error is not None:
         texts[_ERROR] = f"{error:+.0%}"
     if gain is not None:
@@ -297,11 +270,7 @@ def cells(row: Simulated, tables: Path, rows: Sequence[Simulated] = ()) -> dict[
             _BOUND: done.bottleneck or UNKNOWN,
         }
         sizes = {str(tier): size for tier, size in done.bytes.items()}
-        texts |= {
-            name: format_bytes(sizes[tier])
-            for tier, name in _TIER_COLUMNS.items()
-            if sizes.get(tier)
-        }
+        texts |= {name: format_bytes(sizes[tier]) for tier, name in _TIER_COLUMNS.items() if sizes.get(tier)}
     elif row.tier in _TIER_COLUMNS and row.need_bytes and row.capacity_bytes:
         need, there = format_bytes(row.need_bytes), format_bytes(row.capacity_bytes)
         texts[_TIER_COLUMNS[row.tier]] = f"{need} of {there}"

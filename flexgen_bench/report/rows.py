@@ -9,14 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen_bench.core.digits import settled
-from flexgen_bench.core.metrics import (
-    DECODE,
-    GENERATION,
-    PREFILL,
-    Summary,
-    bytes_per_s,
-    summarise,
-)
+from flexgen_bench.core.metrics import DECODE, GENERATION, PREFILL, Summary, bytes_per_s, summarise
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Lane, Tier
@@ -108,9 +101,7 @@ def build_rows(records: Sequence[StoredRecord]) -> list[Row]:
     rows: list[Row] = []
     for group, members in by_group.items():
         agreements = compare_group([s.record for s in members])
-        rows += _mark_best(
-            [_row(group, s, a) for s, a in zip(members, agreements, strict=True)],
-        )
+        rows += _mark_best([_row(group, s, a) for s, a in zip(members, agreements, strict=True)])
     return sorted(rows, key=_order)
 
 
@@ -221,14 +212,12 @@ def kernel_read_bytes(record: Record) -> int | None:
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
-    """Mark the fastest row, where "fastest" means something: OK, MEASURED, exact, one machine, more than one such row."""
+    """Mark the fastest row, where "fastest" means something: OK, MEASURED, exact, one machine, more than one such
+    row."""
     fair = [
         r
         for r in rows
-        if r.status is Status.OK
-        and r.evidence is Evidence.MEASURED
-        and r.generation is not None
-        and not r.lossy
+        if r.status is Status.OK and r.evidence is Evidence.MEASURED and r.generation is not None and not r.lossy
     ]
     if len(fair) < 2 or len({r.machine for r in fair}) > 1:
         return rows

@@ -39,7 +39,8 @@ def compare_group(records: Sequence[Record]) -> list[Agreement]:
     """One agreement per record of a comparable group, in order.
 
     The reference is the record whose ``outputs["reference"]`` is true; with none, or several whose tokens
-    differ, nothing is compared. Lossy runs are not compared, and are no reference. A record with another number of prompts equals the reference in none.
+    differ, nothing is compared. Lossy runs are not compared, and are no reference. A record with another number of
+    prompts equals the reference in none.
     """
     references = [r for r in records if _is_reference(r)]
     answers = [_tokens(r) for r in references]

@@ -13,7 +13,8 @@ _SHAPE = ("gpu_batch_size", "num_gpu_batches")
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """``48x3; weights gpu 20 %, cpu 80 %; KV cache cpu; ...``, then a system's own settings: ``name=value``, ``name``, ``no name``."""
+    """``48x3; weights gpu 20 %, cpu 80 %; KV cache cpu; ...``, then a system's own settings: ``name=value``, ``name``,
+    ``no name``."""
     own = {k: v for k, v in settings.items() if k not in _ELSEWHERE and v is not None}
     parts = [policy_text(settings["policy"])] if settings.get("policy") else []
     shape = [own.pop(key) for key in _SHAPE] if set(_SHAPE) <= set(own) else []

@@ -26,15 +26,7 @@ from flexgen_bench.store.reader import read_paths
 _PLAIN_WIDTH = 160
 # All columns side by side need about this much; below it they are shown in two tables, speed and resources.
 _WIDE = 140
-_SPEED = (
-    "System",
-    "Generation tok/s",
-    "Predicted tok/s",
-    "Batch",
-    "Lowest tier",
-    "Prefill tok/s",
-    "Decode tok/s",
-)
+_SPEED = ("System", "Generation tok/s", "Predicted tok/s", "Batch", "Lowest tier", "Prefill tok/s", "Decode tok/s")
 _SPLIT = ((*_SPEED, "Same tokens"), ("System", "Peak memory", "Read from disk", "Evidence"))
 
 
@@ -86,8 +78,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row], results_dir: Path) -> str:
-    """Every row; units are in the column names, figures have the digits of their kind (``core.digits``), the records all of them. Paths are relative
-    to ``results_dir``."""
+    """Every row; units are in the column names, figures have the digits of their kind (``core.digits``), the records
+    all of them. Paths are relative to ``results_dir``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for index, row in enumerate(rows):

@@ -17,13 +17,13 @@ from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.record import Record, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes, format_seconds
+from flexgen_bench.machine.probes import drop_cached_pages
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Display
 from flexgen_bench.runner.job import CellState, Job
 from flexgen_bench.runner.launch import Ending, cell_environment, run_guarded
 from flexgen_bench.runner.memory_cap import MemoryCap, describe
 from flexgen_bench.runner.prepare import Prepared
-from flexgen_bench.runner.probes import drop_cached_pages
 
 LOG_LINES = 8
 
@@ -47,9 +47,7 @@ def run_cell(
         if state.stage == "unprepared" and not is_prepared:
             # What it makes is kept; the time and the memory that takes say nothing about the system.
             limit_s = spec.measure.time_limit_s
-            made, making = _start(
-                replace(job, prepare_only=True), workdir, display, limit_s, memory_bytes=None
-            )
+            made, making = _start(replace(job, prepare_only=True), workdir, display, limit_s, memory_bytes=None)
             if made.status is not Status.OK:
                 return made, making.memory_cap
             is_prepared = True
@@ -133,7 +131,8 @@ def make_record(
     prediction: Mapping[str, Any],
     note: str = "",
 ) -> Record:
-    """The record of a cell that has ended in ``state``. note: what of the workload that was asked for has not been run, and why."""
+    """The record of a cell that has ended in ``state``. note: what of the workload that was asked for has not been run,
+    and why."""
     assert state.status is not None
     of_workload = {"workload_note": note} if note else {}
     measured = state.status in (Status.OK, Status.INVALID)
@@ -174,7 +173,6 @@ def _reasons_for_doubt(state: CellState, cap: MemoryCap, measured: bool) -> dict
         peak = int(state.process.get("peak_resident_bytes", 0))
         facts["peak_within_requested_cap"] = peak <= cap.requested_bytes
         facts["cap_note"] = (
-            f"ran without its cap of {format_bytes(cap.requested_bytes)}; "
-            f"resident peak {format_bytes(peak)}"
+            f"ran without its cap of {format_bytes(cap.requested_bytes)}; resident peak {format_bytes(peak)}"
         )
     return facts

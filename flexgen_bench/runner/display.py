@@ -94,12 +94,8 @@ class ProgressDisplay:
     manager, or call ``close``. ``clock`` returns seconds (for tests).
     """
 
-    def __init__(
-        self, file: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._console = Console(
-            file=file or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
+    def __init__(self, file: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = Console(file=file or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._clock = clock
         self._bars = _Bars(self._console) if self._console.is_terminal else None
         self._meters: dict[str, Meter] = {}
@@ -151,9 +147,7 @@ class ProgressDisplay:
             self._shown_s = now
             self._line(f"    {what}: {meter.text()}")
 
-    def cell_end(
-        self, label: str, status: Status, reason: str, record: Path, skipped: bool
-    ) -> None:
+    def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """The cell's record is on disk; ``skipped`` when it was there before. Shows its headline."""
         summary = summarise(read_record(record)) if status is Status.OK else None
         parts = [status.value]
@@ -197,9 +191,7 @@ class _Bars:
         self._progress = Progress(
             # On a narrow terminal the bar gives way first, then the name; the figures stay whole.
             TextColumn(
-                "{task.description}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28),
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
             ),
             BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
             _Figures(table_column=Column(no_wrap=True)),
@@ -231,11 +223,7 @@ class _Bars:
             self._replace_work(name, meter.total)
         assert self._work is not None
         self._progress.update(
-            self._work,
-            description=name,
-            completed=meter.done,
-            total=meter.total,
-            figures=meter.text(),
+            self._work, description=name, completed=meter.done, total=meter.total, figures=meter.text()
         )
 
     def cell_done(self) -> None:

@@ -30,7 +30,8 @@ class Display(Protocol):
     """Where a suite shows what it is doing. All methods are called from the thread that runs the suite."""
 
     def suite_start(self, expected_s: Sequence[float | None]) -> None:
-        """A suite begins; seconds that each of its cells will take, 0 for those that are finished, None for what nobody knows."""
+        """A suite begins; seconds that each of its cells will take, 0 for those that are finished, None for what nobody
+        knows."""
 
     def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
         """Cell ``index`` (from 1) of ``total`` begins, and will take so many seconds."""
@@ -41,9 +42,7 @@ class Display(Protocol):
     def progress(self, what: str, done: int, total: int, unit: str) -> None:
         """``what`` is convert, load, prefill or decode; ``unit`` is B or tokens."""
 
-    def cell_end(
-        self, label: str, status: Status, reason: str, record: Path, skipped: bool
-    ) -> None:
+    def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """The cell's record is on disk; ``skipped`` when it was there before."""
 
 
@@ -62,9 +61,7 @@ class SilentDisplay:
     def progress(self, what: str, done: int, total: int, unit: str) -> None:
         """Nothing."""
 
-    def cell_end(
-        self, label: str, status: Status, reason: str, record: Path, skipped: bool
-    ) -> None:
+    def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """Nothing."""
 
 
@@ -84,15 +81,7 @@ class Emitter:
         if done < total and now - self._last_s < MIN_INTERVAL_S:
             return
         self._last_s = now
-        self._write(
-            {
-                "event": "progress",
-                "what": what,
-                "done": int(done),
-                "total": int(total),
-                "unit": unit,
-            }
-        )
+        self._write({"event": "progress", "what": what, "done": int(done), "total": int(total), "unit": unit})
 
     def tokens(self, phase: str, done: int, total: int) -> None:
         """Progress of a generation, in the form the System contract calls it."""

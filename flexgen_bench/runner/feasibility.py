@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_bench.checkpoints.dummy_weights import REPEATED_FROM_BYTES
+from flexgen_bench.checkpoints.prepared import is_prepared
 from flexgen_bench.core.cell import CellSpec, ModelSpec, WeightSource
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.machine import host as machine
 from flexgen_bench.models.registry import family
-from flexgen_bench.runner import machine
-from flexgen_bench.runner.checkpoints import is_prepared
-from flexgen_bench.runner.dummy_weights import REPEATED_FROM_BYTES
 
 # Data sheets count a card's memory before what the driver keeps.
 _CARD_SHARE = 0.93
 # A process, its libraries and the page cache need their part of the memory, too.
 _USABLE_SHARE = 0.85
-# Of the memory that a machine is said to have, what programs may find: firmware and kernel keep some, and GB are taken for GiB.
+# Of the memory that a machine is said to have, what programs may find: firmware and kernel keep some, and GB are taken
+# for GiB.
 _FOUND_SHARE = 0.92
 
 
@@ -35,8 +36,8 @@ class Needs:
 @dataclass(frozen=True)
 class Refusal:
     """``reason``: why not, and what it needs; the same each time, so that it can be recorded. ``here``: what
-    this machine has at the moment and what can be done on it. ``machine``: what of the profile this machine is not, in words; "" if it
-    is that machine, and something else is in the way."""
+    this machine has at the moment and what can be done on it. ``machine``: what of the profile this machine is not, in
+    words; "" if it is that machine, and something else is in the way."""
 
     reason: str
     here: str
@@ -96,9 +97,7 @@ def machine_reasons(hardware: HardwareProfile) -> list[str]:
         reasons += _gpu_reasons(hardware)
     cap = hardware.cpu_memory_bytes
     if cap is not None and _FOUND_SHARE * cap > machine.memory_bytes():
-        reasons.append(
-            f"the profile has {format_bytes(cap)} of host memory, more than there is here"
-        )
+        reasons.append(f"the profile has {format_bytes(cap)} of host memory, more than there is here")
     return reasons
 
 
@@ -165,15 +164,10 @@ def _gpus_here() -> str:
     gpus = machine.local_gpus()
     if not gpus:
         return "no NVIDIA GPU"
-    return ", ".join(
-        gpu.name + (f" ({format_bytes(gpu.memory_bytes)})" if gpu.memory_bytes else "")
-        for gpu in gpus
-    )
+    return ", ".join(gpu.name + (f" ({format_bytes(gpu.memory_bytes)})" if gpu.memory_bytes else "") for gpu in gpus)
 
 
-def _advice(
-    spec: CellSpec, cache: Path, known: Sequence[ModelShape], wrong_machine: bool
-) -> list[str]:
+def _advice(spec: CellSpec, cache: Path, known: Sequence[ModelShape], wrong_machine: bool) -> list[str]:
     free, memory = machine.free_disk_bytes(cache), machine.memory_bytes()
     shape = spec.model.shape
     weights = weight_bytes(shape, spec.dtype)

@@ -1,7 +1,7 @@
 """A cap on the GPU memory of one cell's process: the GPU's counterpart of ``memory_cap``.
 
-torch's allocator is told to hold no more than the share; what else is on the GPU (the driver's context, some hundreds of
-MiB) is not counted, for any system. A system that computes in a process of its own sets the same there.
+torch's allocator is told to hold no more than the share; what else is on the GPU (the driver's context, some hundreds
+of MiB) is not counted, for any system. A system that computes in a process of its own sets the same there.
 """
 
 from __future__ import annotations

@@ -68,11 +68,7 @@ def main() -> int:
     finally:
         left = _remove(group)
     cap = replace(cap, reason="; ".join(filter(None, (cap.reason, left))))
-    outcome = {
-        "returncode": child.returncode,
-        "stopped": stop.wanted,
-        "memory_cap": cap.to_dict(),
-    }
+    outcome = {"returncode": child.returncode, "stopped": stop.wanted, "memory_cap": cap.to_dict()}
     if os.getppid() != options.parent:
         # Nobody is left to read the outcome or to clean up.
         shutil.rmtree(options.workdir, ignore_errors=True)

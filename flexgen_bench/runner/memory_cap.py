@@ -55,9 +55,7 @@ class CapUnavailable(RuntimeError):
 class MemoryGroup:
     """One control group with a limit. ``own`` groups are removed by :meth:`remove`."""
 
-    def __init__(
-        self, path: Path, version: int, limit_bytes: int, own: bool, note: str = ""
-    ) -> None:
+    def __init__(self, path: Path, version: int, limit_bytes: int, own: bool, note: str = "") -> None:
         self.path, self.version, self.limit_bytes, self.own = path, version, limit_bytes, own
         self.note = note
         self._peak = self._peak_anonymous = 0
@@ -173,9 +171,7 @@ def scope_command(limit_bytes: int) -> list[str]:
     command = [program, "--scope", "--quiet", "--collect", "-p", f"MemoryMax={limit_bytes}"]
     command += ["-p", "MemorySwapMax=0"] + (["--user"] if os.geteuid() else []) + ["--"]
     try:
-        trial = subprocess.run(
-            [*command, "true"], capture_output=True, text=True, timeout=10, check=False
-        )
+        trial = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CapUnavailable(f"systemd-run: {error}") from error
     if trial.returncode:

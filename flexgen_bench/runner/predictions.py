@@ -1,4 +1,5 @@
-"""What systems are predicted to do with a cell: on a machine that is not here, before a run, and beside a measurement."""
+"""What systems are predicted to do with a cell: on a machine that is not here, before a run, and beside a
+measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.config import shipped_predictions
+from flexgen_bench.config.paths import shipped_predictions
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -16,8 +17,8 @@ from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
+from flexgen_bench.machine import host as machine
 from flexgen_bench.planner.ask import Ask
-from flexgen_bench.runner import machine
 from flexgen_bench.runner.searches import Searches
 from flexgen_bench.store.kept_predictions import FILE, Answer, KeptPredictions
 
@@ -36,7 +37,8 @@ FOUR_BITS = (
 class Asked:
     """A cell to predict. num_prompts: see Question.
 
-    also: where nobody has said what may change of the results, what is shown beside the exact row: of each group the first that the system can do.
+    also: where nobody has said what may change of the results, what is shown beside the exact row: of each group the
+    first that the system can do.
     """
 
     spec: CellSpec
@@ -45,13 +47,12 @@ class Asked:
     also: tuple[tuple[Lossy, ...], ...] = ()
 
 
-def simulate(
-    cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[str], None]
-) -> Iterator[list[Simulated]]:
+def simulate(cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[str], None]) -> Iterator[list[Simulated]]:
     """The rows of each cell: what it says, and what is asked for beside that.
 
-    cache: on whose disk files would go, where a profile states no disk, and where policies found are kept. tell: gets a line for each cell by its name,
-    and while policies are searched for. Where several are, that is done by as many processes as there are cores; the rows are the same.
+    cache: on whose disk files would go, where a profile states no disk, and where policies found are kept. tell: gets a
+    line for each cell by its name, and while policies are searched for. Where several are, that is done by as many
+    processes as there are cores; the rows are the same.
     """
     kept = KeptPredictions(shipped_predictions(), cache / FILE, tell)
     asks = {
@@ -78,9 +79,7 @@ def simulate(
                     return _simulated(asked, asks[one].question, known[one])
                 if one not in wanted:
                     return predict(asked, lossy, cache)
-                found = _guarded(
-                    asked, asks[one].question, lambda: searches.answer(wanted.index(one))
-                )
+                found = _guarded(asked, asks[one].question, lambda: searches.answer(wanted.index(one)))
                 if not isinstance(found, Answer):
                     return found
                 if found.status in KEPT:
@@ -129,7 +128,8 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
 
 
 def questions(asked: Asked, cache: Path) -> list[Ask]:
-    """All that the rows of a cell may be made of. (A system that searches for its policy can do the first of each group.)"""
+    """All that the rows of a cell may be made of. (A system that searches for its policy can do the first of each
+    group.)"""
     lossies = _searched(asked) or _lossies(asked)
     return [_question(asked, lossy, cache) for lossy in lossies]
 
@@ -147,13 +147,12 @@ def _question(asked: Asked, lossy: Lossy, cache: Path) -> Ask:
         max_latency_s=spec.max_latency_s,
     )
     model = asked.model
-    return Ask(
-        spec.system, model.predictor or "", model.constants, _options(asked, lossy), question
-    )
+    return Ask(spec.system, model.predictor or "", model.constants, _options(asked, lossy), question)
 
 
 def _guarded(asked: Asked, question: Question, answer: Callable[[], Answer]) -> Answer | Simulated:
-    """The answer, or the row that tells of a mistake in a model: it must not hide the other systems, nor lose a measurement."""
+    """The answer, or the row that tells of a mistake in a model: it must not hide the other systems, nor lose a
+    measurement."""
     try:
         return answer()
     except Exception as error:

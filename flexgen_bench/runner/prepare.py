@@ -15,9 +15,9 @@ from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.status import Status
 from flexgen_bench.runner.events import Display, take_stdout
-from flexgen_bench.runner.extras import how_to_install
 from flexgen_bench.runner.job import Prompts
 from flexgen_bench.runner.launch import cell_environment, run_guarded
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         partial.replace(answer)
 
     try:
-        from flexgen_bench.runner.checkpoints import prepare_checkpoint
+        from flexgen_bench.checkpoints.prepared import prepare_checkpoint
         from flexgen_bench.runner.prompts import build_prompts
 
         checkpoint = prepare_checkpoint(spec.model, spec.dtype, cache, moved)

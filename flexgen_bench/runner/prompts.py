@@ -39,9 +39,7 @@ def _synthetic(workload: Workload, shape: ModelShape) -> list[list[int]]:
     first = _FIRST_ID if shape.vocab_size > 2 * _FIRST_ID else 0
     rng = random.Random(workload.seed)
     if (shape.vocab_size - first) ** workload.prompt_len < workload.num_prompts:
-        raise UserError(
-            "workload.num_prompts", workload.num_prompts, "no more than there are distinct prompts"
-        )
+        raise UserError("workload.num_prompts", workload.num_prompts, "no more than there are distinct prompts")
     seen: set[tuple[int, ...]] = set()
     prompts: list[list[int]] = []
     while len(prompts) < workload.num_prompts:
@@ -90,10 +88,7 @@ def _encode(tokenizer: TextTokenizer, index: int, length: int) -> list[int]:
 def read_passages() -> list[str]:
     """The passages of ``passages.txt``, one a paragraph; lines that start with # name their sources."""
     paragraphs = _PASSAGES.read_text(encoding="utf-8").split("\n\n")
-    bodies = (
-        " ".join(line.strip() for line in text.splitlines() if not line.startswith("#"))
-        for text in paragraphs
-    )
+    bodies = (" ".join(line.strip() for line in text.splitlines() if not line.startswith("#")) for text in paragraphs)
     return [body.strip() for body in bodies if body.strip()]
 
 

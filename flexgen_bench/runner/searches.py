@@ -40,22 +40,17 @@ class Searches:
         if workers > 1:
             self._shares = RawArray("d", count)
             pool = self._stack.enter_context(process_pool(workers, self._shares))
-            self._futures = [
-                pool.submit(_search, ask, number) for number, (ask, _) in enumerate(self._asks)
-            ]
+            self._futures = [pool.submit(_search, ask, number) for number, (ask, _) in enumerate(self._asks)]
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
     def answer(self, number: int) -> Answer:
-        """What the search has found, once it has. Raises what a mistake in the predictor raises. One whose process has died (as it may where
-        memory is short) is done again here."""
+        """What the search has found, once it has. Raises what a mistake in the predictor raises. One whose process has
+        died (as it may where memory is short) is done again here."""
         if self._futures:
             future = self._futures[number]
             try:
@@ -63,9 +58,7 @@ class Searches:
                     self._progress()
                 return future.result()
             except BrokenExecutor as error:
-                self._tell(
-                    f"a process that searched for a policy has died ({error}); searching here"
-                )
+                self._tell(f"a process that searched for a policy has died ({error}); searching here")
 
         def heard(share: float) -> None:
             self._shares[number] = share

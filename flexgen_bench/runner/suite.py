@@ -16,14 +16,14 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.instructions import limited_to
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
+from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.runner.cell import make_record, run_cell
-from flexgen_bench.runner.environment import describe_environment
 from flexgen_bench.runner.events import Display
 from flexgen_bench.runner.job import TRACE_FILE, CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
-from flexgen_bench.runner.own_records import is_own, note_own
 from flexgen_bench.runner.prepare import Prepared, preparation_key, prepare
+from flexgen_bench.store.own_records import is_own, note_own
 from flexgen_bench.store.reader import find_record, read_record
 from flexgen_bench.store.trace import write_trace
 from flexgen_bench.store.writer import write_record
@@ -31,10 +31,11 @@ from flexgen_bench.store.writer import write_record
 
 @dataclass(frozen=True)
 class SuiteCell:
-    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what its run is
-    expected to be (``Record.prediction``), asked before it begins. ``predict_policy``: the same for the policy that ran, asked after a run that
-    ended well, of a system that has chosen its policy itself; None if the system does not say which. ``expected_s``: seconds that the cell will
-    take, None where nobody can say. ``note``: what of the workload asked for was left out, and why."""
+    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what
+    its run is expected to be (``Record.prediction``), asked before it begins. ``predict_policy``: the same for the
+    policy that ran, asked after a run that ended well, of a system that has chosen its policy itself; None if the
+    system does not say which. ``expected_s``: seconds that the cell will take, None where nobody can say. ``note``:
+    what of the workload asked for was left out, and why."""
 
     label: str
     spec: CellSpec
@@ -100,7 +101,8 @@ def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | Non
 
     Records of failures count: running them again is asked for with ``rerun``. A cell that could not run is
     looked at again, as what was missing may have been installed. Records that came with the checkout were
-    measured elsewhere and do not count, nor do those measured with other instructions of the processor than are permitted now.
+    measured elsewhere and do not count, nor do those measured with other instructions of the processor than are
+    permitted now.
     """
     path = find_record(results_dir, spec_hash, suite)
     if path is None:
@@ -161,8 +163,8 @@ class _Runner:
         return cell.predict()
 
     def _of_what_ran(self, cell: SuiteCell, state: CellState) -> Mapping[str, Any] | None:
-        """The prediction for the policy that ran. Before the run only what the machine has is known, not what will be free, so another policy
-        may have been expected; None: that prediction stays."""
+        """The prediction for the policy that ran. Before the run only what the machine has is known, not what will be
+        free, so another policy may have been expected; None: that prediction stays."""
         if cell.predict_policy is None or state.status is not Status.OK:
             return None
         self.display.stage("predicting")

@@ -18,9 +18,7 @@ def candidates(batch_sizes: Sequence[int], num_prompts: int) -> list[int]:
     return sorted({min(size, num_prompts) for size in batch_sizes})
 
 
-def projected_rate(
-    batch_size: int, prefill_s: float, decode_s: float, probe_gen_len: int, workload: Workload
-) -> float:
+def projected_rate(batch_size: int, prefill_s: float, decode_s: float, probe_gen_len: int, workload: Workload) -> float:
     """Generated tokens/s of the whole workload, from one probed batch of ``batch_size`` prompts.
 
     The last, smaller batch is counted as a full one: where weights are streamed it costs as much.

@@ -16,21 +16,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.checkpoints.reader import note_of
 from flexgen_bench.core.errors import CannotRun, DoesNotFit
 from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.memory.checkpoint import note_of
+from flexgen_bench.machine.probes import io_counters, peak_resident_bytes
 from flexgen_bench.runner import tuning
-from flexgen_bench.runner.endings import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.events import Emitter, take_stdout
+from flexgen_bench.runner.exit_status import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
 from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
-from flexgen_bench.runner.loading import check_capable, load_target
-from flexgen_bench.runner.probes import io_counters, peak_resident_bytes
 from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
+from flexgen_bench.systems.load_system import check_capable, load_target
 
 
 class Worker:
@@ -84,10 +84,7 @@ class Worker:
             outputs.append(token_ids)
             used.append(asdict(after - before) if before and after else None)
         self._enter("report", "writing the report")
-        self.state.process |= {
-            "io_per_repetition": used,
-            "peak_resident_bytes": peak_resident_bytes(),
-        }
+        self.state.process |= {"io_per_repetition": used, "peak_resident_bytes": peak_resident_bytes()}
         report = _with_peak(system.report())
         note = note_of(self.job.checkpoint)
         self.state.report = replace(report, notes=(*report.notes, *([note] if note else [])))
@@ -133,9 +130,7 @@ class Worker:
                 self._load(system, size)
                 done = system.generate(prompts[:size], gen_len, self.emitter.tokens)
                 rate, reason = (
-                    tuning.projected_rate(
-                        size, done.prefill_s, done.decode_s, gen_len, self.spec.workload
-                    ),
+                    tuning.projected_rate(size, done.prefill_s, done.decode_s, gen_len, self.spec.workload),
                     "",
                 )
             except (CannotRun, DoesNotFit) as error:
@@ -197,8 +192,7 @@ class Worker:
             tokenizer = TextTokenizer(self.job.checkpoint)
             outputs["prompts"] = [tokenizer.text_after((), ids) for ids in self.job.prompts]
             outputs["texts"] = [
-                tokenizer.text_after(prompt, ids)
-                for prompt, ids in zip(self.job.prompts, lists, strict=False)
+                tokenizer.text_after(prompt, ids) for prompt, ids in zip(self.job.prompts, lists, strict=False)
             ]
         return outputs
 

@@ -1,4 +1,5 @@
-"""Who starts with the next pass: the cohorts of a closed job as its schedule says, or the requests of an open one as they come."""
+"""Who starts with the next pass: the sequence groups of a closed job as its schedule says, or the requests of an open
+one as they come."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from flexgen_bench.core.policy import Schedule
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.cohorts import Cohorts, Request
+from flexgen_bench.schedule.sequence_group import SequenceGroup
+from flexgen_bench.schedule.sequence_groups import Request, SequenceGroups
 
 
 class Admission(Protocol):
-    """Decides before each pass which waiting sequences move into which free rooms."""
+    """Decides before each pass which waiting sequences move into which free KV slots."""
 
     @property
     def is_empty(self) -> bool:
@@ -22,27 +23,28 @@ class Admission(Protocol):
     def is_over(self) -> bool:
         """Whether nobody is waiting and nobody can come any more."""
 
-    def admit(self, free: Sequence[int]) -> list[Cohort]:
-        """The cohorts that start with the next pass, given the free rooms; each says which it takes."""
+    def admit(self, free: Sequence[int]) -> list[SequenceGroup]:
+        """The sequence groups that start with the next pass, given the free KV slots; each says which it takes."""
 
     def ended(self, passes: int) -> None:
-        """A cohort has left after this many passes."""
+        """A sequence group has left after this many passes."""
 
 
 class ClosedAdmission:
     """All requests are known.
 
-    Block: when every room is free, all of them are filled. Continuous: cohorts start evenly spread over the passes a
-    cohort lives, so that every pass has its share of prefill (compute-bound) beside decode (link-bound) and neither waits for
-    the other; a job's first cohort starts at once, and nothing waits while no other cohort runs.
+    Block: when every KV slot is free, all of them are filled. Continuous: sequence groups start evenly spread over the
+    passes a sequence group lives, so that every pass has its share of prefill (compute-bound) beside decode
+    (link-bound) and neither waits for the other; a job's first sequence group starts at once, and nothing waits while
+    no other sequence group runs.
     """
 
-    def __init__(self, schedule: Schedule, cohorts: Cohorts) -> None:
+    def __init__(self, schedule: Schedule, groups: SequenceGroups) -> None:
         self._continuous = schedule is Schedule.CONTINUOUS
-        self._cohorts = cohorts
-        self._waiting = list(range(len(cohorts.groups)))[::-1]
-        self._rooms = len(cohorts.rooms)
-        self._lifetimes = [cohorts.lifetime]  # passes: as planned, then as seen
+        self._groups = groups
+        self._waiting = list(range(len(groups.members)))[::-1]
+        self._kv_slots = len(groups.kv_slots)
+        self._lifetimes = [groups.lifetime]  # passes: as planned, then as seen
         self._credit = 0.0
 
     @property
@@ -53,20 +55,20 @@ class ClosedAdmission:
     def is_over(self) -> bool:
         return not self._waiting
 
-    def admit(self, free: Sequence[int]) -> list[Cohort]:
+    def admit(self, free: Sequence[int]) -> list[SequenceGroup]:
         if not self._continuous:
-            count = self._rooms if len(free) == self._rooms else 0
+            count = self._kv_slots if len(free) == self._kv_slots else 0
         else:
-            self._credit = min(self._credit + self._pace, float(self._rooms))
+            self._credit = min(self._credit + self._pace, float(self._kv_slots))
             count = int(self._credit + 1e-9)
-            if len(free) == self._rooms:
+            if len(free) == self._kv_slots:
                 count = max(count, 1)
             count = min(count, len(free))
             self._credit -= min(count, self._credit)
-        cohorts = self._cohorts
+        groups = self._groups
         return [
-            cohorts.start(self._waiting.pop(), cohorts.rooms[room])
-            for room in sorted(free)[:count]
+            groups.start(self._waiting.pop(), groups.kv_slots[kv_slot])
+            for kv_slot in sorted(free)[:count]
             if self._waiting
         ]
 
@@ -75,20 +77,21 @@ class ClosedAdmission:
 
     @property
     def _pace(self) -> float:
-        """Cohorts per pass that keep all rooms in use: rooms over the passes a cohort lately lived."""
-        recent = self._lifetimes[-self._rooms :]
-        return self._rooms * len(recent) / sum(recent)
+        """Sequence groups per pass that keep all KV slots in use: KV slots over the passes a sequence group lately
+        lived."""
+        recent = self._lifetimes[-self._kv_slots :]
+        return self._kv_slots * len(recent) / sum(recent)
 
 
 class OpenAdmission:
-    """Requests come while the job runs. Each starts as soon as there is a free room, first come, first served; a room holds one
-    sequence (``Capacity``), so it is free again when that one ends.
+    """Requests come while the job runs. Each starts as soon as there is a free KV slot, first come, first served; a KV
+    slot holds one sequence (``Capacity``), so it is free again when that one ends.
 
-    cohorts: of a plan for a capacity. Not for several threads at once.
+    sequence groups: of a plan for a capacity. Not for several threads at once.
     """
 
-    def __init__(self, cohorts: Cohorts) -> None:
-        self._cohorts = cohorts
+    def __init__(self, groups: SequenceGroups) -> None:
+        self._groups = groups
         self._waiting: deque[tuple[int, Request]] = deque()
 
     @property
@@ -116,11 +119,11 @@ class OpenAdmission:
                 return True
         return False
 
-    def admit(self, free: Sequence[int]) -> list[Cohort]:
-        cohorts = self._cohorts
+    def admit(self, free: Sequence[int]) -> list[SequenceGroup]:
+        groups = self._groups
         return [
-            cohorts.start_request(*self._waiting.popleft(), cohorts.rooms[room])
-            for room in sorted(free)
+            groups.start_request(*self._waiting.popleft(), groups.kv_slots[kv_slot])
+            for kv_slot in sorted(free)
             if self._waiting
         ]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.job import Job, Unit
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
-from flexgen_bench.schedule.steps import Buffer, Step, StepKind
+from flexgen_bench.schedule.steps import Step, StepKind
 
 
 def attention_buffers(work: MicroBatch) -> tuple[Buffer, ...]:
@@ -32,13 +33,13 @@ def attention_steps(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
 
 
 def _home(unit: Unit, part: Part) -> Buffer:
-    return Buffer("kv", part.cohort.room, unit.index, part.home)
+    return Buffer("kv", part.group.kv_slot, unit.index, part.home)
 
 
 def _appendix(unit: Unit, part: Part) -> Buffer:
     """What one more token is written to. On disk that is the unfinished tail segment, kept in host memory."""
     if part.tier is Tier.DISK:
-        return Buffer("kv_tail", part.cohort.room, unit.index, part.home)
+        return Buffer("kv_tail", part.group.kv_slot, unit.index, part.home)
     return _home(unit, part)
 
 
@@ -49,11 +50,14 @@ def _prefill(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     here = {p.index: job.keep_kv and job.kv_tier(unit, p) is unit.site.tier for p in parts}
     kept = tuple(_home(unit, p) if here[p.index] else _staged(unit, work) for p in parts)
     yield Step(
-        unit.site.lane, StepKind.ATTEND, unit.index, work,
+        unit.site.lane,
+        StepKind.ATTEND,
+        unit.index,
+        work,
         reads=(work.buffer("qkv"), *(kept if chunk.start else ())),
         writes=(*attention_buffers(work), *kept),
         flops=job.attention_flops_per_pair * work.prompt_pairs,
-    )  # fmt: skip
+    )
     if not job.keep_kv or not chunk.is_last_chunk:
         return
     for part, source in zip(parts, kept, strict=True):
@@ -63,58 +67,74 @@ def _prefill(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
 
 
 def _store_prompt(unit: Unit, work: MicroBatch, part: Part, source: Buffer) -> Iterator[Step]:
-    moved = part.cohort.layouts[part.home].prompt_bytes
+    moved = part.group.layouts[part.home].prompt_bytes
     if part.tier is Tier.DISK and unit.site.is_accelerator:
-        staged = Buffer("kv_new_host", work.prompt_slot)
+        staged = Buffer("kv_new_host", work.prompt_buffer)
         yield Step(
-            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index,
-            reads=(source,), writes=(staged,), bytes=moved,
-        )  # fmt: skip
+            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index, reads=(source,), writes=(staged,), bytes=moved
+        )
         source = staged
     yield Step(
         Lane.DISK_WRITE if part.tier is Tier.DISK else Lane.D2H,
-        StepKind.STORE_KV, unit.index, work, part.index,
-        reads=(source,), writes=(_home(unit, part),), bytes=moved,
-    )  # fmt: skip
+        StepKind.STORE_KV,
+        unit.index,
+        work,
+        part.index,
+        reads=(source,),
+        writes=(_home(unit, part),),
+        bytes=moved,
+    )
 
 
 def _staged(unit: Unit, work: MicroBatch) -> Buffer:
     """One buffer for all parts: where each lies in it depends on the others."""
-    return Buffer(f"kv_new.{unit.site.tier}", work.prompt_slot)
+    return Buffer(f"kv_new.{unit.site.tier}", work.prompt_buffer)
 
 
 def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
-    layout, token = part.cohort.layouts[part.home], part.token
+    layout, token = part.group.layouts[part.home], part.token
     cache, load = _in_memory(job, unit, work, part)
     yield from load
     appendix = _appendix(unit, part)
     # The cache lives in host memory or below, and is moved to the accelerator.
     away = unit.site.is_accelerator and part.tier is not Tier.GPU
     if away:
-        moving = Buffer("kv_slot", part.slot)
+        moving = Buffer("kv_slot", part.kv_buffer)
         yield Step(
-            Lane.H2D, StepKind.LOAD_KV, unit.index, work, part.index,
-            reads=(cache, appendix), writes=(moving,),
+            Lane.H2D,
+            StepKind.LOAD_KV,
+            unit.index,
+            work,
+            part.index,
+            reads=(cache, appendix),
+            writes=(moving,),
             bytes=layout.prefix_bytes(layout.used_segments(token - 1)),
-        )  # fmt: skip
+        )
         cache = moving
     new = work.buffer("kv_token", part.index)
     yield Step(
-        unit.site.lane, StepKind.ATTEND, unit.index, work, part.index,
+        unit.site.lane,
+        StepKind.ATTEND,
+        unit.index,
+        work,
+        part.index,
         reads=(work.buffer("qkv"), cache),
         writes=(work.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
         flops=_attend_flops(job, part),
-    )  # fmt: skip
+    )
     if away:
         staged = work.buffer("kv_token_host", part.index)
         yield Step(
-            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index,
-            reads=(new,), writes=(staged,), bytes=part.rows * layout.token_bytes,
-        )  # fmt: skip
-        yield Step(
-            Lane.CPU, StepKind.APPEND_KV, unit.index, work, part.index,
-            reads=(staged,), writes=(appendix,),
-        )  # fmt: skip
+            Lane.D2H,
+            StepKind.STORE_KV,
+            unit.index,
+            work,
+            part.index,
+            reads=(new,),
+            writes=(staged,),
+            bytes=part.rows * layout.token_bytes,
+        )
+        yield Step(Lane.CPU, StepKind.APPEND_KV, unit.index, work, part.index, reads=(staged,), writes=(appendix,))
     yield from _flush(unit, work, part)
 
 
@@ -122,50 +142,77 @@ def _decode_on_cpu(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterat
     """Queries go down, the cache stays, the attention output comes back up."""
     query, result = work.buffer("qkv_host", part.index), work.buffer("attn_host", part.index)
     yield Step(
-        Lane.D2H, StepKind.MOVE_QKV, unit.index, work, part.index,
-        reads=(work.buffer("qkv"),), writes=(query,), bytes=part.rows * job.qkv_row_bytes,
-    )  # fmt: skip
+        Lane.D2H,
+        StepKind.MOVE_QKV,
+        unit.index,
+        work,
+        part.index,
+        reads=(work.buffer("qkv"),),
+        writes=(query,),
+        bytes=part.rows * job.qkv_row_bytes,
+    )
     cache, load = _in_memory(job, unit, work, part)
     yield from load
     yield Step(
-        Lane.CPU, StepKind.ATTEND, unit.index, work, part.index,
-        reads=(query, cache), writes=(result, _appendix(unit, part)), flops=_attend_flops(job, part),
-    )  # fmt: skip
+        Lane.CPU,
+        StepKind.ATTEND,
+        unit.index,
+        work,
+        part.index,
+        reads=(query, cache),
+        writes=(result, _appendix(unit, part)),
+        flops=_attend_flops(job, part),
+    )
     yield Step(
-        Lane.H2D, StepKind.MOVE_ATTENTION, unit.index, work, part.index,
-        reads=(result,), writes=(work.buffer("attn", part.index),),
+        Lane.H2D,
+        StepKind.MOVE_ATTENTION,
+        unit.index,
+        work,
+        part.index,
+        reads=(result,),
+        writes=(work.buffer("attn", part.index),),
         bytes=part.rows * job.attention_row_bytes,
-    )  # fmt: skip
+    )
     yield from _flush(unit, work, part)
 
 
-def _in_memory(
-    job: Job, unit: Unit, work: MicroBatch, part: Part
-) -> tuple[Buffer, tuple[Step, ...]]:
+def _in_memory(job: Job, unit: Unit, work: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:
     """The buffer where a part's cache can be read in memory, and the step that brings it there from disk."""
     home = _home(unit, part)
     if part.tier is not Tier.DISK:
         return home, ()
-    layout = part.cohort.layouts[part.home]
-    host = Buffer("kv_host", part.slot)
+    layout = part.group.layouts[part.home]
+    host = Buffer("kv_host", part.kv_buffer)
     load = Step(
-        Lane.DISK_READ, StepKind.LOAD_KV, unit.index, work, part.index, reads=(home,), writes=(host,),
+        Lane.DISK_READ,
+        StepKind.LOAD_KV,
+        unit.index,
+        work,
+        part.index,
+        reads=(home,),
+        writes=(host,),
         bytes=layout.prefix_bytes(layout.full_segments(part.token - 1)),
-    )  # fmt: skip
+    )
     return host, (load,)
 
 
 def _flush(unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
     """A tail segment of a cache on disk is written once, when it is complete, if more tokens are to attend to it."""
-    layout = part.cohort.layouts[part.home]
+    layout = part.group.layouts[part.home]
     is_complete = part.token % layout.segment_tokens == 0
     if part.tier is Tier.DISK and is_complete and part.token < layout.new_tokens:
         yield Step(
-            Lane.DISK_WRITE, StepKind.STORE_KV, unit.index, work, part.index,
-            reads=(_appendix(unit, part),), writes=(_home(unit, part),), bytes=layout.segment_bytes,
-        )  # fmt: skip
+            Lane.DISK_WRITE,
+            StepKind.STORE_KV,
+            unit.index,
+            work,
+            part.index,
+            reads=(_appendix(unit, part),),
+            writes=(_home(unit, part),),
+            bytes=layout.segment_bytes,
+        )
 
 
 def _attend_flops(job: Job, part: Part) -> int:
-    lens = part.cohort.prompt_lens[part.span.start : part.span.stop]
+    lens = part.group.prompt_lens[part.span.start : part.span.stop]
     return (sum(lens) + part.span.count * part.token) * job.attention_flops_per_pair

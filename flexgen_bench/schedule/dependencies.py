@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flexgen_bench.core.tiers import Lane
-from flexgen_bench.schedule.steps import Buffer, Step
+from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.steps import Step
 
 # Which step of which lane must be done first. Lanes work in order, so one number per lane says it all:
 # "lane X has finished its n-th step" implies all its earlier ones.
@@ -54,7 +55,8 @@ class DependencyTracker:
 
 
 class _Use:
-    """Of a buffer: its last writer (lane, and the step's number on it; 0: nobody has written it), and who has read it since."""
+    """Of a buffer: its last writer (lane, and the step's number on it; 0: nobody has written it), and who has read it
+    since."""
 
     __slots__ = ("number", "readers", "writer")
 

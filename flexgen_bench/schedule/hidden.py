@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.job import Job, Unit
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
-from flexgen_bench.schedule.steps import Buffer, Step, StepKind
+from flexgen_bench.schedule.steps import Step, StepKind
 
 
 def working_buffers(unit: Unit, work: MicroBatch) -> tuple[Buffer, ...]:
-    """What a compute step on a micro-batch's hidden states touches: the staging slot for parts that live
+    """What a compute step on a micro-batch's hidden states touches: the staging buffer for parts that live
     elsewhere, and the homes of the parts that live where the unit is computed."""
     site = unit.site.tier
     found = work.known.get(site)
@@ -34,9 +35,15 @@ def load_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
         for lower, upper in pairwise(path):
             target = work.buffer(f"x.{upper}")
             yield Step(
-                _LINK[lower, upper], StepKind.LOAD_HIDDEN, unit.index, work, part.index,
-                reads=(source,), writes=(target,), bytes=part.rows * job.hidden_row_bytes,
-            )  # fmt: skip
+                _LINK[lower, upper],
+                StepKind.LOAD_HIDDEN,
+                unit.index,
+                work,
+                part.index,
+                reads=(source,),
+                writes=(target,),
+                bytes=part.rows * job.hidden_row_bytes,
+            )
             source = target
 
 
@@ -49,9 +56,15 @@ def store_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
             home = lower is part.tier
             target = work.hidden_homes[part.index] if home else work.buffer(f"x.{lower}")
             yield Step(
-                _LINK[upper, lower], StepKind.STORE_HIDDEN, unit.index, work, part.index,
-                reads=(source,), writes=(target,), bytes=part.rows * job.hidden_row_bytes,
-            )  # fmt: skip
+                _LINK[upper, lower],
+                StepKind.STORE_HIDDEN,
+                unit.index,
+                work,
+                part.index,
+                reads=(source,),
+                writes=(target,),
+                bytes=part.rows * job.hidden_row_bytes,
+            )
             source = target
 
 

@@ -37,8 +37,8 @@ class Site:
 class Unit:
     """A schedulable piece of the model. ``load_bytes`` is what one load moves (0: nothing to load).
 
-    flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and unpacked
-    by a step of their own.
+    flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and
+    unpacked by a step of their own.
     """
 
     index: int
@@ -66,8 +66,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A staging slot for units of one kind, as large as the largest of them."""
+class WeightBuffer:
+    """A staging buffer for units of one kind, as large as the largest of them."""
 
     kind: UnitKind
     bytes: int
@@ -77,17 +77,17 @@ class Slot:
 class Job:
     """A whole job for the generator.
 
-    weight_slots: staging slots for streamed layers where they are computed, and as many in host memory for those on disk when an
-    accelerator computes. plain_slots: room for unpacked weights, of plain_slot_bytes each. stages: staging slots for what belongs to a
-    micro-batch; at least two, since one is attended while the next is projected. keep_kv is False for jobs that never decode (scoring):
-    nothing is cached then. The *_bytes give steps their bytes.
+    weight_slots: staging buffers for streamed layers where they are computed, and as many in host memory for those on
+    disk when an accelerator computes. plain_slots: room for unpacked weights, of plain_slot_bytes each. stages: staging
+    buffers for what belongs to a micro-batch; at least two, since one is attended while the next is projected. keep_kv
+    is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps their bytes.
     """
 
     units: tuple[Unit, ...]
     compute_tier: Tier
     attention: AttentionSite
-    weight_slots: int
-    stages: int
+    weight_buffers: int
+    num_buffers: int
     hidden_row_bytes: int
     embed_row_bytes: int
     qkv_row_bytes: int
@@ -96,8 +96,8 @@ class Job:
     # score and value products of one query token against one cached token
     attention_flops_per_pair: int
     keep_kv: bool = True
-    plain_slots: int = 0
-    plain_slot_bytes: int = 0
+    dequantized_buffers: int = 0
+    dequantized_buffer_bytes: int = 0
 
     @property
     def compute_lane(self) -> Lane:
@@ -113,20 +113,21 @@ class Job:
         return tuple(u for u in self.units if u.is_streamed)
 
     @cached_property
-    def slots(self) -> dict[Tier, tuple[Slot, ...]]:
-        """Staging slots of weights on every tier where there are any.
+    def buffers(self) -> dict[Tier, tuple[WeightBuffer, ...]]:
+        """Staging buffers of weights on every tier where there are any.
 
-        Layers share ``weight_slots`` of them. The embedding and the head, which are often larger, have one each: it costs no
-        more memory than slots that hold anything would, and the head can be on its way while every layer slot is in use.
+        Layers share ``weight_slots`` of them. The embedding and the head, which are often larger, have one each: it
+        costs no more memory than slots that hold anything would, and the head can be on its way while every layer slot
+        is in use.
         """
-        found: dict[Tier, tuple[Slot, ...]] = {}
+        found: dict[Tier, tuple[WeightBuffer, ...]] = {}
         for tier in (Tier.GPU, Tier.CPU):
             passing = [u for u in self.streamed if tier in u.path]
-            slots: list[Slot] = []
+            slots: list[WeightBuffer] = []
             for kind in UnitKind:
                 largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
                 if largest:
-                    slots += [Slot(kind, largest)] * (self.slots_for(kind))
+                    slots += [WeightBuffer(kind, largest)] * (self.buffers_for(kind))
             if slots:
                 found[tier] = tuple(slots)
         return found
@@ -134,24 +135,22 @@ class Job:
     def pieces(self, unit: Unit) -> tuple[tuple[int, int], ...]:
         """Byte ranges in which a streamed unit is loaded, in whole pages.
 
-        A head that is larger than a layer comes in pieces of about a layer's size, spread over the pass: as one piece it would keep
-        the link for so long that the layers in their slots are computed and the next are not there.
+        A head that is larger than a layer comes in pieces of about a layer's size, spread over the pass: as one piece
+        it would keep the link for so long that the layers in their slots are computed and the next are not there.
         """
         if unit.kind is not UnitKind.HEAD or not self._largest_layer:
             return ((0, unit.load_bytes),)
         count = -(-unit.load_bytes // self._largest_layer)
         size = aligned(-(-unit.load_bytes // count))
-        return tuple(
-            (start, min(start + size, unit.load_bytes)) for start in range(0, unit.load_bytes, size)
-        )
+        return tuple((start, min(start + size, unit.load_bytes)) for start in range(0, unit.load_bytes, size))
 
     @cached_property
     def _largest_layer(self) -> int:
         return max((u.load_bytes for u in self.streamed if u.kind is UnitKind.LAYER), default=0)
 
-    def slots_for(self, kind: UnitKind) -> int:
-        """Staging slots that units of a kind share, on one tier."""
-        return self.weight_slots if kind is UnitKind.LAYER else 1
+    def buffers_for(self, kind: UnitKind) -> int:
+        """Staging buffers that units of a kind share, on one tier."""
+        return self.weight_buffers if kind is UnitKind.LAYER else 1
 
     def kv_tier(self, unit: Unit, part: Part) -> Tier:
         """Where a part's cache of this layer lives: never above the site that computes the layer."""
@@ -168,8 +167,4 @@ class Job:
 
     def attends_on_cpu(self, unit: Unit, part: Part) -> bool:
         """Decode attention of this part runs on the cpu although an accelerator computes the rest."""
-        return (
-            unit.site.is_accelerator
-            and part.tier is not Tier.GPU
-            and self.attention is AttentionSite.CPU
-        )
+        return unit.site.is_accelerator and part.tier is not Tier.GPU and self.attention is AttentionSite.CPU

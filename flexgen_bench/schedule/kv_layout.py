@@ -11,9 +11,9 @@ from flexgen_bench.core.units import PAGE, aligned
 class KVLayout:
     """One span's region per layer: a prompt segment, then tail segments.
 
-    Each segment is (2, sequences, kv_heads, tokens, ...), contiguous, so a prefix of the region is one transfer; the prompt
-    segment holds P tokens per sequence, a tail segment ``segment_tokens`` generated ones. Segments start at multiples
-    of ``align`` bytes, so that direct I/O can address them.
+    Each segment is (2, sequences, kv_heads, tokens, ...), contiguous, so a prefix of the region is one transfer; the
+    prompt segment holds P tokens per sequence, a tail segment ``segment_tokens`` generated ones. Segments start at
+    multiples of ``align`` bytes, so that direct I/O can address them.
     """
 
     sequences: int

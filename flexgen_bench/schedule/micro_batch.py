@@ -1,4 +1,5 @@
-"""What is computed together in a pass: prompt tokens of a cohort, or the next token of one or more cohorts."""
+"""What is computed together in a pass: prompt tokens of a sequence group, or the next token of one or more sequence
+groups."""
 
 from __future__ import annotations
 
@@ -7,28 +8,28 @@ from functools import cached_property
 from itertools import accumulate
 
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.schedule.cohort import Cohort, Span
-from flexgen_bench.schedule.steps import Buffer
+from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.sequence_group import SequenceGroup, Span
 
 
 @dataclass(frozen=True)
 class Member:
-    """A cohort's share of a micro-batch.
+    """A sequence group's share of a micro-batch.
 
-    token: 0 while its prompts are computed, n when their n-th new token is fed. start, stop: which tokens of each prompt
-    (token 0 only); stop None means to the end.
+    token: 0 while its prompts are computed, n when their n-th new token is fed. start, stop: which tokens of each
+    prompt (token 0 only); stop None means to the end.
     """
 
-    cohort: Cohort
+    group: SequenceGroup
     token: int
     start: int = 0
     stop: int | None = None
 
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter. What all prompts share is computed
-        with the first."""
-        lens = self.cohort.prompt_lens
+        """Positions ``first .. last-1`` that are computed, per sequence; empty where a prompt is shorter. What all
+        prompts share is computed with the first."""
+        lens = self.group.prompt_lens
         if self.token:
             return tuple((n + self.token - 1, n + self.token) for n in lens)
 
@@ -37,33 +38,34 @@ class Member:
             return min(first, last), last
 
         # Most prompts are as long as others.
-        of_len = {n: part(n, max(self.start, self.cohort.shared)) for n in set(lens)}
+        of_len = {n: part(n, max(self.start, self.group.shared)) for n in set(lens)}
         return (part(lens[0], self.start), *(of_len[n] for n in lens[1:]))
 
     @property
     def shared_rows(self) -> int:
         """How many of this member's rows, its first ones, are tokens that all of its prompts share."""
         first, last = self.ranges[0]
-        return 0 if self.token else max(0, min(last, self.cohort.shared) - first)
+        return 0 if self.token else max(0, min(last, self.group.shared) - first)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each sequence's rows start in this member's rows; one more entry than sequences."""
         if self.token:  # one row each
-            return tuple(range(self.cohort.size + 1))
+            return tuple(range(self.group.size + 1))
         rows = (last - first for first, last in self.ranges)
         return tuple(accumulate(rows, initial=0))
 
     @property
     def is_last_chunk(self) -> bool:
-        return self.stop is None or self.stop >= max(self.cohort.prompt_lens)
+        return self.stop is None or self.stop >= max(self.group.prompt_lens)
 
 
 @dataclass(frozen=True)
 class Part:
     """One span of one member: sequences whose KV cache (or hidden states) lie together, and their rows here.
 
-    index: its number in the micro-batch; home: the span's number in the room; slot: staging slot for a KV cache that is moved.
+    index: its number in the micro-batch; home: the span's number in the KV slot; kv_buffer: staging buffer for a KV
+    cache that is moved.
     """
 
     index: int
@@ -72,11 +74,11 @@ class Part:
     span: Span
     row: int  # first of its rows in the micro-batch
     stop: int  # one after the last
-    slot: int = 0
+    kv_buffer: int = 0
 
     @property
-    def cohort(self) -> Cohort:
-        return self.member.cohort
+    def group(self) -> SequenceGroup:
+        return self.member.group
 
     @property
     def tier(self) -> Tier:
@@ -95,17 +97,18 @@ class Part:
 class MicroBatch:
     """Sequences computed together.
 
-    stage: its staging slot; prompt_slot: the one where keys and values of its prompts gather (the same for all chunks); first_slot: of ``slots`` KV staging slots, the one for its first part. chunk: number of the chunk
-    of its prompts. wanted: rows whose logits are needed; without any, the head does not run.
+    stage: its staging buffer; prompt_slot: the one where keys and values of its prompts gather (the same for all
+    chunks); first_slot: of ``num_kv_buffers`` KV staging buffers, the one for its first part. chunk: number of the
+    chunk of its prompts. wanted: rows whose logits are needed; without any, the head does not run.
     """
 
     index: int
     members: tuple[Member, ...]
-    stage: int
-    prompt_slot: int
-    first_slot: int
-    slots: int
-    wanted: tuple[int, ...]
+    buffer_index: int
+    prompt_buffer: int
+    first_kv_buffer: int
+    num_kv_buffers: int
+    logit_rows: tuple[int, ...]
     chunk: int = 0
 
     @cached_property
@@ -130,21 +133,19 @@ class MicroBatch:
 
     @cached_property
     def kv_parts(self) -> tuple[Part, ...]:
-        return self._parts([member.cohort.kv for member in self.members])
+        return self._parts([member.group.kv for member in self.members])
 
     @cached_property
     def hidden_parts(self) -> tuple[Part, ...]:
         """Only those with rows here: in late chunks, short prompts have none."""
-        parts = self._parts([member.cohort.hidden for member in self.members])
+        parts = self._parts([member.group.hidden for member in self.members])
         with_rows = [part for part in parts if part.rows]
         return tuple(replace(part, index=index) for index, part in enumerate(with_rows))
 
     @cached_property
     def hidden_homes(self) -> tuple[Buffer, ...]:
         """Where each part's hidden states live between units; each chunk of a prompt has a place of its own."""
-        return tuple(
-            Buffer("hidden", part.cohort.room, self.chunk, part.home) for part in self.hidden_parts
-        )
+        return tuple(Buffer("hidden", part.group.kv_slot, self.chunk, part.home) for part in self.hidden_parts)
 
     @cached_property
     def known(self) -> dict[object, tuple[Buffer, ...]]:
@@ -153,7 +154,7 @@ class MicroBatch:
 
     def buffer(self, name: str, part: int = 0) -> Buffer:
         """A staging buffer of this micro-batch's stage."""
-        return Buffer(name, self.stage, part=part)
+        return Buffer(name, self.buffer_index, part=part)
 
     def _parts(self, spans: list[tuple[Span, ...]]) -> tuple[Part, ...]:
         parts: list[Part] = []
@@ -164,7 +165,15 @@ class MicroBatch:
                 if span.count:
                     number = len(parts)
                     parts.append(
-                        Part(number, member, home, span, start, stop, (self.first_slot + number) % self.slots)
-                    )  # fmt: skip
+                        Part(
+                            number,
+                            member,
+                            home,
+                            span,
+                            start,
+                            stop,
+                            (self.first_kv_buffer + number) % self.num_kv_buffers,
+                        )
+                    )
             row += member.offsets[-1]
         return tuple(parts)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flexgen_bench.core.policy import Placement
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.schedule.cohort import Span
+from flexgen_bench.schedule.sequence_group import Span
 
 
 class ShareSpreader:

@@ -18,70 +18,66 @@ from typing import Protocol
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.schedule.admission import Admission, ClosedAdmission
-from flexgen_bench.schedule.cohort import Cohort
-from flexgen_bench.schedule.cohorts import Cohorts
 from flexgen_bench.schedule.generator import pass_steps
 from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
-from flexgen_bench.schedule.passes import RunningCohort, Wanted, chunk_len, form_micro_batches
+from flexgen_bench.schedule.passes import LogitRows, RunningGroup, chunk_len, form_micro_batches
+from flexgen_bench.schedule.sequence_group import SequenceGroup
+from flexgen_bench.schedule.sequence_groups import SequenceGroups
 from flexgen_bench.schedule.steps import Step
 from flexgen_bench.schedule.weights import WeightStream
 
-# Which sequences of a cohort, by their numbers in the job, have come to their end before their ``gen_len``.
-Ended = Callable[[Cohort], Collection[int]]
+# Which sequences of a sequence group, by their numbers in the job, have come to their end before their ``gen_len``.
+Ended = Callable[[SequenceGroup], Collection[int]]
 
 
 class Planned(Protocol):
-    """What a scheduler needs of a memory plan: the job for the step generator, and the rooms that sequences move into."""
+    """What a scheduler needs of a memory plan: the job for the step generator, and the KV slots that sequences move
+    into."""
 
     @property
     def job(self) -> Job: ...
 
     @property
-    def cohorts(self) -> Cohorts: ...
+    def groups(self) -> SequenceGroups: ...
 
 
-def nobody(cohort: Cohort) -> Collection[int]:
+def nobody(group: SequenceGroup) -> Collection[int]:
     """No sequence ends early."""
     return ()
 
 
 def ending(member: Member) -> list[int]:
-    """Places in the cohort of the sequences that get a token from this member: their prompt ends here, or they decode."""
+    """Places in the sequence group of the sequences that get a token from this member: their prompt ends here, or they
+    decode."""
     if member.token:
-        return list(range(member.cohort.size))
+        return list(range(member.group.size))
     return [
-        place
-        for place, (first, last) in enumerate(member.ranges)
-        if first < last == member.cohort.prompt_lens[place]
+        place for place, (first, last) in enumerate(member.ranges) if first < last == member.group.prompt_lens[place]
     ]
 
 
 def last_rows(member: Member) -> Sequence[int]:
     """The rows that generation wants logits of: the last one of every sequence that gets a token."""
     if member.token:  # one row each
-        return range(member.cohort.size)
+        return range(member.group.size)
     return [member.offsets[place + 1] - 1 for place in ending(member)]
 
 
 class Scheduler:
-    """The state of a job between passes: which cohorts run in which rooms, and which wait.
+    """The state of a job between passes: which sequence groups run in which KV slots, and which wait.
 
     admission: who may start; None for a closed job, that of the plan's requests.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        plan: Planned,
-        wanted: Wanted = last_rows,
-        admission: Admission | None = None,
+        self, policy: Policy, plan: Planned, logit_rows: LogitRows = last_rows, admission: Admission | None = None
     ) -> None:
-        self._policy, self._job, self._wanted = policy, plan.job, wanted
-        self._rooms = range(len(plan.cohorts.rooms))
+        self._policy, self._job, self._logit_rows = policy, plan.job, logit_rows
+        self._kv_slots = range(len(plan.groups.kv_slots))
         self._weights = WeightStream(plan.job)
-        self._admission = admission or ClosedAdmission(policy.schedule, plan.cohorts)
-        self._running: dict[int, RunningCohort] = {}  # by room
+        self._admission = admission or ClosedAdmission(policy.schedule, plan.groups)
+        self._running: dict[int, RunningGroup] = {}  # by KV slot
 
     @property
     def is_done(self) -> bool:
@@ -89,54 +85,54 @@ class Scheduler:
         return not self._running and self._admission.is_empty
 
     @property
-    def running(self) -> list[RunningCohort]:
-        """Who takes part in the pass that has begun, in the order of their rooms."""
-        return [self._running[room] for room in sorted(self._running)]
+    def running(self) -> list[RunningGroup]:
+        """Who takes part in the pass that has begun, in the order of their KV slots."""
+        return [self._running[kv_slot] for kv_slot in sorted(self._running)]
 
     def schedule(self) -> list[MicroBatch]:
-        """Let cohorts move in; the micro-batches of the next pass."""
+        """Let sequence groups move in; the micro-batches of the next pass."""
         self.admit()
         return form_micro_batches(
             self._job,
             self.running,
             self._policy.gpu_batch_size,
             lambda size: chunk_len(self._policy, size),
-            self._wanted,
+            self._logit_rows,
         )
 
     def admit(self) -> None:
-        """Only let cohorts move in: all that a pass needs whose steps nobody wants."""
-        free = [room for room in self._rooms if room not in self._running]
-        for cohort in self._admission.admit(free):
-            self._running[cohort.room] = RunningCohort(cohort)
+        """Only let sequence groups move in: all that a pass needs whose steps nobody wants."""
+        free = [kv_slot for kv_slot in self._kv_slots if kv_slot not in self._running]
+        for group in self._admission.admit(free):
+            self._running[group.kv_slot] = RunningGroup(group)
 
     def steps(self, batches: list[MicroBatch]) -> Iterator[Step]:
         """The steps of the pass that ``schedule`` has begun."""
         return pass_steps(self._job, self._weights, batches, self._is_last)
 
-    def postprocess(self, ended: Ended = nobody) -> list[Cohort]:
-        """After a pass: sequences that have come to their end leave, the others feed their next token in the next pass. Returns the cohorts of
-        which nobody is left: their rooms are free."""
-        for room, one in self._running.items():
-            self._running[room] = replace(one, token=one.token + 1)
+    def postprocess(self, ended: Ended = nobody) -> list[SequenceGroup]:
+        """After a pass: sequences that have come to their end leave, the others feed their next token in the next pass.
+        Returns the sequence groups of which nobody is left: their KV slots are free."""
+        for kv_slot, one in self._running.items():
+            self._running[kv_slot] = replace(one, token=one.token + 1)
         return self.remove(ended)
 
-    def remove(self, ended: Ended) -> list[Cohort]:
-        """Between passes: sequences leave, also before their end. Returns the cohorts of which nobody is left."""
+    def remove(self, ended: Ended) -> list[SequenceGroup]:
+        """Between passes: sequences leave, also before their end. Returns the sequence groups of which nobody is
+        left."""
         left = []
-        for room, one in list(self._running.items()):
-            gone = ended(one.cohort)
-            if len(gone) == one.cohort.size or one.token >= one.cohort.gen_len:
-                del self._running[room]
+        for kv_slot, one in list(self._running.items()):
+            gone = ended(one.group)
+            if len(gone) == one.group.size or one.token >= one.group.gen_len:
+                del self._running[kv_slot]
                 self._admission.ended(one.token)
-                left.append(one.cohort)
+                left.append(one.group)
             elif gone:
-                self._running[room] = replace(one, cohort=one.cohort.without(gone))
+                self._running[kv_slot] = replace(one, group=one.group.without(gone))
         return left
 
     @property
     def _is_last(self) -> bool:
-        """Whether no pass can follow. Sequences that end early may make an earlier one the last: its loads were for nothing."""
-        return self._admission.is_over and all(
-            r.token + 1 >= r.cohort.gen_len for r in self._running.values()
-        )
+        """Whether no pass can follow. Sequences that end early may make an earlier one the last: its loads were for
+        nothing."""
+        return self._admission.is_over and all(r.token + 1 >= r.group.gen_len for r in self._running.values())

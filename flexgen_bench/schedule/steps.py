@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from flexgen_bench.core.tiers import Lane
-
-if TYPE_CHECKING:
-    from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.micro_batch import MicroBatch
 
 
 class StepKind(StrEnum):
     """What a step does. The engine has one action per kind; the lane says where it happens."""
 
     LOAD_WEIGHTS = "load_weights"  # a unit's blob, one tier up
-    DEQUANTIZE = (
-        "dequantize"  # a unit's compressed weights, unpacked once for all micro-batches of a pass
-    )
+    DEQUANTIZE = "dequantize"  # a unit's compressed weights, unpacked once for all micro-batches of a pass
     GATHER_ROWS = "gather_rows"  # embedding rows of the tokens, from where the table lies
     MOVE_ROWS = "move_rows"  # gathered rows, cpu -> gpu
     EMBED = "embed"  # rows -> hidden states
@@ -36,22 +33,14 @@ class StepKind(StrEnum):
     SAMPLE = "sample"  # logits -> next tokens, on the host
 
 
-class Buffer(NamedTuple):
-    """A named piece of memory. Staging buffers are named by slot, so reuse shows as a dependency."""
-
-    name: str
-    key: int = 0
-    layer: int = 0
-    part: int = 0
-
-
 class Step(NamedTuple):
     """One unit of work. (A tuple: hundreds of thousands are made in a search for a policy.)
 
     unit: 0 = embedding, 1..L = decoder layers, L+1 = head. work: the micro-batch it belongs to, None for weights.
-    part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one. slot: staging slot of the weights (-1: in place).
-    plain: slot of the unpacked weights, where compressed ones are unpacked by a step of their own (-1: they are not).
-    bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
+    part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one.
+    weight_buffer: staging buffer of the weights (-1: in place).
+    dequantized_buffer: that of the unpacked weights, where compressed ones are unpacked by a step of their own (-1:
+    they are not). bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
     """
 
     lane: Lane
@@ -59,8 +48,8 @@ class Step(NamedTuple):
     unit: int
     work: MicroBatch | None = None
     part: int = -1
-    slot: int = -1
-    plain: int = -1
+    weight_buffer: int = -1
+    dequantized_buffer: int = -1
     reads: tuple[Buffer, ...] = ()
     writes: tuple[Buffer, ...] = ()
     bytes: int = 0
@@ -78,9 +67,9 @@ class Step(NamedTuple):
         return -1 if self.work is None else self.work.index
 
     @property
-    def stage(self) -> int:
-        """Staging slot of the micro-batch's own data (rows, hidden states, q/k/v, attention)."""
-        return 0 if self.work is None else self.work.stage
+    def buffer_index(self) -> int:
+        """Staging buffer of the micro-batch's own data (rows, hidden states, q/k/v, attention)."""
+        return 0 if self.work is None else self.work.buffer_index
 
     @property
     def token(self) -> int:

@@ -7,26 +7,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.job import Job, Unit, UnitKind
-from flexgen_bench.schedule.steps import Buffer, Step, StepKind
+from flexgen_bench.schedule.steps import Step, StepKind
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A unit's weights where it is computed. slot: staging slot (-1: in place); plain: slot of the unpacked weights
-    (-1: used as they are)."""
+    """A unit's weights where it is computed. weight_buffer: staging buffer (-1: in place); dequantized_buffer: that of
+    the unpacked weights (-1: used as they are)."""
 
     buffers: tuple[Buffer, ...]
-    slot: int
-    plain: int = -1
+    weight_buffer: int
+    dequantized_buffer: int = -1
 
 
 class WeightStream:
     """Emits load steps for streamed units, in order, cyclically over the passes, as many as there are slots.
 
     A load is emitted once everything that uses the unit whose slot it takes has been, so the derived write-after-read
-    dependency is the back-pressure. It does not stop at the end of a pass: while the head computes, the first layers of the next
-    pass are already on their way.
+    dependency is the back-pressure. It does not stop at the end of a pass: while the head computes, the first layers of
+    the next pass are already on their way.
     """
 
     def __init__(self, job: Job) -> None:
@@ -40,32 +41,37 @@ class WeightStream:
         self._place: dict[tuple[Tier, int], int] = {}  # (tier, unit) -> slot of its latest load
         self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._unpacked = 0
-        self._plain: dict[int, int] = {}  # unit -> plain slot of the present pass
+        self._dequantized: dict[int, int] = {}  # unit -> target slot of the present pass
 
     def begin_pass(self, is_last: bool) -> None:
         """Announce a pass. ``is_last``: nothing is loaded for a pass after it."""
         self._end += len(self._order)
         self._is_last = is_last
-        self._plain.clear()
+        self._dequantized.clear()
 
     def ready(self, unit: Unit) -> Iterator[Step]:
         """The steps to emit before the first use of ``unit`` in this pass."""
         yield from self._fill()
-        if unit.unpack and unit.index not in self._plain:
-            plain = self._plain[unit.index] = self._unpacked % self._job.plain_slots
+        if unit.unpack and unit.index not in self._dequantized:
+            target = self._dequantized[unit.index] = self._unpacked % self._job.dequantized_buffers
             self._unpacked += 1
             packed, slot = self._packed(unit)
             yield Step(
-                unit.site.lane, StepKind.DEQUANTIZE, unit.index, slot=slot, plain=plain,
-                reads=packed, writes=(Buffer("plain", plain),),
-            )  # fmt: skip
+                unit.site.lane,
+                StepKind.DEQUANTIZE,
+                unit.index,
+                weight_buffer=slot,
+                dequantized_buffer=target,
+                reads=packed,
+                writes=(Buffer("plain", target),),
+            )
 
     def where(self, unit: Unit) -> Blob:
         """Where the unit's weights are, in this pass, once ``ready`` has been emitted."""
         packed, slot = self._packed(unit)
-        if unit.index in self._plain:
-            plain = self._plain[unit.index]
-            return Blob((*packed, Buffer("plain", plain)), slot, plain)
+        if unit.index in self._dequantized:
+            target = self._dequantized[unit.index]
+            return Blob((*packed, Buffer("plain", target)), slot, target)
         return Blob(packed, slot)
 
     def done(self, unit: Unit) -> Iterator[Step]:
@@ -90,11 +96,11 @@ class WeightStream:
         while self._loads < last:
             unit, piece = self._order[self._loads % len(self._order)]
             if piece == 0:
-                if self._held[unit.kind] == self._job.slots_for(unit.kind):
+                if self._held[unit.kind] == self._job.buffers_for(unit.kind):
                     return
                 self._held[unit.kind] += 1
                 for tier in unit.path:
-                    self._place[tier, unit.index] = self._next_slot(tier, unit.kind)
+                    self._place[tier, unit.index] = self._next_buffer(tier, unit.kind)
                 self._slots[unit.index].append(self._place[unit.site.tier, unit.index])
             self._loads += 1
             yield from self._load(unit, piece)
@@ -108,17 +114,23 @@ class WeightStream:
             slot = self._place[tier, unit.index]
             target = Buffer(f"weights.{tier}", slot, part=piece)
             yield Step(
-                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D_WEIGHTS, StepKind.LOAD_WEIGHTS, unit.index,
-                part=piece if len(pieces) > 1 else -1, slot=slot, reads=(source,), writes=(target,), bytes=stop - start,
-            )  # fmt: skip
+                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D_WEIGHTS,
+                StepKind.LOAD_WEIGHTS,
+                unit.index,
+                part=piece if len(pieces) > 1 else -1,
+                weight_buffer=slot,
+                reads=(source,),
+                writes=(target,),
+                bytes=stop - start,
+            )
             source = target
 
-    def _next_slot(self, tier: Tier, kind: UnitKind) -> int:
+    def _next_buffer(self, tier: Tier, kind: UnitKind) -> int:
         """The slots of a kind are used in turn."""
         used = self._used.get((tier, kind), 0)
         self._used[tier, kind] = used + 1
-        first = next(i for i, slot in enumerate(self._job.slots[tier]) if slot.kind is kind)
-        return first + used % self._job.slots_for(kind)
+        first = next(i for i, slot in enumerate(self._job.buffers[tier]) if slot.kind is kind)
+        return first + used % self._job.buffers_for(kind)
 
 
 def _spread(job: Job) -> list[tuple[Unit, int]]:
@@ -127,8 +139,8 @@ def _spread(job: Job) -> list[tuple[Unit, int]]:
     for unit in job.streamed:
         count, before = len(job.pieces(unit)), len(order)
         for piece in range(count):
-            # Into the middle of its share of the units before; the earlier pieces have moved that back by ``piece``. A unit in
-            # one piece stays in its place.
+            # Into the middle of its share of the units before; the earlier pieces have moved that back by ``piece``. A
+            # unit in one piece stays in its place.
             place = before * (2 * piece + 1) // (2 * count) + piece if count > 1 else before
             order.insert(place, (unit, piece))
     return order

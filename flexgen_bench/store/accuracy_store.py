@@ -1,6 +1,7 @@
 """Accuracy records: written whole or not at all, read back one by one, so that a damaged one never hides the others.
 
-``<results>/accuracy/<model>/<system>--<mode>/<task>--<key>--<run id>.json.gz``, and ``_mode--...`` for what a mode does to the model's numbers.
+``<results>/accuracy/<model>/<system>--<mode>/<task>--<key>--<run id>.json.gz``, and ``_mode--...`` for what a mode does
+to the model's numbers.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def read_mode(path: Path) -> ModeRecord:
 
 
 def read_accuracy(results_dir: Path, keys: Collection[str] | None = None) -> StoredAccuracy:
-    """Every usable record; of one subject and task the one with most items, and of these the newest. An absent folder holds none.
+    """Every usable record; of one subject and task the one with most items, and of these the newest. An absent folder
+    holds none.
 
     keys: only records of these. Raises StoreError if a folder cannot be listed.
     """
@@ -96,10 +98,9 @@ def read_accuracy(results_dir: Path, keys: Collection[str] | None = None) -> Sto
 
 
 def find_task(results_dir: Path, model: str, key: str, items: int) -> Path | None:
-    """The newest readable record of this key with at least so many items; None if there is none. A damaged record is no record."""
-    return _find(
-        results_dir, model, key, read_task, lambda r: len(r.items) + len(r.left_out) >= items, mode=False
-    )  # fmt: skip
+    """The newest readable record of this key with at least so many items; None if there is none. A damaged record is no
+    record."""
+    return _find(results_dir, model, key, read_task, lambda r: len(r.items) + len(r.left_out) >= items, mode=False)
 
 
 def find_mode(results_dir: Path, model: str, key: str) -> Path | None:
@@ -149,9 +150,7 @@ def _subject(record: AccuracyRecord) -> tuple[str, ...]:
 
 
 def _newest(
-    found: Sequence[tuple[Path, _Kind]],
-    identity: Callable[[_Kind], Any],
-    size: Callable[[_Kind], int],
+    found: Sequence[tuple[Path, _Kind]], identity: Callable[[_Kind], Any], size: Callable[[_Kind], int]
 ) -> list[tuple[Path, _Kind]]:
     best: dict[Any, tuple[Path, _Kind]] = {}
     for path, record in sorted(found, key=lambda f: (size(f[1]), f[1].ended_utc, f[1].run_id)):

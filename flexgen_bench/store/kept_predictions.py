@@ -1,8 +1,10 @@
-"""Predictions kept from one run to the next: a search for a policy takes seconds, tables ask for hundreds, and the same is asked again and again.
+"""Predictions kept from one run to the next: a search for a policy takes seconds, tables ask for hundreds, and the same
+is asked again and again.
 
-One form of file in two places: ``results/predictions.json`` is shipped with the project, and only ``python -m flexgen_bench.report`` writes it; what a
-user asks besides is kept in the cache directory. An answer is found again only by everything that decides it: predictor, its constants and options,
-model, machine, job and limits, and the code that predicts. After a change of any of these it is computed anew.
+One form of file in two places: ``results/predictions.json`` is shipped with the project, and only
+``python -m flexgen_bench report`` writes it; what a user asks besides is kept in the cache directory. An answer is
+found again only by everything that decides it: predictor, its constants and options, model, machine, job and limits,
+and the code that predicts. After a change of any of these it is computed anew.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _RUN = tuple(f.name for f in fields(Prediction))
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, or why there is none: ``status`` and ``reason``; of a job without room the tier, what it would need and what there is, in bytes.
+    """A prediction, or why there is none: ``status`` and ``reason``; of a job without room the tier, what it would need
+    and what there is, in bytes.
     asked: the question in words, for readers of the file."""
 
     run: Prediction | None = None
@@ -48,11 +51,10 @@ class Answer:
     asked: str = ""
 
 
-def key_of(
-    predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], question: Question
-) -> str:
-    """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a machine's constants come from
-    decides nothing, and an option that is None is for the predictor to choose, as one that is left out."""
+def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], question: Question) -> str:
+    """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a
+    machine's constants come from decides nothing, and an option that is None is for the predictor to choose, as one
+    that is left out."""
     asked = {f.name: getattr(question, f.name) for f in fields(Question)} | {
         "shape": question.shape.to_dict(),
         "hardware": question.hardware.to_dict() | {"sources": {}},
@@ -65,7 +67,8 @@ def key_of(
 
 
 def load(path: Path) -> dict[str, Answer]:
-    """The answers in a file; none if there is no file. Raises StoreError naming the file if it cannot be read, or holds something else."""
+    """The answers in a file; none if there is no file. Raises StoreError naming the file if it cannot be read, or holds
+    something else."""
     try:
         if not path.exists():
             return {}
@@ -91,8 +94,8 @@ def plain(answer: Answer) -> Answer:
 
 @dataclass
 class KeptPredictions:
-    """The answers that are shipped, and the user's own in the file ``own``. tell: gets a line about a file that is damaged or cannot be written; neither
-    is more than a loss of time."""
+    """The answers that are shipped, and the user's own in the file ``own``. tell: gets a line about a file that is
+    damaged or cannot be written; neither is more than a loss of time."""
 
     shipped: Path
     own: Path
@@ -102,7 +105,8 @@ class KeptPredictions:
         return self._shipped.get(key) or self._own.get(key)
 
     def keep(self, new: Mapping[str, Answer]) -> None:
-        """Add to the user's file. Another process may do so at the same time: then one of the two will have to ask again."""
+        """Add to the user's file. Another process may do so at the same time: then one of the two will have to ask
+        again."""
         if not new:
             return
         self._own.update(new)
@@ -135,8 +139,7 @@ class KeptPredictions:
 
 def _text(answers: Iterable[tuple[str, Answer]]) -> str:
     lines = [
-        f" {json.dumps(key)}: {json.dumps(_told(answer), allow_nan=False, default=str)}"
-        for key, answer in answers
+        f" {json.dumps(key)}: {json.dumps(_told(answer), allow_nan=False, default=str)}" for key, answer in answers
     ]
     body = ",\n".join(lines)
     return f'{{"schema_version": {_VERSION}, "answers": {{\n{body}\n}}}}\n'

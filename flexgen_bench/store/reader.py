@@ -87,8 +87,7 @@ def find_record(results_dir: Path, spec_hash: str, suite: str | None = None) -> 
     files = [
         path
         for path in record_files(Path(results_dir))
-        if f"--{spec_hash}--" in path.name
-        and (suite is None or path.parent.name == suite_folder(suite))
+        if f"--{spec_hash}--" in path.name and (suite is None or path.parent.name == suite_folder(suite))
     ]
     records, _ = read_paths(files)
     matching = [s for s in records if s.record.spec_hash == spec_hash]
@@ -100,9 +99,7 @@ def record_files(results_dir: Path) -> Iterator[Path]:
     if not results_dir.exists():
         return iter(())
     try:
-        folders = sorted(
-            p for p in results_dir.iterdir() if p.is_dir() and p.name not in (BENCHMARKS, ACCURACY)
-        )
+        folders = sorted(p for p in results_dir.iterdir() if p.is_dir() and p.name not in (BENCHMARKS, ACCURACY))
         found = [f for d in folders for f in sorted(d.iterdir())]
     except OSError as error:
         raise StoreError(f"cannot list the records in {results_dir}: {error}") from error

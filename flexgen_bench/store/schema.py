@@ -36,7 +36,8 @@ def encode(record: Record) -> dict[str, Any]:
 
 
 def encode_as(value: Any, kind: type, at: str) -> dict[str, Any]:
-    """A dataclass of type ``kind`` as JSON values. Raises StoreError naming the field under ``at`` that JSON cannot carry."""
+    """A dataclass of type ``kind`` as JSON values. Raises StoreError naming the field under ``at`` that JSON cannot
+    carry."""
     encoded: dict[str, Any] = _encode(value, kind, at)
     return encoded
 
@@ -75,9 +76,7 @@ def _current(data: Any) -> dict[str, Any]:
     upgraded: dict[str, Any] = data
     version = data.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise StoreError(
-            "has no integer field schema_version, so it is not a record of this project"
-        )
+        raise StoreError("has no integer field schema_version, so it is not a record of this project")
     if version > SCHEMA_VERSION:
         raise StoreError(
             f"has schema version {version}, this flexgen-bench knows up to {SCHEMA_VERSION}. "
@@ -107,10 +106,7 @@ def _encode(value: Any, hint: Any, at: str) -> Any:
         if not isinstance(value, hint):
             raise _wrong(at, hint.__name__, value)
         types = _hints(hint)
-        return {
-            f.name: _encode(getattr(value, f.name), types[f.name], f"{at}.{f.name}")
-            for f in fields(hint)
-        }
+        return {f.name: _encode(getattr(value, f.name), types[f.name], f"{at}.{f.name}") for f in fields(hint)}
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _member(value, hint, at).value
     origin = get_origin(hint)
@@ -151,8 +147,8 @@ def _decode(value: Any, hint: Any, at: str) -> Any:
 
 
 def _check_counts(value: Any, hint: Any, at: str) -> None:
-    """Raises StoreError for a number below zero: all that a record's own fields count are seconds, bytes, tokens. What it holds as free
-    mappings (hint Any) may be anything."""
+    """Raises StoreError for a number below zero: all that a record's own fields count are seconds, bytes, tokens. What
+    it holds as free mappings (hint Any) may be anything."""
     hint = _without_none(hint)
     if value is None or hint is Any:
         return
@@ -167,9 +163,7 @@ def _check_counts(value: Any, hint: Any, at: str) -> None:
         for key, item in value.items():
             _check_counts(item, get_args(hint)[1], f"{at}.{key}")
     elif hint in (int, float) and value < 0:
-        raise StoreError(
-            f"{at} must be at least 0, but is {value!r}. Delete the record and measure the cell again."
-        )
+        raise StoreError(f"{at} must be at least 0, but is {value!r}. Delete the record and measure the cell again.")
 
 
 def _without_none(hint: Any) -> Any:

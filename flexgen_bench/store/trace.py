@@ -84,16 +84,10 @@ def _columns(lane: LaneTimeline) -> dict[str, Any]:
         begin_us = max(end_us, round(s.begin_s * 1e6))
         gap, end_before = begin_us - end_us, begin_us
         end_us = max(begin_us, round(s.end_s * 1e6))
-        row = (
-            places[s.kind], s.unit, s.batch, s.part, s.token, gap, end_us - end_before, s.bytes, s.flops,
-        )  # fmt: skip
+        row = (places[s.kind], s.unit, s.batch, s.part, s.token, gap, end_us - end_before, s.bytes, s.flops)
         for name, value in zip(_COLUMNS, row, strict=True):
             columns[name].append(value)
-    return {
-        "bytes_per_s": lane.bytes_per_s,
-        "dropped": lane.dropped,
-        "kinds": list(lane.kinds),
-    } | columns
+    return {"bytes_per_s": lane.bytes_per_s, "dropped": lane.dropped, "kinds": list(lane.kinds)} | columns
 
 
 def _lane(columns: Mapping[str, Any]) -> LaneTimeline:
@@ -106,9 +100,7 @@ def _lane(columns: Mapping[str, Any]) -> LaneTimeline:
         begin_us = end_us + gap
         end_us = begin_us + duration
         try:
-            packed += ROW.pack(
-                kind, unit, batch, part, token, begin_us / 1e6, end_us / 1e6, count, flops
-            )
+            packed += ROW.pack(kind, unit, batch, part, token, begin_us / 1e6, end_us / 1e6, count, flops)
         except struct.error as error:
             raise ValueError(f"a step of {row}: {error}") from error
     return LaneTimeline(packed, kinds, 0.0, columns["bytes_per_s"], int(columns["dropped"]))

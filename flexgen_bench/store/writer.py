@@ -66,11 +66,7 @@ def write_new(path: Path, content: bytes, what: str) -> None:
 def record_path(record: Record, results_dir: Path) -> Path:
     """``<results>/<suite>/<system>--<model>--<workload>--<spec hash>--<run id>.json``."""
     spec = record.spec
-    named = (
-        spec.get("system"),
-        _inside(spec, "model", "shape", "name"),
-        _inside(spec, "workload", "name"),
-    )
+    named = (spec.get("system"), _inside(spec, "model", "shape", "name"), _inside(spec, "workload", "name"))
     parts = [safe_name(part) for part in (*named, record.spec_hash, record.run_id)]
     return Path(results_dir) / suite_folder(record.suite) / ("--".join(parts) + ".json")
 

@@ -94,9 +94,7 @@ class System(ABC):
         """Bring the weights into place for batches of ``batch_size`` prompts."""
 
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress) -> Generation:
         """Greedily generate exactly ``gen_len`` tokens for each prompt, ignoring end-of-sequence."""
 
     @abstractmethod
@@ -108,8 +106,8 @@ class System(ABC):
         return None
 
     def scorer(self, batch_size: int | None) -> Scorer:
-        """After ``check``, in place of ``load``: the system ready to score. batch_size: sequences at once, where it has batches of a fixed
-        number; None is its own choice. Systems that ``capabilities.scores`` have one."""
+        """After ``check``, in place of ``load``: the system ready to score. batch_size: sequences at once, where it has
+        batches of a fixed number; None is its own choice. Systems that ``capabilities.scores`` have one."""
         raise CannotRun(f"{self.spec.system} gives no log-likelihoods")
 
     def close(self) -> None:  # noqa: B027

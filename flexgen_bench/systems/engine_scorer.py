@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.llm import LLM
-from flexgen_bench.schedule.forest import ScoreRequest
+from flexgen_bench.llm.llm import LLM
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.systems.scorer import OnScore, OnTokens, Scorer
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ class EngineScorer(Scorer):
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         return self._llm.log_probabilities(sequences)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        on_tokens: OnTokens,
-    ) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_tokens: OnTokens) -> None:
         self._llm.generate(prompts, params, lambda index, found: on_tokens(index, found.token_ids))
 
     def close(self) -> None:

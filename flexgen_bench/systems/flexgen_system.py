@@ -16,8 +16,8 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.job_run import JobResult
-from flexgen_bench.llm import LLM
-from flexgen_bench.schedule.cohorts import Request
+from flexgen_bench.llm.llm import LLM
+from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
 from flexgen_bench.systems.engine_scorer import EngineScorer
 from flexgen_bench.systems.scorer import Scorer
@@ -29,9 +29,7 @@ class FlexGenSystem(System):
     """The engine under the cell's policy, or under one that fits the cell's memory."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        accelerators=("none", "cuda", "emulated"),
-        lossy=("weights", "kv_cache", "value_share"),
-        scores=True,
+        accelerators=("none", "cuda", "emulated"), lossy=("weights", "kv_cache", "value_share"), scores=True
     )
 
     def __init__(self, *arguments: Any) -> None:
@@ -81,9 +79,7 @@ class FlexGenSystem(System):
         )
         self._engine = weights.engine(policy, device, self.files.scratch)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress
-    ) -> Generation:
+    def generate(self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress) -> Generation:
         assert self._engine is not None, "load comes before generate"
         params = SamplingParams(max_tokens=gen_len, ignore_eos=True)
         sequences = to_full_length(prompts, params)
@@ -91,16 +87,20 @@ class FlexGenSystem(System):
         # Only the last timeline is wanted, and the memory of the others may be what the next repetition needs.
         self._timeline, result.timeline = result.timeline, Timeline()
         self._results.append(result)
-        return Generation(
-            tuple(tuple(sequence.new) for sequence in sequences), result.prefill_s, result.decode_s
-        )
+        return Generation(tuple(tuple(sequence.new) for sequence in sequences), result.prefill_s, result.decode_s)
 
     def scorer(self, batch_size: int | None) -> Scorer:
         """Batches are cut by tokens, so no number of sequences is needed."""
         llm = LLM(
-            self.files.checkpoint, policy=self.spec.policy, gpu=self.spec.hardware, offload_dir=self.files.scratch,
-            cache_dir=self.files.cache, dtype=self.spec.dtype, threads=self.spec.threads, lossy=self.spec.lossy,
-        )  # fmt: skip
+            self.files.checkpoint,
+            policy=self.spec.policy,
+            gpu=self.spec.hardware,
+            offload_dir=self.files.scratch,
+            cache_dir=self.files.cache,
+            dtype=self.spec.dtype,
+            threads=self.spec.threads,
+            lossy=self.spec.lossy,
+        )
         return EngineScorer(llm)
 
     def report(self) -> SystemReport:
@@ -109,9 +109,7 @@ class FlexGenSystem(System):
         assert plan is not None
         policy: Policy = self._engine.policy
         lanes = [lane for lane in Lane if any(lane in r.lanes for r in self._results)]
-        notes = (
-            () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
-        )
+        notes = () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
         return SystemReport(
             requested=policy.to_dict(),
             realised={
@@ -119,9 +117,7 @@ class FlexGenSystem(System):
                 "kv_cache": dict(plan.realised_kv_cache),
                 "activations": dict(plan.realised_activations),
                 "bytes": {str(tier): dict(parts) for tier, parts in plan.bytes.items()},
-                "allocated": {
-                    str(tier): dict(parts) for tier, parts in self._results[-1].allocated.items()
-                },
+                "allocated": {str(tier): dict(parts) for tier, parts in self._results[-1].allocated.items()},
             },
             planned_bytes={str(tier): plan.total(tier) for tier in plan.bytes},
             links={
@@ -133,8 +129,7 @@ class FlexGenSystem(System):
                 if lane in LINKS
             },
             lane_busy_s={
-                str(lane): sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes)
-                for lane in lanes
+                str(lane): sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes) for lane in lanes
             },
             lowest_tier=str(policy.lowest_tier),
             notes=notes,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.outputs import Score
-from flexgen_bench.schedule.forest import ScoreRequest
+from flexgen_bench.engine.outputs import Score
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,15 +27,11 @@ class Scorer(ABC):
 
     @abstractmethod
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Of each sequence of T tokens in turn, the log-probabilities (T-1, V) float32 after its first, second, ... token."""
+        """Of each sequence of T tokens in turn, the log-probabilities (T-1, V) float32 after its first, second, ...
+        token."""
 
     @abstractmethod
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        on_tokens: OnTokens,
-    ) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_tokens: OnTokens) -> None:
         """New tokens of each prompt, until its params or the model's end-of-sequence id end it."""
 
     def close(self) -> None:  # noqa: B027

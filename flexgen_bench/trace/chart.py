@@ -116,17 +116,14 @@ def _panels(run: TracedRun, lanes: dict[str, list[Slice]]) -> list[Panel]:
     panels = [Panel(f"Whole repetition: {_time(end - begin)}", begin, end)]
     passes = find_passes(run.timeline)
     for found in typical(passes):
-        what = (
-            "Prefill and decode"
-            if found.prefills and found.decodes
-            else "Prefill"
-            if found.prefills
-            else "Decode"
+        what = "Prefill and decode" if found.prefills and found.decodes else "Prefill" if found.prefills else "Decode"
+        panels.append(
+            Panel(
+                f"{what}: pass {found.number} of {len(passes)}, from {_time(found.begin_s - begin)}, {_time(found.seconds)} long",
+                found.begin_s,
+                found.end_s,
+            )
         )
-        panels.append(Panel(
-            f"{what}: pass {found.number} of {len(passes)}, from {_time(found.begin_s - begin)}, {_time(found.seconds)} long",
-            found.begin_s, found.end_s,
-        ))  # fmt: skip
     return panels
 
 
@@ -134,9 +131,7 @@ def _time(seconds: float) -> str:
     return format_seconds(seconds) if seconds >= 10 else f"{seconds * 1000:.4g} ms"
 
 
-def _draw(
-    svg: Svg, run: TracedRun, panel: Panel, lanes: dict[str, list[Slice]], top: float
-) -> None:
+def _draw(svg: Svg, run: TracedRun, panel: Panel, lanes: dict[str, list[Slice]], top: float) -> None:
     svg.text((MARGIN, top + 14), panel.heading, weight="bold")
     top += 24
     bottom = top + ROW * len(lanes)
@@ -145,8 +140,7 @@ def _draw(
         svg.line((x, top), (x, bottom + 4), "#dddddd")
         svg.text((x, bottom + 17), label, anchor="middle", size=11, fill="#666666")
     shown = {
-        name: [s for s in found if s.end_s > panel.begin_s and s.begin_s < panel.end_s]
-        for name, found in lanes.items()
+        name: [s for s in found if s.end_s > panel.begin_s and s.begin_s < panel.end_s] for name, found in lanes.items()
     }
     exact = sum(map(len, shown.values())) <= MOST_BOXES
     for i, (name, found) in enumerate(shown.items()):

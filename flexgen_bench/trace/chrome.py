@@ -60,9 +60,15 @@ def _slice(run: TracedRun, slice_: Slice, lane: str, thread: int) -> dict[str, A
         if amount and end > begin:
             arguments[name] = round(amount / ((end - begin) * 1e3), 3)
     return {
-        "name": run.slice_name(slice_), "cat": f"{lane},{slice_.kind}", "ph": "X", "ts": begin, "dur": end - begin,
-        "pid": PROCESS, "tid": thread, "args": arguments,
-    }  # fmt: skip
+        "name": run.slice_name(slice_),
+        "cat": f"{lane},{slice_.kind}",
+        "ph": "X",
+        "ts": begin,
+        "dur": end - begin,
+        "pid": PROCESS,
+        "tid": thread,
+        "args": arguments,
+    }
 
 
 def _in_flight(lane: str, slices: list[Slice]) -> Iterator[dict[str, Any]]:
@@ -72,9 +78,7 @@ def _in_flight(lane: str, slices: list[Slice]) -> Iterator[dict[str, Any]]:
         changes[_us(slice_.begin_s)] = slice_.bytes
         changes[_us(slice_.end_s)] = 0
     for time, count in sorted(changes.items()):
-        yield {
-            "name": f"{lane} in flight", "ph": "C", "ts": time, "pid": PROCESS, "args": {"bytes": count},
-        }  # fmt: skip
+        yield {"name": f"{lane} in flight", "ph": "C", "ts": time, "pid": PROCESS, "args": {"bytes": count}}
 
 
 def _us(seconds: float) -> int:

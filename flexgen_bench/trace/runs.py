@@ -14,9 +14,7 @@ from flexgen_bench.store.reader import StoredRecord, read_paths, read_record, re
 from flexgen_bench.store.trace import read_trace
 
 LATEST = "latest"
-_ALLOWED = (
-    f"a record's file, its name, the beginning of its hash or of its run's name, or {LATEST!r}"
-)
+_ALLOWED = f"a record's file, its name, the beginning of its hash or of its run's name, or {LATEST!r}"
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ def _named(run: str, results_dir: Path) -> StoredRecord:
     paths = list(record_files(results_dir))
     matching = [p for p in paths if run in (p.name, p.stem)]
     # <system>--<model>--<workload>--<spec hash>--<run id>
-    matching = matching or [
-        p for p in paths if run and any(part.startswith(run) for part in p.stem.split("--")[3:])
-    ]
+    matching = matching or [p for p in paths if run and any(part.startswith(run) for part in p.stem.split("--")[3:])]
     if not matching:
         raise UserError("RUN", run, _ALLOWED, _near(run, paths, results_dir))
     if len({p.stem.split("--")[-2] for p in matching}) > 1:

@@ -55,11 +55,15 @@ def summarise(timeline: Timeline) -> Summary:
     end = max(found[-1].end_s for found in slices.values())
     lanes = tuple(
         LaneSummary(
-            lane, len(found), sum(s.seconds for s in found), sum(s.bytes for s in found),
-            timeline.lanes[lane].bytes_per_s, lane in {str(link) for link in LINKS},
+            lane,
+            len(found),
+            sum(s.seconds for s in found),
+            sum(s.bytes for s in found),
+            timeline.lanes[lane].bytes_per_s,
+            lane in {str(link) for link in LINKS},
         )
         for lane, found in slices.items()
-    )  # fmt: skip
+    )
     busiest = max(lanes, key=lambda lane: lane.busy_s).lane
     return Summary(
         wall_s=end - begin,
@@ -67,7 +71,7 @@ def summarise(timeline: Timeline) -> Summary:
         kinds=_by_kind(slices),
         waiting=_waiting(busiest, {lane: busy(found) for lane, found in slices.items()}, begin, end),
         dropped=timeline.dropped,
-    )  # fmt: skip
+    )
 
 
 def _by_kind(slices: dict[str, list[Slice]]) -> tuple[tuple[str, str, int, float], ...]:
@@ -146,9 +150,7 @@ def to_text(summary: Summary) -> str:
         if lane.is_link and link_of(Lane(lane.lane)) != lane.lane:
             limit = f"of {link_of(Lane(lane.lane))}"
         links = [*moved, limit] if lane.is_link else ["-"] * 4
-        rows.append(
-            [lane.lane, str(lane.steps), f"{lane.busy_s:.3f}", _percent(lane.busy_s, wall), *links]
-        )
+        rows.append([lane.lane, str(lane.steps), f"{lane.busy_s:.3f}", _percent(lane.busy_s, wall), *links])
     parts = [f"Wall time {wall:.3f} s\n\n{_table(rows, left=1)}"]
     rows = [["lane", "kind", "steps", "seconds", "of wall"]]
     rows += [[ln, kind, str(n), f"{s:.3f}", _percent(s, wall)] for ln, kind, n, s in summary.kinds]
@@ -162,9 +164,7 @@ def to_text(summary: Summary) -> str:
             f"of wall); busy in that time: {', '.join(told)}.\n"
         )
     if summary.dropped:
-        parts.append(
-            f"The job's last {summary.dropped} steps are not in the trace, which has a limit.\n"
-        )
+        parts.append(f"The job's last {summary.dropped} steps are not in the trace, which has a limit.\n")
     return "\n".join(parts)
 
 
@@ -181,9 +181,6 @@ def _table(rows: Sequence[Sequence[str]], left: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"

@@ -22,17 +22,12 @@ class Svg:
     def rect(self, box: Box, fill: str, tooltip: str = "") -> None:
         x, y, width, height = map(_short, box)
         inside = f"<title>{escape(tooltip)}</title>" if tooltip else ""
-        self._parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}">{inside}</rect>'
-        )
+        self._parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}">{inside}</rect>')
 
     def boxes(self, boxes: Sequence[Box], fill: str) -> None:
         """Many rectangles of one colour as one path: a fraction of the bytes."""
         if boxes:
-            moves = "".join(
-                f"M{_short(x)} {_short(y)}h{_short(w)}v{_short(h)}h-{_short(w)}z"
-                for x, y, w, h in boxes
-            )
+            moves = "".join(f"M{_short(x)} {_short(y)}h{_short(w)}v{_short(h)}h-{_short(w)}z" for x, y, w, h in boxes)
             self._parts.append(f'<path d="{moves}" fill="{fill}"/>')
 
     def line(self, start: tuple[float, float], end: tuple[float, float], stroke: str) -> None:
@@ -42,9 +37,14 @@ class Svg:
         )
 
     def text(
-        self, at: tuple[float, float], text: str, anchor: str = "start", size: int = 12,
-        fill: str = "#222222", weight: str = "normal",
-    ) -> None:  # fmt: skip
+        self,
+        at: tuple[float, float],
+        text: str,
+        anchor: str = "start",
+        size: int = 12,
+        fill: str = "#222222",
+        weight: str = "normal",
+    ) -> None:
         """anchor: which end of the text stands at the point: start, middle or end."""
         self._parts.append(
             f'<text x="{_short(at[0])}" y="{_short(at[1])}" text-anchor={quoteattr(anchor)} font-size="{size}" '

@@ -24,10 +24,7 @@ def _make_wandb(options: Mapping[str, Any], directory: Path) -> Tracker:
     return WandbTracker(WandbOptions.from_dict(options), directory)
 
 
-_MAKERS: dict[str, Callable[[Mapping[str, Any], Path], Tracker]] = {
-    "none": _make_none,
-    "wandb": _make_wandb,
-}
+_MAKERS: dict[str, Callable[[Mapping[str, Any], Path], Tracker]] = {"none": _make_none, "wandb": _make_wandb}
 
 
 def make_tracker(name: str, options: Mapping[str, Any], directory: Path) -> Tracker:

@@ -55,10 +55,7 @@ def run_config(record: Record) -> dict[str, Any]:
     spec = data["spec"]
     lossy = str(lossy_of(record))
     named = {"system": spec.get("system"), "dtype": spec.get("dtype"), "lossy": lossy}
-    for part, inner in (
-        ("model", spec.get("model", {}).get("shape", {})),
-        ("workload", spec.get("workload", {})),
-    ):
+    for part, inner in (("model", spec.get("model", {}).get("shape", {})), ("workload", spec.get("workload", {}))):
         named[part] = inner.get("name")
     return named | {k: v for k, v in data.items() if k not in _NOT_CONFIG}
 
@@ -68,10 +65,7 @@ def run_history(record: Record) -> list[dict[str, float]]:
     found = metrics(record)
     rows = []
     for index, sample in enumerate(encode(record)["samples"]):
-        row: dict[str, float] = {
-            "repetition": index,
-            **{f"sample/{k}": v for k, v in sample.items()},
-        }
+        row: dict[str, float] = {"repetition": index, **{f"sample/{k}": v for k, v in sample.items()}}
         rows.append(row | {f"metric/{name}": m.samples[index] for name, m in found.items()})
     return rows
 
@@ -105,9 +99,7 @@ def _send_record(wandb: Any, stored: StoredRecord, options: Mapping[str, Any]) -
     tags = [record.status.value, record.evidence.value, str(config["system"])]
     if not lossy_of(record).is_exact:
         name, tags = f"{name} ({config['lossy']})", [*tags, str(config["lossy"])]
-    run, trouble = _start(
-        wandb, options, name=name, suite=record.suite, job_type="cell", config=config, tags=tags
-    )
+    run, trouble = _start(wandb, options, name=name, suite=record.suite, job_type="cell", config=config, tags=tags)
     run.define_metric("repetition")
     run.define_metric("*", step_metric="repetition")
     for row in run_history(record):
@@ -117,9 +109,7 @@ def _send_record(wandb: Any, stored: StoredRecord, options: Mapping[str, Any]) -
     return trouble
 
 
-def _send_suite(
-    wandb: Any, suite: str, stored: list[StoredRecord], options: Mapping[str, Any]
-) -> str:
+def _send_suite(wandb: Any, suite: str, stored: list[StoredRecord], options: Mapping[str, Any]) -> str:
     """One run with the suite's table. Returns as ``_send_record``."""
     rows = [dict(csv_values(row, stored[0].path.parent)) for row in build_rows(stored)]
     config = {"suite": suite, "spec_hashes": [s.record.spec_hash for s in stored]}

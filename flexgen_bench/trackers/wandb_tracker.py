@@ -90,10 +90,7 @@ class WandbTracker:
             problem = str(error)
         if problem and problem not in self._told:
             self._told.add(problem)
-            print(
-                f"tracker wandb: {problem}. The records are safe on disk; the run goes on.",
-                file=sys.stderr,
-            )
+            print(f"tracker wandb: {problem}. The records are safe on disk; the run goes on.", file=sys.stderr)
 
     def _run_sender(self, order: str) -> str:
         """Run the sender to its end; returns what went wrong, empty if nothing did."""

@@ -25,9 +25,15 @@ FOLDER = Path(__file__).parent
 # No -ffast-math: with it the linker adds start-up code that makes the whole process flush small numbers to zero.
 # No OpenMP runtime: torch brings its own, and threads are shared out in native/threads.py.
 FLAGS = (
-    "-O3", "-std=gnu++20", "-fPIC", "-shared", "-fopenmp-simd",
-    "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
-)  # fmt: skip
+    "-O3",
+    "-std=gnu++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
 BUILD_SECONDS = 300
 
 _log = logging.getLogger("flexgen_bench.native")
@@ -37,8 +43,9 @@ _lock = threading.Lock()
 def library(name: str) -> ctypes.CDLL | None:
     """The library made from ``native/<name>.cpp``; None where it cannot be had, for a reason that is logged once.
 
-    The environment variable FLEXGEN_NATIVE=0 turns all of them off, FLEXGEN_NATIVE_ARCH=x86-64-v3 (or another -march of the
-    compiler) says what to compile for; both are read at every call. Processes under different ones share the folder of builds.
+    The environment variable FLEXGEN_NATIVE=0 turns all of them off, FLEXGEN_NATIVE_ARCH=x86-64-v3 (or another -march of
+    the compiler) says what to compile for; both are read at every call. Processes under different ones share the folder
+    of builds.
     """
     if os.environ.get(SWITCH) == "0":
         _say_switched_off()
@@ -87,8 +94,11 @@ def _built(name: str, arch: str) -> Path:
             made = Path(scratch) / target.name
             subprocess.run(
                 [*command, str(source), "-o", str(made)],
-                check=True, capture_output=True, text=True, timeout=BUILD_SECONDS,
-            )  # fmt: skip
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=BUILD_SECONDS,
+            )
             made.replace(target)
     return target
 

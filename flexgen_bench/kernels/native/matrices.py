@@ -34,14 +34,18 @@ def plain(values: Tensor) -> Matrix:
     return Matrix(values.data_ptr(), None, row, 0, values.shape[1], TYPES[values.dtype], 0, 8)
 
 
-def quantized(
-    codes: Tensor, params: Tensor, columns: int, compression: Compression, dtype: torch.dtype
-) -> Matrix:
+def quantized(codes: Tensor, params: Tensor, columns: int, compression: Compression, dtype: torch.dtype) -> Matrix:
     """codes (rows, bytes) and params (rows, groups, 2), rows contiguous; ``dtype``: what values are rounded to."""
     assert codes.stride(1) == 1 or codes.shape[1] == 1, codes.stride()
     assert params.stride(2) == 1, params.stride()
     assert params.stride(1) == 2 or params.shape[1] == 1, params.stride()
     return Matrix(
-        codes.data_ptr(), params.data_ptr(), codes.stride(0), params.stride(0), columns,
-        TYPES[dtype], compression.bits, compression.group_size,
-    )  # fmt: skip
+        codes.data_ptr(),
+        params.data_ptr(),
+        codes.stride(0),
+        params.stride(0),
+        columns,
+        TYPES[dtype],
+        compression.bits,
+        compression.group_size,
+    )

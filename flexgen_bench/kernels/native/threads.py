@@ -1,6 +1,7 @@
 """Work of native functions over as many threads as torch would use.
 
-Plain Python threads: ctypes releases the interpreter lock, and a second OpenMP runtime next to torch's is asking for trouble.
+Plain Python threads: ctypes releases the interpreter lock, and a second OpenMP runtime next to torch's is asking for
+trouble.
 """
 
 from __future__ import annotations

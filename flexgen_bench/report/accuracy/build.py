@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flexgen_bench.accuracy.compare import Margins
-from flexgen_bench.accuracy.outcome import ModelOutcome, outcomes
+from flexgen_bench.accuracy.compare.compare import Margins
+from flexgen_bench.accuracy.compare.outcome import ModelOutcome, outcomes
+from flexgen_bench.report.accuracy.formatting import NOTHING, advice
 from flexgen_bench.report.accuracy.page import model_page, page_name
 from flexgen_bench.report.accuracy.values import layers_csv, tasks_csv
-from flexgen_bench.report.accuracy.words import NOTHING, advice
 from flexgen_bench.report.page import problem_lines
 from flexgen_bench.report.table import escape
 from flexgen_bench.store.accuracy_store import read_accuracy
@@ -47,10 +47,13 @@ def _index(found: Sequence[ModelOutcome], problems: Sequence[Problem], results_d
     for outcome in found:
         items = sum(len(record.items) for record in outcome.exact.values())
         cells = (
-            outcome.system, outcome.dtype, str(len(outcome.exact)), str(items),
+            outcome.system,
+            outcome.dtype,
+            str(len(outcome.exact)),
+            str(items),
             ", ".join(mode.mode for mode in outcome.modes) or NOTHING,
             "**fail**" if outcome.fails else "hold",
-        )  # fmt: skip
+        )
         shown = [cell if cell.startswith("**") else escape(cell) for cell in cells]
         link = f"[{escape(outcome.model)}]({page_name(outcome)}.md)"
         lines.append(f"| {' | '.join([link, *shown, escape(advice(outcome))])} |")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.accuracy.compare.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.report.accuracy.formatting import points_interval, verdict_text
 from flexgen_bench.report.accuracy.page import page_name
-from flexgen_bench.report.accuracy.words import points_interval, verdict_text
 from flexgen_bench.report.rows import Row
 from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.report.table import escape
 
 
 def accuracy_lines(rows: Sequence[Row], outcomes: Sequence[ModelOutcome], folder: str) -> list[str]:
-    """A section of a suite's page: for each compressed system and model, its accuracy, or how to get it. Empty where nothing is compressed."""
+    """A section of a suite's page: for each compressed system and model, its accuracy, or how to get it. Empty where
+    nothing is compressed."""
     lines = dict.fromkeys(_line(row, outcomes, folder) for row in rows if row.lossy)
     return ["## Accuracy of compressed systems", "", *lines, ""] if lines else []
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.accuracy.compare.outcome import ModelOutcome, ModeOutcome
 from flexgen_bench.core.digits import fixed, power
-from flexgen_bench.report.accuracy.words import (
+from flexgen_bench.report.accuracy.formatting import (
     NOTHING,
     READING,
     advice,
@@ -66,7 +66,7 @@ def _findings(outcome: ModelOutcome) -> list[str]:
     lines = ["## Mind", ""]
     for finding in outcome.findings:
         word = "**A control fails**" if finding.fails else "Note"
-        lines.append(f"- {word}, {escape(finding.mode)}: {escape(finding.name)}. {escape(finding.text)}")  # fmt: skip
+        lines.append(f"- {word}, {escape(finding.mode)}: {escape(finding.name)}. {escape(finding.text)}")
     lines += [f"- Not compared: {escape(problem)}" for problem in outcome.problems]
     lines += [f"- Left out, {escape(line)}" for line in left_out]
     return [*lines, ""]
@@ -75,32 +75,67 @@ def _findings(outcome: ModelOutcome) -> list[str]:
 def _modes(outcome: ModelOutcome) -> list[str]:
     if not outcome.modes:
         return ["Only the uncompressed model has been evaluated.", ""]
-    headers = ("Mode", "What", "Bytes per weight", "Weight error", "Mean change, points (95 %)", "Added bits per byte (95 %)",
-               "of plain rounding's", "KL, nats per token", "Same argmax", "Lost most", "Verdict")  # fmt: skip
+    headers = (
+        "Mode",
+        "What",
+        "Bytes per weight",
+        "Weight error",
+        "Mean change, points (95 %)",
+        "Added bits per byte (95 %)",
+        "of plain rounding's",
+        "KL, nats per token",
+        "Same argmax",
+        "Lost most",
+        "Verdict",
+    )
     rows = []
     for mode in outcome.modes:
         found, numbers = mode.comparison, mode.numbers
         error = None if numbers is None else numbers.weight_error
         text = numbers.divergence[0] if numbers is not None and numbers.divergence else None
         ratio = ratio_to_yardstick(mode)
-        rows.append((
-            mode.mode, str(mode.lossy) if not mode.lossy.is_exact else mode.subject.dtype,
-            bytes_text(mode.bytes_per_weight), error_text(error),
-            points_interval(found.score if found else None), bits_interval(found.bits if found else None),
-            NOTHING if ratio is None else f"{fixed(ratio, 3)}x", NOTHING if text is None else power(text.kl, 2),
-            NOTHING if text is None else share_text(text.agree, text.positions), worst_text(found), verdict_text(mode),
-        ))  # fmt: skip
+        rows.append(
+            (
+                mode.mode,
+                str(mode.lossy) if not mode.lossy.is_exact else mode.subject.dtype,
+                bytes_text(mode.bytes_per_weight),
+                error_text(error),
+                points_interval(found.score if found else None),
+                bits_interval(found.bits if found else None),
+                NOTHING if ratio is None else f"{fixed(ratio, 3)}x",
+                NOTHING if text is None else power(text.kl, 2),
+                NOTHING if text is None else share_text(text.agree, text.positions),
+                worst_text(found),
+                verdict_text(mode),
+            )
+        )
     return ["## Modes", "", *_table(headers, rows), ""]
 
 
 def _agreements(outcome: ModelOutcome) -> list[str]:
     if not outcome.agreements:
         return []
-    headers = ("Task", "Beside", "n", "Predictions differ", "of which ties below 1e-3", "Mean difference of log-likelihoods", "Largest")  # fmt: skip
+    headers = (
+        "Task",
+        "Beside",
+        "n",
+        "Predictions differ",
+        "of which ties below 1e-3",
+        "Mean difference of log-likelihoods",
+        "Largest",
+    )
     rows = [
-        (a.task, a.beside, str(a.n), str(len(a.different) + a.ties), str(a.ties), power(a.mean, 1, plus=True), power(a.largest, 1))
+        (
+            a.task,
+            a.beside,
+            str(a.n),
+            str(len(a.different) + a.ties),
+            str(a.ties),
+            power(a.mean, 1, plus=True),
+            power(a.largest, 1),
+        )
         for a in outcome.agreements
-    ]  # fmt: skip
+    ]
     return ["## The uncompressed model beside a reference", "", *_table(headers, rows), ""]
 
 
@@ -108,16 +143,37 @@ def _mode(mode: ModeOutcome) -> list[str]:
     found = mode.comparison
     if found is None or not found.tasks:
         return []
-    headers = ("Task", "n", "Metric", "exact", escape(mode.mode), "Change (95 %)", "lost / won", "p", "Added bits per byte (95 %)",
-               "Same predictions", "Cut", "Verdict")  # fmt: skip
+    headers = (
+        "Task",
+        "n",
+        "Metric",
+        "exact",
+        escape(mode.mode),
+        "Change (95 %)",
+        "lost / won",
+        "p",
+        "Added bits per byte (95 %)",
+        "Same predictions",
+        "Cut",
+        "Verdict",
+    )
     rows = [
         (
-            t.task, str(t.n), t.metric, score_text(t, t.reference), score_text(t, t.score), change_text(t),
-            NOTHING if t.lost is None else f"{t.lost} / {t.won}", p_text(t.p_holm), bits_interval(t.bits),
-            f"{t.same_predictions} of {t.n}", str(t.truncated), str(t.verdict),
+            t.task,
+            str(t.n),
+            t.metric,
+            score_text(t, t.reference),
+            score_text(t, t.score),
+            change_text(t),
+            NOTHING if t.lost is None else f"{t.lost} / {t.won}",
+            p_text(t.p_holm),
+            bits_interval(t.bits),
+            f"{t.same_predictions} of {t.n}",
+            str(t.truncated),
+            str(t.verdict),
         )
         for t in found.tasks
-    ]  # fmt: skip
+    ]
     what = mode.lossy if not mode.lossy.is_exact else mode.subject.dtype
     lines = [f"## {escape(mode.mode)}: {escape(str(what))}", "", *_table(headers, rows), ""]
     if any(t.truncated for t in found.tasks):
@@ -132,18 +188,19 @@ def _errors(modes: Sequence[ModeOutcome]) -> list[str]:
         if mode.numbers is None:
             continue
         for name in dict.fromkeys(e.tensor for e in (*mode.numbers.weights, *mode.numbers.kv)):
-            errors = sorted(
-                e.error for e in (*mode.numbers.weights, *mode.numbers.kv) if e.tensor == name
-            )
+            errors = sorted(e.error for e in (*mode.numbers.weights, *mode.numbers.kv) if e.tensor == name)
             middle = errors[len(errors) // 2]
-            rows.append((mode.mode, name, str(len(errors)), *map(error_text, (errors[0], middle, errors[-1]))))  # fmt: skip
+            rows.append((mode.mode, name, str(len(errors)), *map(error_text, (errors[0], middle, errors[-1]))))
     if not rows:
         return []
     return [
-        "## Error of weights, keys and values", "",
-        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values of real text.", "",
-        *_table(("Mode", "Tensor", "Layers", "Smallest", "Median", "Largest"), rows), "",
-    ]  # fmt: skip
+        "## Error of weights, keys and values",
+        "",
+        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values of real text.",
+        "",
+        *_table(("Mode", "Tensor", "Layers", "Smallest", "Median", "Largest"), rows),
+        "",
+    ]
 
 
 def _provenance(outcome: ModelOutcome) -> list[str]:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flexgen_bench.accuracy.outcome import ModelOutcome, ModeOutcome
+from flexgen_bench.accuracy.compare.outcome import ModelOutcome, ModeOutcome
 from flexgen_bench.core.digits import fixed, power
-from flexgen_bench.report.accuracy.words import (
+from flexgen_bench.report.accuracy.formatting import (
     NOTHING,
     advice,
     bits_interval,
@@ -38,10 +38,12 @@ def print_outcome(outcome: ModelOutcome) -> None:
         console.width = _PLAIN_WIDTH
     items = sum(len(r.items) for r in outcome.exact.values())
     console.print()
-    console.print(Text(
-        f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin {outcome.margins}",
-        style="bold",
-    ))  # fmt: skip
+    console.print(
+        Text(
+            f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin {outcome.margins}",
+            style="bold",
+        )
+    )
     if outcome.modes:
         _print(console, _MODES, [_mode(m) for m in outcome.modes])
     for mode in outcome.modes:
@@ -49,21 +51,34 @@ def print_outcome(outcome: ModelOutcome) -> None:
             console.print(Text(f"{mode.mode}: {mode.lossy}", style="bold"))
             rows = [
                 (
-                    t.task, str(t.n), t.metric, score_text(t, t.reference), score_text(t, t.score), change_text(t),
-                    p_text(t.p_holm), bits_interval(t.bits), str(t.verdict),
+                    t.task,
+                    str(t.n),
+                    t.metric,
+                    score_text(t, t.reference),
+                    score_text(t, t.score),
+                    change_text(t),
+                    p_text(t.p_holm),
+                    bits_interval(t.bits),
+                    str(t.verdict),
                 )
                 for t in mode.comparison.tasks
-            ]  # fmt: skip
+            ]
             _print(console, _TASKS, rows)
     if outcome.agreements:
         beside = [
-            (a.task, a.beside, str(a.n), str(len(a.different)), str(a.ties), power(a.mean, 1, plus=True), power(a.largest, 1))
+            (
+                a.task,
+                a.beside,
+                str(a.n),
+                str(len(a.different)),
+                str(a.ties),
+                power(a.mean, 1, plus=True),
+                power(a.largest, 1),
+            )
             for a in outcome.agreements
-        ]  # fmt: skip
+        ]
         console.print(Text("Uncompressed, beside a reference", style="bold"))
-        _print(
-            console, ("Task", "Beside", "n", "Differ", "Ties", "Mean difference", "Largest"), beside
-        )
+        _print(console, ("Task", "Beside", "n", "Differ", "Ties", "Mean difference", "Largest"), beside)
     for finding in outcome.findings:
         style = "bold red" if finding.fails else "yellow"
         word = "FAILS" if finding.fails else "note"
@@ -76,9 +91,19 @@ def print_outcome(outcome: ModelOutcome) -> None:
         console.print(Text(advice(outcome)))
 
 
-_MODES = ("Mode", "Bytes/weight", "Weight error", "Change, points (95 %)", "Added bits/byte (95 %)", "/ yardstick",
-          "KL, nats", "Same argmax", "Worst task", "Verdict")  # fmt: skip
-_TASKS = ("Task", "n", "Metric", "exact", "mode", "Change (95 %)", "p", "Added bits/byte (95 %)", "Verdict")  # fmt: skip
+_MODES = (
+    "Mode",
+    "Bytes/weight",
+    "Weight error",
+    "Change, points (95 %)",
+    "Added bits/byte (95 %)",
+    "/ yardstick",
+    "KL, nats",
+    "Same argmax",
+    "Worst task",
+    "Verdict",
+)
+_TASKS = ("Task", "n", "Metric", "exact", "mode", "Change (95 %)", "p", "Added bits/byte (95 %)", "Verdict")
 
 
 def _mode(mode: ModeOutcome) -> tuple[str, ...]:

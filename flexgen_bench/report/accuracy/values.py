@@ -1,5 +1,5 @@
-"""Accuracy as CSV: one row a task under a mode, and one row a tensor. Figures have the digits that ``core.digits`` gives to their kind; the
-records have all of them."""
+"""Accuracy as CSV: one row a task under a mode, and one row a tensor. Figures have the digits that ``core.digits``
+gives to their kind; the records have all of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-from flexgen_bench.accuracy.compare import TaskComparison
-from flexgen_bench.accuracy.outcome import ModelOutcome
+from flexgen_bench.accuracy.compare.compare import TaskComparison
+from flexgen_bench.accuracy.compare.outcome import ModelOutcome
 from flexgen_bench.core.digits import CHANCE, NOISE_FREE, SCORE, SINGLE, fixed, settled, significant
 
 
@@ -27,26 +27,53 @@ def _tasks(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
     for mode in outcome.modes:
         for t in mode.comparison.tasks if mode.comparison else ():
             yield {
-                "model": outcome.model, "system": outcome.system, "dtype": outcome.dtype, "mode": mode.mode, "lossy": str(mode.lossy),
-                "bytes_per_weight": _number(mode.bytes_per_weight, SINGLE), "task": t.task, "metric": t.metric, "n": t.n,
-                "exact": _score(t, t.reference), "score": _score(t, t.score), "change": _score(t, t.change.value),
-                "change_low": _score(t, t.change.low), "change_high": _score(t, t.change.high), "lost": t.lost, "won": t.won,
-                "p": _number(t.p, CHANCE), "p_holm": _number(t.p_holm, CHANCE), "added_bits_per_byte": _bits(t.bits.value if t.bits else None),
-                "added_bits_per_byte_low": _bits(t.bits.low if t.bits else None), "added_bits_per_byte_high": _bits(t.bits.high if t.bits else None),
-                "exact_bits_per_byte": _bits(t.bits_reference), "same_predictions": t.same_predictions, "truncated": t.truncated, "left_out": t.left_out,
+                "model": outcome.model,
+                "system": outcome.system,
+                "dtype": outcome.dtype,
+                "mode": mode.mode,
+                "lossy": str(mode.lossy),
+                "bytes_per_weight": _number(mode.bytes_per_weight, SINGLE),
+                "task": t.task,
+                "metric": t.metric,
+                "n": t.n,
+                "exact": _score(t, t.reference),
+                "score": _score(t, t.score),
+                "change": _score(t, t.change.value),
+                "change_low": _score(t, t.change.low),
+                "change_high": _score(t, t.change.high),
+                "lost": t.lost,
+                "won": t.won,
+                "p": _number(t.p, CHANCE),
+                "p_holm": _number(t.p_holm, CHANCE),
+                "added_bits_per_byte": _bits(t.bits.value if t.bits else None),
+                "added_bits_per_byte_low": _bits(t.bits.low if t.bits else None),
+                "added_bits_per_byte_high": _bits(t.bits.high if t.bits else None),
+                "exact_bits_per_byte": _bits(t.bits_reference),
+                "same_predictions": t.same_predictions,
+                "truncated": t.truncated,
+                "left_out": t.left_out,
                 "margin": _number(outcome.margins.score if t.bounded else outcome.margins.bits, SCORE),
-                "sure_low": _bits(t.sure.low), "sure_high": _bits(t.sure.high), "verdict": t.verdict.value,
-                "weights_on_grid": mode.on_grid, "evidence": mode.tasks[t.task].evidence.value,
-            }  # fmt: skip
+                "sure_low": _bits(t.sure.low),
+                "sure_high": _bits(t.sure.high),
+                "verdict": t.verdict.value,
+                "weights_on_grid": mode.on_grid,
+                "evidence": mode.tasks[t.task].evidence.value,
+            }
 
 
 def _layers(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
     for mode in outcome.modes:
         for e in (*mode.numbers.weights, *mode.numbers.kv) if mode.numbers else ():
             yield {
-                "model": outcome.model, "system": outcome.system, "dtype": outcome.dtype, "mode": mode.mode, "layer": e.layer,
-                "tensor": e.tensor, "values": e.values, "relative_error": _number(e.error, SINGLE),
-            }  # fmt: skip
+                "model": outcome.model,
+                "system": outcome.system,
+                "dtype": outcome.dtype,
+                "mode": mode.mode,
+                "layer": e.layer,
+                "tensor": e.tensor,
+                "values": e.values,
+                "relative_error": _number(e.error, SINGLE),
+            }
 
 
 def _score(task: TaskComparison, value: float) -> str:

@@ -1,0 +1,84 @@
+"""The lm-eval models of a run: a system of the suite under a mode, and the yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.accuracy.run.modes import Mode
+from flexgen_bench.accuracy.run.options import Request
+from flexgen_bench.core.accuracy import Role
+from flexgen_bench.core.compression import Lossy
+
+_YARDSTICK_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A system under a mode, not loaded yet."""
+
+    system: str
+    mode: Mode
+    role: Role = Role.EVALUATED
+
+    @property
+    def lossy(self) -> Lossy:
+        return self.mode.lossy
+
+
+def dtype_of(setup: Setup, request: Request) -> str:
+    """The mode's own, or that of the run."""
+    return setup.mode.dtype or request.dtype
+
+
+@contextlib.contextmanager
+def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
+    """The lm-eval model, closed at the end. folder: the checkpoint, for what does not come through a system."""
+    made = _yardstick(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request)
+    try:
+        yield made
+    finally:
+        close = getattr(made, "close", None)
+        if close is not None:
+            close()
+
+
+def _of_system(setup: Setup, request: Request) -> Any:
+    from flexgen_bench.accuracy.run.lm import make_lm
+
+    policy = request.policy and replace(request.policy, lossy=setup.lossy)
+    return make_lm(
+        setup.system,
+        request.source,
+        lossy=setup.lossy,
+        dtype=dtype_of(setup, request),
+        gpu=request.hardware,
+        policy=policy,
+        threads=request.threads,
+        cache_dir=request.cache,
+        batch_size=request.batch_size,
+        max_length=request.max_length,
+    )
+
+
+def _yardstick(setup: Setup, request: Request, folder: Path) -> Any:
+    """transformers with weights rounded to the mode's grid by plain torch, under lm-eval's own adapter."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from flexgen_bench.accuracy.run.rtn_baseline import apply_yardstick
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype_of(setup, request)))
+    assert setup.lossy.weights is not None, "the yardstick rounds weights"
+    apply_yardstick(model, setup.lossy.weights)
+    return HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        device="cpu",
+        batch_size=request.batch_size or _YARDSTICK_BATCH,
+        max_length=request.max_length,
+    )

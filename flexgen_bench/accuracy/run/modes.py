@@ -1,0 +1,70 @@
+"""Modes: named ways to change a model's numbers, one YAML file each in conf/accuracy/modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen_bench.config.paths import conf_dir
+from flexgen_bench.config.typed import load_typed
+from flexgen_bench.core.accuracy import EXACT_MODE
+from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.errors import UserError, unknown_choice
+
+
+@dataclass
+class ModeConf:
+    """conf/accuracy/modes: see ``Mode``. lossy: as ``Lossy.to_dict`` has it, defaults left out."""
+
+    title: str = "???"
+    dtype: str | None = None
+    lossy: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """title: in a report's words. dtype: of what is not compressed; None: that of the run."""
+
+    name: str
+    title: str
+    lossy: Lossy
+    dtype: str | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        return self.name == EXACT_MODE
+
+
+def list_modes() -> list[str]:
+    """The names in conf/accuracy/modes."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_mode(name: str) -> Mode:
+    """The mode of that name. Raises UserError listing the names for an unknown one, and for values that no mode can
+    have."""
+    if name not in list_modes():
+        raise unknown_choice("mode", name, list_modes())
+    path = _folder() / f"{name}.yaml"
+    conf: ModeConf = load_typed(ModeConf, path, "mode.")
+    try:
+        lossy = Lossy.from_dict(conf.lossy)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path.name}: mode.lossy", conf.lossy, f"what Lossy knows ({error})") from error
+    known = {"weights", "kv_cache", "value_share"}
+    if set(conf.lossy) - known:
+        raise unknown_choice(f"{path.name}: mode.lossy", min(set(conf.lossy) - known), known)
+    if name == EXACT_MODE and not lossy.is_exact:
+        raise UserError(f"{path.name}: mode.lossy", conf.lossy, "empty: it is what others are compared with")
+    return Mode(name, conf.title, lossy, conf.dtype)
+
+
+def load_modes(names: Sequence[str]) -> list[Mode]:
+    """Several, each once; the uncompressed one first if it is among them."""
+    modes = [load_mode(name) for name in dict.fromkeys(names)]
+    return sorted(modes, key=lambda mode: not mode.is_reference)
+
+
+def _folder() -> Any:
+    return conf_dir() / "accuracy" / "modes"

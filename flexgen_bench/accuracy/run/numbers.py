@@ -1,0 +1,90 @@
+"""What a mode does to a model's numbers: weights, cache, and next-token distributions on plain text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from flexgen_bench.accuracy.run.divergence import WINDOW, divergence, keep, windows
+from flexgen_bench.accuracy.run.kv_error import kv_errors
+from flexgen_bench.accuracy.run.options import Request
+from flexgen_bench.accuracy.run.weight_error import WeightErrors, weight_errors
+from flexgen_bench.core.accuracy import LayerError, ModeRecord, Subject
+from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.model import DType
+from flexgen_bench.machine.environment import describe_environment
+from flexgen_bench.runner.prompts import read_passages
+
+_TEXT = "passages"
+# Of the cache's error, where distributions are not compared.
+_KV_TOKENS = 512
+
+
+def plain_text() -> str:
+    """What distributions are compared on: public-domain prose."""
+    return "\n\n".join(read_passages())
+
+
+def text_hash() -> str:
+    """Of the plain text."""
+    return hashlib.sha256(plain_text().encode()).hexdigest()[:16]
+
+
+class NumbersOf:
+    """Compares modes with the uncompressed model, whose distributions it keeps in ``folder``."""
+
+    def __init__(self, request: Request, folder: Path) -> None:
+        self._request, self._folder = request, folder
+        self._texts: list[list[int]] = []
+
+    def keep_exact(self, lm: Any) -> None:
+        """Remember the uncompressed model's distributions."""
+        self._texts = _cut(lm, self._request.text_tokens)
+        keep(lm, self._texts, self._folder)
+
+    def of(self, lm: Any, subject: Subject, lossy: Lossy, folder: Path, key: str, command: str) -> ModeRecord:
+        """One mode. folder: the checkpoint."""
+        begin = _now()
+        dtype = DType(subject.dtype)
+        found = self._weights(folder, dtype, lossy.weights)
+        kv: tuple[LayerError, ...] = ()
+        if lossy.kv_cache is not None:
+            texts: Sequence[Sequence[int]] = self._texts or _cut(lm, _KV_TOKENS)
+            kv = kv_errors(folder, texts, lossy.kv_cache)
+        compared = [divergence(_TEXT, lm, self._texts, self._folder)] if self._texts else []
+        return ModeRecord(
+            run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid4().hex[:8]}",
+            key=key,
+            subject=subject,
+            weight_bytes=found.bytes,
+            weight_values=found.values,
+            weights=found.tensors,
+            grid_error=found.by_grid,
+            kv=kv,
+            divergence=compared,
+            started_utc=begin,
+            ended_utc=_now(),
+            rerun_command=command,
+            environment=describe_environment(self._request.cache, self._request.results_dir, dict(os.environ)),
+        )
+
+    def _weights(self, folder: Path, dtype: DType, compression: Compression | None) -> WeightErrors:
+        """Of an uncompressed mode the sizes alone."""
+        from flexgen_bench.accuracy.run.rtn_baseline import round_to_nearest
+
+        return weight_errors(folder, dtype, self._request.cache, compression, round_to_nearest)
+
+
+def _cut(lm: Any, count: int) -> list[list[int]]:
+    """The first tokens of the plain text, in sequences that the model can see at once."""
+    return windows(lm.tok_encode(plain_text()), count, min(WINDOW, int(lm.max_length)))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,318 @@
+"""From a command line to cells: which suite applies, and what each of its cells is composed of.
+
+Hydra composes; this module decides what it composes, and says in our words what Hydra objects to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from flexgen_bench.cells.cell import Cell, Local, Unmeasured
+from flexgen_bench.checkpoints.hf_config import check_same_shape
+from flexgen_bench.checkpoints.shape_of_weights import shape_at
+from flexgen_bench.config.build import FASTEST, cell_spec, shape_of, system_model
+from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
+from flexgen_bench.config.ignored_options import refuse_ignored
+from flexgen_bench.config.overrides import MULTIRUN, readable
+from flexgen_bench.config.paths import conf_dir
+from flexgen_bench.config.schema import AppConf, CellGroupConf
+from flexgen_bench.config.typed import app_conf, typed_conf
+from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.folders import expanded, is_gguf
+from flexgen_bench.core.model import ModelShape
+
+CONFIG_NAME = "config"
+# What Hydra reads as text, and so as the name of a file.
+_NAME = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*")
+# Functions of Hydra that make several values of a group.
+_SWEEP = re.compile(r"(?:choice|glob|shuffle|sort|tag)\(")
+# Beginnings of a place on the disk, which is no name of a file in conf.
+_PLACES = ("/", "~", ".")
+_OPTIONAL = ("system", "suite")
+# Hydra's own, whose value is the next word.
+_OPTIONS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--experimental-rerun",
+    "--info",
+    "-i",
+    "--package",
+    "-p",
+)
+# What a command line says about the run, and not about a cell.
+_NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run", "json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for. ``suite`` is "" where cells were asked for one by one."""
+
+    suite: str
+    cells: tuple[Cell, ...]
+
+
+def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | None = None) -> Plan:
+    """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
+
+    Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
+    the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. local:
+    settles what cells leave open. Must be called while Hydra is initialised. Raises UserError.
+    """
+    local = local or Unmeasured()
+    suite = suite_of(conf, overrides, suite)
+    if conf.suite is None or not suite:
+        if conf.cell is not None:
+            raise UserError(
+                "cell", conf.cell, "given with a suite, whose cells have names", "Add suite=..., or leave cell out."
+            )
+        names = [conf.system.name] if conf.system else system_names()
+        of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
+        usual = [f"{key}={value}" for key, value in of_machine.items() if value]
+        group = CellGroupConf(name="", overrides=usual, systems=names)
+        cells = _cells(group, overrides, local, named=conf.system is not None)
+        return Plan("", tuple(cells))
+    wanted = [conf.system.name] if conf.system else None
+    groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
+    if not groups:
+        raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
+    cells = [cell for group in groups for cell in _cells(group, overrides, local, wanted, suite)]
+    if not cells:
+        raise UserError("suite", suite, "a suite that holds cells for the system asked for")
+    return Plan(suite, tuple(cells))
+
+
+def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
+    """The suite that a command line runs; "" where it asks for cells one by one."""
+    given = {key_of(override) for override in overrides}
+    one_by_one = conf.suite is None or ("suite" not in given and given & {"model", "system", "location"})
+    return "" if one_by_one else suite
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """A command line as Hydra must have it: paths quoted, no null groups, overrides behind options. Raises UserError
+    for what it could not take."""
+    check_groups(arguments)
+    options = {w for before, w in itertools.pairwise(arguments) if before in _OPTIONS_WITH_VALUE}
+    several = any(word in MULTIRUN for word in arguments)
+    words = readable(without_null_groups(arguments), AppConf, several=several, skip=tuple(options))
+    return overrides_last(words)
+
+
+def command_cells(overrides: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of a command line that names a model, for callers that do not come through it. Raises UserError.
+
+    Initialises Hydra, and leaves it as it was.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return plan(composed(overrides), overrides, "").cells
+
+
+def check_groups(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would not take as the name of a group's file: a bare number, a list, an empty name.
+
+    ``model=a,b`` (several names for --multirun) passes; ``system=null`` means every system.
+    """
+    for argument in arguments:
+        _, equals, value = argument.partition("=")
+        key = key_of(argument)
+        folder = conf_dir() / key
+        optional = value == "null" and key in _OPTIONAL
+        if not (equals and key and folder.is_dir()) or optional or _SWEEP.match(value):
+            continue
+        known = [path.stem for path in folder.glob("*.yaml")]
+        for name in value.split(","):
+            if name not in known and (not _NAME.fullmatch(name) or name.startswith(_PLACES)):
+                raise _no_choice(key, value, known)
+
+
+def _no_choice(key: str, name: str, known: Sequence[str]) -> UserError:
+    error = unknown_choice(key, name, known)
+    if key != "model" or not (name.startswith(_PLACES) or is_gguf(name)):
+        return error
+    place = shlex.quote(f"location={name}")
+    return UserError(key, name, error.allowed, f"A checkpoint of your own: weights=path {place}")
+
+
+def without_null_groups(arguments: Sequence[str]) -> list[str]:
+    """Hydra takes no null for a group's choice: every system is the default, and a suite is taken out."""
+    dropped = {"system=null": [], "suite=null": ["~suite"]}
+    return [word for argument in arguments for word in dropped.get(argument, [argument])]
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """The same with overrides behind options, in their order: Hydra's parser knows no overrides on both sides of
+    ``--config-dir``. An option whose value is missing stays last, so that it is told."""
+    if arguments and arguments[-1] in _OPTIONS_WITH_VALUE:
+        return [*overrides_last(arguments[:-1]), arguments[-1]]
+    before: list[str] = []
+    overrides: list[str] = []
+    previous = ""
+    for word in arguments:
+        is_override = not word.startswith("-") and previous not in _OPTIONS_WITH_VALUE
+        (overrides if is_override else before).append(word)
+        previous = word
+    return before + overrides
+
+
+def key_of(override: str) -> str:
+    """``+gpu.cpu_memory=2GiB`` -> ``gpu.cpu_memory``."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def system_names() -> list[str]:
+    """Every system in conf/system (and in the user's own --config-dir)."""
+    options: list[str] = GlobalHydra.instance().config_loader().get_group_options("system")
+    return sorted(options)
+
+
+def _cells(
+    group: CellGroupConf,
+    overrides: Sequence[str],
+    local: Local,
+    wanted: Sequence[str] | None = None,
+    suite: str = "",
+    named: bool = True,
+) -> list[Cell]:
+    """The cells of a group, of the systems ``wanted`` (None: all of them)."""
+    unknown = set(group.system_overrides) - set(group.systems)
+    if unknown:
+        raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
+    user = [o for o in overrides if key_of(o) not in _NOT_OF_THE_CELL]
+    chosen = [name for name in group.systems if wanted is None or name in wanted]
+    if not chosen:
+        return []
+    lines = {name: merged(_lines(group, name), user) for name in chosen}
+    confs = {name: composed(own) for name, own in lines.items()}
+    given = frozenset() if suite else frozenset(map(key_of, overrides))
+    for conf in confs.values():
+        # Of several systems, one after the other, some may have no use for an option.
+        refuse_ignored(conf, given, named and not _is_sweep())
+    cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
+    changes, note = _settled(group, confs, cells, local, user)
+    found = []
+    for name in chosen:
+        final = merged(lines[name], changes)
+        # (A dtype that was left open is settled in the cell already.)
+        cell = _cell(group, composed(final), final, local) if note else cells[name]
+        # A record that is made again must land in the same suite, where its table finds it.
+        place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
+        command = final if place is None else merged([*place, *user], changes)
+        settled = replace(cell, overrides=tuple(command), named=named, note=note, given=given)
+        found.append(settled)
+    return found
+
+
+def _is_sweep() -> bool:
+    """Whether this is one run of a ``--multirun``."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _lines(group: CellGroupConf, system: str) -> list[str]:
+    return [*group.overrides, f"system={system}", *group.system_overrides.get(system, [])]
+
+
+def _cell(group: CellGroupConf, conf: AppConf, lines: Sequence[str], local: Local) -> Cell:
+    assert conf.system is not None
+    keys = frozenset(map(key_of, lines))
+    return Cell(
+        group.name,
+        cell_spec(conf, local.fastest, _shape_of_weights(conf, keys)),
+        tuple(lines),
+        system_model(conf.system),
+        keys,
+        subject=conf.system.subject,
+        conf=conf,
+    )
+
+
+def _settled(
+    group: CellGroupConf, confs: Mapping[str, AppConf], cells: Mapping[str, Cell], local: Local, user: Sequence[str]
+) -> tuple[list[str], str]:
+    """The overrides that say what was left open, so that the command of a record asks for just what it holds; and why
+    something was left out of the workload. user: the overrides of the command line."""
+    conf, cell = next(iter(confs.values())), next(iter(cells.values()))
+    changes = [f"dtype={cell.spec.dtype}"] if conf.dtype == FASTEST else []
+    if conf.measure.budget_s is None:
+        return changes, ""
+    # Systems that are not measured today are asked as well: what is left out is the same whoever is. Options of a
+    # system are only its own.
+    of_all = [override for override in user if not key_of(override).startswith("system.")]
+    others = {n: merged(_lines(group, n), of_all) for n in group.systems if n not in cells}
+    everyone = dict(cells) | {n: _cell(group, composed(own), own, local) for n, own in others.items()}
+    prefix = "workload."
+    stated = {key_of(o).removeprefix(prefix) for o in user if key_of(o).startswith(prefix)}
+    fit = local.fitted(everyone, conf.measure.budget_s, stated)
+    changes += [f"{prefix}{name}={value}" for name, value in fit.changes.items()]
+    return [*changes, "measure.budget_s=null"] if fit.note else changes, fit.note
+
+
+def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
+    """The shape of the model in ``location``, where no model is named; None where one is, or nothing is to be read. A
+    model that is named must be the one that is there. Raises UserError."""
+    is_named = any(key.split(".")[0] == "model" for key in keys)
+    is_path = conf.weights == WeightSource.PATH.value
+    if conf.location is None or (is_named and not is_path):
+        return None
+    if not is_path:
+        raise UserError(
+            "location",
+            conf.location,
+            "given with the model that it holds",
+            "Add model=..., or weights=path for a folder or .gguf file.",
+        )
+    if not conf.location:  # of $UNSET, say; as a path it would be the folder that one is in
+        raise UserError("location", conf.location, "the checkpoint folder or .gguf file", "Add location=/path/to/it.")
+    place = expanded(conf.location, "location")
+    is_there = is_gguf(place) if place.is_file() else (place / "config.json").is_file()
+    if is_named and not is_there:  # refused where the cell is made
+        return None
+    try:
+        found = shape_at(place)
+        if is_named:
+            check_same_shape(shape_of(conf.model), found, place)
+    except StoreError as error:
+        raise UserError("location", conf.location, f"a model that can be read ({error})") from error
+    return None if is_named else found
+
+
+def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:
+    """``first``, with what ``then`` sets again left out (Hydra refuses a group chosen twice), and ``then``."""
+    again = {key_of(line) for line in then}
+    return [line for line in first if key_of(line) not in again] + list(then)
+
+
+def composed(overrides: Sequence[str]) -> AppConf:
+    """The typed configuration of some overrides. Raises UserError in our words for what Hydra refuses."""
+    try:
+        return app_conf(compose(CONFIG_NAME, overrides=list(overrides)))
+    except NOT_COMPOSED as error:
+        raise user_error(error) from error
+
+
+def composed_as(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
+    """The configuration conf/``name``.yaml under some overrides, as an instance of ``schema``. Raises UserError.
+
+    Initialises Hydra, and leaves it as it was.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return typed_conf(schema, compose(name, overrides=list(overrides)))
+        except NOT_COMPOSED as error:
+            raise user_error(error, schema) from error

@@ -1,0 +1,60 @@
+"""Random weights of sane scale for a shape whose trained ones are not at hand: throughput only."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from typing import TYPE_CHECKING
+
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.units import GB
+
+if TYPE_CHECKING:
+    import torch
+
+# Values generated at a time, so that a large matrix is never held in float32.
+_CHUNK = 2**22
+_STD = 0.02  # the standard deviation OPT and Llama are initialised with
+# From this size on every layer has the numbers of the first one, and the checkpoint holds them once: OPT-175B takes 5
+# GB of disk instead of 350. Speed does not depend on the values, and whoever loads it still needs memory for every
+# layer.
+REPEATED_FROM_BYTES = 10 * GB
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+# Projections that add to the residual stream: scaled down so that its size does not grow with depth
+# (Radford et al. 2019, section 2.3).
+_RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+
+
+def dummy_tensor(name: str, shape: tuple[int, ...], dtype: DType, num_layers: int, seed: int) -> torch.Tensor:
+    """The tensor ``name``: the same for the same name, shape and seed, whatever is made before it.
+
+    Norm weights lie around 1; biases are small and not zero. Matrices narrower than 2,500 inputs get the
+    standard deviation 1/sqrt(inputs) instead of 0.02, so that small models are not all but linear.
+    """
+    import torch
+
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    mean, std = _scale(name, shape, num_layers)
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype.value))
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        part.copy_(torch.randn(part.numel(), generator=generator).mul_(std).add_(mean))
+    return tensor
+
+
+def _scale(name: str, shape: tuple[int, ...], num_layers: int) -> tuple[float, float]:
+    if name.endswith("norm.weight"):
+        return 1.0, _STD
+    if len(shape) < 2 or "embed" in name or name == "lm_head.weight":
+        return 0.0, _STD
+    std = max(_STD, 1 / math.sqrt(shape[-1]))
+    return 0.0, std / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL) else std
+
+
+def first_of(name: str) -> str:
+    """The tensor of the first layer that ``name`` repeats: ``decoder.layers.7.fc1.bias`` ->
+    ``decoder.layers.0.fc1.bias``."""
+    return _LAYER.sub("0", name, count=1)

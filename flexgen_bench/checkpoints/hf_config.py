@@ -1,0 +1,77 @@
+"""A model's shape in the words of transformers: its config, and the tensors a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.models.activations import ACTIVATIONS
+from flexgen_bench.models.registry import family, shape_from_config
+
+
+def hf_config(shape: ModelShape, dtype: DType) -> Any:
+    """The transformers config of a shape. Raises UserError for a family that is not known here."""
+    from transformers import AutoConfig
+
+    kind = family(shape.family)
+    config = AutoConfig.for_model(kind.model_type, **kind.config_from_shape(shape))
+    config.dtype = dtype.value
+    config.architectures = [kind.architecture]
+    return config
+
+
+def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint, as transformers itself would build the model.
+
+    A tied head appears once, under the embedding's name.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:
+    """Raise StoreError naming every field in which a checkpoint's config is not this shape."""
+    try:
+        found = shape_from_config(config, shape.name)
+    except UserError as error:
+        raise StoreError(f"{where} is not a model that is known here: {error}") from error
+    check_same_shape(shape, found, where)
+
+
+def check_same_shape(shape: ModelShape, found: ModelShape, where: Path) -> None:
+    """Raise StoreError naming every field in which the shape found in a checkpoint is not the one that was asked
+    for."""
+    ours, theirs = shape.to_dict(), found.to_dict()
+    options, their_options = ours.pop("options"), theirs.pop("options")
+    if "activation" in options:  # a function by any of its names
+        options["activation"] = ACTIVATIONS.get(options["activation"], options["activation"])
+    pairs = [(key, ours[key], theirs[key]) for key in ours if key != "name"]
+    pairs += [(f"options.{key}", options[key], their_options.get(key)) for key in options]
+    differ = [
+        f"{key} is {there!r} there and {here!r} in model {shape.name}"
+        for key, here, there in pairs
+        if not _same(here, there)
+    ]
+    if differ:
+        raise StoreError(
+            f"{where} is not a checkpoint of {shape.name}: {'; '.join(differ)}. Choose another model, "
+            "or set these keys (model.<key>=...) as the checkpoint has them."
+        )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = (set(ours) | set(theirs)) - {"type"}
+        return all(_same(ours.get(key), theirs.get(key)) for key in keys)
+    return bool(theirs == ours)

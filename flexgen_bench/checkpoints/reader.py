@@ -1,0 +1,111 @@
+"""Checkpoints as people have them: files, config, and weights as plain numbers, however they are stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexgen_bench.checkpoints.quantized.scheme import dequantized, quantization_of
+from flexgen_bench.checkpoints.tensors import Tensors
+from flexgen_bench.checkpoints.weight_files import CheckpointFiles, read_json
+from flexgen_bench.core.errors import StoreError
+
+# Where the config of a folder that was made of another one says how its weights were read.
+NOTE = "flexgen_bench_note"
+# Element types that hold plain numbers.
+PLAIN_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder by name. Nothing is read before it is asked for.
+
+    Quantized weights are given dequantized, under the name ``….weight``; what they are made of has no name of its own.
+    quantization: what the folder says about it, or None. note: how the weights were read, in words; empty if as they
+    are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StoreError for a folder that is not a checkpoint, is damaged, or is quantized in a way that is not
+        known."""
+        self.folder = folder
+        if not folder.is_dir():
+            raise StoreError(f"checkpoint folder {folder} does not exist.")
+        self.config = read_config(folder)
+        if (folder / "adapter_config.json").exists():
+            raise StoreError(
+                f"{folder} holds an adapter (adapter_config.json), which changes the weights. Merge "
+                "it into them (peft: merge_and_unload) and save the whole model."
+            )
+        self._files = CheckpointFiles(folder)
+        self.files, self.is_safetensors = self._files.files, self._files.is_safetensors
+        self.quantization = quantization_of(folder, self.config)
+        self._tensors: Tensors = self._files
+        self.note = str(self.config.get(NOTE, ""))
+        view = dequantized(self._files, self.quantization, folder)
+        if view is not None:
+            self._tensors, self.note = view, view.note
+        self._aliases: dict[str, str] = {}
+
+    def names(self) -> frozenset[str]:
+        return self._tensors.names() | self._aliases.keys()
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype (torch's name) of a tensor, without reading it."""
+        return self._tensors.header(self._aliases.get(name, name))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in the checkpoint's own dtype (float32 if it was quantized); StoreError if it is missing or its
+        file is damaged."""
+        return self._tensors.tensor(self._aliases.get(name, name))
+
+    def alias(self, name: str, stored: str) -> None:
+        """Let a tensor be found under a second name."""
+        self._aliases[name] = stored
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether every tensor is in the files under the name that it has here."""
+        return self.quantization is None and not self._aliases
+
+    @property
+    def own_dtype(self) -> str:
+        """The element type of the weights: what config.json says, else that of the first plain tensor in the files,
+        which is what transformers does (``get_state_dict_dtype``). torch's name, not necessarily one of
+        ``core.model.DType``."""
+        said = self.config.get("dtype") or self.config.get("torch_dtype")
+        if said is not None and str(said).removeprefix("torch.") in PLAIN_DTYPES:
+            return str(said).removeprefix("torch.")
+        if said is not None and not str(said).removeprefix("torch.").startswith(("float8", "int8")):
+            return str(said)  # for the caller to refuse by its name
+        weights = self._tensors.names() & self._files.names()
+        for name in self._files.in_order():
+            if name in weights and self._files.header(name)[1] in PLAIN_DTYPES:
+                return self._files.header(name)[1]
+        raise StoreError(
+            f"neither config.json nor a tensor of {self.folder} says in what type to compute. "
+            "Give dtype=bfloat16, float16 or float32."
+        )
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. StoreError if there is none or it is not one."""
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} has no config.json, so it is not a checkpoint folder.") from error
+    except ValueError as error:
+        raise StoreError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{path} does not hold a JSON object.")
+    return config
+
+
+def note_of(folder: Path) -> str:
+    """What whoever wrote the folder wants said of its weights; "" for nothing."""
+    return str(read_config(folder).get(NOTE) or "") if (folder / "config.json").is_file() else ""

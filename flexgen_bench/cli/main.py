@@ -1,0 +1,62 @@
+"""``flexgen-bench COMMAND ...``, which is also ``python -m flexgen_bench COMMAND ...``. Without a command: ``run``.
+
+A command is a file of this folder with a ``main(arguments) -> exit status``; to add one is to write it and to name it here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+
+COMMANDS = {
+    "run": "measure cells on this machine, or simulate another one (what happens without a command)",
+    "plan": "what a run would do: policy and why, memory, time, disk; runs nothing",
+    "trace": "what every lane did in a recorded run",
+    "report": "rebuild tables, pages and the paper's tables from the records",
+    "calibrate": "measure what this machine sustains",
+    "fetch": "put trained models and data of accuracy tasks into the cache",
+    "accuracy": "what compression costs a model, on tasks",
+    "importance": "measure how large the inputs of each weight matrix are, for calibrated scales",
+    "lm-eval": "lm-eval's own command line with this project's systems as models",
+}
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: ``sys.argv``); the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"flexgen-bench {version('flexgen-bench')}")
+        return 0
+    if words[:1] == ["help"]:
+        print(usage())
+        return 0
+    # Overrides hold an equals sign or begin with a sign of their own, so a plain word can only mean a command.
+    if words and words[0].replace("-", "").isalpha() and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            print(f"error: there is no command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
+            return BAD_INPUT
+    else:
+        name = "run"
+    module = import_module(f"flexgen_bench.cli.{name.replace('-', '_')}")
+    return int(module.main(words))
+
+
+def usage() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name:<11} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: flexgen-bench [COMMAND] [arguments]",
+            "",
+            *lines,
+            "",
+            "flexgen-bench COMMAND --help says more of one; flexgen-bench --help of runs and their configuration.",
+        ]
+    )

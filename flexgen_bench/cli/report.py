@@ -1,0 +1,219 @@
+"""``python -m flexgen_bench report``: rebuild the tables and pages from the records, and the FlexGen paper's own
+tables."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexgen_bench.accuracy.compare.compare import Margins
+from flexgen_bench.cells.title_jobs import title_asks
+from flexgen_bench.config.paths import shipped_predictions
+from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
+from flexgen_bench.core.folders import path_argument
+from flexgen_bench.core.processes import cores
+from flexgen_bench.paper.build import build_paper
+from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
+from flexgen_bench.report.accuracy.build import build_accuracy
+from flexgen_bench.report.accuracy.links import accuracy_lines
+from flexgen_bench.report.page import index_page, suite_page
+from flexgen_bench.report.rows import Row, build_rows
+from flexgen_bench.report.table import to_csv, to_markdown
+from flexgen_bench.store.kept_predictions import FILE
+from flexgen_bench.store.reader import Problem, read_all
+from flexgen_bench.store.writer import suite_folder
+
+_MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
+
+
+def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) -> list[Path]:
+    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, ``index.md``, and the pages of accuracy; returns the
+    paths.
+
+    Raises UserError if ``results_dir`` is no folder or a suite is called index, StoreError if it cannot be listed.
+    """
+    suites, problems = _load(results_dir)
+    if "index" in suites:  # its page would replace the index of all pages
+        raise UserError("suite", "index", "another name", "Rename its folder and its records' suite.")
+    written, accuracy = build_accuracy(results_dir, out / ACCURACY_FOLDER, _write, margins)
+    for suite, rows in suites.items():
+        mine = [p for p in problems if p.path.parent.name == suite]
+        linked = accuracy_lines(rows, accuracy, ACCURACY_FOLDER)
+        page = suite_page(suite, rows, mine, results_dir, linked)
+        written.append(_write(out / f"{suite}.md", page))
+        written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
+    accuracy_page = f"{ACCURACY_FOLDER}/index.md" if accuracy else ""
+    index = index_page(dict(suites), problems, results_dir, accuracy_page)
+    written.append(_write(out / "index.md", index))
+    return written
+
+
+def build_paper_tables(
+    results_dir: Path,
+    out: Path,
+    *,
+    simulate: bool = True,
+    names: Sequence[str] | None = None,
+    own: Path | None = None,
+    workers: int = 1,
+) -> tuple[list[Path], list[UserError]]:
+    """Write the FlexGen paper's tables (see ``report.paper.build``) into ``out``/paper; returns the paths and what went
+    wrong."""
+    if own is not None and not own.is_dir():
+        raise UserError("--config-dir", str(own), "a folder with table/<name>.yaml")
+    records, problems = read_all(results_dir)
+    # Only the file that is shipped holds more than the tables ask.
+    ships = (results_dir / FILE).resolve() == shipped_predictions().resolve()
+    return build_paper(
+        records,
+        problems,
+        results_dir,
+        out / "paper",
+        _write,
+        simulate=simulate,
+        names=names,
+        own=own,
+        workers=workers,
+        also=title_asks if ships else None,
+    )
+
+
+def update_readme(results_dir: Path, readme: Path) -> list[str]:
+    """Put each suite's table between its ``<!-- table:SUITE -->`` and ``<!-- /table -->``; returns the suites.
+
+    Raises UserError for a missing file, a file without markers, a marker that is not closed or an unknown suite.
+    """
+    suites, _ = _load(results_dir)
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError("--readme", str(readme), f"a readable file ({error.strerror})") from error
+    pieces, names, kept_until = [], [], 0
+    for start, name, end in _marked_spans(text, readme):
+        if name not in suites:
+            raise unknown_choice(f"marker table:{name} in {readme}", name, suites)
+        pieces += [text[kept_until:start], "\n", to_markdown(suites[name]).rstrip() + "\n"]
+        names.append(name)
+        kept_until = end
+    _write(readme, "".join(pieces) + text[kept_until:])
+    return names
+
+
+def _load(results_dir: Path) -> tuple[dict[str, list[Row]], list[Problem]]:
+    if not results_dir.is_dir():
+        raise UserError(
+            "results_dir",
+            str(results_dir),
+            "an existing folder of records",
+            "Measure something first: python -m flexgen_bench",
+        )
+    records, problems = read_all(results_dir)
+    names = sorted({suite_folder(s.record.suite) for s in records})
+    suites = {name: build_rows([s for s in records if suite_folder(s.record.suite) == name]) for name in names}
+    return suites, problems
+
+
+def _marked_spans(text: str, readme: Path) -> list[tuple[int, str, int]]:
+    """Where the tables go: (end of the opening marker, suite, start of the closing marker)."""
+    spans: list[tuple[int, str, int]] = []
+    opened: re.Match[str] | None = None
+    for marker in _MARKER.finditer(text):
+        closes, name = marker.group(1) == "/", marker.group(2)
+        if closes != (opened is not None) or closes == bool(name):
+            raise UserError(str(readme), marker.group(0), "tables marked in pairs", "Write each as " + _PAIR)
+        if closes and opened is not None:
+            spans.append((opened.end(), opened.group(2), marker.start()))
+            opened = None
+        else:
+            opened = marker
+    if opened is not None or not spans:
+        found = opened.group(0) if opened is not None else "no markers"
+        raise UserError(str(readme), found, "tables marked in pairs", "Write each as " + _PAIR)
+    return spans
+
+
+_PAIR = "<!-- table:SUITE --> and <!-- /table -->, each on its own line."
+
+
+def _write(path: Path, text: str) -> Path:
+    """Whole or not at all: a page cut short by a full disk must not replace a good one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 after a line on standard error for each thing that is wrong."""
+    options = _parser().parse_args(arguments)
+    wrong: Sequence[Exception] = ()
+    try:
+        margins = Margins(options.margin_score, options.margin_bits)
+        written = build_reports(options.results_dir, options.out, margins)
+        filled = update_readme(options.results_dir, options.readme) if options.readme else []
+        if options.tables != ["none"]:
+            paper, wrong = build_paper_tables(
+                options.results_dir,
+                options.out,
+                simulate=not options.no_simulation,
+                names=options.tables,
+                own=options.config_dir,
+                workers=options.workers or cores(),
+            )
+            written += paper
+    except (UserError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    if filled:
+        print(f"{options.readme}: {', '.join(filled)}")
+    for problem in wrong:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexgen-bench report",
+        description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside simulations. The same "
+        "records and configuration give the same bytes. In a checkout it also keeps, in results/predictions.json, the answers that "
+        "python -m flexgen_bench model=X gpu=Y gives at once.",
+    )
+    parser.add_argument("results_dir", nargs="?", type=path_argument, default=Path("results"))
+    parser.add_argument("out", nargs="?", type=path_argument, default=Path("reports"))
+    parser.add_argument(
+        "--readme", type=path_argument, help="also fill the tables between <!-- table:SUITE --> markers"
+    )
+    usual = Margins()
+    parser.add_argument(
+        "--margin-score",
+        type=float,
+        default=usual.score,
+        help="accuracy pages: a loss of score up to this counts as none (default: %(default)s, two points)",
+    )
+    parser.add_argument(
+        "--margin-bits",
+        type=float,
+        default=usual.bits,
+        help="accuracy pages: the same in added bits per byte (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tables",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        help="of the paper's tables only these, e.g. t2,t4 (default: every conf/table/*.yaml; none: none)",
+    )
+    parser.add_argument("--no-simulation", action="store_true", help="the paper's tables without simulated values")
+    parser.add_argument("--config-dir", type=path_argument, help="a folder of your own with table/<name>.yaml")
+    parser.add_argument("--workers", type=int, help="processes that predict (default: a core each)")
+    return parser

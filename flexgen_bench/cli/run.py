@@ -1,0 +1,255 @@
+"""The command line: ``python -m flexgen_bench [group=choice ...] [key=value ...]``.
+
+Cells of this machine are measured; those of another one, whose constants are known, are simulated, and leave no record.
+
+Exit status: 0 if every cell was measured, simulated or is known not to fit or not to be possible here, 1 if one failed
+(or nothing could be said of any), 2 for bad input, 130 after Ctrl-C. With dry_run=true: 1 if something cannot fit.
+
+Where cells of the system that the benchmark is about are among those of a command (``subject`` in conf/system), its
+status tells how these did. Of a system beside it that fails, takes too long or is killed there is a record, a line in
+the table and a warning. A command that asks for other systems alone is told about these.
+
+Started with SIGINT ignored, as by nohup or in the background of a script, it goes on at a Ctrl-C that is meant for
+others: SIGTERM ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from flexgen_bench.cells.cell import Cell
+from flexgen_bench.cells.compose import CONFIG_NAME, Plan, plan, prepared, suite_of
+from flexgen_bench.cells.expected_time import Expected
+from flexgen_bench.cells.local_rates import LocalRates
+from flexgen_bench.cells.this_machine import ThisMachine
+from flexgen_bench.cells.work import Work, divide, printed_values
+from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
+from flexgen_bench.config.paths import conf_dir, default_cache_dir
+from flexgen_bench.config.schema import AppConf
+from flexgen_bench.config.typed import app_conf, as_written
+from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.folders import expanded, make_writable
+from flexgen_bench.core.record import Record
+from flexgen_bench.core.simulated import Simulated
+from flexgen_bench.core.status import Status
+from flexgen_bench.runner.predictions import simulate
+from flexgen_bench.runner.suite import finished_record
+
+# How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
+_FINDINGS = (Status.OK, Status.OOM, Status.UNAVAILABLE)
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@dataclass
+class Outcome:
+    """What the runs of one command (several with --multirun) have left."""
+
+    records: list[Path] = field(default_factory=list)
+    simulated: list[Simulated] = field(default_factory=list)
+    why: dict[str, None] = field(default_factory=dict)  # not measured; in order, each once
+    explanations: dict[str, None] = field(default_factory=dict)
+    running: bool = False  # what goes wrong now is no mistake of the configuration
+    bad_input: bool = False
+    broken: bool = False
+    # Hashes of cells whose failure is only warned of.
+    tolerated: set[str] = field(default_factory=set)
+    is_plan: bool = False
+    unfit: bool = False  # in a dry run: something has no room
+    json: bool | None = None  # whether the line of JSON is wanted; None: where it is no person who reads
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit status."""
+    outcome = Outcome()
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of exiting
+
+    def run_composed(composed: Any) -> None:
+        outcome.running = True
+        _guarded(outcome, traceback_wanted, composed)
+        outcome.running = False
+
+    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
+    try:
+        sys.argv[1:] = prepared(arguments)
+        app(run_composed)()
+    except UserError as error:
+        return _complain(error)
+    except NOT_COMPOSED as error:
+        if traceback_wanted or outcome.running:
+            raise
+        return _complain(user_error(error))
+    except KeyboardInterrupt:
+        print("interrupted; the records of finished cells are kept", file=sys.stderr)
+        _summary(outcome)
+        return INTERRUPTED
+    if outcome.bad_input:
+        return BAD_INPUT
+    if not (outcome.records or outcome.simulated):  # --cfg and the like
+        return FAILED if outcome.broken else 0
+    return _judged(outcome, _summary(outcome))
+
+
+def _judged(outcome: Outcome, records: Sequence[Record]) -> int:
+    """The exit status of what was measured and simulated."""
+    measured = [r.status for r in records]
+    failed = [r for r in records if r.status not in _FINDINGS]
+    simulated = [row.status for row in outcome.simulated]
+    beyond = any(row.is_beyond_its_machine for row in outcome.simulated) and not outcome.is_plan
+    if Status.INVALID in simulated or beyond:
+        return BAD_INPUT
+    broken = outcome.broken or Status.FAILED in simulated
+    if broken or outcome.is_plan:
+        return FAILED if broken or outcome.unfit else 0
+    said = Status.OK in measured or Status.OK in simulated or Status.OOM in simulated
+    return 0 if said and all(r.spec_hash in outcome.tolerated for r in failed) else FAILED
+
+
+def _guarded(outcome: Outcome, traceback_wanted: bool, composed: Any) -> None:
+    """One run. Bad input ends this run alone, so that the others of a --multirun still happen."""
+    try:
+        # What ${...} stands for may need quotes again.
+        overrides = as_written(HydraConfig.get().overrides.task)
+        suite = str(HydraConfig.get().runtime.choices.get("suite") or "")
+        conf = app_conf(composed)
+        _run(conf, overrides, suite, outcome)
+    except UserError as error:
+        if traceback_wanted:
+            raise
+        outcome.bad_input = True
+        _complain(error)
+    except StoreError as error:
+        if traceback_wanted:
+            raise
+        outcome.broken = True
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) -> None:
+    outcome.json = conf.json
+    cache = expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir()
+    results = expanded(conf.results_dir, "results_dir")
+    of_suite = suite_of(conf, overrides, suite)
+
+    def is_worth_measuring(cell: Cell) -> bool:
+        wanted_now = conf.rerun or conf.dry_run
+        is_new = wanted_now or finished_record(results, cell.spec.spec_hash, of_suite) is None
+        return conf.calibrate and is_new
+
+    rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
+    expected = Expected(rates, cache)
+    wanted = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell))
+    if conf.dry_run:
+        _plan(wanted, results, cache, rates, outcome)
+        return
+    if any(cell.subject and cell.can_run for cell in wanted.cells):
+        outcome.tolerated |= {c.spec.spec_hash for c in wanted.cells if not c.subject}
+    work = divide(wanted.cells, cache, expected)
+    outcome.why.update(dict.fromkeys([work.why] if work.why else []))
+    outcome.explanations.update(dict.fromkeys(work.explanations))
+    for rows in simulate(work.simulate, cache, _tell):
+        outcome.simulated += rows
+    if work.measure:
+        _measure(conf, work, wanted.suite, results, cache, outcome)
+
+
+def _plan(wanted: Plan, results: Path, cache: Path, rates: LocalRates, outcome: Outcome) -> None:
+    from flexgen_bench.cells.dry_run import cards
+    from flexgen_bench.report.plan_summary import print_cards
+
+    found = cards(wanted.cells, wanted.suite, results, cache, rates)
+    print_cards(found)
+    outcome.is_plan = True
+    outcome.simulated += [card.row for card in found]
+    outcome.unfit |= any(not card.fits or card.row.status is Status.OOM for card in found)
+
+
+def _measure(conf: AppConf, work: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
+    from flexgen_bench.runner.display import ProgressDisplay
+    from flexgen_bench.runner.suite import run_suite
+    from flexgen_bench.store.reader import read_record
+    from flexgen_bench.trackers.registry import make_tracker
+
+    make_writable(results, "results_dir")
+    make_writable(cache, "cache_dir")
+    tracker = make_tracker(conf.tracker.name, conf.tracker.options(), results.absolute().parent / "wandb")
+
+    def on_record(path: Path) -> None:
+        outcome.records.append(path)
+        tracker.log_record(read_record(path), path)
+
+    with ProgressDisplay() as display:
+        paths = run_suite(
+            work.measure,
+            suite=suite,
+            results_dir=results,
+            cache_dir=cache,
+            rerun=conf.rerun,
+            display=display,
+            on_record=on_record,
+        )
+    outcome.records[:] = [path for path in outcome.records if path not in paths] + paths
+    tracker.finish()
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _summary(outcome: Outcome) -> list[Record]:
+    """Print the tables and, as the last line where a program reads them, one JSON document that names the records and
+    holds what was simulated. The records."""
+    from flexgen_bench.report.prediction_json import to_json
+    from flexgen_bench.report.prediction_table import print_predictions
+    from flexgen_bench.report.table import print_table
+    from flexgen_bench.store.reader import read_paths
+
+    records, simulated = outcome.records, outcome.simulated
+    stored, _ = read_paths(records)
+    found = [item.record for item in stored]
+    tables = printed_values()
+    for explanation in outcome.explanations:
+        print(f"\n{explanation}")
+    if records:
+        print()
+        print_table(records)
+    if simulated and not outcome.is_plan:
+        print_predictions(simulated, " ".join(outcome.why), tables)
+    for record in found:
+        if record.status not in _FINDINGS and record.spec_hash in outcome.tolerated:
+            _tell(_warning(record))
+    counts = Counter(record.status.value for record in found)
+    document = {
+        "records": [str(path) for path in records],
+        "simulated": [to_json(row, tables) for row in simulated],
+        "status": dict(counts),
+    }
+    wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json
+    if wanted:
+        print(json.dumps(document))
+    return found
+
+
+def _warning(record: Record) -> str:
+    """Of a system beside the one that the benchmark is about."""
+    lines = record.reason.strip().splitlines() or ["no reason"]
+    reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    return (
+        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the table; "
+        f"what the others did stands. Again: {record.rerun_command}"
+    )
+
+
+def _complain(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT

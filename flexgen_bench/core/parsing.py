@@ -1,0 +1,28 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.units import GB, GIB, KB, KIB, MB, MIB, TB, TIB
+
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": KB, "mb": MB, "gb": GB, "tb": TB}
+_PATTERN = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*$")
+
+
+def parse_bytes(text: str | int | float, field: str = "size") -> int:
+    """Turn ``"2GiB"``, ``"1.5 GB"`` or a plain number of bytes into bytes.
+
+    Raises UserError naming ``field`` for anything else, and for sizes below zero.
+    """
+    if isinstance(text, bool) or not isinstance(text, str | int | float):
+        raise UserError(field, text, "a number of bytes or text like '2GiB' or '16GB'")
+    if not isinstance(text, str):
+        if not 0 <= text < float("inf"):
+            raise UserError(field, text, "a finite size of at least zero bytes")
+        return int(text)
+    match = _PATTERN.match(text)
+    if match is None or match.group(2).lower() not in _UNITS:
+        raise UserError(field, text, "a number followed by B, KiB, MiB, GiB, TiB, KB, MB, GB or TB, e.g. '2GiB'")
+    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])

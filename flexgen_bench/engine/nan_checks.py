@@ -1,0 +1,62 @@
+"""What is not finite is reported where it appears, by layer, and not as nonsense tokens later.
+
+Keys and values of every layer, hidden states after the last one, and logits: anything that goes wrong reaches one of
+them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.errors import NotFinite
+from flexgen_bench.engine.device import Device, crossing
+from flexgen_bench.schedule.steps import Step
+
+_HIDDEN, _LOGITS = "hidden states", "logits"
+Watched = tuple[int, str]  # unit that made it, and what it is
+
+
+class Health:
+    """Watches what layers make. In host memory it is judged at once; on an accelerator sums are kept and judged with
+    the micro-batch's logits, so that the device is not waited for."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._sums: dict[int, list[tuple[Tensor, Watched, Watched]]] = {}  # by stage
+        self._on_host: dict[int, tuple[Tensor, list[Watched]]] = {}
+
+    def watch(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """A layer has made these keys and values."""
+        self._watch(step, k, (step.unit, "keys"), v, (step.unit, "values"))
+
+    def watch_head(self, step: Step, x: Tensor, logits: Tensor) -> None:
+        """The last layer has made these hidden states, of which nobody makes keys, and the head these logits."""
+        self._watch(step, x, (step.unit - 1, _HIDDEN), logits, (step.unit, _LOGITS))
+
+    def move(self, step: Step) -> None:
+        """MOVE_LOGITS: what was watched of this micro-batch goes to the host with its logits."""
+        watched = self._sums.pop(step.buffer_index, None)
+        if watched:
+            moved = self._device.to_host(torch.cat([crossing(sums) for sums, *_ in watched]))
+            self._on_host[step.buffer_index] = (moved, [place for _, *both in watched for place in both])
+
+    def judge(self, step: Step) -> None:
+        """SAMPLE: raise NotFinite if anything was not."""
+        sums, places = self._on_host.pop(step.buffer_index, (None, []))
+        if sums is not None:
+            _judge(sums.tolist(), places)
+
+    def _watch(self, step: Step, a: Tensor, of_a: Watched, b: Tensor, of_b: Watched) -> None:
+        """A sum is finite only if all of them are (in float32: no overflow)."""
+        sums = torch.stack((a.sum(dtype=torch.float32), b.sum(dtype=torch.float32)))
+        if sums.is_cuda:
+            self._sums.setdefault(step.buffer_index, []).append((sums, of_a, of_b))
+        else:
+            _judge(sums.tolist(), [of_a, of_b])
+
+
+def _judge(sums: list[float], places: list[Watched]) -> None:
+    for value, (unit, name) in zip(sums, places, strict=True):
+        if value - value != 0:  # infinite or NaN
+            raise NotFinite(None if name == _LOGITS else unit - 1, name)

@@ -1,0 +1,337 @@
+"""The engine as a library: ``LLM(model).generate(prompts, SamplingParams(...))``."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from flexgen_bench.config.build import hardware_profile
+from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.cell import ModelSpec, check_latency
+from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.given import as_list, token_ids
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy, agreed_lossy
+from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.engine.arrivals import Arrivals
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.checks import check_prompt, check_score_request
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import Engine
+from flexgen_bench.engine.generation import Running, requests_of
+from flexgen_bench.engine.outputs import (
+    Output,
+    Piece,
+    Prompt,
+    Score,
+    pairs_of,
+    per_prompt,
+    prompts_of,
+    requests_of_ids,
+    score_of,
+)
+from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.streaming import pieces
+from flexgen_bench.engine.tokenization import TextTokenizer
+from flexgen_bench.llm.model_source import Progress, checkpoint_of
+from flexgen_bench.machine.host import physical_cores
+from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
+from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
+from flexgen_bench.schedule.sequence_groups import Capacity, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger("flexgen_bench.stage")
+
+# Given each result as soon as it is there: its place in what was asked, and the result.
+OnOutput = Callable[[int, Output], None]
+OnScore = Callable[[int, Score], None]
+
+
+class LLM:
+    """A model under an offloading policy.
+
+    model: a name from conf/model, a checkpoint folder, a .gguf file, a hub id ("facebook/opt-1.3b") or a ModelSpec.
+    policy: a Policy, or None to let the engine choose one for each job: by search, if this machine has been calibrated
+    (``python -m
+        flexgen_bench.calibrate``) or the profile states rates, else by a rule.
+    lossy: what the engine's own choice may change of the results: ``Lossy(weights=Compression(4))`` quantizes weights.
+    A
+        given policy brings its own.
+    max_latency_s: the most seconds that a block may take from its start to its last token, where the engine chooses (by
+    search); None: any.
+    gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
+    offload_dir: where KV cache and activations spill to disk. cache_dir: where weights are kept, packed.
+    dtype: "float32", "bfloat16", "float16", or None for the checkpoint's own. threads: of the compute lane.
+    progress: called with (what, done, total) while weights convert ("convert") and tokens appear ("prefill", "decode").
+
+    Raises UserError for what cannot be used, StoreError for damaged or missing weights, CannotRun for hardware that
+    is not here. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelSpec,
+        *,
+        policy: Policy | None = None,
+        gpu: str | HardwareProfile = "auto",
+        offload_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        dtype: str | DType | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        lossy: Lossy = EXACT,
+        max_latency_s: float | None = None,
+    ) -> None:
+        check_latency(max_latency_s, policy is not None)
+        self._lossy = agreed_lossy(lossy, policy)
+        self._max_latency_s = max_latency_s
+        self._progress: Progress = progress or (lambda what, done, total: None)
+        self._policy = policy
+        self._engine: Engine | None = None
+        self._chosen_for = 0  # sequences of the largest job of generation so far
+        self._closed = False
+        cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
+        self._own_dir: tempfile.TemporaryDirectory[str] | None = None
+        if offload_dir is None:  # beside the weights, not in a /tmp that may be memory
+            self._own_dir = tempfile.TemporaryDirectory(prefix="offload-", dir=cache)
+            offload_dir = self._own_dir.name
+        self._offload_dir = Path(offload_dir)
+        try:
+            hardware = gpu if isinstance(gpu, HardwareProfile) else hardware_profile(gpu)
+            if threads is not None and (not isinstance(threads, int) or threads < 1):
+                raise UserError("threads", threads, "an integer of at least 1, or None for all cores")
+            self._device = Device.open(hardware, threads or physical_cores())
+            if hardware.rates is None:
+                rates = calibrated_rates(cache, self._device.threads)
+                if rates is not None:
+                    known = with_calibration(hardware, rates)
+                    self._device = replace(self._device, hardware=known)
+            checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
+            self._weights = PackedWeights.from_checkpoint(
+                checkpoint,
+                chosen,
+                cache,
+                lambda done, total: self._progress("convert", done, total),
+                self._lossy.weights,
+            )
+            if self.note:
+                _log.warning("%s: %s", checkpoint, self.note)
+            self._tokenizer = TextTokenizer(checkpoint)
+            if policy is not None:  # refuse a policy that does not fit now, not at the first prompt
+                self._engine = self._weights.engine(policy, self._device, self._offload_dir)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._weights.shape
+
+    @property
+    def note(self) -> str:
+        """How the checkpoint's weights were read, in words (quantized ones are dequantized); empty if as they are."""
+        return self._weights.note
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy in force; None until a job has made the engine choose one."""
+        return self._engine.policy if self._engine else None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: OnOutput = lambda index, output: None,
+    ) -> list[Output]:
+        """Continue every prompt: texts or lists of token ids, any number, any mixture of lengths.
+
+        Empty text is the model's start token. Ids may be arrays of numpy or torch, one-dimensional.
+        Results come in the order of the prompts and do not depend on how they are batched.
+        ``on_output`` gets each as soon as it is there. Raises UserError for the first prompt that
+        cannot be used, before any is computed.
+        """
+        self._check_open()
+        asked = prompts_of(prompts)
+        params = per_prompt(sampling_params, len(asked))
+        sequences = [self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))]
+        requests = requests_of(sequences, self._weights.family.steady_positions(self.shape))
+        found: dict[int, Output] = {}
+
+        def take(index: int, sequence: Running) -> None:
+            found[index] = self._output(asked[index], sequence)
+            on_output(index, found[index])
+
+        arrivals = Arrivals(self._progress, take)
+        for index, sequence in enumerate(sequences):
+            sequence.on_end = partial(arrivals.put, index, sequence)
+        self._engine_for(requests).generate(sequences, arrivals.progress)
+        arrivals.deliver()
+        return [found[index] for index in range(len(asked))]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Continue one prompt and give what is new after every pass: the pieces together are what ``generate`` gives.
+
+        Until the last piece (or ``close`` of what this returns) the engine is taken: other calls are refused. UserError
+        for a prompt that cannot be used, at once.
+        """
+        self._check_open()
+        asked = prompts_of(prompt)
+        if len(asked) != 1:
+            raise UserError("prompt", f"{len(asked)} prompts", "one prompt")
+        return self._stream(self._running(0, asked[0], *per_prompt(sampling_params, 1)))
+
+    def _stream(self, sequence: Running) -> Iterator[Piece]:
+        requests = requests_of([sequence])
+        with self._engine_for(requests).open(Capacity(1, requests[0].prompt_len, requests[0].gen_len)) as job:
+            yield from pieces(job, sequence)
+
+    def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
+        """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
+        self._check_open()
+        requests = []
+        for index, (context, continuation) in enumerate(pairs_of(contexts, continuations)):
+            before, both = self._tokenizer.encode_pair(context, continuation, index)
+            requests.append(ScoreRequest(both, before))
+            name = f"contexts[{index}] + continuations[{index}]"
+            check_score_request(self.shape, name, requests[-1])
+        return self.score_tokens(requests)
+
+    def score_tokens(
+        self, requests: Sequence[ScoreRequest], on_score: OnScore = lambda index, score: None
+    ) -> list[Score]:
+        """Log-likelihoods of the tokens of each request from its ``start`` on. What requests share at their beginning
+        is computed once.
+
+        Results come in the order of the requests; ``on_score`` gets each as soon as it is there.
+        """
+        self._check_open()
+        requests = requests_of_ids(requests)
+        for index, request in enumerate(requests):
+            check_score_request(self.shape, f"requests[{index}]", request)
+        if not requests:
+            return []
+        found: dict[int, Score] = {}
+
+        def take(index: int, tokens: Sequence[tuple[float, bool]]) -> None:
+            found[index] = score_of(tokens)
+            on_score(index, found[index])
+
+        arrivals = Arrivals(self._progress, take)
+        self._scoring_engine(requests).score(requests, arrivals.put, arrivals.progress)
+        arrivals.deliver()
+        return [found[index] for index in range(len(requests))]
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Of each sequence in turn, the whole distribution of every token but the first: (T-1, V) float32. Few are in
+        memory at once."""
+        self._check_open()
+        lists = as_list(sequences, "sequences", "a list of lists of token ids")
+        requests = [ScoreRequest(token_ids(tokens, f"sequences[{index}]"), 1) for index, tokens in enumerate(lists)]
+        for index, request in enumerate(requests):
+            check_score_request(self.shape, f"sequences[{index}]", request)
+        return self._log_probabilities(requests)
+
+    def _log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
+        start = 0
+        while start < len(requests):
+            stop, rows = start, 0
+            while stop < len(requests) and (stop == start or rows < LOGIT_ROWS):
+                rows += len(requests[stop].tokens)
+                stop += 1
+            part = requests[start:stop]
+            yield from self._scoring_engine(part).log_probabilities([r.tokens for r in part])
+            start = stop
+
+    def close(self) -> None:
+        """Release the weights and delete the offload directory if it was made here."""
+        self._closed = True
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._own_dir is not None:
+            self._own_dir.cleanup()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("LLM", "closed", "open", "Make a new one.")
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        """The engine under the given policy, or under one chosen for these requests. That is kept while it fits, until
+        a job of more than twice as many comes: a policy for a few sequences would be slow for many."""
+        enough = len(requests) <= 2 * self._chosen_for
+        found = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
+        self._chosen_for = max(self._chosen_for, len(requests))
+        return found
+
+    def _scoring_engine(self, requests: Sequence[ScoreRequest]) -> Engine:
+        return self._fitting(typical(requests), LOGIT_ROWS, lambda engine: engine.can_score(requests))
+
+    def _fitting(self, requests: Sequence[Request], scored_rows: int, fits: Callable[[Engine], bool]) -> Engine:
+        if self._engine is not None:
+            self._engine.check_free()
+        if self._policy is None:
+            if self._engine is not None and fits(self._engine):
+                return self._engine
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+            policy = self._weights.choose_policy(
+                self._device,
+                self._offload_dir,
+                requests,
+                lossy=self._lossy,
+                scored_rows=scored_rows,
+                max_latency_s=None if scored_rows else self._max_latency_s,
+            )
+            self._engine = self._weights.engine(policy, self._device, self._offload_dir)
+        assert self._engine is not None, "closed"
+        return self._engine
+
+    def _running(self, index: int, prompt: Prompt, params: SamplingParams) -> Running:
+        ids = self._tokenizer.encode(prompt, f"prompts[{index}]")
+        check_prompt(self.shape, f"prompts[{index}]", ids, params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= self._tokenizer.end_ids
+        text = self._tokenizer.stream(ids, params.stop or ())
+        return Running(
+            prompt=ids,
+            params=params,
+            sampler=Sampler(params, ids, index),
+            stop_ids=stop_ids,
+            stop_text=text.follow if params.stop else lambda new: False,
+            text=text,
+        )
+
+    @staticmethod
+    def _output(prompt: Prompt, sequence: Running) -> Output:
+        assert sequence.text is not None
+        sequence.text.follow(sequence.new)
+        sequence.text.finish()
+        return Output(
+            prompt=prompt,
+            prompt_token_ids=tuple(sequence.prompt),
+            token_ids=tuple(sequence.new),
+            text=sequence.text.text,
+            finish_reason=sequence.finish_reason,
+        )

@@ -1,0 +1,202 @@
+"""A policy chosen by another process: the same one, and whatever becomes of that process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.rates import Rates
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner import choose as chooser
+from flexgen_bench.planner.auto_policy import auto_policy
+from flexgen_bench.planner.choose import PolicyQuestion, choose
+from flexgen_bench.planner.default_policy import default_policy
+from flexgen_bench.schedule.sequence_groups import Request
+from tests.support.planner_machines import DTYPE, FOUR_BITS, MIB, accelerator, host, packed, site, small_opt
+from tests.support.tiny_models import random_model, save
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = small_opt(layers=4, hidden=128)
+REQUESTS = [Request(20, 4), Request(32, 2), Request(32, 4), Request(5, 3)] * 2
+TIGHT = accelerator(3 * MIB, 4 * MIB, gpu=site(2e10, 1e11), cpu=site(2e9, 2e10))
+STAGE = "flexgen_bench.stage"
+
+
+@pytest.fixture(autouse=True)
+def _this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is to find the code that is tested."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def asked(requests: Sequence[Request] = REQUESTS, **more: Any) -> PolicyQuestion:
+    fields = {"shape": SHAPE, "dtype": DTYPE, "hardware": TIGHT, "available": {}} | more
+    return PolicyQuestion.about(requests, **fields)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"available": {Tier.CPU: 3 * MIB, Tier.GPU: 2 * MIB}, "block_size": 4},
+        {"hardware": host(3 * MIB), "scored_rows": 40},
+        {"lossy": Lossy(FOUR_BITS, FOUR_BITS)},
+    ],
+)
+def test_the_other_process_finds_what_this_one_would(more: Mapping[str, Any]) -> None:
+    question = asked(**more)
+    lossy: Lossy = more.get("lossy", EXACT)
+    here = auto_policy(
+        SHAPE,
+        packed(SHAPE, lossy),
+        DTYPE,
+        question.hardware,
+        REQUESTS,
+        question.available,
+        question.block_size,
+        lossy,
+        question.scored_rows,
+    )
+    assert choose(question) == here
+    assert PolicyQuestion.from_dict(json.loads(json.dumps(question.to_dict()))) == question
+
+
+def test_a_latency_is_kept_or_refused() -> None:
+    """By the other process too; the rule, which knows of no time, never stands in for it."""
+    free = choose(asked())
+    quick = choose(asked(max_latency_s=0.01))
+    assert quick != free
+    with pytest.raises(UserError, match=r"policy\.max_latency_s.*single sequence takes"):
+        choose(asked(max_latency_s=1e-9))
+    with pytest.raises(UserError, match="calibrate"):
+        choose(asked(max_latency_s=1.0, hardware=replace(TIGHT, rates=None)))
+
+
+def ruled(question: PolicyQuestion) -> object:
+    return default_policy(SHAPE, packed(SHAPE), DTYPE, question.hardware, REQUESTS, question.available)
+
+
+def test_without_rates_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "_command", lambda: ["/there/is/no/such/program"])
+    question = asked(hardware=replace(TIGHT, rates=None))
+    assert choose(question) == ruled(question)
+
+
+def program(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Something else answers."""
+    monkeypatch.setattr(chooser, "_command", lambda: [sys.executable, "-c", source])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed, most likely as memory ran out"),
+        ("import os; os.kill(os.getpid(), 11)", "was ended by SIGSEGV"),
+        ("raise MemoryError('no room')", "ended with exit status 1 (MemoryError: no room)"),
+        ("raise SystemExit(3)", "ended with exit status 3 (no message)"),
+        ("print('hello')", "gave no answer, but 'hello"),
+        ("print('[]')", "gave no answer"),
+        ('print(\'{"policy": {"speed": 3}, "refused": null}\')', "gave no answer"),
+    ],
+)
+def test_a_process_that_dies_leaves_it_to_the_rule(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, source: str, reason: str
+) -> None:
+    program(monkeypatch, source)
+    with caplog.at_level(logging.WARNING, STAGE):
+        assert choose(asked()) == ruled(asked())
+    [warning] = caplog.records
+    assert reason in warning.getMessage()
+    assert "plain rule's policy is used" in warning.getMessage()
+
+
+def test_a_process_that_cannot_start_leaves_it_to_the_rule(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chooser, "_command", lambda: ["/there/is/no/such/program"])
+    assert choose(asked()) == ruled(asked())
+    assert "did not start (No such file or directory)" in caplog.text
+
+
+def test_where_the_search_finds_nothing_the_rule_is_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its refusal is the one that is raised; should it find something, that is used."""
+    too_small = asked(available={Tier.GPU: MIB // 100})
+    with pytest.raises(DoesNotFit) as error:
+        choose(too_small)
+    with pytest.raises(DoesNotFit) as rules:
+        ruled(too_small)
+    assert str(error.value) == str(rules.value)
+    program(monkeypatch, 'print(\'{"policy": null, "refused": null}\')')
+    assert choose(asked()) == ruled(asked())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_rates_that_lack_something_are_refused_as_in_this_process() -> None:
+    """They are the user's to complete: no rule hides that."""
+    rates = TIGHT.rates
+    assert rates is not None
+    poor = replace(TIGHT, rates=Rates({Tier.GPU: rates.sites[Tier.GPU]}))
+    with pytest.raises(UserError) as here:
+        auto_policy(SHAPE, packed(SHAPE), DTYPE, poor, REQUESTS, {})
+    with pytest.raises(UserError) as there:
+        choose(asked(hardware=poor))
+    assert str(there.value) == str(here.value)
+
+
+def test_an_interrupted_search_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    program(monkeypatch, f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), 2)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        choose(asked())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+CHOOSES = """
+import sys
+from pathlib import Path
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.model import DType
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.schedule.sequence_groups import Request
+import json
+folder = Path(sys.argv[1])
+hardware = HardwareProfile.from_dict(json.loads(sys.argv[2]))
+weights = PackedWeights.from_checkpoint(folder, DType.FLOAT32, folder / "cache")
+policy = weights.choose_policy(Device.open(hardware, 1), folder / "offload", [Request(8, 4)] * 8)
+assert "scipy" not in sys.modules and "scipy.optimize" not in sys.modules
+print(json.dumps(policy.to_dict()))
+"""
+
+
+def test_the_process_of_the_engine_never_loads_the_search(tmp_path: Path) -> None:
+    folder = save(random_model("opt"), tmp_path)
+    hardware = json.dumps(host(None).to_dict())  # type: ignore[arg-type]
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSES, str(folder), hardware], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "policy was searched" not in done.stderr
+    assert json.loads(done.stdout)["gpu_batch_size"] >= 1

@@ -1,0 +1,282 @@
+"""What a step costs, worked out by hand on machines with round rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.rates import Rates, SiteRates
+from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.planner.cost import links, rates_of
+from flexgen_bench.schedule.steps import Step, StepKind
+from tests.support.planner_machines import (
+    ACCELERATOR,
+    CPU_SITE,
+    FOUR_BITS,
+    GPU_SITE,
+    HOST,
+    PlannedJob,
+    a_job,
+    jobs,
+    small_llama,
+)
+
+GPU, CPU, DISK = (Placement.all_on(tier) for tier in Tier)
+US = 1e-6  # what a step costs beside its work
+Wanted = Callable[[Step], bool]
+
+
+def prices(job: PlannedJob, wanted: Wanted, number: int = 0) -> dict[Step, float]:
+    """Of the steps of one pass."""
+    plan = job.plan
+    cost = job.cost(plan)
+    found = {s: cost.seconds(s) for s in list(job.passes(plan))[number] if wanted(s)}
+    assert found, "no such step"
+    return found
+
+
+def price(job: PlannedJob, kind: StepKind, unit: int = 1, number: int = 0) -> float:
+    """Of the only one of a kind that works on a unit (or of many alike)."""
+    found = set(prices(job, lambda s: s.kind is kind and s.unit == unit, number).values())
+    assert len(found) == 1, found
+    return found.pop()
+
+
+def test_bytes_cross_a_link_at_its_rate() -> None:
+    """Weights of a layer: 12 * 64^2 values, 9 vectors of 64 and two of 256 for biases and norms, in 2 bytes each, in
+    whole pages."""
+    layer = 12 * 64 * 64 * 2 + (4 + 1 + 4) * 64 * 2 + 256 * 2
+    whole = -(-layer // 4096) * 4096
+    loads = prices(a_job(Policy(4, 1, DISK, CPU, CPU)), lambda s: s.kind is StepKind.LOAD_WEIGHTS and s.unit == 1)
+    by_tiers: dict[object, object] = {LINKS[step.lane]: (step.bytes, seconds) for step, seconds in loads.items()}
+    assert by_tiers == {
+        (Tier.DISK, Tier.CPU): (whole, pytest.approx(whole / 1e9 + US)),
+        (Tier.CPU, Tier.GPU): (whole, pytest.approx(whole / 4e9 + US)),
+    }
+    # Hidden states of 4 prompts of 16 tokens, 64 wide, back to host memory.
+    stores = price(a_job(Policy(4, 1, GPU, GPU, CPU)), StepKind.STORE_HIDDEN)
+    assert stores == pytest.approx(4 * 16 * 64 * 2 / 2e9 + US)
+    # K and V of the prompts to disk: through host memory.
+    written = prices(a_job(Policy(4, 1, GPU, DISK, GPU)), lambda s: s.kind is StepKind.STORE_KV and s.unit == 1)
+    moved = 4 * 16 * 2 * 64 * 2
+    assert {s.lane: seconds for s, seconds in written.items()} == {
+        Lane.D2H: pytest.approx(moved / 2e9 + US),
+        Lane.DISK_WRITE: pytest.approx(moved / 5e8 + US),
+    }
+
+
+def test_large_products_take_their_arithmetic() -> None:
+    """64 rows times 3 * 64^2 values for Q, K, V; the rest of the layer are 9 * 64^2, biases and norms."""
+    job = a_job(Policy(4, 1, GPU, GPU, GPU))
+    assert price(job, StepKind.PROJECT) == pytest.approx(2 * 64 * 3 * 64**2 / 1e12 + US)
+    rest = 9 * 64**2 + 9 * 64 + 256
+    assert price(job, StepKind.OUTPUT) == pytest.approx(2 * 64 * rest / 1e12 + US)
+    host = a_job(Policy(4, 1, CPU, CPU, CPU), HOST)
+    assert price(host, StepKind.PROJECT) == pytest.approx(2 * 64 * 3 * 64**2 / 1e11 + US)
+
+
+def test_small_products_take_the_reading_of_their_weights() -> None:
+    """A token each of 2 sequences: 4 FLOPs per value of 2 bytes; the accelerator does 10 FLOPs for a byte, the
+    processor 5."""
+    job = a_job(Policy(2, 1, GPU, GPU, GPU), prompts=2)
+    read = 3 * 64**2 * 2
+    assert price(job, StepKind.PROJECT, number=1) == pytest.approx(read / 1e11 + US)
+    host = a_job(Policy(2, 1, CPU, CPU, CPU), HOST, prompts=2)
+    assert price(host, StepKind.PROJECT, number=1) == pytest.approx(read / 2e10 + US)
+    # From 10 sequences on, arithmetic is what takes longer.
+    larger = a_job(Policy(20, 1, GPU, GPU, GPU), prompts=20)
+    assert price(larger, StepKind.PROJECT, number=1) == pytest.approx(2 * 20 * 3 * 64**2 / 1e12 + US)
+
+
+def test_the_head_is_multiplied_with_rows_that_are_wanted() -> None:
+    """One of each of 4 prompts of 16 tokens: 64 token rows of the table, the position table is not multiplied with."""
+    job = a_job(Policy(4, 1, GPU, GPU, GPU))
+    head = job.packed.head
+    read = max(head.num_values * 2 / 1e11, 2 * 4 * head.num_values / 1e12)
+    assert price(job, StepKind.HEAD, unit=4) == pytest.approx(read + US)
+    assert head.num_values == 64 * 64 + 2 * 64
+
+
+def test_compressed_weights_are_used_in_place_by_a_processor() -> None:
+    """4.5 bits a value: few rows read them, many rows are computed at the rate of their format, half of the plain
+    one's."""
+    lossy = Lossy(weights=FOUR_BITS)
+    for policy, machine in (
+        (Policy(1, 1, CPU, CPU, CPU, lossy=lossy), HOST),
+        (Policy(1, 1, CPU, CPU, CPU, offloaded=Offloaded.IN_PLACE, lossy=lossy), ACCELERATOR),
+    ):
+        job = a_job(policy, machine, prompts=1)
+        values = 3 * 64**2
+        # 2 FLOPs a value at 5e10/s, or 4.5 / 8 bytes at 2e10/s.
+        assert price(job, StepKind.PROJECT, number=1) == pytest.approx(2 * values / 5e10 + US)
+        assert price(job, StepKind.PROJECT) == pytest.approx(2 * 16 * values / 5e10 + US)
+        steps = [step for one in job.passes(job.plan) for step in one]
+        assert all(step.kind is not StepKind.DEQUANTIZE for step in steps)
+    quick = replace(CPU_SITE, matrix={"float16/4": {64: {1: 1e12}}})
+    reading = a_job(Policy(1, 1, CPU, CPU, CPU, lossy=lossy), with_cpu(HOST, quick), prompts=1)
+    assert price(reading, StepKind.PROJECT, number=1) == pytest.approx(values * 4.5 / 8 / 2e10 + US)
+
+
+def test_compressed_weights_are_unpacked_once_by_an_accelerator() -> None:
+    """Then products are plain ones, in the plain format."""
+    job = a_job(Policy(4, 2, CPU, GPU, GPU, lossy=Lossy(weights=FOUR_BITS)))
+    unpacked = prices(job, lambda s: s.kind is StepKind.DEQUANTIZE and s.unit == 1)
+    plain = job.packed.units[1].plain_bytes
+    assert plain == pytest.approx(12 * 64**2 * 2, rel=0.03)
+    assert list(unpacked.values()) == [pytest.approx(plain / 5e10 + US)]
+    assert price(job, StepKind.PROJECT) == pytest.approx(2 * 64 * 3 * 64**2 / 1e12 + US)
+
+
+def test_a_norm_that_is_not_compressed_is_not_unpacked() -> None:
+    """The embedding of this OPT has no matrix: it has nothing to unpack."""
+    job = a_job(Policy(4, 1, CPU, GPU, GPU, lossy=Lossy(weights=FOUR_BITS)))
+    plan = job.plan
+    steps = [step for one in job.passes(plan) for step in one]
+    unpacked = {step.unit for step in steps if step.kind is StepKind.DEQUANTIZE}
+    assert unpacked == {unit.index for unit in job.packed.units if unit.plain_bytes}
+    assert 0 not in unpacked
+
+
+def test_attention_of_prompts_takes_its_arithmetic() -> None:
+    """4 prompts of 16 tokens that attend to those before them and to themselves, at a quarter of the matrix rate; all
+    of a longer one."""
+    pairs = 4 * 16 * 17 // 2
+    job = a_job(Policy(4, 1, GPU, GPU, GPU))
+    assert price(job, StepKind.ATTEND) == pytest.approx(pairs * 4 * 64 / 2.5e11 + US)
+    table = {16: 1e11, 64: 4e11}
+    hardware = with_gpu(ACCELERATOR, replace(GPU_SITE, prefill_attention=table))
+    long = a_job(Policy(1, 1, GPU, GPU, GPU), hardware, prompts=1, prompt_len=64)
+    assert price(long, StepKind.ATTEND) == pytest.approx(64 * 65 / 2 * 4 * 64 / 4e11 + US)
+    between = a_job(Policy(1, 1, GPU, GPU, GPU), hardware, prompts=1, prompt_len=32)
+    assert price(between, StepKind.ATTEND) == pytest.approx(32 * 33 / 2 * 4 * 64 / 2e11 + US)
+
+
+@pytest.mark.parametrize(
+    ("lossy", "token_bytes", "rate"),
+    [
+        (EXACT, 2 * 64 * 2, 5e10),
+        # 16 values of a head: 8 bytes of codes and 4 of scale and least value.
+        (Lossy(kv_cache=FOUR_BITS), 2 * 4 * 12, 1e10),
+        (Lossy(weights=FOUR_BITS), 2 * 64 * 2, 5e10),
+        (Lossy(value_share=0.1), 2 * 64 * 2 * 0.55, 5e10),  # all keys, a tenth of the values
+    ],
+)
+def test_attention_of_a_token_reads_its_cache(lossy: Lossy, token_bytes: float, rate: float) -> None:
+    """4 sequences with 16 tokens of prompt; the first new one is attended to as well."""
+    job = a_job(Policy(4, 1, GPU, GPU, GPU, lossy=lossy))
+    read = 4 * (16 + 1) * token_bytes
+    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(read / rate + US)
+    assert price(job, StepKind.ATTEND, number=3) == pytest.approx(read * 19 / 17 / rate + US)
+
+
+def test_attention_runs_at_the_rate_of_its_site_and_its_heads() -> None:
+    job = a_job(Policy(4, 1, GPU, CPU, GPU, attention=AttentionSite.CPU))
+    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(4 * 17 * 256 / 1e10 + US)
+    grouped = replace(GPU_SITE, decode_attention={"float16": {1: 1e10, 2: 4e10, 8: 5e10}})
+    machine = with_gpu(ACCELERATOR, grouped)
+    llama = a_job(Policy(4, 1, GPU, GPU, GPU), machine, small_llama())
+    assert price(llama, StepKind.ATTEND, number=1) == pytest.approx(4 * 17 * 128 / 4e10 + US)
+
+
+def test_attention_takes_time_for_a_call_and_for_each_of_its_sequences() -> None:
+    beside = {"attend": {"float16": 3e-4}, "attend_sequence": {"float16": 2e-5}}
+    job = a_job(Policy(4, 1, GPU, GPU, GPU), with_gpu(ACCELERATOR, replace(GPU_SITE, **beside)))
+    reading = 4 * 17 * 2 * 64 * 2 / 5e10
+    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(reading + 3e-4 + 4 * 2e-5 + US)
+
+
+def test_what_the_host_does_between_is_priced_by_its_memory() -> None:
+    """Embedding rows of two tables, what sampling needs of a row, keys and values of a token into their place."""
+    job = a_job(Policy(4, 1, CPU, CPU, GPU))
+    assert price(job, StepKind.GATHER_ROWS, unit=0) == pytest.approx(4 * 16 * 2 * 64 * 2 / 2e10 + US)
+    assert price(job, StepKind.SAMPLE, unit=4) == pytest.approx(4 * 8 / 2e10 + US)
+    assert price(job, StepKind.APPEND_KV, number=1) == pytest.approx(4 * 256 / 2e10 + US)
+
+
+def test_rates_are_looked_up_by_width_and_rows() -> None:
+    """Rows between two of the table: on a line in logarithms. The width of a layer of 12 h^2 values is h, all of them
+    counted."""
+    table = {16: {1: 1e10, 64: 1e11}, 64: {1: 1e11, 64: 1e12}}
+    machine = with_gpu(ACCELERATOR, replace(GPU_SITE, matrix={"float16": table}))
+    job = a_job(Policy(4, 1, GPU, GPU, GPU), machine)
+    assert price(job, StepKind.PROJECT) == pytest.approx(2 * 64 * 3 * 64**2 / 1e12 + US, rel=0.02)
+    eight = a_job(Policy(8, 1, GPU, GPU, GPU), machine, prompt_len=1)
+    rate = (1e11 * 1e12) ** 0.5
+    assert price(eight, StepKind.PROJECT) == pytest.approx(2 * 8 * 3 * 64**2 / rate + US, rel=0.02)
+
+
+def test_prices_that_were_looked_up_are_those_of_the_same_work() -> None:
+    """Steps of a micro-batch on parts of its cache had one price, whatever their sizes, as no bytes or FLOPs tell them
+    apart; and the attention of a prompt of one token that of a decode step."""
+    job = a_job(Policy(4, 1, GPU, Placement(cpu=0.25, disk=0.75), GPU), prompts=4)
+    appended = prices(job, lambda s: s.kind is StepKind.APPEND_KV and s.unit == 1, number=1)
+    expected = {256 / 2e10 + US, 3 * 256 / 2e10 + US}
+    assert sorted(appended.values()) == pytest.approx(sorted(expected))
+    one = a_job(Policy(1, 1, GPU, GPU, GPU, prefill_chunk=1), prompts=1, prompt_len=2)
+    plan = one.plan
+    cost = one.cost(plan)
+    for steps in one.passes(plan):
+        for step in steps:
+            assert cost.seconds(step) == one.cost(plan).seconds(step)
+
+
+@given(jobs())
+@settings(max_examples=60, deadline=None)
+def test_nothing_is_free_and_looking_up_is_pricing(job: PlannedJob) -> None:
+    """Every step takes at least what any step takes; a step costs the same whether or not one like it was priced
+    before."""
+    plan = job.plan
+    cost = job.cost(plan)
+    for steps in job.passes(plan):
+        for step in steps:
+            seconds = cost.seconds(step)
+            assert seconds >= US
+            assert seconds == job.cost(plan).seconds(step)
+            if step.bytes:
+                rate = job.hardware.link_rate(step.lane)
+                assert rate is not None
+                assert seconds == pytest.approx(step.bytes / rate + US)
+
+
+def test_a_machine_that_nobody_has_measured_is_refused() -> None:
+    for machine in (
+        HardwareProfile("cpu", Accelerator.NONE),
+        HardwareProfile("box", Accelerator.CUDA, rates=Rates({Tier.CPU: CPU_SITE})),
+        HardwareProfile("disk", Accelerator.NONE, rates=Rates({Tier.CPU: CPU_SITE})),
+    ):
+        with pytest.raises(UserError, match=r"flexgen_bench\.calibrate") as error:
+            rates_of(machine)
+        assert error.value.value == machine.name
+    with pytest.raises(UserError, match="not known: gpu, "):
+        rates_of(HardwareProfile("box", Accelerator.CUDA, rates=Rates({Tier.CPU: CPU_SITE})))
+    with pytest.raises(UserError, match="not known: disk_read, disk_write"):
+        rates_of(HardwareProfile("disk", Accelerator.NONE, rates=Rates({Tier.CPU: CPU_SITE})))
+
+
+def test_links_are_those_between_a_machines_tiers() -> None:
+    assert links(HOST) == [Lane.DISK_READ, Lane.DISK_WRITE]
+    assert set(links(ACCELERATOR)) == set(LINKS)
+    assert rates_of(HOST).sites == {Tier.CPU: CPU_SITE}
+
+
+def test_measured_links_serve_where_none_are_stated() -> None:
+    measured = Rates({Tier.CPU: CPU_SITE}, links={"disk_read": 1e8, "disk_write": 1e8}, spread={"x": 0.1})
+    machine = HardwareProfile("here", Accelerator.NONE, rates=measured)
+    job = a_job(Policy(4, 1, DISK, CPU, CPU), machine)
+    whole = job.packed.units[1].num_bytes
+    assert price(job, StepKind.LOAD_WEIGHTS) == pytest.approx(whole / 1e8 + US)
+
+
+def with_gpu(machine: HardwareProfile, gpu: SiteRates) -> HardwareProfile:
+    return replace(machine, rates=Rates({Tier.GPU: gpu, Tier.CPU: CPU_SITE}))
+
+
+def with_cpu(machine: HardwareProfile, cpu: SiteRates) -> HardwareProfile:
+    return replace(machine, rates=Rates({Tier.CPU: cpu}))

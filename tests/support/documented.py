@@ -1,0 +1,41 @@
+"""The commands and the Python that README and docs show, found by reading the files."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"\s#( .*)?$")
+
+
+@dataclass(frozen=True)
+class Block:
+    file: str
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    """Every fenced block of README.md and docs/."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for match in _FENCE.finditer(path.read_text(encoding="utf-8")):
+            text = textwrap.dedent(match["text"])
+            found.append(Block(str(path.relative_to(ROOT)), match["language"], text))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    """File and command of each line of the ``sh`` blocks: without its comment, what continues it joined."""
+    found = []
+    for block in blocks():
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                command = " ".join(_COMMENT.sub("", line).split())
+                if command and not command.startswith("#"):
+                    found.append((block.file, command))
+    return found
