@@ -74,8 +74,8 @@ def test_a_table_added_to_conf_is_found(
     (copy / "table" / "t25.yaml").write_text(
         "title: Table 25\nprinted: [T25]\nrows: [item]\ncolumns: [quantity]\ngrids: unit\n"
     )
-    for module in ("table_conf", "config"):
-        monkeypatch.setattr(f"flexgen_bench.{module}.conf_dir", lambda: copy)
+    for module in ("table", "paths", "build"):
+        monkeypatch.setattr(f"flexgen_bench.config.{module}.conf_dir", lambda: copy)
     folder = run(tmp_path)
     assert "251.5" in (folder / "t25.md").read_text()
     assert "t25.md" in (folder / "index.md").read_text()
