@@ -1,11 +1,13 @@
-# make bench: install (once) and run the default suite, at most five minutes on two cores. make test: the same for the tests.
+# make install: everything into .venv. make bench: that (once), and run the default suite, at most five minutes on two cores. make test: the same for the tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 WORKERS ?= 2
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 INSTALL_INPUTS := pyproject.toml constraints.txt scripts/install.py
 
-.PHONY: bench test accuracy-ci lint format clean
+.PHONY: install bench test accuracy-ci lint format docs clean
+
+install: $(VENV)/.installed-bench
 
 bench: $(VENV)/.installed-bench
 	$(RUN) -m flexgen_bench $(ARGS)
@@ -29,11 +31,17 @@ format: $(VENV)/.installed-test
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# Makes the generated pages and pictures anew and builds the site in site/; dead links and anchors are errors. ARGS=serve: shows it instead.
+docs: $(VENV)/.installed-test
+	$(RUN) scripts/docs_configuration.py
+	$(RUN) scripts/docs_pictures.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs $(or $(ARGS),build --strict)
+
 $(VENV)/.installed-%: $(INSTALL_INPUTS)
 	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11 or newer, or run: make $* PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) scripts/install.py $* --venv $(VENV)
 
 # Records in results/ and the cache stay.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

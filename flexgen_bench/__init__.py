@@ -24,7 +24,15 @@ __all__ = ["LLM", "Compression", "Lossy", "Output", "Piece", "Placement", "Polic
 
 
 def __getattr__(name: str) -> Any:
-    """LLM and its results are loaded on first use: planning and tables must not wait for torch."""
+    """LLM and its results are loaded on first use: planning and tables must not wait for torch. ``__version__`` is that
+    of the installed package, as pyproject.toml states it."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("flexgen-bench")
+        except PackageNotFoundError:  # a checkout on the path, as on a machine that has no network
+            return "0+unknown"
     if name in ("LLM", "Output", "Piece", "Score"):
         from flexgen_bench.llm import llm
 

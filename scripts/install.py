@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = {"bench": "baselines,tracking", "test": "accuracy,baselines,tracking,dev"}
+EXTRAS = {"bench": "baselines,tracking", "test": "accuracy,baselines,tracking,dev,docs"}
 MINIMUM = (3, 11)
 
 

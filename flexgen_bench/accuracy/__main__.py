@@ -1,4 +1,4 @@
-"""``python -m flexgen_bench.accuracy ...``: the command ``flexgen-bench accuracy ...``."""
+"""``python -m flexgen_bench accuracy ...``: the command ``flexgen-bench accuracy ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m flexgen_bench.calibrate ...``: the command ``flexgen-bench calibrate ...``."""
+"""``python -m flexgen_bench calibrate ...``: the command ``flexgen-bench calibrate ...``."""
 
 import sys
 

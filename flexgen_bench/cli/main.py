@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
+
+from flexgen_bench import __version__
 
 COMMANDS = {
     "run": "measure cells on this machine, or simulate another one (what happens without a command)",
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv``); the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
-        print(f"flexgen-bench {version('flexgen-bench')}")
+        print(f"flexgen-bench {__version__}")
         return 0
     if words[:1] == ["help"]:
         print(usage())

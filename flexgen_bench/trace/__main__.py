@@ -1,4 +1,4 @@
-"""``python -m flexgen_bench.trace ...``: the command ``flexgen-bench trace ...``."""
+"""``python -m flexgen_bench trace ...``: the command ``flexgen-bench trace ...``."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""Every command of README and docs is run as it is printed, or with the small change that the table below states. A
-command in nobody's table fails."""
+"""Every command of README, CONTRIBUTING and docs is run as it is printed, or with the small change that the table below
+states. A command in nobody's table fails."""
 
 from __future__ import annotations
 
@@ -49,10 +49,18 @@ HELM = """python -m flexgen_bench accuracy model=smollm2-135m tasks=helm referen
 'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse]'""".replace("\\\n", "")
 LM_EVAL = "--include_path ~/.cache/flexgen-bench/accuracy/lm_eval"
 TABLE: dict[str, How] = {
-    # README: quick start, torch
+    # README, docs/quickstart.md, CONTRIBUTING
+    "make install && . .venv/bin/activate": How(
+        swap={"make install && .": "make -n install #"}, says="install.py bench"
+    ),
+    "make test": How("-n", says="install.py test"),
+    ".venv/bin/pre-commit install": How(skip="writes into the checkout's git folder"),
     "make bench": How("-n", says="install.py bench"),
     "FLEXGEN_BENCH_TORCH='torch==2.13.0' make bench": How("-n", says="install.py bench"),
-    # README: on a GPU, and docs/notes/gpu_check.md
+    "pip install -c constraints.txt -e '.[baselines,tracking]'": How(
+        skip="installs; the environment of the tests was made so"
+    ),
+    # docs/guides/measure.md: on a GPU, and docs/notes/gpu_check.md
     "scripts/gpu_check.sh": How(skip=GPU),
     "scripts/gpu_check.sh --list": How(says="environment"),
     "scripts/gpu_check.sh environment tests": How(skip=GPU),
@@ -64,10 +72,15 @@ TABLE: dict[str, How] = {
     "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels pydantic "
     "pydantic-core": How(skip="downloads wheels for another machine"),
     "python -m flexgen_bench suite=gpu16 cell=opt-30b": How(PLAN, status=(0, 1, 2), says="opt-30b"),
-    # README: any machine
+    # README, docs/guides/plan.md
     "python -m flexgen_bench model=opt-30b gpu=t4": How("system=accelerate", says="SIMULATED", as_printed=True),
     "python -m flexgen_bench plan model=opt-1.3b system=flexgen": How(says="policy"),
-    # README: command line
+    # docs/guides/measure.md, checkpoints.md, calibrate.md, paper_tables.md, reference/command_line.md
+    "python -m flexgen_bench --version": How(says="flexgen-bench "),
+    "python -m flexgen_bench calibrate --quick": How("--help", says="about 20 seconds", as_printed=True),
+    "python -m flexgen_bench calibrate": How("--help", says="about 20 seconds"),
+    "python -m flexgen_bench calibrate --out conf-of-mine/gpu/box.yaml": How("--help", says="FILE.yaml"),
+    "python -m flexgen_bench report --tables t2,t4 --no-simulation": How(says="reports/paper"),
     "python -m flexgen_bench --help": How(says="Typical commands"),
     "python -m flexgen_bench model=opt-1.3b workload=512-32": How(ONE, says="512 + 32 tokens"),
     "python -m flexgen_bench model=opt-1.3b weights=hub": How(ONE, says="hub weights"),
@@ -86,7 +99,8 @@ TABLE: dict[str, How] = {
         ONE, swap={"location=/my/checkpoint": "'location=my checkpoint'"}, status=(0, 1), says="llama-2-7b"
     ),
     "python -m flexgen_bench trace latest": How(says="trace.json"),
-    # README: what does 4-bit cost, and docs/notes/accuracy*.md
+    "python -m flexgen_bench trace f3869f1cd3c4138b": How(says="MEASURED"),
+    # docs/guides/accuracy.md, docs/notes/accuracy*.md
     "pip install -c constraints.txt -e '.[accuracy]'": How(skip="installs; the environment of the tests was made so"),
     "pip install -e '.[accuracy]'": How(skip="installs; the environment of the tests was made so"),
     "python -m flexgen_bench fetch smollm2 accuracy": How(TASKS, says="copying_words: 503 rows", as_printed=True),

@@ -1,4 +1,4 @@
-"""The commands and the Python that README and docs show, found by reading the files."""
+"""The commands and the Python that README, CONTRIBUTING and docs show, found by reading the files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Every fenced block of README.md and docs/."""
+    """Every fenced block of README.md, CONTRIBUTING.md and docs/."""
     found = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in pages:
         for match in _FENCE.finditer(path.read_text(encoding="utf-8")):
             text = textwrap.dedent(match["text"])
             found.append(Block(str(path.relative_to(ROOT)), match["language"], text))
