@@ -31,7 +31,7 @@ def check_importance(folder: Path) -> None:
     if not (folder / IMPORTANCE).exists():
         raise StoreError(
             f"{folder} holds no {IMPORTANCE}, which calibrated scales are chosen by. Run python -m "
-            "flexgen_bench.accuracy.run.importance MODEL (with the same dtype), or choose scales mse."
+            "flexgen_bench importance MODEL (with the same dtype), or choose scales mse."
         )
 
 

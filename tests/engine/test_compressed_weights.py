@@ -175,7 +175,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
     units = weights.packed.units
     held = hold(weights, tier, dequantized_buffers=2)
     expected = hold(plain, Tier.CPU)
-    slots = {slot.kind: i for i, slot in enumerate(held._job.slots.get(Tier.CPU, ()))}
+    slots = {slot.kind: i for i, slot in enumerate(held._job.buffers.get(Tier.CPU, ()))}
     try:
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0

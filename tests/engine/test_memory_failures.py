@@ -216,7 +216,7 @@ FAILING_JOBS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import test_memory_failures
+from tests.engine import test_memory_failures
 test_memory_failures.print_growth_over_failing_jobs(Path(sys.argv[1]))
 """
 
