@@ -309,8 +309,8 @@ def test_a_busy_accelerator_hides_the_loads_of_weights() -> None:
     def layer(number: int) -> list[Step]:
         slot = slots[number % 2]
         return [
-            Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, 1, slot=number % 2, writes=(slot,)),
-            Step(Lane.CPU, StepKind.OUTPUT, 2, slot=number % 2, reads=(slot,)),
+            Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, 1, weight_buffer=number % 2, writes=(slot,)),
+            Step(Lane.CPU, StepKind.OUTPUT, 2, weight_buffer=number % 2, reads=(slot,)),
         ]
 
     steps = [step for number in range(6) for step in layer(number)]
