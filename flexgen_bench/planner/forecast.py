@@ -8,16 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, link_of
-from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
 from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator, shared_links
-from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
@@ -95,39 +92,20 @@ class Forecast:
         return {lane: round(sum(p.bytes[lane] for p in self.passes)) for lane in Lane}
 
 
-def forecast(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    plan: MemoryPlan,
-    *,
-    points: int | None = POINTS,
-    keep: bool = False,
-) -> Forecast:
+def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
     """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are
     told apart coarsely; keep: keep the times of every played step. UserError
     without rates."""
-    cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
-    simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
-    return _forecast(policy, plan, cost, simulator, points, warm=True)
+    cost = StepCost(plan)
+    simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
+    return _forecast(plan, cost, simulator, points, warm=True)
 
 
-def closed_form(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    plan: MemoryPlan,
-    *,
-    points: int | None = POINTS,
-) -> Forecast:
+def closed_form(plan: MemoryPlan, *, points: int | None = POINTS) -> Forecast:
     """The same from sums over the steps of each pass (``lane_sums.py``): a bound that nothing but waiting adds to."""
-    cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
-    sums = LaneSums(cost.seconds, policy.overlap, plan.job)
-    return _forecast(policy, plan, cost, sums, points)
+    cost = StepCost(plan)
+    sums = LaneSums(cost.seconds, plan.policy.overlap, plan.job)
+    return _forecast(plan, cost, sums, points)
 
 
 class Player(Protocol):
@@ -148,17 +126,15 @@ class Player(Protocol):
     def run_pass(self, steps: Iterable[Step]) -> float: ...
 
 
-def _forecast(
-    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, points: int | None, warm: bool = False
-) -> Forecast:
+def _forecast(plan: MemoryPlan, cost: StepCost, player: Player, points: int | None, warm: bool = False) -> Forecast:
     """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still
     writing."""
     few = points is not None and points < POINTS
-    kinds = (coarse_kinds if few else pass_kinds)(policy, plan)
+    kinds = (coarse_kinds if few else pass_kinds)(plan)
     made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
     if points is not None:
         made_of = mixes(kinds, points)
-    scheduler = Scheduler(policy, plan)
+    scheduler = Scheduler(plan.policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     played: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
@@ -186,7 +162,7 @@ def contention(hardware: HardwareProfile) -> Contention | None:
     return SharedCores(shares)
 
 
-def _play(player: Player, cost: StepCost, job: Job, steps: Iterable[Step]) -> PassTime:
+def _play(player: Player, cost: StepCost, job: ScheduledJob, steps: Iterable[Step]) -> PassTime:
     busy, moved = dict(player.busy_s), dict(player.bytes)
     only_prompts = True
     outside_s, outside_bytes = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
@@ -36,15 +35,15 @@ class PassKind(NamedTuple):
     amount: int
 
 
-def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
+def pass_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Of every pass of a job in which no sequence ends early."""
-    return list(_kinds(Scheduler(policy, plan)))
+    return list(_kinds(Scheduler(plan.policy, plan)))
 
 
-def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
+def coarse_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
     passes."""
-    scheduler, found = Scheduler(policy, plan), []
+    scheduler, found = Scheduler(plan.policy, plan), []
     while not scheduler.is_done:
         scheduler.admit()
         starting = [r.group for r in scheduler.running if not r.token]
