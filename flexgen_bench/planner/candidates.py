@@ -88,8 +88,8 @@ def _blocks(most: int | None) -> list[int]:
 
 
 def _micro_batches(block: int) -> list[int]:
-    found = [b for b in MICRO_BATCHES if b <= block <= b * MOST_BATCHES]
-    return sorted({*found, *([block] if block <= MICRO_BATCHES[-1] else [])})
+    usual = [b for b in MICRO_BATCHES if b <= block <= b * MOST_BATCHES]
+    return sorted({*usual, *([block] if block <= MICRO_BATCHES[-1] else [])})
 
 
 def _chunks(tokens: int) -> list[int | None]:
@@ -119,30 +119,30 @@ class Candidates:
         problems = [(shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.space))]
         bounded = [(self._bound(*one), *one) for one in problems]
         bounded.sort(key=lambda one: -one[0])
-        found: dict[object, list[Candidate]] = {}
+        by_way: dict[object, list[Candidate]] = {}
         for number, (bound, shape, problem) in enumerate(bounded):
             watch(number / len(bounded))
-            both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
+            both = [by_way.setdefault(_way(shape, disk), []) for disk in (False, True)]
             if all(len(k) == of_a_kind and bound < SAME * k[-1].bound for k in both):
                 continue
             # Where two staging buffers have no room, one may; elsewhere that is tried with what turns out best.
             for candidate in self.solved(shape, problem) or self.solved(replace(shape, prefetch=1)):
-                known = found.setdefault(_way(candidate.policy, candidate.uses_disk), [])
+                known = by_way.setdefault(_way(candidate.policy, candidate.uses_disk), [])
                 known.append(candidate)
                 known.sort(key=_rank)
                 del known[of_a_kind:]
-        return [known for known in found.values() if known]
+        return [known for known in by_way.values() if known]
 
     def fitted(self, candidate: Candidate) -> Candidate | None:
         """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences
         take more than shares, in so much less room, or with a single staging buffer if that costs less. None if it does
         not fit."""
-        found = self._fitted(candidate)
-        kept = 0.0 if found is None else found.bound
+        fitted = self._fitted(candidate)
+        kept = 0.0 if fitted is None else fitted.bound
         if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.bound:
             one_slot = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
-            found = max(filter(None, [found, *one_slot]), key=lambda one: one.bound, default=None)
-        return found
+            fitted = max(filter(None, [fitted, *one_slot]), key=lambda one: one.bound, default=None)
+        return fitted
 
     def _fitted(self, candidate: Candidate) -> Candidate | None:
         problem, shape = candidate.problem, candidate.policy
@@ -181,13 +181,13 @@ class Candidates:
         return [bare] if bare.bound > DISK_GAIN * free.bound else [free, bare]
 
     def _best_of(self, shape: Policy, problems: Iterable[PlacementProblem]) -> Candidate | None:
-        found = []
+        solved = []
         for tried in problems:
             solution = solve(tried)
             if solution is not None:
                 policy = solution.applied_to(shape)
-                found.append(Candidate(policy, tried, solution, self._speed(shape, solution)))
-        return max(found, key=lambda candidate: candidate.bound, default=None)
+                solved.append(Candidate(policy, tried, solution, self._speed(shape, solution)))
+        return max(solved, key=lambda candidate: candidate.bound, default=None)
 
     def _speed(self, shape: Policy, solution: PlacementSolution) -> float:
         return shape.block_size * self.space.job.gen_len / solution.seconds

@@ -1,4 +1,4 @@
-"""What a search for a policy has found."""
+"""The outcome of a search for a policy."""
 
 from __future__ import annotations
 

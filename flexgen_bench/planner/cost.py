@@ -67,10 +67,10 @@ class StepCost:
             (step.unit, step.dequantized_buffer) if work is None else (work.rows, len(work.logit_rows)),
             _attended(step),
         )
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._price(step)
-        return found
+        seconds = self._known.get(key)
+        if seconds is None:
+            seconds = self._known[key] = self._price(step)
+        return seconds
 
     def _price(self, step: Step) -> float:
         if step.lane in self._link_rates:

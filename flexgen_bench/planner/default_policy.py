@@ -43,9 +43,9 @@ def default_policy(space: SearchSpace) -> Policy:
 
     refusal: DoesNotFit | None = None
     for alike in _candidates(job.hardware, most):
-        found, refusal = _first_that_fits(alike, failing)
-        if found is not None:
-            return replace(found, lossy=lossy)
+        policy, refusal = _first_that_fits(alike, failing)
+        if policy is not None:
+            return replace(policy, lossy=lossy)
     assert refusal is not None
     raise refusal
 

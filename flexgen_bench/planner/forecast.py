@@ -1,4 +1,4 @@
-"""How long a planned job takes: a few passes of every kind played on the simulated lanes, the others read off the line
+"""How long a planned job takes: a few passes of every kind simulated on the simulated lanes, the others read off the line
 between them."""
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class PassTime:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The times of all passes, and every step of the played ones if it was asked for."""
+    """The times of all passes, and every step of the simulated ones if it was asked for."""
 
     passes: tuple[PassTime, ...]
     events: tuple[Event, ...] = ()
-    steps: int = 0  # played
+    steps: int = 0  # simulated
 
     @property
     def prefill_s(self) -> float:
@@ -93,8 +93,8 @@ class Forecast:
 
 
 def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
-    """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are
-    told apart coarsely; keep: keep the times of every played step. UserError
+    """Simulate a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
+    told apart coarsely; keep: keep the times of every simulated step. UserError
     without rates."""
     cost = StepCost(plan)
     simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
@@ -108,7 +108,7 @@ def closed_form(plan: MemoryPlan, *, points: int | None = POINTS) -> Forecast:
     return _forecast(plan, cost, sums, points)
 
 
-class Player(Protocol):
+class PassTimer(Protocol):
     """What tells the seconds of a pass from its steps, and keeps account."""
 
     @property
@@ -126,8 +126,8 @@ class Player(Protocol):
     def run_pass(self, steps: Iterable[Step]) -> float: ...
 
 
-def _forecast(plan: MemoryPlan, cost: StepCost, player: Player, points: int | None, warm: bool = False) -> Forecast:
-    """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still
+def _forecast(plan: MemoryPlan, cost: StepCost, timer: PassTimer, points: int | None, warm: bool = False) -> Forecast:
+    """warm: a pass is simulated after one like that which comes before it: it finds its loads begun, or the disk still
     writing."""
     few = points is not None and points < POINTS
     kinds = (coarse_kinds if few else pass_kinds)(plan)
@@ -136,20 +136,20 @@ def _forecast(plan: MemoryPlan, cost: StepCost, player: Player, points: int | No
         made_of = mixes(kinds, points)
     scheduler = Scheduler(plan.policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
-    played: dict[int, PassTime] = {}
+    simulated: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
     for number, (kind, _) in enumerate(kinds):
         if itself[number]:
             steps = scheduler.steps(scheduler.schedule())
-            played[number] = _play(player, cost, plan.job, steps)
+            simulated[number] = _timed(timer, cost, plan.job, steps)
             latest = kind
         elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
-            player.run_pass(scheduler.steps(scheduler.schedule()))
+            timer.run_pass(scheduler.steps(scheduler.schedule()))
             latest = kind
         else:
             scheduler.admit()
         scheduler.postprocess()
-    return Forecast(tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps)
+    return Forecast(tuple(_mixed(mix, simulated) for mix in made_of), tuple(timer.events), timer.steps)
 
 
 def contention(hardware: HardwareProfile) -> Contention | None:
@@ -162,8 +162,8 @@ def contention(hardware: HardwareProfile) -> Contention | None:
     return SharedCores(shares)
 
 
-def _play(player: Player, cost: StepCost, job: ScheduledJob, steps: Iterable[Step]) -> PassTime:
-    busy, moved = dict(player.busy_s), dict(player.bytes)
+def _timed(timer: PassTimer, cost: StepCost, job: ScheduledJob, steps: Iterable[Step]) -> PassTime:
+    busy, moved = dict(timer.busy_s), dict(timer.bytes)
     only_prompts = True
     outside_s, outside_bytes = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
 
@@ -177,19 +177,19 @@ def _play(player: Player, cost: StepCost, job: ScheduledJob, steps: Iterable[Ste
                 outside_bytes[step.lane] += step.bytes
             yield step
 
-    seconds = player.run_pass(watched())
+    seconds = timer.run_pass(watched())
     return PassTime(
         seconds,
         only_prompts,
-        {lane: s - busy[lane] for lane, s in player.busy_s.items()},
-        {lane: float(b - moved[lane]) for lane, b in player.bytes.items()},
+        {lane: s - busy[lane] for lane, s in timer.busy_s.items()},
+        {lane: float(b - moved[lane]) for lane, b in timer.bytes.items()},
         outside_s,
         outside_bytes,
     )
 
 
-def _mixed(mix: Mix, played: Mapping[int, PassTime]) -> PassTime:
-    parts = [(played[number], weight) for number, weight in mix.items()]
+def _mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
+    parts = [(simulated[number], weight) for number, weight in mix.items()]
     if len(parts) == 1:
         return parts[0][0]
 

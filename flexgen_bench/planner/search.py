@@ -211,10 +211,10 @@ class Search:
 
 def _one_of_each(started: list[Candidate]) -> list[Policy]:
     """The best of those that use the disk, and of those that do not: no single change leads from one to the other."""
-    found: dict[bool, Policy] = {}
+    best: dict[bool, Policy] = {}
     for candidate in started:
-        found.setdefault(candidate.uses_disk, candidate.policy)
-    return list(found.values())
+        best.setdefault(candidate.uses_disk, candidate.policy)
+    return list(best.values())
 
 
 def _placement(policy: Policy) -> tuple[Placement, ...]:

@@ -52,12 +52,12 @@ def _problems(candidates: Candidates, space: SearchSpace, policy: Policy) -> lis
     """(sequences of a block, problem) for the policy's block and larger ones."""
     most = space.largest_block
     counts = {max(1, round(policy.num_gpu_batches * factor)) for factor in _GROWTH}
-    found = []
+    problems = []
     for count in sorted({policy.num_gpu_batches, *counts}):
         shape = replace(policy, num_gpu_batches=count)
         if count == policy.num_gpu_batches or most is None or shape.block_size <= most:
-            found += [(shape.block_size, p) for p in candidates.problems(shape)]
-    return sorted(found, key=lambda one: one[0] != policy.block_size)
+            problems += [(shape.block_size, p) for p in candidates.problems(shape)]
+    return sorted(problems, key=lambda one: one[0] != policy.block_size)
 
 
 def _best(problems: list[tuple[int, PlacementProblem]]) -> float | None:

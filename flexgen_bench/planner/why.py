@@ -26,7 +26,7 @@ _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
 _WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
 _HARDLY = 0.005  # of the speed: what loses less is as good
 _SOME = 0.02  # a share of the cache on the gpu that is another way of working
-_SHOWS = 0.005  # a difference in shares that shows when they are told
+_SHOWS = 0.005  # a difference in shares that shows when they are printed
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]
     """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
     while they do."""
     busy, moved = times.busy_s(), times.moved_bytes()
-    found = dict.fromkeys(_LANES, 0.0)
+    shares = dict.fromkeys(_LANES, 0.0)
     for lane in Lane:
         rate = hardware.link_rate(lane) if lane in LINKS else None
-        found[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
-    return found
+        shares[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
+    return shares
 
 
 def why(space: SearchSpace, plan: MemoryPlan, times: Forecast, other: Alternative | None) -> str:

@@ -251,7 +251,7 @@ def test_a_machine_that_nobody_has_measured_is_refused() -> None:
         HardwareProfile("box", Accelerator.CUDA, rates=Rates({Tier.CPU: CPU_SITE})),
         HardwareProfile("disk", Accelerator.NONE, rates=Rates({Tier.CPU: CPU_SITE})),
     ):
-        with pytest.raises(UserError, match=r"flexgen_bench\.calibrate") as error:
+        with pytest.raises(UserError, match="flexgen_bench calibrate") as error:
             rates_of(machine)
         assert error.value.value == machine.name
     with pytest.raises(UserError, match="not known: gpu, "):

@@ -83,7 +83,7 @@ def test_continuous_cohorts_of_mixed_lengths_on_disk_are_read_off_roughly() -> N
 
 
 def test_a_pass_is_played_after_one_like_its_own() -> None:
-    """It was played after the one that happened to be played before: a decode pass after a prefill whose caches the
+    """It was simulated after the one that happened to be simulated before: a decode pass after a prefill whose caches the
     disk was still writing took 22 % too long, and with it everything that was read off it."""
     job = PlannedJob(small_opt(), Policy(4, 1, DISK, DISK, CPU), HOST, UNLIKE)
     every, few = job.forecast(points=None), job.forecast(points=POINTS)
@@ -134,27 +134,27 @@ QUIET = {
 
 @pytest.mark.parametrize("name", QUIET)
 def test_the_closed_form_is_exact_where_one_thing_binds(name: str) -> None:
-    """Within 3 % of what is played, and not above it."""
+    """Within 3 % of what is simulated, and not above it."""
     job = QUIET[name]
-    played, summed = job.forecast().total_s, job.closed_form().total_s
-    assert summed == pytest.approx(played, rel=0.03)
-    assert summed <= played * (1 + 1e-6)
+    simulated, summed = job.forecast().total_s, job.closed_form().total_s
+    assert summed == pytest.approx(simulated, rel=0.03)
+    assert summed <= simulated * (1 + 1e-6)
 
 
 @given(jobs(most_sequences=8, longest=6))
 @settings(max_examples=120, deadline=None)
 def test_the_closed_form_is_a_bound(job: PlannedJob) -> None:
-    """Without overlap it is what is played. With it nothing beats it, but for what one pass does for another: loads of
+    """Without overlap it is what is simulated. With it nothing beats it, but for what one pass does for another: loads of
     weights ahead of the next, or caches and hidden states that are written to disk while it computes. (Only short jobs
     of shallow models win much by
-    that: a single layer, loaded while the pass before computes, is played in three quarters of the sum.)"""
-    played, summed = job.forecast().total_s, job.closed_form().total_s
+    that: a single layer, loaded while the pass before computes, is simulated in three quarters of the sum.)"""
+    simulated, summed = job.forecast().total_s, job.closed_form().total_s
     if not job.policy.overlap:
-        assert summed == pytest.approx(played)
+        assert summed == pytest.approx(simulated)
     policy = job.policy
     on_disk = policy.kv_cache.disk + policy.activations.disk
     if not job.plan.job.streamed and not on_disk:
-        assert summed <= played * (1 + 1e-6)
+        assert summed <= simulated * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_the_closed_form_is_a_bound(job: PlannedJob) -> None:
 )
 def test_the_closed_form_does_not_add_what_goes_on_at_once(job: PlannedJob) -> None:
     """All steps of a micro-batch were taken for a chain, also those that nobody waits for or that run ahead (stores and
-    loads of its cache) and parts that lie on different tiers: up to 43 % above what is played."""
+    loads of its cache) and parts that lie on different tiers: up to 43 % above what is simulated."""
     assert job.closed_form().total_s <= job.forecast().total_s * (1 + 1e-6)
 
 
