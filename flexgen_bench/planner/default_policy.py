@@ -26,12 +26,11 @@ SHARE_STEPS = 20  # weights are tried in steps of 5 %
 def default_policy(space: SearchSpace) -> Policy:
     """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
 
-    It makes blocks as large as the job, which has a number of prompts, or as ``space.block_size``; and compresses all
-    that the job permits.
+    Blocks are as large as the job, which has a number of prompts, or as ``space.block_size``; results are changed in
+    the first of the ways there are.
     """
-    job, most = space.job, space.largest_block
+    hardware, most, lossy = space.job.hardware, space.largest_block, space.lossies[0]
     assert most is not None, "a job of open length has no block to aim at"
-    lossy = job.lossy
     model = space.models[lossy]
 
     def failing(candidate: Policy) -> DoesNotFit | None:
@@ -42,7 +41,7 @@ def default_policy(space: SearchSpace) -> Policy:
         return None
 
     refusal: DoesNotFit | None = None
-    for alike in _candidates(job.hardware, most):
+    for alike in _candidates(hardware, most):
         policy, refusal = _first_that_fits(alike, failing)
         if policy is not None:
             return replace(policy, lossy=lossy)

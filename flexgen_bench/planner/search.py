@@ -124,9 +124,9 @@ class Search:
         """
         space = self.space
         block = space.block_size if space.job.num_prompts is not None else like.block_size
-        job = replace(space.job, num_prompts=space.count(like), lossy=like.lossy)
+        job = replace(space.job, num_prompts=space.count(like))
         try:
-            return default_policy(replace(space, job=job, block_size=block))
+            return default_policy(replace(space, job=job, lossies=(like.lossy,), block_size=block))
         except DoesNotFit:
             return None
 

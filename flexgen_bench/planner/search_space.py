@@ -23,7 +23,7 @@ OPEN_BLOCKS = 4
 class SearchSpace:
     """A job with the limits of its policy.
 
-    lossies: the ways in which results may be changed: the search takes the fastest. available: bytes free per tier,
+    lossies: the ways in which results may be changed: the search takes the fastest, a plain rule the first. available: bytes free per tier,
     where that is less than the machine has. block_size: the most sequences that may share a load of the weights; None:
     any number. scored_rows: rows of logits that a scoring job wants at once.
     """
@@ -73,6 +73,6 @@ class SearchSpace:
 
 
 def permitted(lossy: Lossy) -> tuple[Lossy, ...]:
-    """The ways of compressing that a permission covers: both weights and KV cache, or one of them."""
+    """The ways of compressing that a permission covers, all of it first: both weights and KV cache, or one of them."""
     some = [lossy, replace(lossy, kv_cache=None), replace(lossy, weights=None)]
     return tuple(dict.fromkeys(one for one in some if lossy.is_exact or not one.is_exact))

@@ -372,8 +372,7 @@ def test_the_chosen_policy_carries_what_is_lossy_and_fits_more(tmp_path: Path) -
     free = {Tier.CPU: sum(u.home_bytes for u in plain.units) // 2 + rest}
     lossy = Lossy(weights=Compression(4))
     exact, small = (
-        default_policy(SearchSpace(Job(shape, DType.FLOAT32, HOST, 8, 4, 1, permitted), (permitted,), free))
-        for permitted in (EXACT, lossy)
+        default_policy(SearchSpace(Job(shape, DType.FLOAT32, HOST, 8, 4, 1), (one,), free)) for one in (EXACT, lossy)
     )
     assert exact.lossy == EXACT
     assert small.lossy == lossy
