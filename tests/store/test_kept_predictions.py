@@ -13,6 +13,7 @@ import pytest
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Tier
@@ -52,6 +53,7 @@ DIFFERENT = {
     "predictor": replace(ASK, predictor=ENGINE + "2"),
     "constants": replace(ASK, constants={"share": 0.51}),
     "options": replace(ASK, options={"policy": None, "more": 1}),
+    "a policy": replace(ASK, options={"policy": Policy(4)}),
     "shape": changed(shape=replace(small_opt(), num_layers=5)),
     "dtype": changed(dtype=DType.BFLOAT16),
     "prompt_len": changed(prompt_len=33),
@@ -82,6 +84,8 @@ def test_what_decides_nothing_is_not_in_the_key() -> None:
     assert changed(hardware=sourced).key == ASK.key
     assert replace(ASK, name="another").key == ASK.key
     assert replace(ASK, options={}).key == ASK.key, "None is for the predictor to choose"
+    given = [replace(ASK, options={"policy": policy}).key for policy in (Policy(4), Policy(4).to_dict())]
+    assert given[0] == given[1], "a policy decides by what it says"
 
 
 def test_code_that_changes_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
