@@ -240,9 +240,8 @@ class Candidates:
     def _room(self, shape: Policy, held: tuple[str, ...]) -> dict[Tier, float]:
         """Bytes for what has shares: what the machine has, less staging and workspace, which a single layer's plan
         shows."""
-        space = self.space
-        tiers = space.job.hardware.tiers
-        here = space.job.hardware.compute_tier
+        space, hardware = self.space, self.space.job.hardware
+        here, tiers = hardware.compute_tier, hardware.tiers
         below = tiers[tiers.index(here) + 1]
         placed = {kind: Placement.all_on(here if kind in held else below) for kind in KINDS}
         policy = replace(shape, **placed)  # type: ignore[arg-type]

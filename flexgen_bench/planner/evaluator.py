@@ -1,4 +1,4 @@
-"""How fast a policy is, for a search that compares hundreds: each simulated once, a deep model by a few of its layers."""
+"""How fast a policy is, for a search that compares hundreds: each simulated once, deep models by a few layers."""
 
 from __future__ import annotations
 

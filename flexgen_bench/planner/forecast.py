@@ -1,5 +1,5 @@
-"""How long a planned job takes: a few passes of every kind simulated on the simulated lanes, the others read off the line
-between them."""
+"""How long a planned job takes: a few passes of every kind run on simulated lanes, the others read off the line between
+them."""
 
 from __future__ import annotations
 
@@ -93,9 +93,8 @@ class Forecast:
 
 
 def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
-    """Simulate a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
-    told apart coarsely; keep: keep the times of every simulated step. UserError
-    without rates."""
+    """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
+    told apart coarsely; keep: keep the times of every simulated step. UserError without rates."""
     cost = StepCost(plan)
     simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
     return _forecast(plan, cost, simulator, points, warm=True)

@@ -161,8 +161,8 @@ class Search:
     def _improved(
         self, best: Policy, around: Neighbourhood, is_spent: Callable[[], bool], watch: Callable[[], None]
     ) -> Policy:
-        """Change one thing at a time as long as that helps, and there are steps left to simulate. What has no room with the
-        tensors where they are is placed anew."""
+        """Change one thing at a time as long as that helps, and there are steps left to simulate. What has no room
+        with the tensors where they are is placed anew."""
         changed = True
         while changed:
             changed = False

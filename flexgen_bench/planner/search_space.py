@@ -23,9 +23,9 @@ OPEN_BLOCKS = 4
 class SearchSpace:
     """A job with the limits of its policy.
 
-    lossies: the ways in which results may be changed: the search takes the fastest, a plain rule the first. available: bytes free per tier,
-    where that is less than the machine has. block_size: the most sequences that may share a load of the weights; None:
-    any number. scored_rows: rows of logits that a scoring job wants at once.
+    lossies: the ways in which results may be changed: the search takes the fastest, a plain rule the first. available:
+    bytes free per tier, where that is less than the machine has. block_size: the most sequences that may share a load
+    of the weights; None: any number. scored_rows: rows of logits that a scoring job wants at once.
     """
 
     job: Job
