@@ -29,6 +29,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.executor import LaneUse
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.schedule.sequence_groups import Request
@@ -117,9 +118,8 @@ class Measured:
 def predicted(weights: PackedWeights, policy: Policy, job: Shape, hardware: HardwareProfile, **how: Any) -> Forecast:
     """A job's times on a machine whose rates are known; ``how``: see ``planner.forecast``."""
     requests = [Request(job.prompt_len, job.gen_len)] * job.prompts
-    shape, packed, dtype = weights.shape, weights.packed, weights.dtype
-    plan = plan_job(shape, packed, dtype, policy, hardware, requests)
-    return forecast(shape, packed, dtype, policy, hardware, plan, **how)
+    model = Model(weights.shape, weights.dtype, weights.packed)
+    return forecast(plan_job(model, policy, hardware, requests), **how)
 
 
 def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> Measured:

@@ -28,10 +28,9 @@ from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
-from flexgen_bench.models.packing import pack
-from flexgen_bench.models.registry import family
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -54,14 +53,13 @@ JOBS: dict[str, Choices] = {
 }
 
 
-def scheduler(model: str, choices: Choices) -> tuple[Scheduler, Job]:
+def scheduler(model: str, choices: Choices) -> tuple[Scheduler, ScheduledJob]:
     """One block of a model's shape."""
     hardware, chosen = choices
     shape, dtype = model_spec(model).shape, DType.FLOAT16
     policy = Policy(gpu_batch_size=BATCH_SIZE, num_gpu_batches=BATCHES, **chosen)
-    packed = pack(shape, family(shape.family).inventory(shape), dtype)
     requests = [Request(32, PASSES)] * policy.block_size
-    plan = plan_job(shape, packed, dtype, policy, hardware, requests)
+    plan = plan_job(Model.of(shape, dtype), policy, hardware, requests)
     return Scheduler(policy, plan), plan.job
 
 

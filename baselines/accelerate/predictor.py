@@ -18,7 +18,8 @@ from baselines.common.machine import largest_that_fits
 from baselines.common.page_cache import cached_share, mapped_rate
 from baselines.transformers.predictor import LARGEST_BATCH, check_lossless, check_resident, resident_times
 from flexgen_bench.core.errors import DoesNotFit, unknown_choice
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
@@ -47,34 +48,34 @@ class AcceleratePredictor(Predictor):
             raise unknown_choice("system.options.offload", self._offload, MODES)
         self._batch = read_count(options, "batch_size")
 
-    def predict(self, question: Question) -> Prediction:
-        check_lossless(question, "accelerate")
-        model = HFModel.of(question)
+    def predict(self, job: Job) -> Prediction:
+        check_lossless(job, "accelerate")
+        model = HFModel.of(job)
         model.machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
         modes = (RESIDENT, "cpu", "disk") if self._offload == "auto" else (self._offload,)
         for mode in modes:
             try:
-                batch, needed = self._fitting(model, mode, question)
+                batch, needed = self._fitting(model, mode, job)
             except DoesNotFit:
                 if mode == modes[-1]:
                     raise
                 continue
             break
         return predict_batches(
-            question,
-            min(batch, question.num_prompts or batch),
+            job,
+            min(batch, job.num_prompts or batch),
             lambda size: self._times(model, mode, size),
             needed,
             {"offload": mode, "batch_size": batch},
         )
 
-    def _fitting(self, model: HFModel, mode: str, question: Question) -> tuple[int, dict[Tier, Parts]]:
+    def _fitting(self, model: HFModel, mode: str, job: Job) -> tuple[int, dict[Tier, Parts]]:
         def check(size: int) -> dict[Tier, Parts]:
             return check_resident(model, size) if mode == RESIDENT else _check(model, mode, size)
 
         batch = self._batch
         if batch is None:
-            batch = largest_that_fits(check, question.num_prompts or LARGEST_BATCH)
+            batch = largest_that_fits(check, job.num_prompts or LARGEST_BATCH)
         return batch, check(batch)
 
     def _times(self, model: HFModel, mode: str, batch: int) -> BatchTimes:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from baselines.common.report import bottleneck, lane_seconds
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 
 
@@ -22,7 +23,7 @@ class BatchTimes:
 
 
 def predict_batches(
-    question: Question,
+    job: Job,
     batch: int,
     times: Callable[[int], BatchTimes],
     needed: Mapping[Tier, Mapping[str, float]],
@@ -31,7 +32,7 @@ def predict_batches(
 ) -> Prediction:
     """``batch`` prompts at a time, the rest in a last smaller batch. times: of a batch of this size; needed: bytes by
     tier and part."""
-    prompts = batch if question.num_prompts is None else question.num_prompts
+    prompts = batch if job.num_prompts is None else job.num_prompts
     whole, rest = divmod(prompts, batch)
     sizes = ([(whole, times(batch))] if whole else []) + ([(1, times(rest))] if rest else [])
     parts: Counter[str] = Counter()
@@ -42,8 +43,8 @@ def predict_batches(
         prefill_s=sum(count * one.prefill_s for count, one in sizes),
         decode_s=sum(count * one.decode_s for count, one in sizes),
         num_prompts=prompts,
-        prompt_len=question.prompt_len,
-        gen_len=question.gen_len,
+        prompt_len=job.prompt_len,
+        gen_len=job.gen_len,
         batch_size=batch,
         bytes={str(tier): int(sum(named.values())) for tier, named in needed.items()},
         lane_busy_s=lane_seconds(parts),

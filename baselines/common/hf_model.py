@@ -14,7 +14,7 @@ from functools import cached_property
 from baselines.common.eager import EagerCompute
 from baselines.common.machine import Machine
 from baselines.common.model_size import ModelSize
-from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.job import Job
 
 # Passes over a prompt's scores: written, masked (read, written), softmax to float32 (read 1, written 2), to the model's
 # dtype (read 2, written 1), read; where the mask is also bounded from below (OPT) read and written once more.
@@ -64,9 +64,9 @@ class HFModel:
     gen_len: int
 
     @staticmethod
-    def of(question: Question) -> HFModel:
-        size = ModelSize(question.shape, question.dtype)
-        return HFModel(size, Machine(question.hardware), question.prompt_len, question.gen_len)
+    def of(job: Job) -> HFModel:
+        size = ModelSize(job.shape, job.dtype)
+        return HFModel(size, Machine(job.hardware), job.prompt_len, job.gen_len)
 
     @property
     def lane(self) -> str:

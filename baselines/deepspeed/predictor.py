@@ -13,7 +13,8 @@ from baselines.common.hf_model import Compute, HFModel, Parts
 from baselines.common.machine import largest_that_fits
 from baselines.deepspeed.loading import Loading
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, unknown_choice
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
@@ -44,32 +45,32 @@ class DeepSpeedPredictor(Predictor):
             raise unknown_choice("system.options.offload", self._offload, MODES)
         self._batch = read_count(options, "batch_size")
 
-    def predict(self, question: Question) -> Prediction:
-        if not question.lossy.is_exact:
-            raise CannotRun(f"DeepSpeed ZeRO-Inference of 2022 has no {question.lossy}")
-        model = HFModel.of(question)
+    def predict(self, job: Job) -> Prediction:
+        if not job.lossy.is_exact:
+            raise CannotRun(f"DeepSpeed ZeRO-Inference of 2022 has no {job.lossy}")
+        model = HFModel.of(job)
         model.machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
         notes: tuple[str, ...] = ()
         try:
-            loading, each, needed = self._fitting(model, self._offload, question)
+            loading, each, needed = self._fitting(model, self._offload, job)
         except DoesNotFit as error:
             if self._offload == "nvme" or error.tier != Tier.CPU:
                 raise
-            loading, each, needed = self._fitting(model, "nvme", question)
+            loading, each, needed = self._fitting(model, "nvme", job)
             notes = ("the host's memory is too small for offload=cpu: predicted with offload=nvme",)
-        batch = self._batch or each * question.num_gpus
+        batch = self._batch or each * job.num_gpus
         return predict_batches(
-            question,
-            min(batch, question.num_prompts or batch),
-            lambda size: _times(loading, -(-size // question.num_gpus)),
+            job,
+            min(batch, job.num_prompts or batch),
+            lambda size: _times(loading, -(-size // job.num_gpus)),
             needed,
             {"offload": loading.mode, "batch_size": batch},
             notes,
         )
 
-    def _fitting(self, model: HFModel, mode: str, question: Question) -> tuple[Loading, int, dict[Tier, Parts]]:
+    def _fitting(self, model: HFModel, mode: str, job: Job) -> tuple[Loading, int, dict[Tier, Parts]]:
         """Where the weights lie, sequences on each GPU, and bytes. Raises DoesNotFit."""
-        gpus = question.num_gpus
+        gpus = job.num_gpus
         constants, machine = self._constants, model.machine
         loading = Loading(
             model,
@@ -85,7 +86,7 @@ class DeepSpeedPredictor(Predictor):
         if self._batch is not None:
             each = -(-self._batch // gpus)
         else:
-            limit = max(1, (question.num_prompts or LARGEST_BATCH * gpus) // gpus)
+            limit = max(1, (job.num_prompts or LARGEST_BATCH * gpus) // gpus)
             each = largest_that_fits(check, limit)
         return loading, each, check(each)
 

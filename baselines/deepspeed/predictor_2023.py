@@ -15,7 +15,8 @@ from baselines.common.machine import largest_that_fits
 from baselines.deepspeed.loading import Loading
 from baselines.deepspeed.predictor import LARGEST_BATCH, MODES
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError, unknown_choice
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
@@ -51,16 +52,16 @@ class ZeroInference2023Predictor(Predictor):
         self._kv_offload: tuple[bool, ...] = (False, True) if kept is None else (bool(kept),)
         self._pinned = options.get("pin_memory") is not False
 
-    def predict(self, question: Question) -> Prediction:
-        _check_can(question)
-        model = HFModel.of(question)
+    def predict(self, job: Job) -> Prediction:
+        _check_can(job)
+        model = HFModel.of(job)
         model.machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
         found: list[Prediction] = []
         refusal: DoesNotFit | None = None
         for mode in self._modes:
             for kv_offload in self._kv_offload:
                 try:
-                    found.append(self._one(model, question, mode, kv_offload))
+                    found.append(self._one(model, job, mode, kv_offload))
                 except DoesNotFit as error:
                     refusal = error
         if not found:
@@ -68,8 +69,8 @@ class ZeroInference2023Predictor(Predictor):
             raise refusal
         return max(found, key=lambda prediction: prediction.tok_per_s)
 
-    def _one(self, model: HFModel, question: Question, mode: str, kv_offload: bool) -> Prediction:
-        constants, packed = self._constants, question.lossy.weights
+    def _one(self, model: HFModel, job: Job, mode: str, kv_offload: bool) -> Prediction:
+        constants, packed = self._constants, job.lossy.weights
         group = packed.group_size if packed else 1
         shrunk = packed.row_bytes(group) / (group * model.size.dtype.bytes) if packed else 1.0
         share = constants.link_share if self._pinned else constants.pageable_share
@@ -88,7 +89,7 @@ class ZeroInference2023Predictor(Predictor):
         def check(size: int) -> dict[Tier, Parts]:
             return loading.check(size, unpacked, cache_here=not kv_offload)
 
-        batch = self._batch or largest_that_fits(check, question.num_prompts or LARGEST_BATCH)
+        batch = self._batch or largest_that_fits(check, job.num_prompts or LARGEST_BATCH)
         needed = check(batch)
         chosen = {"offload": mode, "batch_size": batch, "kv_offload": kv_offload, "pin_memory": self._pinned}
         unpack_s = 0.0
@@ -96,16 +97,16 @@ class ZeroInference2023Predictor(Predictor):
             rate = constants.unpack_share * model.machine.compute.memory
             unpack_s = model.size.weight_bytes / rate
         work = _Work(loading, unpack_s, kv_offload, constants.cpu_attention_share)
-        return predict_batches(question, min(batch, question.num_prompts or batch), work.times, needed, chosen)
+        return predict_batches(job, min(batch, job.num_prompts or batch), work.times, needed, chosen)
 
 
-def _check_can(question: Question) -> None:
-    lossy = question.lossy
+def _check_can(job: Job) -> None:
+    lossy = job.lossy
     if lossy.kv_cache is not None or lossy.value_share != 1:
         raise CannotRun("ZeRO-Inference of 2023 compresses weights only")
     if lossy.weights is not None and lossy.weights.bits not in (4, 8):
         raise CannotRun("ZeRO-Inference of 2023 compresses weights to 4 or 8 bits")
-    if question.num_gpus > 1:
+    if job.num_gpus > 1:
         raise CannotRun("ZeRO-Inference of 2023 with several GPUs is not modelled")
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from baselines.common.eager import EagerCompute
 from baselines.common.page_cache import cached_share, mapped_rate
 from baselines.flexgen_original import memory
-from baselines.flexgen_original.job import Job
+from baselines.flexgen_original.block import Block
 from baselines.flexgen_original.parts import Part, Runs
 from baselines.flexgen_original.placement import LayerKind, PlacedLayer
 from flexgen_bench.core.tiers import Tier
@@ -28,14 +28,14 @@ _HAS_MLP = (LayerKind.MLP, LayerKind.BLOCK)
 
 
 class Costs:
-    """Parts of the steps of one job, of one batch in one layer. needed: what it takes of each tier, by part."""
+    """Parts of the steps of one block, of one batch in one layer. needed: what it takes of each tier, by part."""
 
-    def __init__(self, job: Job, needed: dict[Tier, memory.Parts]) -> None:
+    def __init__(self, block: Block, needed: dict[Tier, memory.Parts]) -> None:
         self._needed = needed
-        self.job, self.machine, self.settings = job, job.machine, job.settings
-        self.batch = job.settings.gpu_batch_size
-        self.eager = EagerCompute(job.size, job.machine.compute, SCORE_PASSES, job.constants.gpu_attention_share)
-        self.unpack_rate = job.constants.unpack_share * job.machine.compute.memory
+        self.block, self.machine, self.settings = block, block.machine, block.settings
+        self.batch = block.settings.gpu_batch_size
+        self.eager = EagerCompute(block.size, block.machine.compute, SCORE_PASSES, block.constants.gpu_attention_share)
+        self.unpack_rate = block.constants.unpack_share * block.machine.compute.memory
 
     @cached_property
     def spare_bytes(self) -> float | None:
@@ -57,7 +57,7 @@ class Costs:
     @cached_property
     def kv_disk_rate(self) -> float:
         """At which the keys and the values of a batch are read, two files at a time."""
-        machine, share = self.machine, self.job.constants.kv_disk_share
+        machine, share = self.machine, self.block.constants.kv_disk_share
         disk = share * machine.disk_read
         return mapped_rate(disk, machine.disk_read_cached, self.cached, KV_FILES)
 
@@ -72,7 +72,7 @@ class Costs:
         if on_cpu:
             parts.append(Part("h2d: weights", on_cpu / machine.h2d, Runs.LINK))
             if not self.settings.pin_weight:
-                rate = self.job.constants.pin_copy_share * machine.cpu.memory
+                rate = self.block.constants.pin_copy_share * machine.cpu.memory
                 copies = Part("cpu: copies into page-locked memory", on_cpu / rate, Runs.ON_MAIN)
                 parts.append(copies)
         if on_disk:
@@ -83,8 +83,8 @@ class Costs:
         """A cache of ``context`` tokens on its way to where attention is computed."""
         if kind not in _HAS_ATTENTION or not context:
             return []
-        whole, shares = self.job.kv_bytes(context), self.job.kv_shares
-        kept = whole * self.job.kv_packed
+        whole, shares = self.block.kv_bytes(context), self.block.kv_shares
+        kept = whole * self.block.kv_packed
         to_gpu = not self.settings.cpu_cache_compute
         parts = []
         if shares[Tier.DISK]:
@@ -92,7 +92,7 @@ class Costs:
             parts += self._from_disk("KV cache", on_disk / self.kv_disk_rate, on_disk * to_gpu)
         on_cpu = shares[Tier.CPU]
         if on_cpu and to_gpu:
-            pace = min(self.job.constants.kv_load_share * self.machine.cpu.memory, self.machine.h2d)
+            pace = min(self.block.constants.kv_load_share * self.machine.cpu.memory, self.machine.h2d)
             parts += [
                 Part("h2d: KV cache", on_cpu * kept / self.machine.h2d, Runs.LINK),
                 Part("cpu: KV cache to the GPU", on_cpu * kept / pace, Runs.KV_COPY),
@@ -106,7 +106,7 @@ class Costs:
         """The new ``tokens`` of each sequence on their way home."""
         if kind not in _HAS_ATTENTION:
             return []
-        kept, shares = self.job.kv_bytes(tokens) * self.job.kv_packed, self.job.kv_shares
+        kept, shares = self.block.kv_bytes(tokens) * self.block.kv_packed, self.block.kv_shares
         to_disk = min(self.machine.disk_write_cached, self.machine.d2h)
         return [
             Part("d2h: KV cache", shares[Tier.CPU] * kept / self.machine.d2h_pageable, Runs.STORE),
@@ -115,15 +115,15 @@ class Costs:
 
     def move_hidden(self, tokens: float) -> list[Part]:
         """Hidden states to their home and back, in the stream that also computes."""
-        if self.job.hidden_on is Tier.GPU:
+        if self.block.hidden_on is Tier.GPU:
             return []
-        values = self.batch * tokens * self.job.size.shape.hidden_size
-        moved, machine = self.job.size.bytes_of(values), self.machine
+        values = self.batch * tokens * self.block.size.shape.hidden_size
+        moved, machine = self.block.size.bytes_of(values), self.machine
         parts = [
             Part("d2h: hidden states", moved / machine.d2h, Runs.ON_MAIN),
             Part("h2d: hidden states", moved / machine.h2d, Runs.ON_MAIN),
         ]
-        if self.job.hidden_on is Tier.DISK:
+        if self.block.hidden_on is Tier.DISK:
             seconds = moved / self.disk_rate + moved / machine.disk_write_cached
             parts.append(Part("disk_write: hidden states", seconds, Runs.ON_MAIN))
         return parts
@@ -153,13 +153,13 @@ class Costs:
         seconds = self.eager.prefill_attention(self.batch, tokens)
         parts = [Part("gpu: prefill attention", seconds, Runs.ON_MAIN)]
         if self.settings.compress_cache:
-            packing = self.job.kv_bytes(tokens) / self.unpack_rate
+            packing = self.block.kv_bytes(tokens) / self.unpack_rate
             parts.append(Part("gpu: packing of the KV cache", packing, Runs.ON_MAIN))
         return parts
 
     def _decode(self, context: float) -> list[Part]:
-        whole = self.job.kv_bytes(context)
-        on_gpu = self.job.kv_shares[Tier.GPU] if self.settings.cpu_cache_compute else 1.0
+        whole = self.block.kv_bytes(context)
+        on_gpu = self.block.kv_shares[Tier.GPU] if self.settings.cpu_cache_compute else 1.0
         seconds = on_gpu * self.eager.decode_attention(self.batch, context)
         parts = [Part("gpu: decode attention", seconds, Runs.ON_MAIN)]
         if on_gpu and self.settings.compress_cache:
@@ -167,7 +167,7 @@ class Costs:
             parts.append(Part("gpu: unpacking of the KV cache", seconds, Runs.ON_MAIN))
         if on_gpu < 1:
             memory_rate, below = self.machine.cpu.memory, (1 - on_gpu) * whole
-            seconds = below / (self.job.constants.cpu_attention_share * memory_rate)
+            seconds = below / (self.block.constants.cpu_attention_share * memory_rate)
             parts.append(Part("cpu: decode attention", seconds, Runs.ON_MAIN))
             if self.settings.compress_cache:
                 seconds = below * CPU_UNPACK_TRAFFIC / memory_rate
@@ -176,7 +176,7 @@ class Costs:
 
     def start(self) -> Part:
         """Python and the launches of one step."""
-        seconds = self.job.constants.step_launches * self.machine.compute.step
+        seconds = self.block.constants.step_launches * self.machine.compute.step
         return Part("gpu: idle between steps", seconds, Runs.ON_MAIN)
 
     def _from_disk(self, what: str, read_s: float, sent: float) -> list[Part]:

@@ -14,12 +14,13 @@ from baselines.common.machine import Machine
 from baselines.common.model_size import ModelSize
 from baselines.common.report import bottleneck, lane_seconds
 from baselines.flexgen_original import search, settings
-from baselines.flexgen_original.job import Constants, Job
+from baselines.flexgen_original.block import Block, Constants
 from baselines.flexgen_original.outcome import Outcome
 from baselines.flexgen_original.placement import realised_shares
 from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
@@ -35,50 +36,50 @@ class FlexGenOriginalPredictor(Predictor):
         self._constants = read_constants(Constants, constants)
         only_options(options, _OPTIONS)
 
-    def predict(self, question: Question) -> Prediction:
-        machine = Machine(question.hardware)
-        _check_can(question, machine)
-        size = ModelSize(question.shape, question.dtype)
-        job = Job(
-            settings.overlaid(settings.DEFAULT, {}, question.lossy),
-            *(size, machine, self._constants, question.prompt_len, question.gen_len),
-            stages=question.num_gpus,
+    def predict(self, job: Job) -> Prediction:
+        machine = Machine(job.hardware)
+        _check_can(job, machine)
+        size = ModelSize(job.shape, job.dtype)
+        block = Block(
+            settings.overlaid(settings.DEFAULT, {}, job.lossy),
+            *(size, machine, self._constants, job.prompt_len, job.gen_len),
+            stages=job.num_gpus,
         )
         machine.rates  # noqa: B018  (says what is missing before anything is searched)
-        return _prediction(*search.choose(job, question, self.options), question)
+        return _prediction(*search.choose(block, job, self.options), job)
 
 
-def _check_can(question: Question, machine: Machine) -> None:
-    shape = question.shape
+def _check_can(job: Job, machine: Machine) -> None:
+    shape = job.shape
     if not machine.has_gpu:
         raise CannotRun("the original FlexGen needs a CUDA device; it has no way to run without")
     if shape.family != "opt" or not shape.options.get("norm_before", True):
         raise CannotRun(f"the original FlexGen does not know {shape.name}; it knows the OPT models but 350m")
-    if question.dtype is not DType.FLOAT16:
-        raise CannotRun(f"the original FlexGen computes in float16, not in {question.dtype}; add dtype=float16")
-    if question.prompt_len + question.gen_len > shape.max_positions:
+    if job.dtype is not DType.FLOAT16:
+        raise CannotRun(f"the original FlexGen computes in float16, not in {job.dtype}; add dtype=float16")
+    if job.prompt_len + job.gen_len > shape.max_positions:
         raise CannotRun(f"{shape.name} knows {shape.max_positions} positions")
 
 
-def _prediction(found: Outcome, source: str, question: Question) -> Prediction:
-    job, together = found.job, found.prompts
-    prompts = question.num_prompts or together
+def _prediction(found: Outcome, source: str, job: Job) -> Prediction:
+    block, together = found.block, found.prompts
+    prompts = job.num_prompts or together
     blocks = -(-prompts // together)  # a last one that is not full is filled up
     parts = Counter(found.prefill.parts) + Counter(found.decode.parts)
-    shares = realised_shares(job.all_layers)
-    chosen = job.settings.to_dict() | {"realised_weights": shares}
-    if job.stages > 1:
-        chosen |= {"stages": job.stages, "blocks_in_flight": job.stages}
-    written = job.cache_bytes(Tier.DISK) * job.stages
+    shares = realised_shares(block.all_layers)
+    chosen = block.settings.to_dict() | {"realised_weights": shares}
+    if block.stages > 1:
+        chosen |= {"stages": block.stages, "blocks_in_flight": block.stages}
+    written = block.cache_bytes(Tier.DISK) * block.stages
     notes = [source, f"{shares['gpu']:.1%} of the weights are really on the GPU"]
-    if job.settings.is_known_wrong:
+    if block.settings.is_known_wrong:
         notes.append("its tokens are known to be wrong with these settings")
     return Prediction(
         prefill_s=blocks * found.prefill.seconds,
         decode_s=blocks * found.decode.seconds,
         num_prompts=prompts,
-        prompt_len=question.prompt_len,
-        gen_len=question.gen_len,
+        prompt_len=job.prompt_len,
+        gen_len=job.gen_len,
         batch_size=together,
         bytes={str(tier): int(sum(named.values())) for tier, named in found.bytes.items()},
         lane_busy_s=lane_seconds(parts, blocks),

@@ -16,31 +16,31 @@ from flexgen_bench.core.tiers import Tier
 
 def prefill(costs: Costs) -> Phase:
     """All prompts of a block, up to each sequence's first token."""
-    job = costs.job
-    phase = _pass(costs, job.prompt_len, 0.0)
+    block = costs.block
+    phase = _pass(costs, block.prompt_len, 0.0)
     # The page cache takes what is written, and the disk gets it beside everything else; but not faster than it can.
-    written = job.cache_bytes(Tier.DISK) * (1 - costs.cached) / job.stages
-    read = job.weight_bytes(Tier.DISK) * (1 - costs.cached)
+    written = block.cache_bytes(Tier.DISK) * (1 - costs.cached) / block.stages
+    read = block.weight_bytes(Tier.DISK) * (1 - costs.cached)
     phase.seconds = max(phase.seconds, written / costs.write_back_rate + read / costs.disk_rate)
     return phase
 
 
 def decode_step(costs: Costs) -> Phase:
     """One more token for a block, at the mean length of its caches."""
-    return _pass(costs, 1, costs.job.prompt_len + costs.job.gen_len / 2)
+    return _pass(costs, 1, costs.block.prompt_len + costs.block.gen_len / 2)
 
 
 def _pass(costs: Costs, tokens: int, context: float) -> Phase:
     """One sweep over the layers."""
-    phase, job = Phase(), costs.job
-    for around, count in job.neighbours:
-        if job.settings.overlap:
+    phase, block = Phase(), costs.block
+    for around, count in block.neighbours:
+        if block.settings.overlap:
             phase.add_phase(_overlapped(costs, around, tokens, context), count)
         else:
             phase.add_phase(_serial(costs, around[1], tokens, context), count)
-    if not job.settings.overlap:
+    if not block.settings.overlap:
         # Nothing is waited for, so that launches run ahead of the work.
-        steps = len(job.layers) * job.settings.num_gpu_batches
+        steps = len(block.layers) * block.settings.num_gpu_batches
         phase.seconds = max(phase.seconds, steps * costs.start().seconds)
     return phase
 

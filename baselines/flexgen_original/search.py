@@ -8,12 +8,12 @@ from typing import Any
 
 from baselines.common.machine import largest_that_fits
 from baselines.flexgen_original import memory, settings
-from baselines.flexgen_original.job import Job
+from baselines.flexgen_original.block import Block
 from baselines.flexgen_original.outcome import Outcome, outcome
 from baselines.flexgen_original.settings import Settings
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import DoesNotFit
-from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.tiers import Tier
 
 # What is published was chosen for a T4's 16 GB; it says nothing about other cards.
@@ -36,64 +36,64 @@ GIVEN = "settings: as asked for"
 SEARCHED = "settings: the best of a search, as nothing is published for exactly this job"
 
 
-def published(question: Question) -> Settings | None:
+def published(job: Job) -> Settings | None:
     """What the authors published for exactly this: model, lengths, compression and number of GPUs, on a card like
     theirs."""
-    memory_bytes = question.hardware.gpu_memory_bytes
+    memory_bytes = job.hardware.gpu_memory_bytes
     least, most = _PUBLISHED_GPU_BYTES
     if memory_bytes is None or not least <= memory_bytes <= most:
         return None
-    if question.gen_len != _PUBLISHED_GEN_LEN:
+    if job.gen_len != _PUBLISHED_GEN_LEN:
         return None
     tables = {(512, 1): settings.PUBLISHED, (1024, 1): settings.PUBLISHED_1024, (512, 4): settings.PUBLISHED_4_GPUS}
-    name, lossy = question.shape.name, question.lossy
+    name, lossy = job.shape.name, job.lossy
     compressed = lossy.kv_cache is not None
     if (lossy.weights is not None) != (compressed and name not in _CACHE_ALONE):
         return None
-    return tables.get((question.prompt_len, question.num_gpus), {}).get((name, compressed))
+    return tables.get((job.prompt_len, job.num_gpus), {}).get((name, compressed))
 
 
-def choose(job: Job, question: Question, options: Mapping[str, Any]) -> tuple[Outcome, str]:
+def choose(block: Block, job: Job, options: Mapping[str, Any]) -> tuple[Outcome, str]:
     """What was published if it fits, else the settings of the largest throughput; ``options`` that are not None hold
     anyway. With a word on where the settings come from.
 
-    job: for any settings. Raises DoesNotFit if nothing fits.
+    block: for any settings. Raises DoesNotFit if nothing fits.
     """
-    known = published(question)
+    known = published(job)
     given = {k: v for k, v in options.items() if v is not None}
     if known is not None:
-        chosen = limited(settings.overlaid(known, given, question.lossy), question)
+        chosen = limited(settings.overlaid(known, given, job.lossy), job)
         try:
-            return outcome(replace(job, settings=chosen)), PUBLISHED if not given else GIVEN
+            return outcome(replace(block, settings=chosen)), PUBLISHED if not given else GIVEN
         except DoesNotFit:
             if {"percent", "gpu_batch_size"} <= set(given):
                 raise
     if {"percent", "gpu_batch_size", "num_gpu_batches"} <= set(given):
-        chosen = settings.overlaid(settings.DEFAULT, given, question.lossy)
-        return outcome(replace(job, settings=limited(chosen, question))), GIVEN
-    return _best(job, question, given), SEARCHED
+        chosen = settings.overlaid(settings.DEFAULT, given, job.lossy)
+        return outcome(replace(block, settings=limited(chosen, job))), GIVEN
+    return _best(block, job, given), SEARCHED
 
 
-def limited(chosen: Settings, question: Question) -> Settings:
+def limited(chosen: Settings, job: Job) -> Settings:
     """The same for a job with fewer prompts than a block holds: in batches as even as they can be."""
-    prompts = question.num_prompts
+    prompts = job.num_prompts
     if prompts is None:
         return chosen
-    each = max(1, prompts // question.num_gpus)
+    each = max(1, prompts // job.num_gpus)
     count = -(-each // chosen.gpu_batch_size)
     if count > chosen.num_gpu_batches:
         return chosen
     return replace(chosen, gpu_batch_size=-(-each // count), num_gpu_batches=count)
 
 
-def _best(job: Job, question: Question, given: Mapping[str, Any]) -> Outcome:
+def _best(block: Block, job: Job, given: Mapping[str, Any]) -> Outcome:
     best: Outcome | None = None
     refusal: DoesNotFit | None = None
-    for candidate in _candidates(question.lossy, given):
-        sizes = _gpu_batch_sizes(replace(job, settings=candidate), given)
-        for shaped in _shapes(candidate, question, given, sizes):
+    for candidate in _candidates(job.lossy, given):
+        sizes = _gpu_batch_sizes(replace(block, settings=candidate), given)
+        for shaped in _shapes(candidate, job, given, sizes):
             try:
-                found = _largest_blocks(replace(job, settings=shaped), given)
+                found = _largest_blocks(replace(block, settings=shaped), given)
             except DoesNotFit as error:
                 # The most modest that was tried says best what is missing.
                 refusal = error if refusal is None or _is_nearer(error, refusal) else refusal
@@ -127,17 +127,17 @@ def _candidates(lossy: Lossy, given: Mapping[str, Any]) -> Iterator[Settings]:
                     yield candidate
 
 
-def _gpu_batch_sizes(job: Job, given: Mapping[str, Any]) -> list[int]:
+def _gpu_batch_sizes(block: Block, given: Mapping[str, Any]) -> list[int]:
     """Those that are tried, small before large. With the whole cache on the GPU also the largest of which one batch
     fits."""
     if "gpu_batch_size" in given:
-        return [job.settings.gpu_batch_size]
-    if job.settings.percent[2] < 100:
+        return [block.settings.gpu_batch_size]
+    if block.settings.percent[2] < 100:
         return list(_GPU_BATCH_SIZES)
 
     def check(size: int) -> None:
-        settings = replace(job.settings, gpu_batch_size=size, num_gpu_batches=1, pin_weight=False)
-        memory.check(replace(job, settings=settings))
+        settings = replace(block.settings, gpu_batch_size=size, num_gpu_batches=1, pin_weight=False)
+        memory.check(replace(block, settings=settings))
 
     try:
         largest = largest_that_fits(check, _LARGEST_GPU_BATCH)
@@ -146,9 +146,9 @@ def _gpu_batch_sizes(job: Job, given: Mapping[str, Any]) -> list[int]:
     return sorted({*(size for size in _GPU_BATCH_SIZES if size < largest), largest})
 
 
-def _shapes(candidate: Settings, question: Question, given: Mapping[str, Any], sizes: list[int]) -> Iterator[Settings]:
+def _shapes(candidate: Settings, job: Job, given: Mapping[str, Any], sizes: list[int]) -> Iterator[Settings]:
     """Batches of these sizes; where the number of prompts is stated, as even as they can be."""
-    each = question.num_prompts and max(1, question.num_prompts // question.num_gpus)
+    each = job.num_prompts and max(1, job.num_prompts // job.num_gpus)
     for size in sizes:
         if each is None:
             yield replace(candidate, gpu_batch_size=size, num_gpu_batches=_NUM_GPU_BATCHES[-1])
@@ -158,31 +158,31 @@ def _shapes(candidate: Settings, question: Question, given: Mapping[str, Any], s
             yield replace(candidate, gpu_batch_size=even, num_gpu_batches=count)
 
 
-def _largest_blocks(job: Job, given: Mapping[str, Any]) -> list[Outcome]:
+def _largest_blocks(block: Block, given: Mapping[str, Any]) -> list[Outcome]:
     """Blocks of one batch, and of the most that fit (up to the settings' own); also with weights that are not
     page-locked, if then more fit. Raises DoesNotFit."""
-    most = job.settings.num_gpu_batches
+    most = block.settings.num_gpu_batches
     counts = [c for c in _NUM_GPU_BATCHES if c <= most]
     if "num_gpu_batches" in given:
         counts = [int(given["num_gpu_batches"])]
-    pageable = replace(job, settings=replace(job.settings, pin_weight=False))
-    may_unpin = "pin_weight" not in given and job.settings.percent[1] > 0
+    pageable = replace(block, settings=replace(block.settings, pin_weight=False))
+    may_unpin = "pin_weight" not in given and block.settings.percent[1] > 0
     try:
-        found = _up_to(job, counts)
+        found = _up_to(block, counts)
     except DoesNotFit as error:
         if error.tier != Tier.CPU or not may_unpin:
             raise
         return _up_to(pageable, counts)
-    if may_unpin and found[-1].job.settings.num_gpu_batches < counts[-1]:
+    if may_unpin and found[-1].block.settings.num_gpu_batches < counts[-1]:
         found += _up_to(pageable, counts)[1:]
     return found
 
 
-def _up_to(job: Job, counts: list[int]) -> list[Outcome]:
+def _up_to(block: Block, counts: list[int]) -> list[Outcome]:
     """With the first of ``counts`` batches, and with the last that fits. Raises DoesNotFit if the first does not."""
-    first = outcome(_with(job, counts[0]))
+    first = outcome(_with(block, counts[0]))
     for count in reversed(counts[1:]):
-        larger = _with(job, count)
+        larger = _with(block, count)
         try:
             memory.check(larger)
         except DoesNotFit:
@@ -191,5 +191,5 @@ def _up_to(job: Job, counts: list[int]) -> list[Outcome]:
     return [first]
 
 
-def _with(job: Job, count: int) -> Job:
-    return replace(job, settings=replace(job.settings, num_gpu_batches=count))
+def _with(block: Block, count: int) -> Block:
+    return replace(block, settings=replace(block.settings, num_gpu_batches=count))

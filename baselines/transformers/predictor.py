@@ -11,7 +11,8 @@ from baselines.common.constants import only_options, read_constants, read_count
 from baselines.common.hf_model import HFModel, Parts
 from baselines.common.machine import largest_that_fits
 from flexgen_bench.core.errors import CannotRun
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import Predictor
 
@@ -32,26 +33,26 @@ class TransformersPredictor(Predictor):
         only_options(options, ("batch_size",))
         self._batch = read_count(options, "batch_size")
 
-    def predict(self, question: Question) -> Prediction:
-        check_lossless(question, "transformers")
-        model = HFModel.of(question)
+    def predict(self, job: Job) -> Prediction:
+        check_lossless(job, "transformers")
+        model = HFModel.of(job)
         model.machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
-        batch = self._batch or resident_batch(model, question)
+        batch = self._batch or resident_batch(model, job)
         needed = check_resident(model, batch)
         return predict_batches(
-            question,
-            min(batch, question.num_prompts or batch),
+            job,
+            min(batch, job.num_prompts or batch),
             lambda size: resident_times(model, size),
             needed,
             {"batch_size": batch},
         )
 
 
-def check_lossless(question: Question, name: str) -> None:
+def check_lossless(job: Job, name: str) -> None:
     """These systems compress nothing and work on one GPU."""
-    if not question.lossy.is_exact:
-        raise CannotRun(f"{name} has no {question.lossy} here")
-    if question.num_gpus > 1:
+    if not job.lossy.is_exact:
+        raise CannotRun(f"{name} has no {job.lossy} here")
+    if job.num_gpus > 1:
         raise CannotRun(f"{name} with several GPUs is not modelled")
 
 
@@ -69,9 +70,9 @@ def check_resident(model: HFModel, batch: int) -> dict[Tier, Parts]:
     return needed
 
 
-def resident_batch(model: HFModel, question: Question) -> int:
+def resident_batch(model: HFModel, job: Job) -> int:
     """The most sequences that fit, up to the job's prompts. Raises DoesNotFit if one sequence does not."""
-    limit = question.num_prompts or LARGEST_BATCH
+    limit = job.num_prompts or LARGEST_BATCH
     return largest_that_fits(lambda size: check_resident(model, size), limit)
 
 

@@ -23,7 +23,7 @@ from flexgen_bench.kernels import ops
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
 from flexgen_bench.models.packing import PackedUnit, pack
 from flexgen_bench.models.registry import family
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.scheduled_job import UnitKind
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,9 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.executor import Executor
-from flexgen_bench.models.packing import pack
-from flexgen_bench.models.registry import family
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.schedule.job import Job
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step
@@ -27,7 +26,7 @@ def step_probe(site: Site, effort: Effort) -> Probe:
     return Probe(f"{site.tier}.step", counted, lambda: _run(site, effort.step_passes))
 
 
-def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, Job]:
+def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, ScheduledJob]:
     """A block of sequences, half of the weights on disk."""
     shape = ModelShape(
         name="steps",
@@ -50,8 +49,7 @@ def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, Job]:
         kv_cache=near,
         activations=near,
     )
-    packed = pack(shape, family(shape.family).inventory(shape), dtype)
-    plan = plan_job(shape, packed, dtype, policy, hardware, [Request(8, passes)] * policy.block_size)
+    plan = plan_job(Model.of(shape, dtype), policy, hardware, [Request(8, passes)] * policy.block_size)
     return Scheduler(policy, plan), plan.job
 
 
@@ -69,7 +67,7 @@ def _run(site: Site, passes: int) -> int:
         executor.close()
 
 
-def drive(running: Scheduler, job: Job, executor: Executor) -> int:
+def drive(running: Scheduler, job: ScheduledJob, executor: Executor) -> int:
     """All passes, as the engine drives them, with actions that do nothing; the number of steps."""
     count = 0
     while not running.is_done:

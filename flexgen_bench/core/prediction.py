@@ -1,4 +1,4 @@
-"""What a system is predicted to do with a job, and the job as a predictor is told it. Nothing here was run."""
+"""What a system is predicted to do with a job. Nothing here was run."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
-
-
-@dataclass(frozen=True)
-class Question:
-    """A job on a machine. num_prompts None: as many as one of the system's blocks holds, as in the FlexGen paper.
-
-    lossy: what the system may change of the results. num_gpus: GPUs that work together, one machine of the profile
-    each. max_latency_s: of a block, from its start to its last token, for systems that choose within it.
-    """
-
-    shape: ModelShape
-    dtype: DType
-    hardware: HardwareProfile
-    prompt_len: int
-    gen_len: int
-    num_prompts: int | None = None
-    lossy: Lossy = EXACT
-    num_gpus: int = 1
-    max_latency_s: float | None = None
+from flexgen_bench.core.compression import Lossy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Status
 
 # The target of a system that there is a model of, but nothing to run.
@@ -32,11 +33,11 @@ class Simulated:
 
     status: OK with a prediction; OOM, it would not fit; UNAVAILABLE, the system cannot do the job or nobody has a model
     of it; INVALID, it was asked for something that cannot be; FAILED, its model has a mistake. All but OK have a
-    reason. question: what was asked, with the machine's gaps filled in.
+    reason. job: what was asked, with the machine's gaps filled in.
     """
 
     spec: CellSpec
-    question: Question
+    job: Job
     model: SystemModel
     status: Status
     reason: str = ""
@@ -54,12 +55,12 @@ class Simulated:
     def lossy(self) -> Lossy:
         """What the results would differ by: as chosen, where a system was free to compress less than it was allowed
         to."""
-        permitted = self.question.lossy
+        permitted = self.job.lossy
         return permitted if self.prediction is None else self.prediction.changes(permitted)
 
     @property
     def hardware(self) -> HardwareProfile:
-        return self.question.hardware
+        return self.job.hardware
 
     @property
     def is_beyond_its_machine(self) -> bool:

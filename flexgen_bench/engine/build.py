@@ -10,15 +10,18 @@ from flexgen_bench.checkpoints.source import Source, open_source
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine, store_plan
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, pack
-from flexgen_bench.planner.choose import PolicyQuestion, choose
-from flexgen_bench.schedule.sequence_groups import Request
+from flexgen_bench.planner.choose import choose
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.schedule.sequence_groups import Request, worst_of
 
 KEPT = 0.98  # of what is free
 
@@ -78,18 +81,14 @@ class PackedWeights:
         the device's rates are known it is searched for, in another process. A little is kept back: the engine looks at
         what is free again. Raises DoesNotFit."""
         free = device.available(make_writable(offload_dir, "offload_dir"))
-        question = PolicyQuestion.about(
-            requests,
-            shape=self.shape,
-            dtype=self.dtype,
-            hardware=device.hardware,
-            available={tier: int(count * KEPT) for tier, count in free.items()},
+        worst = worst_of(requests)
+        job = Job(
+            *(self.shape, self.dtype, device.hardware, worst.prompt_len, worst.gen_len, len(requests)),
             lossy=lossy,
-            block_size=block_size,
-            scored_rows=scored_rows,
             max_latency_s=max_latency_s,
         )
-        return choose(question)
+        available = {tier: int(count * KEPT) for tier, count in free.items()}
+        return choose(SearchSpace(job, (lossy,), available, block_size, scored_rows))
 
     def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
         """Weights placed by ``policy`` on ``device``. UserError if the policy wants them compressed in another way."""
@@ -100,7 +99,7 @@ class PackedWeights:
                 f"{_words(self.packed.compression)}: that is how these weights are packed",
                 "Change the policy, or pack the weights again with this compression.",
             )
-        return Engine(self.family, self.shape, self.packed, self.store, self.dtype, policy, device, offload_dir)
+        return Engine(self.family, Model(self.shape, self.dtype, self.packed), self.store, policy, device, offload_dir)
 
 
 def _stores(cache: Path) -> Path:

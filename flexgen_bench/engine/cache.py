@@ -15,8 +15,8 @@ from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.job import UnitKind
 from flexgen_bench.schedule.micro_batch import Part
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.steps import Step
 

@@ -29,6 +29,7 @@ from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.memory.stored_tensor import StoredTensor
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
@@ -48,19 +49,11 @@ class Engine:
     """
 
     def __init__(
-        self,
-        family: ModelFamily,
-        shape: ModelShape,
-        packed: PackedModel,
-        store: WeightStore,
-        dtype: DType,
-        policy: Policy,
-        device: Device,
-        offload_dir: Path,
+        self, family: ModelFamily, model: Model, store: WeightStore, policy: Policy, device: Device, offload_dir: Path
     ) -> None:
         self.policy = policy
-        self._family, self._shape, self._packed = family, shape, packed
-        self._dtype, self._device, self._offload_dir = dtype, device, offload_dir
+        self._family, self._model = family, model
+        self._device, self._offload_dir = device, offload_dir
         # The smallest job there is: refuses a policy whose weights do not fit before they are read.
         self._available = device.available(make_writable(offload_dir, "offload_dir"))
         smallest = self.plan([Request(1, 1)])
@@ -68,7 +61,7 @@ class Engine:
         self._arenas = Arenas(device)
         self._kept = KeptMemory()
         try:
-            self._weights = Weights(store, packed, dtype, smallest.job, device, self._arenas)
+            self._weights = Weights(store, model.packed, model.dtype, smallest.job, device, self._arenas)
         except BaseException as error:
             release_frames(type(error), error, error.__traceback__)
             raise
@@ -90,8 +83,8 @@ class Engine:
                 "new, without tokens",
                 "Make it again from its prompt.",
             )
-        requests = requests_of(sequences, self._family.steady_positions(self._shape))
-        row = GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._shape.vocab_size
+        requests = requests_of(sequences, self._family.steady_positions(self._model.shape))
+        row = GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._model.shape.vocab_size
         generation = Generation(dict(enumerate(sequences)))
         return self._run(self.plan(requests, row), generation, progress)
 
@@ -101,7 +94,7 @@ class Engine:
         Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once:
         the others wait.
         """
-        plan = self.plan(capacity, 4 * self._shape.vocab_size)
+        plan = self.plan(capacity, 4 * self._model.shape.vocab_size)
         self.check_free()
         self._check(plan)
         sequences: dict[int, Running] = {}
@@ -124,7 +117,7 @@ class Engine:
         in memory."""
         trees = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
         rows = max(tree.rows for tree in trees)
-        asked = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._shape.vocab_size)
+        asked = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._model.shape.vocab_size)
         found: list[list[Tensor]] = [[] for _ in sequences]
         consumer = LogProbabilities(trees, lambda i, piece: found[i].append(piece))
         self._run(asked.plan, consumer, policy=asked.policy)
@@ -155,16 +148,7 @@ class Engine:
         logits_row_bytes: int = GREEDY_ROW_BYTES,
         scored_rows: int = 0,
     ) -> MemoryPlan:
-        return plan_job(
-            self._shape,
-            self._packed,
-            self._dtype,
-            policy,
-            self._device.hardware,
-            requests,
-            logits_row_bytes,
-            scored_rows,
-        )
+        return plan_job(self._model, policy, self._device.hardware, requests, logits_row_bytes, scored_rows)
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -188,7 +172,7 @@ class Engine:
 
     def _check(self, plan: MemoryPlan) -> None:
         """Against what was free before the weights were loaded: a plan counts them in."""
-        plan.check(self._device.hardware, self._available)
+        plan.check(self._available)
 
     def check_free(self) -> None:
         """UserError if no job can be run now: the engine is closed, or taken by an open job."""
@@ -236,8 +220,8 @@ class Engine:
                 held.callback(spill.close)
             actions = Actions(
                 self._family,
-                self._shape,
-                TORCH_DTYPES[self._dtype],
+                self._model.shape,
+                TORCH_DTYPES[self._model.dtype],
                 policy,
                 plan,
                 self._weights,

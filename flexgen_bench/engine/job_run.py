@@ -11,8 +11,8 @@ from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.executor import Executor, LaneUse
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Ended, Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 
@@ -46,7 +46,7 @@ class JobRun:
     def __init__(
         self,
         scheduler: Scheduler,
-        job: Job,
+        job: ScheduledJob,
         executor: Executor,
         actions: Actions,
         consumer: Consumer,

@@ -11,9 +11,9 @@ from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
 from flexgen_bench.kernels.tree_attention import TreeMask, tree_attention
 from flexgen_bench.memory.kv_cache import KVForm, Stored
-from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.prefix_tree import PrefixTree
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
 
 
@@ -27,7 +27,7 @@ class Prompts:
 
     def __init__(
         self,
-        job: Job,
+        job: ScheduledJob,
         cache: KVCache,
         form: KVForm,
         tree: Callable[[int], PrefixTree | None],

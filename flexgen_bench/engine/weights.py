@@ -23,7 +23,7 @@ from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.host import allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.models.packing import PackedModel
-from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step
 
 # Bytes that a load copies at once: a transfer of the other lane on the link gets in between two of them, after 3 ms at
@@ -35,7 +35,7 @@ class Weights:
     """Holds every unit on its tier and serves the steps that load, gather and use them."""
 
     def __init__(
-        self, store: WeightStore, packed: PackedModel, dtype: DType, job: Job, device: Device, arenas: Arenas
+        self, store: WeightStore, packed: PackedModel, dtype: DType, job: ScheduledJob, device: Device, arenas: Arenas
     ) -> None:
         """job: where its units live and are computed, and how many slots there are."""
         self._packed = packed

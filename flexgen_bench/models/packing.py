@@ -20,7 +20,7 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.models.family import Inventory, PackedTensor
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.scheduled_job import UnitKind
 
 EXTENT_ALIGN = PAGE  # extents start where direct I/O can read
 TENSOR_ALIGN = 64  # tensors start on a cache line

@@ -13,7 +13,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
 
-_NOT_FAMILIES = {"activations", "family", "packing", "registry", "rope", "stored_names"}
+_NOT_FAMILIES = {"activations", "family", "model", "packing", "registry", "rope", "stored_names"}
 
 
 # Entries that change what a model computes, and which no family here knows, with the values that change nothing.

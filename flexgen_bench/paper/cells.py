@@ -16,7 +16,7 @@ from flexgen_bench.paper.quantities import is_of_a_job, quantity
 from flexgen_bench.paper.recorded import Recorded, find
 from flexgen_bench.paper.scores import Scores
 from flexgen_bench.paper.settings import run_text
-from flexgen_bench.paper.simulate import OOM, Job, Simulations, Told, policy_options
+from flexgen_bench.paper.simulate import OOM, PaperJob, Simulations, Told, policy_options
 from flexgen_bench.published.policy_text import PolicyText, parse_policy
 from flexgen_bench.published.quoted import Quoted
 
@@ -141,13 +141,13 @@ class _Asks:
     simulations: Simulations
     quantity: str
 
-    def job(self, num_prompts: int | None, policy: PolicyText) -> Job | None:
+    def job(self, num_prompts: int | None, policy: PolicyText) -> PaperJob | None:
         """None where the row names no job, or conf/model has no such model."""
         model = self.table.models.get(self.row.model, self.row.model.lower())
         prompt_len, gen_len = self.row.count("prompt_len"), self.row.count("gen_len")
         if model not in self.simulations.models or not prompt_len or not gen_len:
             return None
-        return Job(
+        return PaperJob(
             model,
             self.table.machine,
             prompt_len,
@@ -167,7 +167,7 @@ class _Asks:
             self.simulations.ask(system, options, job), system.name
         )
 
-    def engine(self, job: Job | None) -> Beside:
+    def engine(self, job: PaperJob | None) -> Beside:
         system = self.simulations.named(self.table.engine)
         if system is None or job is None:
             return Beside(word=self.table.ours_missing)
@@ -180,7 +180,7 @@ class _Asks:
         beside = self._of(answer.run, self.row.count("gpus") or 1, Evidence.SIMULATED, name)
         return replace(beside, settings=answer.settings, lossy=answer.lossy)
 
-    def _recorded(self, name: str, job: Job, options: Mapping[str, object]) -> Beside | None:
+    def _recorded(self, name: str, job: PaperJob, options: Mapping[str, object]) -> Beside | None:
         found = find(self.sources.records, name, job, options)
         if found is None:
             return None

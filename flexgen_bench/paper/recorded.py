@@ -14,7 +14,7 @@ from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
-from flexgen_bench.paper.simulate import Job
+from flexgen_bench.paper.simulate import PaperJob
 from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.store.reader import Problem, StoredRecord
 
@@ -53,7 +53,7 @@ def usable(records: Sequence[StoredRecord]) -> tuple[list[Recorded], list[Proble
     return found, problems
 
 
-def find(records: Sequence[Recorded], system: str, job: Job, options: Mapping[str, Any]) -> Recorded | None:
+def find(records: Sequence[Recorded], system: str, job: PaperJob, options: Mapping[str, Any]) -> Recorded | None:
     """The newest run of ``job`` by ``system``; with ``options``, one that says it ran with other settings is none."""
     for run in records:
         same_job = (run.system, run.model, run.machine, run.prompt_len, run.gen_len) == (

@@ -13,8 +13,9 @@ from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.config.table import ConfiguredSystem
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.processes import process_pool
 from flexgen_bench.core.status import Status
 from flexgen_bench.paper.settings import run_text
@@ -33,7 +34,7 @@ _KEEP_EVERY_S = 20
 
 
 @dataclass(frozen=True)
-class Job:
+class PaperJob:
     """A question by the names of the configuration. num_prompts None: one block of the system's own choosing."""
 
     model: str
@@ -45,8 +46,9 @@ class Job:
     num_gpus: int = 1
 
     @property
-    def question(self) -> Question:
-        return Question(
+    def resolved(self) -> Job:
+        """The job that the names stand for."""
+        return Job(
             _shape(self.model),
             _DTYPE,
             _machine(self.machine),
@@ -92,12 +94,12 @@ class Simulations:
         """The system that the paper calls ``name``, not the one of our own that stands beside it."""
         return next((s for s in self.systems if s.printed_as == name and s.name != other_than), None)
 
-    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: Job) -> Told:
+    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: PaperJob) -> Told:
         """What ``system`` with ``options`` (over those of its configuration) is predicted to do with ``job``."""
         if system.predictor is None:
             return Told(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
         told = {**system.options, **options}
-        asked = Ask(system.name, system.predictor, system.constants, told, job.question)
+        asked = Ask(system.name, system.predictor, system.constants, told, job.resolved)
         key = asked.key
         if job.num_gpus == 1:
             self.pairs.add((job.machine, job.model))
@@ -146,7 +148,7 @@ def _machine(name: str) -> HardwareProfile:
     return hardware_profile(name)
 
 
-def _told(answer: Answer, system: ConfiguredSystem, job: Job) -> Told:
+def _told(answer: Answer, system: ConfiguredSystem, job: PaperJob) -> Told:
     if answer.run is None:
         word = OOM if answer.status is Status.OOM else CANNOT_RUN
         return Told(word=word, reason=f"{system.name}: {answer.reason}")

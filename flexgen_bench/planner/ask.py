@@ -1,4 +1,4 @@
-"""A question asked of a system's predictor: every answer, refusals included, as something that can be kept."""
+"""What a system's predictor is asked: every answer, refusals included, as something that can be kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
-from flexgen_bench.core.prediction import Question
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
 from flexgen_bench.store.kept_predictions import Answer, key_of, plain
@@ -15,7 +15,7 @@ from flexgen_bench.store.kept_predictions import Answer, key_of, plain
 
 @dataclass(frozen=True)
 class Ask:
-    """One question to one system.
+    """One job asked of one system.
 
     name: of the system, for the answer's words. predictor: written ``module:Class``. constants, options: all that it is
     told.
@@ -25,19 +25,19 @@ class Ask:
     predictor: str
     constants: Mapping[str, float]
     options: Mapping[str, Any]
-    question: Question
+    job: Job
 
     @property
     def key(self) -> str:
         """By which the answer is kept."""
-        return key_of(self.predictor, self.constants, self.options, self.question)
+        return key_of(self.predictor, self.constants, self.options, self.job)
 
     def answer(self) -> Answer:
         """What the predictor says. Raises whatever a mistake in it raises."""
-        asked = f"{self.name}: {in_words(self.question)}"
+        asked = f"{self.name}: {in_words(self.job)}"
         try:
             predictor = make_predictor(self.predictor, self.constants, self.options)
-            run = predictor.predict(self.question)
+            run = predictor.predict(self.job)
         except DoesNotFit as error:
             need, there = error.need_bytes, error.capacity_bytes
             return Answer(None, Status.OOM, str(error), str(error.tier), need, there, asked)
@@ -48,13 +48,13 @@ class Ask:
         return plain(Answer(run, asked=asked))
 
 
-def in_words(question: Question) -> str:
+def in_words(job: Job) -> str:
     """``opt-30b on t4, a block of 512, 32 generated, exact``."""
-    prompts = "a block" if question.num_prompts is None else f"{question.num_prompts} prompts"
-    gpus = f", {question.num_gpus} GPUs" if question.num_gpus > 1 else ""
-    latest = question.max_latency_s
+    prompts = "a block" if job.num_prompts is None else f"{job.num_prompts} prompts"
+    gpus = f", {job.num_gpus} GPUs" if job.num_gpus > 1 else ""
+    latest = job.max_latency_s
     soon = "" if latest is None else f", within {latest:g} s"
     return (
-        f"{question.shape.name} on {question.hardware.name}{gpus}, {prompts} of {question.prompt_len}, "
-        f"{question.gen_len} generated, {question.lossy}{soon}"
+        f"{job.shape.name} on {job.hardware.name}{gpus}, {prompts} of {job.prompt_len}, "
+        f"{job.gen_len} generated, {job.lossy}{soon}"
     )

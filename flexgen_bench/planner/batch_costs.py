@@ -11,35 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.models.packing import PackedModel
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 
 _NONE: Mapping[Lane, float] = dict.fromkeys(Lane, 0.0)
-
-
-@dataclass(frozen=True)
-class Thin:
-    """A model cut down to its first layers: what is the same for every layer is found out on few."""
-
-    shape: ModelShape
-    packed: PackedModel
-
-
-def thinned(shape: ModelShape, packed: PackedModel, layers: int) -> Thin:
-    """The same model with only ``layers`` decoder layers (or as it is, if it has no more)."""
-    if layers >= shape.num_layers:
-        return Thin(shape, packed)
-    head = replace(packed.head, index=layers + 1)
-    units = (*packed.units[: layers + 1], head)
-    return Thin(replace(shape, num_layers=layers), replace(packed, units=units))
 
 
 @dataclass(frozen=True)
@@ -57,22 +39,20 @@ class MicroBatchCost:
         return (_sum(self.prefill_once, self.prefill, batches), _sum(self.decode_once, self.decode, batches))
 
 
-def micro_batch_cost(
-    shape: ModelShape, packed: PackedModel, dtype: DType, policy: Policy, hardware: HardwareProfile, request: Request
-) -> MicroBatchCost:
+def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    thin = thinned(shape, packed, 1)
+    thin, layers = model.shallow(1), model.shape.num_layers
     base_tier = Tier.CPU
 
     def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
         placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in KINDS}
         pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
-        each, once = _sums(thin, dtype, pure, hardware, request, shape.num_layers, 0)
+        each, once = _sums(thin, pure, hardware, request, layers, 0)
         if request.gen_len == 1:
             return [each, _NONE, once, _NONE]
         # A decode pass half-way.
         longer = replace(request, prompt_len=request.prompt_len + request.gen_len // 2)
-        later, again = _sums(thin, dtype, pure, hardware, longer, shape.num_layers, 1)
+        later, again = _sums(thin, pure, hardware, longer, layers, 1)
         return [each, later, again, again]
 
     base = phases({})
@@ -92,15 +72,15 @@ def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number:
 
 
 def _sums(
-    thin: Thin, dtype: DType, policy: Policy, hardware: HardwareProfile, request: Request, layers: int, number: int
+    model: Model, policy: Policy, hardware: HardwareProfile, request: Request, layers: int, number: int
 ) -> tuple[Seconds, Seconds]:
     """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count
     ``layers`` times."""
     # The last pass of a job loads nothing, so what is looked at must not be the last.
     lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
     requests = [lasting] * policy.gpu_batch_size
-    plan = plan_job(thin.shape, thin.packed, dtype, policy, hardware, requests)
-    cost = StepCost(thin.shape, thin.packed, dtype, policy, hardware, plan.job)
+    plan = plan_job(model, policy, hardware, requests)
+    cost = StepCost(plan)
     scheduler = Scheduler(policy, plan)
     own, shared = dict(_NONE), dict(_NONE)
     for each in range(number + 1):

@@ -1,7 +1,7 @@
 """Batch shapes worth a look, and for each the placement that a linear program finds best.
 
-What the program promises for a shape is a bound (nothing waits in it); shapes that cannot beat what others promise are
-left out.
+The program's optimum is a bound on a shape (nothing waits in it); shapes that cannot beat the bounds of others are left
+out.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
-from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost, thinned
-from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost
 from flexgen_bench.planner.placement_lp import (
     KINDS,
     PhaseCost,
@@ -24,8 +24,8 @@ from flexgen_bench.planner.placement_lp import (
     on_resource,
     solve,
 )
-from flexgen_bench.planner.task import Task
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_groups import kv_token_bytes
 
 # Coarse: what lies between is found by changing the best of these.
@@ -34,10 +34,10 @@ MICRO_BATCHES = (1, 4, 16, 32, 64, 128)
 MOST_BATCHES = 32  # micro-batches of a block: more are never better than larger ones
 WHOLE_PROMPTS = 16384  # prompt tokens of a micro-batch that may be computed at once
 CHUNK = 4096  # otherwise, or to save workspace
-# Promises that are the same: what a program leaves out is more than this.
+# Bounds that are the same: what a program leaves out is more than this.
 SAME = 0.98
-DISK_GAIN = 0.999  # of a promise with the disk: what is had without it makes it useless
-_MUCH = 0.8  # of a promise: what must be left of it once the policy fits
+DISK_GAIN = 0.999  # of a bound with the disk: what is had without it makes it useless
+_MUCH = 0.8  # of a bound: what must be left of it once the policy fits
 _TRIES = 10  # of making room for what whole layers and sequences take
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
 IN_PLACE_SEQUENCES = 32
@@ -48,35 +48,34 @@ _RESOURCES = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link
 
 @dataclass(frozen=True)
 class Candidate:
-    """A batch shape with its best placement. seconds: what the linear program promises for a block; tok_per_s follows
-    from it."""
+    """A batch shape with its best placement. bound: tokens/s, of the linear program's seconds for a block."""
 
     policy: Policy
     problem: PlacementProblem
     solution: PlacementSolution
-    tok_per_s: float
+    bound: float
 
     @property
     def uses_disk(self) -> bool:
         return self.policy.lowest_tier is Tier.DISK
 
 
-def batch_shapes(task: Task) -> Iterator[Policy]:
+def batch_shapes(space: SearchSpace) -> Iterator[Policy]:
     """Policies without their placements."""
-    accelerator = task.hardware.compute_tier is Tier.GPU
+    accelerator = space.job.hardware.compute_tier is Tier.GPU
     sites = list(AttentionSite) if accelerator else [AttentionSite.COMPUTE]
-    for block in _blocks(task.most):
+    for block in _blocks(space.largest_block):
         for micro_batch in _micro_batches(block):
-            for chunk in _chunks(micro_batch * task.request.prompt_len):
+            for chunk in _chunks(micro_batch * space.job.prompt_len):
                 for site in sites:
-                    for lossy in task.packed:
+                    for lossy in space.lossies:
                         shape = Policy(
                             micro_batch, -(-block // micro_batch), attention=site, prefill_chunk=chunk, lossy=lossy
                         )
                         yield shape
                         if accelerator and block <= IN_PLACE_SEQUENCES:
                             yield replace(shape, offloaded=Offloaded.IN_PLACE)
-                        if _can_be_continuous(task, block):
+                        if _can_be_continuous(space.job, block):
                             yield replace(shape, schedule=Schedule.CONTINUOUS)
 
 
@@ -89,8 +88,8 @@ def _blocks(most: int | None) -> list[int]:
 
 
 def _micro_batches(block: int) -> list[int]:
-    found = [b for b in MICRO_BATCHES if b <= block <= b * MOST_BATCHES]
-    return sorted({*found, *([block] if block <= MICRO_BATCHES[-1] else [])})
+    usual = [b for b in MICRO_BATCHES if b <= block <= b * MOST_BATCHES]
+    return sorted({*usual, *([block] if block <= MICRO_BATCHES[-1] else [])})
 
 
 def _chunks(tokens: int) -> list[int | None]:
@@ -98,52 +97,52 @@ def _chunks(tokens: int) -> list[int | None]:
     return whole + ([CHUNK] if tokens > CHUNK else [])
 
 
-def _can_be_continuous(task: Task, block: int) -> bool:
+def _can_be_continuous(job: Job, block: int) -> bool:
     """It needs a sequence for every pass of a sequence's life, and more than one block of them."""
-    jobs = task.prompts is None or task.prompts > block
-    return jobs and 1 < task.request.gen_len <= block
+    longer = job.num_prompts is None or job.num_prompts > block
+    return longer and 1 < job.gen_len <= block
 
 
 class Candidates:
-    """Solves the programs of a task's batch shapes, keeping what shapes have in common."""
+    """Solves the programs of a job's batch shapes, keeping what shapes have in common."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
         self._costs: dict[Policy, MicroBatchCost] = {}
         self._rest: dict[Policy, dict[Tier, float]] = {}
 
     def ways(self, of_a_kind: int, watch: Callable[[float], None] = lambda share: None) -> list[list[Candidate]]:
-        """The batch shapes that promise most, so many of each way of working: schedule, sites, compression, slots, with
-        and without the disk. What a way loses to waiting is not in its promise, so none is left out for what others
-        promise. Each list is in order of promise.
+        """The batch shapes of the highest bounds, so many of each way of working: schedule, sites, compression, slots,
+        with and without the disk. What a way loses to waiting is not in its bound, so none is left out for the bounds
+        of others. Each list is in order of bound.
         watch: gets the share of the shapes that have been looked at."""
-        problems = [(shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.task))]
+        problems = [(shape, self._problem(shape)) for shape in dict.fromkeys(batch_shapes(self.space))]
         bounded = [(self._bound(*one), *one) for one in problems]
         bounded.sort(key=lambda one: -one[0])
-        found: dict[object, list[Candidate]] = {}
+        by_way: dict[object, list[Candidate]] = {}
         for number, (bound, shape, problem) in enumerate(bounded):
             watch(number / len(bounded))
-            both = [found.setdefault(_way(shape, disk), []) for disk in (False, True)]
-            if all(len(k) == of_a_kind and bound < SAME * k[-1].tok_per_s for k in both):
+            both = [by_way.setdefault(_way(shape, disk), []) for disk in (False, True)]
+            if all(len(k) == of_a_kind and bound < SAME * k[-1].bound for k in both):
                 continue
             # Where two staging buffers have no room, one may; elsewhere that is tried with what turns out best.
             for candidate in self.solved(shape, problem) or self.solved(replace(shape, prefetch=1)):
-                known = found.setdefault(_way(candidate.policy, candidate.uses_disk), [])
+                known = by_way.setdefault(_way(candidate.policy, candidate.uses_disk), [])
                 known.append(candidate)
                 known.sort(key=_rank)
                 del known[of_a_kind:]
-        return [known for known in found.values() if known]
+        return [known for known in by_way.values() if known]
 
     def fitted(self, candidate: Candidate) -> Candidate | None:
         """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences
         take more than shares, in so much less room, or with a single staging buffer if that costs less. None if it does
         not fit."""
-        found = self._fitted(candidate)
-        kept = 0.0 if found is None else found.tok_per_s
-        if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.tok_per_s:
+        fitted = self._fitted(candidate)
+        kept = 0.0 if fitted is None else fitted.bound
+        if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.bound:
             one_slot = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
-            found = max(filter(None, [found, *one_slot]), key=lambda one: one.tok_per_s, default=None)
-        return found
+            fitted = max(filter(None, [fitted, *one_slot]), key=lambda one: one.bound, default=None)
+        return fitted
 
     def _fitted(self, candidate: Candidate) -> Candidate | None:
         problem, shape = candidate.problem, candidate.policy
@@ -156,7 +155,7 @@ class Candidates:
                 return None
             policy = least_work(problem, solution).applied_to(shape)
             try:
-                self.task.plan(policy)
+                self.space.plan(policy)
             except DoesNotFit as error:
                 room, tier = dict(problem.room), Tier(error.tier)
                 less = more[tier] * (error.need_bytes - error.capacity_bytes)
@@ -179,60 +178,58 @@ class Candidates:
         bare = self._best_of(shape, without)
         if bare is None:
             return [free]
-        return [bare] if bare.tok_per_s > DISK_GAIN * free.tok_per_s else [free, bare]
+        return [bare] if bare.bound > DISK_GAIN * free.bound else [free, bare]
 
     def _best_of(self, shape: Policy, problems: Iterable[PlacementProblem]) -> Candidate | None:
-        found = []
+        solved = []
         for tried in problems:
             solution = solve(tried)
             if solution is not None:
                 policy = solution.applied_to(shape)
-                found.append(Candidate(policy, tried, solution, self._speed(shape, solution)))
-        return max(found, key=lambda candidate: candidate.tok_per_s, default=None)
+                solved.append(Candidate(policy, tried, solution, self._speed(shape, solution)))
+        return max(solved, key=lambda candidate: candidate.bound, default=None)
 
     def _speed(self, shape: Policy, solution: PlacementSolution) -> float:
-        return shape.block_size * self.task.request.gen_len / solution.seconds
+        return shape.block_size * self.space.job.gen_len / solution.seconds
 
     def problems(self, shape: Policy, problem: PlacementProblem | None = None) -> Iterator[PlacementProblem]:
         """A shape's linear programs: one in which anything may be anywhere, others in which weights, or all, stay where
         they are used and no room for moving them is needed."""
         problem = problem or self._problem(shape)
-        here = self.task.hardware.compute_tier
+        here = self.space.job.hardware.compute_tier
         for held in ((), ("weights",), KINDS):
-            if sum(problem.sizes[kind] for kind in held) > self.task.capacity(here):
+            if sum(problem.sizes[kind] for kind in held) > self.space.capacity(here):
                 break
             room = self._room(shape, held)
             if min(room.values()) >= 0:
                 yield replace(problem, room=room, held=dict.fromkeys(held, here))
 
     def _problem(self, shape: Policy) -> PlacementProblem:
-        task = self.task
+        space, job = self.space, self.space.job
         prefill, decode = self._cost(shape).of_block(shape.num_gpu_batches)
         return PlacementProblem(
             schedule=shape.schedule,
             prefill=prefill,
             decode=decode,
-            decode_passes=task.request.gen_len - 1,
+            decode_passes=job.gen_len - 1,
             sizes=self._sizes(shape),
-            room={tier: task.capacity(tier) for tier in task.hardware.tiers},
-            max_latency_s=task.max_latency_s,
+            room={tier: space.capacity(tier) for tier in job.hardware.tiers},
+            max_latency_s=job.max_latency_s,
         )
 
     def _cost(self, shape: Policy) -> MicroBatchCost:
         key = replace(shape, num_gpu_batches=1, schedule=Schedule.BLOCK)
         if key not in self._costs:
-            task = self.task
-            self._costs[key] = micro_batch_cost(
-                task.shape, task.packed[shape.lossy], task.dtype, key, task.hardware, task.request
-            )
+            space = self.space
+            self._costs[key] = micro_batch_cost(space.models[shape.lossy], key, space.job.hardware, space.request)
         return self._costs[key]
 
     def _sizes(self, shape: Policy) -> dict[str, float]:
-        task, request = self.task, self.task.request
-        weights = sum(unit.home_bytes for unit in task.packed[shape.lossy].units)
-        token = kv_token_bytes(task.shape, task.dtype, shape) * task.shape.num_layers
-        cached = request.prompt_len + max(0, request.gen_len - 1) if request.gen_len > 1 else 0
-        hidden = request.prompt_len * task.shape.hidden_size * task.dtype.bytes
+        job = self.space.job
+        weights = sum(unit.home_bytes for unit in self.space.models[shape.lossy].packed.units)
+        token = kv_token_bytes(job.shape, job.dtype, shape) * job.shape.num_layers
+        cached = job.prompt_len + max(0, job.gen_len - 1) if job.gen_len > 1 else 0
+        hidden = job.prompt_len * job.shape.hidden_size * job.dtype.bytes
         block = shape.block_size
         return {
             "weights": float(weights),
@@ -243,23 +240,20 @@ class Candidates:
     def _room(self, shape: Policy, held: tuple[str, ...]) -> dict[Tier, float]:
         """Bytes for what has shares: what the machine has, less staging and workspace, which a single layer's plan
         shows."""
-        task, here = self.task, self.task.hardware.compute_tier
-        below = task.hardware.tiers[task.hardware.tiers.index(here) + 1]
+        space, hardware = self.space, self.space.job.hardware
+        here, tiers = hardware.compute_tier, hardware.tiers
+        below = tiers[tiers.index(here) + 1]
         placed = {kind: Placement.all_on(here if kind in held else below) for kind in KINDS}
         policy = replace(shape, **placed)  # type: ignore[arg-type]
         if policy not in self._rest:
-            thin = thinned(task.shape, task.packed[shape.lossy], 1)
-            requests = [task.request] * shape.block_size
-            plan = plan_job(
-                thin.shape, thin.packed, task.dtype, policy, task.hardware, requests, scored_rows=task.scored_rows
-            )
+            plan = space.plan_of(space.models[shape.lossy].shallow(1), policy, shape.block_size)
             layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.units)
             rest = {}
             for tier, parts in plan.bytes.items():
-                tails = parts.get("kv tails", 0) * (task.shape.num_layers / layers - 1)
+                tails = parts.get("kv tails", 0) * (space.job.shape.num_layers / layers - 1)
                 rest[tier] = sum(b for n, b in parts.items() if n not in KINDS) + tails
             self._rest[policy] = rest
-        return {t: task.capacity(t) - self._rest[policy].get(t, 0) for t in task.hardware.tiers}
+        return {t: space.capacity(t) - self._rest[policy].get(t, 0) for t in tiers}
 
     def _bound(self, shape: Policy, problem: PlacementProblem) -> float:
         """Tokens/s that no placement of this shape can beat: every link and processor at its least, whatever memory
@@ -281,12 +275,12 @@ class Candidates:
             seconds = max(a + b for a, b in zip(prefill, decode, strict=True))
         if problem.max_latency_s is not None and seconds > problem.max_latency_s:
             return 0.0
-        return shape.block_size * self.task.request.gen_len / seconds
+        return shape.block_size * self.space.job.gen_len / seconds
 
 
 def _rank(candidate: Candidate) -> tuple[float, int]:
-    """What promises most first; of those that promise the same, the larger block, in which less waits."""
-    return round(math.log(candidate.tok_per_s, SAME)), -candidate.policy.block_size
+    """The highest bound first; of those whose bounds are the same, the larger block, in which less waits."""
+    return round(math.log(candidate.bound, SAME)), -candidate.policy.block_size
 
 
 def _way(policy: Policy, uses_disk: bool) -> object:

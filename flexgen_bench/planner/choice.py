@@ -1,4 +1,4 @@
-"""What a search for a policy has found."""
+"""The outcome of a search for a policy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from flexgen_bench.planner.why import Alternative
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy found, its plan, and its times. tried: policies played; ruled: the rule's policy, None if it has none
-    that fits;
-    candidates: of the linear programs, best promise first; other: the best that works in another way, None if none was
-    played."""
+    """The policy found, its plan, and its times. tried: policies simulated; heuristic: the plain rule's policy, None if
+    it has none that fits; candidates: of the linear programs, the highest bound first; other: the best that works in
+    another way, None if none was simulated."""
 
     policy: Policy
     plan: MemoryPlan
     forecast: Forecast
     tok_per_s: float
     tried: int
-    ruled: Policy | None = None
+    heuristic: Policy | None = None
     candidates: tuple[Candidate, ...] = field(repr=False, default=())
     other: Alternative | None = None

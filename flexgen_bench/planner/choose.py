@@ -1,9 +1,9 @@
 """``policy=auto`` chosen in a process of its own, so that nothing of the search stays in the memory of the one that is
 going to run.
 
-A search leaves tens of megabytes behind (scipy, HiGHS, what was played). An engine under a memory cap would pay for
+A search leaves tens of megabytes behind (scipy, HiGHS, what was simulated). An engine under a memory cap would pay for
 them with resident weights.
-``python -m flexgen_bench.planner.choose`` reads a question as JSON on its standard input and writes an answer to its
+``python -m flexgen_bench.planner.choose`` reads a search space as JSON on its standard input and writes a policy to its
 standard output.
 """
 
@@ -14,122 +14,74 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.models.packing import pack
-from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import auto_policy
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.schedule.sequence_groups import Request, worst_of
+from flexgen_bench.planner.search_space import SearchSpace
 
 _log = logging.getLogger("flexgen_bench.stage")
 
 
-@dataclass(frozen=True)
-class PolicyQuestion:
-    """A job to choose a policy for, as it travels between processes.
-
-    request: what it is planned for (``worst_of`` its requests); count: how many. available: bytes a plan may use, per
-    tier. lossy: how results may be changed; its compression of weights is the one they are packed with. block_size: the
-    most sequences per block; None: any number.
-    scored_rows: rows of logits that a scoring job wants at once. max_latency_s: of a block, from its start to its last
-    token.
-    """
-
-    shape: ModelShape
-    dtype: DType
-    hardware: HardwareProfile
-    request: Request
-    count: int
-    available: Mapping[Tier, int]
-    lossy: Lossy = EXACT
-    block_size: int | None = None
-    scored_rows: int = 0
-    max_latency_s: float | None = None
-
-    @staticmethod
-    def about(requests: Sequence[Request], **more: Any) -> PolicyQuestion:
-        """The question for a job of these requests; ``more``: the other fields."""
-        return PolicyQuestion(request=worst_of(requests), count=len(requests), **more)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.to_dict(),
-            "dtype": self.dtype.value,
-            "hardware": self.hardware.to_dict(),
-            "request": [self.request.prompt_len, self.request.gen_len],
-            "count": self.count,
-            "available": {str(tier): free for tier, free in self.available.items()},
-            "lossy": self.lossy.to_dict(),
-            "block_size": self.block_size,
-            "scored_rows": self.scored_rows,
-            "max_latency_s": self.max_latency_s,
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> PolicyQuestion:
-        return PolicyQuestion(
-            shape=ModelShape(**data["shape"]),
-            dtype=DType(data["dtype"]),
-            hardware=HardwareProfile.from_dict(data["hardware"]),
-            request=Request(*data["request"]),
-            count=data["count"],
-            available={Tier(tier): free for tier, free in data["available"].items()},
-            lossy=Lossy.from_dict(data["lossy"]),
-            block_size=data["block_size"],
-            scored_rows=data["scored_rows"],
-            max_latency_s=data["max_latency_s"],
-        )
-
-    def answer(self) -> Policy:
-        """The policy, searched for in this process. Raises DoesNotFit, and UserError for rates that lack what the job
-        needs."""
-        return auto_policy(**self._asked(), max_latency_s=self.max_latency_s)
-
-    def by_rule(self) -> Policy:
-        """The plain rule's policy: no search, no rates. Raises DoesNotFit."""
-        return default_policy(**self._asked())
-
-    def _asked(self) -> dict[str, Any]:
-        inventory = family(self.shape.family).inventory(self.shape)
-        return {
-            "shape": self.shape,
-            "packed": pack(self.shape, inventory, self.dtype, self.lossy.weights),
-            "dtype": self.dtype,
-            "hardware": self.hardware,
-            "requests": [self.request] * self.count,
-            "available": self.available,
-            "block_size": self.block_size,
-            "lossy": self.lossy,
-            "scored_rows": self.scored_rows,
-        }
+def encoded(space: SearchSpace) -> dict[str, Any]:
+    """As it travels between processes."""
+    job = space.job
+    return {
+        "job": {field.name: getattr(job, field.name) for field in fields(job)}
+        | {"shape": job.shape.to_dict(), "hardware": job.hardware.to_dict(), "lossy": job.lossy.to_dict()},
+        "lossies": [lossy.to_dict() for lossy in space.lossies],
+        "available": {str(tier): free for tier, free in space.available.items()},
+        "block_size": space.block_size,
+        "scored_rows": space.scored_rows,
+    }
 
 
-def choose(question: PolicyQuestion) -> Policy:
-    """The policy of a job: where rates are known, searched for in a process of its own, else the rule's.
+def decoded(data: Mapping[str, Any]) -> SearchSpace:
+    """What ``encoded`` was given."""
+    job = data["job"]
+    return SearchSpace(
+        job=Job(
+            **job
+            | {
+                "shape": ModelShape(**job["shape"]),
+                "dtype": DType(job["dtype"]),
+                "hardware": HardwareProfile.from_dict(job["hardware"]),
+                "lossy": Lossy.from_dict(job["lossy"]),
+            }
+        ),
+        lossies=tuple(Lossy.from_dict(lossy) for lossy in data["lossies"]),
+        available={Tier(tier): free for tier, free in data["available"].items()},
+        block_size=data["block_size"],
+        scored_rows=data["scored_rows"],
+    )
 
-    A search that finds nothing, or whose process dies (a warning says of what), leaves it to the rule. Raises
+
+def choose(space: SearchSpace) -> Policy:
+    """The policy of a job: where rates are known, searched for in a process of its own, else the heuristic's.
+
+    A search that finds nothing, or whose process dies (a warning says of what), leaves it to the heuristic. Raises
     DoesNotFit if that finds nothing either, and UserError for rates that lack what the job needs and for a latency that
     nothing keeps to.
     """
-    if question.hardware.rates is None:
-        return question.answer()  # the rule's, if it is free to take it
+    if space.job.hardware.rates is None:
+        return auto_policy(space)  # the heuristic's, if it is free to take it
     _log.info("choosing a policy")
     try:
-        found = _ask(question)
+        policy = _searched(space)
     except _NoAnswer as reason:
-        if question.max_latency_s is not None:
+        if space.job.max_latency_s is not None:
             raise UserError(
                 "policy.max_latency_s",
-                question.max_latency_s,
+                space.job.max_latency_s,
                 f"left out here: {reason}",
                 "The plain rule's policy, which needs no search, knows of no time.",
             ) from reason
@@ -137,15 +89,15 @@ def choose(question: PolicyQuestion) -> Policy:
             "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given needs no search.",
             reason,
         )
-        return question.by_rule()
-    return question.by_rule() if found is None else found
+        return default_policy(space)
+    return default_policy(space) if policy is None else policy
 
 
 class _NoAnswer(RuntimeError):
     """The process that was asked has died, and of what."""
 
 
-def _ask(question: PolicyQuestion) -> Policy | None:
+def _searched(space: SearchSpace) -> Policy | None:
     """What the other process finds; None: nothing fits. Raises UserError that it raised, and _NoAnswer. However this is
     left, it has ended."""
     try:
@@ -159,7 +111,7 @@ def _ask(question: PolicyQuestion) -> Policy | None:
             errors="replace",
         ) as child:
             try:
-                out, err = child.communicate(json.dumps(question.to_dict()))
+                out, err = child.communicate(json.dumps(encoded(space)))
             except BaseException:
                 child.kill()
                 child.wait()
@@ -170,13 +122,13 @@ def _ask(question: PolicyQuestion) -> Policy | None:
         raise _NoAnswer(_ending(child.returncode, err))
     try:
         answer = json.loads(out)
-        policy, refused = answer["policy"], answer["refused"]
-        found = None if policy is None else Policy.from_dict(policy)
+        refused = answer["refused"]
+        policy = None if answer["policy"] is None else Policy.from_dict(answer["policy"])
     except (ValueError, TypeError, KeyError) as error:
         raise _NoAnswer(f"its process gave no answer, but {out[:80]!r}") from error
     if refused is not None:
         raise UserError(**refused)
-    return found
+    return policy
 
 
 def _command() -> list[str]:
@@ -193,12 +145,12 @@ def _ending(status: int, said: str) -> str:
 
 
 def main() -> None:
-    """The other process: a question on standard input, its answer on standard output."""
+    """The other process: a search space on standard input, the policy or a refusal on standard output."""
     answer: dict[str, Any] = {"policy": None, "refused": None}
     try:
-        answer["policy"] = PolicyQuestion.from_dict(json.load(sys.stdin)).answer().to_dict()
+        answer["policy"] = auto_policy(decoded(json.load(sys.stdin))).to_dict()
     except DoesNotFit:
-        pass  # who asks tries the rule, which says what is missing
+        pass  # who asks tries the heuristic, which says what is missing
     except UserError as error:
         value = error.value if isinstance(error.value, str | int | float) else str(error.value)
         answer["refused"] = {"field": error.field, "value": value, "allowed": error.allowed, "action": error.action}

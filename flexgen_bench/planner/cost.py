@@ -10,13 +10,11 @@ import math
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
-from flexgen_bench.models.packing import PackedModel
-from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
@@ -48,13 +46,12 @@ def links(hardware: HardwareProfile) -> list[Lane]:
 
 
 class StepCost:
-    """Prices the steps of jobs on one machine. Equal work costs the same, so what was priced once is looked up."""
+    """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up."""
 
-    def __init__(
-        self, shape: ModelShape, packed: PackedModel, dtype: DType, policy: Policy, hardware: HardwareProfile, job: Job
-    ) -> None:
-        self._shape, self._packed, self._dtype = shape, packed, dtype
-        self._lossy, self._job = policy.lossy, job
+    def __init__(self, plan: MemoryPlan) -> None:
+        model, hardware = plan.model, plan.hardware
+        self._shape, self._packed, self._dtype = model.shape, model.packed, model.dtype
+        self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane: hardware.link_rate(lane) or math.inf for lane in links(hardware)}
         self._known: dict[tuple[object, ...], float] = {}
@@ -70,10 +67,10 @@ class StepCost:
             (step.unit, step.dequantized_buffer) if work is None else (work.rows, len(work.logit_rows)),
             _attended(step),
         )
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._price(step)
-        return found
+        seconds = self._known.get(key)
+        if seconds is None:
+            seconds = self._known[key] = self._price(step)
+        return seconds
 
     def _price(self, step: Step) -> float:
         if step.lane in self._link_rates:

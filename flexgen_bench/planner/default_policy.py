@@ -7,18 +7,14 @@ what does not fit goes a tier down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.models.packing import PackedModel
-from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.schedule.sequence_groups import Request, worst_of
+from flexgen_bench.planner.search_space import SearchSpace
 
 LARGEST_MICRO_BATCH = 32  # more sequences no longer make matrix products faster, but take workspace
 # Up to this many sequences a layer's weights are read faster by the processor than moved and then read by an
@@ -27,39 +23,28 @@ IN_PLACE_SEQUENCES = 4
 SHARE_STEPS = 20  # weights are tried in steps of 5 %
 
 
-def default_policy(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    hardware: HardwareProfile,
-    requests: Sequence[Request],
-    available: Mapping[Tier, int],
-    block_size: int | None = None,
-    lossy: Lossy = EXACT,
-    scored_rows: int = 0,
-) -> Policy:
+def default_policy(space: SearchSpace) -> Policy:
     """The first of ``_candidates`` that fits. Raises the DoesNotFit of the most modest one if none does.
 
-    block_size: sequences per block to aim at; None means the whole job. lossy: goes into the policy as it is;
-    ``packed`` is compressed accordingly. scored_rows: rows of logits that a scoring job wants at once.
+    Blocks are as large as the job, which has a number of prompts, or as ``space.block_size``; results are changed in
+    the first of the ways there are.
     """
-    wanted = min(block_size or len(requests), len(requests))
-    job = [worst_of(requests)] * wanted
+    hardware, most, lossy = space.job.hardware, space.largest_block, space.lossies[0]
+    assert most is not None, "a job of open length has no block to aim at"
+    model = space.models[lossy]
 
     def failing(candidate: Policy) -> DoesNotFit | None:
-        policy = replace(candidate, lossy=lossy)
         try:
-            plan = plan_job(shape, packed, dtype, policy, hardware, job, scored_rows=scored_rows)
-            plan.check(hardware, available)
+            space.plan_of(model, replace(candidate, lossy=lossy), most).check(space.available)
         except DoesNotFit as error:
             return error
         return None
 
     refusal: DoesNotFit | None = None
-    for alike in _candidates(hardware, wanted):
-        found, refusal = _first_that_fits(alike, failing)
-        if found is not None:
-            return replace(found, lossy=lossy)
+    for alike in _candidates(hardware, most):
+        policy, refusal = _first_that_fits(alike, failing)
+        if policy is not None:
+            return replace(policy, lossy=lossy)
     assert refusal is not None
     raise refusal
 

@@ -1,5 +1,5 @@
-"""How long a planned job takes: a few passes of every kind played on the simulated lanes, the others read off the line
-between them."""
+"""How long a planned job takes: a few passes of every kind run on simulated lanes, the others read off the line between
+them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Lane, link_of
-from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
 from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator, shared_links
-from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
@@ -65,11 +62,11 @@ class PassTime:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The times of all passes, and every step of the played ones if it was asked for."""
+    """The times of all passes, and every step of the simulated ones if it was asked for."""
 
     passes: tuple[PassTime, ...]
     events: tuple[Event, ...] = ()
-    steps: int = 0  # played
+    steps: int = 0  # simulated
 
     @property
     def prefill_s(self) -> float:
@@ -95,42 +92,22 @@ class Forecast:
         return {lane: round(sum(p.bytes[lane] for p in self.passes)) for lane in Lane}
 
 
-def forecast(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    plan: MemoryPlan,
-    *,
-    points: int | None = POINTS,
-    keep: bool = False,
-) -> Forecast:
-    """Play a planned job. points: passes of a kind that are played, None for all, and with fewer than usual kinds are
-    told apart coarsely; keep: keep the times of every played step. UserError
-    without rates."""
-    cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
-    simulator = Simulator(cost.seconds, policy.overlap, contention(hardware), keep)
-    return _forecast(policy, plan, cost, simulator, points, warm=True)
+def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
+    """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
+    told apart coarsely; keep: keep the times of every simulated step. UserError without rates."""
+    cost = StepCost(plan)
+    simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
+    return _forecast(plan, cost, simulator, points, warm=True)
 
 
-def closed_form(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
-    policy: Policy,
-    hardware: HardwareProfile,
-    plan: MemoryPlan,
-    *,
-    points: int | None = POINTS,
-) -> Forecast:
+def closed_form(plan: MemoryPlan, *, points: int | None = POINTS) -> Forecast:
     """The same from sums over the steps of each pass (``lane_sums.py``): a bound that nothing but waiting adds to."""
-    cost = StepCost(shape, packed, dtype, policy, hardware, plan.job)
-    sums = LaneSums(cost.seconds, policy.overlap, plan.job)
-    return _forecast(policy, plan, cost, sums, points)
+    cost = StepCost(plan)
+    sums = LaneSums(cost.seconds, plan.policy.overlap, plan.job)
+    return _forecast(plan, cost, sums, points)
 
 
-class Player(Protocol):
+class PassTimer(Protocol):
     """What tells the seconds of a pass from its steps, and keeps account."""
 
     @property
@@ -148,32 +125,30 @@ class Player(Protocol):
     def run_pass(self, steps: Iterable[Step]) -> float: ...
 
 
-def _forecast(
-    policy: Policy, plan: MemoryPlan, cost: StepCost, player: Player, points: int | None, warm: bool = False
-) -> Forecast:
-    """warm: a pass is played after one like that which comes before it: it finds its loads begun, or the disk still
+def _forecast(plan: MemoryPlan, cost: StepCost, timer: PassTimer, points: int | None, warm: bool = False) -> Forecast:
+    """warm: a pass is simulated after one like that which comes before it: it finds its loads begun, or the disk still
     writing."""
     few = points is not None and points < POINTS
-    kinds = (coarse_kinds if few else pass_kinds)(policy, plan)
+    kinds = (coarse_kinds if few else pass_kinds)(plan)
     made_of: list[Mix] = [{number: 1.0} for number in range(len(kinds))]
     if points is not None:
         made_of = mixes(kinds, points)
-    scheduler = Scheduler(policy, plan)
+    scheduler = Scheduler(plan.policy, plan)
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
-    played: dict[int, PassTime] = {}
+    simulated: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
     for number, (kind, _) in enumerate(kinds):
         if itself[number]:
             steps = scheduler.steps(scheduler.schedule())
-            played[number] = _play(player, cost, plan.job, steps)
+            simulated[number] = _timed(timer, cost, plan.job, steps)
             latest = kind
         elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
-            player.run_pass(scheduler.steps(scheduler.schedule()))
+            timer.run_pass(scheduler.steps(scheduler.schedule()))
             latest = kind
         else:
             scheduler.admit()
         scheduler.postprocess()
-    return Forecast(tuple(_mixed(mix, played) for mix in made_of), tuple(player.events), player.steps)
+    return Forecast(tuple(_mixed(mix, simulated) for mix in made_of), tuple(timer.events), timer.steps)
 
 
 def contention(hardware: HardwareProfile) -> Contention | None:
@@ -186,8 +161,8 @@ def contention(hardware: HardwareProfile) -> Contention | None:
     return SharedCores(shares)
 
 
-def _play(player: Player, cost: StepCost, job: Job, steps: Iterable[Step]) -> PassTime:
-    busy, moved = dict(player.busy_s), dict(player.bytes)
+def _timed(timer: PassTimer, cost: StepCost, job: ScheduledJob, steps: Iterable[Step]) -> PassTime:
+    busy, moved = dict(timer.busy_s), dict(timer.bytes)
     only_prompts = True
     outside_s, outside_bytes = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
 
@@ -201,19 +176,19 @@ def _play(player: Player, cost: StepCost, job: Job, steps: Iterable[Step]) -> Pa
                 outside_bytes[step.lane] += step.bytes
             yield step
 
-    seconds = player.run_pass(watched())
+    seconds = timer.run_pass(watched())
     return PassTime(
         seconds,
         only_prompts,
-        {lane: s - busy[lane] for lane, s in player.busy_s.items()},
-        {lane: float(b - moved[lane]) for lane, b in player.bytes.items()},
+        {lane: s - busy[lane] for lane, s in timer.busy_s.items()},
+        {lane: float(b - moved[lane]) for lane, b in timer.bytes.items()},
         outside_s,
         outside_bytes,
     )
 
 
-def _mixed(mix: Mix, played: Mapping[int, PassTime]) -> PassTime:
-    parts = [(played[number], weight) for number, weight in mix.items()]
+def _mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
+    parts = [(simulated[number], weight) for number, weight in mix.items()]
     if len(parts) == 1:
         return parts[0][0]
 

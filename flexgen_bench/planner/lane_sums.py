@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.planner.simulator import COMPUTE, Event
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.job import Job, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
 class LaneSums:
     """Sums of passes; stands in for the simulator. overlap off: everything follows everything."""
 
-    def __init__(self, seconds: Callable[[Step], float], overlap: bool, job: Job) -> None:
+    def __init__(self, seconds: Callable[[Step], float], overlap: bool, job: ScheduledJob) -> None:
         self._seconds, self._overlap, self._job = seconds, overlap, job
         # A head comes in pieces, of which each makes room for its successor by itself.
         self._streamed = {u.index for u in job.streamed if u.kind is UnitKind.LAYER}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
-from flexgen_bench.schedule.job import Job, Site, Unit, UnitKind
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Site, Unit, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
@@ -25,10 +26,13 @@ KERNEL_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per tier and part, the job for the generator, its sequence groups and KV slots, and the shares that came
-    out."""
+    """Of a model under a policy on a machine: bytes per tier and part, the job for the generator, its sequence groups
+    and KV slots, and the shares that came out."""
 
-    job: Job
+    model: Model = field(repr=False)
+    policy: Policy = field(repr=False)
+    hardware: HardwareProfile = field(repr=False)
+    job: ScheduledJob
     groups: SequenceGroups
     kv_slots: tuple[KVSlotBytes, ...]
     staging: Staging
@@ -40,14 +44,14 @@ class MemoryPlan:
     def total(self, tier: Tier) -> int:
         return sum(self.bytes.get(tier, {}).values())
 
-    def check(self, hardware: HardwareProfile, available: Mapping[Tier, int]) -> None:
+    def check(self, available: Mapping[Tier, int]) -> None:
         """Raise DoesNotFit if a tier is too small: the profile's capacity, or what is ``available`` to a plan now."""
         for tier, parts in self.bytes.items():
             need = sum(parts.values())
             # Weights on disk are in the packed store already: they do not take from what is free.
             stored = parts.get("weights", 0) if tier is Tier.DISK else 0
             free = available.get(tier)
-            limits = (hardware.capacity_bytes(tier), None if free is None else free + stored)
+            limits = (self.hardware.capacity_bytes(tier), None if free is None else free + stored)
             capacity = min((limit for limit in limits if limit is not None), default=None)
             if capacity is not None and need > capacity:
                 largest = sorted(parts.items(), key=lambda item: -item[1])
@@ -74,9 +78,7 @@ def weight_tiers(packed: PackedModel, placement: Placement) -> list[Tier]:
 
 
 def plan_job(
-    shape: ModelShape,
-    packed: PackedModel,
-    dtype: DType,
+    model: Model,
     policy: Policy,
     hardware: HardwareProfile,
     requests: Sequence[Request] | Capacity,
@@ -85,6 +87,7 @@ def plan_job(
 ) -> MemoryPlan:
     """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
     logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence)."""
+    shape, dtype, packed = model.shape, model.dtype, model.packed
     compute = hardware.compute_tier
     for name in ("weights", "kv_cache", "activations"):
         placement: Placement = getattr(policy, name)
@@ -99,7 +102,7 @@ def plan_job(
     units = tuple(_unit(shape, unit, tier, policy, compute) for unit, tier in zip(packed.units, tiers, strict=True))
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
     groups = form_groups(shape, dtype, policy, requests, compute)
-    job = Job(
+    job = ScheduledJob(
         units=units,
         compute_tier=compute,
         attention=policy.attention,
@@ -131,6 +134,9 @@ def plan_job(
         attending = _attention_bytes(job, policy, _largest(groups), shape, dtype.bytes)
         parts[Tier.CPU]["attention workspace"] = attending
     return MemoryPlan(
+        model=model,
+        policy=policy,
+        hardware=hardware,
         job=job,
         groups=groups,
         kv_slots=kv_slots,
@@ -160,7 +166,7 @@ def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compu
 
 
 def _homes(
-    job: Job, groups: SequenceGroups, kv_slots: tuple[KVSlotBytes, ...]
+    job: ScheduledJob, groups: SequenceGroups, kv_slots: tuple[KVSlotBytes, ...]
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Bytes of KV cache and of hidden states at home, per tier."""
     kv, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
@@ -178,7 +184,7 @@ def _homes(
     return kv, hidden
 
 
-def _add_buffers(parts: dict[Tier, dict[str, int]], job: Job) -> None:
+def _add_buffers(parts: dict[Tier, dict[str, int]], job: ScheduledJob) -> None:
     """Staging buffers of weights, and unpacked weights."""
     for tier, slots in job.buffers.items():
         parts[tier]["weight slots"] = sum(slot.bytes for slot in slots)
@@ -186,7 +192,7 @@ def _add_buffers(parts: dict[Tier, dict[str, int]], job: Job) -> None:
 
 
 def _add_staging(
-    parts: dict[Tier, dict[str, int]], job: Job, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
+    parts: dict[Tier, dict[str, int]], job: ScheduledJob, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
 ) -> None:
     layers = sum(u.kind is UnitKind.LAYER for u in job.units)
     for tier, size in moving.prompt.items():
@@ -199,7 +205,13 @@ def _add_staging(
 
 
 def _workspace(
-    job: Job, policy: Policy, groups: SequenceGroups, moving: Staging, shape: ModelShape, dtype: DType, scored_rows: int
+    job: ScheduledJob,
+    policy: Policy,
+    groups: SequenceGroups,
+    moving: Staging,
+    shape: ModelShape,
+    dtype: DType,
+    scored_rows: int,
 ) -> int:
     """Temporaries of the largest compute step, from the shapes the kernels create.
 
@@ -228,7 +240,9 @@ def _workspace(
     )
 
 
-def _attention_bytes(job: Job, policy: Policy, largest: Sequence[SequenceGroup], shape: ModelShape, width: int) -> int:
+def _attention_bytes(
+    job: ScheduledJob, policy: Policy, largest: Sequence[SequenceGroup], shape: ModelShape, width: int
+) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share; keys and values of a compressed cache,
     unpacked."""

@@ -8,7 +8,7 @@ from itertools import permutations
 
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.task import Task
+from flexgen_bench.planner.search_space import SearchSpace
 
 _STEPS = (0.25, 0.05)  # shares that are moved between tiers at once, besides a single layer or sequence
 _CHUNKS = (None, 8192, 4096, 2048, 1024)
@@ -17,36 +17,37 @@ MOST_SLOTS = 4
 LARGEST_BLOCK, LARGEST_MICRO_BATCH = 1024, 256
 
 
-def moves(task: Task, policy: Policy) -> Iterator[Policy]:
+def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     """All of them, those that usually bring most first. Some do not fit."""
-    yield from _batches(task, policy)
-    yield from _sites(task, policy)
+    yield from _batches(space, policy)
+    yield from _sites(space, policy)
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):
         if 1 <= prefetch <= MOST_SLOTS:
             yield replace(policy, prefetch=prefetch)
     for kind, items in (
-        ("weights", task.shape.num_layers),
+        ("weights", space.job.shape.num_layers),
         ("kv_cache", policy.block_size),
         ("activations", policy.block_size),
     ):
         placement: Placement = getattr(policy, kind)
-        for other in _shifted(task, placement, items):
+        for other in _shifted(space, placement, items):
             yield replace(policy, **{kind: other})  # type: ignore[arg-type]
 
 
-def fine_moves(task: Task, policy: Policy) -> Iterator[Policy]:
+def fine_neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     """Blocks a little larger or smaller, for when the coarse choices are made: taken earlier they lead away from larger
     steps."""
+    most = space.largest_block
     eighth = max(1, policy.gpu_batch_size // 8)
     for size in (policy.gpu_batch_size + eighth, policy.gpu_batch_size - eighth):
         block = size * policy.num_gpu_batches
-        if size >= 1 and block <= LARGEST_BLOCK and (task.most is None or block <= task.most):
+        if size >= 1 and block <= LARGEST_BLOCK and (most is None or block <= most):
             yield replace(policy, gpu_batch_size=size)
 
 
-def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
+def _batches(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     """Larger and smaller blocks and micro-batches."""
-    size, count = policy.gpu_batch_size, policy.num_gpu_batches
+    most, size, count = space.largest_block, policy.gpu_batch_size, policy.num_gpu_batches
     shapes = [
         (size, count + 1),
         (size, count - 1),
@@ -58,8 +59,8 @@ def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
     ]
     block = size * count
     shapes += [(-(-block // parts), parts) for parts in (count - 1, count + 1) if parts]
-    if task.most is not None:
-        shapes += [(-(-task.most // parts), parts) for parts in (count, count + 1, max(1, count - 1))]
+    if most is not None:
+        shapes += [(-(-most // parts), parts) for parts in (count, count + 1, max(1, count - 1))]
     for new_size, new_count in dict.fromkeys(shapes):
         block = new_size * new_count
         if block > LARGEST_BLOCK or new_size > LARGEST_MICRO_BATCH:
@@ -67,30 +68,31 @@ def _batches(task: Task, policy: Policy) -> Iterator[Policy]:
         if (new_size, new_count) == (size, count):
             continue
         # A block may have a little room to spare where the job does not divide evenly.
-        if new_count >= 1 and (task.most is None or block < task.most + new_size):
+        if new_count >= 1 and (most is None or block < most + new_size):
             yield replace(policy, gpu_batch_size=new_size, num_gpu_batches=new_count)
 
 
-def _sites(task: Task, policy: Policy) -> Iterator[Policy]:
+def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     """Another schedule, another place for attention or for layers, another chunk, another compression."""
-    longer_than_block = task.prompts is None or task.prompts > policy.block_size
-    if task.request.gen_len > 1 and longer_than_block:
+    job = space.job
+    longer_than_block = job.num_prompts is None or job.num_prompts > policy.block_size
+    if job.gen_len > 1 and longer_than_block:
         yield from (replace(policy, schedule=s) for s in Schedule if s is not policy.schedule)
-    if task.hardware.compute_tier is Tier.GPU:
+    if job.hardware.compute_tier is Tier.GPU:
         yield from (replace(policy, attention=a) for a in AttentionSite if a is not policy.attention)
         yield from (replace(policy, offloaded=o) for o in Offloaded if o is not policy.offloaded)
-    tokens = policy.gpu_batch_size * task.request.prompt_len
+    tokens = policy.gpu_batch_size * job.prompt_len
     for chunk in _CHUNKS:
         if chunk != policy.prefill_chunk and (chunk is None or chunk < tokens):
             yield replace(policy, prefill_chunk=chunk)
-    for lossy in task.packed:
+    for lossy in space.lossies:
         if lossy != policy.lossy:
             yield replace(policy, lossy=lossy)
 
 
-def _shifted(task: Task, placement: Placement, items: int) -> Iterator[Placement]:
+def _shifted(space: SearchSpace, placement: Placement, items: int) -> Iterator[Placement]:
     """A part of what is on one tier moved to another."""
-    for source, target in permutations(task.hardware.tiers, 2):
+    for source, target in permutations(space.job.hardware.tiers, 2):
         held = placement.share(source)
         for step in dict.fromkeys((1.0, *_STEPS, 1 / items)):
             moved = min(step, held)

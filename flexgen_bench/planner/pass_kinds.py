@@ -2,7 +2,7 @@
 
 A pass's kind is which micro-batches it has, in which phase, whether it comes after a prefill, and whether a cache's
 tail is written in it. Within a kind only the numbers of sequences and of cached tokens change, slowly, so a few are
-played and the times of the others read off the line between them.
+simulated and the times of the others read off the line between them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.scheduler import Scheduler
 
-# Passes of a kind that are played at most: the least, the most, and what lies between. Of kinds that are few of all
+# Passes of a kind that are simulated at most: the least, the most, and what lies between. Of kinds that are few of all
 # passes, fewer.
 POINTS = 4
 SHARE = 16  # a kind gets a second point if it is a 16th of all passes, or of all there is to do
@@ -36,15 +35,15 @@ class PassKind(NamedTuple):
     amount: int
 
 
-def pass_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
+def pass_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Of every pass of a job in which no sequence ends early."""
-    return list(_kinds(Scheduler(policy, plan)))
+    return list(_kinds(Scheduler(plan.policy, plan)))
 
 
-def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
+def coarse_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
     passes."""
-    scheduler, found = Scheduler(policy, plan), []
+    scheduler, kinds = Scheduler(plan.policy, plan), []
     while not scheduler.is_done:
         scheduler.admit()
         starting = [r.group for r in scheduler.running if not r.token]
@@ -53,23 +52,23 @@ def coarse_kinds(policy: Policy, plan: MemoryPlan) -> list[PassKind]:
         rows += sum(member.group.size for member in decoding)
         amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
         tails = any(map(_has_tail, decoding))
-        found.append(PassKind((bool(starting), bool(decoding), tails), amount))
+        kinds.append(PassKind((bool(starting), bool(decoding), tails), amount))
         scheduler.postprocess()
-    return found
+    return kinds
 
 
 def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
-    """For every pass, of which played ones its time is made; a played one is made of itself."""
+    """For every pass, of which simulated ones its time is made; a simulated one is made of itself."""
     of_kind: dict[tuple[object, ...], dict[int, int]] = {}  # kind -> amount -> first pass with it
     counts, amounts = Counter(one.kind for one in passes), Counter[object]()
     for number, one in enumerate(passes):
         of_kind.setdefault(one.kind, {}).setdefault(one.amount, number)
         amounts[one.kind] += one.amount
-    played = {}
+    simulated = {}
     for kind, known in of_kind.items():
         share = max(counts[kind] / len(passes), amounts[kind] / amounts.total())
-        played[kind] = _spread(sorted(known.items()), min(points, 1 + int(share * SHARE)))
-    return [_between(played[one.kind], one.amount) for one in passes]
+        simulated[kind] = _spread(sorted(known.items()), min(points, 1 + int(share * SHARE)))
+    return [_between(simulated[one.kind], one.amount) for one in passes]
 
 
 def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
@@ -117,10 +116,10 @@ def _spread(known: list[tuple[int, int]], points: int) -> list[tuple[int, int]]:
     return [known[place] for place in sorted(places)]
 
 
-def _between(played: list[tuple[int, int]], amount: int) -> Mix:
-    place = bisect_right([known for known, _ in played], amount)
-    if place in (0, len(played)):  # beyond the ends, as at the ends
-        return {played[max(0, place - 1)][1]: 1.0}
-    low, high = played[place - 1], played[place]
+def _between(simulated: list[tuple[int, int]], amount: int) -> Mix:
+    place = bisect_right([known for known, _ in simulated], amount)
+    if place in (0, len(simulated)):  # beyond the ends, as at the ends
+        return {simulated[max(0, place - 1)][1]: 1.0}
+    low, high = simulated[place - 1], simulated[place]
     share = (amount - low[0]) / (high[0] - low[0])
     return {low[1]: 1 - share, high[1]: share} if share else {low[1]: 1.0}

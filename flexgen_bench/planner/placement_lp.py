@@ -16,7 +16,7 @@ from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 
 KINDS = ("weights", "kv_cache", "activations")
-# Of placements that promise about the same, the one that works least waits least; so much longer than the best counts
+# Of placements that take about as long, the one that works least waits least; so much longer than the best counts
 # as the same.
 SLACK = 1.01
 Share = tuple[str, Tier]  # of a kind on a tier
@@ -89,8 +89,8 @@ class PlacementSolution:
 
     def placement(self, kind: str) -> Placement:
         """Shares of one kind, rid of what the solver leaves of rounding."""
-        found = {tier: self.shares.get((kind, tier), 0.0) for tier in Tier}
-        clean = {tier: round(share, 6) if share > 1e-6 else 0.0 for tier, share in found.items()}
+        shares = {tier: self.shares.get((kind, tier), 0.0) for tier in Tier}
+        clean = {tier: round(share, 6) if share > 1e-6 else 0.0 for tier, share in shares.items()}
         total = sum(clean.values())
         return Placement(**{str(tier): share / total for tier, share in clean.items()})
 
@@ -171,8 +171,8 @@ def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementS
         limits=(*program.limits, SLACK * best.seconds),
         rows=(*program.rows, "seconds"),
     )
-    found = _solved(problem, patient)
-    return best if found is None else replace(found, seconds=best.seconds, tight=best.tight)
+    least = _solved(problem, patient)
+    return best if least is None else replace(least, seconds=best.seconds, tight=best.tight)
 
 
 def on_resource(seconds: Seconds, resource: Lane) -> float:
@@ -188,19 +188,19 @@ def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolut
 
     shares = problem.share_names
     rows, limits, scales = _scaled(program, len(shares))
-    found: Any = linprog(
+    result: Any = linprog(
         program.objective, A_ub=rows, b_ub=limits, A_eq=program.equal, b_eq=program.values, method="highs"
     )
-    if found.status != 0:
+    if result.status != 0:
         return None
     unit = _unit_s(program, len(shares))
     saved = {
         name: -float(marginal) * unit / by
-        for name, marginal, by in zip(program.rows, found.ineqlin.marginals, scales, strict=True)
+        for name, marginal, by in zip(program.rows, result.ineqlin.marginals, scales, strict=True)
         if marginal < -1e-9
     }
-    values = map(float, found.x)
-    return PlacementSolution(float(found.fun) * unit, dict(zip(shares, values, strict=False)), saved)
+    values = map(float, result.x)
+    return PlacementSolution(float(result.fun) * unit, dict(zip(shares, values, strict=False)), saved)
 
 
 def _unit_s(program: LinearProgram, shares: int) -> float:

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 
 
 class Predictor(ABC):
@@ -25,7 +26,7 @@ class Predictor(ABC):
         self.constants, self.options = dict(constants), dict(options)
 
     @abstractmethod
-    def predict(self, question: Question) -> Prediction:
+    def predict(self, job: Job) -> Prediction:
         """Raises DoesNotFit where the system would run out of memory, CannotRun where it cannot do the job at all,
         UserError for constants or options that cannot be."""
 

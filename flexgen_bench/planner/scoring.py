@@ -42,15 +42,15 @@ def lay_out(
     rows = TREE_ROWS
     longest = max(len(request.tokens) - 1 for request in requests)
     while True:
-        asked = plan_scoring(plan, policy, grow(requests, rows), LOGIT_ROWS, requests=len(requests))
+        scoring = plan_scoring(plan, policy, grow(requests, rows), LOGIT_ROWS, requests=len(requests))
         try:
-            check(asked.plan)
+            check(scoring.plan)
         except DoesNotFit:
             if rows <= longest:
                 raise
             rows = max(rows // 2, longest)
             continue
-        return asked
+        return scoring
 
 
 def plan_scoring(
@@ -65,15 +65,15 @@ def plan_scoring(
     requests. Where nothing is streamed there is nothing to share, and results come earlier if each prefix tree is a
     block."""
     requests = requests or len(trees)
-    asked = [Request(tree.rows, 1) for tree in trees]
+    prompts = [Request(tree.rows, 1) for tree in trees]
     single = replace(policy, gpu_batch_size=1, num_gpu_batches=1, schedule=Schedule.BLOCK)
-    found = plan(single, asked, logits_row_bytes, logit_rows)
-    if found.job.streamed:
+    memory = plan(single, prompts, logits_row_bytes, logit_rows)
+    if memory.job.streamed:
         block = max(1, round(policy.block_size * len(trees) / requests))
         if block > 1:
             single = replace(single, num_gpu_batches=min(block, len(trees)))
-            found = plan(single, asked, logits_row_bytes, logit_rows)
-    return ScoringPlan(trees, single, found)
+            memory = plan(single, prompts, logits_row_bytes, logit_rows)
+    return ScoringPlan(trees, single, memory)
 
 
 def typical(requests: Sequence[ScoreRequest]) -> list[Request]:

@@ -10,7 +10,7 @@ from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.core.units import GIB
 from flexgen_bench.planner.candidates import Candidates
 from flexgen_bench.planner.placement_lp import PhaseCost, PlacementProblem, solve
-from flexgen_bench.planner.task import Task
+from flexgen_bench.planner.search_space import SearchSpace
 
 MORE_LINK = 1.1
 # A block may grow into more memory, by these factors.
@@ -20,43 +20,44 @@ _LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
-class Gains:
+class Sensitivity:
     """binding: the limits at which the placement is, those first that cost most. more: tokens/s won by one GiB more of
-    a tier or by 10 % more of a link or processor, as the linear programs promise it, scaled to what was predicted."""
+    a tier or by 10 % more of a link or processor, by the linear programs' bounds, scaled to what was predicted."""
 
     binding: tuple[str, ...]
     more: Mapping[str, float]
 
 
-def gains(task: Task, policy: Policy, tok_per_s: float) -> Gains:
+def sensitivity(space: SearchSpace, policy: Policy, tok_per_s: float) -> Sensitivity:
     """Around a policy, with its way of working and its micro-batches."""
-    candidates = Candidates(task)
-    problems = _problems(candidates, task, policy)
+    candidates = Candidates(space)
+    problems = _problems(candidates, space, policy)
     base = _best(problems)
     if base is None:
-        return Gains((), {})
+        return Sensitivity((), {})
     solution = solve(problems[0][1])
     tight = solution.tight if solution is not None else {}
     binding = sorted(tight, key=lambda name: -tight[name] * _amount(problems[0][1], name))
     more: dict[str, float] = {}
-    for tier in task.hardware.tiers:
+    for tier in space.job.hardware.tiers:
         wider = [(count, _roomier(p, tier)) for count, p in problems]
         more[f"1 GiB more of {tier} memory"] = _won(base, _best(wider)) * tok_per_s
     for resource in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
         faster = [(count, _faster(p, resource)) for count, p in problems]
         more[f"10 % more of {resource}"] = _won(base, _best(faster)) * tok_per_s
-    return Gains(tuple(binding), {name: won for name, won in more.items() if won > 0})
+    return Sensitivity(tuple(binding), {name: won for name, won in more.items() if won > 0})
 
 
-def _problems(candidates: Candidates, task: Task, policy: Policy) -> list[tuple[int, PlacementProblem]]:
+def _problems(candidates: Candidates, space: SearchSpace, policy: Policy) -> list[tuple[int, PlacementProblem]]:
     """(sequences of a block, problem) for the policy's block and larger ones."""
+    most = space.largest_block
     counts = {max(1, round(policy.num_gpu_batches * factor)) for factor in _GROWTH}
-    found = []
+    problems = []
     for count in sorted({policy.num_gpu_batches, *counts}):
         shape = replace(policy, num_gpu_batches=count)
-        if count == policy.num_gpu_batches or task.most is None or shape.block_size <= task.most:
-            found += [(shape.block_size, p) for p in candidates.problems(shape)]
-    return sorted(found, key=lambda one: one[0] != policy.block_size)
+        if count == policy.num_gpu_batches or most is None or shape.block_size <= most:
+            problems += [(shape.block_size, p) for p in candidates.problems(shape)]
+    return sorted(problems, key=lambda one: one[0] != policy.block_size)
 
 
 def _best(problems: list[tuple[int, PlacementProblem]]) -> float | None:

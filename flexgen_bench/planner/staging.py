@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.schedule.job import Job, UnitKind
 from flexgen_bench.schedule.passes import chunk_len
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.sequence_group import KVSlot, SequenceGroup, Span
 from flexgen_bench.schedule.sequence_groups import SequenceGroups
 
@@ -59,14 +59,14 @@ def everything(group: SequenceGroup) -> Span:
     return Span(Tier.GPU, 0, group.size)
 
 
-def all_slot_bytes(job: Job, policy: Policy, groups: SequenceGroups) -> tuple[KVSlotBytes, ...]:
+def all_slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> tuple[KVSlotBytes, ...]:
     """Of every KV slot."""
     kinds = {kv_slot.index: kv_slot for kv_slot in groups.alike}
     sizes = {index: slot_bytes(job, policy, groups, kv_slot) for index, kv_slot in kinds.items()}
     return tuple(sizes[kv_slot.index] for kv_slot in groups.alike)
 
 
-def slot_bytes(job: Job, policy: Policy, groups: SequenceGroups, kv_slot: KVSlot) -> KVSlotBytes:
+def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slot: KVSlot) -> KVSlotBytes:
     """The most that any sequence group needs in this KV slot."""
     kv, tails, hidden = ([0] * len(spans) for spans in (kv_slot.kv, kv_slot.kv, kv_slot.hidden))
     for group in groups.possible(kv_slot):
@@ -84,7 +84,7 @@ def slot_bytes(job: Job, policy: Policy, groups: SequenceGroups, kv_slot: KVSlot
     return KVSlotBytes(tuple(kv), tuple(tails), tuple(hidden))
 
 
-def staging(job: Job, policy: Policy, groups: SequenceGroups) -> Staging:
+def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:
     """The largest of everything that is staged, over all sequence groups of the job."""
     sites = {u.site.tier for u in job.units if u.kind is UnitKind.LAYER}
     prompt = dict.fromkeys(sites, 0)

@@ -12,7 +12,7 @@ from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.planner.forecast import Forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.task import Task
+from flexgen_bench.planner.search_space import SearchSpace
 
 _LANES = {
     Lane.DISK_READ: "reading from disk",
@@ -26,12 +26,12 @@ _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
 _WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
 _HARDLY = 0.005  # of the speed: what loses less is as good
 _SOME = 0.02  # a share of the cache on the gpu that is another way of working
-_SHOWS = 0.005  # a difference in shares that shows when they are told
+_SHOWS = 0.005  # a difference in shares that shows when they are printed
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """The fastest policy that was played and works in another way. part: of the speed of the one chosen, both judged
+    """The fastest policy that was simulated and works in another way. part: of the speed of the one chosen, both judged
     alike."""
 
     policy: Policy
@@ -55,18 +55,18 @@ def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]
     """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
     while they do."""
     busy, moved = times.busy_s(), times.moved_bytes()
-    found = dict.fromkeys(_LANES, 0.0)
+    shares = dict.fromkeys(_LANES, 0.0)
     for lane in Lane:
         rate = hardware.link_rate(lane) if lane in LINKS else None
-        found[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
-    return found
+        shares[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
+    return shares
 
 
-def why(task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, other: Alternative | None) -> str:
+def why(space: SearchSpace, plan: MemoryPlan, times: Forecast, other: Alternative | None) -> str:
     """The sentence. other: what it is compared with; None: nothing else was tried."""
-    parts = [_bound(busy_shares(times, task.hardware)), *_placed(task, policy, plan)]
+    parts = [_bound(busy_shares(times, plan.hardware)), *_placed(space, plan)]
     if other is not None:
-        parts.append(_loses(policy, other))
+        parts.append(_loses(plan.policy, other))
     return "; ".join(parts)
 
 
@@ -77,9 +77,9 @@ def _bound(busy: Mapping[Lane, float]) -> str:
     return f"no part is busy all the time: {_LANES[first]} {most:.0%} of the job, {_LANES[second]} {less:.0%}; steps wait for each other"
 
 
-def _placed(task: Task, policy: Policy, plan: MemoryPlan) -> Iterator[str]:
-    here = task.hardware.compute_tier
-    there = f"{_TIERS[here]} of {format_bytes(round(task.capacity(here)))}"
+def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
+    here, policy = plan.hardware.compute_tier, plan.policy
+    there = f"{_TIERS[here]} of {format_bytes(round(space.capacity(here)))}"
     held = {tier: parts.get("weights", 0) for tier, parts in plan.bytes.items()}
     yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
     cache = {tier: parts.get("kv_cache", 0) for tier, parts in plan.bytes.items()}
@@ -111,12 +111,12 @@ def _too_large(held: Mapping[Tier, int], here: Tier, more: str) -> str:
 
 
 def _loses(policy: Policy, other: Alternative) -> str:
-    told = ", ".join(_differences(policy, other.policy)) or "smaller steps alike"
+    differences = ", ".join(_differences(policy, other.policy)) or "smaller steps alike"
     lane, most = max(other.busy.items(), key=lambda one: one[1])
     if abs(1 - other.part) < _HARDLY:
-        return f"as good within {_HARDLY:.1%}: {told}"
+        return f"as good within {_HARDLY:.1%}: {differences}"
     lost = f"{1 - other.part:.0%}" if 1 - other.part >= 0.01 else f"{1 - other.part:.1%}"
-    return f"the next best way ({told}) is {lost} slower: {_LANES[lane]} would be busy {most:.0%}"
+    return f"the next best way ({differences}) is {lost} slower: {_LANES[lane]} would be busy {most:.0%}"
 
 
 def _differences(policy: Policy, other: Policy) -> Iterator[str]:

@@ -11,13 +11,13 @@ from flexgen_bench.published.lookup import Printed, is_printed_machine, printed
 def printed_beside(row: Simulated, tables: Path) -> Printed | None:
     """The paper's row of this system and job; of compressed ones, the one that compresses the same. A system that was
     free to compress less, as the paper's authors were, stands beside it whatever it chose."""
-    asked, name = row.question, row.model.printed_as
+    asked, name = row.job, row.model.printed_as
     compressed = not row.lossy.is_exact
     found = printed(tables, name, compressed, asked.shape.name, asked.prompt_len, asked.gen_len)
     if found is None or found.lossy == row.lossy:
         return found
     free = row.model.follows_policy and row.spec.policy is None and not found.lossy.is_exact
-    within = all(getattr(row.question.lossy, name) is not None for name in found.lossy.changed)
+    within = all(getattr(row.job.lossy, name) is not None for name in found.lossy.changed)
     return found if free and within else None
 
 
@@ -37,7 +37,7 @@ def why_no_ratio(row: Simulated, tables: Path) -> str:
         return ""
     if not is_printed_machine(tables, row.hardware):
         return "No ratio: this is another machine than the paper's."
-    if row.question.num_prompts is not None:
+    if row.job.num_prompts is not None:
         return "No ratio: the paper's job is another, one block of each system's own; leave out workload.num_prompts to compare."
     if quoted.is_coarse:
         return f"No ratio beside {quoted.generation.value}: it is rounded to one digit."

@@ -64,7 +64,7 @@ def print_cards(cards: Sequence[Card], file: IO[str] | None = None) -> None:
 
 
 def title(card: Card) -> str:
-    row, asked = card.row, card.row.question
+    row, asked = card.row, card.row.job
     count = "as many prompts as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} prompts"
     named = f"{card.name}: " if card.name else ""
     return (

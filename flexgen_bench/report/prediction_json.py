@@ -16,7 +16,7 @@ from flexgen_bench.report.prediction_table import model_error, speed_up
 
 def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
     """The row as JSON values; figures unrounded, units in their names."""
-    asked, quoted = row.question, printed_beside(row, tables)
+    asked, quoted = row.job, printed_beside(row, tables)
     policy = row.spec.policy
     data: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,

@@ -77,7 +77,7 @@ def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
 
 def heading(row: Simulated) -> str:
     """What all rows of a job have in common."""
-    asked, hardware = row.question, row.hardware
+    asked, hardware = row.job, row.hardware
     sizes = {tier: hardware.capacity_bytes(tier) for tier in Tier}
     held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in sizes.items() if size)
     many = "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
@@ -146,7 +146,7 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
             "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and what a "
             "block takes is what a sequence takes on average."
         )
-    if any(row.question.num_prompts is None for row in rows):
+    if any(row.job.num_prompts is None for row in rows):
         lines.append(
             "As in the paper, each system runs as many prompts as one block of its own holds (four of them "
             "where blocks may overlap, start and end included); "
@@ -156,7 +156,7 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
 
 
 def _job(row: Simulated) -> tuple[Any, ...]:
-    asked, hardware = row.question, row.hardware
+    asked, hardware = row.job, row.hardware
     return (
         asked.shape.name,
         asked.dtype.value,
@@ -235,8 +235,7 @@ def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
         and not other.model.follows_policy
         and other.lossy.is_exact == row.lossy.is_exact
         and other.prediction is not None
-        and (other.question.num_prompts, other.question.max_latency_s)
-        == (row.question.num_prompts, row.question.max_latency_s)
+        and (other.job.num_prompts, other.job.max_latency_s) == (row.job.num_prompts, row.job.max_latency_s)
     ]
     return max(others, key=lambda one: one.prediction.tok_per_s if one.prediction else 0, default=None)
 

@@ -20,7 +20,7 @@ from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.machine.probes import drop_cached_pages
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Display
-from flexgen_bench.runner.job import CellState, Job
+from flexgen_bench.runner.job import CellProcessJob, CellState
 from flexgen_bench.runner.launch import Ending, cell_environment, run_guarded
 from flexgen_bench.runner.memory_cap import MemoryCap, describe
 from flexgen_bench.runner.prepare import Prepared
@@ -37,7 +37,7 @@ def run_cell(
     known to work, until none is left.
     """
     assert prepared.prompts is not None
-    job = Job(spec, prepared.checkpoint, workdir / "scratch", cache, prepared.prompts)
+    job = CellProcessJob(spec, prepared.checkpoint, workdir / "scratch", cache, prepared.prompts)
     left_s, is_prepared = spec.measure.time_limit_s, False
     while True:
         drop_cached_pages(prepared.checkpoint)
@@ -60,7 +60,7 @@ def run_cell(
 
 
 def _start(
-    job: Job, workdir: Path, display: Display, time_limit_s: float, memory_bytes: int | None
+    job: CellProcessJob, workdir: Path, display: Display, time_limit_s: float, memory_bytes: int | None
 ) -> tuple[CellState, Ending]:
     """Start the cell's process once; what it left, with a status whatever happened (but "unprepared")."""
     job_path, state_path = workdir / "job.json", workdir / "state.json"

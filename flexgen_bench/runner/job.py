@@ -19,7 +19,7 @@ TRACE_FILE = "trace.json.gz"
 
 
 @dataclass(frozen=True)
-class Job:
+class CellProcessJob:
     """One start of a cell's process.
 
     tuning: probes of earlier starts (a start can die in a probe). batch_size: measure with this one;
@@ -49,9 +49,9 @@ class Job:
         path.write_text(json.dumps(data))
 
     @staticmethod
-    def read(path: Path) -> Job:
+    def read(path: Path) -> CellProcessJob:
         data = json.loads(path.read_text())
-        return Job(
+        return CellProcessJob(
             spec=CellSpec.from_dict(data["spec"]),
             checkpoint=Path(data["checkpoint"]),
             scratch=Path(data["scratch"]),

@@ -12,8 +12,8 @@ from flexgen_bench.config.paths import shipped_predictions
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.simulated import Simulated, SystemModel
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -35,7 +35,7 @@ FOUR_BITS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A cell to predict. num_prompts: see Question.
+    """A cell to predict. num_prompts: see Job.
 
     also: where nobody has said what may change of the results, what is shown beside the exact row: of each group the
     first that the system can do.
@@ -76,15 +76,15 @@ def simulate(cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[st
             def row(lossy: Lossy, number: int = number, asked: Asked = asked) -> Simulated:
                 one = (number, lossy)
                 if one in known:
-                    return _simulated(asked, asks[one].question, known[one])
+                    return _simulated(asked, asks[one].job, known[one])
                 if one not in wanted:
                     return predict(asked, lossy, cache)
-                found = _guarded(asked, asks[one].question, lambda: searches.answer(wanted.index(one)))
+                found = _guarded(asked, asks[one].job, lambda: searches.answer(wanted.index(one)))
                 if not isinstance(found, Answer):
                     return found
                 if found.status in KEPT:
                     kept.keep({asks[one].key: found})
-                return _simulated(asked, asks[one].question, found)
+                return _simulated(asked, asks[one].job, found)
 
             yield list(_rows(asked, row))
 
@@ -122,9 +122,9 @@ def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
     """One row. What the system's model refuses, or fails of, is told in the row, never raised."""
     ask = _question(asked, lossy, cache)
     if asked.model.predictor is None:
-        return Simulated(asked.spec, ask.question, asked.model, Status.UNAVAILABLE, NO_MODEL)
-    found = _guarded(asked, ask.question, ask.answer)
-    return _simulated(asked, ask.question, found) if isinstance(found, Answer) else found
+        return Simulated(asked.spec, ask.job, asked.model, Status.UNAVAILABLE, NO_MODEL)
+    found = _guarded(asked, ask.job, ask.answer)
+    return _simulated(asked, ask.job, found) if isinstance(found, Answer) else found
 
 
 def questions(asked: Asked, cache: Path) -> list[Ask]:
@@ -136,7 +136,7 @@ def questions(asked: Asked, cache: Path) -> list[Ask]:
 
 def _question(asked: Asked, lossy: Lossy, cache: Path) -> Ask:
     spec = asked.spec
-    question = Question(
+    job = Job(
         shape=spec.model.shape,
         dtype=spec.dtype,
         hardware=filled_in(spec.hardware, cache),
@@ -147,22 +147,22 @@ def _question(asked: Asked, lossy: Lossy, cache: Path) -> Ask:
         max_latency_s=spec.max_latency_s,
     )
     model = asked.model
-    return Ask(spec.system, model.predictor or "", model.constants, _options(asked, lossy), question)
+    return Ask(spec.system, model.predictor or "", model.constants, _options(asked, lossy), job)
 
 
-def _guarded(asked: Asked, question: Question, answer: Callable[[], Answer]) -> Answer | Simulated:
+def _guarded(asked: Asked, job: Job, answer: Callable[[], Answer]) -> Answer | Simulated:
     """The answer, or the row that tells of a mistake in a model: it must not hide the other systems, nor lose a
     measurement."""
     try:
         return answer()
     except Exception as error:
         reason = f"the model failed: {type(error).__name__}: {error}"
-        return Simulated(asked.spec, question, asked.model, Status.FAILED, reason)
+        return Simulated(asked.spec, job, asked.model, Status.FAILED, reason)
 
 
-def _simulated(asked: Asked, question: Question, found: Answer) -> Simulated:
+def _simulated(asked: Asked, job: Job, found: Answer) -> Simulated:
     return Simulated(
-        *(asked.spec, question, asked.model, found.status, found.reason, found.run),
+        *(asked.spec, job, asked.model, found.status, found.reason, found.run),
         tier=found.tier,
         need_bytes=found.need_bytes,
         capacity_bytes=found.capacity_bytes,
@@ -239,5 +239,5 @@ def _options(asked: Asked, lossy: Lossy) -> dict[str, Any]:
     if not asked.model.follows_policy:
         return options
     policy = asked.spec.policy
-    given = None if policy is None else replace(policy, lossy=lossy).to_dict()
+    given = None if policy is None else replace(policy, lossy=lossy)
     return options | {"policy": given}

@@ -27,7 +27,7 @@ from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.exit_status import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
-from flexgen_bench.runner.job import TRACE_FILE, CellState, Job
+from flexgen_bench.runner.job import TRACE_FILE, CellProcessJob, CellState
 from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
 from flexgen_bench.systems.load_system import check_capable, load_target
@@ -36,7 +36,7 @@ from flexgen_bench.systems.load_system import check_capable, load_target
 class Worker:
     """Takes one system through check, tuning, load, warm-up, repetitions and report."""
 
-    def __init__(self, job: Job, state_path: Path, emitter: Emitter) -> None:
+    def __init__(self, job: CellProcessJob, state_path: Path, emitter: Emitter) -> None:
         self.job, self.spec = job, job.spec
         self.state_path, self.emitter = state_path, emitter
         self.state = CellState(tuning=list(job.tuning))
@@ -218,7 +218,7 @@ def _with_peak(report: SystemReport) -> SystemReport:
 def main(arguments: Sequence[str]) -> int:
     job_path, state_path = map(Path, arguments)
     emitter = take_stdout()
-    Worker(Job.read(job_path), state_path, emitter).run()
+    Worker(CellProcessJob.read(job_path), state_path, emitter).run()
     return 0
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.job import Job, Unit
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
@@ -20,7 +20,7 @@ def attention_buffers(work: MicroBatch) -> tuple[Buffer, ...]:
     return found
 
 
-def attention_steps(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def attention_steps(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     """Prefill attends at the site over the keys just made; decode attends over the cache, part by part."""
     if work.is_prefill:
         yield from _prefill(job, unit, work)
@@ -43,7 +43,7 @@ def _appendix(unit: Unit, part: Part) -> Buffer:
     return _home(unit, part)
 
 
-def _prefill(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def _prefill(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     """The prompt's keys and values gather in place, or in a staging buffer that is sent home after the last chunk."""
     chunk = work.members[0]
     parts = work.kv_parts if job.keep_kv or not (chunk.start == 0 and chunk.is_last_chunk) else ()
@@ -91,7 +91,7 @@ def _staged(unit: Unit, work: MicroBatch) -> Buffer:
     return Buffer(f"kv_new.{unit.site.tier}", work.prompt_buffer)
 
 
-def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+def _decode_at_site(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
     layout, token = part.group.layouts[part.home], part.token
     cache, load = _in_memory(job, unit, work, part)
     yield from load
@@ -138,7 +138,7 @@ def _decode_at_site(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Itera
     yield from _flush(unit, work, part)
 
 
-def _decode_on_cpu(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+def _decode_on_cpu(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
     """Queries go down, the cache stays, the attention output comes back up."""
     query, result = work.buffer("qkv_host", part.index), work.buffer("attn_host", part.index)
     yield Step(
@@ -176,7 +176,7 @@ def _decode_on_cpu(job: Job, unit: Unit, work: MicroBatch, part: Part) -> Iterat
     yield from _flush(unit, work, part)
 
 
-def _in_memory(job: Job, unit: Unit, work: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:
+def _in_memory(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:
     """The buffer where a part's cache can be read in memory, and the step that brings it there from disk."""
     home = _home(unit, part)
     if part.tier is not Tier.DISK:
@@ -213,6 +213,6 @@ def _flush(unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
         )
 
 
-def _attend_flops(job: Job, part: Part) -> int:
+def _attend_flops(job: ScheduledJob, part: Part) -> int:
     lens = part.group.prompt_lens[part.span.start : part.span.stop]
     return (sum(lens) + part.span.count * part.token) * job.attention_flops_per_pair

@@ -30,13 +30,15 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.attention import attention_buffers, attention_steps
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
-from flexgen_bench.schedule.job import Job, Unit, UnitKind
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 from flexgen_bench.schedule.weights import Blob, WeightStream
 
 
-def pass_steps(job: Job, weights: WeightStream, batches: Sequence[MicroBatch], is_last: bool) -> Iterator[Step]:
+def pass_steps(
+    job: ScheduledJob, weights: WeightStream, batches: Sequence[MicroBatch], is_last: bool
+) -> Iterator[Step]:
     """All steps of one pass over ``batches``; chunks of one prompt follow each other. ``is_last``: load nothing beyond
     it.
 
@@ -77,14 +79,14 @@ def pass_steps(job: Job, weights: WeightStream, batches: Sequence[MicroBatch], i
         yield from weights.done(unit)
 
 
-def uses_cpu_attention(job: Job, members: Sequence[Member]) -> bool:
+def uses_cpu_attention(job: ScheduledJob, members: Sequence[Member]) -> bool:
     """Whether the cpu attends for a micro-batch of these members while an accelerator computes the rest."""
     return job.delegates_attention and any(
         member.token and span.count and span.tier is not Tier.GPU for member in members for span in member.group.kv
     )
 
 
-def _may_overlap(job: Job, unit: Unit, following: Unit) -> bool:
+def _may_overlap(job: ScheduledJob, unit: Unit, following: Unit) -> bool:
     """Whether two neighbouring layers can be in use at once: both on the accelerator, with a slot for each."""
     return (
         following.kind is UnitKind.LAYER
@@ -94,7 +96,7 @@ def _may_overlap(job: Job, unit: Unit, following: Unit) -> bool:
     )
 
 
-def _embed(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _embed(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     tokens = tuple(Buffer("tokens", member.group.kv_slot) for member in work.members)
     rows = work.buffer("rows")
     moved = work.rows * job.embed_row_bytes
@@ -120,7 +122,7 @@ def _embed(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]
     yield from store_hidden(job, unit, work)
 
 
-def _before_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     yield from load_hidden(job, unit, work)
     yield Step(
         unit.site.lane,
@@ -136,7 +138,7 @@ def _before_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Ite
     yield from attention_steps(job, unit, work)
 
 
-def _after_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     yield Step(
         unit.site.lane,
         StepKind.OUTPUT,
@@ -152,7 +154,7 @@ def _after_attention(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iter
         yield from store_hidden(job, unit, work)
 
 
-def _head(job: Job, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _head(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
     """Logits of the logit rows only; a chunk that ends no prompt has none."""
     if not work.logit_rows:
         return

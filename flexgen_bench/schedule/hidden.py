@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.job import Job, Unit
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
@@ -28,7 +28,7 @@ def working_buffers(unit: Unit, work: MicroBatch) -> tuple[Buffer, ...]:
     return found
 
 
-def load_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def load_hidden(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     """Bring every part of the hidden states to the site of the unit."""
     for part, path in _paths(unit, work):
         source = work.hidden_homes[part.index]
@@ -47,7 +47,7 @@ def load_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
             source = target
 
 
-def store_hidden(job: Job, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def store_hidden(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
     """Bring every part of the hidden states home from the site of the unit."""
     for part, path in _paths(unit, work):
         back = path[::-1]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.schedule.generator import uses_cpu_attention
-from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 
 # For a member: which of its rows need logits.
@@ -29,7 +29,7 @@ def chunk_len(policy: Policy, size: int) -> int | None:
 
 
 def form_micro_batches(
-    job: Job,
+    job: ScheduledJob,
     running: Sequence[RunningGroup],
     largest: int,
     chunk_len: Callable[[int], int | None],

@@ -19,9 +19,9 @@ from typing import Protocol
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.schedule.admission import Admission, ClosedAdmission
 from flexgen_bench.schedule.generator import pass_steps
-from flexgen_bench.schedule.job import Job
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.passes import LogitRows, RunningGroup, chunk_len, form_micro_batches
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import SequenceGroups
 from flexgen_bench.schedule.steps import Step
@@ -36,7 +36,7 @@ class Planned(Protocol):
     into."""
 
     @property
-    def job(self) -> Job: ...
+    def job(self) -> ScheduledJob: ...
 
     @property
     def groups(self) -> SequenceGroups: ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.job import Job, Unit, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
@@ -30,7 +30,7 @@ class WeightStream:
     the next pass are already on their way.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ScheduledJob) -> None:
         self._job = job
         self._order = _spread(job)
         self._loads = 0  # emitted so far, over all passes
@@ -133,7 +133,7 @@ class WeightStream:
         return first + used % self._job.buffers_for(kind)
 
 
-def _spread(job: Job) -> list[tuple[Unit, int]]:
+def _spread(job: ScheduledJob) -> list[tuple[Unit, int]]:
     """(unit, piece) in the order in which a pass loads them: pieces of one unit evenly among the units before it."""
     order: list[tuple[Unit, int]] = []
     for unit in job.streamed:

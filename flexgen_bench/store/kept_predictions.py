@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.errors import StoreError
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Status
 
 FILE = "predictions.json"
@@ -51,16 +53,20 @@ class Answer:
     asked: str = ""
 
 
-def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], question: Question) -> str:
-    """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a
+def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], job: Job) -> str:
+    """What an answer is found by: the job, who is asked and what it is told besides, and its code. Where a
     machine's constants come from decides nothing, and an option that is None is for the predictor to choose, as one
     that is left out."""
-    asked = {f.name: getattr(question, f.name) for f in fields(Question)} | {
-        "shape": question.shape.to_dict(),
-        "hardware": question.hardware.to_dict() | {"sources": {}},
-        "lossy": question.lossy.to_dict(),
+    asked = {f.name: getattr(job, f.name) for f in fields(Job)} | {
+        "shape": job.shape.to_dict(),
+        "hardware": job.hardware.to_dict() | {"sources": {}},
+        "lossy": job.lossy.to_dict(),
     }
-    stated = {name: value for name, value in options.items() if value is not None}
+    stated = {
+        name: value.to_dict() if isinstance(value, Policy) else value
+        for name, value in options.items()
+        if value is not None
+    }
     told = [predictor, dict(constants), stated, asked, code_of(predictor)]
     facts = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:24]

@@ -27,8 +27,9 @@ from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.predictor import make_predictor
 
@@ -62,9 +63,9 @@ def predict(
 ) -> Prediction:
     conf = configured(name)
     known = {k: float(v) for k, v in (conf.get("constants") or {}).items()}
-    question = Question(model_spec(model).shape, dtype, hardware, prompt_len, gen_len, **asked)
+    job = Job(model_spec(model).shape, dtype, hardware, prompt_len, gen_len, **asked)
     predictor = make_predictor(conf["predictor"], known | dict(constants or {}), {**conf["options"], **(options or {})})
-    return predictor.predict(question)
+    return predictor.predict(job)
 
 
 def original(percent: str, shape: str, **others: Any) -> dict[str, Any]:
@@ -448,7 +449,7 @@ def test_bandwidth_matters_where_it_binds(what: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_machine_without_rates(name: str) -> None:
     bare = replace(T4, rates=None)
-    with pytest.raises(UserError, match=r"flexgen_bench calibrate"):
+    with pytest.raises(UserError, match="flexgen_bench calibrate"):
         predict(name, "opt-125m", hardware=bare)
 
 

@@ -21,7 +21,7 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import MIB
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.runner.job import CellState, Job
+from flexgen_bench.runner.job import CellProcessJob, CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.worker import load_target
 
@@ -101,7 +101,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Ce
         name, family = which
         place = folder / f"{name}-{family}"
         (place / "scratch").mkdir(parents=True)
-        job = Job(spec_of(name, family), folder / family, place / "scratch", place, PROMPTS)
+        job = CellProcessJob(spec_of(name, family), folder / family, place / "scratch", place, PROMPTS)
         job.write(place / "job.json")
         files = [str(place / "job.json"), str(place / "state.json")]
         subprocess.run(

@@ -15,9 +15,9 @@ from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.device_memory import CONTEXT_BYTES, DRIVER_BYTES, WORKSPACE_BYTES, job_bytes, process_bytes
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
-from flexgen_bench.core.prediction import Question
 from flexgen_bench.core.simulated import SystemModel
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Tier
@@ -42,13 +42,13 @@ def card(gpu_memory: int) -> HardwareProfile:
     return replace(accelerator(), gpu_memory_bytes=gpu_memory)
 
 
-def question(hardware: HardwareProfile) -> Question:
-    return Question(SHAPE, DType.FLOAT16, hardware, 32, 8, num_prompts=1)
+def job(hardware: HardwareProfile) -> Job:
+    return Job(SHAPE, DType.FLOAT16, hardware, 32, 8, num_prompts=1)
 
 
 def predicted(hardware: HardwareProfile) -> dict[str, int]:
-    options = {"policy": RESIDENT.to_dict()}
-    return dict(EnginePredictor({}, options).predict(question(hardware)).bytes)
+    options = {"policy": RESIDENT}
+    return dict(EnginePredictor({}, options).predict(job(hardware)).bytes)
 
 
 def test_what_was_measured() -> None:

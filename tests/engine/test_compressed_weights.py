@@ -13,6 +13,7 @@ import torch
 from flexgen_bench.core.compression import EXACT, Along, Compression, Lossy, Scales
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -27,11 +28,13 @@ from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.memory import weight_store
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step, StepKind
 from tests.support.shapes import llama_shape, opt_shape
@@ -159,7 +162,7 @@ def hold(weights: PackedWeights, tier: Tier, dequantized_buffers: int = 0) -> We
     """All weights on one tier, with one staging buffer and this many for unpacked units."""
     device, packed = Device.open(HOST, 1), weights.packed
     policy = Policy(weights=on(tier), prefetch=1, lossy=Lossy(packed.compression))
-    plan = plan_job(weights.shape, packed, DType.FLOAT32, policy, HOST, [Request(1, 1)])
+    plan = plan_job(Model(weights.shape, DType.FLOAT32, packed), policy, HOST, [Request(1, 1)])
     job = replace(plan.job, dequantized_buffers=dequantized_buffers)
     return Weights(weights.store, packed, DType.FLOAT32, job, device, Arenas(device))
 
@@ -180,7 +183,9 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0
             place = slots[unit.kind] if slot == 0 else -1
-            step = Step(Lane.CPU, StepKind.DEQUANTIZE, unit.index, weight_buffer=place, dequantized_buffer=unit.index % 2)
+            step = Step(
+                Lane.CPU, StepKind.DEQUANTIZE, unit.index, weight_buffer=place, dequantized_buffer=unit.index % 2
+            )
             if slot == 0:
                 load = Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, weight_buffer=slots[unit.kind])
                 for piece in range(len(held._job.pieces(held._job.units[unit.index]))):
@@ -364,14 +369,13 @@ def test_the_chosen_policy_carries_what_is_lossy_and_fits_more(tmp_path: Path) -
     shape = opt_shape(
         num_layers=8, hidden_size=256, embed_dim=256, ffn_size=1024, num_heads=4, num_kv_heads=4, head_dim=64
     )
-    inventory = family("opt").inventory(shape)
-    plain = pack(shape, inventory, DType.FLOAT32)
-    four = pack(shape, inventory, DType.FLOAT32, Compression(4))
+    plain = Model.of(shape, DType.FLOAT32).packed
     rest = 20 * MIB  # workspace and what belongs to the sequences
     free = {Tier.CPU: sum(u.home_bytes for u in plain.units) // 2 + rest}
     lossy = Lossy(weights=Compression(4))
-    exact = default_policy(shape, plain, DType.FLOAT32, HOST, [Request(8, 4)], free)
-    small = default_policy(shape, four, DType.FLOAT32, HOST, [Request(8, 4)], free, None, lossy)
+    exact, small = (
+        default_policy(SearchSpace(Job(shape, DType.FLOAT32, HOST, 8, 4, 1), (one,), free)) for one in (EXACT, lossy)
+    )
     assert exact.lossy == EXACT
     assert small.lossy == lossy
     assert exact.weights.disk > 0

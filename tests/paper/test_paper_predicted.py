@@ -50,7 +50,7 @@ def test_simulations_stand_beside_printed_values(tmp_path: Path, fake_systems: l
 def test_systems_are_asked_in_their_own_words(tmp_path: Path, fake_systems: list[ConfiguredSystem]) -> None:
     run(tmp_path, "--tables", "t2")
     asked = [(options, q) for options, q in FakePredictor.asked if q.shape.name == "opt-30b" and q.prompt_len == 512]
-    (options, question), *others = [a for a in asked if a[0].get("num_gpu_batches") == 3]
+    (options, job), *others = [a for a in asked if a[0].get("num_gpu_batches") == 3]
     assert not others
     assert options == {
         "percent": [20, 80, 0, 100, 0, 100],
@@ -61,10 +61,10 @@ def test_systems_are_asked_in_their_own_words(tmp_path: Path, fake_systems: list
         "overlap": True,
         "sep_layer": None,
     }
-    assert (question.num_prompts, question.lossy, question.dtype.value) == (None, EXACT, "float16")
-    assert question.hardware.name == "t4"
-    (_, question), *_ = [a for a in asked if a[0].get("num_gpu_batches") == 20]
-    assert question.lossy == Lossy(kv_cache=FOUR), "OPT-30B compresses its KV cache alone"
+    assert (job.num_prompts, job.lossy, job.dtype.value) == (None, EXACT, "float16")
+    assert job.hardware.name == "t4"
+    (_, job), *_ = [a for a in asked if a[0].get("num_gpu_batches") == 20]
+    assert job.lossy == Lossy(kv_cache=FOUR), "OPT-30B compresses its KV cache alone"
     assert [o for o, _ in asked if "offload" in o] == [{"offload": "cpu", "batch_size": 8}]
     ours = [q.lossy for o, q in asked if "policy" in o]
     assert ours == [EXACT, Lossy(weights=FOUR, kv_cache=FOUR)]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ import pytest
 
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner import choose as chooser
 from flexgen_bench.planner.auto_policy import auto_policy
-from flexgen_bench.planner.choose import PolicyQuestion, choose
+from flexgen_bench.planner.choose import choose, decoded, encoded
 from flexgen_bench.planner.default_policy import default_policy
-from flexgen_bench.schedule.sequence_groups import Request
-from tests.support.planner_machines import DTYPE, FOUR_BITS, MIB, accelerator, host, packed, site, small_opt
+from flexgen_bench.planner.search_space import SearchSpace
+from tests.support.planner_machines import DTYPE, FOUR_BITS, MIB, accelerator, host, site, small_opt
 from tests.support.tiny_models import random_model, save
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = small_opt(layers=4, hidden=128)
-REQUESTS = [Request(20, 4), Request(32, 2), Request(32, 4), Request(5, 3)] * 2
 TIGHT = accelerator(3 * MIB, 4 * MIB, gpu=site(2e10, 1e11), cpu=site(2e9, 2e10))
 STAGE = "flexgen_bench.stage"
 
@@ -41,9 +42,9 @@ def _this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def asked(requests: Sequence[Request] = REQUESTS, **more: Any) -> PolicyQuestion:
-    fields = {"shape": SHAPE, "dtype": DTYPE, "hardware": TIGHT, "available": {}} | more
-    return PolicyQuestion.about(requests, **fields)
+def asked(hardware: HardwareProfile = TIGHT, max_latency_s: float | None = None, **more: Any) -> SearchSpace:
+    job = Job(SHAPE, DTYPE, hardware, 32, 4, 8, max_latency_s=max_latency_s)
+    return SearchSpace(job, **{"lossies": (EXACT,)} | more)
 
 
 @pytest.mark.parametrize(
@@ -51,25 +52,13 @@ def asked(requests: Sequence[Request] = REQUESTS, **more: Any) -> PolicyQuestion
     [
         {"available": {Tier.CPU: 3 * MIB, Tier.GPU: 2 * MIB}, "block_size": 4},
         {"hardware": host(3 * MIB), "scored_rows": 40},
-        {"lossy": Lossy(FOUR_BITS, FOUR_BITS)},
+        {"lossies": (Lossy(FOUR_BITS, FOUR_BITS), Lossy(FOUR_BITS))},
     ],
 )
 def test_the_other_process_finds_what_this_one_would(more: Mapping[str, Any]) -> None:
-    question = asked(**more)
-    lossy: Lossy = more.get("lossy", EXACT)
-    here = auto_policy(
-        SHAPE,
-        packed(SHAPE, lossy),
-        DTYPE,
-        question.hardware,
-        REQUESTS,
-        question.available,
-        question.block_size,
-        lossy,
-        question.scored_rows,
-    )
-    assert choose(question) == here
-    assert PolicyQuestion.from_dict(json.loads(json.dumps(question.to_dict()))) == question
+    space = asked(**more)
+    assert choose(space) == auto_policy(space)
+    assert decoded(json.loads(json.dumps(encoded(space)))) == space
 
 
 def test_a_latency_is_kept_or_refused() -> None:
@@ -83,14 +72,10 @@ def test_a_latency_is_kept_or_refused() -> None:
         choose(asked(max_latency_s=1.0, hardware=replace(TIGHT, rates=None)))
 
 
-def ruled(question: PolicyQuestion) -> object:
-    return default_policy(SHAPE, packed(SHAPE), DTYPE, question.hardware, REQUESTS, question.available)
-
-
 def test_without_rates_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chooser, "_command", lambda: ["/there/is/no/such/program"])
-    question = asked(hardware=replace(TIGHT, rates=None))
-    assert choose(question) == ruled(question)
+    space = asked(hardware=replace(TIGHT, rates=None))
+    assert choose(space) == default_policy(space)
 
 
 def program(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
@@ -115,7 +100,7 @@ def test_a_process_that_dies_leaves_it_to_the_rule(
 ) -> None:
     program(monkeypatch, source)
     with caplog.at_level(logging.WARNING, STAGE):
-        assert choose(asked()) == ruled(asked())
+        assert choose(asked()) == default_policy(asked())
     [warning] = caplog.records
     assert reason in warning.getMessage()
     assert "plain rule's policy is used" in warning.getMessage()
@@ -125,7 +110,7 @@ def test_a_process_that_cannot_start_leaves_it_to_the_rule(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(chooser, "_command", lambda: ["/there/is/no/such/program"])
-    assert choose(asked()) == ruled(asked())
+    assert choose(asked()) == default_policy(asked())
     assert "did not start (No such file or directory)" in caplog.text
 
 
@@ -137,10 +122,10 @@ def test_where_the_search_finds_nothing_the_rule_is_asked(
     with pytest.raises(DoesNotFit) as error:
         choose(too_small)
     with pytest.raises(DoesNotFit) as rules:
-        ruled(too_small)
+        default_policy(too_small)
     assert str(error.value) == str(rules.value)
     program(monkeypatch, 'print(\'{"policy": null, "refused": null}\')')
-    assert choose(asked()) == ruled(asked())
+    assert choose(asked()) == default_policy(asked())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -150,7 +135,7 @@ def test_rates_that_lack_something_are_refused_as_in_this_process() -> None:
     assert rates is not None
     poor = replace(TIGHT, rates=Rates({Tier.GPU: rates.sites[Tier.GPU]}))
     with pytest.raises(UserError) as here:
-        auto_policy(SHAPE, packed(SHAPE), DTYPE, poor, REQUESTS, {})
+        auto_policy(asked(hardware=poor))
     with pytest.raises(UserError) as there:
         choose(asked(hardware=poor))
     assert str(there.value) == str(here.value)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy, Schedule
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.engine_predictor import EnginePredictor
 from tests.support.planner_machines import accelerator, host, small_opt
@@ -20,15 +21,15 @@ CONTINUOUS = Policy(2, 2, CPU, CPU, CPU, schedule=Schedule.CONTINUOUS)
 
 
 def predicted(policy: Policy, prompts: int) -> Prediction:
-    question = Question(small_opt(), DType.FLOAT16, host(), 32, 8, num_prompts=prompts)
-    return EnginePredictor({}, {"policy": policy.to_dict()}).predict(question)
+    job = Job(small_opt(), DType.FLOAT16, host(), 32, 8, num_prompts=prompts)
+    return EnginePredictor({}, {"policy": policy}).predict(job)
 
 
 def test_it_cannot_use_several_gpus() -> None:
     """Beside the paper's values of four GPUs stood what it does on one."""
-    question = Question(small_opt(), DType.FLOAT16, accelerator(), 32, 8, num_gpus=4)
+    job = Job(small_opt(), DType.FLOAT16, accelerator(), 32, 8, num_gpus=4)
     with pytest.raises(CannotRun, match="this engine uses one GPU"):
-        EnginePredictor({}, {"policy": None}).predict(question)
+        EnginePredictor({}, {"policy": None}).predict(job)
 
 
 def test_phases_of_blocks_that_overlap_are_not_told() -> None:

@@ -1,4 +1,4 @@
-"""Forecasts: passes that are read off instead of played, the closed form, deeper models, and bytes counted by hand."""
+"""Forecasts: passes that are read off instead of simulated, the closed form, deeper models, and bytes counted by hand."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
-from flexgen_bench.planner.batch_costs import thinned
 from flexgen_bench.planner.forecast import forecast
+from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.pass_kinds import POINTS, PassKind, mixes
 from flexgen_bench.schedule.sequence_groups import Request
 from tests.support.planner_machines import (
     ACCELERATOR,
-    DTYPE,
     EMULATED,
     HOST,
     PlannedJob,
@@ -25,7 +23,7 @@ from tests.support.planner_machines import (
     accelerator,
     host,
     jobs,
-    packed,
+    model_of,
     site,
     small_llama,
     small_opt,
@@ -85,7 +83,7 @@ def test_continuous_cohorts_of_mixed_lengths_on_disk_are_read_off_roughly() -> N
 
 
 def test_a_pass_is_played_after_one_like_its_own() -> None:
-    """It was played after the one that happened to be played before: a decode pass after a prefill whose caches the
+    """It was simulated after the one that happened to be simulated before: a decode pass after a prefill whose caches the
     disk was still writing took 22 % too long, and with it everything that was read off it."""
     job = PlannedJob(small_opt(), Policy(4, 1, DISK, DISK, CPU), HOST, UNLIKE)
     every, few = job.forecast(points=None), job.forecast(points=POINTS)
@@ -136,27 +134,27 @@ QUIET = {
 
 @pytest.mark.parametrize("name", QUIET)
 def test_the_closed_form_is_exact_where_one_thing_binds(name: str) -> None:
-    """Within 3 % of what is played, and not above it."""
+    """Within 3 % of what is simulated, and not above it."""
     job = QUIET[name]
-    played, summed = job.forecast().total_s, job.closed_form().total_s
-    assert summed == pytest.approx(played, rel=0.03)
-    assert summed <= played * (1 + 1e-6)
+    simulated, summed = job.forecast().total_s, job.closed_form().total_s
+    assert summed == pytest.approx(simulated, rel=0.03)
+    assert summed <= simulated * (1 + 1e-6)
 
 
 @given(jobs(most_sequences=8, longest=6))
 @settings(max_examples=120, deadline=None)
 def test_the_closed_form_is_a_bound(job: PlannedJob) -> None:
-    """Without overlap it is what is played. With it nothing beats it, but for what one pass does for another: loads of
+    """Without overlap it is what is simulated. With it nothing beats it, but for what one pass does for another: loads of
     weights ahead of the next, or caches and hidden states that are written to disk while it computes. (Only short jobs
     of shallow models win much by
-    that: a single layer, loaded while the pass before computes, is played in three quarters of the sum.)"""
-    played, summed = job.forecast().total_s, job.closed_form().total_s
+    that: a single layer, loaded while the pass before computes, is simulated in three quarters of the sum.)"""
+    simulated, summed = job.forecast().total_s, job.closed_form().total_s
     if not job.policy.overlap:
-        assert summed == pytest.approx(played)
+        assert summed == pytest.approx(simulated)
     policy = job.policy
     on_disk = policy.kv_cache.disk + policy.activations.disk
     if not job.plan.job.streamed and not on_disk:
-        assert summed <= played * (1 + 1e-6)
+        assert summed <= simulated * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,7 @@ def test_the_closed_form_is_a_bound(job: PlannedJob) -> None:
 )
 def test_the_closed_form_does_not_add_what_goes_on_at_once(job: PlannedJob) -> None:
     """All steps of a micro-batch were taken for a chain, also those that nobody waits for or that run ahead (stores and
-    loads of its cache) and parts that lie on different tiers: up to 43 % above what is played."""
+    loads of its cache) and parts that lie on different tiers: up to 43 % above what is simulated."""
     assert job.closed_form().total_s <= job.forecast().total_s * (1 + 1e-6)
 
 
@@ -205,15 +203,15 @@ def test_a_deep_model_is_as_many_shallow_ones(policy: Policy, hardware: Hardware
     shape = (small_opt if make is small_opt else small_llama)(layers=36, vocab=2048)
     requests = (Request(16, 4),) * 16
     deep = PlannedJob(shape, policy, hardware, requests)
-    thin = thinned(shape, packed(shape, EXACT), 12)
+    thin = model_of(shape).shallow(12)
     shallow = PlannedJob(thin.shape, policy, hardware, requests)
     found = shallow.forecast().deeper(3, policy.overlap)
     expected = deep.forecast()
     assert found.total_s == pytest.approx(expected.total_s, rel=0.02)
     assert found.moved_bytes() == pytest.approx(expected.moved_bytes(), rel=1e-6)
     assert found.busy_s() == pytest.approx(expected.busy_s(), abs=0.02 * expected.total_s)
-    assert [u.kind for u in thin.packed.units] == [u.kind for u in shallow.packed.units]
-    assert thinned(shape, packed(shape), 36).packed == packed(shape)
+    assert [u.kind for u in thin.packed.units] == [u.kind for u in model_of(shallow.shape).packed.units]
+    assert model_of(shape).shallow(36) == model_of(shape)
 
 
 @pytest.mark.xfail(reason="a shallow model's embedding takes a larger part of the same share", strict=False)
@@ -222,16 +220,16 @@ def test_a_shallow_model_keeps_the_share_of_layers_that_are_resident() -> None:
     shape = small_opt(layers=36, vocab=4096)
     requests = (Request(16, 4),) * 16
     deep = PlannedJob(shape, Policy(4, 2, HALF, GPU, GPU), accelerator(h2d=2e7), requests)
-    shallow = replace(deep, shape=thinned(shape, packed(shape), 12).shape)
+    shallow = replace(deep, shape=model_of(shape).shallow(12).shape)
     assert shallow.forecast().deeper(3).total_s == pytest.approx(deep.forecast().total_s, rel=0.02)
 
 
 def test_a_thin_model_is_the_deep_ones_first_layers() -> None:
-    """Played from the cut-down weights, it is played as if it had been packed that way."""
+    """Simulated from the cut-down weights, it takes as long as if it had been packed that way."""
     shape = small_llama(layers=6)
-    thin = thinned(shape, packed(shape), 2)
+    thin = model_of(shape).shallow(2)
     job = a_job(Policy(4, 2, CPU, CPU, CPU), shape=thin.shape)
-    found = forecast(thin.shape, thin.packed, DTYPE, job.policy, job.hardware, job.plan, points=None)
+    found = forecast(plan_job(thin, job.policy, job.hardware, job.requests), points=None)
     assert found.total_s == pytest.approx(job.forecast().total_s, rel=1e-6)
 
 
@@ -245,12 +243,12 @@ def test_bytes_are_those_counted_by_hand() -> None:
     """8 prompts of 16 tokens, 4 new tokens each, in one block of two micro-batches: 4 passes. Everything but the
     weights stays."""
     job = a_job(Policy(4, 2, CPU, GPU, GPU))
-    layer, head = job.packed.units[1].num_bytes, job.packed.head.num_bytes
+    layer, head = job.plan.model.packed.units[1].num_bytes, job.plan.model.packed.head.num_bytes
     rows = 8 * 16 + 3 * 8
     embedded = rows * 2 * 64 * 2  # rows of the token and position tables
     passes = 4
     # The embedding's own weights are none in this OPT.
-    assert job.packed.units[0].num_bytes == 0
+    assert job.plan.model.packed.units[0].num_bytes == 0
     assert moved(job, Tier.CPU, Tier.GPU) == passes * (3 * layer + head) + embedded
     assert moved(job, Tier.GPU, Tier.CPU) == passes * 8 * 8  # a row's logits: what sampling needs
     assert moved(job, Tier.DISK, Tier.CPU) == moved(job, Tier.CPU, Tier.DISK) == 0
@@ -260,7 +258,7 @@ def test_a_second_block_loads_the_weights_again() -> None:
     one, two = (a_job(Policy(4, 1, CPU, GPU, GPU), prompts=n) for n in (4, 8))
     assert moved(two, Tier.CPU, Tier.GPU) == 2 * moved(one, Tier.CPU, Tier.GPU)
     shared = a_job(Policy(4, 2, CPU, GPU, GPU))
-    weights = 4 * (3 * shared.packed.units[1].num_bytes + shared.packed.head.num_bytes)
+    weights = 4 * (3 * shared.plan.model.packed.units[1].num_bytes + shared.plan.model.packed.head.num_bytes)
     assert moved(two, Tier.CPU, Tier.GPU) - moved(shared, Tier.CPU, Tier.GPU) == weights
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.default_policy import _candidates as candidates
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.schedule.job import UnitKind
+from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.schedule.placement import ShareSpreader, place_sequences, place_units
-from flexgen_bench.schedule.sequence_groups import Request
+from flexgen_bench.schedule.scheduled_job import UnitKind
+from flexgen_bench.schedule.sequence_groups import Request, worst_of
 from tests.support.shapes import opt_shape
 
 HOST = HardwareProfile("cpu", Accelerator.NONE)
@@ -90,46 +97,49 @@ def test_parameter_counts(name: str, parameters: int) -> None:
     assert family(shape.family).inventory(shape).num_values == parameters
 
 
+def space_of(model: Model, requests: list[Request], machine: HardwareProfile = HOST, **more: Any) -> SearchSpace:
+    worst = worst_of(requests)
+    job = Job(model.shape, model.dtype, machine, worst.prompt_len, worst.gen_len, len(requests))
+    return SearchSpace(job, (EXACT,), **more)
+
+
 def test_a_plan_names_tier_need_and_capacity() -> None:
-    shape = opt_shape()
-    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
+    model = Model.of(opt_shape(), DType.FLOAT32)
     policy = Policy(4, 2)
-    plan = plan_job(shape, packed, DType.FLOAT32, policy, HOST, [Request(8, 4)] * 8)
+    plan = plan_job(model, policy, HOST, [Request(8, 4)] * 8)
     # In memory a unit is an extent of whole pages; the file begins with the embedding, which includes a tied head.
-    assert plan.bytes[Tier.CPU]["weights"] == packed.file_bytes
+    assert plan.bytes[Tier.CPU]["weights"] == model.packed.file_bytes
     per_region = -(-4 * 8 * 2 * 24 * 4 // 4096) * 4096 + -(-4 * 3 * 2 * 24 * 4 // 4096) * 4096
-    assert plan.bytes[Tier.CPU]["kv_cache"] == 2 * shape.num_layers * per_region
-    plan.check(HOST, {})
+    assert plan.bytes[Tier.CPU]["kv_cache"] == 2 * model.shape.num_layers * per_region
+    plan.check({})
     capped = HardwareProfile("cpu", Accelerator.NONE, cpu_memory_bytes=1000)
     with pytest.raises(DoesNotFit, match=r"tier cpu = 'needs .* KiB .*capacity of 1000 B.*disk"):
-        plan.check(capped, {})
+        replace(plan, hardware=capped).check({})
 
 
 def test_weights_count_where_they_are_placed() -> None:
-    shape = opt_shape(num_layers=4)
-    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
+    model = Model.of(opt_shape(num_layers=4), DType.FLOAT32)
     policy = Policy(weights=Placement(cpu=0.5, disk=0.5), prefetch=3)
-    plan = plan_job(shape, packed, DType.FLOAT32, policy, HOST, [Request(2, 2)])
+    plan = plan_job(model, policy, HOST, [Request(2, 2)])
     home = plan.bytes[Tier.CPU]["weights"] + plan.bytes[Tier.DISK]["weights"]
-    assert home == packed.file_bytes
+    assert home == model.packed.file_bytes
     layer = max(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.LAYER)
     head = sum(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.HEAD)
     assert plan.bytes[Tier.CPU]["weight slots"] == 3 * layer + head
 
 
 def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:
-    shape = opt_shape(num_layers=8)
-    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
+    model = Model.of(opt_shape(num_layers=8), DType.FLOAT32)
     requests = [Request(8, 8)] * 16
-    ample = default_policy(shape, packed, DType.FLOAT32, HOST, requests, {Tier.CPU: 2**30})
+    ample = default_policy(space_of(model, requests, available={Tier.CPU: 2**30}))
     assert ample.weights == Placement(cpu=1.0)
     assert ample.block_size == 16
-    all_in_memory = plan_job(shape, packed, DType.FLOAT32, ample, HOST, requests)
-    less = all_in_memory.total(Tier.CPU) - packed.file_bytes // 3
-    tight = default_policy(shape, packed, DType.FLOAT32, HOST, requests, {Tier.CPU: less})
+    all_in_memory = plan_job(model, ample, HOST, requests)
+    less = all_in_memory.total(Tier.CPU) - model.packed.file_bytes // 3
+    tight = default_policy(space_of(model, requests, available={Tier.CPU: less}))
     assert 0 < tight.weights.disk < 1
     with pytest.raises(DoesNotFit):
-        default_policy(shape, packed, DType.FLOAT32, HOST, requests, {Tier.CPU: 1000})
+        default_policy(space_of(model, requests, available={Tier.CPU: 1000}))
 
 
 @given(
@@ -138,15 +148,14 @@ def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:
 @settings(deadline=None)
 def test_the_default_policy_fits_the_job_it_was_chosen_for(lengths: list[tuple[int, int]], memory: int) -> None:
     """A micro-batch pads to its longest prompt and runs to its longest answer, which may be another sequence's."""
-    shape = opt_shape(num_layers=3)
-    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
+    model = Model.of(opt_shape(num_layers=3), DType.FLOAT32)
     requests = [Request(p, g) for p, g in lengths]
     available = {Tier.CPU: memory}
     try:
-        policy = default_policy(shape, packed, DType.FLOAT32, HOST, requests, available)
+        policy = default_policy(space_of(model, requests, available=available))
     except DoesNotFit:
         return
-    plan_job(shape, packed, DType.FLOAT32, policy, HOST, requests).check(HOST, available)
+    plan_job(model, policy, HOST, requests).check(available)
 
 
 @given(st.integers(1, 12), st.integers(1, 60), st.booleans(), st.floats(0.1, 4), st.floats(0.2, 6), st.floats(0.3, 20))
@@ -160,9 +169,8 @@ def test_halving_finds_the_first_policy_that_fits(
     Units are whole, so a smaller share may need more memory than a larger one; halving may then pass over a share that
     fits by itself.
     """
-    shape = opt_shape(num_layers=layers)
-    packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
-    sizes = [int(part * packed.file_bytes) for part in (gpu, cpu, disk)]
+    model = Model.of(opt_shape(num_layers=layers), DType.FLOAT32)
+    sizes = [int(part * model.packed.file_bytes) for part in (gpu, cpu, disk)]
     machine = HardwareProfile(
         "m", Accelerator.CUDA if has_gpu else Accelerator.NONE, sizes[0] if has_gpu else None, *sizes[1:]
     )
@@ -170,7 +178,7 @@ def test_halving_finds_the_first_policy_that_fits(
 
     def fits(policy: Policy) -> bool:
         try:
-            plan_job(shape, packed, DType.FLOAT32, policy, machine, requests).check(machine, {})
+            plan_job(model, policy, machine, requests).check({})
         except DoesNotFit:
             return False
         return True
@@ -178,7 +186,7 @@ def test_halving_finds_the_first_policy_that_fits(
     lists = list(candidates(machine, prompts))
     first = next((policy for alike in lists for policy in alike if fits(policy)), None)
     try:
-        found = default_policy(shape, packed, DType.FLOAT32, machine, requests, {})
+        found = default_policy(space_of(model, requests, machine))
         assert fits(found)
         if found != first:
             alike = next(alike for alike in lists if found in alike)

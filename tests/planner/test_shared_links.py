@@ -10,6 +10,7 @@ import pytest
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
@@ -17,14 +18,13 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.planner.candidates import Candidates
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost
-from flexgen_bench.planner.sensitivity import gains
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.planner.sensitivity import sensitivity
 from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
-from flexgen_bench.planner.task import Task
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.job import Job
-from flexgen_bench.schedule.sequence_groups import Request
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step, StepKind
-from tests.support.planner_machines import DTYPE, accelerator, packed, small_opt
+from tests.support.planner_machines import DTYPE, accelerator, small_opt
 
 LOAD = Step(Lane.H2D_WEIGHTS, StepKind.LOAD_WEIGHTS, 1, writes=(Buffer("weights"),), bytes=100)
 
@@ -91,19 +91,18 @@ def test_who_slows_whom() -> None:
 
 
 def test_the_closed_form_sums_what_shares_a_link() -> None:
-    job = Job((), Tier.GPU, AttentionSite.CPU, 2, 2, 1, 1, 1, 1, 1, 1)
+    job = ScheduledJob((), Tier.GPU, AttentionSite.CPU, 2, 2, 1, 1, 1, 1, 1, 1)
     sums = LaneSums(lambda step: float(step.bytes), True, job)
     assert sums.run_pass([LOAD, move(0), move(1)]) == 120
     assert sums.busy_s[Lane.H2D_WEIGHTS] == 100
 
 
-A_MODEL = small_opt()
-A_TASK = Task(A_MODEL, DTYPE, accelerator(h2d=2e8), {EXACT: packed(A_MODEL)}, Request(16, 4), 8)
+A_SPACE = SearchSpace(Job(small_opt(), DTYPE, accelerator(h2d=2e8), 16, 4, 8), (EXACT,))
 
 
 def test_what_bounds_a_batch_shape_adds_up_what_its_lanes_bring_to_a_link() -> None:
     """Neither h2d nor h2d_weights takes as long as the gpu; both together take longer."""
-    solver, shape = Candidates(A_TASK), Policy(4, 2)
+    solver, shape = Candidates(A_SPACE), Policy(4, 2)
     seconds = {Lane.H2D: 1.0, Lane.H2D_WEIGHTS: 2.0, Lane.GPU: 2.5}
     phase = PhaseCost(seconds, {(kind, Tier.GPU): {} for kind in KINDS})
     [problem, *_] = solver.problems(shape)
@@ -116,9 +115,9 @@ def test_what_bounds_a_batch_shape_adds_up_what_its_lanes_bring_to_a_link() -> N
 def test_a_faster_link_is_faster_for_all_its_lanes_and_told_once() -> None:
     """Weights and caches cross it for all of the time, so 10 % more of it are 10 % more tokens."""
     below = Policy(8, 1, *[Placement.all_on(Tier.CPU)] * 3)
-    staging = A_TASK.plan(below).total(Tier.GPU)
-    small = replace(A_TASK.hardware, gpu_memory_bytes=staging)
-    more = gains(replace(A_TASK, hardware=small), below, 100.0).more
+    staging = A_SPACE.plan(below).total(Tier.GPU)
+    job = replace(A_SPACE.job, hardware=replace(A_SPACE.job.hardware, gpu_memory_bytes=staging))
+    more = sensitivity(replace(A_SPACE, job=job), below, 100.0).more
     assert more["10 % more of h2d"] == pytest.approx(10, abs=1)
     assert {name for name in more if name.startswith("10 %")} <= {
         f"10 % more of {one}" for one in (*PHYSICAL_LINKS, Lane.GPU, Lane.CPU)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.rates import SiteRates
 from flexgen_bench.core.tiers import Lane
+from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.forecast import contention
 from flexgen_bench.planner.simulator import COMPUTE, Contention, SharedCores, Simulator
 from flexgen_bench.schedule.buffer import Buffer
@@ -168,7 +169,7 @@ def test_any_graph_of_steps_takes_as_long_as_brute_force_says(
 def test_real_jobs_take_as_long_as_brute_force_says(job: PlannedJob) -> None:
     plan = job.plan
     passes = list(job.passes(plan))
-    assert_same(passes, job.cost(plan).seconds, job.policy.overlap, contention(job.hardware))
+    assert_same(passes, StepCost(plan).seconds, job.policy.overlap, contention(job.hardware))
 
 
 @given(jobs())
@@ -179,7 +180,7 @@ def test_lanes_keep_their_order_and_steps_wait(job: PlannedJob) -> None:
     plan = job.plan
     passes = list(job.passes(plan))
     steps = [step for one in passes for step in one]
-    cost = job.cost(plan)
+    cost = StepCost(plan)
     simulator = Simulator(cost.seconds, job.policy.overlap, contention(job.hardware), keep=True)
     times = [simulator.run_pass(one) for one in passes]
     total = simulator.now_s
@@ -215,7 +216,7 @@ def test_overlap_never_costs_anything(job: PlannedJob) -> None:
     apart = replace(job, policy=replace(job.policy, overlap=False)).forecast()
     assert together.total_s <= apart.total_s * (1 + EXACTLY)
     plan = job.plan
-    cost = job.cost(plan)
+    cost = StepCost(plan)
     alone = sum(cost.seconds(step) for steps in job.passes(plan) for step in steps)
     assert apart.total_s == pytest.approx(alone)
 

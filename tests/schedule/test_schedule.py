@@ -15,8 +15,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
-from flexgen_bench.models.packing import pack
-from flexgen_bench.models.registry import family
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.dependencies import DependencyTracker
@@ -29,7 +28,7 @@ from tests.support.shapes import opt_shape
 
 LAYERS = 3
 SHAPE = opt_shape(num_layers=LAYERS)
-PACKED = pack(SHAPE, family("opt").inventory(SHAPE), DType.FLOAT32)
+MODEL = Model.of(SHAPE, DType.FLOAT32)
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 EMULATED = HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=2**30)
 
@@ -45,7 +44,7 @@ class Case:
 
     @property
     def plan(self) -> MemoryPlan:
-        return plan_job(SHAPE, PACKED, DType.FLOAT32, self.policy, self.hardware, self.requests)
+        return plan_job(MODEL, self.policy, self.hardware, self.requests)
 
 
 @st.composite
@@ -279,9 +278,8 @@ def test_a_segment_that_nobody_will_attend_to_is_not_written() -> None:
 def test_a_large_head_is_loaded_in_pieces_between_the_layers() -> None:
     """In one piece it held the link until the layers in their slots were computed and the next were not there."""
     shape = model_spec("opt-1.3b").shape  # the head is two layers large, and 24 layers come before it
-    packed = pack(shape, family("opt").inventory(shape), DType.BFLOAT16)
     policy = Policy(1, 1, Placement(disk=1))
-    plan = plan_job(shape, packed, DType.BFLOAT16, policy, HOST, [Request(2, 1)])
+    plan = plan_job(Model.of(shape, DType.BFLOAT16), policy, HOST, [Request(2, 1)])
     scheduler = Scheduler(policy, plan)
     steps = list(scheduler.steps(scheduler.schedule()))
     loads = [s for s in steps if s.kind is StepKind.LOAD_WEIGHTS]

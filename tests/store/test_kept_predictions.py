@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.ask import Ask
@@ -23,8 +25,8 @@ from tests.support.simulated_cli import Run, add_system, document, make_run
 
 ENGINE = "flexgen_bench.planner.engine_predictor:EnginePredictor"
 MACHINE = host(64 * MIB)
-QUESTION = Question(small_opt(), DType.FLOAT16, MACHINE, 32, 4, 8)
-ASK = Ask("flexgen", ENGINE, {"share": 0.5}, {"policy": None}, QUESTION)
+JOB = Job(small_opt(), DType.FLOAT16, MACHINE, 32, 4, 8)
+ASK = Ask("flexgen", ENGINE, {"share": 0.5}, {"policy": None}, JOB)
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def changed(**fields: Any) -> Ask:
-    return replace(ASK, question=replace(QUESTION, **fields))
+    return replace(ASK, job=replace(JOB, **fields))
 
 
 def with_rates(change: Callable[[Any], Any]) -> Ask:
@@ -51,6 +53,7 @@ DIFFERENT = {
     "predictor": replace(ASK, predictor=ENGINE + "2"),
     "constants": replace(ASK, constants={"share": 0.51}),
     "options": replace(ASK, options={"policy": None, "more": 1}),
+    "a policy": replace(ASK, options={"policy": Policy(4)}),
     "shape": changed(shape=replace(small_opt(), num_layers=5)),
     "dtype": changed(dtype=DType.BFLOAT16),
     "prompt_len": changed(prompt_len=33),
@@ -70,10 +73,10 @@ def test_whatever_decides_an_answer_decides_its_key(name: str) -> None:
     assert DIFFERENT[name].key != ASK.key
 
 
-def test_every_field_of_a_question_has_been_changed() -> None:
-    """A field that is added to Question must not be left out of the key."""
+def test_every_field_of_a_job_has_been_changed() -> None:
+    """A field that is added to Job must not be left out of the key."""
     told = {"hardware": "memory"}
-    assert {told.get(f.name, f.name) for f in fields(Question)} <= set(DIFFERENT)
+    assert {told.get(f.name, f.name) for f in fields(Job)} <= set(DIFFERENT)
 
 
 def test_what_decides_nothing_is_not_in_the_key() -> None:
@@ -81,6 +84,8 @@ def test_what_decides_nothing_is_not_in_the_key() -> None:
     assert changed(hardware=sourced).key == ASK.key
     assert replace(ASK, name="another").key == ASK.key
     assert replace(ASK, options={}).key == ASK.key, "None is for the predictor to choose"
+    given = [replace(ASK, options={"policy": policy}).key for policy in (Policy(4), Policy(4).to_dict())]
+    assert given[0] == given[1], "a policy decides by what it says"
 
 
 def test_code_that_changes_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
-from flexgen_bench.core.prediction import Prediction, Question
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.planner.predictor import Predictor
 
 
@@ -15,30 +16,30 @@ class FakePredictor(Predictor):
     ``constants["overlaps"]`` the two overlap; with ``constants["kv_alone"]`` it chooses to compress the KV cache alone,
     where it may compress."""
 
-    asked: ClassVar[list[tuple[dict[str, object], Question]]] = []
+    asked: ClassVar[list[tuple[dict[str, object], Job]]] = []
 
-    def predict(self, question: Question) -> Prediction:
-        FakePredictor.asked.append((self.options, question))
+    def predict(self, job: Job) -> Prediction:
+        FakePredictor.asked.append((self.options, job))
         options = self.options
-        if question.num_gpus > 1:
+        if job.num_gpus > 1:
             raise CannotRun("one GPU only")
-        if question.shape.name == "opt-175b" and question.lossy.is_exact:
+        if job.shape.name == "opt-175b" and job.lossy.is_exact:
             raise DoesNotFit("cpu", 2, 1, "weights", "Take a smaller model.")
         if options.get("percent") == [4, 96, 0, 100, 0, 100]:
             raise UserError("system.options.percent", options["percent"], "something else")
         batch = options.get("batch_size") or 2
         if options.get("gpu_batch_size"):
             batch = options["gpu_batch_size"] * options["num_gpu_batches"]
-        lossy = question.lossy
+        lossy = job.lossy
         free = "kv_alone" in self.constants and not lossy.is_exact
         chosen = replace(lossy, weights=None) if free else None
         seconds = self.constants["slow"] * batch
         return Prediction(
             seconds,
             seconds,
-            question.num_prompts or batch,
-            question.prompt_len,
-            question.gen_len,
+            job.num_prompts or batch,
+            job.prompt_len,
+            job.gen_len,
             batch,
             overlapped=bool(self.constants.get("overlaps")),
             settings={"policy": {"lossy": chosen.to_dict()}} if chosen is not None else {},

@@ -13,9 +13,7 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.models.packing import PackedModel, pack
-from flexgen_bench.models.registry import family
-from flexgen_bench.planner.cost import StepCost
+from flexgen_bench.models.model import Model
 from flexgen_bench.planner.forecast import Forecast, closed_form, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.schedule.scheduler import Scheduler
@@ -110,13 +108,13 @@ def small_llama(layers: int = 3, hidden: int = 64, vocab: int = 64) -> ModelShap
     )
 
 
-def packed(shape: ModelShape, lossy: Lossy = EXACT) -> PackedModel:
-    return pack(shape, family(shape.family).inventory(shape), DTYPE, lossy.weights)
+def model_of(shape: ModelShape, lossy: Lossy = EXACT) -> Model:
+    return Model.of(shape, DTYPE, lossy.weights)
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job on a machine, ready to be played."""
+    """A job on a machine, ready to be simulated."""
 
     shape: ModelShape
     policy: Policy
@@ -124,15 +122,8 @@ class PlannedJob:
     requests: tuple[Request, ...]
 
     @property
-    def packed(self) -> PackedModel:
-        return packed(self.shape, self.policy.lossy)
-
-    @property
     def plan(self) -> MemoryPlan:
-        return plan_job(self.shape, self.packed, DTYPE, self.policy, self.hardware, self.requests)
-
-    def cost(self, plan: MemoryPlan) -> StepCost:
-        return StepCost(self.shape, self.packed, DTYPE, self.policy, self.hardware, plan.job)
+        return plan_job(model_of(self.shape, self.policy.lossy), self.policy, self.hardware, self.requests)
 
     def passes(self, plan: MemoryPlan) -> Iterator[list[Step]]:
         """Every step, pass by pass."""
@@ -142,11 +133,11 @@ class PlannedJob:
             scheduler.postprocess()
 
     def forecast(self, points: int | None = None, keep: bool = False) -> Forecast:
-        """Played; all passes unless ``points`` says otherwise."""
-        return forecast(self.shape, self.packed, DTYPE, self.policy, self.hardware, self.plan, points=points, keep=keep)
+        """Simulated; all passes unless ``points`` says otherwise."""
+        return forecast(self.plan, points=points, keep=keep)
 
     def closed_form(self, points: int | None = None) -> Forecast:
-        return closed_form(self.shape, self.packed, DTYPE, self.policy, self.hardware, self.plan, points=points)
+        return closed_form(self.plan, points=points)
 
 
 def a_job(

@@ -33,7 +33,7 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Job:
+class Block:
     """``stages``: machines that share the layers; ``layers`` are those of the last stage, the slowest, or of one before
     it."""
 

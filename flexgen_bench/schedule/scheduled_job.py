@@ -74,8 +74,8 @@ class WeightBuffer:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A whole job for the generator.
+class ScheduledJob:
+    """A planned job for the generator.
 
     weight_slots: staging buffers for streamed layers where they are computed, and as many in host memory for those on
     disk when an accelerator computes. plain_slots: room for unpacked weights, of plain_slot_bytes each. stages: staging

@@ -1,0 +1,135 @@
+"""How fast a policy is, for a search that compares hundreds: each simulated once, deep models by a few layers."""
+
+from __future__ import annotations
+
+from flexgen_bench.core.errors import DoesNotFit
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.forecast import Forecast, forecast
+from flexgen_bench.planner.memory_plan import MemoryPlan, weight_tiers
+from flexgen_bench.planner.pass_kinds import POINTS as POINTS_OF_A_CHOICE
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
+
+# A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have
+# another share of them than it has of all: what is read from it is off by at most this part, or as little as that many
+# layers allow.
+THIN_LAYERS = 12
+SHARE_ERROR = 0.05
+POINTS = 3  # passes of a kind that are simulated while policies are compared
+# A policy is simulated on all layers if that takes no more steps than this.
+FULL_STEPS = 60_000
+
+_BELOW = (Tier.CPU, Tier.DISK)  # what is read from them takes time
+
+
+class Evaluator:
+    """Tokens per second of the policies of one space. steps: simulated so far, to compare policies."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.steps = 0
+        self._known: dict[Policy, Forecast | None] = {}  # None: does not fit
+        self._in_full: dict[Policy, Forecast] = {}
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the model has too many layers to simulate all of them for every policy."""
+        return self.space.job.shape.num_layers > 2 * THIN_LAYERS
+
+    @property
+    def tried(self) -> int:
+        """Policies that were looked at."""
+        return len(self._known)
+
+    def tok_per_s(self, policy: Policy) -> float:
+        """On simulated lanes; 0 for what does not fit or takes too long."""
+        times = self._simulated(policy)
+        return 0.0 if times is None else self._speed(policy, times)
+
+    def full_tok_per_s(self, policy: Policy) -> float:
+        """The same, on all layers where that does not take too long."""
+        return self._speed(policy, self._full(policy)) if self._simulated(policy) else 0.0
+
+    def fits(self, policy: Policy) -> bool:
+        """Whether there is room for it, however long it takes."""
+        return self._simulated(policy) is not None
+
+    def of_choice(self, policy: Policy) -> Forecast:
+        """Of the policy chosen, which fits: with as many passes of every kind as a given policy's forecast has."""
+        times = self._full(policy)
+        return times if self._is_long(times) else forecast(self.space.plan(policy), points=POINTS_OF_A_CHOICE)
+
+    def alternative(self, chosen: Policy) -> Alternative | None:
+        """The fastest of what was simulated that works in another way and is no faster."""
+        mine, most = way_of_working(chosen), self.tok_per_s(chosen)
+        others = [p for p in self._known if way_of_working(p) != mine and 0 < self.tok_per_s(p) <= most]
+        best = max(others, key=self.tok_per_s, default=None)
+        if best is None:
+            return None
+        times = self._simulated(best)
+        assert times is not None, "it has a speed"
+        return Alternative(best, self.tok_per_s(best) / most, busy_shares(times, self.space.job.hardware))
+
+    def _simulated(self, policy: Policy) -> Forecast | None:
+        """Once, however often it is asked about."""
+        if policy not in self._known:
+            try:
+                plan = self.space.plan(policy)
+            except DoesNotFit:
+                self._known[policy] = None
+            else:
+                self._known[policy] = self._times(plan)
+        return self._known[policy]
+
+    def _full(self, policy: Policy) -> Forecast:
+        """Of a policy that fits. On all layers it does not count as a try."""
+        times = self._simulated(policy)
+        assert times is not None, "what is chosen fits"
+        if self._is_long(times):
+            return times
+        if policy not in self._in_full:
+            self._in_full[policy] = forecast(self.space.plan(policy), points=POINTS)
+        return self._in_full[policy]
+
+    def _is_long(self, times: Forecast) -> bool:
+        """Whether a policy takes too many steps to be simulated on all layers, going by what was simulated of it."""
+        return times.steps * self.space.job.shape.num_layers >= FULL_STEPS * THIN_LAYERS
+
+    def _speed(self, policy: Policy, times: Forecast) -> float:
+        count, latest = self.space.count(policy), self.space.job.max_latency_s
+        blocks = max(1.0, count / policy.block_size)
+        if latest is not None and times.total_s / blocks > latest:
+            return 0.0
+        return count * self.space.job.gen_len / times.total_s
+
+    def _times(self, plan: MemoryPlan) -> Forecast:
+        """Of the whole job; of a deep model, from a shallow one."""
+        policy, few = plan.policy, self._like_all(plan) if self.is_deep else None
+        if few is not None:
+            plan = self.space.plan_of(plan.model.shallow(few), policy, self.space.count(policy))
+        times = forecast(plan, points=POINTS)
+        self.steps += times.steps
+        return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
+
+    def _like_all(self, plan: MemoryPlan) -> int:
+        """How many layers lie on the tiers as all of them do, nearly."""
+        all_of_them = _shares([unit.tier for unit in plan.job.units])
+
+        def error(few: int) -> float:
+            shares = _shares(weight_tiers(plan.model.shallow(few).packed, plan.policy.weights))
+            least = 1 / plan.model.shape.num_layers
+            return max(abs(shares[t] - all_of_them[t]) / (all_of_them[t] or least) for t in _BELOW)
+
+        best = THIN_LAYERS
+        for few in range(THIN_LAYERS, 2 * THIN_LAYERS + 1):
+            if error(few) <= SHARE_ERROR:
+                return few
+            best = min(best, few, key=error)
+        return best
+
+
+def _shares(tiers: list[Tier]) -> dict[Tier, float]:
+    """Of the layers alone, without embedding and head."""
+    layers = tiers[1:-1]
+    return {tier: layers.count(tier) / len(layers) for tier in Tier}
