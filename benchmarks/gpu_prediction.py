@@ -26,6 +26,7 @@ from flexgen_bench.checkpoints import dummy_weights
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
@@ -121,7 +122,7 @@ def main() -> int:
     profile = with_calibration(whole, rates)
     weights = {c: packed_weights(given.layers, c, given.cache) for c in (None, FOUR)}
     report = Report("gpu_prediction", Evidence.MEASURED, opts)
-    report.settings = {"rates": rates.to_dict(), "layers": given.layers}
+    report.settings = {"rates": to_json(rates), "layers": given.layers}
     errors = []
     for case in cases():
         if given.only not in case.name:
@@ -147,7 +148,7 @@ def main() -> int:
         report.rounds.append(
             {
                 "case": case.name,
-                "policy": case.policy.to_dict(),
+                "policy": to_json(case.policy),
                 "job": vars(case.job),
                 "predicted": {"prefill_s": times.prefill_s, "decode_s": times.decode_s},
                 "achieved": [m.to_dict() for m in achieved],

@@ -23,6 +23,7 @@ from common import Bar, Options, Report, options
 from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, predicted, run
 from yardstick import Yardstick, as_fast, open_yardstick
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -134,7 +135,7 @@ class Outcome:
         return {
             "case": case.name,
             "machine": "host" if case.here else "emulated",
-            "policy": case.policy.to_dict(),
+            "policy": to_json(case.policy),
             "job": vars(case.job),
             "predicted": _phases(self.ran.predicted),
             "as_drifted": _phases(self.drifted),
@@ -154,7 +155,7 @@ class Round:
 
     def to_dict(self) -> dict[str, object]:
         return {
-            "rates": self.rates.to_dict(),
+            "rates": to_json(self.rates),
             "speeds": dict(self.speeds),
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
         }

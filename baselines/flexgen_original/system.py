@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from baselines.flexgen_original import package, settings
 from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.record import SystemReport
@@ -80,7 +81,7 @@ class FlexGenOriginal(System):
         self._ask(
             {
                 "model": shape.name,
-                "shape": shape.to_dict(),
+                "shape": to_json(shape),
                 "settings": self._settings.to_dict(),
                 "threads": self.spec.threads,
                 "gpu_memory_bytes": self.spec.hardware.gpu_memory_bytes,

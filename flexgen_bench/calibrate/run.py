@@ -19,6 +19,7 @@ from flexgen_bench.calibrate.reading import memory_probe
 from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Probe, Progress, Reading, measure
 from flexgen_bench.calibrate.steps import step_probe
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.kernels.native.build import library
@@ -124,7 +125,7 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
             place = place.setdefault(key, {})
         place[last] = _rounded(_constant(name, reading, readings))
         spread[name] = round(reading.spread, 4)
-    return Rates.from_dict(data | {"spread": spread}, "calibration")
+    return from_json(Rates, data | {"spread": spread}, "calibration")
 
 
 def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> float:

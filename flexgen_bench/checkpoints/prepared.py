@@ -28,6 +28,7 @@ from flexgen_bench.checkpoints.writer import (
     write_weights,
 )
 from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
@@ -58,7 +59,7 @@ _GGUF_FORMAT = 2
 
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
-    identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
+    identity = {"format": _FORMAT, "model": to_json(model), "dtype": dtype.value}
     if model.weights in (WeightSource.PATH, WeightSource.HUB):
         identity["reading"] = _READING
     if model.weights is WeightSource.PATH:

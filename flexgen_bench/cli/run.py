@@ -209,7 +209,7 @@ def _tell(text: str) -> None:
 def _summary(outcome: Outcome) -> list[Record]:
     """Print the tables and, as the last line where a program reads them, one JSON document that names the records and
     holds what was simulated. The records."""
-    from flexgen_bench.report.prediction_json import to_json
+    from flexgen_bench.report.prediction_json import row_json
     from flexgen_bench.report.prediction_table import print_predictions
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
@@ -231,7 +231,7 @@ def _summary(outcome: Outcome) -> list[Record]:
     counts = Counter(record.status.value for record in found)
     document = {
         "records": [str(path) for path in records],
-        "simulated": [to_json(row, tables) for row in simulated],
+        "simulated": [row_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
     wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json

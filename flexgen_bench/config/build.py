@@ -11,6 +11,7 @@ from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.config.schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
 from flexgen_bench.config.typed import load_typed
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import expanded
@@ -113,7 +114,7 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
         device_match=match,
         links=conf.links,
         sources=conf.sources,
-        rates=None if conf.rates is None else Rates.from_dict(conf.rates),
+        rates=None if conf.rates is None else from_json(Rates, conf.rates, "gpu.rates"),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.status import Evidence
 
@@ -52,7 +53,7 @@ class Subject:
 
     @property
     def changes(self) -> Lossy:
-        return Lossy.from_dict(dict(self.lossy))
+        return from_json(Lossy, self.lossy, "lossy")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
@@ -290,6 +291,6 @@ def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtyp
         file_bytes=packed.file_bytes,
         dtype=dtype,
         prefixes=family.prefixes,
-        description=shape.to_dict(),
+        description=to_json(shape),
         compression=packed.compression,
     )

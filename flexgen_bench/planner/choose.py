@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
@@ -59,35 +60,6 @@ class PolicyQuestion:
     def about(requests: Sequence[Request], **more: Any) -> PolicyQuestion:
         """The question for a job of these requests; ``more``: the other fields."""
         return PolicyQuestion(request=worst_of(requests), count=len(requests), **more)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.to_dict(),
-            "dtype": self.dtype.value,
-            "hardware": self.hardware.to_dict(),
-            "request": [self.request.prompt_len, self.request.gen_len],
-            "count": self.count,
-            "available": {str(tier): free for tier, free in self.available.items()},
-            "lossy": self.lossy.to_dict(),
-            "block_size": self.block_size,
-            "scored_rows": self.scored_rows,
-            "max_latency_s": self.max_latency_s,
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> PolicyQuestion:
-        return PolicyQuestion(
-            shape=ModelShape(**data["shape"]),
-            dtype=DType(data["dtype"]),
-            hardware=HardwareProfile.from_dict(data["hardware"]),
-            request=Request(*data["request"]),
-            count=data["count"],
-            available={Tier(tier): free for tier, free in data["available"].items()},
-            lossy=Lossy.from_dict(data["lossy"]),
-            block_size=data["block_size"],
-            scored_rows=data["scored_rows"],
-            max_latency_s=data["max_latency_s"],
-        )
 
     def answer(self) -> Policy:
         """The policy, searched for in this process. Raises DoesNotFit, and UserError for rates that lack what the job
@@ -159,7 +131,7 @@ def _ask(question: PolicyQuestion) -> Policy | None:
             errors="replace",
         ) as child:
             try:
-                out, err = child.communicate(json.dumps(question.to_dict()))
+                out, err = child.communicate(json.dumps(to_json(question)))
             except BaseException:
                 child.kill()
                 child.wait()
@@ -171,7 +143,7 @@ def _ask(question: PolicyQuestion) -> Policy | None:
     try:
         answer = json.loads(out)
         policy, refused = answer["policy"], answer["refused"]
-        found = None if policy is None else Policy.from_dict(policy)
+        found = None if policy is None else from_json(Policy, policy, "policy")
     except (ValueError, TypeError, KeyError) as error:
         raise _NoAnswer(f"its process gave no answer, but {out[:80]!r}") from error
     if refused is not None:
@@ -196,7 +168,7 @@ def main() -> None:
     """The other process: a question on standard input, its answer on standard output."""
     answer: dict[str, Any] = {"policy": None, "refused": None}
     try:
-        answer["policy"] = PolicyQuestion.from_dict(json.load(sys.stdin)).answer().to_dict()
+        answer["policy"] = to_json(from_json(PolicyQuestion, json.load(sys.stdin), "question").answer())
     except DoesNotFit:
         pass  # who asks tries the rule, which says what is missing
     except UserError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.device_memory import beside_bytes, job_bytes
 from flexgen_bench.core.errors import CannotRun
@@ -37,7 +38,7 @@ class EnginePredictor(Predictor):
             raise CannotRun("this engine uses one GPU")
         rates_of(question.hardware)
         given = self.options.get("policy")
-        policy = None if given is None else Policy.from_dict(dict(given))
+        policy = None if given is None else from_json(Policy, given, "policy")
         task = _task(question, policy)
         if policy is not None:
             plan = task.plan(policy)
@@ -98,7 +99,7 @@ def _prediction(task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, w
         bytes=_bytes(task, plan),
         lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
         bottleneck=_bottleneck(busy, times.total_s),
-        settings={"policy": policy.to_dict(), **words},
+        settings={"policy": to_json(policy), **words},
         disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
         overlapped=policy.mixes_phases(prompts),
     )

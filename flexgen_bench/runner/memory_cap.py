@@ -13,10 +13,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.units import format_bytes
 
@@ -39,13 +37,6 @@ class MemoryCap:
     oom_kills: int = 0
     includes_page_cache: bool = False
     reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> MemoryCap:
-        return MemoryCap(**data)
 
 
 class CapUnavailable(RuntimeError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexgen_bench.config.paths import shipped_predictions
 from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.policy import Policy
@@ -193,7 +194,7 @@ def as_recorded(row: Simulated) -> dict[str, Any]:
     }
     given = row.spec.policy if row.model.follows_policy else None
     if row.prediction is None:
-        return found | {"reason": row.reason} | _for(None if given is None else given.to_dict())
+        return found | {"reason": row.reason} | _for(None if given is None else to_json(given))
     return (
         found
         | _for(row.prediction.settings.get("policy"))
@@ -239,5 +240,5 @@ def _options(asked: Asked, lossy: Lossy) -> dict[str, Any]:
     if not asked.model.follows_policy:
         return options
     policy = asked.spec.policy
-    given = None if policy is None else replace(policy, lossy=lossy).to_dict()
+    given = None if policy is None else to_json(replace(policy, lossy=lossy))
     return options | {"policy": given}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -111,7 +112,7 @@ class FlexGenSystem(System):
         lanes = [lane for lane in Lane if any(lane in r.lanes for r in self._results)]
         notes = () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
         return SystemReport(
-            requested=policy.to_dict(),
+            requested=to_json(policy),
             realised={
                 "weights": dict(plan.realised_weights),
                 "kv_cache": dict(plan.realised_kv_cache),

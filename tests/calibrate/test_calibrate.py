@@ -20,6 +20,7 @@ from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, Site
 from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Patience, Probe, Progress, Reading, measure, spread_of
 from flexgen_bench.cli.calibrate import main
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates
@@ -126,7 +127,7 @@ def test_a_written_profile_is_a_machine_of_the_command_line(
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)["gpu"]
     assert shown["sources"]["disk_read"].startswith("measured here on ")
-    assert Rates.from_dict(shown["rates"]).sites == measured[0].rates.sites
+    assert from_json(Rates, shown["rates"], "gpu.rates").sites == measured[0].rates.sites
 
 
 def test_the_profile_of_a_machine_without_gpu_has_no_links_to_one() -> None:

@@ -13,6 +13,7 @@ from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.work import divide
 from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
@@ -46,11 +47,11 @@ def asked(model: SystemModel = ENGINE, policy: Policy | None = None) -> Asked:
 def test_the_policy_that_ran_is_predicted_and_named(tmp_path: Path) -> None:
     first = as_recorded(predict(asked(), EXACT, tmp_path))
     assert first["status"] == "ok"
-    assert first["policy"] != SLOWER.to_dict()
-    row = predict_policy(asked(), SLOWER.to_dict(), tmp_path)
+    assert first["policy"] != to_json(SLOWER)
+    row = predict_policy(asked(), to_json(SLOWER), tmp_path)
     assert row is not None
     again = as_recorded(row)
-    assert again["policy"] == SLOWER.to_dict()
+    assert again["policy"] == to_json(SLOWER)
     assert again["tok_per_s"] < first["tok_per_s"]
     given = as_recorded(predict(asked(policy=SLOWER), EXACT, tmp_path))
     assert again == given
@@ -58,20 +59,20 @@ def test_the_policy_that_ran_is_predicted_and_named(tmp_path: Path) -> None:
 
 def test_a_policy_brings_its_own_compression(tmp_path: Path) -> None:
     lossy = Lossy(weights=Compression(4))
-    row = predict_policy(asked(), replace(SLOWER, lossy=lossy).to_dict(), tmp_path)
+    row = predict_policy(asked(), to_json(replace(SLOWER, lossy=lossy)), tmp_path)
     assert row is not None
     assert row.lossy == lossy
-    assert Policy.from_dict(as_recorded(row)["policy"]).lossy == lossy
+    assert from_json(Policy, as_recorded(row)["policy"], "policy").lossy == lossy
 
 
 def test_a_policy_without_room_is_told_as_such(tmp_path: Path) -> None:
     huge = Policy(8, 100_000, CPU, CPU, CPU)
     many = replace(asked(), num_prompts=800_000)
-    row = predict_policy(many, huge.to_dict(), tmp_path)
+    row = predict_policy(many, to_json(huge), tmp_path)
     assert row is not None
     told = as_recorded(row)
     assert told["status"] == "oom"
-    assert told["policy"] == huge.to_dict()
+    assert told["policy"] == to_json(huge)
     assert "needs" in told["reason"]
 
 
@@ -149,6 +150,6 @@ def test_who_is_asked_again(model: SystemModel, policy: Policy | None, is_asked_
     assert cell.predict is not None
     assert (cell.predict_policy is not None) == is_asked_again
     if cell.predict_policy is not None:
-        told = cell.predict_policy(SLOWER.to_dict())
+        told = cell.predict_policy(to_json(SLOWER))
         assert told is not None
-        assert told["policy"] == SLOWER.to_dict()
+        assert told["policy"] == to_json(SLOWER)

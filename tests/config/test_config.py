@@ -16,6 +16,7 @@ from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.config.schema import AppConf
 from flexgen_bench.config.typed import app_conf
 from flexgen_bench.core.cell import CellSpec, WeightSource
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator
@@ -62,7 +63,7 @@ def test_every_choice_composes_into_the_schema(group: str, name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["model"])
 def test_every_model_makes_a_cell_that_survives_a_process_border(name: str) -> None:
     cell = spec(f"model={name}", "workload=tiny")
-    again = CellSpec.from_dict(cell.to_dict())
+    again = from_json(CellSpec, to_json(cell), "spec")
     assert again == cell
     assert again.spec_hash == cell.spec_hash
     assert cell.model == model_spec(name)
@@ -251,16 +252,16 @@ def test_what_is_lossy_is_asked_for_under_any_policy(policy: str) -> None:
     assert exact.lossy == EXACT
     assert lossy.lossy == Lossy(weights=Compression(4))
     assert lossy.spec_hash != exact.spec_hash
-    assert CellSpec.from_dict(lossy.to_dict()) == lossy
+    assert from_json(CellSpec, to_json(lossy), "spec") == lossy
 
 
 def test_a_latency_for_the_policy_that_is_searched_for() -> None:
     """Part of what is asked, but only where it is: records of other cells keep their hashes."""
     free, bound = spec(), spec("policy.max_latency_s=30")
     assert (free.max_latency_s, bound.max_latency_s) == (None, 30)
-    assert "max_latency_s" not in free.to_dict()
+    assert "max_latency_s" not in to_json(free)
     assert bound.spec_hash != free.spec_hash
-    assert CellSpec.from_dict(bound.to_dict()) == bound
+    assert from_json(CellSpec, to_json(bound), "spec") == bound
     for wrong in ("policy.max_latency_s=0", "policy.max_latency_s=-3", "policy.max_latency_s=.nan"):
         with pytest.raises(UserError, match=r"policy\.max_latency_s"):
             spec(wrong)
@@ -282,7 +283,7 @@ def test_a_latency_for_the_policy_that_is_searched_for() -> None:
 def test_ways_to_say_how_weights_are_compressed(given: str, expected: Compression | None) -> None:
     found = spec(given)
     assert found.lossy == Lossy(weights=expected)
-    assert CellSpec.from_dict(found.to_dict()) == found
+    assert from_json(CellSpec, to_json(found), "spec") == found
 
 
 REFUSED = [

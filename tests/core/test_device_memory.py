@@ -11,6 +11,7 @@ import pytest
 from baselines.common.machine import Machine, largest_that_fits
 from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.device_memory import CONTEXT_BYTES, DRIVER_BYTES, WORKSPACE_BYTES, job_bytes, process_bytes
 from flexgen_bench.core.errors import DoesNotFit
@@ -47,7 +48,7 @@ def question(hardware: HardwareProfile) -> Question:
 
 
 def predicted(hardware: HardwareProfile) -> dict[str, int]:
-    options = {"policy": RESIDENT.to_dict()}
+    options = {"policy": to_json(RESIDENT)}
     return dict(EnginePredictor({}, options).predict(question(hardware)).bytes)
 
 
@@ -90,7 +91,7 @@ def test_a_policy_that_has_run_is_predicted_whatever_the_model_says_of_memory(tm
     )
     asked = Asked(spec, ENGINE, 1)
     assert predict(asked, EXACT, tmp_path).status is Status.OOM
-    row = predict_policy(asked, RESIDENT.to_dict(), tmp_path)
+    row = predict_policy(asked, to_json(RESIDENT), tmp_path)
     assert row is not None
     assert row.status is Status.OK
 

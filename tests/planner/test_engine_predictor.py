@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy, Schedule
@@ -21,7 +22,7 @@ CONTINUOUS = Policy(2, 2, CPU, CPU, CPU, schedule=Schedule.CONTINUOUS)
 
 def predicted(policy: Policy, prompts: int) -> Prediction:
     question = Question(small_opt(), DType.FLOAT16, host(), 32, 8, num_prompts=prompts)
-    return EnginePredictor({}, {"policy": policy.to_dict()}).predict(question)
+    return EnginePredictor({}, {"policy": to_json(policy)}).predict(question)
 
 
 def test_it_cannot_use_several_gpus() -> None:

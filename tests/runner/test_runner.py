@@ -17,6 +17,7 @@ import pytest
 
 import flexgen_bench.runner.suite
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -161,7 +162,7 @@ def test_a_good_run_is_predicted_for_the_policy_that_ran(suite: Any) -> None:
         ran.append(policy)
         return {"tok_per_s": 251.0, "policy": policy} if policy else None
 
-    chosen = Policy(2, 2).to_dict()
+    chosen = to_json(Policy(2, 2))
     assert predicted("Choosing", again) == {"tok_per_s": 251.0, "policy": chosen}
     assert predicted("Choosing", None) == {"tok_per_s": 343.0}
     assert predicted("Counting", again) == {"tok_per_s": 343.0}

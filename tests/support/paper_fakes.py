@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.prediction import Prediction, Question
 from flexgen_bench.planner.predictor import Predictor
@@ -41,5 +42,5 @@ class FakePredictor(Predictor):
             question.gen_len,
             batch,
             overlapped=bool(self.constants.get("overlaps")),
-            settings={"policy": {"lossy": chosen.to_dict()}} if chosen is not None else {},
+            settings={"policy": {"lossy": to_json(chosen)}} if chosen is not None else {},
         )

@@ -11,6 +11,7 @@ import numpy as np
 from flexgen_bench.accuracy.compare.compare import ALPHA, ModeComparison
 from flexgen_bench.accuracy.compare.statistics import mean_draws, mean_of
 from flexgen_bench.core.accuracy import ModeRecord
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.digits import fixed
 
@@ -151,7 +152,7 @@ def _not_worse(coarse: Seen, fine: Seen) -> str:
 def _shape(lossy: Lossy) -> tuple[object, ...]:
     """Everything but the weights' bits."""
     assert lossy.weights is not None
-    rest = {k: v for k, v in lossy.weights.to_dict().items() if k != "bits"}
+    rest = {k: v for k, v in to_json(lossy.weights).items() if k != "bits"}
     return tuple(sorted(rest.items())), lossy.kv_cache, lossy.value_share
 
 
