@@ -11,9 +11,9 @@ import pytest
 from hydra import initialize_config_dir
 
 from flexgen_bench.cells.budget import Fitted
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.compose import composed, plan
 from flexgen_bench.config.build import cell_spec, hardware_profile
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import UserError
