@@ -98,7 +98,8 @@ def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
         for piece in slices:
             theirs[str(lane), piece.kind, piece.token == 0] += piece.seconds
     return [
-        f"    {lane:12} {kind:16} {'prompt' if first else 'later':6} {ours[lane, kind, first]:7.3f} {theirs[lane, kind, first]:7.3f}"
+        f"    {lane:12} {kind:16} {'prompt' if first else 'later':6} {ours[lane, kind, first]:7.3f} "
+        f"{theirs[lane, kind, first]:7.3f}"
         for lane, kind, first in sorted(set(ours) | set(theirs))
     ]
 
@@ -138,7 +139,8 @@ def main() -> int:
         errors.append(times.total_s / seconds - 1)
         last = achieved[-1]
         print(
-            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill {times.prefill_s:.2f}/{last.prefill_s:.2f}, "
+            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill "
+            f"{times.prefill_s:.2f}/{last.prefill_s:.2f}, "
             f"decode {times.decode_s:.2f}/{last.decode_s:.2f}",
             flush=True,
         )

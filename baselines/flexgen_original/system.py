@@ -116,7 +116,8 @@ class FlexGenOriginal(System):
         ]
         if self._settings.is_known_wrong:
             notes.append(
-                "its tokens are known to be wrong with these settings (attention on the cpu, two or more batches, overlap)"
+                "its tokens are known to be wrong with these settings (attention on the cpu, two or more batches, "
+                "overlap)"
             )
         chosen = self._settings.to_dict()
         return SystemReport(

@@ -74,7 +74,8 @@ def plan(
 
     Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
     the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. local:
-    settles what cells leave open. is_sweep: this is one run of a ``--multirun``. Must be called while Hydra is initialised. Raises UserError.
+    settles what cells leave open. is_sweep: this is one run of a ``--multirun``. Must be called while Hydra is
+    initialised. Raises UserError.
     """
     local = local or Unmeasured()
     suite = suite_of(conf, overrides, suite)

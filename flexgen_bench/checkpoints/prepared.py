@@ -116,7 +116,8 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
         folder = trained_folder(model.location, cache)
         if not (folder / "config.json").exists():
             raise StoreError(
-                f"{model.location} has not been trained on this machine. Run python scripts/train_small_opt.py (minutes), "
+                f"{model.location} has not been trained on this machine. Run python scripts/train_small_opt.py "
+                "(minutes), "
                 "or use weights=dummy."
             )
         return folder

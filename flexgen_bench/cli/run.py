@@ -247,7 +247,8 @@ def _warning(record: Record) -> str:
     lines = record.reason.strip().splitlines() or ["no reason"]
     reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return (
-        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the table; "
+        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the "
+        "table; "
         f"what the others did stands. Again: {record.rerun_command}"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.tiers import Tier
 
 
@@ -113,7 +113,7 @@ class Policy:
         for name, enum in choices.items():
             value = getattr(self, name)
             if value not in list(enum):
-                raise UserError(f"policy.{name}", value, " or ".join(repr(str(v)) for v in enum))
+                raise unknown_choice(f"policy.{name}", value, enum)
             object.__setattr__(self, name, enum(value))
         if not isinstance(self.lossy, Lossy):
             raise UserError("policy.lossy", self.lossy, "a Lossy")

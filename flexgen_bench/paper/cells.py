@@ -22,7 +22,8 @@ from flexgen_bench.published.quoted import Quoted
 
 NOTHING = "-"
 OVERLAPPED = (
-    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own; "
+    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of "
+    "its own; "
     "only the whole job has"
 )
 _EXACT = str(EXACT)
@@ -202,8 +203,10 @@ def _uncounted(row: Quoted, name: str) -> UserError:
     return UserError(
         f"table.predict.{row.metric}",
         name,
-        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} tokens it is not)",
-        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a throughput, or block_latency_s.",
+        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} "
+        "tokens it is not)",
+        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a "
+        "throughput, or block_latency_s.",
     )
 
 

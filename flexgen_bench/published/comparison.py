@@ -38,13 +38,18 @@ def why_no_ratio(row: Simulated, tables: Path) -> str:
     if not is_printed_machine(tables, row.hardware):
         return "No ratio: this is another machine than the paper's."
     if row.question.num_prompts is not None:
-        return "No ratio: the paper's job is another, one block of each system's own; leave out workload.num_prompts to compare."
+        return (
+            "No ratio: the paper's job is another, one block of each system's own; leave out workload.num_prompts to "
+            "compare."
+        )
     if quoted.is_coarse:
         return f"No ratio beside {quoted.generation.value}: it is rounded to one digit."
     other = quoted.block_size not in (None, row.prediction.batch_size)
     if other and not row.model.follows_policy:
         return (
-            f"No model error of {row.spec.system}: the paper ran {quoted.block_size} prompts at once, the model finds room for "
-            f"{row.prediction.batch_size}. system={row.spec.system} system.options.batch_size={quoted.block_size} compares."
+            f"No model error of {row.spec.system}: the paper ran {quoted.block_size} prompts at once, the model finds "
+            "room for "
+            f"{row.prediction.batch_size}. system={row.spec.system} system.options.batch_size={quoted.block_size} "
+            "compares."
         )
     return ""

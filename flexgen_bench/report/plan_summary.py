@@ -69,7 +69,8 @@ def title(summary: PlanSummary) -> str:
     count = "as many prompts as a block holds" if job.num_prompts is None else f"{job.num_prompts} prompts"
     named = f"{summary.cell.name}: " if summary.cell.name else ""
     return (
-        f"{named}{row.label}, {job.shape.name} ({row.spec.model.weights} weights), {job.dtype}, on {row.hardware.name}; "
+        f"{named}{row.label}, {job.shape.name} ({row.spec.model.weights} weights), {job.dtype}, on "
+        f"{row.hardware.name}; "
         f"{count}, {job.prompt_len} + {job.gen_len} tokens [{Evidence.SIMULATED}]"
     )
 

@@ -143,7 +143,8 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
         lines.append(f"{', '.join(ours)} = this project's engine.")
     if any(row.prediction is not None and row.prediction.overlapped for row in rows):
         lines.append(
-            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and what a "
+            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only "
+            "the total means something, and what a "
             "block takes is what a sequence takes on average."
         )
     if any(row.question.num_prompts is None for row in rows):

@@ -128,7 +128,10 @@ def test_summaries(tmp_path: Path) -> None:
 def test_snippets_are_clear_cases(tmp_path: Path) -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz") as inner:
-        text = b"1\t2.5\tA ''great'' film, truly.\n2\t0.4\tIt is a film, and long.\n3\t-3\tbad\n4\t-2.0\tAn awful, awful film.\n"
+        text = (
+            b"1\t2.5\tA ''great'' film, truly.\n2\t0.4\tIt is a film, and long.\n3\t-3\tbad\n4\t-2.0\tAn awful, awful "
+            b"film.\n"
+        )
         info = tarfile.TarInfo("x/movie.txt")
         info.size = len(text)
         inner.addfile(info, io.BytesIO(text))

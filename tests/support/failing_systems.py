@@ -13,8 +13,9 @@ from typing import ClassVar
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 
 class Counting(System):

@@ -14,13 +14,20 @@ NOTHING = "-"
 _TOLD = 5
 
 READING = """\
-- **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same item under both.
-- **Change** is the mode's score minus the exact one, in points (hundredths) where scores lie between 0 and 1, with its 95 % interval (percentile bootstrap \
-over items, 4,000 resamples with a fixed seed; whole subjects are drawn where items have one). **lost / won**: items that only the exact model, or only the mode, got right.
-- **p** is McNemar's exact test (the bootstrap's where an item is not just right or wrong), adjusted by Holm for all tasks of the mode: below 0.05 chance does not explain the change.
-- **Added bits per byte** is the added log-loss of the right text, per byte of that text: far more sensitive than accuracy.
-- **equivalent**: the 90 % interval (two one-sided tests at 5 %) lies inside the margin; for right-or-wrong items it is the wider of the bootstrap's and Tango's score interval, \
-so that equal answers on few items prove nothing. Perplexities are judged by added bits per byte. **worse**, **better**: not shown to lie inside the margin, and chance does not explain the change. \
+- **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same \
+item under both.
+- **Change** is the mode's score minus the exact one, in points (hundredths) where scores lie between 0 and 1, with \
+its 95 % interval (percentile bootstrap \
+over items, 4,000 resamples with a fixed seed; whole subjects are drawn where items have one). **lost / won**: items \
+that only the exact model, or only the mode, got right.
+- **p** is McNemar's exact test (the bootstrap's where an item is not just right or wrong), adjusted by Holm for all \
+tasks of the mode: below 0.05 chance does not explain the change.
+- **Added bits per byte** is the added log-loss of the right text, per byte of that text: far more sensitive than \
+accuracy.
+- **equivalent**: the 90 % interval (two one-sided tests at 5 %) lies inside the margin; for right-or-wrong items it \
+is the wider of the bootstrap's and Tango's score interval, \
+so that equal answers on few items prove nothing. Perplexities are judged by added bits per byte. **worse**, \
+**better**: not shown to lie inside the margin, and chance does not explain the change. \
 **undecided**: too few items to say either; it does not mean that nothing was lost.
 - All values are MEASURED: computed by the system named, on the items named."""
 

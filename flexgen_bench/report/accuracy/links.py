@@ -23,7 +23,10 @@ def _line(row: Row, outcomes: Sequence[ModelOutcome], folder: str) -> str:
     name = f"- {escape(row.model)}, {escape(row.label)}: "
     found = _find(row, outcomes)
     if found is None:
-        return f"{name}not evaluated yet: `python -m flexgen_bench.accuracy model={row.model} mode=...` (--help lists the modes)"
+        return (
+            f"{name}not evaluated yet: `python -m flexgen_bench.accuracy model={row.model} mode=...` (--help lists "
+            "the modes)"
+        )
     outcome, mode = found
     change = points_interval(mode.comparison.score) if mode.comparison else "-"
     what = f"mean change {change} points, {verdict_text(mode)} within {outcome.margins}"

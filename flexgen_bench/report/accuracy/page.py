@@ -38,7 +38,8 @@ def model_page(outcome: ModelOutcome) -> str:
     lines = [
         f"# Accuracy of {escape(outcome.model)}",
         "",
-        f"Evaluated by {escape(outcome.system)}; the uncompressed model in {outcome.dtype}. Built from the records alone by "
+        f"Evaluated by {escape(outcome.system)}; the uncompressed model in {outcome.dtype}. Built from the records "
+        "alone by "
         "`python -m flexgen_bench.report`; edit nothing here.",
         "",
         f"**{escape(advice(outcome))}**",
@@ -196,7 +197,8 @@ def _errors(modes: Sequence[ModeOutcome]) -> list[str]:
     return [
         "## Error of weights, keys and values",
         "",
-        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values of real text.",
+        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values "
+        "of real text.",
         "",
         *_table(("Mode", "Tensor", "Layers", "Smallest", "Median", "Largest"), rows),
         "",
@@ -213,7 +215,8 @@ def _provenance(outcome: ModelOutcome) -> list[str]:
     return [
         "## Where the numbers come from",
         "",
-        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to {max(r.ended_utc for r in records)}, {fixed(seconds, 0)} s of evaluating",
+        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to "
+        f"{max(r.ended_utc for r in records)}, {fixed(seconds, 0)} s of evaluating",
         f"- on {escape('; '.join(machines))}; code: commit {escape(', '.join(commits))}",
         f"- weights: {escape(records[0].subject.fingerprint)}",
         f"- tasks with their versions: {escape(', '.join(versions))}",

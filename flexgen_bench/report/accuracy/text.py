@@ -40,7 +40,8 @@ def print_outcome(outcome: ModelOutcome) -> None:
     console.print()
     console.print(
         Text(
-            f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin {outcome.margins}",
+            f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin "
+            f"{outcome.margins}",
             style="bold",
         )
     )
