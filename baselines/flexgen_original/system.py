@@ -21,8 +21,9 @@ from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b")

@@ -211,7 +211,7 @@ def _cells(
         refuse_ignored(conf, given, refuses)
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
     changes, note = _settled(group, confs, cells, local, user)
-    found = []
+    settled_cells = []
     for name in chosen:
         final = merged(lines[name], changes)
         # (A dtype that was left open is settled in the cell already.)
@@ -220,8 +220,8 @@ def _cells(
         place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
         command = final if place is None else merged([*place, *user], changes)
         settled = replace(cell, overrides=tuple(command), named=named, note=note, given=given)
-        found.append(settled)
-    return found
+        settled_cells.append(settled)
+    return settled_cells
 
 
 def _composed_alike(lines: Mapping[str, Sequence[str]]) -> dict[str, AppConf]:
@@ -313,12 +313,12 @@ def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
     if is_named and not is_there:  # refused where the cell is made
         return None
     try:
-        found = shape_at(place)
+        shape = shape_at(place)
         if is_named:
-            check_same_shape(shape_of(conf.model), found, place)
+            check_same_shape(shape_of(conf.model), shape, place)
     except StoreError as error:
         raise UserError("location", conf.location, f"a model that can be read ({error})") from error
-    return None if is_named else found
+    return None if is_named else shape
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

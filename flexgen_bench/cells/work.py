@@ -15,7 +15,7 @@ from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.model import ModelShape
-from flexgen_bench.published.lookup import printed
+from flexgen_bench.published.lookup import published_values
 from flexgen_bench.runner.feasibility import Refusal, explain
 from flexgen_bench.runner.predictions import FOUR_BITS, PredictionRequest
 from flexgen_bench.runner.suite import PlannedCell
@@ -89,12 +89,12 @@ def as_in_paper(cell: Cell) -> PredictionRequest:
     if not cell.model.follows_policy:
         shape, work, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
         lengths = (work.prompt_len, work.gen_len)
-        papers = printed(printed_values(), name, True, shape.name, *lengths)
+        papers = published_values(published_tables(), name, True, shape.name, *lengths)
         also += ((papers.lossy,),) if papers else ()
     return PredictionRequest(cell, cell.num_prompts, also)
 
 
-def printed_values() -> Path:
+def published_tables() -> Path:
     """The file of what the paper prints."""
     return conf_dir() / "paper" / "tables.csv"
 

@@ -19,19 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_bench.checkpoints.gguf.header import parts_of
-from flexgen_bench.checkpoints.writer import (
-    Progress,
-    is_complete,
-    needed_bytes,
-    new_folder,
-    write_repeated,
-    write_weights,
-)
+from flexgen_bench.checkpoints.writer import is_complete, needed_bytes, new_folder, write_repeated, write_weights
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import Progress
 
 if TYPE_CHECKING:
     import torch

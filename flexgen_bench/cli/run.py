@@ -32,7 +32,7 @@ from flexgen_bench.cells.compose import CONFIG_NAME, Plan, plan, prepared, suite
 from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.this_machine import ThisMachine
-from flexgen_bench.cells.work import Work, divide, printed_values
+from flexgen_bench.cells.work import Work, divide, published_tables
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.paths import conf_dir, default_cache_dir
@@ -219,7 +219,7 @@ def _summary(outcome: Outcome) -> list[Record]:
     records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
     found = [item.record for item in stored]
-    tables = printed_values()
+    tables = published_tables()
     for explanation in outcome.explanations:
         print(f"\n{explanation}")
     if records:

@@ -66,7 +66,7 @@ def configured_systems() -> list[ConfiguredSystem]:
     return models
 
 
-def ours_beside(conf: LossyConf | None) -> Lossy | None:
+def engine_lossy(conf: LossyConf | None) -> Lossy | None:
     """What this project's engine may change of the results; None where it is not asked."""
     return None if conf is None else to_lossy(conf)
 

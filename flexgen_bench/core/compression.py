@@ -146,7 +146,7 @@ def _fields_of(name: str) -> dict[str, Any]:
     number = bits.removesuffix("-bit").removesuffix("bit")
     if not number.isdecimal():
         raise UserError("compression", name, "bits (4), or a name such as 4-bit, 4-bit/32 or 4-bit/outputs/mse")
-    found: dict[str, Any] = {"bits": int(number)}
+    named: dict[str, Any] = {"bits": int(number)}
     for part in rest:
         if part.isdecimal():
             key = "group_size"
@@ -156,10 +156,10 @@ def _fields_of(name: str) -> dict[str, Any]:
             key = "scales"
         else:
             raise unknown_choice("compression", part, [*Along, *Scales])
-        if key in found:
+        if key in named:
             raise UserError("compression", name, f"a name with one {key}")
-        found[key] = int(part) if key == "group_size" else part
-    return found
+        named[key] = int(part) if key == "group_size" else part
+    return named
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,13 @@ def index(tables: Sequence[PaperTable], problems: Sequence[Problem], figures: di
     lines = ["# Tables of the FlexGen paper", "", _BUILT, ""]
     lines += ["| Table | Printed values | Simulated | Run here | Files |", "|---|---|---|---|---|"]
     for table in tables:
-        printed = sum(bool(c.printed.value) for c in table.cells)
+        published = sum(bool(c.printed.value) for c in table.cells)
         kinds = [b.evidence.value for c in table.cells for b in (c.simulated, c.ours) if b.evidence]
         simulated = kinds.count("SIMULATED")
         files = [f"[{e}]({table.name}.{e})" for e in ("csv", "tex")]
         files += [f"[{name}]({name})" for name in figures[table.name]]
         title = f"[{escape(table.conf.title)}]({table.name}.md)"
-        cells = (title, str(printed), str(simulated), str(len(kinds) - simulated), ", ".join(files))
+        cells = (title, str(published), str(simulated), str(len(kinds) - simulated), ", ".join(files))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", " ".join(LEGEND), ""]
     if problems:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import Lossy
-from flexgen_bench.core.device_memory import beside_bytes, job_bytes
+from flexgen_bench.core.device_memory import job_bytes, reserved_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
@@ -108,7 +108,7 @@ def _prediction(task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, w
 def _bytes(task: Task, plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
     planned = {str(tier): plan.total(tier) for tier in plan.bytes}
-    beside = beside_bytes(task.hardware)
+    beside = reserved_bytes(task.hardware)
     return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
 
 

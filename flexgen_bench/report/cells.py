@@ -127,7 +127,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
         "it.": any(r.predicted is not None for r in rows),
         f"{', '.join(marks)}; figures without a mark are MEASURED.": bool(marks),
         "Rows of one table come from different machines: none is marked fastest.": any(
-            len(found) > 1 for found in machines.values()
+            len(names) > 1 for names in machines.values()
         ),
     }
     return [line for line, occurs in lines.items() if occurs]

@@ -10,24 +10,24 @@ from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.published.comparison import printed_beside
+from flexgen_bench.published.comparison import published_for
 from flexgen_bench.report.prediction_table import model_error, speed_up
 
 
 def row_json(row: Simulated, tables: Path) -> dict[str, Any]:
     """The row as JSON values; figures unrounded, units in their names."""
-    asked, quoted = row.question, printed_beside(row, tables)
+    job, quoted = row.question, published_for(row, tables)
     policy = row.spec.policy
     data: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
         "system": row.system,
         "lossy": "" if row.lossy.is_exact else str(row.lossy),
-        "model": asked.shape.name,
-        "dtype": asked.dtype.value,
+        "model": job.shape.name,
+        "dtype": job.dtype.value,
         "hardware": row.hardware.name,
         "workload": row.spec.workload.name,
-        "prompt_len": asked.prompt_len,
-        "gen_len": asked.gen_len,
+        "prompt_len": job.prompt_len,
+        "gen_len": job.gen_len,
         "policy_asked_for": None if policy is None else to_json(policy),
         "spec_hash": row.spec.spec_hash,
         "status": row.status.value,

@@ -80,5 +80,5 @@ def _is_reference(record: Record) -> bool:
 
 
 def _tokens(record: Record) -> list[Any] | None:
-    found = record.outputs.get("token_ids")
-    return [list(ids) for ids in found] if isinstance(found, list | tuple) else None
+    tokens = record.outputs.get("token_ids")
+    return [list(ids) for ids in tokens] if isinstance(tokens, list | tuple) else None

@@ -192,7 +192,7 @@ def _places(root: Path, enable: bool = True) -> list[tuple[int, list[Path]]]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         ours[controllers] = path
-    found = []
+    hierarchies = []
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
@@ -200,15 +200,15 @@ def _places(root: Path, enable: bool = True) -> list[tuple[int, list[Path]]]:
         base = root / mount_point.lstrip("/")
         if kind == "cgroup" and "memory" in options.split(","):
             key = next((k for k in ours if "memory" in k.split(",")), "")
-            found.append((1, [_below(base, mount_root, ours.get(key, "/"))]))
+            hierarchies.append((1, [_below(base, mount_root, ours.get(key, "/"))]))
         elif kind == "cgroup2":
             own = _below(base, mount_root, ours.get("", "/"))
             places = [own] if own == base else [own, own.parent]
             if enable:
                 places = [place for place in places if _controls_memory(place)]
             if places:
-                found.append((2, places))
-    return found
+                hierarchies.append((2, places))
+    return hierarchies
 
 
 def _below(base: Path, mount_root: str, path: str) -> Path:

@@ -113,10 +113,10 @@ def accuracy_files(results_dir: Path) -> Iterator[Path]:
     if not root.exists():
         return iter(())
     try:
-        found = sorted(root.glob(f"*/*/*{SUFFIX}"))
+        paths = sorted(root.glob(f"*/*/*{SUFFIX}"))
     except OSError as error:
         raise StoreError(f"cannot list the records in {root}: {error}") from error
-    return (path for path in found if not path.name.startswith("."))
+    return (path for path in paths if not path.name.startswith("."))
 
 
 def _find(
@@ -149,10 +149,10 @@ def _subject(record: AccuracyRecord) -> tuple[str, ...]:
 
 
 def _newest(
-    found: Sequence[tuple[Path, _Kind]], identity: Callable[[_Kind], Any], size: Callable[[_Kind], int]
+    records: Sequence[tuple[Path, _Kind]], identity: Callable[[_Kind], Any], size: Callable[[_Kind], int]
 ) -> list[tuple[Path, _Kind]]:
     best: dict[Any, tuple[Path, _Kind]] = {}
-    for path, record in sorted(found, key=lambda f: (size(f[1]), f[1].ended_utc, f[1].run_id)):
+    for path, record in sorted(records, key=lambda f: (size(f[1]), f[1].ended_utc, f[1].run_id)):
         best[identity(record)] = (path, record)
     return sorted(best.values(), key=lambda f: f[0])
 

@@ -56,10 +56,10 @@ def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str,
     """What an answer is found by: the question, who is asked and what it is told besides, and its code. Where a
     machine's constants come from decides nothing, and an option that is None is for the predictor to choose, as one
     that is left out."""
-    asked = to_json(replace(question, hardware=replace(question.hardware, sources={})))
+    job = to_json(replace(question, hardware=replace(question.hardware, sources={})))
     stated = {name: value for name, value in options.items() if value is not None}
-    told = [predictor, dict(constants), stated, asked, code_of(predictor)]
-    facts = json.dumps(told, sort_keys=True, default=str)
+    deciding = [predictor, dict(constants), stated, job, code_of(predictor)]
+    facts = json.dumps(deciding, sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 

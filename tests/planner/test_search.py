@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.device_memory import beside_bytes, process_bytes
+from flexgen_bench.core.device_memory import process_bytes, reserved_bytes
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
@@ -424,7 +424,7 @@ def test_a_prediction_for_a_policy_that_is_given(prompts: int | None) -> None:
     assert told.tok_per_s == pytest.approx(count * 4 / times.total_s, rel=0.01)
     assert told.settings["policy"] == to_json(policy)
     planned = {tier: job.plan.total(tier) for tier in Tier}
-    planned[Tier.GPU] += beside_bytes(asked.hardware)
+    planned[Tier.GPU] += reserved_bytes(asked.hardware)
     assert told.bytes == {str(tier): count for tier, count in planned.items()}
     assert told.disk_written_bytes == 0
     with pytest.raises(DoesNotFit):

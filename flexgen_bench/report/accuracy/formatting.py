@@ -80,18 +80,18 @@ def bytes_text(value: float | None) -> str:
 
 def verdict_text(mode: ModeOutcome) -> str:
     """The verdict on a mode, with what it must not be taken for."""
-    found = mode.comparison
-    if found is None or not found.tasks:
+    comparison = mode.comparison
+    if comparison is None or not comparison.tasks:
         return NOTHING
     if mode.on_grid:
-        return f"{found.verdict} (weights lie on this grid: says nothing about other models)"
-    worse = found.having(Verdict.WORSE)
-    return f"{found.verdict}; worse on {', '.join(worse)}" if worse else str(found.verdict)
+        return f"{comparison.verdict} (weights lie on this grid: says nothing about other models)"
+    worse = comparison.having(Verdict.WORSE)
+    return f"{comparison.verdict}; worse on {', '.join(worse)}" if worse else str(comparison.verdict)
 
 
-def worst_text(found: ModeComparison | None) -> str:
+def worst_text(comparison: ModeComparison | None) -> str:
     """The task that lost most."""
-    worst = None if found is None else found.worst
+    worst = None if comparison is None else comparison.worst
     return NOTHING if worst is None else f"{worst.task} {points(worst.change.value)}"
 
 
@@ -119,16 +119,16 @@ def left_out_lines(outcome: ModelOutcome) -> list[str]:
     mode."""
     lines = []
     for name, record in outcome.exact.items():
-        found = dict(record.left_out)
+        left_out = dict(record.left_out)
         for mode in outcome.modes:
-            found |= mode.tasks[name].left_out if name in mode.tasks else {}
-        if found:
-            count = len(found)
-            of = len(found.keys() | {item.id for item in record.items})
-            told = "; ".join(f"item {item}: {why}" for item, why in list(found.items())[:_TOLD])
+            left_out |= mode.tasks[name].left_out if name in mode.tasks else {}
+        if left_out:
+            count = len(left_out)
+            of = len(left_out.keys() | {item.id for item in record.items})
+            reasons = "; ".join(f"item {item}: {why}" for item, why in list(left_out.items())[:_TOLD])
             more = f"; and {count - _TOLD} more" if count > _TOLD else ""
             lines.append(
-                f"{name}: {count} of {of} items cannot be scored and are left out under every mode ({told}{more})"
+                f"{name}: {count} of {of} items cannot be scored and are left out under every mode ({reasons}{more})"
             )
     return lines
 
