@@ -18,7 +18,7 @@ from flexgen_bench.core.errors import unknown_choice
 
 @dataclass(frozen=True)
 class ConfiguredSystem:
-    """A system as far as predictions go: see ``conf_schema.SystemConf``."""
+    """A system as far as predictions go: see ``config.schema.SystemConf``."""
 
     name: str
     predictor: str | None = None

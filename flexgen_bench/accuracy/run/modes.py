@@ -16,7 +16,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 
 @dataclass
 class ModeConf:
-    """conf/accuracy/modes: see ``Mode``. lossy: as ``Lossy.to_dict`` has it, defaults left out."""
+    """conf/accuracy/modes: see ``Mode``. lossy: as JSON, defaults left out."""
 
     title: str = "???"
     dtype: str | None = None
