@@ -44,7 +44,7 @@ def test_a_new_table_is_one_file(tmp_path: Path, fake_systems: list[ConfiguredSy
 
 def test_the_table_of_the_notes_is_right(tmp_path: Path, fake_systems: list[ConfiguredSystem]) -> None:
     """Its minutes were those of a block beside the paper's of a whole run, a tenth of them."""
-    notes = (Path(__file__).parents[1] / "docs" / "notes" / "paper_tables.md").read_text()
+    notes = (Path(__file__).parents[2] / "docs" / "notes" / "paper_tables.md").read_text()
     example = textwrap.dedent(notes.partition("```yaml\n")[2].partition("  ```")[0])
     assert example.startswith("# conf/table/mine.yaml")
     folder = run(tmp_path, "--config-dir", own(tmp_path, example), "--tables", "mine")
