@@ -1,7 +1,8 @@
 """Predicted against achieved on a GPU: layers of OPT-6.7B under policies that use every link, float16, 512 tokens in
 and 32 out.
 
-``python benchmarks/gpu_prediction.py [--layers 12] [--only NAME] [--kinds] [--out results/benchmarks/gpu_prediction.json]``
+``python benchmarks/gpu_prediction.py [--layers 12] [--only NAME] [--kinds]
+[--out results/benchmarks/gpu_prediction.json]``
 
 Calibrates first if this machine has not been (quickly; ``python -m flexgen_bench calibrate`` does it thoroughly). Each
 policy's job runs once with two tokens to warm up, then ``--rounds`` times. ``--kinds`` also shows where a prediction

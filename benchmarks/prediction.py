@@ -1,7 +1,8 @@
 """Predicted against achieved: the simulator's times of a grid of policies next to the engine's, on the host and on an
 emulated accelerator.
 
-``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration] [--out results/benchmarks/prediction.json]``
+``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration]
+[--out results/benchmarks/prediction.json]``
 
 A round calibrates the machine anew (not with ``--keep-calibration``, nor if quick), then runs every policy's job: once
 to warm up, once on the clock. No constant is fitted to these runs. The error of a run is predicted / achieved - 1, that

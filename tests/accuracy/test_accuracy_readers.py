@@ -166,7 +166,10 @@ def test_restaurant_pairs(tmp_path: Path) -> None:
 
 
 def test_publication_pairs(tmp_path: Path) -> None:
-    head = "_id,ltable.id,rtable.id,ltable.authors,ltable.title,ltable.venue,ltable.year,rtable.authors,rtable.title,rtable.venue,rtable.year,gold\n"
+    head = (
+        "_id,ltable.id,rtable.id,ltable.authors,ltable.title,ltable.venue,ltable.year,"
+        "rtable.authors,rtable.title,rtable.venue,rtable.year,gold\n"
+    )
     put(
         tmp_path,
         {"dblp_acm_demo_labels.csv": head + "0,i,j,A B,T,V,1999.0,A B,t,W,1999,1\n1,i,k,A,T,V,1999.0,C,U,W,1998,0\n"},

@@ -101,9 +101,8 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=ci mode=w4": How(
         "dry_run=true", swap=WORDS, says="copying_words: 150 items", as_printed=True
     ),
-    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm 'mode=[w8,w4,w3,kv4,w4kv4]' reference=yardstick": How(
-        "dry_run=true", swap=WORDS, says="yardstick, w3"
-    ),
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm 'mode=[w8,w4,w3,kv4,w4kv4]' "
+    "reference=yardstick": How("dry_run=true", swap=WORDS, says="yardstick, w3"),
     HELM: How("dry_run=true", swap=WORDS, says="w4kv4-sparse"),
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm mode=exact reference=transformers": How(
         "dry_run=true", swap=WORDS, says="transformers, exact"
