@@ -80,8 +80,8 @@ MODULES = {module_of(path): path for path in FILES}
 def imports(path: Path, at_import_time: bool = False, typing_too: bool = False) -> frozenset[str]:
     """Dotted names of imported modules.
 
-    at_import_time: only what is executed when the module is imported, so nothing inside functions. typing_too: also what
-    is under TYPE_CHECKING.
+    at_import_time: only what is executed when the module is imported, so nothing inside functions. typing_too: also
+    what is under TYPE_CHECKING.
     """
     found: set[str] = set()
 
