@@ -9,7 +9,8 @@ import torch
 
 from baselines import hf_generate as hf
 from baselines.hf_scorer import HFScorer
-from flexgen_bench.systems.contract import Generation, Progress, System
+from flexgen_bench.core.progress import Progress
+from flexgen_bench.systems.contract import Generation, System
 from flexgen_bench.systems.scorer import Scorer
 
 # Sequences scored or continued at once where nobody says how many: on two cores larger batches score no faster

@@ -15,6 +15,7 @@ import sys
 from common import Bar, Report, median, options
 from engine_runs import Measured, Shape, dummy_weights, emulated, engine, lane_lines, run
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane, Tier
@@ -46,7 +47,7 @@ def main() -> int:
     alike = [_balance(m, rate) for m, rate in zip(rounds, rates, strict=True)]
     steady = [sum(m.pass_s) / max(_steady_busy(m, rate)) for m, rate in zip(rounds, rates, strict=True)]
     report = Report("balanced", Evidence.EMULATED, opts)
-    report.settings = {"h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(JOB), "balance": alike}
+    report.settings = {"h2d_bytes_per_s": rates, "policy": to_json(policy), "job": vars(JOB), "balance": alike}
     report.rounds = [m.to_dict() for m in rounds]
     report.bars = [
         Bar(

@@ -18,6 +18,7 @@ from dataclasses import replace
 from common import Bar, Report, median, options
 from engine_runs import UNTHROTTLED, Measured, Shape, dummy_weights, emulated, engine, lane_lines, run
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane, Tier
@@ -56,7 +57,7 @@ def main() -> int:
     blocks = job.prompts // block.prompts
     bound = blocks * 2 * (IN_FLIGHT - 1) / (blocks * IN_FLIGHT + IN_FLIGHT - 1)
     report = Report("continuous", Evidence.EMULATED, opts)
-    report.settings = {"h2d_bytes_per_s": rates, "policy": policy.to_dict(), "job": vars(job), "bound": bound}
+    report.settings = {"h2d_bytes_per_s": rates, "policy": to_json(policy), "job": vars(job), "bound": bound}
     report.rounds = [{"schedule": str(s)} | m.to_dict() for s in Schedule for m in runs[s]]
     report.bars = [
         Bar(

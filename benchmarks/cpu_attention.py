@@ -1,7 +1,8 @@
 """Decode attention on the processor: bytes of KV cache per second, next to the rate at which the same memory can be
 read.
 
-``python benchmarks/cpu_attention.py [--threads 1 2] [--rounds 5] [--only NAME ...] [--out results/benchmarks/cpu_attention.json]``
+``python benchmarks/cpu_attention.py [--threads 1 2] [--rounds 5] [--only NAME ...]
+[--out results/benchmarks/cpu_attention.json]``
 
 Every call reads another layer's cache, and all layers together are more than caches hold, so all bytes come from
 memory. A round is a number of turns of: a read loop (another one each turn), the native kernel, torch's operators,

@@ -1,7 +1,8 @@
 """Predicted against achieved on a GPU: layers of OPT-6.7B under policies that use every link, float16, 512 tokens in
 and 32 out.
 
-``python benchmarks/gpu_prediction.py [--layers 12] [--only NAME] [--kinds] [--out results/benchmarks/gpu_prediction.json]``
+``python benchmarks/gpu_prediction.py [--layers 12] [--only NAME] [--kinds]
+[--out results/benchmarks/gpu_prediction.json]``
 
 Calibrates first if this machine has not been (quickly; ``python -m flexgen_bench calibrate`` does it thoroughly). Each
 policy's job runs once with two tokens to warm up, then ``--rounds`` times. ``--kinds`` also shows where a prediction
@@ -26,6 +27,7 @@ from flexgen_bench.checkpoints import dummy_weights
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
@@ -97,7 +99,8 @@ def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
         for piece in slices:
             theirs[str(lane), piece.kind, piece.token == 0] += piece.seconds
     return [
-        f"    {lane:12} {kind:16} {'prompt' if first else 'later':6} {ours[lane, kind, first]:7.3f} {theirs[lane, kind, first]:7.3f}"
+        f"    {lane:12} {kind:16} {'prompt' if first else 'later':6} {ours[lane, kind, first]:7.3f} "
+        f"{theirs[lane, kind, first]:7.3f}"
         for lane, kind, first in sorted(set(ours) | set(theirs))
     ]
 
@@ -121,7 +124,7 @@ def main() -> int:
     profile = with_calibration(whole, rates)
     weights = {c: packed_weights(given.layers, c, given.cache) for c in (None, FOUR)}
     report = Report("gpu_prediction", Evidence.MEASURED, opts)
-    report.settings = {"rates": rates.to_dict(), "layers": given.layers}
+    report.settings = {"rates": to_json(rates), "layers": given.layers}
     errors = []
     for case in cases():
         if given.only not in case.name:
@@ -137,7 +140,8 @@ def main() -> int:
         errors.append(times.total_s / seconds - 1)
         last = achieved[-1]
         print(
-            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill {times.prefill_s:.2f}/{last.prefill_s:.2f}, "
+            f"{case.name:34} {errors[-1]:+7.1%}  predicted/achieved s: prefill "
+            f"{times.prefill_s:.2f}/{last.prefill_s:.2f}, "
             f"decode {times.decode_s:.2f}/{last.decode_s:.2f}",
             flush=True,
         )
@@ -147,7 +151,7 @@ def main() -> int:
         report.rounds.append(
             {
                 "case": case.name,
-                "policy": case.policy.to_dict(),
+                "policy": to_json(case.policy),
                 "job": vars(case.job),
                 "predicted": {"prefill_s": times.prefill_s, "decode_s": times.decode_s},
                 "achieved": [m.to_dict() for m in achieved],

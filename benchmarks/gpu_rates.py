@@ -197,7 +197,10 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def shown(row: Row) -> str:
     about = ", ".join(f"{k}={v}" for k, v in row.items() if k not in ("what", "unit", "median", "slowest", "fastest"))
-    return f"{row['what']:18} {row['median'] / GB:10.2f} G{row['unit']}  ({row['slowest'] / GB:.2f}-{row['fastest'] / GB:.2f})  {about}"
+    return (
+        f"{row['what']:18} {row['median'] / GB:10.2f} G{row['unit']}  "
+        f"({row['slowest'] / GB:.2f}-{row['fastest'] / GB:.2f})  {about}"
+    )
 
 
 def main() -> int:

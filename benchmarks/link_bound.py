@@ -13,6 +13,7 @@ import sys
 from common import Bar, Report, median, options
 from engine_runs import Measured, Shape, dummy_weights, emulated, engine, lane_lines, run
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.tiers import Lane, Tier
@@ -39,7 +40,7 @@ def main() -> int:
     whole = [m.wall_s / (m.bytes(Lane.H2D) / rate) for m in rounds]
     steady = [sum(m.pass_s) / (len(m.pass_s) * pass_bytes / rate) for m in rounds]
     report = Report("link_bound", Evidence.EMULATED, opts)
-    report.settings = {"h2d_bytes_per_s": rate, "policy": policy.to_dict(), "job": vars(JOB)}
+    report.settings = {"h2d_bytes_per_s": rate, "policy": to_json(policy), "job": vars(JOB)}
     report.rounds = [m.to_dict() for m in rounds]
     report.bars = [
         Bar(

@@ -1,7 +1,8 @@
 """Predicted against achieved: the simulator's times of a grid of policies next to the engine's, on the host and on an
 emulated accelerator.
 
-``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration] [--out results/benchmarks/prediction.json]``
+``python benchmarks/prediction.py [--quick] [--rounds N] [--keep-calibration]
+[--out results/benchmarks/prediction.json]``
 
 A round calibrates the machine anew (not with ``--keep-calibration``, nor if quick), then runs every policy's job: once
 to warm up, once on the clock. No constant is fitted to these runs. The error of a run is predicted / achieved - 1, that
@@ -23,6 +24,7 @@ from common import Bar, Options, Report, options
 from engine_runs import HOST, Measured, Shape, dummy_weights, emulated, engine, predicted, run
 from yardstick import Yardstick, as_fast, open_yardstick
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
@@ -134,7 +136,7 @@ class Outcome:
         return {
             "case": case.name,
             "machine": "host" if case.here else "emulated",
-            "policy": case.policy.to_dict(),
+            "policy": to_json(case.policy),
             "job": vars(case.job),
             "predicted": _phases(self.ran.predicted),
             "as_drifted": _phases(self.drifted),
@@ -154,7 +156,7 @@ class Round:
 
     def to_dict(self) -> dict[str, object]:
         return {
-            "rates": self.rates.to_dict(),
+            "rates": to_json(self.rates),
             "speeds": dict(self.speeds),
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
         }

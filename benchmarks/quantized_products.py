@@ -1,6 +1,7 @@
 """Products on the processor with float32, 16-bit and quantized weights: torch's, this project's, and their fallbacks.
 
-``python benchmarks/quantized_products.py [--threads 2] [--rows 1 8 32] [--out results/benchmarks/quantized_products.json]``
+``python benchmarks/quantized_products.py [--threads 2] [--rows 1 8 32]
+[--out results/benchmarks/quantized_products.json]``
 
 Interleaved rounds; each product uses another copy of the weight, so that caches do not flatter it. Two rates per
 product: GFLOP/s by the clock (best round), and by the processor time that all threads took, times the number of

@@ -58,6 +58,7 @@ def install(cache: Path) -> None:
     if answer.returncode != 0 or not is_installed(cache):
         lines = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise CannotRun(
-            f"cannot install {wanted} ({lines[-1].strip()}). Connect to the package index, or put its wheel (and those of {', '.join(SMALL.values())}) into a "
+            f"cannot install {wanted} ({lines[-1].strip()}). Connect to the package index, or put its wheel (and "
+            f"those of {', '.join(SMALL.values())}) into a "
             "folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>."
         )

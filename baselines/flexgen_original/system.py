@@ -18,10 +18,12 @@ from typing import Any, ClassVar
 
 from baselines.flexgen_original import package, settings
 from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b")
@@ -80,7 +82,7 @@ class FlexGenOriginal(System):
         self._ask(
             {
                 "model": shape.name,
-                "shape": shape.to_dict(),
+                "shape": to_json(shape),
                 "settings": self._settings.to_dict(),
                 "threads": self.spec.threads,
                 "gpu_memory_bytes": self.spec.hardware.gpu_memory_bytes,
@@ -115,7 +117,8 @@ class FlexGenOriginal(System):
         ]
         if self._settings.is_known_wrong:
             notes.append(
-                "its tokens are known to be wrong with these settings (attention on the cpu, two or more batches, overlap)"
+                "its tokens are known to be wrong with these settings (attention on the cpu, two or more batches, "
+                "overlap)"
             )
         chosen = self._settings.to_dict()
         return SystemReport(

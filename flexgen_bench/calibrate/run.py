@@ -17,8 +17,9 @@ from flexgen_bench.calibrate.links import ALSO, cuda_probes, host_probes
 from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, torch_probes, unpack_probe
 from flexgen_bench.calibrate.reading import memory_probe
 from flexgen_bench.calibrate.site import ProbeMemory, Site
-from flexgen_bench.calibrate.stable import Probe, Progress, Reading, measure
+from flexgen_bench.calibrate.stable import Probe, Reading, RoundProgress, measure
 from flexgen_bench.calibrate.steps import step_probe
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.kernels.native.build import library
@@ -29,7 +30,7 @@ _NATIVE = ("linear", "attention", "quantization", "bandwidth")
 
 
 def calibrate(
-    effort: Effort, threads: int, disk_dir: Path, tell: Callable[[Progress], None] = lambda progress: None
+    effort: Effort, threads: int, disk_dir: Path, tell: Callable[[RoundProgress], None] = lambda progress: None
 ) -> tuple[Calibration, Mapping[str, Reading]]:
     """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
 
@@ -124,7 +125,7 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
             place = place.setdefault(key, {})
         place[last] = _rounded(_constant(name, reading, readings))
         spread[name] = round(reading.spread, 4)
-    return Rates.from_dict(data | {"spread": spread}, "calibration")
+    return from_json(Rates, data | {"spread": spread}, "calibration")
 
 
 def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> float:

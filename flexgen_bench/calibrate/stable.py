@@ -67,7 +67,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RoundProgress:
     """How far it is: rounds begun, constants that are finished, of how many, and the time used."""
 
     round: int
@@ -86,7 +86,7 @@ def spread_of(rates: Sequence[float]) -> float:
 def measure(
     probes: Sequence[Probe],
     patience: Patience,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[RoundProgress], None] = lambda progress: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Reading]:
     """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not
@@ -106,7 +106,7 @@ def measure(
         if seconds > _LONG * patience.sample_s:
             samples[probe.name].append(probe.amount / seconds)
             first.add(probe.name)
-        tell(Progress(0, 0, len(probes), clock() - begin))
+        tell(RoundProgress(0, 0, len(probes), clock() - begin))
     waiting, number = list(probes), 0
     while waiting:
         number += 1
@@ -117,7 +117,7 @@ def measure(
             samples[probe.name].append(probe.amount / seconds)
             # The first call may have been slow for other reasons than its work.
             calls[probe.name] = _enough(seconds, patience)
-            tell(Progress(number, len(probes) - len(waiting), len(probes), clock() - begin))
+            tell(RoundProgress(number, len(probes) - len(waiting), len(probes), clock() - begin))
         waiting = [p for p in waiting if not _is_stable(samples[p.name], patience)]
     return _readings(probes, samples, first, patience)
 

@@ -70,14 +70,14 @@ def _half(count: int) -> int:
 
 
 def _note(
-    asked: Workload, ran: Workload, budget_s: float, first: Mapping[str, float], left: Mapping[str, float]
+    requested: Workload, ran: Workload, budget_s: float, first: Mapping[str, float], left: Mapping[str, float]
 ) -> str:
     slowest = max(first, key=lambda name: first[name])
     why = (
-        f"{slowest} is predicted to take {format_seconds(first[slowest])} for {_size(asked)}, "
+        f"{slowest} is predicted to take {format_seconds(first[slowest])} for {_size(requested)}, "
         f"more than the {format_seconds(budget_s)} of measure.budget_s"
     )
-    what = f"reduced to {_size(ran)} for every system" if ran != asked else "not reduced"
+    what = f"reduced to {_size(ran)} for every system" if ran != requested else "not reduced"
     still = ", ".join(f"{name} about {format_seconds(seconds)}" for name, seconds in left.items())
     return f"{what}: {why}" + (f"; still more than that: {still}" if still else "")
 

@@ -14,18 +14,17 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
-from flexgen_bench.cells.cell import Cell, Local, Unmeasured
+from flexgen_bench.cells.local import Local, Unmeasured
 from flexgen_bench.checkpoints.hf_config import check_same_shape
 from flexgen_bench.checkpoints.shape_of_weights import shape_at
 from flexgen_bench.config.build import FASTEST, cell_spec, shape_of, system_model
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.ignored_options import refuse_ignored
 from flexgen_bench.config.overrides import MULTIRUN, readable
 from flexgen_bench.config.paths import conf_dir
-from flexgen_bench.config.schema import AppConf, CellGroupConf
+from flexgen_bench.config.schema import AppConf, CellGroupConf, SystemConf
 from flexgen_bench.config.typed import app_conf, typed_conf
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
@@ -68,12 +67,15 @@ class Plan:
     cells: tuple[Cell, ...]
 
 
-def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | None = None) -> Plan:
+def plan(
+    conf: AppConf, overrides: Sequence[str], suite: str, local: Local | None = None, *, is_sweep: bool = False
+) -> Plan:
     """The cells of a command line, whose overrides are ``overrides`` and whose suite group is ``suite``.
 
     Naming a model or a system asks for just that, unless a suite is named too: then it is laid over each of
     the suite's cells. A machine may state its usual workload and dtype, for command lines that name none. local:
-    settles what cells leave open. Must be called while Hydra is initialised. Raises UserError.
+    settles what cells leave open. is_sweep: this is one run of a ``--multirun``. Must be called while Hydra is
+    initialised. Raises UserError.
     """
     local = local or Unmeasured()
     suite = suite_of(conf, overrides, suite)
@@ -86,7 +88,9 @@ def plan(conf: AppConf, overrides: Sequence[str], suite: str, local: Local | Non
         of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
         usual = [f"{key}={value}" for key, value in of_machine.items() if value]
         group = CellGroupConf(name="", overrides=usual, systems=names)
-        cells = _cells(group, overrides, local, named=conf.system is not None)
+        # Of several systems, one after the other, some may have no use for an option.
+        named = conf.system is not None
+        cells = _cells(group, overrides, local, named=named, refuses=named and not is_sweep)
         return Plan("", tuple(cells))
     wanted = [conf.system.name] if conf.system else None
     groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
@@ -189,8 +193,10 @@ def _cells(
     wanted: Sequence[str] | None = None,
     suite: str = "",
     named: bool = True,
+    refuses: bool = False,
 ) -> list[Cell]:
-    """The cells of a group, of the systems ``wanted`` (None: all of them)."""
+    """The cells of a group, of the systems ``wanted`` (None: all of them). refuses: options that their systems have no
+    use for are refused."""
     unknown = set(group.system_overrides) - set(group.systems)
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
@@ -199,14 +205,13 @@ def _cells(
     if not chosen:
         return []
     lines = {name: merged(_lines(group, name), user) for name in chosen}
-    confs = {name: composed(own) for name, own in lines.items()}
+    confs = _composed_alike(lines)
     given = frozenset() if suite else frozenset(map(key_of, overrides))
     for conf in confs.values():
-        # Of several systems, one after the other, some may have no use for an option.
-        refuse_ignored(conf, given, named and not _is_sweep())
+        refuse_ignored(conf, given, refuses)
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
     changes, note = _settled(group, confs, cells, local, user)
-    found = []
+    settled_cells = []
     for name in chosen:
         final = merged(lines[name], changes)
         # (A dtype that was left open is settled in the cell already.)
@@ -215,13 +220,37 @@ def _cells(
         place = [f"suite={suite}", f"cell={group.name}", f"system={name}"] if suite else None
         command = final if place is None else merged([*place, *user], changes)
         settled = replace(cell, overrides=tuple(command), named=named, note=note, given=given)
-        found.append(settled)
-    return found
+        settled_cells.append(settled)
+    return settled_cells
 
 
-def _is_sweep() -> bool:
-    """Whether this is one run of a ``--multirun``."""
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+def _composed_alike(lines: Mapping[str, Sequence[str]]) -> dict[str, AppConf]:
+    """The configurations of cells, each composed of its overrides. Where they differ in the system alone, so do the
+    configurations: the rest is composed once."""
+    confs: dict[str, AppConf] = {}
+    composed_of: dict[tuple[str, ...], AppConf] = {}
+    for name, own in lines.items():
+        rest = tuple(line for line in own if not _is_of_system(line))
+        if rest in composed_of:
+            confs[name] = _with_system(composed_of[rest], name, own)
+        else:
+            confs[name] = composed_of[rest] = composed(own)
+    return confs
+
+
+def _is_of_system(line: str) -> bool:
+    key = key_of(line)
+    return key == "system" or key.startswith("system.")
+
+
+def _with_system(conf: AppConf, name: str, lines: Sequence[str]) -> AppConf:
+    """The configuration with another system, whose own overrides are among ``lines``."""
+    own = [line for line in lines if key_of(line) != "system" and (_is_of_system(line) or line.startswith("hydra."))]
+    try:
+        system: SystemConf = typed_conf(SystemConf, compose(f"system/{name}", overrides=own).system)
+    except (UserError, *NOT_COMPOSED):  # what is wrong is said of the whole
+        return composed(lines)
+    return replace(conf, system=system)
 
 
 def _lines(group: CellGroupConf, system: str) -> list[str]:
@@ -284,12 +313,12 @@ def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
     if is_named and not is_there:  # refused where the cell is made
         return None
     try:
-        found = shape_at(place)
+        shape = shape_at(place)
         if is_named:
-            check_same_shape(shape_of(conf.model), found, place)
+            check_same_shape(shape_of(conf.model), shape, place)
     except StoreError as error:
         raise UserError("location", conf.location, f"a model that can be read ({error})") from error
-    return None if is_named else found
+    return None if is_named else shape
 
 
 def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:

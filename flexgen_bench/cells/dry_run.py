@@ -1,20 +1,20 @@
-"""What the cells of a command line would do, without doing it: a card for each."""
+"""What the cells of a command line would do, without doing it: a summary for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.local_rates import LocalRates
-from flexgen_bench.cells.work import asked_here, asked_of, is_simulated, known_shapes, label, refuse_out_of_place
+from flexgen_bench.cells.work import as_in_paper, is_simulated, known_shapes, refuse_out_of_place
 from flexgen_bench.checkpoints.prepared import is_prepared
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.units import format_bytes
-from flexgen_bench.report.plan_summary import Card
+from flexgen_bench.report.plan_summary import PlanSummary
 from flexgen_bench.runner.feasibility import Refusal, checkpoint_bytes, disk_bytes, explain
-from flexgen_bench.runner.predictions import simulate
+from flexgen_bench.runner.predictions import exactly, simulate
 from flexgen_bench.runner.suite import finished_record
 from flexgen_bench.store.reader import find_record
 
@@ -26,25 +26,23 @@ _MAKING = {
 }
 
 
-def cards(cells: Sequence[Cell], suite: str, results: Path, cache: Path, rates: LocalRates) -> list[Card]:
-    """One card for each cell, more where it would be simulated compressed, too. Writes nothing but, into the cache,
+def plan_summaries(
+    cells: Sequence[Cell], suite: str, results: Path, cache: Path, rates: LocalRates
+) -> list[PlanSummary]:
+    """One summary for each cell, more where it would be simulated compressed, too. Writes nothing but, into the cache,
     what ``rates`` measures on first use and the policies that were searched for."""
     known = known_shapes()
     refusals = [explain(cell.spec, cache, known) for cell in cells]
     for cell, refusal in zip(cells, refusals, strict=True):
         refuse_out_of_place(cell, refusal)
-    known_here = [
-        cell if _is_elsewhere(refusal) else rates.of(cell) for cell, refusal in zip(cells, refusals, strict=True)
+    requests = [
+        as_in_paper(cell) if _is_elsewhere(refusal) else exactly(rates.of(cell))
+        for cell, refusal in zip(cells, refusals, strict=True)
     ]
-    asked = [
-        (label(cell), asked_of(cell) if _is_elsewhere(refusal) else asked_here(cell))
-        for cell, refusal in zip(known_here, refusals, strict=True)
-    ]
-    rows = simulate(asked, cache, rates.tell)
     return [
-        _card(row, cell, refusal, suite, results, cache)
-        for cell, refusal, own in zip(known_here, refusals, rows, strict=True)
-        for row in own
+        _summary(request.cell, row, refusal, suite, results, cache)
+        for request, refusal, rows in zip(requests, refusals, simulate(requests, cache, rates.tell), strict=True)
+        for row in rows
     ]
 
 
@@ -53,11 +51,13 @@ def _is_elsewhere(refusal: Refusal | None) -> bool:
     return refusal is not None and bool(refusal.machine)
 
 
-def _card(row: Simulated, cell: Cell, refusal: Refusal | None, suite: str, results: Path, cache: Path) -> Card:
+def _summary(
+    cell: Cell, row: Simulated, refusal: Refusal | None, suite: str, results: Path, cache: Path
+) -> PlanSummary:
     elsewhere = _is_elsewhere(refusal)
-    return Card(
+    return PlanSummary(
+        cell=cell,
         row=row,
-        name=cell.name,
         obstacle=_obstacle(cell, refusal),
         fits=refusal is None or elsewhere,
         first="" if elsewhere else _first(cell, cache),

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.local_rates import LocalRates
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.cell import CellSpec, MeasureSpec
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
@@ -17,7 +18,7 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.workload import Workload
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.feasibility import weight_bytes
-from flexgen_bench.runner.predictions import Asked, predict
+from flexgen_bench.runner.predictions import as_recorded, exactly, predict, predict_policy
 
 # A cell's process: Python, torch, transformers and what else the system imports, and the end of it all; and one whose
 # system refuses. MEASURED in results/default, 2 cores: 2.2 to 3.0 s of rivals beside their loading and generating, 8 s
@@ -43,8 +44,7 @@ class Expected:
             return None
         name = known.spec.spec_hash
         if name not in self._rows:
-            asked = Asked(known.spec, known.model, known.spec.workload.num_prompts)
-            self._rows[name] = predict(asked, known.spec.lossy, self.cache)
+            self._rows[name] = predict(exactly(known), known.spec.lossy, self.cache)
         return self._rows[name]
 
     def seconds(self, cell: Cell) -> float | None:
@@ -58,6 +58,25 @@ class Expected:
         changed = {name: replace(cells[name], spec=replace(cells[name].spec, workload=workload)) for name in systems}
         known = {name: self.seconds(cell) for name, cell in changed.items()}
         return {name: seconds for name, seconds in known.items() if seconds is not None}
+
+
+@dataclass(frozen=True)
+class CellForecast:
+    """``runner.suite.Forecast`` of a cell of this machine."""
+
+    cell: Cell
+    expected: Expected
+
+    def seconds(self) -> float | None:
+        return self.expected.seconds(self.cell)
+
+    def before_run(self) -> Mapping[str, Any]:
+        row = self.expected.row(self.cell)
+        return {} if row is None else as_recorded(row)
+
+    def of_policy(self, policy: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        row = predict_policy(exactly(self.cell), policy, self.expected.cache)
+        return None if row is None else as_recorded(row)
 
 
 def cell_seconds(row: Simulated) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexgen_bench.cells.cell import Cell
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import HardwareProfile

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from flexgen_bench.cells.budget import Fitted, fitted
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.expected_time import Expected
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType

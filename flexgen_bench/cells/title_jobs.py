@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexgen_bench.cells.compose import command_cells
-from flexgen_bench.cells.work import asked_of
+from flexgen_bench.cells.work import as_in_paper
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.planner.ask import Ask
 from flexgen_bench.runner.predictions import questions
@@ -24,5 +24,5 @@ def title_asks(pairs: Iterable[tuple[str, str]]) -> list[Ask]:
             hardware = cell.spec.hardware
             whole = hardware.cpu_memory_bytes is not None and hardware.disk_bytes is not None
             if cell.model.predictor is not None and hardware.rates is not None and whole:
-                asks += questions(asked_of(cell), default_cache_dir())
+                asks += questions(as_in_paper(cell), default_cache_dir())
     return asks

@@ -3,24 +3,22 @@ neither."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from flexgen_bench.cells.cell import Cell
-from flexgen_bench.cells.expected_time import Expected
+from flexgen_bench.cells.expected_time import CellForecast, Expected
 from flexgen_bench.config.build import model_spec
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.ignored_options import refuse_unmeasured, refuse_unthrottled
 from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.model import ModelShape
-from flexgen_bench.published.lookup import printed
+from flexgen_bench.published.lookup import published_values
 from flexgen_bench.runner.feasibility import Refusal, explain
-from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict_policy
-from flexgen_bench.runner.suite import SuiteCell
+from flexgen_bench.runner.predictions import FOUR_BITS, PredictionRequest
+from flexgen_bench.runner.suite import PlannedCell
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Work:
     why: what this machine lacks to measure the simulated ones. explanations: of refusals, each once.
     """
 
-    measure: tuple[SuiteCell, ...]
-    simulate: tuple[tuple[str, Asked], ...]
+    measure: tuple[PlannedCell, ...]
+    simulate: tuple[PredictionRequest, ...]
     why: str
     explanations: tuple[str, ...]
 
@@ -40,24 +38,24 @@ class Work:
 def divide(cells: Sequence[Cell], cache: Path, expected: Expected) -> Work:
     """Sort out the cells of a command line. Nothing is run, but this machine may be measured (``expected.rates``)."""
     known = known_shapes()
-    measure: list[SuiteCell] = []
-    simulate: list[tuple[str, Asked]] = []
+    measure: list[PlannedCell] = []
+    simulate: list[PredictionRequest] = []
     why: dict[str, None] = {}
     explanations: dict[str, None] = {}
     for cell in cells:
         refusal = explain(cell.spec, cache, known)
         refuse_out_of_place(cell, refusal)
         if refusal is not None and is_simulated(cell, refusal):
-            simulate.append((label(cell), asked_of(cell)))
+            simulate.append(as_in_paper(cell))
             why[f"Not measured, as this is not gpu={cell.spec.hardware.name}: {refusal.machine}."] = None
         elif cell.can_run and refusal is not None:
-            measure.append(_refused(cell, refusal.reason))
+            measure.append(PlannedCell(cell, refusal.reason))
             explanations[_explained(cell, refusal)] = None
         elif cell.can_run:
             measure.append(_to_measure(expected.rates.of(cell), expected))
         elif cell.named:
             reason = f"{cell.spec.system} can only be simulated: there is a model of it, but nothing to run"
-            measure.append(_refused(cell, reason))
+            measure.append(PlannedCell(cell, reason))
             explanations[f"{reason}. Ask for a machine such as gpu=t4."] = None
     return Work(tuple(measure), tuple(simulate), " ".join(why), tuple(explanations))
 
@@ -79,39 +77,26 @@ def is_simulated(cell: Cell, refusal: Refusal) -> bool:
     return bool(refusal.machine) and cell.spec.hardware.rates is not None
 
 
-def asked_of(cell: Cell) -> Asked:
-    """A cell of a machine that is not here: as the paper asks it, where the command line says nothing else.
+def as_in_paper(cell: Cell) -> PredictionRequest:
+    """A cell of a machine that is not here: as the paper has it, where the command line says nothing else.
 
     Exact, in 4 bits, and compressed as the paper did where that is something else; a system that chooses its policy
     chooses that, too.
     """
     if cell.lossy_is_given:
-        return Asked(cell.spec, cell.model, cell.num_prompts)
+        return PredictionRequest(cell, cell.num_prompts)
     also: tuple[tuple[Lossy, ...], ...] = (FOUR_BITS,)
     if not cell.model.follows_policy:
         shape, work, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
         lengths = (work.prompt_len, work.gen_len)
-        papers = printed(printed_values(), name, True, shape.name, *lengths)
+        papers = published_values(published_tables(), name, True, shape.name, *lengths)
         also += ((papers.lossy,),) if papers else ()
-    return Asked(cell.spec, cell.model, cell.num_prompts, also)
+    return PredictionRequest(cell, cell.num_prompts, also)
 
 
-def printed_values() -> Path:
+def published_tables() -> Path:
     """The file of what the paper prints."""
     return conf_dir() / "paper" / "tables.csv"
-
-
-def asked_here(cell: Cell) -> Asked:
-    """A cell that is measured here: exactly the job that is run."""
-    return Asked(cell.spec, cell.model, cell.spec.workload.num_prompts)
-
-
-def label(cell: Cell) -> str:
-    """The cell in a line of a display."""
-    spec = cell.spec
-    lossy = "" if spec.lossy.is_exact else f"({spec.lossy})"
-    parts = [cell.name, spec.system, lossy, spec.model.shape.name, spec.workload.name]
-    return " ".join(filter(None, parts))
 
 
 def known_shapes() -> list[ModelShape]:
@@ -119,33 +104,9 @@ def known_shapes() -> list[ModelShape]:
     return [model_spec(name).shape for name in list_models()]
 
 
-def _refused(cell: Cell, reason: str) -> SuiteCell:
-    return SuiteCell(label(cell), cell.spec, cell.command, reason, note=cell.note)
-
-
-def _to_measure(cell: Cell, expected: Expected) -> SuiteCell:
+def _to_measure(cell: Cell, expected: Expected) -> PlannedCell:
     known = cell.spec.hardware.rates is not None
-    chooses = cell.model.follows_policy and cell.spec.policy is None
-    asked = asked_here(cell)
-    return SuiteCell(
-        label(cell),
-        cell.spec,
-        cell.command,
-        predict=partial(_prediction, cell, expected) if known else None,
-        predict_policy=partial(_prediction_of, asked, expected.cache) if known and chooses else None,
-        expected_s=partial(expected.seconds, cell) if known else None,
-        note=cell.note,
-    )
-
-
-def _prediction(cell: Cell, expected: Expected) -> Mapping[str, Any]:
-    row = expected.row(cell)
-    return {} if row is None else as_recorded(row)
-
-
-def _prediction_of(asked: Asked, cache: Path, policy: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    row = predict_policy(asked, policy, cache)
-    return None if row is None else as_recorded(row)
+    return PlannedCell(cell, forecast=CellForecast(cell, expected) if known else None)
 
 
 def _explained(cell: Cell, refusal: Refusal) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.models.activations import ACTIVATIONS
@@ -50,7 +51,7 @@ def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) 
 def check_same_shape(shape: ModelShape, found: ModelShape, where: Path) -> None:
     """Raise StoreError naming every field in which the shape found in a checkpoint is not the one that was asked
     for."""
-    ours, theirs = shape.to_dict(), found.to_dict()
+    ours, theirs = to_json(shape), to_json(found)
     options, their_options = ours.pop("options"), theirs.pop("options")
     if "activation" in options:  # a function by any of its names
         options["activation"] = ACTIVATIONS.get(options["activation"], options["activation"])

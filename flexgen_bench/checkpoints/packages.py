@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_bench.checkpoints.writer import Progress
 from flexgen_bench.core.errors import StoreError, unknown_choice
+from flexgen_bench.core.progress import Progress
 
 _log = logging.getLogger("flexgen_bench.stage")
 _BLOCK = 2**20

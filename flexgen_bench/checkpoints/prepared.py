@@ -19,18 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_bench.checkpoints.gguf.header import parts_of
-from flexgen_bench.checkpoints.writer import (
-    Progress,
-    is_complete,
-    needed_bytes,
-    new_folder,
-    write_repeated,
-    write_weights,
-)
+from flexgen_bench.checkpoints.writer import is_complete, needed_bytes, new_folder, write_repeated, write_weights
 from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import is_gguf
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +53,7 @@ _GGUF_FORMAT = 2
 
 def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     """Where the checkpoint of ``model`` in ``dtype`` is kept. Equal models give equal folders."""
-    identity = {"format": _FORMAT, "model": model.to_dict(), "dtype": dtype.value}
+    identity = {"format": _FORMAT, "model": to_json(model), "dtype": dtype.value}
     if model.weights in (WeightSource.PATH, WeightSource.HUB):
         identity["reading"] = _READING
     if model.weights is WeightSource.PATH:
@@ -115,7 +110,8 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
         folder = trained_folder(model.location, cache)
         if not (folder / "config.json").exists():
             raise StoreError(
-                f"{model.location} has not been trained on this machine. Run python scripts/train_small_opt.py (minutes), "
+                f"{model.location} has not been trained on this machine. Run python scripts/train_small_opt.py "
+                "(minutes), "
                 "or use weights=dummy."
             )
         return folder

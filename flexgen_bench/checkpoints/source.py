@@ -11,7 +11,6 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from flexgen_bench.checkpoints.reader import NOTE, PLAIN_DTYPES, Checkpoint
 from flexgen_bench.checkpoints.weight_files import shown
+from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
@@ -34,7 +34,7 @@ _NO_HEAD = (
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Closing):
     """names: of each tensor in the checkpoint, by the family's own. Use as a context manager, or call ``close``."""
 
     checkpoint: Checkpoint
@@ -87,14 +87,6 @@ class Source:
 
     def close(self) -> None:
         self.checkpoint.close()
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_source(folder: Path) -> Source:
@@ -175,7 +167,8 @@ def _check_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape, s
         raise StoreError(f"{folder} lacks {len(missing)} of {count} tensors: {shown(missing)}.{also} {advice}")
     if unexpected:
         raise StoreError(
-            f"{folder} holds {len(unexpected)} tensors that a {shape.family} model of its config.json has no place for: "
+            f"{folder} holds {len(unexpected)} tensors that a {shape.family} model of its config.json has no place "
+            "for: "
             f"{shown(unexpected)}. Leaving them out would change results: correct config.json if it "
             "denies them, or use a checkpoint of this family without them."
         )

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-# What is going on, how many bytes of it are done, how many there are in all.
-Progress = Callable[[str, int, int], None]
 
 SHARD_BYTES = 400 * 10**6
 MANIFEST = "flexgen_bench.json"

@@ -45,18 +45,21 @@ Typical commands
   python -m flexgen_bench accuracy tasks=helm dry_run=true
                                     is everything there? what would be done? runs nothing
 
-Results go to results/accuracy; what is recorded already is not run again, and a run that was killed goes on at the item where it
-stopped. python -m flexgen_bench report makes pages from them.
+Results go to results/accuracy; what is recorded already is not run again, and a run that was killed goes on at the item
+where it stopped. python -m flexgen_bench report makes pages from them.
 """
 _KEYS = """\
 Keys (with their defaults)
-  model=smollm2-135m      a model of conf/model, a checkpoint folder, a .gguf file or a hub id (weights=, location= as everywhere)
+  model=smollm2-135m      a model of conf/model, a checkpoint folder, a .gguf file or a hub id
+                          (weights=, location= as everywhere)
   tasks=helm              sets and tasks, several in brackets: [lambada,boolq]
   mode=w4                 modes, several in brackets; the uncompressed model is always evaluated with them
-  reference=exact         yardstick: beside plain rounding too; a system (transformers): beside its uncompressed results too
+  reference=exact         yardstick: beside plain rounding too; a system (transformers): beside its uncompressed results
+                          too
   limit=auto              items of each task: what a set asks for, else 500; null: all
   dtype=float32           of what is not compressed
-  margin.score=0.02       a loss up to this counts as none (0.02: two points of accuracy); margin.bits=0.02: bits per byte
+  margin.score=0.02       a loss up to this counts as none (0.02: two points of accuracy);
+                          margin.bits=0.02: bits per byte
   text_tokens=1024        of plain text, to compare distributions on; 0: none
   system=flexgen gpu=auto policy=auto threads=null batch_size=null max_length=null
   rerun=false dry_run=false results_dir=results cache_dir=null

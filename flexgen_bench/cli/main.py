@@ -1,6 +1,7 @@
 """``flexgen-bench COMMAND ...``, which is also ``python -m flexgen_bench COMMAND ...``. Without a command: ``run``.
 
-A command is a file of this folder with a ``main(arguments) -> exit status``; to add one is to write it and to name it here.
+A command is a file of this folder with a ``main(arguments) -> exit status``; to add one is to write it and to name it
+here.
 """
 
 from __future__ import annotations

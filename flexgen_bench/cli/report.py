@@ -186,8 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flexgen-bench report",
-        description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside simulations. The same "
-        "records and configuration give the same bytes. In a checkout it also keeps, in results/predictions.json, the answers that "
+        description="Rebuild tables and pages from records, and the FlexGen paper's tables from what it prints, beside "
+        "simulations. The same "
+        "records and configuration give the same bytes. In a checkout it also keeps, in results/predictions.json, the "
+        "answers that "
         "python -m flexgen_bench model=X gpu=Y gives at once.",
     )
     parser.add_argument("results_dir", nargs="?", type=path_argument, default=Path("results"))

@@ -26,13 +26,14 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.compose import CONFIG_NAME, Plan, plan, prepared, suite_of
 from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.this_machine import ThisMachine
-from flexgen_bench.cells.work import Work, divide, printed_values
+from flexgen_bench.cells.work import Work, divide, published_tables
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.paths import conf_dir, default_cache_dir
 from flexgen_bench.config.schema import AppConf
@@ -148,7 +149,8 @@ def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) 
 
     rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
     expected = Expected(rates, cache)
-    wanted = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell))
+    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    wanted = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell), is_sweep=is_sweep)
     if conf.dry_run:
         _plan(wanted, results, cache, rates, outcome)
         return
@@ -164,14 +166,14 @@ def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) 
 
 
 def _plan(wanted: Plan, results: Path, cache: Path, rates: LocalRates, outcome: Outcome) -> None:
-    from flexgen_bench.cells.dry_run import cards
-    from flexgen_bench.report.plan_summary import print_cards
+    from flexgen_bench.cells.dry_run import plan_summaries
+    from flexgen_bench.report.plan_summary import print_plan
 
-    found = cards(wanted.cells, wanted.suite, results, cache, rates)
-    print_cards(found)
+    summaries = plan_summaries(wanted.cells, wanted.suite, results, cache, rates)
+    print_plan(summaries)
     outcome.is_plan = True
-    outcome.simulated += [card.row for card in found]
-    outcome.unfit |= any(not card.fits or card.row.status is Status.OOM for card in found)
+    outcome.simulated += [summary.row for summary in summaries]
+    outcome.unfit |= any(not s.fits or s.row.status is Status.OOM for s in summaries)
 
 
 def _measure(conf: AppConf, work: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
@@ -209,7 +211,7 @@ def _tell(text: str) -> None:
 def _summary(outcome: Outcome) -> list[Record]:
     """Print the tables and, as the last line where a program reads them, one JSON document that names the records and
     holds what was simulated. The records."""
-    from flexgen_bench.report.prediction_json import to_json
+    from flexgen_bench.report.prediction_json import row_json
     from flexgen_bench.report.prediction_table import print_predictions
     from flexgen_bench.report.table import print_table
     from flexgen_bench.store.reader import read_paths
@@ -217,7 +219,7 @@ def _summary(outcome: Outcome) -> list[Record]:
     records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
     found = [item.record for item in stored]
-    tables = printed_values()
+    tables = published_tables()
     for explanation in outcome.explanations:
         print(f"\n{explanation}")
     if records:
@@ -231,7 +233,7 @@ def _summary(outcome: Outcome) -> list[Record]:
     counts = Counter(record.status.value for record in found)
     document = {
         "records": [str(path) for path in records],
-        "simulated": [to_json(row, tables) for row in simulated],
+        "simulated": [row_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
     wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json
@@ -245,7 +247,8 @@ def _warning(record: Record) -> str:
     lines = record.reason.strip().splitlines() or ["no reason"]
     reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return (
-        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the table; "
+        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the "
+        "table; "
         f"what the others did stands. Again: {record.rerun_command}"
     )
 

@@ -11,6 +11,7 @@ from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.config.schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
 from flexgen_bench.config.typed import load_typed
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import expanded
@@ -18,7 +19,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.parsing import parse_bytes
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
+from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
@@ -59,9 +60,14 @@ def _choice(enum: Any, value: str, name: str) -> Any:
     return enum(value)
 
 
+def _same_fields(kind: Any, conf: Any) -> dict[str, Any]:
+    """What a schema has of a core type's fields, by name."""
+    return {f.name: getattr(conf, f.name) for f in fields(kind)}
+
+
 def shape_of(conf: ModelConf) -> ModelShape:
     """What conf/model says of a model."""
-    return ModelShape(**{f.name: getattr(conf, f.name) for f in fields(ModelShape)})
+    return ModelShape(**_same_fields(ModelShape, conf))
 
 
 def _model(conf: ModelConf, weights: str | None, location: str | None, shape: ModelShape | None = None) -> ModelSpec:
@@ -113,7 +119,7 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
         device_match=match,
         links=conf.links,
         sources=conf.sources,
-        rates=None if conf.rates is None else Rates.from_dict(conf.rates),
+        rates=None if conf.rates is None else from_json(Rates, conf.rates, "gpu.rates"),
     )
 
 
@@ -130,32 +136,21 @@ def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
     """None for ``auto``. UserError for shares on a tier that the hardware does not have."""
     if conf.auto:
         return None
-    placements = {}
+    chosen = _same_fields(Policy, conf) | {"lossy": to_lossy(conf.lossy)}
     for key in ("weights", "kv_cache", "activations"):
         shares = getattr(conf, key)
         try:
-            placements[key] = Placement(shares.gpu, shares.cpu, shares.disk)
+            chosen[key] = Placement(shares.gpu, shares.cpu, shares.disk)
         except UserError as error:
             raise UserError(f"policy.{key}", error.value, error.allowed, error.action) from error
-        if placements[key].share(Tier.GPU) > 0 and Tier.GPU not in hardware.tiers:
+        if chosen[key].share(Tier.GPU) > 0 and Tier.GPU not in hardware.tiers:
             raise UserError(
                 f"policy.{key}.gpu",
                 shares.gpu,
                 f"0 on gpu={hardware.name}, which has no accelerator",
                 "Take gpu=emulated, or a policy such as policy=all-cpu.",
             )
-    return Policy(
-        gpu_batch_size=conf.gpu_batch_size,
-        num_gpu_batches=conf.num_gpu_batches,
-        prefetch=conf.prefetch,
-        overlap=conf.overlap,
-        attention=_choice(AttentionSite, conf.attention, "policy.attention"),
-        schedule=_choice(Schedule, conf.schedule, "policy.schedule"),
-        prefill_chunk=conf.prefill_chunk,
-        offloaded=_choice(Offloaded, conf.offloaded, "policy.offloaded"),
-        lossy=to_lossy(conf.lossy),
-        **placements,
-    )
+    return Policy(**chosen)
 
 
 def to_lossy(conf: LossyConf) -> Lossy:
@@ -208,7 +203,7 @@ def cell_spec(
     _check_system(conf.system)
     model = _model(conf.model, conf.weights, conf.location, shape)
     kind = _choice(PromptKind, conf.workload.kind, "workload.kind")
-    workload = Workload(**({f.name: getattr(conf.workload, f.name) for f in fields(Workload)} | {"kind": kind}))
+    workload = Workload(**(_same_fields(Workload, conf.workload) | {"kind": kind}))
     positions = workload.prompt_len + workload.gen_len
     if positions > model.shape.max_positions:
         raise UserError(
@@ -232,7 +227,7 @@ def cell_spec(
         hardware=hardware,
         dtype=_dtype(conf.dtype, lambda: fastest(hardware, threads)),
         threads=threads,
-        measure=MeasureSpec(**{f.name: getattr(conf.measure, f.name) for f in fields(MeasureSpec)}),
+        measure=MeasureSpec(**_same_fields(MeasureSpec, conf.measure)),
         policy=to_policy(conf.policy, hardware),
         lossy=to_lossy(conf.policy.lossy),
         max_latency_s=conf.policy.max_latency_s,

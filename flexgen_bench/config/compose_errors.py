@@ -69,7 +69,10 @@ def _unknown_key(key: str, lines: list[str], schema: type[Any]) -> UserError:
     parent = key.rpartition(".")[0]
     hint = "Run with --help for the groups and keys, with --cfg job for those of your choices."
     if parent.startswith("policy") and key.rpartition(".")[2] in _keys_of(parent, schema):
-        hint = "policy=auto has only max_latency_s, which others have not: to set the rest start from another, e.g. policy=half-disk."
+        hint = (
+            "policy=auto has only max_latency_s, which others have not: to set the rest start from another, e.g. "
+            "policy=half-disk."
+        )
         return UserError("key", key, "a key of the policy chosen", hint)
     if parent.startswith("system"):
         hint = "Options belong to one system: name it with system=..., and see its file in conf/system."

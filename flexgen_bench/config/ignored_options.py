@@ -21,7 +21,7 @@ _COMPRESSED = ("weights", "kv_cache")
 
 
 @dataclass(frozen=True)
-class Asked:
+class CommandLine:
     """A configuration with the keys that the user has written himself. named: its system was asked for, not just all of
     them."""
 
@@ -38,56 +38,56 @@ class Asked:
 class Rule:
     """keys: the options that are ignored in a configuration, if any. allowed, action: of the error."""
 
-    keys: Callable[[Asked], list[str]]
+    keys: Callable[[CommandLine], list[str]]
     allowed: str
     action: str
 
 
-def _of_a_policy(asked: Asked) -> list[str]:
-    system = asked.conf.system
-    if not asked.named or system is None or system.follows_policy:
+def _of_a_policy(line: CommandLine) -> list[str]:
+    system = line.conf.system
+    if not line.named or system is None or system.follows_policy:
         return []
-    return [k for k in asked.keys("policy") if not k.startswith("policy.lossy")]
+    return [k for k in line.keys("policy") if not k.startswith("policy.lossy")]
 
 
-def _of_another_policy(asked: Asked) -> list[str]:
-    if not asked.conf.policy.auto:
+def _of_another_policy(line: CommandLine) -> list[str]:
+    if not line.conf.policy.auto:
         return []
-    return [k for k in asked.keys("policy") if k != "policy" and k.split(".")[1] not in _OF_AUTO]
+    return [k for k in line.keys("policy") if k != "policy" and k.split(".")[1] not in _OF_AUTO]
 
 
-def _latency(asked: Asked) -> list[str]:
-    return [] if asked.conf.policy.auto else asked.keys("policy.max_latency_s")
+def _latency(line: CommandLine) -> list[str]:
+    return [] if line.conf.policy.auto else line.keys("policy.max_latency_s")
 
 
-def _group_size(asked: Asked) -> list[str]:
-    lossy = asked.conf.policy.lossy
+def _group_size(line: CommandLine) -> list[str]:
+    lossy = line.conf.policy.lossy
     used = any(getattr(lossy, name) is not None for name in _COMPRESSED)
-    return [] if used else asked.keys("policy.lossy.group_size")
+    return [] if used else line.keys("policy.lossy.group_size")
 
 
-def _location(asked: Asked) -> list[str]:
-    conf = asked.conf
+def _location(line: CommandLine) -> list[str]:
+    conf = line.conf
     dummy = (conf.weights or conf.model.weights) == "dummy"
-    return asked.keys("location") if dummy else []
+    return line.keys("location") if dummy else []
 
 
-def _shortest(asked: Asked) -> list[str]:
-    return [] if asked.conf.workload.kind == "text" else asked.keys("workload.min_prompt_len")
+def _shortest(line: CommandLine) -> list[str]:
+    return [] if line.conf.workload.kind == "text" else line.keys("workload.min_prompt_len")
 
 
-def _tuning(asked: Asked) -> list[str]:
-    return [] if asked.conf.measure.batch_sizes else asked.keys("measure.tuning_gen_len")
+def _tuning(line: CommandLine) -> list[str]:
+    return [] if line.conf.measure.batch_sizes else line.keys("measure.tuning_gen_len")
 
 
-def _gpu_memory(asked: Asked) -> list[str]:
-    none = asked.conf.gpu.accelerator == Accelerator.NONE.value
-    return asked.keys("gpu.gpu_memory") if none else []
+def _gpu_memory(line: CommandLine) -> list[str]:
+    none = line.conf.gpu.accelerator == Accelerator.NONE.value
+    return line.keys("gpu.gpu_memory") if none else []
 
 
-def _tracker(asked: Asked) -> list[str]:
-    keys = [k for k in asked.keys("tracker") if k not in ("tracker", "tracker.name")]
-    return keys if asked.conf.tracker.name == "none" else []
+def _tracker(line: CommandLine) -> list[str]:
+    keys = [k for k in line.keys("tracker") if k not in ("tracker", "tracker.name")]
+    return keys if line.conf.tracker.name == "none" else []
 
 
 RULES = (
@@ -136,9 +136,9 @@ _MEASURING = ("measure", "threads", "rerun", "calibrate", "tracker")
 
 def refuse_ignored(conf: AppConf, given: frozenset[str], named: bool) -> None:
     """Raises UserError for the first option of a cell outside a suite that would change nothing."""
-    asked = Asked(conf, given, named)
+    line = CommandLine(conf, given, named)
     for rule in RULES:
-        for key in rule.keys(asked):
+        for key in rule.keys(line):
             value = value_of(conf, key)
             if value is not None:  # null asks for nothing
                 raise UserError(key, value, rule.allowed, rule.action)
@@ -147,7 +147,7 @@ def refuse_ignored(conf: AppConf, given: frozenset[str], named: bool) -> None:
 def refuse_unmeasured(conf: AppConf, given: frozenset[str], machine: str) -> None:
     """Raises UserError for an option about measuring, of a machine that is only simulated here."""
     for prefix in _MEASURING:
-        for key in Asked(conf, given, False).keys(prefix):
+        for key in CommandLine(conf, given, False).keys(prefix):
             if value_of(conf, key) is None:
                 continue
             raise UserError(
@@ -161,7 +161,7 @@ def refuse_unmeasured(conf: AppConf, given: frozenset[str], machine: str) -> Non
 def refuse_unthrottled(conf: AppConf, given: frozenset[str]) -> None:
     """Raises UserError for the bandwidth of a link that is as fast as it is: only an emulated accelerator's can be
     set."""
-    for key in Asked(conf, given, False).keys("gpu.links"):
+    for key in CommandLine(conf, given, False).keys("gpu.links"):
         raise UserError(
             key,
             value_of(conf, key),
@@ -172,7 +172,7 @@ def refuse_unthrottled(conf: AppConf, given: frozenset[str]) -> None:
 
 def value_of(conf: AppConf, key: str) -> Any:
     """What a configuration has under a dotted key; of a group, its name."""
-    found: Any = conf
+    value: Any = conf
     for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
-    return getattr(found, "name", found)
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return getattr(value, "name", value)

@@ -47,30 +47,30 @@ def quoted(text: str, quote: Quote = Quote.single) -> str:
 
 def text_of(value: str) -> str:
     """What Hydra reads where it reads a text in quotes; else the value as it is."""
-    found = _parsed(f"value={value}")
-    given = None if found is None else found._value
+    override = _parsed(f"value={value}")
+    given = None if override is None else override._value
     return str(given.text) if isinstance(given, QuotedString) else value
 
 
 def _readable(word: str, schema: type[Any], several: bool) -> str:
     key, _, value = word.partition("=")
-    found = _parsed(word)
+    override = _parsed(word)
     if not is_text(key.lstrip("+"), schema):
-        if found is None:
+        if override is None:
             raise _unreadable(word, schema)
         return word
-    return word if _is_read(found, value, several) else f"{key}={_quoted(value, several)}"
+    return word if _is_read(override, value, several) else f"{key}={_quoted(value, several)}"
 
 
-def _is_read(found: Override | None, value: str, several: bool) -> bool:
+def _is_read(override: Override | None, value: str, several: bool) -> bool:
     """Whether Hydra reads what was meant."""
-    if found is None:
+    if override is None:
         return False
-    if found.is_sweep_override():
+    if override.is_sweep_override():
         return several and not os.path.exists(value)
-    if isinstance(found._value, QuotedString):
+    if isinstance(override._value, QuotedString):
         return True
-    read = found.value()
+    read = override.value()
     # A backslash that Hydra understands was written by somebody who knows its grammar.
     return read is None or (isinstance(read, str) and (read == value or "\\" in value))
 

@@ -1,4 +1,7 @@
-"""Schemas of the conf groups: which keys a YAML file may have, and of which type. ``config.py`` enforces them.
+"""Schemas of the conf groups: which keys a YAML file may have, and of which type. ``typed.py`` enforces them.
+
+What a core type has a default for takes it from there; what a key is beyond its core type (a size as text, an enum by
+its value) is turned into it by ``build.py``.
 
 Not frozen, although nothing changes them: OmegaConf takes frozen classes for nodes that cannot be merged into.
 """
@@ -8,7 +11,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# What OmegaConf takes for "must be given"; written out so that config.py alone knows OmegaConf.
+from flexgen_bench.core.cell import MeasureSpec, ModelSpec
+from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.simulated import SystemModel
+from flexgen_bench.core.workload import Workload
+
+# What OmegaConf takes for "must be given"; written out so that typed.py alone knows OmegaConf.
 MISSING: Any = "???"
 
 
@@ -28,9 +38,9 @@ class ModelConf:
     max_positions: int = MISSING
     tied_embeddings: bool = MISSING
     options: dict[str, Any] = field(default_factory=dict)
-    weights: str = "dummy"
+    weights: str = ModelSpec.weights.value
     locations: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
+    seed: int = ModelSpec.seed
 
 
 @dataclass
@@ -45,7 +55,7 @@ class GpuConf:
     gpu_memory: Any = None
     cpu_memory: Any = None
     disk: Any = None
-    device_match: str = ""
+    device_match: str = HardwareProfile.device_match
     links: dict[str, float] = field(default_factory=dict)
     rates: dict[str, Any] | None = None
     sources: dict[str, str] = field(default_factory=dict)
@@ -62,17 +72,17 @@ class WorkloadConf:
     num_prompts: int = MISSING
     prompt_len: int = MISSING
     gen_len: int = MISSING
-    min_prompt_len: int = 1
-    seed: int = 0
+    min_prompt_len: int = Workload.min_prompt_len
+    seed: int = Workload.seed
 
 
 @dataclass
 class PlacementConf:
     """Shares per tier."""
 
-    gpu: float = 0.0
-    cpu: float = 0.0
-    disk: float = 0.0
+    gpu: float = Placement.gpu
+    cpu: float = Placement.cpu
+    disk: float = Placement.disk
 
 
 @dataclass
@@ -84,8 +94,8 @@ class LossyConf:
 
     weights: Any = None
     kv_cache: Any = None
-    group_size: int = 64
-    value_share: float = 1.0
+    group_size: int = Compression.group_size
+    value_share: float = Lossy.value_share
 
 
 @dataclass
@@ -95,17 +105,17 @@ class PolicyConf:
 
     name: str = MISSING
     auto: bool = False
-    gpu_batch_size: int = 8
-    num_gpu_batches: int = 1
+    gpu_batch_size: int = Policy.gpu_batch_size
+    num_gpu_batches: int = Policy.num_gpu_batches
     weights: PlacementConf = field(default_factory=PlacementConf)
     kv_cache: PlacementConf = field(default_factory=PlacementConf)
     activations: PlacementConf = field(default_factory=PlacementConf)
-    prefetch: int = 2
-    overlap: bool = True
-    attention: str = "compute"
-    schedule: str = "block"
-    prefill_chunk: int | None = None
-    offloaded: str = "move"
+    prefetch: int = Policy.prefetch
+    overlap: bool = Policy.overlap
+    attention: str = Policy.attention.value
+    schedule: str = Policy.schedule.value
+    prefill_chunk: int | None = Policy.prefill_chunk
+    offloaded: str = Policy.offloaded.value
     lossy: LossyConf = field(default_factory=LossyConf)
     max_latency_s: float | None = None
 
@@ -123,9 +133,9 @@ class SystemConf:
 
     name: str = MISSING
     target: str | None = MISSING
-    follows_policy: bool = False
+    follows_policy: bool = SystemModel.follows_policy
     subject: bool = False
-    predictor: str | None = None
+    predictor: str | None = SystemModel.predictor
     constants: dict[str, float] = field(default_factory=dict)
     printed_as: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -272,11 +282,11 @@ class MeasureConf:
     """How each cell is measured; see core.cell.MeasureSpec. budget_s: seconds that a system may take for a cell, as
     predicted (see budget.py); null for whatever it takes."""
 
-    repetitions: int = 3
-    warmup: int = 1
-    time_limit_s: float = 600.0
-    batch_sizes: list[int] = field(default_factory=list)
-    tuning_gen_len: int = 2
+    repetitions: int = MeasureSpec.repetitions
+    warmup: int = MeasureSpec.warmup
+    time_limit_s: float = MeasureSpec.time_limit_s
+    batch_sizes: list[int] = field(default_factory=lambda: list(MeasureSpec.batch_sizes))
+    tuning_gen_len: int = MeasureSpec.tuning_gen_len
     budget_s: float | None = None
 
 

@@ -18,7 +18,7 @@ from flexgen_bench.core.errors import unknown_choice
 
 @dataclass(frozen=True)
 class ConfiguredSystem:
-    """A system as far as predictions go: see ``conf_schema.SystemConf``."""
+    """A system as far as predictions go: see ``config.schema.SystemConf``."""
 
     name: str
     predictor: str | None = None
@@ -66,7 +66,7 @@ def configured_systems() -> list[ConfiguredSystem]:
     return models
 
 
-def ours_beside(conf: LossyConf | None) -> Lossy | None:
+def engine_lossy(conf: LossyConf | None) -> Lossy | None:
     """What this project's engine may change of the results; None where it is not asked."""
     return None if conf is None else to_lossy(conf)
 

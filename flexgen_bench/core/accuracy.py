@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.status import Evidence
 
@@ -36,7 +37,7 @@ class Subject:
     """What was evaluated: a model under a mode, by a system.
 
     fingerprint: of the checkpoint; runs of different weights are never compared. mode: a name from conf/accuracy/modes.
-    lossy: its values, as ``Lossy.to_dict`` writes them. system: whose arithmetic. dtype: of what is not compressed;
+    lossy: its values, as JSON (``core.codec``). system: whose arithmetic. dtype: of what is not compressed;
     run_dtype: of the uncompressed run it belongs to, which differs where the mode is another dtype. role: what it is in
     a comparison.
     """
@@ -52,7 +53,7 @@ class Subject:
 
     @property
     def changes(self) -> Lossy:
-        return Lossy.from_dict(dict(self.lossy))
+        return from_json(Lossy, self.lossy, "lossy")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.codec import OMITTED, to_json
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -37,23 +38,6 @@ class ModelSpec:
     weights: WeightSource = WeightSource.DUMMY
     location: str = ""
     seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.to_dict(),
-            "weights": self.weights.value,
-            "location": self.location,
-            "seed": self.seed,
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> ModelSpec:
-        return ModelSpec(
-            shape=ModelShape(**data["shape"]),
-            weights=WeightSource(data["weights"]),
-            location=data["location"],
-            seed=data["seed"],
-        )
 
 
 @dataclass(frozen=True)
@@ -120,8 +104,9 @@ class CellSpec:
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     policy: Policy | None = None
     system_options: Mapping[str, Any] = field(default_factory=dict)
-    lossy: Lossy = EXACT
-    max_latency_s: float | None = None
+    # What was not always there, where it says something: specs without it keep their hashes.
+    lossy: Lossy = field(default=EXACT, metadata=OMITTED)
+    max_latency_s: float | None = field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         check_latency(self.max_latency_s, self.policy is not None)
@@ -129,46 +114,6 @@ class CellSpec:
             object.__setattr__(self, "lossy", self.policy.lossy)
         if not isinstance(self.threads, int) or self.threads < 1:
             raise UserError("threads", self.threads, "an integer of at least 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "system": self.system,
-            "target": self.target,
-            "model": self.model.to_dict(),
-            "workload": self.workload.to_dict(),
-            "hardware": self.hardware.to_dict(),
-            "dtype": self.dtype.value,
-            "threads": self.threads,
-            "measure": {
-                "repetitions": self.measure.repetitions,
-                "warmup": self.measure.warmup,
-                "time_limit_s": self.measure.time_limit_s,
-                "batch_sizes": list(self.measure.batch_sizes),
-                "tuning_gen_len": self.measure.tuning_gen_len,
-            },
-            "policy": None if self.policy is None else self.policy.to_dict(),
-            "system_options": dict(self.system_options),
-            # What was not always there, where it says something: specs without it keep their hashes.
-            **({} if self.lossy.is_exact else {"lossy": self.lossy.to_dict()}),
-            **({} if self.max_latency_s is None else {"max_latency_s": self.max_latency_s}),
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> CellSpec:
-        return CellSpec(
-            system=data["system"],
-            target=data["target"],
-            model=ModelSpec.from_dict(data["model"]),
-            workload=Workload.from_dict(data["workload"]),
-            hardware=HardwareProfile.from_dict(data["hardware"]),
-            dtype=DType(data["dtype"]),
-            threads=data["threads"],
-            measure=MeasureSpec(**data["measure"]),
-            policy=None if data["policy"] is None else Policy.from_dict(data["policy"]),
-            system_options=data["system_options"],
-            lossy=Lossy.from_dict(data.get("lossy")),
-            max_latency_s=data.get("max_latency_s"),
-        )
 
     @property
     def evidence(self) -> Evidence:
@@ -179,9 +124,8 @@ class CellSpec:
     @property
     def spec_hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of the canonical JSON of this spec."""
-        data = self.to_dict()
         # What is known about a machine's speed, and who says so, decides no result.
-        data["hardware"]["sources"] = {}
-        data["hardware"].pop("rates", None)
+        machine = replace(self.hardware, sources={}, rates=None)
+        data = to_json(replace(self, hardware=machine))
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,10 +7,11 @@ every record and table names them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError, unknown_choice
 
 BITS = (3, 4, 8)
@@ -46,8 +47,9 @@ class Compression:
 
     bits: int
     group_size: int = 64
-    along: Along = Along.INPUTS
-    scales: Scales = Scales.MINMAX
+    # Left out where they are the usual ones, as in records older than them.
+    along: Along = field(default=Along.INPUTS, metadata=OMITTED)
+    scales: Scales = field(default=Scales.MINMAX, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -116,16 +118,6 @@ class Compression:
         ]
         return "/".join([f"{self.bits}-bit", *unusual])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Choices of layout and scales are left out where they are the usual ones, as in records older than them."""
-        newer = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
-        named = {k: str(v) for k, v in newer.items() if v != getattr(Compression, k)}
-        return {"bits": self.bits, "group_size": self.group_size} | named
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any] | None) -> Compression | None:
-        return None if data is None else Compression(**data)
-
     @staticmethod
     def parse(value: object, group_size: int = 64) -> Compression | None:
         """From a configuration: none, bits (``4``), a name as it is printed (``4-bit/32/outputs/mse``), or a mapping of
@@ -154,7 +146,7 @@ def _fields_of(name: str) -> dict[str, Any]:
     number = bits.removesuffix("-bit").removesuffix("bit")
     if not number.isdecimal():
         raise UserError("compression", name, "bits (4), or a name such as 4-bit, 4-bit/32 or 4-bit/outputs/mse")
-    found: dict[str, Any] = {"bits": int(number)}
+    named: dict[str, Any] = {"bits": int(number)}
     for part in rest:
         if part.isdecimal():
             key = "group_size"
@@ -164,10 +156,10 @@ def _fields_of(name: str) -> dict[str, Any]:
             key = "scales"
         else:
             raise unknown_choice("compression", part, [*Along, *Scales])
-        if key in found:
+        if key in named:
             raise UserError("compression", name, f"a name with one {key}")
-        found[key] = int(part) if key == "group_size" else part
-    return found
+        named[key] = int(part) if key == "group_size" else part
+    return named
 
 
 @dataclass(frozen=True)
@@ -207,23 +199,6 @@ class Lossy:
         if self.value_share < 1:
             parts.append(f"{self.value_share:.0%} of V")
         return ", ".join(parts) or "exact"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "weights": self.weights and self.weights.to_dict(),
-            "kv_cache": self.kv_cache and self.kv_cache.to_dict(),
-            "value_share": self.value_share,
-        }
-
-    @staticmethod
-    def from_dict(data: dict[str, Any] | None) -> Lossy:
-        if data is None:
-            return EXACT
-        return Lossy(
-            Compression.from_dict(data.get("weights")),
-            Compression.from_dict(data.get("kv_cache")),
-            data.get("value_share", 1.0),
-        )
 
 
 EXACT = Lossy()

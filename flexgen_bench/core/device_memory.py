@@ -47,7 +47,7 @@ def job_bytes(hardware: HardwareProfile) -> int | None:
     return gpu_room(size - process_bytes(hardware), None, 0)
 
 
-def beside_bytes(hardware: HardwareProfile) -> int:
+def reserved_bytes(hardware: HardwareProfile) -> int:
     """What is kept from a plan: of the GPU's memory, or of any large one where it is not known."""
     room = job_bytes(hardware)
     if room is None or hardware.gpu_memory_bytes is None:

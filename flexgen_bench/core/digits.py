@@ -34,8 +34,8 @@ def settled(value: float, decimals: int | None = None) -> float:
     """
     if not math.isfinite(value):
         return value
-    found = float(f"{value:.{NOISE_FREE - 1}e}")
-    return found if decimals is None else round(found, decimals) + 0.0
+    number = float(f"{value:.{NOISE_FREE - 1}e}")
+    return number if decimals is None else round(number, decimals) + 0.0
 
 
 def fixed(value: float, decimals: int, *, plus: bool = False) -> str:
@@ -43,26 +43,26 @@ def fixed(value: float, decimals: int, *, plus: bool = False) -> str:
     minus."""
     if not math.isfinite(value):
         return f"{value:+f}" if plus else f"{value:f}"
-    found = _fixed(value, decimals)
-    return f"{found:+f}" if plus else f"{found:f}"
+    text = _fixed(value, decimals)
+    return f"{text:+f}" if plus else f"{text:f}"
 
 
 def significant(value: float, digits: int, *, plus: bool = False) -> str:
     """``value`` with so many significant digits and no zeros at the end: ``0.0123``, ``1234``, ``1.2e-07``, as the
     format ``g`` has it, but that large ones are written out up to 1e15."""
-    found = rounded(value, digits)
-    if not math.isfinite(found):
-        return f"{found:+f}" if plus else f"{found:f}"
+    number = rounded(value, digits)
+    if not math.isfinite(number):
+        return f"{number:+f}" if plus else f"{number:f}"
     sign = "+" if plus else ""
-    if abs(found) >= 10**digits and abs(found) < 1e15:
-        return f"{found:{sign}.0f}"
-    return f"{found:{sign}.{digits}g}"
+    if abs(number) >= 10**digits and abs(number) < 1e15:
+        return f"{number:{sign}.0f}"
+    return f"{number:{sign}.{digits}g}"
 
 
 def power(value: float, decimals: int, *, plus: bool = False) -> str:
     """``1.2e-03``: for what spans powers of ten."""
-    found = rounded(value, decimals + 1)
-    return f"{found:{'+' if plus else ''}.{decimals}e}"
+    number = rounded(value, decimals + 1)
+    return f"{number:{'+' if plus else ''}.{decimals}e}"
 
 
 def rounded(value: float, digits: int) -> float:

@@ -30,13 +30,13 @@ def requirements() -> dict[str, str | None]:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         lines = _declared()
-    found: dict[str, str | None] = {}
+    extras: dict[str, str | None] = {}
     for line in lines:
         name = re.match(r"[A-Za-z0-9._-]+", line)
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", line)
         assert name is not None, line
-        found.setdefault(_normal(name.group()), extra.group(1) if extra else None)
-    return found
+        extras.setdefault(_normal(name.group()), extra.group(1) if extra else None)
+    return extras
 
 
 def _declared() -> list[str]:

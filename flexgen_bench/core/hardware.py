@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.rates import Rates, stated_rate
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
@@ -43,7 +43,7 @@ class HardwareProfile:
     device_match: str = ""
     links: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
-    rates: Rates | None = None
+    rates: Rates | None = field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
@@ -90,20 +90,6 @@ class HardwareProfile:
         measured = self.rates.links if self.rates is not None else {}
         link = link_of(lane)
         return self.links.get(link, measured.get(link))
-
-    def to_dict(self) -> dict[str, Any]:
-        """``rates`` only where there are any: records from before they existed read the same."""
-        data = asdict(replace(self, rates=None))
-        data |= {"links": dict(self.links), "sources": dict(self.sources)}
-        data["accelerator"] = self.accelerator.value
-        del data["rates"]
-        return data if self.rates is None else data | {"rates": self.rates.to_dict()}
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> HardwareProfile:
-        rates = data.get("rates")
-        known = data | {"accelerator": Accelerator(data["accelerator"])}
-        return HardwareProfile(**(known | {"rates": None if rates is None else Rates.from_dict(rates)}))
 
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:

@@ -87,8 +87,8 @@ def level_of(flags: frozenset[str], architecture: str) -> Level:
     """The same, from the flags that the kernel lists (Features on ARM)."""
     if architecture in ("aarch64", "arm64"):
         return Level.ARM_BF16 if "bf16" in flags else Level.BASELINE
-    found = (level for level, needed in _FLAGS if needed <= flags)
-    return next(found, Level.BASELINE)
+    levels = (level for level, needed in _FLAGS if needed <= flags)
+    return next(levels, Level.BASELINE)
 
 
 def used_by_libraries(level: Level | None = None, environment: Mapping[str, str] = os.environ) -> dict[str, Level]:

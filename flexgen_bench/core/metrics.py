@@ -126,17 +126,17 @@ def _parts(record: Record, name: str) -> list[tuple[float, float]] | None:
 
 def metrics(record: Record) -> dict[str, Metric]:
     """Every metric that the record's samples define, one value per repetition, in a fixed order."""
-    found = {}
+    known = {}
     for name, definition in DEFINITIONS.items():
         parts = _parts(record, name)
         if parts is not None:
-            found[name] = Metric(
+            known[name] = Metric(
                 unit=definition.unit,
                 higher_is_better=definition.higher_is_better,
                 evidence=record.evidence,
                 samples=tuple(top / bottom for top, bottom in parts),
             )
-    return found
+    return known
 
 
 def summarise(record: Record, name: str = HEADLINE) -> Summary | None:
@@ -163,8 +163,8 @@ def summarise(record: Record, name: str = HEADLINE) -> Summary | None:
 
 def summaries(record: Record) -> dict[str, Summary]:
     """``summarise`` for every metric that the record's samples define."""
-    found = ((name, summarise(record, name)) for name in DEFINITIONS)
-    return {name: summary for name, summary in found if summary is not None}
+    all_summaries = ((name, summarise(record, name)) for name in DEFINITIONS)
+    return {name: summary for name, summary in all_summaries if summary is not None}
 
 
 def bytes_per_s(use: LinkUse) -> float | None:

@@ -71,11 +71,6 @@ class ModelShape:
         """Elements of K and V together that one token leaves in one layer."""
         return 2 * self.num_kv_heads * self.head_dim
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "options"} | {
-            "options": dict(self.options)
-        }
-
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.tiers import Tier
 
 
@@ -67,9 +68,6 @@ class Placement:
     def all_on(tier: Tier) -> Placement:
         return Placement(**{tier.value: 1.0})
 
-    def to_dict(self) -> dict[str, float]:
-        return {tier.value: self.share(tier) for tier in Tier}
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -115,7 +113,7 @@ class Policy:
         for name, enum in choices.items():
             value = getattr(self, name)
             if value not in list(enum):
-                raise UserError(f"policy.{name}", value, " or ".join(repr(str(v)) for v in enum))
+                raise unknown_choice(f"policy.{name}", value, enum)
             object.__setattr__(self, name, enum(value))
         if not isinstance(self.lossy, Lossy):
             raise UserError("policy.lossy", self.lossy, "a Lossy")
@@ -137,39 +135,13 @@ class Policy:
         times of their own."""
         return self.schedule is Schedule.CONTINUOUS and prompts > self.gpu_batch_size
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "gpu_batch_size": self.gpu_batch_size,
-            "num_gpu_batches": self.num_gpu_batches,
-            "weights": self.weights.to_dict(),
-            "kv_cache": self.kv_cache.to_dict(),
-            "activations": self.activations.to_dict(),
-            "prefetch": self.prefetch,
-            "overlap": self.overlap,
-            "attention": self.attention.value,
-            "schedule": self.schedule.value,
-            "prefill_chunk": self.prefill_chunk,
-            "offloaded": self.offloaded.value,
-            "lossy": self.lossy.to_dict(),
-        }
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Policy:
-        known = dict(data)
-        for name in ("weights", "kv_cache", "activations"):
-            if isinstance(known.get(name), dict):
-                known[name] = Placement(**known[name])
-        if isinstance(known.get("lossy"), dict):
-            known["lossy"] = Lossy.from_dict(known["lossy"])
-        return Policy(**known)
-
     @staticmethod
     def stated_in(settings: Mapping[str, Any]) -> Policy | None:
         """The policy that a system says it has run; None for settings that are no policy of ours, as those of other
         systems."""
         try:
-            return Policy.from_dict(dict(settings)) if settings else None
-        except (TypeError, ValueError):
+            return from_json(Policy, settings, "policy") if settings else None
+        except UserError:
             return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
 
 
@@ -76,4 +77,4 @@ class Prediction:
         to."""
         policy = self.settings.get("policy") or {}
         chosen = policy.get("lossy")
-        return permitted if chosen is None else Lossy.from_dict(dict(chosen))
+        return permitted if chosen is None else from_json(Lossy, chosen, "lossy")

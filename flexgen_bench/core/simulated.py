@@ -18,7 +18,7 @@ SIMULATED_ONLY = ""
 
 @dataclass(frozen=True)
 class SystemModel:
-    """How a system is predicted; ``conf_schema.SystemConf`` explains the fields. predictor None: nobody has written
+    """How a system is predicted; ``config.schema.SystemConf`` explains the fields. predictor None: nobody has written
     one."""
 
     predictor: str | None = None

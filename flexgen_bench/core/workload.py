@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from flexgen_bench.core.errors import UserError
 
@@ -38,10 +37,3 @@ class Workload:
         if self.min_prompt_len > self.prompt_len:
             raise UserError("workload.min_prompt_len", self.min_prompt_len, f"at most prompt_len = {self.prompt_len}")
         object.__setattr__(self, "kind", PromptKind(self.kind))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kind": self.kind.value}
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Workload:
-        return Workload(**data)

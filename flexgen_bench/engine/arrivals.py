@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-Progress = Callable[[str, int, int], None]
+from flexgen_bench.core.progress import Progress
 
 
 class Arrivals:

@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
-from flexgen_bench.engine.job_run import JobResult, JobRun, Progress, quiet
+from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
@@ -274,6 +276,6 @@ def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtyp
         file_bytes=packed.file_bytes,
         dtype=dtype,
         prefixes=family.prefixes,
-        description=shape.to_dict(),
+        description=to_json(shape),
         compression=packed.compression,
     )

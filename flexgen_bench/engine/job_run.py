@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
@@ -15,13 +16,6 @@ from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Ended, Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
-
-# (phase "prefill" or "decode", tokens done in it, tokens of it in all)
-Progress = Callable[[str, int, int], None]
-
-
-def quiet(phase: str, done: int, total: int) -> None:
-    """Progress that nobody wants."""
 
 
 @dataclass

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from flexgen_bench.config.build import hardware_profile
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.cell import ModelSpec, check_latency
+from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
@@ -21,6 +21,7 @@ from flexgen_bench.core.given import as_list, token_ids
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, agreed_lossy
+from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
@@ -42,7 +43,7 @@ from flexgen_bench.engine.outputs import (
 from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.engine.streaming import pieces
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.llm.model_source import Progress, checkpoint_of
+from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
@@ -59,7 +60,7 @@ OnOutput = Callable[[int, Output], None]
 OnScore = Callable[[int, Score], None]
 
 
-class LLM:
+class LLM(Closing):
     """A model under an offloading policy.
 
     model: a name from conf/model, a checkpoint folder, a .gguf file, a hub id ("facebook/opt-1.3b") or a ModelSpec.
@@ -97,7 +98,7 @@ class LLM:
         check_latency(max_latency_s, policy is not None)
         self._lossy = agreed_lossy(lossy, policy)
         self._max_latency_s = max_latency_s
-        self._progress: Progress = progress or (lambda what, done, total: None)
+        self._progress: Progress = progress or quiet
         self._policy = policy
         self._engine: Engine | None = None
         self._chosen_for = 0  # sequences of the largest job of generation so far
@@ -266,14 +267,6 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise UserError("LLM", "closed", "open", "Make a new one.")
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """The engine under the given policy, or under one chosen for these requests. That is kept while it fits, until

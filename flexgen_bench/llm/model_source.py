@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import expanded, is_gguf
 from flexgen_bench.core.model import DType
-
-Progress = Callable[[str, int, int], None]
+from flexgen_bench.core.progress import Progress
 
 # owner/name, the letters that the hub allows. Whatever else has a slash in it is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

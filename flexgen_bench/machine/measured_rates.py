@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from flexgen_bench.core import instructions
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates
@@ -87,7 +88,7 @@ def save(calibration: Calibration, path: Path) -> None:
         "unstable": list(calibration.unstable),
         "notes": list(calibration.notes),
         "also": dict(calibration.also),
-        "rates": calibration.rates.to_dict(),
+        "rates": to_json(calibration.rates),
     }
     write_whole(path, to_yaml(data))
 
@@ -141,7 +142,7 @@ def load(path: Path) -> Calibration:
             )
     try:
         return Calibration(
-            rates=Rates.from_dict(data["rates"], "rates"),
+            rates=from_json(Rates, data["rates"], "rates"),
             machine=dict(data["machine"]),
             mode=str(data["mode"]),
             measured=str(data["measured"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import GB
@@ -22,7 +23,7 @@ def write_profile(calibration: Calibration, path: Path, disk_dir: Path) -> None:
 
 def profile_of(calibration: Calibration, name: str, disk_dir: Path) -> dict[str, Any]:
     """The keys of a file in conf/gpu. Memories are what is there, the disk what is free."""
-    rates = calibration.rates.to_dict()
+    rates = to_json(calibration.rates)
     has_gpu = Tier.GPU in calibration.rates.sites
     links = {k: v for k, v in rates.pop("links").items() if has_gpu or k in _DISK_LINKS}
     gpus = machine.local_gpus() if has_gpu else ()

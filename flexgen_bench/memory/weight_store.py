@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.checkpoints.reader import Checkpoint
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
@@ -72,7 +73,7 @@ def fingerprint(plan: StorePlan, files: list[Path], quantization: Mapping[str, A
     if quantization is not None:
         what.append(["dequantized", quantization])
     if plan.compression is not None:
-        what += [COMPRESSED_VERSION, plan.compression.to_dict()]
+        what += [COMPRESSED_VERSION, to_json(plan.compression)]
     text = json.dumps(what, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -176,7 +177,7 @@ def _convert(checkpoint: Checkpoint, plan: StorePlan, folder: Path, progress: Ca
             "dtype": plan.dtype.value,
             "file_bytes": plan.file_bytes,
             "description": dict(plan.description),
-            "compression": plan.compression and plan.compression.to_dict(),
+            "compression": plan.compression and to_json(plan.compression),
             "checksums": checksums,
             "repeats": [_extent(plan, number, first) for number, first in same_as.items()],
         }

@@ -67,8 +67,8 @@ def build_paper(
         if name not in list_tables(own):
             table_conf(name, own)
     tables, errors = _tables(chosen, own, sources)
-    asked = also(simulations.pairs) if simulations and also and names is None else ()
-    for one in asked:
+    requested = also(simulations.pairs) if simulations and also and names is None else ()
+    for one in requested:
         assert simulations is not None
         simulations.note(one)
     if simulations is not None and simulations.open:
@@ -79,7 +79,7 @@ def build_paper(
         finally:
             keep()
         tables, errors = _tables(chosen, own, sources)
-        for one in asked:
+        for one in requested:
             simulations.note(one)
     if simulations is not None and names is None and not errors:
         _keep(simulations.used, results_dir, write)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_bench.config.schema import AssumedConf, MeasuredScoreConf, TableConf
-from flexgen_bench.config.table import ours_beside
+from flexgen_bench.config.table import engine_lossy
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.prediction import Prediction
@@ -16,20 +16,21 @@ from flexgen_bench.paper.quantities import is_of_a_job, quantity
 from flexgen_bench.paper.recorded import Recorded, find
 from flexgen_bench.paper.scores import Scores
 from flexgen_bench.paper.settings import run_text
-from flexgen_bench.paper.simulate import OOM, PaperJob, Simulations, Told, policy_options
+from flexgen_bench.paper.simulate import OOM, PaperJob, Simulation, Simulations, policy_options
 from flexgen_bench.published.policy_text import PolicyText, parse_policy
 from flexgen_bench.published.quoted import Quoted
 
 NOTHING = "-"
 OVERLAPPED = (
-    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of its own; "
+    "its blocks overlap, prompts being computed while others decode, so neither phase has a time or a throughput of "
+    "its own; "
     "only the whole job has"
 )
 _EXACT = str(EXACT)
 
 
 @dataclass(frozen=True)
-class Beside:
+class Counterpart:
     """What stands beside a printed value: a number, or the word for why there is none.
 
     evidence None: nothing was simulated or run. source: the predictor's system, or the record. settings: what it ran
@@ -56,20 +57,20 @@ class Cell:
     """
 
     printed: Quoted
-    simulated: Beside = Beside()
-    ours: Beside = Beside()
+    simulated: Counterpart = Counterpart()
+    ours: Counterpart = Counterpart()
     ours_lossy: str = ""
     unrounded: float | None = None
     assumed: str = ""
     has_ratio: bool = True
     notes: tuple[int, ...] = ()
 
-    def ratio(self, beside: Beside) -> float | None:
+    def ratio(self, other: Counterpart) -> float | None:
         """``beside`` / printed."""
         base = self.printed.number if self.unrounded is None else self.unrounded
-        if not base or beside.value is None or not self.has_ratio:
+        if not base or other.value is None or not self.has_ratio:
             return None
-        return beside.value / base
+        return other.value / base
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def build_cell(row: Quoted, table: TableConf, sources: Sources, notes: tuple[int
     conf = table.systems.get(row.system)
     assumed = [a for a in table.assumed if row.matches(a.where)]
     policy, prompts = _policy(row, assumed)
-    simulated, ours = Beside(), Beside(word=table.ours_missing)
+    simulated, ours = Counterpart(), Counterpart(word=table.ours_missing)
     name = table.predict.get(row.metric) or table.predict.get(row.quantity)
-    beside = None if conf is None else ours_beside(conf.ours)
+    permitted = None if conf is None else engine_lossy(conf.ours)
     if name is not None and sources.simulations is not None:
         counted = policy.num_prompts if prompts is None else prompts
         if is_of_a_job(name) and row.names_a_job and counted is None:
@@ -98,19 +99,19 @@ def build_cell(row: Quoted, table: TableConf, sources: Sources, notes: tuple[int
         asks = _Asks(row, table, sources, sources.simulations, name)
         printed_as = (conf and conf.simulated_as) or row.system
         # Compression that a text does not state is what its system is named for, as beside it.
-        named = policy if policy.lossy is not None else replace(policy, lossy=beside)
+        named = policy if policy.lossy is not None else replace(policy, lossy=permitted)
         simulated = asks.original(printed_as, named, prompts)
-        if beside is not None:
+        if permitted is not None:
             whole_job = policy.executed is not None or policy.eval_instances is not None
             given = prompts if prompts is not None else policy.num_prompts if whole_job else None
-            job = asks.job(given, PolicyText(lossy=beside))
+            job = asks.job(given, PolicyText(lossy=permitted))
             ours = asks.engine(job)
     score = table.accuracy.get(row.metric)
     if score is not None and conf is not None and conf.mode is not None:
         ours = _measured(row, table, sources, conf.mode, score)
-    elif beside is None:
-        ours = Beside()
-    lossy = _EXACT if beside is None else ours.lossy or str(beside)
+    elif permitted is None:
+        ours = Counterpart()
+    lossy = _EXACT if permitted is None else ours.lossy or str(permitted)
     return Cell(
         printed=row,
         simulated=simulated,
@@ -123,12 +124,14 @@ def build_cell(row: Quoted, table: TableConf, sources: Sources, notes: tuple[int
     )
 
 
-def _measured(row: Quoted, table: TableConf, sources: Sources, mode: str, score: MeasuredScoreConf) -> Beside:
+def _measured(row: Quoted, table: TableConf, sources: Sources, mode: str, score: MeasuredScoreConf) -> Counterpart:
     model = table.models.get(row.model, row.model.lower())
-    found = None if sources.scores is None else sources.scores.find(model, table.engine, mode, score.task, score.metric)
-    if found is None:
-        return Beside(word=table.ours_missing)
-    return Beside(found.value, NOTHING, found.evidence, found.source, found.settings)
+    score_record = (
+        None if sources.scores is None else sources.scores.find(model, table.engine, mode, score.task, score.metric)
+    )
+    if score_record is None:
+        return Counterpart(word=table.ours_missing)
+    return Counterpart(score_record.value, NOTHING, score_record.evidence, score_record.source, score_record.settings)
 
 
 @dataclass(frozen=True)
@@ -157,53 +160,57 @@ class _Asks:
             self.row.count("gpus") or 1,
         )
 
-    def original(self, printed_as: str, policy: PolicyText, prompts: int | None) -> Beside:
+    def original(self, printed_as: str, policy: PolicyText, prompts: int | None) -> Counterpart:
         system = self.simulations.printed_as(printed_as, self.table.engine)
         job = self.job(policy.num_prompts if prompts is None else prompts, policy)
         if system is None or job is None:
-            return Beside()
+            return Counterpart()
         options = policy_options(policy, system)
-        return self._recorded(system.name, job, options) or self._told(
+        return self._recorded(system.name, job, options) or self._simulation(
             self.simulations.ask(system, options, job), system.name
         )
 
-    def engine(self, job: PaperJob | None) -> Beside:
+    def engine(self, job: PaperJob | None) -> Counterpart:
         system = self.simulations.named(self.table.engine)
         if system is None or job is None:
-            return Beside(word=self.table.ours_missing)
-        return self._recorded(system.name, job, {}) or self._told(self.simulations.ask(system, {}, job), system.name)
+            return Counterpart(word=self.table.ours_missing)
+        return self._recorded(system.name, job, {}) or self._simulation(
+            self.simulations.ask(system, {}, job), system.name
+        )
 
-    def _told(self, answer: Told, name: str) -> Beside:
+    def _simulation(self, answer: Simulation, name: str) -> Counterpart:
         if answer.run is None:
             evidence = Evidence.SIMULATED if answer.word == OOM else None
-            return Beside(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
-        beside = self._of(answer.run, self.row.count("gpus") or 1, Evidence.SIMULATED, name)
-        return replace(beside, settings=answer.settings, lossy=answer.lossy)
+            return Counterpart(word=answer.word, evidence=evidence, source=name, reason=answer.reason)
+        counterpart = self._of(answer.run, self.row.count("gpus") or 1, Evidence.SIMULATED, name)
+        return replace(counterpart, settings=answer.settings, lossy=answer.lossy)
 
-    def _recorded(self, name: str, job: PaperJob, options: Mapping[str, object]) -> Beside | None:
-        found = find(self.sources.records, name, job, options)
-        if found is None:
+    def _recorded(self, name: str, job: PaperJob, options: Mapping[str, object]) -> Counterpart | None:
+        recorded = find(self.sources.records, name, job, options)
+        if recorded is None:
             return None
-        record, path = found.stored.record, found.stored.path
+        record, path = recorded.stored.record, recorded.stored.path
         source = path.relative_to(self.sources.results_dir).as_posix()
-        if found.run is None:
-            return Beside(None, OOM, record.evidence, source, reason=record.reason)
-        beside = self._of(found.run, 1, record.evidence, source)
-        return replace(beside, settings=run_text(found.run), lossy=str(found.lossy))
+        if recorded.run is None:
+            return Counterpart(None, OOM, record.evidence, source, reason=record.reason)
+        counterpart = self._of(recorded.run, 1, record.evidence, source)
+        return replace(counterpart, settings=run_text(recorded.run), lossy=str(recorded.lossy))
 
-    def _of(self, run: Prediction, gpus: int, evidence: Evidence, source: str) -> Beside:
+    def _of(self, run: Prediction, gpus: int, evidence: Evidence, source: str) -> Counterpart:
         value = quantity(self.quantity, run, gpus)
         if value is None and run.overlapped:
-            return Beside(source=source, reason=f"{source}: {OVERLAPPED}")
-        return Beside(value, NOTHING, evidence, source)
+            return Counterpart(source=source, reason=f"{source}: {OVERLAPPED}")
+        return Counterpart(value, NOTHING, evidence, source)
 
 
 def _uncounted(row: Quoted, name: str) -> UserError:
     return UserError(
         f"table.predict.{row.metric}",
         name,
-        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} tokens it is not)",
-        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a throughput, or block_latency_s.",
+        f"of rows whose number of prompts is known (of {row.system}, {row.model}, {row.prompt_len} + {row.gen_len} "
+        "tokens it is not)",
+        "A job's time depends on it: state num_prompts for these rows under assumed, with its source; or take a "
+        "throughput, or block_latency_s.",
     )
 
 
@@ -214,10 +221,10 @@ def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, in
     return parse_policy(text), prompts
 
 
-def _assumed_texts(assumed: Sequence[AssumedConf], asked: PolicyText | None) -> list[str]:
+def _assumed_texts(assumed: Sequence[AssumedConf], requested: PolicyText | None) -> list[str]:
     """asked: the policy of a system that was asked, which may leave something for it to choose."""
     texts = [_assumed_text(one) for one in assumed]
-    return texts + ([asked.unsaid] if asked is not None and asked.unsaid else [])
+    return texts + ([requested.unsaid] if requested is not None and requested.unsaid else [])
 
 
 def _assumed_text(assumed: AssumedConf) -> str:

@@ -10,7 +10,7 @@ from flexgen_bench.config.schema import FigureConf
 from flexgen_bench.core.digits import settled
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.paper.cells import Beside, Cell
+from flexgen_bench.paper.cells import Cell, Counterpart
 from flexgen_bench.paper.table import PaperTable
 from flexgen_bench.published.quoted import FIELDS
 
@@ -53,16 +53,16 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
     for index, name in enumerate(names):
         mine = [c for c in rows if _series(table, conf, c) == name]
         # Nobody but one kind has values here: the name says enough.
-        alone = sum(any(told(c)[0] is not None for c in mine) for told in _KINDS.values()) == 1
+        alone = sum(any(value_of(c)[0] is not None for c in mine) for value_of in _KINDS.values()) == 1
         alone = alone and all(c.printed.number is None for c in mine)
-        for kind, told in _KINDS.items():
-            for evidence in dict.fromkeys(e for c in mine if (e := told(c)[1]) is not None):
+        for kind, value_of in _KINDS.items():
+            for evidence in dict.fromkeys(e for c in mine if (e := value_of(c)[1]) is not None):
                 points = [
                     (x, y)
                     for c in mine
-                    for y, how in [told(c)]
+                    for y, how in [value_of(c)]
                     if how is evidence and y is not None
-                    for x in [_x(table, conf, c, told)]
+                    for x in [_x(table, conf, c, value_of)]
                     if x is not None and (not conf.log or (x > 0 and y > 0))
                 ]
                 words = name if alone else f"{name}, {kind}"
@@ -72,18 +72,18 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
     return Plot(conf.title, axis, _unit(table, conf.y), conf.log, tuple(curves))
 
 
-_Told = Callable[[Cell], tuple[float | None, Evidence | None]]
+_ValueOf = Callable[[Cell], tuple[float | None, Evidence | None]]
 
 
-def _beside(beside: Beside) -> tuple[float | None, Evidence | None]:
+def _counterpart(other: Counterpart) -> tuple[float | None, Evidence | None]:
     """Settled, as points are put in order: two that have one x must have it on every machine."""
-    return None if beside.value is None else settled(beside.value), beside.evidence
+    return None if other.value is None else settled(other.value), other.evidence
 
 
-_KINDS: dict[str, _Told] = {
+_KINDS: dict[str, _ValueOf] = {
     "printed": lambda c: (c.printed.number, Evidence.QUOTED),
-    "simulated": lambda c: _beside(c.simulated),
-    "this engine": lambda c: _beside(c.ours),
+    "simulated": lambda c: _counterpart(c.simulated),
+    "this engine": lambda c: _counterpart(c.ours),
 }
 
 
@@ -91,14 +91,14 @@ def _series(table: PaperTable, conf: FigureConf, cell: Cell) -> str:
     return ", ".join(table.label(f, cell.printed.text(f)) for f in conf.series)
 
 
-def _x(table: PaperTable, conf: FigureConf, cell: Cell, told: _Told) -> float | None:
+def _x(table: PaperTable, conf: FigureConf, cell: Cell, value_of: _ValueOf) -> float | None:
     if conf.x in FIELDS:
         text = cell.printed.text(conf.x)
         return float(text) if text.isascii() and text.isdigit() else None
     same = [cell.printed.text(f) for f in _POINT]
     for other in table.cells:
         if other.printed.quantity == conf.x and [other.printed.text(f) for f in _POINT] == same:
-            return told(other)[0]
+            return value_of(other)[0]
     return None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexgen_bench.core.digits import SCORE, TIMED, significant
-from flexgen_bench.paper.cells import Beside, Cell
-from flexgen_bench.paper.grid import printed_text, ratio_text
+from flexgen_bench.paper.cells import Cell, Counterpart
+from flexgen_bench.paper.grid import published_text, ratio_text
 from flexgen_bench.paper.table import PaperTable
 from flexgen_bench.published.quoted import NOT_FOUND, NOT_PRINTED
 
@@ -48,8 +48,8 @@ def details(table: PaperTable) -> list[tuple[str, ...]]:
 
 def reasons(table: PaperTable) -> list[str]:
     """Why there is no number, each reason once."""
-    found = [b.reason for c in table.cells for b in (c.simulated, c.ours) if b.reason]
-    return list(dict.fromkeys(" ".join(reason.split()) for reason in found))
+    all_reasons = [b.reason for c in table.cells for b in (c.simulated, c.ours) if b.reason]
+    return list(dict.fromkeys(" ".join(reason.split()) for reason in all_reasons))
 
 
 def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
@@ -63,28 +63,28 @@ def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
         row.gpus,
         row.metric,
         row.unit,
-        printed_text(cell, None),
+        published_text(cell, None),
         "-" if row.value in (NOT_PRINTED, NOT_FOUND) else "QUOTED",
         row.trust,
         row.source,
         row.policy,
         "" if cell.unrounded is None else significant(cell.unrounded, SCORE),
         cell.assumed,
-        *_beside(cell, cell.simulated),
+        *_counterpart(cell, cell.simulated),
         cell.simulated.source,
         cell.simulated.settings,
-        *_beside(cell, cell.ours),
-        cell.ours_lossy or ("" if cell.ours == Beside() else "exact"),
+        *_counterpart(cell, cell.ours),
+        cell.ours_lossy or ("" if cell.ours == Counterpart() else "exact"),
         cell.ours.source,
         cell.ours.settings,
         " ".join(map(str, cell.notes)),
     )
 
 
-def _beside(cell: Cell, beside: Beside) -> Sequence[str]:
-    ratio = cell.ratio(beside)
+def _counterpart(cell: Cell, other: Counterpart) -> Sequence[str]:
+    ratio = cell.ratio(other)
     return (
-        beside.word if beside.value is None else significant(beside.value, TIMED),
-        "-" if beside.evidence is None else beside.evidence.value,
+        other.word if other.value is None else significant(other.value, TIMED),
+        "-" if other.evidence is None else other.evidence.value,
         "" if ratio is None else ratio_text(ratio),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.digits import fixed, rounded
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.paper.cells import NOTHING, Beside, Cell
+from flexgen_bench.paper.cells import NOTHING, Cell, Counterpart
 from flexgen_bench.paper.table import PaperTable, places
 from flexgen_bench.published.quoted import NOT_FOUND, NOT_PRINTED
 from flexgen_bench.report.cells import MARKS, number
@@ -54,7 +54,7 @@ def grids(table: PaperTable) -> list[Grid]:
     return [_grid(table, table.label(field, v), [c for c in table.cells if c.printed.text(field) == v]) for v in values]
 
 
-def printed_text(cell: Cell, decimals: int | None) -> str:
+def published_text(cell: Cell, decimals: int | None) -> str:
     """The printed value with the paper's number of decimals: zeros are added, nothing is rounded."""
     text = cell.printed.value
     if cell.printed.number is None or decimals is None:
@@ -63,13 +63,13 @@ def printed_text(cell: Cell, decimals: int | None) -> str:
     return text if have >= decimals else f"{float(text):.{decimals}f}"
 
 
-def beside_text(cell: Cell, beside: Beside, *, marked: bool = False) -> str:
+def counterpart_text(cell: Cell, other: Counterpart, *, marked: bool = False) -> str:
     """``24.8 (0.98x)``: the value, and what it is of the printed one; or the word for why there is none."""
-    mark = f" ({MARKS[beside.evidence]})" if marked and beside.evidence and MARKS[beside.evidence] else ""
-    if beside.value is None:
-        return beside.word + mark
-    ratio = cell.ratio(beside)
-    return number(beside.value) + mark + ("" if ratio is None else f" ({ratio_text(ratio)}x)")
+    mark = f" ({MARKS[other.evidence]})" if marked and other.evidence and MARKS[other.evidence] else ""
+    if other.value is None:
+        return other.word + mark
+    ratio = cell.ratio(other)
+    return number(other.value) + mark + ("" if ratio is None else f" ({ratio_text(ratio)}x)")
 
 
 def ratio_text(ratio: float) -> str:
@@ -94,10 +94,10 @@ def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
     for names in places(table.conf, shown_rows, rows):
         row = placed[names]
         at = [row.get(column, []) for column in order]
-        found = [line for kind in table.conf.lines for line in _lines(table, kind, at)]
-        found = [line for line in found if _says_something(line)] or found[:1]
+        grid_lines = [line for kind in table.conf.lines for line in _lines(table, kind, at)]
+        grid_lines = [line for line in grid_lines if _says_something(line)] or grid_lines[:1]
         blank = ("",) * len(rows)
-        for index, line in enumerate(found):
+        for index, line in enumerate(grid_lines):
             first = shown(rows, names) if index == 0 else blank
             lines.append(Line(first, line.what, line.evidence, line.entries))
     return Grid(title, tuple(rows), tuple(shown(columns, c) for c in order), tuple(lines))
@@ -106,19 +106,19 @@ def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
 def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[Line]:
     """The line of one kind; of the engine's, one for each way in which it may change results."""
     if kind == "printed":
-        return [_printed(table, at)]
+        return [_published(table, at)]
     if kind == "policy":
         entries = tuple(tuple(Entry(c.printed.policy or NOTHING) for c in place) for place in at)
         return [Line((), "policy", Evidence.QUOTED.value, entries)]
     if kind == "simulated":
-        return [_beside("simulated", at, lambda c: c.simulated)]
-    changes = dict.fromkeys(c.ours_lossy for place in at for c in place if c.ours != Beside())
+        return [_counterpart("simulated", at, lambda c: c.simulated)]
+    changes = dict.fromkeys(c.ours_lossy for place in at for c in place if c.ours != Counterpart())
     lines = []
     for lossy in changes:
         name = f"this engine, {lossy}" if lossy else "this engine"
         of = [[c for c in place if c.ours_lossy == lossy] for place in at]
         if kind == "ours":
-            lines.append(_beside(name, of, lambda c: c.ours))
+            lines.append(_counterpart(name, of, lambda c: c.ours))
         else:
             entries = tuple(tuple(Entry(c.ours.settings or NOTHING) for c in p) for p in of)
             kinds = dict.fromkeys(c.ours.evidence for p in of for c in p if c.ours.evidence)
@@ -126,10 +126,10 @@ def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[L
     return lines
 
 
-def _printed(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
+def _published(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
     decimals = table.conf.decimals
     entries = tuple(
-        tuple(Entry(printed_text(c, decimals), c.notes if c.printed.value else ()) for c in place) for place in at
+        tuple(Entry(published_text(c, decimals), c.notes if c.printed.value else ()) for c in place) for place in at
     )
     trust = dict.fromkeys(c.printed.trust for place in at for c in place if c.printed.trust)
     quoted = any(c.printed.value not in (NOT_PRINTED, NOT_FOUND) for place in at for c in place)
@@ -137,10 +137,10 @@ def _printed(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
     return Line((), "printed", evidence if quoted else NOTHING, entries)
 
 
-def _beside(what: str, at: Sequence[Sequence[Cell]], pick: Callable[[Cell], Beside]) -> Line:
+def _counterpart(what: str, at: Sequence[Sequence[Cell]], pick: Callable[[Cell], Counterpart]) -> Line:
     kinds = dict.fromkeys(e for place in at for c in place if (e := pick(c).evidence) is not None)
     entries = tuple(
-        tuple(dict.fromkeys(Entry(beside_text(c, pick(c), marked=len(kinds) > 1)) for c in place)) for place in at
+        tuple(dict.fromkeys(Entry(counterpart_text(c, pick(c), marked=len(kinds) > 1)) for c in place)) for place in at
     )
     return Line((), what, " and ".join(kinds) or NOTHING, entries)
 

@@ -12,11 +12,16 @@ from flexgen_bench.store.reader import Problem
 
 _BUILT = "Built by `python -m flexgen_bench.report` from conf/table, conf/paper and the records; edit nothing here."
 LEGEND = (
-    "QUOTED = printed by the paper; in brackets how far to trust our copy of it: exact (read in an original), copy (a third party's "
-    "transcription), digitised (off a plot), derived (computed from other printed values), reconstructed (put together from the authors' "
+    "QUOTED = printed by the paper; in brackets how far to trust our copy of it: exact (read in an original), copy (a "
+    "third party's "
+    "transcription), digitised (off a plot), derived (computed from other printed values), reconstructed (put "
+    "together from the authors' "
     "repository).",
-    "simulated = the same system with the printed policy, by this project's model of it. this engine = this project's engine with the policy that "
-    "its own search finds; what is named behind it is compressed: what the search chose of what it may (where there is no number: what it may). SIMULATED = nothing was run; MEASURED, EMULATED and PROJECTED come from a record of the same job on the same machine.",
+    "simulated = the same system with the printed policy, by this project's model of it. this engine = this project's "
+    "engine with the policy that "
+    "its own search finds; what is named behind it is compressed: what the search chose of what it may (where there "
+    "is no number: what it may). SIMULATED = nothing was run; MEASURED, EMULATED and PROJECTED come from a record of "
+    "the same job on the same machine.",
     "(0.98x) = the value divided by the printed one.",
 )
 # What a reader of the page needs beside the grid; the CSV has everything.
@@ -73,13 +78,13 @@ def index(tables: Sequence[PaperTable], problems: Sequence[Problem], figures: di
     lines = ["# Tables of the FlexGen paper", "", _BUILT, ""]
     lines += ["| Table | Printed values | Simulated | Run here | Files |", "|---|---|---|---|---|"]
     for table in tables:
-        printed = sum(bool(c.printed.value) for c in table.cells)
+        published = sum(bool(c.printed.value) for c in table.cells)
         kinds = [b.evidence.value for c in table.cells for b in (c.simulated, c.ours) if b.evidence]
         simulated = kinds.count("SIMULATED")
         files = [f"[{e}]({table.name}.{e})" for e in ("csv", "tex")]
         files += [f"[{name}]({name})" for name in figures[table.name]]
         title = f"[{escape(table.conf.title)}]({table.name}.md)"
-        cells = (title, str(printed), str(simulated), str(len(kinds) - simulated), ", ".join(files))
+        cells = (title, str(published), str(simulated), str(len(kinds) - simulated), ", ".join(files))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", " ".join(LEGEND), ""]
     if problems:

@@ -39,7 +39,7 @@ class Recorded:
 def usable(records: Sequence[StoredRecord]) -> tuple[list[Recorded], list[Problem]]:
     """The runs of synthetic prompts that ended OK or out of memory, newest first, and the records whose spec is no
     cell's."""
-    found, problems = [], []
+    kept, problems = [], []
     for stored in sorted(records, key=lambda s: s.age, reverse=True):
         try:
             recorded = _recorded(stored)
@@ -49,8 +49,8 @@ def usable(records: Sequence[StoredRecord]) -> tuple[list[Recorded], list[Proble
             problems.append(Problem(stored.path, message))
             continue
         if recorded is not None:
-            found.append(recorded)
-    return found, problems
+            kept.append(recorded)
+    return kept, problems
 
 
 def find(records: Sequence[Recorded], system: str, job: PaperJob, options: Mapping[str, Any]) -> Recorded | None:

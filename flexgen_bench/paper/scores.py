@@ -34,11 +34,11 @@ class Scores:
 
     def find(self, model: str, system: str, mode: str, task: str, metric: str) -> Score | None:
         """None where nothing was evaluated, or the task has no such metric."""
-        found = self._found.get((model, system, mode, task))
-        value = None if found is None else found[1].scores.get(metric)
-        if found is None or value is None:
+        score = self._found.get((model, system, mode, task))
+        value = None if score is None else score[1].scores.get(metric)
+        if score is None or value is None:
             return None
-        path, record = found
+        path, record = score
         source = path.relative_to(self._results_dir).as_posix()
         settings = f"{record.subject.dtype}, {len(record.items)} items"
         return Score(value, record.evidence, source, settings)

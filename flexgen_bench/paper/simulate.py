@@ -61,7 +61,7 @@ class PaperJob:
 
 
 @dataclass(frozen=True)
-class Told:
+class Simulation:
     """An answer as tables show it: a prediction, or the word that stands for it (OOM, cannot run) and the reason.
     lossy: what the system then changes of the results, in words."""
 
@@ -94,27 +94,27 @@ class Simulations:
         """The system that the paper calls ``name``, not the one of our own that stands beside it."""
         return next((s for s in self.systems if s.printed_as == name and s.name != other_than), None)
 
-    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: PaperJob) -> Told:
+    def ask(self, system: ConfiguredSystem, options: Mapping[str, Any], job: PaperJob) -> Simulation:
         """What ``system`` with ``options`` (over those of its configuration) is predicted to do with ``job``."""
         if system.predictor is None:
-            return Told(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
-        told = {**system.options, **options}
-        asked = Ask(system.name, system.predictor, system.constants, told, job.resolved)
-        key = asked.key
+            return Simulation(word=NO_MODEL, reason=f"{system.name}: no predictor is configured")
+        all_options = {**system.options, **options}
+        ask = Ask(system.name, system.predictor, system.constants, all_options, job.resolved)
+        key = ask.key
         if job.num_gpus == 1:
             self.pairs.add((job.machine, job.model))
         if key not in self.known:
-            self._open[key] = asked
-            return Told(word=PENDING)
+            self._open[key] = ask
+            return Simulation(word=PENDING)
         self.used[key] = self.known[key]
-        return _told(self.known[key], system, job)
+        return _simulation(self.known[key], system, job)
 
-    def note(self, asked: Ask) -> None:
+    def note(self, ask: Ask) -> None:
         """A question of nobody's table, to be answered and kept with the others."""
-        if asked.key in self.known:
-            self.used[asked.key] = self.known[asked.key]
+        if ask.key in self.known:
+            self.used[ask.key] = self.known[ask.key]
         else:
-            self._open[asked.key] = asked
+            self._open[ask.key] = ask
 
     @property
     def open(self) -> int:
@@ -148,12 +148,12 @@ def _machine(name: str) -> HardwareProfile:
     return hardware_profile(name)
 
 
-def _told(answer: Answer, system: ConfiguredSystem, job: PaperJob) -> Told:
+def _simulation(answer: Answer, system: ConfiguredSystem, job: PaperJob) -> Simulation:
     if answer.run is None:
         word = OOM if answer.status is Status.OOM else CANNOT_RUN
-        return Told(word=word, reason=f"{system.name}: {answer.reason}")
+        return Simulation(word=word, reason=f"{system.name}: {answer.reason}")
     lossy = str(answer.run.changes(job.lossy))
-    return Told(answer.run, settings=run_text(answer.run), lossy=lossy)
+    return Simulation(answer.run, settings=run_text(answer.run), lossy=lossy)
 
 
 def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, Any]:
@@ -168,10 +168,10 @@ def policy_options(policy: PolicyText, system: ConfiguredSystem) -> dict[str, An
         "overlap": policy.overlap,
         "offload": _offload(policy.weights_on, system.choices.get("offload", [])),
     }
-    found = {k: v for k, v in stated.items() if k in system.options and v is not None}
+    known = {k: v for k, v in stated.items() if k in system.options and v is not None}
     if "gpu_batch_size" not in system.options and policy.block_size is not None:
-        found["batch_size"] = policy.block_size
-    return found
+        known["batch_size"] = policy.block_size
+    return known
 
 
 def _offload(weights_on: str, choices: Sequence[str]) -> str | None:

@@ -40,8 +40,8 @@ class _Axis:
             low, high = (settled(math.log10(v)) for v in (self.low, self.high))
             exponents = range(math.floor(low), math.ceil(high))
             steps = (1,) if settled(high - low, 9) > _WIDE_DECADES else (1, 2, 5)
-            found = [m * 10.0**e for e in [*exponents, exponents.stop] for m in steps]
-            return [t for t in found if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
+            places = [m * 10.0**e for e in [*exponents, exponents.stop] for m in steps]
+            return [t for t in places if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
         step = _nice((self.high - self.low) / 5)
         first = math.ceil(self.low / step)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]

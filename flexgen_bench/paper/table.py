@@ -60,7 +60,7 @@ def build_table(
 
 def check_table(conf: TableConf, sources: Sources) -> None:
     """Raises UserError for a name that nothing has: a field, a line, a quantity, a system."""
-    asked = {
+    requested = {
         "table.rows": conf.rows,
         "table.columns": conf.columns,
         "table.grids": [conf.grids] if conf.grids is not None else [],
@@ -70,14 +70,14 @@ def check_table(conf: TableConf, sources: Sources) -> None:
         "table.figures.series": [f for figure in conf.figures for f in figure.series],
         "table.figures.where": [f for figure in conf.figures for f in figure.where],
     }
-    for key, names in asked.items():
+    for key, names in requested.items():
         _known(key, names, FIELDS)
     _known("table.lines", conf.lines, LINES)
     _known("table.extra", [f for cell in conf.extra for f in cell], COLUMNS)
     for key in ("rows", "columns", "lines"):
         if not getattr(conf, key):
             raise UserError(f"table.{key}", [], "at least one")
-    axes = [*asked["table.rows"], *asked["table.columns"], *asked["table.grids"]]
+    axes = [*requested["table.rows"], *requested["table.columns"], *requested["table.grids"]]
     twice = [field for field in axes if axes.count(field) > 1]
     if twice:
         raise UserError("table.rows, columns and grids", twice[0], "a field named once in all")
@@ -89,17 +89,17 @@ def check_table(conf: TableConf, sources: Sources) -> None:
         return
     if simulations.named(conf.engine) is None:
         raise unknown_choice("table.engine", conf.engine, [s.name for s in simulations.systems])
-    printed = [s.printed_as for s in simulations.systems if s.printed_as is not None]
-    for system, beside in conf.systems.items():
-        if beside.simulated_as is not None and beside.simulated_as not in printed:
+    system_names = [s.printed_as for s in simulations.systems if s.printed_as is not None]
+    for system, other in conf.systems.items():
+        if other.simulated_as is not None and other.simulated_as not in system_names:
             key = f"table.systems.{system}.simulated_as"
-            raise unknown_choice(key, beside.simulated_as, printed)
+            raise unknown_choice(key, other.simulated_as, system_names)
 
 
 def _check_values(conf: TableConf) -> None:
     if not conf.accuracy:  # models whose accuracy was measured need not be in conf/model
-        for printed, model in conf.models.items():
-            _known(f"table.models.{printed}", [model], list_models())
+        for name, model in conf.models.items():
+            _known(f"table.models.{name}", [model], list_models())
     for index, assumed in enumerate(conf.assumed):
         _check_assumed(assumed, f"table.assumed[{index}]")
 
@@ -154,8 +154,8 @@ def _rows(name: str, conf: TableConf, quoted: Sequence[Quoted]) -> list[Quoted]:
 
 def _at(row: Quoted, notes: Sequence[NoteConf], texts: Sequence[str]) -> list[str]:
     """The footnotes of a cell, each once."""
-    told = [t for n, t in zip(notes, texts, strict=True) if n.where and row.matches(n.where)]
-    return list(dict.fromkeys(told))
+    noted = [t for n, t in zip(notes, texts, strict=True) if n.where and row.matches(n.where)]
+    return list(dict.fromkeys(noted))
 
 
 def _in_reading_order(conf: TableConf, rows: Sequence[Quoted], at: Mapping[int, Sequence[str]]) -> list[str]:

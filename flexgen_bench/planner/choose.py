@@ -14,55 +14,16 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.job import Job
-from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.auto_policy import auto_policy
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.search_space import SearchSpace
 
 _log = logging.getLogger("flexgen_bench.stage")
-
-
-def encoded(space: SearchSpace) -> dict[str, Any]:
-    """As it travels between processes."""
-    job = space.job
-    return {
-        "job": {field.name: getattr(job, field.name) for field in fields(job)}
-        | {"shape": job.shape.to_dict(), "hardware": job.hardware.to_dict(), "lossy": job.lossy.to_dict()},
-        "lossies": [lossy.to_dict() for lossy in space.lossies],
-        "available": {str(tier): free for tier, free in space.available.items()},
-        "block_size": space.block_size,
-        "scored_rows": space.scored_rows,
-    }
-
-
-def decoded(data: Mapping[str, Any]) -> SearchSpace:
-    """What ``encoded`` was given."""
-    job = data["job"]
-    return SearchSpace(
-        job=Job(
-            **job
-            | {
-                "shape": ModelShape(**job["shape"]),
-                "dtype": DType(job["dtype"]),
-                "hardware": HardwareProfile.from_dict(job["hardware"]),
-                "lossy": Lossy.from_dict(job["lossy"]),
-            }
-        ),
-        lossies=tuple(Lossy.from_dict(lossy) for lossy in data["lossies"]),
-        available={Tier(tier): free for tier, free in data["available"].items()},
-        block_size=data["block_size"],
-        scored_rows=data["scored_rows"],
-    )
 
 
 def choose(space: SearchSpace) -> Policy:
@@ -111,7 +72,7 @@ def _searched(space: SearchSpace) -> Policy | None:
             errors="replace",
         ) as child:
             try:
-                out, err = child.communicate(json.dumps(encoded(space)))
+                out, err = child.communicate(json.dumps(to_json(space)))
             except BaseException:
                 child.kill()
                 child.wait()
@@ -123,7 +84,7 @@ def _searched(space: SearchSpace) -> Policy | None:
     try:
         answer = json.loads(out)
         refused = answer["refused"]
-        policy = None if answer["policy"] is None else Policy.from_dict(answer["policy"])
+        policy = None if answer["policy"] is None else from_json(Policy, answer["policy"], "policy")
     except (ValueError, TypeError, KeyError) as error:
         raise _NoAnswer(f"its process gave no answer, but {out[:80]!r}") from error
     if refused is not None:
@@ -148,7 +109,7 @@ def main() -> None:
     """The other process: a search space on standard input, the policy or a refusal on standard output."""
     answer: dict[str, Any] = {"policy": None, "refused": None}
     try:
-        answer["policy"] = auto_policy(decoded(json.load(sys.stdin))).to_dict()
+        answer["policy"] = to_json(auto_policy(from_json(SearchSpace, json.load(sys.stdin), "space")))
     except DoesNotFit:
         pass  # who asks tries the heuristic, which says what is missing
     except UserError as error:

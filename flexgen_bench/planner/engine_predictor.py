@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flexgen_bench.core.device_memory import beside_bytes, job_bytes
+from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.device_memory import job_bytes, reserved_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
@@ -74,7 +75,7 @@ def _prediction(space: SearchSpace, plan: MemoryPlan, times: Forecast, words: Ma
         bytes=_bytes(plan),
         lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
         bottleneck=_bottleneck(busy, times.total_s),
-        settings={"policy": policy.to_dict(), **words},
+        settings={"policy": to_json(policy), **words},
         disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
         overlapped=policy.mixes_phases(prompts),
     )
@@ -83,7 +84,7 @@ def _prediction(space: SearchSpace, plan: MemoryPlan, times: Forecast, words: Ma
 def _bytes(plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
     planned = {str(tier): plan.total(tier) for tier in plan.bytes}
-    beside = beside_bytes(plan.hardware)
+    beside = reserved_bytes(plan.hardware)
     return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.search_space import SearchSpace
@@ -97,7 +98,7 @@ def _shifted(space: SearchSpace, placement: Placement, items: int) -> Iterator[P
         for step in dict.fromkeys((1.0, *_STEPS, 1 / items)):
             moved = min(step, held)
             if moved > 1e-9 and (step <= held or step == 1.0):
-                shares = placement.to_dict()
+                shares = to_json(placement)
                 shares[source] = max(0.0, held - moved)
                 shares[target] += moved
                 total = sum(shares.values())

@@ -23,7 +23,7 @@ _WITHOUT_ECC = 15 / 16
 
 
 @dataclass(frozen=True)
-class Printed:
+class Published:
     """The rows that print tok/s of generation and, where there is one, of decoding; "OOM" is a printed value, too.
     lossy: what the paper's policy compresses."""
 
@@ -64,7 +64,9 @@ class Printed:
         return shape.gpu_batch_size * shape.num_gpu_batches
 
 
-def printed(tables: Path, system: str, compressed: bool, model: str, prompt_len: int, gen_len: int) -> Printed | None:
+def published_values(
+    tables: Path, system: str, compressed: bool, model: str, prompt_len: int, gen_len: int
+) -> Published | None:
     """The paper's values for one GPU; None if it prints none.
 
     system: as ``SystemConf.printed_as``; compressed: its row with that name and ``(c)``.
@@ -82,18 +84,18 @@ def printed(tables: Path, system: str, compressed: bool, model: str, prompt_len:
     if generation is None:
         return None
     lossy = parse_policy(generation.policy).lossy or EXACT if compressed else EXACT
-    return Printed(generation, decoding, lossy)
+    return Published(generation, decoding, lossy)
 
 
-def is_printed_machine(tables: Path, hardware: HardwareProfile) -> bool:
+def is_published_machine(tables: Path, hardware: HardwareProfile) -> bool:
     """Whether a profile is the machine of the paper's single-GPU tables, so that a ratio says something about the
     prediction. Memory modules hold powers of two, so its GB may be GiB; of a card's, error correction takes a
     sixteenth."""
     sizes = {row.metric: row.number for row in _rows(tables) if row.table == _MACHINE_TABLE}
 
     def may_be(name: str) -> tuple[float, ...]:
-        printed = sizes.get(name) or 0.0
-        return printed * GB, printed * GIB, printed * GIB * _WITHOUT_ECC
+        stated = sizes.get(name) or 0.0
+        return stated * GB, stated * GIB, stated * GIB * _WITHOUT_ECC
 
     return hardware.device_match == _DEVICE and all(
         getattr(hardware, key) in may_be(name) for key, name in _MACHINE.items()

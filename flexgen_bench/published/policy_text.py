@@ -101,8 +101,8 @@ class PolicyText:
         """What the text leaves to the system, in words; "" for a whole policy."""
         if self.is_whole:
             return ""
-        told = self.gpu_batch_size is not None or self.percent is not None or self.offload
-        return _REST_CHOSEN if told else _ALL_CHOSEN
+        says = self.gpu_batch_size is not None or self.percent is not None or self.offload
+        return _REST_CHOSEN if says else _ALL_CHOSEN
 
     @property
     def block_size(self) -> int | None:
@@ -136,7 +136,7 @@ class PolicyText:
 
 def parse_policy(text: str) -> PolicyText:
     """Raises UserError for a part that starts like a setting and is none."""
-    found, remarks = PolicyText(origin="; ".join(_ORIGIN.findall(text))), []
+    policy, remarks = PolicyText(origin="; ".join(_ORIGIN.findall(text))), []
     seen: set[str] = set()
     for part in (p.strip() for p in _ORIGIN.sub("", text).split(";")):
         setting = _setting(part)
@@ -147,8 +147,8 @@ def parse_policy(text: str) -> PolicyText:
         if twice:
             raise UserError("policy", text, f"one word on {min(twice)}", f"{part!r} is the second.")
         seen |= setting.keys()
-        found = replace(found, **setting)
-    return replace(found, remarks=tuple(remarks))
+        policy = replace(policy, **setting)
+    return replace(policy, remarks=tuple(remarks))
 
 
 def _setting(part: str) -> Mapping[str, Any] | None:
@@ -194,10 +194,10 @@ def _pipeline(text: str, part: str) -> Mapping[str, Any]:
 
 
 def _shape(text: str, part: str) -> tuple[int, int]:
-    found = _SHAPE.fullmatch(text)
-    if found is None:
+    match = _SHAPE.fullmatch(text)
+    if match is None:
         raise UserError("policy", part, "two counts such as 48x3")
-    return int(found.group(1)), int(found.group(2))
+    return int(match.group(1)), int(match.group(2))
 
 
 _READERS: Mapping[str, Callable[[str, str], Mapping[str, Any]]] = {

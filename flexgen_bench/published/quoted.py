@@ -47,8 +47,8 @@ class Quoted:
     def trust(self) -> str:
         """What the source's first bracket says of the value: ``exact``, ``digitised +-0.3 s``; "" for a value nobody
         found."""
-        found = _BRACKET.search(self.source)
-        return found.group(1) if found else ""
+        match = _BRACKET.search(self.source)
+        return match.group(1) if match else ""
 
     @property
     def quantity(self) -> str:
@@ -148,9 +148,9 @@ def of_tables(rows: Iterable[Quoted], names: Iterable[str]) -> list[Quoted]:
     by_name: dict[str, list[Quoted]] = {}
     for row in rows:
         by_name.setdefault(row.table, []).append(row)
-    found: list[Quoted] = []
+    selected: list[Quoted] = []
     for name in names:
         if name not in by_name:
             raise unknown_choice("table.printed", name, by_name)
-        found += by_name[name]
-    return found
+        selected += by_name[name]
+    return selected

@@ -111,9 +111,8 @@ def legend(rows: Sequence[Row]) -> list[str]:
         in kinds,
         "95% CI = bootstrap over whole repetitions.": IntervalKind.BOOTSTRAP in kinds,
         "n=1 = one repetition, so no spread is known.": IntervalKind.SINGLE in kinds,
-        "Prefill and decode - = they overlap: some prompts are computed while others decode, so neither has a time of its own.": any(
-            r.generation is not None and r.prefill is None for r in rows
-        ),
+        "Prefill and decode - = they overlap: some prompts are computed while others decode, so neither has a time of "
+        "its own.": any(r.generation is not None and r.prefill is None for r in rows),
         "Peak memory counts cached file pages of the cell; without cache = the rest.": any(
             r.memory.host_anonymous for r in rows
         ),
@@ -124,12 +123,11 @@ def legend(rows: Sequence[Row]) -> list[str]:
         ),
         "A system with a remark such as (4-bit weights) computes with compressed numbers: its tokens are not compared "
         "with the reference, and it is not marked fastest.": any(r.lossy for r in rows),
-        "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in it.": any(
-            r.predicted is not None for r in rows
-        ),
+        "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in "
+        "it.": any(r.predicted is not None for r in rows),
         f"{', '.join(marks)}; figures without a mark are MEASURED.": bool(marks),
         "Rows of one table come from different machines: none is marked fastest.": any(
-            len(found) > 1 for found in machines.values()
+            len(names) > 1 for names in machines.values()
         ),
     }
     return [line for line, occurs in lines.items() if occurs]

@@ -103,13 +103,13 @@ def _texts(rows: Sequence[Row]) -> list[str]:
     """What the systems wrote for the first prompts of text workloads; equal texts are shown once."""
     lines: list[str] = []
     for group in by_group(rows):
-        told = [r for r in group if _is_text(r) and _listed(r, "texts")]
-        for index in range(min((len(_listed(r, "texts")) for r in told), default=0)):
+        texts = [r for r in group if _is_text(r) and _listed(r, "texts")]
+        for index in range(min((len(_listed(r, "texts")) for r in texts), default=0)):
             if index == _SHOWN_PROMPTS:
                 break
-            lines += [f"Prompt {index + 1}{_prompt(told, index)}", ""]
+            lines += [f"Prompt {index + 1}{_prompt(texts, index)}", ""]
             writers: dict[str, list[str]] = {}
-            for row in sorted(told, key=lambda r: r.label):
+            for row in sorted(texts, key=lambda r: r.label):
                 text = one_line(str(_listed(row, "texts")[index]), _SHOWN_CHARACTERS)
                 writers.setdefault(text, []).append(row.label)
             lines += [f"- {escape(', '.join(who))}: {escape(text)}" for text, who in writers.items()]
@@ -123,8 +123,8 @@ def _is_text(row: Row) -> bool:
 
 
 def _listed(row: Row, name: str) -> Sequence[object]:
-    found = row.stored.record.outputs.get(name)
-    return found if isinstance(found, list | tuple) else ()
+    listed = row.stored.record.outputs.get(name)
+    return listed if isinstance(listed, list | tuple) else ()
 
 
 def _prompt(rows: Sequence[Row], index: int) -> str:

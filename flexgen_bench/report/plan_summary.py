@@ -1,4 +1,4 @@
-"""The card of a cell before it is run: what would be done, why, what it takes and how long. Nothing on it was
+"""The summary of a cell before it is run: what would be done, why, what it takes and how long. Nothing in it was
 measured."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
@@ -32,7 +33,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class Card:
+class PlanSummary:
     """A cell before its run.
 
     row: what is predicted. obstacle: why it cannot be run on this machine, "" if it can; fits: False if that is for
@@ -41,8 +42,8 @@ class Card:
     first: what has to be made or fetched before the first run.
     """
 
+    cell: Cell
     row: Simulated
-    name: str = ""
     obstacle: str = ""
     fits: bool = True
     recorded: Path | None = None
@@ -50,47 +51,48 @@ class Card:
     first: str = ""
 
 
-def print_cards(cards: Sequence[Card], file: IO[str] | None = None) -> None:
-    """Print one card after the other: a line for each thing to know, its name before it."""
+def print_plan(summaries: Sequence[PlanSummary], file: IO[str] | None = None) -> None:
+    """Print one summary after the other: a line for each thing to know, its name before it."""
     console = Console(file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    for card in cards:
+    for summary in summaries:
         console.print()
-        console.print(Text(title(card), style="bold"), soft_wrap=True)
-        for name, text in lines(card):
+        console.print(Text(title(summary), style="bold"), soft_wrap=True)
+        for name, text in lines(summary):
             style = "bold red" if text.startswith(("DOES NOT FIT", "refused")) else ""
             console.print(Text.assemble((f"  {name:<12}", "cyan"), (text, style)), soft_wrap=True)
 
 
-def title(card: Card) -> str:
-    row, asked = card.row, card.row.job
-    count = "as many prompts as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} prompts"
-    named = f"{card.name}: " if card.name else ""
+def title(summary: PlanSummary) -> str:
+    row, job = summary.row, summary.row.job
+    count = "as many prompts as a block holds" if job.num_prompts is None else f"{job.num_prompts} prompts"
+    named = f"{summary.cell.name}: " if summary.cell.name else ""
     return (
-        f"{named}{row.label}, {asked.shape.name} ({row.spec.model.weights} weights), {asked.dtype}, on {row.hardware.name}; "
-        f"{count}, {asked.prompt_len} + {asked.gen_len} tokens [{Evidence.SIMULATED}]"
+        f"{named}{row.label}, {job.shape.name} ({row.spec.model.weights} weights), {job.dtype}, on "
+        f"{row.hardware.name}; "
+        f"{count}, {job.prompt_len} + {job.gen_len} tokens [{Evidence.SIMULATED}]"
     )
 
 
-def lines(card: Card) -> Iterator[tuple[str, str]]:
-    """Name and text of each line of a card."""
-    row, done = card.row, card.row.prediction
+def lines(summary: PlanSummary) -> Iterator[tuple[str, str]]:
+    """Name and text of each line of a summary."""
+    row, done = summary.row, summary.row.prediction
     if done is None:
         word = "no model" if row.model.predictor is None else _WORDS.get(row.status, row.status.value)
         reason = "nobody has written what predicts this system" if word == "no model" else row.reason
         yield "outcome", f"{word}: {one_line(reason, _LONG)}"
     else:
         yield from _prediction(row, done)
-    if card.obstacle:
-        word = "here" if card.fits else "disk"
-        yield word, ("" if card.fits else "DOES NOT FIT: ") + one_line(card.obstacle, _LONG)
-    if card.first:
-        yield "first", card.first
-    if card.recorded is not None:
-        skipped = "is skipped" if card.done else "made elsewhere or to be looked at again, so it is run"
-        yield "recorded", f"{card.recorded} ({skipped}; rerun=true measures again)"
-    elif not card.obstacle:
+    if summary.obstacle:
+        word = "here" if summary.fits else "disk"
+        yield word, ("" if summary.fits else "DOES NOT FIT: ") + one_line(summary.obstacle, _LONG)
+    if summary.first:
+        yield "first", summary.first
+    if summary.recorded is not None:
+        skipped = "is skipped" if summary.done else "made elsewhere or to be looked at again, so it is run"
+        yield "recorded", f"{summary.recorded} ({skipped}; rerun=true measures again)"
+    elif not summary.obstacle:
         yield "recorded", "no"
 
 

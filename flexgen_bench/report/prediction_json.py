@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.published.comparison import printed_beside
+from flexgen_bench.published.comparison import published_for
 from flexgen_bench.report.prediction_table import model_error, speed_up
 
 
-def to_json(row: Simulated, tables: Path) -> dict[str, Any]:
+def row_json(row: Simulated, tables: Path) -> dict[str, Any]:
     """The row as JSON values; figures unrounded, units in their names."""
-    asked, quoted = row.job, printed_beside(row, tables)
+    job, quoted = row.job, published_for(row, tables)
     policy = row.spec.policy
     data: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
         "system": row.system,
         "lossy": "" if row.lossy.is_exact else str(row.lossy),
-        "model": asked.shape.name,
-        "dtype": asked.dtype.value,
+        "model": job.shape.name,
+        "dtype": job.dtype.value,
         "hardware": row.hardware.name,
         "workload": row.spec.workload.name,
-        "prompt_len": asked.prompt_len,
-        "gen_len": asked.gen_len,
-        "policy_asked_for": None if policy is None else policy.to_dict(),
+        "prompt_len": job.prompt_len,
+        "gen_len": job.gen_len,
+        "policy_asked_for": None if policy is None else to_json(policy),
         "spec_hash": row.spec.spec_hash,
         "status": row.status.value,
         "reason": row.reason,
@@ -63,16 +63,10 @@ def _figures(done: Prediction) -> dict[str, Any]:
         "total_s": done.total_s,
         "overlapped": done.overlapped,
         "block_latency_s": done.block_latency_s,
-        "bytes": {str(tier): count for tier, count in done.bytes.items()},
-        "lane_busy_s": {str(lane): seconds for lane, seconds in done.lane_busy_s.items()},
+        "bytes": to_json(done.bytes),
+        "lane_busy_s": to_json(done.lane_busy_s),
         "bottleneck": done.bottleneck,
         "disk_written_bytes": done.disk_written_bytes,
-        "settings": _plain(done.settings),
+        "settings": to_json(done.settings),
         "notes": list(done.notes),
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -16,7 +16,7 @@ from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
-from flexgen_bench.published.comparison import printed_beside, ratio_beside, why_no_ratio
+from flexgen_bench.published.comparison import published_for, ratio_to_published, why_no_ratio
 from flexgen_bench.report.cells import MARKS, STATUS_WORDS, UNKNOWN, number, one_line
 from flexgen_bench.report.settings_text import settings_text
 
@@ -77,20 +77,20 @@ def by_job(rows: Iterable[Simulated]) -> list[list[Simulated]]:
 
 def heading(row: Simulated) -> str:
     """What all rows of a job have in common."""
-    asked, hardware = row.job, row.hardware
+    job, hardware = row.job, row.hardware
     sizes = {tier: hardware.capacity_bytes(tier) for tier in Tier}
     held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in sizes.items() if size)
-    many = "as many as a block holds" if asked.num_prompts is None else f"{asked.num_prompts} of them"
+    many = "as many as a block holds" if job.num_prompts is None else f"{job.num_prompts} of them"
     return (
-        f"SIMULATED, nothing was run: {asked.shape.name}, {asked.dtype}; prompts of {asked.prompt_len} tokens, "
-        f"{asked.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
+        f"SIMULATED, nothing was run: {job.shape.name}, {job.dtype}; prompts of {job.prompt_len} tokens, "
+        f"{job.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
     )
 
 
 def whys(rows: Sequence[Simulated]) -> list[str]:
     """One sentence for each system that says why it works as it does."""
-    told = ((row, row.prediction.settings.get("why")) for row in rows if row.prediction)
-    return [f"{row.label}: {_sentence(why)}" for row, why in told if why]
+    reasons = ((row, row.prediction.settings.get("why")) for row in rows if row.prediction)
+    return [f"{row.label}: {_sentence(why)}" for row, why in reasons if why]
 
 
 def _sentence(why: Any) -> str:
@@ -101,8 +101,8 @@ def _sentence(why: Any) -> str:
 
 def settings(rows: Sequence[Simulated]) -> list[str]:
     """What each system ran with."""
-    told = ((row, row.prediction) for row in rows if row.prediction)
-    return [f"{row.label}: {text}" for row, done in told if (text := settings_text(done.settings))]
+    predicted = ((row, row.prediction) for row in rows if row.prediction)
+    return [f"{row.label}: {text}" for row, done in predicted if (text := settings_text(done.settings))]
 
 
 def remarks(rows: Sequence[Simulated]) -> list[str]:
@@ -122,7 +122,7 @@ def remarks(rows: Sequence[Simulated]) -> list[str]:
 def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
     """What the signs mean, and why nothing was measured."""
     lines = [f"(S) = SIMULATED: predicted from the machine's constants and a model of each system. {why}"]
-    if any(printed_beside(row, tables) for row in rows):
+    if any(published_for(row, tables) for row in rows):
         lines.append(
             "(Q) = QUOTED: printed in the FlexGen paper for one T4 with 208 GB of host memory; "
             "FlexGen(c) stands beside the row that compresses as it did, or may."
@@ -143,7 +143,8 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
         lines.append(f"{', '.join(ours)} = this project's engine.")
     if any(row.prediction is not None and row.prediction.overlapped for row in rows):
         lines.append(
-            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only the total means something, and what a "
+            "Prefill and decode are - where prompts are computed while others decode (a continuous schedule): only "
+            "the total means something, and what a "
             "block takes is what a sequence takes on average."
         )
     if any(row.job.num_prompts is None for row in rows):
@@ -156,13 +157,13 @@ def legend(rows: Sequence[Simulated], why: str, tables: Path) -> list[str]:
 
 
 def _job(row: Simulated) -> tuple[Any, ...]:
-    asked, hardware = row.job, row.hardware
+    job, hardware = row.job, row.hardware
     return (
-        asked.shape.name,
-        asked.dtype.value,
-        asked.prompt_len,
-        asked.gen_len,
-        asked.num_prompts or 0,
+        job.shape.name,
+        job.dtype.value,
+        job.prompt_len,
+        job.gen_len,
+        job.num_prompts or 0,
         hardware.name,
         hardware.gpu_memory_bytes or 0,
         hardware.cpu_memory_bytes or 0,
@@ -213,14 +214,14 @@ def _table(
 def model_error(row: Simulated, tables: Path) -> float | None:
     """Simulated / printed - 1, of a system that the paper ran; None for this engine, and where the two may not be
     divided."""
-    ratio = None if row.model.follows_policy else ratio_beside(row, tables)
+    ratio = None if row.model.follows_policy else ratio_to_published(row, tables)
     return None if ratio is None else ratio - 1
 
 
 def speed_up(row: Simulated, tables: Path) -> float | None:
     """This engine's tok/s over those printed for the system it is built after; None for others, and where the two may
     not be divided."""
-    return ratio_beside(row, tables) if row.model.follows_policy else None
+    return ratio_to_published(row, tables) if row.model.follows_policy else None
 
 
 def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
@@ -242,7 +243,7 @@ def _original(row: Simulated, rows: Sequence[Simulated]) -> Simulated | None:
 
 def cells(row: Simulated, tables: Path, rows: Sequence[Simulated] = ()) -> dict[str, str]:
     """The texts of one row, by column. rows: those of the same job, among which the original system may be."""
-    quoted, done = printed_beside(row, tables), row.prediction
+    quoted, done = published_for(row, tables), row.prediction
     error, gain, original = model_error(row, tables), speed_up(row, tables), _original(row, rows)
     texts = {"System": row.label, _TOK: _word(row)}
     if error is not None:

@@ -188,16 +188,16 @@ def _disk_reads(record: Record) -> DiskReads | None:
     seconds = math.fsum(s.total_s for s in record.samples)
     if not seconds > 0:
         return None
-    told = record.report.links.get(Lane.DISK_READ.value)
+    reported = record.report.links.get(Lane.DISK_READ.value)
     counted = kernel_read_bytes(record)
-    if counted is None and told is None:
+    if counted is None and reported is None:
         return None
-    total = counted if counted is not None else told.bytes if told is not None else 0
+    total = counted if counted is not None else reported.bytes if reported is not None else 0
     return DiskReads(
         bytes_per_repetition=total / len(record.samples),
         mean_bytes_per_s=total / seconds,
         counted_by_kernel=counted is not None,
-        busy_bytes_per_s=None if told is None else bytes_per_s(told),
+        busy_bytes_per_s=None if reported is None else bytes_per_s(reported),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
@@ -50,7 +51,7 @@ def compare_group(records: Sequence[Record]) -> list[Agreement]:
 
 def lossy_of(record: Record) -> Lossy:
     """What a run was allowed to change of the results; a spec that says nothing is exact."""
-    return Lossy.from_dict(record.spec.get("lossy"))
+    return from_json(Lossy, record.spec.get("lossy") or {}, "lossy")
 
 
 def _agreement(record: Record, wanted: list[Any] | None) -> Agreement:
@@ -79,5 +80,5 @@ def _is_reference(record: Record) -> bool:
 
 
 def _tokens(record: Record) -> list[Any] | None:
-    found = record.outputs.get("token_ids")
-    return [list(ids) for ids in found] if isinstance(found, list | tuple) else None
+    tokens = record.outputs.get("token_ids")
+    return [list(ids) for ids in tokens] if isinstance(tokens, list | tuple) else None

@@ -23,7 +23,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def policy_text(policy: Any) -> str:
-    """A ``Policy.to_dict()`` in words; what is as usual is left out."""
+    """A ``to_json(Policy)`` in words; what is as usual is left out."""
     if not isinstance(policy, Mapping):
         return str(policy)
     parts = [f"{policy.get('gpu_batch_size')}x{policy.get('num_gpu_batches')}"]

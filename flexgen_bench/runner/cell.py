@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.record import Record, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes, format_seconds
@@ -139,7 +140,7 @@ def make_record(
     return Record(
         run_id=f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         spec_hash=spec.spec_hash,
-        spec=spec.to_dict(),
+        spec=to_json(spec),
         suite=suite,
         status=state.status,
         reason=state.reason,
@@ -153,7 +154,7 @@ def make_record(
         warmup_samples=tuple(state.warmup_samples),
         tuning=tuple(state.tuning),
         report=state.report,
-        memory_cap=cap.to_dict(),
+        memory_cap=to_json(cap),
         outputs=state.outputs,
         prediction=prediction,
         validity=state.validity | _reasons_for_doubt(state, cap, measured) | of_workload,

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.metrics import summarise
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import about, format_bytes, format_seconds
@@ -87,7 +88,7 @@ def suite_time(expected_s: Sequence[float | None]) -> str:
     return f"{counted}: {', '.join(parts)}"
 
 
-class ProgressDisplay:
+class ProgressDisplay(Closing):
     """The display of ``runner/events.py``: bars on a terminal, plain lines elsewhere.
 
     A bar for the suite and one for the current stage, with its rate and time left. Use it as a context
@@ -101,12 +102,6 @@ class ProgressDisplay:
         self._meters: dict[str, Meter] = {}
         self._stage = ""
         self._begun_s = self._reported_s = self._shown_s = clock()
-
-    def __enter__(self) -> ProgressDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def suite_start(self, expected_s: Sequence[float | None]) -> None:
         """A suite begins: says how long it will take, once for all cells."""

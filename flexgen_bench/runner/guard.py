@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.runner import memory_cap
 from flexgen_bench.runner.memory_cap import CapUnavailable, MemoryCap, MemoryGroup
 
@@ -68,7 +69,7 @@ def main() -> int:
     finally:
         left = _remove(group)
     cap = replace(cap, reason="; ".join(filter(None, (cap.reason, left))))
-    outcome = {"returncode": child.returncode, "stopped": stop.wanted, "memory_cap": cap.to_dict()}
+    outcome = {"returncode": child.returncode, "stopped": stop.wanted, "memory_cap": to_json(cap)}
     if os.getppid() != options.parent:
         # Nobody is left to read the outcome or to clean up.
         shutil.rmtree(options.workdir, ignore_errors=True)

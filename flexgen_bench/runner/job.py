@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
-from flexgen_bench.core.record import LinkUse, Sample, SystemReport, TuningProbe
+from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
+from flexgen_bench.store.schema import decode_as
 
 Prompts = list[list[int]]
 
@@ -36,31 +37,11 @@ class CellProcessJob:
     prepare_only: bool = False
 
     def write(self, path: Path) -> None:
-        data = {
-            "spec": self.spec.to_dict(),
-            "checkpoint": str(self.checkpoint),
-            "scratch": str(self.scratch),
-            "cache": str(self.cache),
-            "prompts": self.prompts,
-            "tuning": [asdict(probe) for probe in self.tuning],
-            "batch_size": self.batch_size,
-            "prepare_only": self.prepare_only,
-        }
-        path.write_text(json.dumps(data))
+        path.write_text(json.dumps(to_json(self)))
 
     @staticmethod
     def read(path: Path) -> CellProcessJob:
-        data = json.loads(path.read_text())
-        return CellProcessJob(
-            spec=CellSpec.from_dict(data["spec"]),
-            checkpoint=Path(data["checkpoint"]),
-            scratch=Path(data["scratch"]),
-            cache=Path(data["cache"]),
-            prompts=data["prompts"],
-            tuning=tuple(TuningProbe(**probe) for probe in data["tuning"]),
-            batch_size=data["batch_size"],
-            prepare_only=data["prepare_only"],
-        )
+        return decode_as(json.loads(path.read_text()), CellProcessJob, "job")
 
 
 @dataclass
@@ -88,34 +69,12 @@ class CellState:
     def write(self, path: Path) -> None:
         """Replace the file at ``path`` in one step."""
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(_plain(self), default=_plain))
+        # What JSON has no form for, a system has put into its report: as text.
+        partial.write_text(json.dumps(to_json(self), default=str))
         partial.replace(path)
 
     @staticmethod
     def read(path: Path) -> CellState:
-        """The state a process left; that of one not begun if it left none."""
-        if not path.exists():
-            return CellState()
-        data = json.loads(path.read_text())
-        report = data["report"]
-        report["links"] = {name: LinkUse(**use) for name, use in report["links"].items()}
-        report["notes"] = tuple(report["notes"])
-        return CellState(
-            **data
-            | {
-                "status": None if data["status"] is None else Status(data["status"]),
-                "tuning": [TuningProbe(**probe) for probe in data["tuning"]],
-                "warmup_samples": [Sample(**sample) for sample in data["warmup_samples"]],
-                "samples": [Sample(**sample) for sample in data["samples"]],
-                "report": SystemReport(**report),
-            }
-        )
-
-
-def _plain(value: Any) -> Any:
-    """What ``json`` cannot write itself: systems may report read-only mappings, tuples, paths."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in fields(value)}
-    return str(value)
+        """The state a process left; that of one not begun if it left none. Raises StoreError for figures of a system
+        that are none."""
+        return decode_as(json.loads(path.read_text()), CellState, "state") if path.exists() else CellState()

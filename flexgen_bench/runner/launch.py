@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.runner.events import Display, show
 from flexgen_bench.runner.memory_cap import MemoryCap
 
@@ -73,7 +74,7 @@ def run_guarded(
     return Ending(
         returncode=outcome["returncode"],
         timed_out=timed_out,
-        memory_cap=MemoryCap.from_dict(outcome["memory_cap"]),
+        memory_cap=from_json(MemoryCap, outcome["memory_cap"], "memory_cap"),
         log=_tail(workdir),
     )
 

@@ -13,10 +13,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.units import format_bytes
 
@@ -39,13 +37,6 @@ class MemoryCap:
     oom_kills: int = 0
     includes_page_cache: bool = False
     reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> MemoryCap:
-        return MemoryCap(**data)
 
 
 class CapUnavailable(RuntimeError):
@@ -201,7 +192,7 @@ def _places(root: Path, enable: bool = True) -> list[tuple[int, list[Path]]]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         ours[controllers] = path
-    found = []
+    hierarchies = []
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
@@ -209,15 +200,15 @@ def _places(root: Path, enable: bool = True) -> list[tuple[int, list[Path]]]:
         base = root / mount_point.lstrip("/")
         if kind == "cgroup" and "memory" in options.split(","):
             key = next((k for k in ours if "memory" in k.split(",")), "")
-            found.append((1, [_below(base, mount_root, ours.get(key, "/"))]))
+            hierarchies.append((1, [_below(base, mount_root, ours.get(key, "/"))]))
         elif kind == "cgroup2":
             own = _below(base, mount_root, ours.get("", "/"))
             places = [own] if own == base else [own, own.parent]
             if enable:
                 places = [place for place in places if _controls_memory(place)]
             if places:
-                found.append((2, places))
-    return found
+                hierarchies.append((2, places))
+    return hierarchies
 
 
 def _below(base: Path, mount_root: str, path: str) -> Path:

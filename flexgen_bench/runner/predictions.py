@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.paths import shipped_predictions
-from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.simulated import Simulated, SystemModel
+from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.machine import host as machine
@@ -34,21 +35,40 @@ FOUR_BITS = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class PredictionRequest:
     """A cell to predict. num_prompts: see Job.
 
-    also: where nobody has said what may change of the results, what is shown beside the exact row: of each group the
+    also: where nobody has said what may change of the results, what is shown next to the exact row: of each group the
     first that the system can do.
     """
 
-    spec: CellSpec
-    model: SystemModel
+    cell: Cell
     num_prompts: int | None
     also: tuple[tuple[Lossy, ...], ...] = ()
 
+    @property
+    def lossies(self) -> list[Lossy]:
+        """All that may be predicted of the cell."""
+        groups = [lossy for group in self.also for lossy in group]
+        return list(dict.fromkeys([self.cell.spec.lossy, *groups]))
 
-def simulate(cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[str], None]) -> Iterator[list[Simulated]]:
-    """The rows of each cell: what it says, and what is asked for beside that.
+    @property
+    def searched(self) -> list[Lossy]:
+        """What a policy will have to be searched for: takes seconds."""
+        if not self.cell.chooses_policy:
+            return []
+        return list(dict.fromkeys([self.cell.spec.lossy, *(group[0] for group in self.also)]))
+
+
+def exactly(cell: Cell) -> PredictionRequest:
+    """A cell that is measured here: the job that is run."""
+    return PredictionRequest(cell, cell.spec.workload.num_prompts)
+
+
+def simulate(
+    requests: Sequence[PredictionRequest], cache: Path, tell: Callable[[str], None]
+) -> Iterator[list[Simulated]]:
+    """The rows of each cell: what it says, and what is requested next to that.
 
     cache: on whose disk files would go, where a profile states no disk, and where policies found are kept. tell: gets a
     line for each cell by its name, and while policies are searched for. Where several are, that is done by as many
@@ -56,136 +76,122 @@ def simulate(cells: Sequence[tuple[str, Asked]], cache: Path, tell: Callable[[st
     """
     kept = KeptPredictions(shipped_predictions(), cache / FILE, tell)
     asks = {
-        (n, lossy): _question(asked, lossy, cache)
-        for n, (_, asked) in enumerate(cells)
-        for lossy in _lossies(asked)
-        if asked.model.predictor is not None
+        (n, lossy): _ask(request, lossy, cache)
+        for n, request in enumerate(requests)
+        for lossy in request.lossies
+        if request.cell.model.predictor is not None
     }
-    known = {one: found for one, ask in asks.items() if (found := kept.find(ask.key)) is not None}
+    known = {one: answer for one, ask in asks.items() if (answer := kept.find(ask.key)) is not None}
     wanted = [
         (n, lossy)
-        for n, (_, asked) in enumerate(cells)
-        for lossy in _searched(asked)
+        for n, request in enumerate(requests)
+        for lossy in request.searched
         if (n, lossy) in asks and (n, lossy) not in known
     ]
-    searches = Searches([(asks[one], f"{cells[one[0]][0]}, {one[1]}") for one in wanted], tell)
+    searches = Searches([(asks[one], f"{requests[one[0]].cell.label}, {one[1]}") for one in wanted], tell)
     with searches:
-        for number, (name, asked) in enumerate(cells):
-            tell(f"predicting {name}")
+        for number, request in enumerate(requests):
+            tell(f"predicting {request.cell.label}")
 
-            def row(lossy: Lossy, number: int = number, asked: Asked = asked) -> Simulated:
-                one = (number, lossy)
+            def row(lossy: Lossy, number: int = number, request: PredictionRequest = request) -> Simulated:
+                one, cell = (number, lossy), request.cell
                 if one in known:
-                    return _simulated(asked, asks[one].job, known[one])
+                    return _row(cell, asks[one].job, known[one])
                 if one not in wanted:
-                    return predict(asked, lossy, cache)
-                found = _guarded(asked, asks[one].job, lambda: searches.answer(wanted.index(one)))
-                if not isinstance(found, Answer):
-                    return found
-                if found.status in KEPT:
-                    kept.keep({asks[one].key: found})
-                return _simulated(asked, asks[one].job, found)
+                    return predict(request, lossy, cache)
+                answer = _guarded(cell, asks[one].job, lambda: searches.answer(wanted.index(one)))
+                if not isinstance(answer, Answer):
+                    return answer
+                if answer.status in KEPT:
+                    kept.keep({asks[one].key: answer})
+                return _row(cell, asks[one].job, answer)
 
-            yield list(_rows(asked, row))
-
-
-def _lossies(asked: Asked) -> list[Lossy]:
-    """All that a cell may be asked for."""
-    groups = [lossy for group in asked.also for lossy in group]
-    return list(dict.fromkeys([asked.spec.lossy, *groups]))
+            yield list(_rows(request, row))
 
 
-def _searched(asked: Asked) -> list[Lossy]:
-    """What a policy will have to be searched for: takes seconds."""
-    if not asked.model.follows_policy or asked.spec.policy is not None:
-        return []
-    return list(dict.fromkeys([asked.spec.lossy, *(group[0] for group in asked.also)]))
-
-
-def _rows(asked: Asked, row: Callable[[Lossy], Simulated]) -> Iterator[Simulated]:
-    first = row(asked.spec.lossy)
+def _rows(request: PredictionRequest, row: Callable[[Lossy], Simulated]) -> Iterator[Simulated]:
+    first = row(request.cell.spec.lossy)
     yield first
     shown = {first.lossy}
-    for group in asked.also if first.status is not Status.UNAVAILABLE else ():
+    for group in request.also if first.status is not Status.UNAVAILABLE else ():
         for lossy in group:
             if lossy in shown:
                 break
-            found = row(lossy)
-            if found.status is not Status.UNAVAILABLE:
-                if found.lossy not in shown:
-                    yield found
-                shown |= {lossy, found.lossy}
+            other = row(lossy)
+            if other.status is not Status.UNAVAILABLE:
+                if other.lossy not in shown:
+                    yield other
+                shown |= {lossy, other.lossy}
                 break
 
 
-def predict(asked: Asked, lossy: Lossy, cache: Path) -> Simulated:
-    """One row. What the system's model refuses, or fails of, is told in the row, never raised."""
-    ask = _question(asked, lossy, cache)
-    if asked.model.predictor is None:
-        return Simulated(asked.spec, ask.job, asked.model, Status.UNAVAILABLE, NO_MODEL)
-    found = _guarded(asked, ask.job, ask.answer)
-    return _simulated(asked, ask.job, found) if isinstance(found, Answer) else found
+def predict(request: PredictionRequest, lossy: Lossy, cache: Path) -> Simulated:
+    """One row. What the system's model refuses, or fails of, is in the row, never raised."""
+    cell, ask = request.cell, _ask(request, lossy, cache)
+    if cell.model.predictor is None:
+        return Simulated(cell.spec, ask.job, cell.model, Status.UNAVAILABLE, NO_MODEL)
+    answer = _guarded(cell, ask.job, ask.answer)
+    return _row(cell, ask.job, answer) if isinstance(answer, Answer) else answer
 
 
-def questions(asked: Asked, cache: Path) -> list[Ask]:
+def questions(request: PredictionRequest, cache: Path) -> list[Ask]:
     """All that the rows of a cell may be made of. (A system that searches for its policy can do the first of each
     group.)"""
-    lossies = _searched(asked) or _lossies(asked)
-    return [_question(asked, lossy, cache) for lossy in lossies]
+    return [_ask(request, lossy, cache) for lossy in request.searched or request.lossies]
 
 
-def _question(asked: Asked, lossy: Lossy, cache: Path) -> Ask:
-    spec = asked.spec
+def _ask(request: PredictionRequest, lossy: Lossy, cache: Path) -> Ask:
+    spec, model = request.cell.spec, request.cell.model
     job = Job(
         shape=spec.model.shape,
         dtype=spec.dtype,
         hardware=filled_in(spec.hardware, cache),
         prompt_len=usual_prompt_len(spec.workload),
         gen_len=spec.workload.gen_len,
-        num_prompts=asked.num_prompts,
+        num_prompts=request.num_prompts,
         lossy=lossy,
         max_latency_s=spec.max_latency_s,
     )
-    model = asked.model
-    return Ask(spec.system, model.predictor or "", model.constants, _options(asked, lossy), job)
+    return Ask(spec.system, model.predictor or "", model.constants, _options(request.cell, lossy), job)
 
 
-def _guarded(asked: Asked, job: Job, answer: Callable[[], Answer]) -> Answer | Simulated:
-    """The answer, or the row that tells of a mistake in a model: it must not hide the other systems, nor lose a
+def _guarded(cell: Cell, job: Job, answer: Callable[[], Answer]) -> Answer | Simulated:
+    """The answer, or the row that says of a mistake in a model: it must not hide the other systems, nor lose a
     measurement."""
     try:
         return answer()
     except Exception as error:
         reason = f"the model failed: {type(error).__name__}: {error}"
-        return Simulated(asked.spec, job, asked.model, Status.FAILED, reason)
+        return Simulated(cell.spec, job, cell.model, Status.FAILED, reason)
 
 
-def _simulated(asked: Asked, job: Job, found: Answer) -> Simulated:
+def _row(cell: Cell, job: Job, answer: Answer) -> Simulated:
     return Simulated(
-        *(asked.spec, job, asked.model, found.status, found.reason, found.run),
-        tier=found.tier,
-        need_bytes=found.need_bytes,
-        capacity_bytes=found.capacity_bytes,
+        *(cell.spec, job, cell.model, answer.status, answer.reason, answer.run),
+        tier=answer.tier,
+        need_bytes=answer.need_bytes,
+        capacity_bytes=answer.capacity_bytes,
     )
 
 
-def predict_policy(asked: Asked, policy: Mapping[str, Any], cache: Path) -> Simulated | None:
+def predict_policy(request: PredictionRequest, policy: Mapping[str, Any], cache: Path) -> Simulated | None:
     """The row of a cell under the policy that its system says it has run; None if it does not say one."""
     ran = Policy.stated_in(policy)
     if ran is None:
         return None
-    hardware = asked.spec.hardware
+    spec = request.cell.spec
+    hardware = spec.hardware
     if hardware.accelerator is Accelerator.CUDA:  # it has fitted, whatever the model says
         hardware = replace(hardware, gpu_memory_bytes=None)
-    spec = replace(asked.spec, policy=ran, max_latency_s=None, hardware=hardware)
-    return predict(replace(asked, spec=spec), ran.lossy, cache)
+    cell = replace(request.cell, spec=replace(spec, policy=ran, max_latency_s=None, hardware=hardware))
+    return predict(replace(request, cell=cell), ran.lossy, cache)
 
 
 def as_recorded(row: Simulated) -> dict[str, Any]:
     """What a record keeps of a prediction for its run (``Record.prediction``); nothing where there is no model."""
     if row.reason == NO_MODEL:
         return {}
-    found: dict[str, Any] = {
+    recorded: dict[str, Any] = {
         "evidence": Evidence.SIMULATED.value,
         "machine": row.hardware.name,
         "rates": _whose(row.hardware),
@@ -193,9 +199,9 @@ def as_recorded(row: Simulated) -> dict[str, Any]:
     }
     given = row.spec.policy if row.model.follows_policy else None
     if row.prediction is None:
-        return found | {"reason": row.reason} | _for(None if given is None else given.to_dict())
+        return recorded | {"reason": row.reason} | _for(None if given is None else to_json(given))
     return (
-        found
+        recorded
         | _for(row.prediction.settings.get("policy"))
         | {
             "tok_per_s": row.prediction.tok_per_s,
@@ -233,11 +239,11 @@ def _whose(hardware: HardwareProfile) -> str:
     return "measured on this machine" if measured else f"stated for {hardware.name}"
 
 
-def _options(asked: Asked, lossy: Lossy) -> dict[str, Any]:
+def _options(cell: Cell, lossy: Lossy) -> dict[str, Any]:
     """The system's own options, and the policy for one that follows it."""
-    options = dict(asked.spec.system_options)
-    if not asked.model.follows_policy:
+    options = dict(cell.spec.system_options)
+    if not cell.model.follows_policy:
         return options
-    policy = asked.spec.policy
+    policy = cell.spec.policy
     given = None if policy is None else replace(policy, lossy=lossy)
     return options | {"policy": given}

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.status import Status
@@ -34,14 +34,14 @@ class Prepared:
 
 def preparation_key(spec: CellSpec) -> str:
     """Cells with equal keys share one preparation."""
-    parts = (spec.model.to_dict(), spec.dtype.value, spec.workload.to_dict())
+    parts = (to_json(spec.model), spec.dtype.value, to_json(spec.workload))
     return json.dumps(parts, sort_keys=True)
 
 
 def prepare(spec: CellSpec, cache: Path, workdir: Path, display: Display) -> Prepared:
     """Run the preparing process and return its answer. Never raises for what goes wrong inside it."""
     request, answer = workdir / "prepare.json", workdir / "prepared.json"
-    request.write_text(json.dumps({"spec": spec.to_dict(), "cache": str(cache)}))
+    request.write_text(json.dumps({"spec": to_json(spec), "cache": str(cache)}))
     display.stage("preparing the model")
     command = [sys.executable, "-m", "flexgen_bench.runner.prepare", str(request), str(answer)]
     environment = cell_environment(spec.threads, spec.model.weights)
@@ -50,28 +50,21 @@ def prepare(spec: CellSpec, cache: Path, workdir: Path, display: Display) -> Pre
         tail = "\n".join(ending.log.splitlines()[-8:])
         how = f"the preparing process ended with status {ending.returncode}"
         return Prepared(Status.FAILED, f"{how}:\n{tail}" if tail else how)
-    data = json.loads(answer.read_text())
-    return Prepared(
-        status=Status(data["status"]),
-        reason=data["reason"],
-        checkpoint=Path(data["checkpoint"]),
-        prompts=data["prompts"],
-    )
+    return from_json(Prepared, json.loads(answer.read_text()), "prepared")
 
 
 def main(arguments: Sequence[str]) -> int:
     request, answer = map(Path, arguments)
     emitter = take_stdout()
     data = json.loads(request.read_text())
-    spec, cache = CellSpec.from_dict(data["spec"]), Path(data["cache"])
+    spec, cache = from_json(CellSpec, data["spec"], "spec"), Path(data["cache"])
 
     def moved(what: str, done: int, total: int) -> None:
         emitter.progress(what, done, total, "B")
 
-    def tell(status: Status, reason: str = "", **found: Any) -> None:
-        whole = {"status": status.value, "reason": reason, "checkpoint": "", "prompts": None}
+    def tell(prepared: Prepared) -> None:
         partial = answer.with_suffix(".partial")
-        partial.write_text(json.dumps(whole | found))
+        partial.write_text(json.dumps(to_json(prepared)))
         partial.replace(answer)
 
     try:
@@ -81,15 +74,15 @@ def main(arguments: Sequence[str]) -> int:
         checkpoint = prepare_checkpoint(spec.model, spec.dtype, cache, moved)
         prompts = build_prompts(spec.workload, checkpoint, spec.model.shape)
     except CannotRun as error:
-        tell(error.status, str(error))
+        tell(Prepared(error.status, str(error)))
     except ModuleNotFoundError as error:
-        tell(Status.UNAVAILABLE, how_to_install(error.name or str(error)))
+        tell(Prepared(Status.UNAVAILABLE, how_to_install(error.name or str(error))))
     except (UserError, StoreError, OSError) as error:
         # These say in words what is wrong and what to do; anything else is a bug and shows its traceback.
-        tell(Status.FAILED, f"{type(error).__name__}: {error}")
+        tell(Prepared(Status.FAILED, f"{type(error).__name__}: {error}"))
     else:
         lists = [[int(token) for token in prompt] for prompt in prompts]
-        tell(Status.OK, checkpoint=str(checkpoint), prompts=lists)
+        tell(Prepared(Status.OK, checkpoint=checkpoint, prompts=lists))
     return 0
 
 

@@ -84,6 +84,6 @@ def _search(ask: Ask, number: int) -> Answer:
         shares[number] = share
 
     with listening(heard):
-        found = ask.answer()
+        answer = ask.answer()
     shares[number] = 1.0
-    return found
+    return answer

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.instructions import limited_to
 from flexgen_bench.core.record import Record
@@ -29,26 +29,30 @@ from flexgen_bench.store.trace import write_trace
 from flexgen_bench.store.writer import write_record
 
 
-@dataclass(frozen=True)
-class SuiteCell:
-    """One cell to run. ``unavailable_reason``: it cannot run here, as known before any work, and why. ``predict``: what
-    its run is expected to be (``Record.prediction``), asked before it begins. ``predict_policy``: the same for the
-    policy that ran, asked after a run that ended well, of a system that has chosen its policy itself; None if the
-    system does not say which. ``expected_s``: seconds that the cell will take, None where nobody can say. ``note``:
-    what of the workload asked for was left out, and why."""
+class Forecast(Protocol):
+    """What a cell's run is expected to be (``Record.prediction``); asked only when it is needed."""
 
-    label: str
-    spec: CellSpec
-    rerun_command: str
-    unavailable_reason: str | None = None
-    predict: Callable[[], Mapping[str, Any]] | None = None
-    predict_policy: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
-    expected_s: Callable[[], float | None] | None = None
-    note: str = ""
+    def seconds(self) -> float | None:
+        """What the cell will take; None where nobody can say."""
+
+    def before_run(self) -> Mapping[str, Any]:
+        """What is known before it begins."""
+
+    def of_policy(self, policy: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The same for the policy that has run; None if the system does not say which."""
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell on its way to a record. refusal: it cannot run here, as known before any work, and why."""
+
+    cell: Cell
+    refusal: str | None = None
+    forecast: Forecast | None = None
 
 
 def run_suite(
-    cells: Sequence[SuiteCell],
+    cells: Sequence[PlannedCell],
     *,
     suite: str,
     results_dir: Path,
@@ -69,31 +73,32 @@ def run_suite(
     cache_dir.mkdir(parents=True, exist_ok=True)
     runner = _Runner(suite, results_dir, cache_dir, display)
 
-    def finished(cell: SuiteCell) -> Path | None:
-        return None if rerun else finished_record(results_dir, cell.spec.spec_hash, suite)
+    def finished(planned: PlannedCell) -> Path | None:
+        return None if rerun else finished_record(results_dir, planned.cell.spec.spec_hash, suite)
 
-    expected = [_expected(cell, finished(cell)) for cell in cells]
+    expected = [_expected(planned, finished(planned)) for planned in cells]
     display.suite_start(expected)
     paths = []
-    for index, cell in enumerate(cells, start=1):
-        display.cell_start(cell.label, index, len(cells), expected[index - 1])
-        path = finished(cell)
+    for index, planned in enumerate(cells, start=1):
+        label = planned.cell.label
+        display.cell_start(label, index, len(cells), expected[index - 1])
+        path = finished(planned)
         skipped = path is not None
         if path is None:
-            path, skipped = runner.run(cell)
+            path, skipped = runner.run(planned)
         record = read_record(path)
-        display.cell_end(cell.label, record.status, record.reason, path, skipped)
+        display.cell_end(label, record.status, record.reason, path, skipped)
         paths.append(path)
         if on_record is not None and not skipped:
             _tell_tracker(on_record, path)
     return paths
 
 
-def _expected(cell: SuiteCell, done: Path | None) -> float | None:
+def _expected(planned: PlannedCell, done: Path | None) -> float | None:
     """Seconds that are to be waited for a cell; none for one that is finished or will be refused."""
-    if done is not None or cell.unavailable_reason is not None:
+    if done is not None or planned.refusal is not None:
         return 0.0
-    return None if cell.expected_s is None else cell.expected_s()
+    return None if planned.forecast is None else planned.forecast.seconds()
 
 
 def finished_record(results_dir: Path, spec_hash: str, suite: str) -> Path | None:
@@ -121,24 +126,25 @@ class _Runner:
     display: Display
     preparations: dict[str, Prepared] = field(default_factory=dict)
 
-    def run(self, cell: SuiteCell) -> tuple[Path, bool]:
+    def run(self, planned: PlannedCell) -> tuple[Path, bool]:
         """Run a cell. The path of its record, and whether that one was there before."""
+        cell = planned.cell
         started = datetime.now(UTC)
         variables = cell_environment(cell.spec.threads)
         environment = describe_environment(self.cache_dir, self.results_dir, variables)
         # On the cache's file system: offload files of a cell must lie on the disk that is measured.
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
         try:
-            prediction = self._prediction(cell)
-            state, cap = self._outcome(cell, workdir)
-            prediction = self._of_what_ran(cell, state) or prediction
+            prediction = self._prediction(planned.forecast)
+            state, cap = self._outcome(planned, workdir)
+            prediction = self._of_what_ran(planned, state) or prediction
             trace = _bytes_of(workdir / TRACE_FILE)
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
         record = make_record(
             cell.spec,
             suite=self.suite,
-            rerun_command=cell.rerun_command,
+            rerun_command=cell.command,
             started=started,
             state=state,
             cap=cap,
@@ -155,32 +161,33 @@ class _Runner:
         note_own(self.results_dir, record.run_id)
         return path, False
 
-    def _prediction(self, cell: SuiteCell) -> Mapping[str, Any]:
+    def _prediction(self, forecast: Forecast | None) -> Mapping[str, Any]:
         """What the run is expected to be."""
-        if cell.predict is None:
+        if forecast is None:
             return {}
         self.display.stage("predicting")
-        return cell.predict()
+        return forecast.before_run()
 
-    def _of_what_ran(self, cell: SuiteCell, state: CellState) -> Mapping[str, Any] | None:
-        """The prediction for the policy that ran. Before the run only what the machine has is known, not what will be
-        free, so another policy may have been expected; None: that prediction stays."""
-        if cell.predict_policy is None or state.status is not Status.OK:
+    def _of_what_ran(self, planned: PlannedCell, state: CellState) -> Mapping[str, Any] | None:
+        """The prediction for the policy that ran, where the system has chosen it. Before the run only what the machine
+        has is known, not what will be free, so another policy may have been expected; None: that prediction stays."""
+        if planned.forecast is None or not planned.cell.chooses_policy or state.status is not Status.OK:
             return None
         self.display.stage("predicting")
-        return cell.predict_policy(state.report.requested)
+        return planned.forecast.of_policy(state.report.requested)
 
-    def _outcome(self, cell: SuiteCell, workdir: Path) -> tuple[CellState, MemoryCap]:
-        no_cap = MemoryCap(cell.spec.hardware.cpu_memory_bytes, reason="the cell did not start")
-        if cell.unavailable_reason is not None:
-            return CellState(status=Status.UNAVAILABLE, reason=cell.unavailable_reason), no_cap
-        key = preparation_key(cell.spec)
+    def _outcome(self, planned: PlannedCell, workdir: Path) -> tuple[CellState, MemoryCap]:
+        spec = planned.cell.spec
+        no_cap = MemoryCap(spec.hardware.cpu_memory_bytes, reason="the cell did not start")
+        if planned.refusal is not None:
+            return CellState(status=Status.UNAVAILABLE, reason=planned.refusal), no_cap
+        key = preparation_key(spec)
         if key not in self.preparations:
-            self.preparations[key] = prepare(cell.spec, self.cache_dir, workdir, self.display)
+            self.preparations[key] = prepare(spec, self.cache_dir, workdir, self.display)
         prepared = self.preparations[key]
         if prepared.status is not Status.OK:
             return CellState(status=prepared.status, reason=prepared.reason), no_cap
-        return run_cell(cell.spec, prepared, self.cache_dir, workdir, self.display)
+        return run_cell(spec, prepared, self.cache_dir, workdir, self.display)
 
     def _same_refusal(self, record: Record) -> Path | None:
         """The last record of the cell, if that says the same: every look would else leave one more."""

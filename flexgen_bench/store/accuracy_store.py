@@ -55,8 +55,7 @@ def write_accuracy(record: AccuracyRecord, results_dir: Path) -> Path:
 
 def to_bytes(record: AccuracyRecord) -> bytes:
     """The exact bytes of a record's file; the same record gives the same bytes."""
-    data = encode_as(record, type(record), "record")
-    decode_as(data, type(record), "record")
+    data = encode_as(record, "record")
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return gzip.compress(text.encode("utf-8", errors="backslashreplace"), mtime=0)
 
@@ -114,10 +113,10 @@ def accuracy_files(results_dir: Path) -> Iterator[Path]:
     if not root.exists():
         return iter(())
     try:
-        found = sorted(root.glob(f"*/*/*{SUFFIX}"))
+        paths = sorted(root.glob(f"*/*/*{SUFFIX}"))
     except OSError as error:
         raise StoreError(f"cannot list the records in {root}: {error}") from error
-    return (path for path in found if not path.name.startswith("."))
+    return (path for path in paths if not path.name.startswith("."))
 
 
 def _find(
@@ -150,10 +149,10 @@ def _subject(record: AccuracyRecord) -> tuple[str, ...]:
 
 
 def _newest(
-    found: Sequence[tuple[Path, _Kind]], identity: Callable[[_Kind], Any], size: Callable[[_Kind], int]
+    records: Sequence[tuple[Path, _Kind]], identity: Callable[[_Kind], Any], size: Callable[[_Kind], int]
 ) -> list[tuple[Path, _Kind]]:
     best: dict[Any, tuple[Path, _Kind]] = {}
-    for path, record in sorted(found, key=lambda f: (size(f[1]), f[1].ended_utc, f[1].run_id)):
+    for path, record in sorted(records, key=lambda f: (size(f[1]), f[1].ended_utc, f[1].run_id)):
         best[identity(record)] = (path, record)
     return sorted(best.values(), key=lambda f: f[0])
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.codec import OMITTED, from_json, to_json
+from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.job import Job
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.status import Status
 
@@ -33,9 +32,6 @@ MOST = 500  # answers in a user's file: the oldest go first
 # What every predictor is made of.
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHARED = ("core", "planner", "schedule", "models")
-_SECONDS = ("prefill_s", "decode_s")
-_COUNTS = ("num_prompts", "prompt_len", "gen_len", "batch_size")
-_RUN = tuple(f.name for f in fields(Prediction))
 
 
 @dataclass(frozen=True)
@@ -44,31 +40,27 @@ class Answer:
     and what there is, in bytes.
     asked: the question in words, for readers of the file."""
 
-    run: Prediction | None = None
+    run: Prediction | None = field(default=None, metadata=OMITTED)
     status: Status = Status.OK
-    reason: str = ""
-    tier: str = ""
-    need_bytes: int | None = None
-    capacity_bytes: int | None = None
+    reason: str = field(default="", metadata=OMITTED)
+    tier: str = field(default="", metadata=OMITTED)
+    need_bytes: int | None = field(default=None, metadata=OMITTED)
+    capacity_bytes: int | None = field(default=None, metadata=OMITTED)
     asked: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.status is Status.OK):
+            raise UserError("answer.status", self.status, "ok with a run, and only with one")
 
 
 def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], job: Job) -> str:
     """What an answer is found by: the job, who is asked and what it is told besides, and its code. Where a
     machine's constants come from decides nothing, and an option that is None is for the predictor to choose, as one
     that is left out."""
-    asked = {f.name: getattr(job, f.name) for f in fields(Job)} | {
-        "shape": job.shape.to_dict(),
-        "hardware": job.hardware.to_dict() | {"sources": {}},
-        "lossy": job.lossy.to_dict(),
-    }
-    stated = {
-        name: value.to_dict() if isinstance(value, Policy) else value
-        for name, value in options.items()
-        if value is not None
-    }
-    told = [predictor, dict(constants), stated, asked, code_of(predictor)]
-    facts = json.dumps(told, sort_keys=True, default=str)
+    facts_of_job = to_json(replace(job, hardware=replace(job.hardware, sources={})))
+    stated = {name: to_json(value) for name, value in options.items() if value is not None}
+    deciding = [predictor, dict(constants), stated, facts_of_job, code_of(predictor)]
+    facts = json.dumps(deciding, sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
@@ -81,7 +73,7 @@ def load(path: Path) -> dict[str, Answer]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != _VERSION:
             raise ValueError(f"schema version {data['schema_version']}")
-        return {key: _answer(told) for key, told in data["answers"].items()}
+        return {key: _answer(stored, key) for key, stored in data["answers"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise StoreError(f"{path} does not hold predictions ({reason})") from error
@@ -95,7 +87,7 @@ def text_of(answers: Mapping[str, Answer]) -> str:
 
 def plain(answer: Answer) -> Answer:
     """The answer as it is read back, so that what is kept and what is new look the same."""
-    return _answer(json.loads(json.dumps(_told(answer), default=str)))
+    return _answer(json.loads(_line(answer)), "answer")
 
 
 @dataclass
@@ -144,52 +136,25 @@ class KeptPredictions:
 
 
 def _text(answers: Iterable[tuple[str, Answer]]) -> str:
-    lines = [
-        f" {json.dumps(key)}: {json.dumps(_told(answer), allow_nan=False, default=str)}" for key, answer in answers
-    ]
-    body = ",\n".join(lines)
+    body = ",\n".join(f" {json.dumps(key)}: {_line(answer)}" for key, answer in answers)
     return f'{{"schema_version": {_VERSION}, "answers": {{\n{body}\n}}}}\n'
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _line(answer: Answer) -> str:
+    """What people look for comes first. An option that JSON has no form for is written as text."""
+    first = {"asked": answer.asked, "status": answer.status.value}
+    return json.dumps(first | to_json(answer), allow_nan=False, default=str)
+
+
+def _answer(stored: Any, at: str) -> Answer:
+    """Raises UserError for what is no answer, or no prediction's figures."""
+    answer = from_json(Answer, stored, at, complete=True)
     run = answer.run
-    told: dict[str, Any] = {"asked": answer.asked, "status": answer.status.value}
-    told |= {name: v for name in _REASONS if (v := getattr(answer, name))}
     if run is not None:
-        told["run"] = {name: _bare(getattr(run, name)) for name in _RUN}
-    return told
-
-
-_REASONS = ("reason", "tier", "need_bytes", "capacity_bytes")
-
-
-def _bare(value: Any) -> Any:
-    """Mappings as dictionaries with text for keys, tuples as lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _bare(item) for key, item in value.items()}
-    return [_bare(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _answer(told: Mapping[str, Any]) -> Answer:
-    run = None if told.get("run") is None else _run({k: told["run"][k] for k in _RUN})
-    status = Status(told["status"])
-    if (run is None) == (status is Status.OK):
-        raise ValueError(f"status {status} with{'out' if run is None else ''} a run")
-    why = {name: told[name] for name in _REASONS if name in told}
-    if not all(isinstance(v, str if n in ("reason", "tier") else int) for n, v in why.items()):
-        raise ValueError(f"reasons of {why}")
-    return Answer(run, status, asked=str(told["asked"]), **why)
-
-
-def _run(kept: Mapping[str, Any]) -> Prediction:
-    """Raises ValueError for what is no prediction's, TypeError for what is no number."""
-    counted = all(isinstance(kept[k], int) and kept[k] > 0 for k in _COUNTS)
-    timed = all(0 <= kept[k] < math.inf for k in _SECONDS) and sum(kept[k] for k in _SECONDS) > 0
-    shaped = all(isinstance(kept[k], dict) for k in ("bytes", "lane_busy_s", "settings"))
-    worded = isinstance(kept["bottleneck"], str) and isinstance(kept["notes"], list)
-    if not (counted and timed and shaped and worded and isinstance(kept["overlapped"], bool)):
-        raise ValueError(f"a run of {kept}")
-    return Prediction(**{**kept, "notes": tuple(map(str, kept["notes"]))})
+        counts = (run.num_prompts, run.prompt_len, run.gen_len, run.batch_size)
+        if min(counts) < 1 or min(run.prefill_s, run.decode_s) < 0 or run.total_s <= 0:
+            raise UserError(f"{at}.run", counts, "positive counts and times")
+    return answer
 
 
 @cache

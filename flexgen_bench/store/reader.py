@@ -100,10 +100,10 @@ def record_files(results_dir: Path) -> Iterator[Path]:
         return iter(())
     try:
         folders = sorted(p for p in results_dir.iterdir() if p.is_dir() and p.name not in (BENCHMARKS, ACCURACY))
-        found = [f for d in folders for f in sorted(d.iterdir())]
+        files = [f for d in folders for f in sorted(d.iterdir())]
     except OSError as error:
         raise StoreError(f"cannot list the records in {results_dir}: {error}") from error
-    return (f for f in found if f.suffix == ".json" and not f.name.startswith("."))
+    return (f for f in files if f.suffix == ".json" and not f.name.startswith("."))
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -27,7 +27,7 @@ def write_record(record: Record, results_dir: Path) -> Path:
     """
     path = record_path(record, results_dir)
     try:
-        content = to_json(record)
+        content = to_bytes(record)
     except StoreError as error:
         raise StoreError(f"cannot save record {path}: {error}") from error
     write_new(path, content, "record")
@@ -76,7 +76,7 @@ def suite_folder(suite: str) -> str:
     return safe_name(suite) if suite else NO_SUITE
 
 
-def to_json(record: Record) -> bytes:
+def to_bytes(record: Record) -> bytes:
     """The exact bytes of a record's file. Raises StoreError if reading them back would be refused."""
     data = encode(record)
     decode(data)

@@ -15,19 +15,17 @@ A system lives in its own process (``runner/worker.py``) and is used in this ord
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.systems.scorer import Scorer
-
-# Called while tokens appear: (phase "prefill" or "decode", tokens done in it, tokens of it in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

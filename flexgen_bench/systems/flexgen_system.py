@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import LINKS, Lane
@@ -18,7 +20,7 @@ from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.schedule.sequence_groups import Request
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities, Generation, System
 from flexgen_bench.systems.engine_scorer import EngineScorer
 from flexgen_bench.systems.scorer import Scorer
 
@@ -111,7 +113,7 @@ class FlexGenSystem(System):
         lanes = [lane for lane in Lane if any(lane in r.lanes for r in self._results)]
         notes = () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
         return SystemReport(
-            requested=policy.to_dict(),
+            requested=to_json(policy),
             realised={
                 "weights": dict(plan.realised_weights),
                 "kv_cache": dict(plan.realised_kv_cache),

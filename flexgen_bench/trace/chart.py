@@ -90,7 +90,8 @@ def chart(run: TracedRun) -> str:
 def _key(run: TracedRun) -> str:
     layers = run.num_layers
     return (
-        f"Numbers are units: 0 the embedding, 1 to {layers} the layers, {layers + 1} the head. Where steps are narrower than "
+        f"Numbers are units: 0 the embedding, 1 to {layers} the layers, {layers + 1} the head. Where steps are "
+        "narrower than "
         "pixels, a colour is as high as its share of the time."
     )
 
@@ -119,7 +120,8 @@ def _panels(run: TracedRun, lanes: dict[str, list[Slice]]) -> list[Panel]:
         what = "Prefill and decode" if found.prefills and found.decodes else "Prefill" if found.prefills else "Decode"
         panels.append(
             Panel(
-                f"{what}: pass {found.number} of {len(passes)}, from {_time(found.begin_s - begin)}, {_time(found.seconds)} long",
+                f"{what}: pass {found.number} of {len(passes)}, from {_time(found.begin_s - begin)}, "
+                f"{_time(found.seconds)} long",
                 found.begin_s,
                 found.end_s,
             )

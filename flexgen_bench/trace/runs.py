@@ -30,7 +30,8 @@ class TracedRun:
         """System, model, workload, machine and evidence, in one line."""
         spec = self.record.spec
         return (
-            f"{spec['system']}, {spec['model']['shape']['name']}, {spec['dtype']}, workload {spec['workload']['name']}, "
+            f"{spec['system']}, {spec['model']['shape']['name']}, {spec['dtype']}, workload "
+            f"{spec['workload']['name']}, "
             f"hardware {spec['hardware']['name']}: {self.record.evidence.value}"
         )
 

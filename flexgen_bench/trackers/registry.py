@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.trackers.base import Tracker
 from flexgen_bench.trackers.none import NoTracker
@@ -21,7 +22,7 @@ def _make_none(options: Mapping[str, Any], directory: Path) -> Tracker:
 def _make_wandb(options: Mapping[str, Any], directory: Path) -> Tracker:
     from flexgen_bench.trackers.wandb_tracker import WandbOptions, WandbTracker
 
-    return WandbTracker(WandbOptions.from_dict(options), directory)
+    return WandbTracker(from_json(WandbOptions, options, "tracker"), directory)
 
 
 _MAKERS: dict[str, Callable[[Mapping[str, Any], Path], Tracker]] = {"none": _make_none, "wandb": _make_wandb}

@@ -62,27 +62,27 @@ def run_config(record: Record) -> dict[str, Any]:
 
 def run_history(record: Record) -> list[dict[str, float]]:
     """One row per repetition: its raw figures and every metric of it, so that the spread can be seen."""
-    found = metrics(record)
+    values = metrics(record)
     rows = []
     for index, sample in enumerate(encode(record)["samples"]):
         row: dict[str, float] = {"repetition": index, **{f"sample/{k}": v for k, v in sample.items()}}
-        rows.append(row | {f"metric/{name}": m.samples[index] for name, m in found.items()})
+        rows.append(row | {f"metric/{name}": m.samples[index] for name, m in values.items()})
     return rows
 
 
 def run_summary(record: Record) -> dict[str, Any]:
     """Pooled metrics with spread, unit and evidence; memory and link figures."""
     summary: dict[str, Any] = {"status": record.status.value, "evidence": record.evidence.value}
-    for name, found in summaries(record).items():
+    for name, one in summaries(record).items():
         summary[f"metric/{name}"] = {
-            "value": found.value,
-            "low": found.low,
-            "high": found.high,
-            "interval": found.interval.value,
-            "n": found.n,
-            "unit": found.unit,
-            "higher_is_better": found.higher_is_better,
-            "evidence": found.evidence.value,
+            "value": one.value,
+            "low": one.low,
+            "high": one.high,
+            "interval": one.interval.value,
+            "n": one.n,
+            "unit": one.unit,
+            "higher_is_better": one.higher_is_better,
+            "evidence": one.evidence.value,
         }
     for tier, peak in record.report.peak_bytes.items():
         summary[f"peak_bytes/{tier}"] = peak

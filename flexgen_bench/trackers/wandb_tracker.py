@@ -11,12 +11,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.record import Record
 from flexgen_bench.store.writer import suite_folder
@@ -47,15 +46,6 @@ class WandbOptions:
         if isinstance(self.timeout_s, bool) or not self.timeout_s > 0:
             raise UserError("tracker.timeout_s", self.timeout_s, "more than zero seconds")
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> WandbOptions:
-        """Raises UserError naming an option that does not exist, and those that do."""
-        known = [f.name for f in fields(WandbOptions)]
-        for name in data:
-            if name not in known:
-                raise unknown_choice("tracker option", name, known)
-        return WandbOptions(**data)
-
 
 class WandbTracker:
     """One run per record, sent as soon as it is finished, and a summary run per suite with the table."""
@@ -80,7 +70,7 @@ class WandbTracker:
             "what": what,
             "suite": suite,
             "paths": [str(p) for p in paths],
-            "options": asdict(self._options),
+            "options": to_json(self._options),
             "directory": str(self._directory),
         }
         try:

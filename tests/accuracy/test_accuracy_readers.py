@@ -128,7 +128,10 @@ def test_summaries(tmp_path: Path) -> None:
 def test_snippets_are_clear_cases(tmp_path: Path) -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz") as inner:
-        text = b"1\t2.5\tA ''great'' film, truly.\n2\t0.4\tIt is a film, and long.\n3\t-3\tbad\n4\t-2.0\tAn awful, awful film.\n"
+        text = (
+            b"1\t2.5\tA ''great'' film, truly.\n2\t0.4\tIt is a film, and long.\n3\t-3\tbad\n4\t-2.0\tAn awful, awful "
+            b"film.\n"
+        )
         info = tarfile.TarInfo("x/movie.txt")
         info.size = len(text)
         inner.addfile(info, io.BytesIO(text))
@@ -163,7 +166,10 @@ def test_restaurant_pairs(tmp_path: Path) -> None:
 
 
 def test_publication_pairs(tmp_path: Path) -> None:
-    head = "_id,ltable.id,rtable.id,ltable.authors,ltable.title,ltable.venue,ltable.year,rtable.authors,rtable.title,rtable.venue,rtable.year,gold\n"
+    head = (
+        "_id,ltable.id,rtable.id,ltable.authors,ltable.title,ltable.venue,ltable.year,"
+        "rtable.authors,rtable.title,rtable.venue,rtable.year,gold\n"
+    )
     put(
         tmp_path,
         {"dblp_acm_demo_labels.csv": head + "0,i,j,A B,T,V,1999.0,A B,t,W,1999,1\n1,i,k,A,T,V,1999.0,C,U,W,1998,0\n"},

@@ -141,7 +141,8 @@ from types import SimpleNamespace
 COSTS = []
 def CompressionConfig(**_): return None
 def get_opt_config(name):
-    return SimpleNamespace(name=name, num_hidden_layers=12, input_dim=768, n_head=12, ffn_embed_dim=3072, vocab_size=50272)
+    sizes = {"num_hidden_layers": 12, "input_dim": 768, "n_head": 12, "ffn_embed_dim": 3072, "vocab_size": 50272}
+    return SimpleNamespace(name=name, **sizes)
 def Policy(size, count, *percent, **other): return SimpleNamespace(block=size * count, percent=percent, **other)
 def TorchDevice(name): return name
 TorchDisk = TorchDevice

@@ -18,8 +18,9 @@ from flexgen_bench.calibrate.attention import apart, decode_probes
 from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, SiteEffort
 from flexgen_bench.calibrate.site import ProbeMemory, Site
-from flexgen_bench.calibrate.stable import Patience, Probe, Progress, Reading, measure, spread_of
+from flexgen_bench.calibrate.stable import Patience, Probe, Reading, RoundProgress, measure, spread_of
 from flexgen_bench.cli.calibrate import main
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates
@@ -126,7 +127,7 @@ def test_a_written_profile_is_a_machine_of_the_command_line(
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)["gpu"]
     assert shown["sources"]["disk_read"].startswith("measured here on ")
-    assert Rates.from_dict(shown["rates"]).sites == measured[0].rates.sites
+    assert from_json(Rates, shown["rates"], "gpu.rates").sites == measured[0].rates.sites
 
 
 def test_the_profile_of_a_machine_without_gpu_has_no_links_to_one() -> None:
@@ -204,7 +205,7 @@ def test_rounds_are_interleaved_and_samples_filled() -> None:
 
         return Probe(name, 1.0, call, after=lambda: order.append("after"))
 
-    seen: list[Progress] = []
+    seen: list[RoundProgress] = []
     measure([probe("a"), probe("b")], PATIENCE, seen.append, clock)
     assert order[:4] == ["a", "after", "b", "after"], "one call of each to warm up"
     assert order[4:16] == [*["a"] * 5, "after", *["b"] * 5, "after"]
@@ -302,7 +303,8 @@ def test_first_use_measures_once_in_a_process_of_its_own(tmp_path: Path, monkeyp
     save(calibration(), tmp_path / "made.yaml")
     target = path_for(tmp_path, 1)
     program = (
-        f"import os, sys; os.makedirs({str(target.parent)!r}); os.rename({str(tmp_path / 'made.yaml')!r}, {str(target)!r});"
+        f"import os, sys; os.makedirs({str(target.parent)!r}); os.rename({str(tmp_path / 'made.yaml')!r}, "
+        f"{str(target)!r});"
         "print('calibrating: round 1', file=sys.stderr)"
     )
     monkeypatch.setattr(store, "_command", lambda cache, threads: [sys.executable, "-c", program])

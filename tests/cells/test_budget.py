@@ -10,11 +10,11 @@ import pytest
 from hydra import initialize_config_dir
 
 from flexgen_bench.cells.budget import LEAST_PROMPTS, LEAST_TOKENS, fitted
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.compose import composed, plan
 from flexgen_bench.cells.expected_time import REFUSED_S, STARTUP_S, Expected, cell_seconds, search_seconds
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.this_machine import ThisMachine
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec
 from flexgen_bench.core.compression import EXACT
@@ -24,7 +24,7 @@ from flexgen_bench.core.simulated import SystemModel
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import GIB
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.runner.predictions import Asked, predict
+from flexgen_bench.runner.predictions import exactly, predict
 from tests.support.planner_machines import host, small_opt
 
 PAPER = Workload("32-32", PromptKind.SYNTHETIC, 24, 32, 32)
@@ -120,7 +120,7 @@ def cell(model: str | None, measure: MeasureSpec | None = None) -> Cell:
 def test_seconds_of_a_cell(model: str | None, status: Status, tmp_path: Path) -> None:
     """Three generations of 16 s, the process and loading; a refusal is quick; nobody knows of what has no model."""
     given = cell(model)
-    row = predict(Asked(given.spec, given.model, 8), EXACT, tmp_path)
+    row = predict(exactly(given), EXACT, tmp_path)
     assert row.status is status
     seconds = cell_seconds(row)
     if status is Status.OK:

@@ -69,7 +69,8 @@ def test_a_card(run: Run, tmp_path: Path) -> None:
     assert lines["limits"].startswith("cpu memory (")
     # A linear program's promise: it knows of no waiting.
     assert lines["one more"] == (
-        "10 % faster h2d: +1.5 tok/s in the program that placed it / 1 GB of gpu memory: +0.25 tok/s in the program that placed it"
+        "10 % faster h2d: +1.5 tok/s in the program that placed it / 1 GB of gpu memory: +0.25 tok/s in the program "
+        "that placed it"
     )
     assert lines["writes"] == "2.79 GiB to disk"
     assert lines["note"] == "a remark"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.work import divide
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
@@ -21,7 +22,14 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.planner.progress import listening
 from flexgen_bench.runner import searches
-from flexgen_bench.runner.predictions import FOUR_BITS, Asked, as_recorded, predict, predict_policy, simulate
+from flexgen_bench.runner.predictions import (
+    FOUR_BITS,
+    PredictionRequest,
+    as_recorded,
+    predict,
+    predict_policy,
+    simulate,
+)
 from tests.support.planner_machines import MIB, host, small_opt
 
 CPU = Placement.all_on(Tier.CPU)
@@ -29,7 +37,7 @@ ENGINE = SystemModel("flexgen_bench.planner.engine_predictor:EnginePredictor", f
 SLOWER = Policy(1, 2, Placement(cpu=0.5, disk=0.5), CPU, CPU)
 
 
-def asked(model: SystemModel = ENGINE, policy: Policy | None = None) -> Asked:
+def request(model: SystemModel = ENGINE, policy: Policy | None = None, name: str = "") -> PredictionRequest:
     spec = CellSpec(
         "s",
         "m:S",
@@ -40,60 +48,62 @@ def asked(model: SystemModel = ENGINE, policy: Policy | None = None) -> Asked:
         1,
         policy=policy,
     )
-    return Asked(spec, model, 8)
+    return PredictionRequest(Cell(name, spec, model=model), 8)
 
 
 def test_the_policy_that_ran_is_predicted_and_named(tmp_path: Path) -> None:
-    first = as_recorded(predict(asked(), EXACT, tmp_path))
+    first = as_recorded(predict(request(), EXACT, tmp_path))
     assert first["status"] == "ok"
-    assert first["policy"] != SLOWER.to_dict()
-    row = predict_policy(asked(), SLOWER.to_dict(), tmp_path)
+    assert first["policy"] != to_json(SLOWER)
+    row = predict_policy(request(), to_json(SLOWER), tmp_path)
     assert row is not None
     again = as_recorded(row)
-    assert again["policy"] == SLOWER.to_dict()
+    assert again["policy"] == to_json(SLOWER)
     assert again["tok_per_s"] < first["tok_per_s"]
-    given = as_recorded(predict(asked(policy=SLOWER), EXACT, tmp_path))
+    given = as_recorded(predict(request(policy=SLOWER), EXACT, tmp_path))
     assert again == given
 
 
 def test_a_policy_brings_its_own_compression(tmp_path: Path) -> None:
     lossy = Lossy(weights=Compression(4))
-    row = predict_policy(asked(), replace(SLOWER, lossy=lossy).to_dict(), tmp_path)
+    row = predict_policy(request(), to_json(replace(SLOWER, lossy=lossy)), tmp_path)
     assert row is not None
     assert row.lossy == lossy
-    assert Policy.from_dict(as_recorded(row)["policy"]).lossy == lossy
+    assert from_json(Policy, as_recorded(row)["policy"], "policy").lossy == lossy
 
 
 def test_a_policy_without_room_is_told_as_such(tmp_path: Path) -> None:
     huge = Policy(8, 100_000, CPU, CPU, CPU)
-    many = replace(asked(), num_prompts=800_000)
-    row = predict_policy(many, huge.to_dict(), tmp_path)
+    many = replace(request(), num_prompts=800_000)
+    row = predict_policy(many, to_json(huge), tmp_path)
     assert row is not None
     told = as_recorded(row)
     assert told["status"] == "oom"
-    assert told["policy"] == huge.to_dict()
+    assert told["policy"] == to_json(huge)
     assert "needs" in told["reason"]
 
 
 @pytest.mark.parametrize("said", [{}, {"batch": 4}, {"gpu_batch_size": -1}])
 def test_words_that_are_no_policy_are_not_predicted(said: dict[str, int], tmp_path: Path) -> None:
-    assert predict_policy(asked(), said, tmp_path) is None
+    assert predict_policy(request(), said, tmp_path) is None
 
 
 def test_a_system_without_policies_names_none(tmp_path: Path) -> None:
-    plain = asked(SystemModel("tests.support.fake_predictors:Plain"))
+    plain = request(SystemModel("tests.support.fake_predictors:Plain"))
     assert "policy" not in as_recorded(predict(plain, EXACT, tmp_path))
 
 
 def _searched(system: SystemModel, cache: Path) -> list[list[str]]:
     """Tokens/s and labels of a cell that is searched for exactly and compressed, and of a plain one."""
     cells = [
-        ("one", replace(asked(system), also=(FOUR_BITS,))),
-        ("two", asked(SystemModel("tests.support.fake_predictors:Plain"))),
+        replace(request(system, name="one"), also=(FOUR_BITS,)),
+        request(SystemModel("tests.support.fake_predictors:Plain"), name="two"),
     ]
     told: list[str] = []
     found = list(simulate(cells, cache, told.append))
-    assert [line for line in told if line.startswith("predicting")] == ["predicting one", "predicting two"]
+    assert [line for line in told if line.startswith("predicting")] == [
+        f"predicting {cell.cell.label}" for cell in cells
+    ]
     return [
         [f"{row.label} {row.status} {row.prediction and row.prediction.tok_per_s}" for row in rows] for rows in found
     ]
@@ -111,19 +121,19 @@ def test_a_search_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Whoever asked the title command saw nothing for half a minute."""
     shares: list[float] = []
     with listening(shares.append):
-        predict(asked(), EXACT, tmp_path)
+        predict(request(), EXACT, tmp_path)
     assert len(shares) > 5
     assert shares == sorted(shares)
     assert 0 <= shares[0] < 0.25 < shares[-1] <= 1
     monkeypatch.setattr(searches, "cores", lambda: 1)
     monkeypatch.setattr(searches, "_EVERY_S", 0.0)
     told: list[str] = []
-    list(simulate([("one", asked())], tmp_path, told.append))
-    assert told[0] == "searching for a policy: one, exact"
+    list(simulate([request(name="one")], tmp_path, told.append))
+    assert told[0].startswith("searching for a policy: one s ")
     assert any("% of the search done in" in line for line in told)
     again: list[str] = []
-    list(simulate([("one", asked())], tmp_path, again.append))
-    assert again == ["predicting one"]
+    list(simulate([request(name="one")], tmp_path, again.append))
+    assert again == [f"predicting {request(name='one').cell.label}"]
 
 
 def test_a_process_that_dies_leaves_its_search_to_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,14 +151,14 @@ def test_a_process_that_dies_leaves_its_search_to_this_one(tmp_path: Path, monke
 def test_who_is_asked_again(model: SystemModel, policy: Policy | None, is_asked_again: bool, tmp_path: Path) -> None:
     """Systems that follow policies and were given none."""
 
-    spec = asked(model, policy).spec
+    cell = request(model, policy).cell
     # Rates are the profile's.
     expected = Expected(LocalRates(tmp_path, lambda cell: False, lambda text: None), tmp_path)
-    work = divide([Cell("", spec, (), model)], tmp_path, expected)
-    [cell] = work.measure
-    assert cell.predict is not None
-    assert (cell.predict_policy is not None) == is_asked_again
-    if cell.predict_policy is not None:
-        told = cell.predict_policy(SLOWER.to_dict())
-        assert told is not None
-        assert told["policy"] == SLOWER.to_dict()
+    work = divide([cell], tmp_path, expected)
+    [planned] = work.measure
+    assert planned.forecast is not None
+    assert planned.cell.chooses_policy == is_asked_again
+    if is_asked_again:
+        recorded = planned.forecast.of_policy(to_json(SLOWER))
+        assert recorded is not None
+        assert recorded["policy"] == to_json(SLOWER)

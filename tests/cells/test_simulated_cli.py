@@ -244,7 +244,8 @@ def test_a_suite_that_is_measured_in_part(run: Run, tmp_path: Path) -> None:
         "cells:\n"
         "  - {name: here, overrides: [model=opt-125m, gpu=cpu, workload=tiny, dtype=float32, measure.repetitions=1],"
         " systems: [transformers]}\n"
-        "  - {name: there, overrides: [model=opt-30b, gpu=t4, workload=512-32, workload.num_prompts=6], systems: [fake]}\n"
+        "  - {name: there, overrides: [model=opt-30b, gpu=t4, workload=512-32, workload.num_prompts=6], systems: "
+        "[fake]}\n"
     )
     answer = run("suite=mixed", "calibrate=false")
     assert answer.returncode == 0, answer.stderr

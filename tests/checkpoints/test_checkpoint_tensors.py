@@ -18,6 +18,7 @@ from flexgen_bench import LLM, SamplingParams
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.llm.model_source import checkpoint_of
@@ -239,9 +240,9 @@ def test_the_stored_head_decides(name: str, head: str, tied: bool, tmp_path: Pat
     with open_source(folder) as source:
         found = source.shape
     assert found.tied_embeddings == (tied and head != "different")
-    as_it_is = ModelShape(**{**shape.to_dict(), "tied_embeddings": found.tied_embeddings})
+    as_it_is = ModelShape(**{**to_json(shape), "tied_embeddings": found.tied_embeddings})
     assert theirs(as_cell(as_it_is, folder, tmp_path / "cache")) == expected
-    other = ModelShape(**{**shape.to_dict(), "tied_embeddings": not found.tied_embeddings})
+    other = ModelShape(**{**to_json(shape), "tied_embeddings": not found.tied_embeddings})
     with pytest.raises(StoreError, match=r"tied_embeddings is .* there"):
         as_cell(other, folder, tmp_path / "cache")
 

@@ -24,6 +24,7 @@ from flexgen_bench.checkpoints import writer as checkpoint_writer
 from flexgen_bench.checkpoints.prepared import checkpoint_folder, is_prepared, prepare_checkpoint
 from flexgen_bench.checkpoints.writer import is_complete, plan_shards
 from flexgen_bench.core.cell import ModelSpec, WeightSource
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
 from tests.support.shapes import llama_shape, no_progress, opt_shape
@@ -125,11 +126,12 @@ def test_second_time_does_nothing_and_needs_no_torch(tmp_path: Path) -> None:
         "import json,sys\nfrom pathlib import Path\n"
         "from flexgen_bench.core.cell import ModelSpec\nfrom flexgen_bench.core.model import DType\n"
         "from flexgen_bench.checkpoints.prepared import prepare_checkpoint\n"
-        "spec=ModelSpec.from_dict(json.loads(sys.argv[1]))\n"
+        "from flexgen_bench.core.codec import from_json\n"
+        "spec=from_json(ModelSpec, json.loads(sys.argv[1]), 'model')\n"
         "print(prepare_checkpoint(spec,DType.FLOAT32,Path(sys.argv[2]),lambda *a:1/0))\n"
         "assert 'torch' not in sys.modules"
     )
-    spec = json.dumps(dummy(SHAPES[0]).to_dict())
+    spec = json.dumps(to_json(dummy(SHAPES[0])))
     answer = subprocess.run(
         [sys.executable, "-c", code, spec, str(tmp_path)], capture_output=True, text=True, check=True
     )
@@ -151,13 +153,13 @@ def _slow_prepare(spec: dict[str, Any], cache: str) -> None:
     def slow(what: str, done: int, total: int) -> None:
         time.sleep(0.05)
 
-    prepare_checkpoint(ModelSpec.from_dict(spec), DType.FLOAT32, Path(cache), slow)
+    prepare_checkpoint(from_json(ModelSpec, spec, "model"), DType.FLOAT32, Path(cache), slow)
 
 
 def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     """kill -9 while writing: no folder of the final name; the lock is free; the next start cleans up."""
     spec = dummy(SHAPES[0])
-    process = multiprocessing.get_context("spawn").Process(target=_slow_prepare, args=(spec.to_dict(), str(tmp_path)))
+    process = multiprocessing.get_context("spawn").Process(target=_slow_prepare, args=(to_json(spec), str(tmp_path)))
     process.start()
     target = checkpoint_folder(spec, DType.FLOAT32, tmp_path)
     part = target.with_name(f".{target.name}.part")
@@ -178,7 +180,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
 def test_two_processes_make_one_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     spec = dummy(SHAPES[5])
-    both = [context.Process(target=_slow_prepare, args=(spec.to_dict(), str(tmp_path))) for _ in "ab"]
+    both = [context.Process(target=_slow_prepare, args=(to_json(spec), str(tmp_path))) for _ in "ab"]
     for process in both:
         process.start()
     for process in both:

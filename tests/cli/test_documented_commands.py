@@ -69,7 +69,8 @@ TABLE: dict[str, How] = {
     "WHEELS=wheels scripts/gpu_check.sh": How(skip=GPU),
     "pip wheel --no-deps -w wheels 'hydra-core>=1.3.5,<1.4' 'omegaconf>=2.3,<2.4' 'antlr4-python3-runtime==4.9.3' "
     "deepspeed hjson flexgen==0.1.8 attrs": How(skip="downloads and builds wheels for another machine"),
-    "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels pydantic "
+    "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels "
+    "pydantic "
     "pydantic-core": How(skip="downloads wheels for another machine"),
     "python -m flexgen_bench suite=gpu16 cell=opt-30b": How(PLAN, status=(0, 1, 2), says="opt-30b"),
     # README, docs/guides/plan.md
@@ -114,21 +115,19 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=ci mode=w4": How(
         "dry_run=true", swap=WORDS, says="copying_words: 150 items", as_printed=True
     ),
-    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm 'mode=[w8,w4,w3,kv4,w4kv4]' reference=yardstick": How(
-        "dry_run=true", swap=WORDS, says="yardstick, w3"
-    ),
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm 'mode=[w8,w4,w3,kv4,w4kv4]' "
+    "reference=yardstick": How("dry_run=true", swap=WORDS, says="yardstick, w3"),
     HELM: How("dry_run=true", swap=WORDS, says="w4kv4-sparse"),
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm mode=exact reference=transformers": How(
         "dry_run=true", swap=WORDS, says="transformers, exact"
     ),
-    "python -m flexgen_bench accuracy model=opt-4m tasks=king_james_text 'mode=[w8,w4,w3,kv4,w4kv4,w4kv4-sparse]' reference=yardstick": How(
-        skip="opt-4m is trained first (scripts/train_small_opt.py, minutes)"
-    ),
+    "python -m flexgen_bench accuracy model=opt-4m tasks=king_james_text 'mode=[w8,w4,w3,kv4,w4kv4,w4kv4-sparse]' "
+    "reference=yardstick": How(skip="opt-4m is trained first (scripts/train_small_opt.py, minutes)"),
     "python -m flexgen_bench report": How("--tables none", says="reports/index.md", as_printed=True),
-    f"python -m flexgen_bench lm-eval --model flexgen --model_args model=smollm2-135m,weights=4 --tasks lambada {LM_EVAL}": How(
-        "--limit 1", swap=WORDS, says="copying_words", slow=True
-    ),
-    "python -m flexgen_bench lm-eval --model flexgen --model_args model=smollm2-135m,weights=4,weights_group=64,kv_cache=4,value_share=0.1,"
+    "python -m flexgen_bench lm-eval --model flexgen --model_args model=smollm2-135m,weights=4 --tasks lambada "
+    f"{LM_EVAL}": How("--limit 1", swap=WORDS, says="copying_words", slow=True),
+    "python -m flexgen_bench lm-eval --model flexgen --model_args "
+    "model=smollm2-135m,weights=4,weights_group=64,kv_cache=4,value_share=0.1,"
     f"policy=all-cpu,dtype=float32 --tasks lambada {LM_EVAL} --use_cache answers": How(
         "--limit 1", swap=WORDS, says="copying_words", slow=True
     ),

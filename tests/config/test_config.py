@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,27 @@ from hydra import compose, initialize_config_dir
 from flexgen_bench.cells.compose import composed, merged, plan, without_null_groups
 from flexgen_bench.config.build import cell_spec, model_spec
 from flexgen_bench.config.paths import conf_dir, list_models
-from flexgen_bench.config.schema import AppConf
+from flexgen_bench.config.schema import (
+    AppConf,
+    LossyConf,
+    MeasureConf,
+    ModelConf,
+    PlacementConf,
+    PolicyConf,
+    SystemConf,
+    WorkloadConf,
+)
 from flexgen_bench.config.typed import app_conf
-from flexgen_bench.core.cell import CellSpec, WeightSource
+from flexgen_bench.core.cell import CellSpec, MeasureSpec, WeightSource
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator
-from flexgen_bench.core.policy import Placement
-from flexgen_bench.core.simulated import SIMULATED_ONLY
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.units import GIB
-from flexgen_bench.core.workload import PromptKind
+from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.machine import host as machine
 from flexgen_bench.models.registry import family
 from flexgen_bench.runner.worker import load_target
@@ -62,7 +73,7 @@ def test_every_choice_composes_into_the_schema(group: str, name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["model"])
 def test_every_model_makes_a_cell_that_survives_a_process_border(name: str) -> None:
     cell = spec(f"model={name}", "workload=tiny")
-    again = CellSpec.from_dict(cell.to_dict())
+    again = from_json(CellSpec, to_json(cell), "spec")
     assert again == cell
     assert again.spec_hash == cell.spec_hash
     assert cell.model == model_spec(name)
@@ -251,16 +262,16 @@ def test_what_is_lossy_is_asked_for_under_any_policy(policy: str) -> None:
     assert exact.lossy == EXACT
     assert lossy.lossy == Lossy(weights=Compression(4))
     assert lossy.spec_hash != exact.spec_hash
-    assert CellSpec.from_dict(lossy.to_dict()) == lossy
+    assert from_json(CellSpec, to_json(lossy), "spec") == lossy
 
 
 def test_a_latency_for_the_policy_that_is_searched_for() -> None:
     """Part of what is asked, but only where it is: records of other cells keep their hashes."""
     free, bound = spec(), spec("policy.max_latency_s=30")
     assert (free.max_latency_s, bound.max_latency_s) == (None, 30)
-    assert "max_latency_s" not in free.to_dict()
+    assert "max_latency_s" not in to_json(free)
     assert bound.spec_hash != free.spec_hash
-    assert CellSpec.from_dict(bound.to_dict()) == bound
+    assert from_json(CellSpec, to_json(bound), "spec") == bound
     for wrong in ("policy.max_latency_s=0", "policy.max_latency_s=-3", "policy.max_latency_s=.nan"):
         with pytest.raises(UserError, match=r"policy\.max_latency_s"):
             spec(wrong)
@@ -282,7 +293,7 @@ def test_a_latency_for_the_policy_that_is_searched_for() -> None:
 def test_ways_to_say_how_weights_are_compressed(given: str, expected: Compression | None) -> None:
     found = spec(given)
     assert found.lossy == Lossy(weights=expected)
-    assert CellSpec.from_dict(found.to_dict()) == found
+    assert from_json(CellSpec, to_json(found), "spec") == found
 
 
 REFUSED = [
@@ -354,3 +365,35 @@ def test_every_constant_of_a_machine_has_a_source() -> None:
             names = constants if isinstance(constants, dict) else [None]
             stated |= {".".join(filter(None, ("rates", part, key))) for key in names}
         assert set(conf.sources) == stated, name
+
+
+@pytest.mark.parametrize(
+    ("core", "schema"),
+    [
+        (ModelShape, ModelConf),
+        (Workload, WorkloadConf),
+        (Placement, PlacementConf),
+        (Lossy, LossyConf),
+        (Policy, PolicyConf),
+        (MeasureSpec, MeasureConf),
+        (SystemModel, SystemConf),
+    ],
+)
+def test_a_default_of_a_core_type_is_the_default_of_its_key(core: Any, schema: Any) -> None:
+    """A batch of 8 stood in both; whoever changed one of them changed half of the command lines."""
+    keys = {f.name: f for f in fields(schema)}
+    for f in fields(core):
+        assert f.name in keys, "whatever a core type has can be said"
+        if keys[f.name].default is not MISSING and isinstance(f.default, int | float | str):
+            assert keys[f.name].default in (f.default, str(f.default) or None), f.name
+
+
+@pytest.mark.parametrize("suite", ["default", "gpu16"])
+def test_cells_of_a_group_are_what_each_would_be_alone(suite: str) -> None:
+    """What they have in common is composed once."""
+    together = cells(f"suite={suite}", suite=suite)
+    assert len({cell.name for cell in together}) < len(together)
+    for cell in together:
+        (alone,) = cells(f"suite={suite}", f"cell={cell.name}", f"system={cell.spec.system}", suite=suite)
+        assert alone.spec == cell.spec
+        assert alone.model == cell.model

@@ -10,7 +10,9 @@ import pytest
 
 from baselines.common.machine import Machine, largest_that_fits
 from flexgen_bench.config.build import hardware_profile, model_spec
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.device_memory import CONTEXT_BYTES, DRIVER_BYTES, WORKSPACE_BYTES, job_bytes, process_bytes
 from flexgen_bench.core.errors import DoesNotFit
@@ -24,7 +26,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import GIB, MIB
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.planner.engine_predictor import EnginePredictor
-from flexgen_bench.runner.predictions import Asked, predict, predict_policy
+from flexgen_bench.runner.predictions import PredictionRequest, predict, predict_policy
 from tests.support.planner_machines import accelerator
 
 T4 = hardware_profile("t4")
@@ -88,9 +90,9 @@ def test_a_policy_that_has_run_is_predicted_whatever_the_model_says_of_memory(tm
         1,
         policy=RESIDENT,
     )
-    asked = Asked(spec, ENGINE, 1)
-    assert predict(asked, EXACT, tmp_path).status is Status.OOM
-    row = predict_policy(asked, RESIDENT.to_dict(), tmp_path)
+    request = PredictionRequest(Cell("", spec, model=ENGINE), 1)
+    assert predict(request, EXACT, tmp_path).status is Status.OOM
+    row = predict_policy(request, to_json(RESIDENT), tmp_path)
     assert row is not None
     assert row.status is Status.OK
 

@@ -62,7 +62,8 @@ BASELINES = sorted(p.name for p in (ROOT / "baselines").iterdir() if (p / "__ini
 
 
 def room_of(path: Path) -> str:
-    """``flexgen_bench/store/reader.py`` -> ``store``. What starts a process by ``python -m`` belongs to the command line."""
+    """``flexgen_bench/store/reader.py`` -> ``store``. What starts a process by ``python -m`` belongs to the command
+    line."""
     parts = path.relative_to(PACKAGE).parts
     return "cli" if parts[-1] == "__main__.py" else parts[0] if len(parts) > 1 else ""
 
@@ -79,8 +80,8 @@ MODULES = {module_of(path): path for path in FILES}
 def imports(path: Path, at_import_time: bool = False, typing_too: bool = False) -> frozenset[str]:
     """Dotted names of imported modules.
 
-    at_import_time: only what is executed when the module is imported, so nothing inside functions. typing_too: also what is
-    under TYPE_CHECKING.
+    at_import_time: only what is executed when the module is imported, so nothing inside functions. typing_too: also
+    what is under TYPE_CHECKING.
     """
     found: set[str] = set()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flexgen_bench.config.table import ConfiguredSystem
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.record import SystemReport
@@ -179,7 +180,7 @@ def test_what_is_compressed_is_named_and_not_what_might_be(
 
 def test_a_record_of_blocks_that_overlap_tells_no_phases(tmp_path: Path, fake_systems: list[ConfiguredSystem]) -> None:
     policy = Policy(8, 4, schedule=Schedule.CONTINUOUS)
-    put(tmp_path, paper_cell("flexgen"), report=SystemReport(requested=policy.to_dict()))
+    put(tmp_path, paper_cell("flexgen"), report=SystemReport(requested=to_json(policy)))
     rows = rows_of(run(tmp_path, "--tables", "t3"), "t3")
     where = {"system": "FlexGen", "model": "OPT-30B", "gpus": "1"}
     whole = only(rows, metric="generation throughput", **where)

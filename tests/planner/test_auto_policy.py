@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
@@ -51,7 +52,7 @@ def test_what_is_little_faster_is_not() -> None:
     assert auto.gain == pytest.approx(gain)
     assert auto.choice.tok_per_s == pytest.approx(found.tok_per_s / (1 + gain), rel=0.02)
     told = EnginePredictor({}, {}).predict(job_on(NEARLY, 8))
-    assert told.settings["policy"] == heuristic(NEARLY).to_dict()
+    assert told.settings["policy"] == to_json(heuristic(NEARLY))
     assert told.tok_per_s == pytest.approx(auto.choice.tok_per_s)
     [line] = [line for line in told.settings["why"] if "plain rule" in line]
     assert f"promises {gain:.1%} more" in line

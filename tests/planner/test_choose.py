@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
@@ -24,7 +25,7 @@ from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner import choose as chooser
 from flexgen_bench.planner.auto_policy import auto_policy
-from flexgen_bench.planner.choose import choose, decoded, encoded
+from flexgen_bench.planner.choose import choose
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.search_space import SearchSpace
 from tests.support.planner_machines import DTYPE, FOUR_BITS, MIB, accelerator, host, site, small_opt
@@ -58,7 +59,7 @@ def asked(hardware: HardwareProfile = TIGHT, max_latency_s: float | None = None,
 def test_the_other_process_finds_what_this_one_would(more: Mapping[str, Any]) -> None:
     space = asked(**more)
     assert choose(space) == auto_policy(space)
-    assert decoded(json.loads(json.dumps(encoded(space)))) == space
+    assert from_json(SearchSpace, json.loads(json.dumps(to_json(space))), "space") == space
 
 
 def test_a_latency_is_kept_or_refused() -> None:
@@ -161,6 +162,7 @@ def test_an_interrupted_search_leaves_no_process(monkeypatch: pytest.MonkeyPatch
 CHOOSES = """
 import sys
 from pathlib import Path
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.engine.build import PackedWeights
@@ -168,17 +170,17 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.schedule.sequence_groups import Request
 import json
 folder = Path(sys.argv[1])
-hardware = HardwareProfile.from_dict(json.loads(sys.argv[2]))
+hardware = from_json(HardwareProfile, json.loads(sys.argv[2]), "gpu")
 weights = PackedWeights.from_checkpoint(folder, DType.FLOAT32, folder / "cache")
 policy = weights.choose_policy(Device.open(hardware, 1), folder / "offload", [Request(8, 4)] * 8)
 assert "scipy" not in sys.modules and "scipy.optimize" not in sys.modules
-print(json.dumps(policy.to_dict()))
+print(json.dumps(to_json(policy)))
 """
 
 
 def test_the_process_of_the_engine_never_loads_the_search(tmp_path: Path) -> None:
     folder = save(random_model("opt"), tmp_path)
-    hardware = json.dumps(host(None).to_dict())  # type: ignore[arg-type]
+    hardware = json.dumps(to_json(host(None)))  # type: ignore[arg-type]
     done = subprocess.run(
         [sys.executable, "-c", CHOOSES, str(folder), hardware], capture_output=True, text=True, timeout=300, check=False
     )

@@ -11,10 +11,11 @@ import pytest
 from hydra import initialize_config_dir
 
 from flexgen_bench.cells.budget import Fitted
-from flexgen_bench.cells.cell import Cell
 from flexgen_bench.cells.compose import composed, plan
 from flexgen_bench.config.build import cell_spec, hardware_profile
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.paths import conf_dir
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.instructions import Level
@@ -63,12 +64,12 @@ def test_by_rates(ours: dict[str, float], torch: dict[str, float], fastest: DTyp
 def test_rates_of_torch_survive_a_file() -> None:
     rates = with_rates({"float32": 1}, {"float32": 2}).rates
     assert rates is not None
-    assert Rates.from_dict(rates.to_dict()) == rates
+    assert from_json(Rates, to_json(rates), "gpu.rates") == rates
     site = rates.sites[Tier.CPU]
     assert site.torch_matrix_rate(DType.FLOAT32, 32, 2048) == pytest.approx(2e9)
     nearest = site.torch_matrix_rate(DType.BFLOAT16, 32, 2048)
     assert nearest == pytest.approx(2e9)
-    assert "torch_matrix" not in replace(site, torch_matrix={}).to_dict()
+    assert "torch_matrix" not in to_json(replace(site, torch_matrix={}))
 
 
 def test_by_the_processor_where_nothing_is_measured() -> None:

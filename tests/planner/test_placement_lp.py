@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Schedule
 from flexgen_bench.core.tiers import Lane, Tier, link_of
 from flexgen_bench.planner.placement_lp import KINDS, LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
@@ -218,7 +219,7 @@ def test_half_of_the_weights_resident() -> None:
     found = solve(SIMPLE)
     assert found is not None
     assert found.seconds == pytest.approx(6 + 10 * 2)
-    assert found.placement("weights").to_dict() == pytest.approx({"gpu": 0.5, "cpu": 0.5, "disk": 0.0})
+    assert to_json(found.placement("weights")) == pytest.approx({"gpu": 0.5, "cpu": 0.5, "disk": 0.0})
     # A byte more is a tenth of 4 s less in each of 10 passes.
     assert found.tight["memory of gpu"] == pytest.approx(4.0)
     # A second of the link is 10 passes' worth of a second; of the accelerator in prefill, one.

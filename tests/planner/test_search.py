@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_bench.config.build import hardware_profile, model_spec
+from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.device_memory import beside_bytes, process_bytes
+from flexgen_bench.core.device_memory import process_bytes, reserved_bytes
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
@@ -222,7 +223,7 @@ def test_a_deep_models_block_is_divided_as_is_best_on_all_layers() -> None:
     predictor = EnginePredictor({}, {"policy": None})
     asked = Job(spec.shape, DType.FLOAT16, t4, prompt_len=512, gen_len=32, num_prompts=None)
     found = predictor.predict(asked)
-    policy = Policy.from_dict(found.settings["policy"])
+    policy = from_json(Policy, found.settings["policy"], "policy")
     for size, count in ((2, 1), (1, 2)):
         other = replace(
             policy,
@@ -408,9 +409,9 @@ def test_a_prediction_for_a_policy_that_is_given(prompts: int | None) -> None:
     assert told.prefill_s == pytest.approx(times.prefill_s, rel=0.01)
     assert told.decode_s == pytest.approx(times.decode_s, rel=0.01)
     assert told.tok_per_s == pytest.approx(count * 4 / times.total_s, rel=0.01)
-    assert told.settings["policy"] == policy.to_dict()
+    assert told.settings["policy"] == to_json(policy)
     planned = {tier: job.plan.total(tier) for tier in Tier}
-    planned[Tier.GPU] += beside_bytes(asked.hardware)
+    planned[Tier.GPU] += reserved_bytes(asked.hardware)
     assert told.bytes == {str(tier): count for tier, count in planned.items()}
     assert told.disk_written_bytes == 0
     with pytest.raises(DoesNotFit):
@@ -431,7 +432,7 @@ def test_a_prediction_with_a_search(prompts: int | None) -> None:
     gains = told.settings["gains"]
     assert all(won > 0 for won in gains.values())
     assert all(0 < busy <= told.total_s * 1.01 for busy in told.lane_busy_s.values())
-    policy = Policy.from_dict(told.settings["policy"])
+    policy = from_json(Policy, told.settings["policy"], "policy")
     assert told.batch_size == policy.block_size
     assert told.num_prompts == (prompts or OPEN_BLOCKS * policy.block_size)
     if prompts is not None:

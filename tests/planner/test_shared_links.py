@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -46,7 +47,7 @@ def test_a_profile_states_the_bandwidth_of_a_link_once() -> None:
     with pytest.raises(UserError, match=r"one of .*d2h\. .*shares the link of h2d: state the"):
         HardwareProfile("gpu", Accelerator.CUDA, links={"h2d": 5e9, "h2d_weights": 5e9})
     with pytest.raises(UserError, match=r"rates\.links\.h2d_weights"):
-        Rates.from_dict({"links": {"h2d_weights": 5e9}})
+        from_json(Rates, {"links": {"h2d_weights": 5e9}}, "gpu.rates")
 
 
 def test_lanes_of_an_emulated_accelerator_share_the_links_that_are_throttled() -> None:

@@ -17,6 +17,7 @@ from flexgen_bench.accuracy.compare.compare import Margins
 from flexgen_bench.accuracy.compare.outcome import ModelOutcome, outcomes
 from flexgen_bench.cli.report import main
 from flexgen_bench.core.accuracy import Divergence, LayerError, Role
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.report.accuracy.page import model_page
 from flexgen_bench.store.accuracy_store import accuracy_files, read_accuracy, write_accuracy
 from flexgen_bench.store.writer import write_record
@@ -189,14 +190,14 @@ def test_the_yardstick_bar(results: Path) -> None:
 
 def test_speed_of_a_compressed_system_leads_to_its_accuracy(results: Path, tmp_path: Path) -> None:
     record = make_record()
-    spec = dict(record.spec) | {"lossy": W4.to_dict(), "system": "flexgen"}
+    spec = dict(record.spec) | {"lossy": to_json(W4), "system": "flexgen"}
     spec["model"] = {**spec["model"], "shape": {**spec["model"]["shape"], "name": "tiny"}}
     write_record(replace(record, spec=spec), results)
     assert report(results, tmp_path / "out") == 0
     pages = [p.read_text() for p in (tmp_path / "out").glob("*.md") if p.name != "index.md"]
     (page,) = pages
     assert "[mode w4](accuracy/tiny--flexgen--float32.md)" in page
-    spec["lossy"] = {**W4.to_dict(), "value_share": 0.5}
+    spec["lossy"] = {**to_json(W4), "value_share": 0.5}
     write_record(replace(record, spec=spec, run_id="later", spec_hash="1" * 16), results)
     assert report(results, tmp_path / "out") == 0
     page = next(p.read_text() for p in (tmp_path / "out").glob("*.md") if p.name != "index.md")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.metrics import (
     DECODE,
     DEFINITIONS,
@@ -114,7 +115,7 @@ def test_phases_that_overlap_have_no_figures_of_their_own() -> None:
 
     def of(policy: Policy) -> dict[str, Metric]:
         record = make_record()
-        return metrics(replace(record, report=replace(record.report, requested=policy.to_dict())))
+        return metrics(replace(record, report=replace(record.report, requested=to_json(policy))))
 
     assert set(of(policy)) == {GENERATION, "total_s"}
     at_once = replace(policy, gpu_batch_size=4, num_gpu_batches=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.units import MIB
 from flexgen_bench.machine.probes import drop_cached_pages
 from flexgen_bench.runner import memory_cap
@@ -146,7 +147,7 @@ def guard_without_groups(tmp_path: Path, systemd_run: str) -> dict[str, Any]:
 
 def test_without_rights_the_cell_runs_uncapped_and_says_why(tmp_path: Path) -> None:
     outcome = guard_without_groups(tmp_path, "echo 'Failed to connect to bus' >&2; exit 1")
-    cap = MemoryCap.from_dict(outcome["memory_cap"])
+    cap = from_json(MemoryCap, outcome["memory_cap"], "memory_cap")
     assert not cap.enforced
     assert cap.requested_bytes == 256 * MIB
     assert cap.reason == "cgroup: Permission denied; systemd-run: Failed to connect to bus"
@@ -156,6 +157,6 @@ def test_a_scope_that_limits_nothing_is_not_taken_for_a_cap(tmp_path: Path) -> N
     """A service manager without the memory controller starts the scope and ignores the limit."""
     pass_on = 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
     outcome = guard_without_groups(tmp_path, pass_on)
-    cap = MemoryCap.from_dict(outcome["memory_cap"])
+    cap = from_json(MemoryCap, outcome["memory_cap"], "memory_cap")
     assert not cap.enforced
     assert "scope has no memory limit" in cap.reason

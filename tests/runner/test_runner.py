@@ -16,13 +16,16 @@ import psutil
 import pytest
 
 import flexgen_bench.runner.suite
+from flexgen_bench.config.cell import Cell
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import Record, TuningProbe
+from flexgen_bench.core.simulated import SystemModel
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import MIB
 from flexgen_bench.core.workload import PromptKind, Workload
@@ -31,7 +34,7 @@ from flexgen_bench.runner.cell import run_cell
 from flexgen_bench.runner.events import SilentDisplay
 from flexgen_bench.runner.memory_cap import MemoryCap
 from flexgen_bench.runner.prepare import Prepared
-from flexgen_bench.runner.suite import SuiteCell, run_suite
+from flexgen_bench.runner.suite import PlannedCell, run_suite
 from flexgen_bench.store.reader import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +73,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     monkeypatch.setattr("flexgen_bench.runner.suite.prepare", lambda *_: prepared)
 
     def run(*specs: CellSpec, **options: Any) -> list[Record]:
-        cells = [SuiteCell(spec.system, spec, f"rerun {spec.system}") for spec in specs]
+        cells = [PlannedCell(Cell("", spec, (f"system={spec.system}",))) for spec in specs]
         settings: dict[str, Any] = {"rerun": False, "display": SilentDisplay()} | options
         paths = run_suite(
             settings.pop("cells", cells),
@@ -101,7 +104,7 @@ def test_a_good_cell_is_recorded_whole_and_not_run_twice(suite: Any, tmp_path: P
     assert record.report.peak_bytes["cpu"] > 0
     assert record.environment["packages"]["torch"]
     assert record.environment["variables"]["OMP_WAIT_POLICY"] == "passive"
-    assert record.rerun_command == "rerun counting"
+    assert record.rerun_command == "python -m flexgen_bench system=counting rerun=true"
     [again] = suite(spec_of("Counting"), on_record=told.append)
     assert again.run_id == record.run_id
     [anew] = suite(spec_of("Counting"), rerun=True, on_record=told.append)
@@ -137,8 +140,8 @@ def test_a_system_that_cannot_compress_refuses_a_lossy_cell(suite: Any) -> None:
 
 def test_unavailable_is_looked_at_again_without_leaving_copies(suite: Any, tmp_path: Path) -> None:
     spec = spec_of("Counting")
-    [first] = suite(cells=[SuiteCell("c", spec, "", "no GPU")])
-    [second] = suite(cells=[SuiteCell("c", spec, "", "no GPU")])
+    [first] = suite(cells=[PlannedCell(Cell("c", spec), "no GPU")])
+    [second] = suite(cells=[PlannedCell(Cell("c", spec), "no GPU")])
     assert first.status is Status.UNAVAILABLE
     assert second.run_id == first.run_id
     assert len(list((tmp_path / "results").rglob("*.json"))) == 1
@@ -149,23 +152,29 @@ def test_unavailable_is_looked_at_again_without_leaving_copies(suite: Any, tmp_p
 def test_a_good_run_is_predicted_for_the_policy_that_ran(suite: Any) -> None:
     """What was expected before stays where nothing ran to its end, and where the system does not say what it ran."""
 
-    def predicted(system: str, again: Any) -> Any:
-        spec = spec_of(system)
-        cell = SuiteCell(system, spec, "", None, lambda: {"tok_per_s": 343.0}, again)
-        [record] = suite(cells=[cell], rerun=True)
-        return record.prediction
-
     ran: list[Any] = []
 
-    def again(policy: Any) -> Any:
-        ran.append(policy)
-        return {"tok_per_s": 251.0, "policy": policy} if policy else None
+    class Known:
+        def seconds(self) -> float | None:
+            return None
 
-    chosen = Policy(2, 2).to_dict()
-    assert predicted("Choosing", again) == {"tok_per_s": 251.0, "policy": chosen}
-    assert predicted("Choosing", None) == {"tok_per_s": 343.0}
-    assert predicted("Counting", again) == {"tok_per_s": 343.0}
-    assert predicted("ChoosingShort", again) == {"tok_per_s": 343.0}
+        def before_run(self) -> Any:
+            return {"tok_per_s": 343.0}
+
+        def of_policy(self, policy: Any) -> Any:
+            ran.append(policy)
+            return {"tok_per_s": 251.0, "policy": policy} if policy else None
+
+    def predicted(system: str, follows_policy: bool = True) -> Any:
+        cell = Cell(system, spec_of(system), model=SystemModel(follows_policy=follows_policy))
+        [record] = suite(cells=[PlannedCell(cell, forecast=Known())], rerun=True)
+        return record.prediction
+
+    chosen = to_json(Policy(2, 2))
+    assert predicted("Choosing") == {"tok_per_s": 251.0, "policy": chosen}
+    assert predicted("Choosing", follows_policy=False) == {"tok_per_s": 343.0}
+    assert predicted("Counting") == {"tok_per_s": 343.0}
+    assert predicted("ChoosingShort") == {"tok_per_s": 343.0}
     assert ran == [chosen, {}]
 
 
@@ -248,7 +257,7 @@ def run_good_then_sleeping(folder: Path) -> None:
     folder.joinpath("checkpoint").mkdir()
     prepared = Prepared(Status.OK, checkpoint=folder / "checkpoint", prompts=[[1, 2]] * 4)
     flexgen_bench.runner.suite.prepare = lambda *_: prepared
-    cells = [SuiteCell(s, spec_of(s, cap=CAP), "") for s in ("Counting", "Sleeping")]
+    cells = [PlannedCell(Cell(s, spec_of(s, cap=CAP))) for s in ("Counting", "Sleeping")]
     run_suite(
         cells,
         suite="s",
@@ -324,7 +333,7 @@ def test_a_broken_preparation_is_the_reason_of_every_cell(tmp_path: Path) -> Non
     missing = ModelSpec(SHAPE, WeightSource.PATH, str(tmp_path / "nowhere"))
     spec = replace(spec_of("Counting"), model=missing)
     [path] = run_suite(
-        [SuiteCell("c", spec, "")],
+        [PlannedCell(Cell("c", spec))],
         suite="s",
         results_dir=tmp_path / "results",
         cache_dir=tmp_path / "cache",

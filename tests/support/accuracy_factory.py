@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexgen_bench.core.accuracy import Item, ModeRecord, Subject, TaskRecord
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 
 TIME = "2026-11-22T20:00:00+00:00"
@@ -20,7 +21,7 @@ def subject(mode: str = "exact", **changes: Any) -> Subject:
         "fingerprint": "f" * 16,
         "system": "flexgen",
         "mode": mode,
-        "lossy": LOSSY.get(mode, W4).to_dict(),
+        "lossy": to_json(LOSSY.get(mode, W4)),
         "dtype": "float32",
         "run_dtype": "float32",
     }

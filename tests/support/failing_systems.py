@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import ClassVar
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
-from flexgen_bench.systems.contract import Capabilities, Generation, Progress, System
+from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 
 class Counting(System):
@@ -113,7 +115,7 @@ class Choosing(Counting):
     """Follows policies; says which it has run."""
 
     def report(self) -> SystemReport:
-        return SystemReport(requested=Policy(2, 2).to_dict())
+        return SystemReport(requested=to_json(Policy(2, 2)))
 
 
 class ChoosingShort(Choosing, Short):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.prediction import Prediction
@@ -42,5 +43,5 @@ class FakePredictor(Predictor):
             job.gen_len,
             batch,
             overlapped=bool(self.constants.get("overlaps")),
-            settings={"policy": {"lossy": chosen.to_dict()}} if chosen is not None else {},
+            settings={"policy": {"lossy": to_json(chosen)}} if chosen is not None else {},
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.record import LinkUse, Record, Sample, SystemReport
@@ -53,7 +54,7 @@ def make_record(
     values: dict[str, Any] = {
         "run_id": f"run{run}",
         "spec_hash": spec.spec_hash,
-        "spec": spec.to_dict(),
+        "spec": to_json(spec),
         "suite": "default",
         "status": Status.OK,
         "reason": "",

@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_made_is_told_and_no_more(tmp_path: Path, capfd:
 def test_unknown_names_and_options_are_refused_with_the_choices(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one of none, wandb"):
         make_tracker("wanbd", {}, tmp_path)
-    with pytest.raises(UserError, match="one of entity, mode, project, timeout_s"):
+    with pytest.raises(UserError, match="must be left out: tracker has entity, mode, project, timeout_s"):
         make_tracker("wandb", {"projekt": "x"}, tmp_path)
     with pytest.raises(UserError, match="one of offline, online"):
         make_tracker("wandb", {"mode": "cloud"}, tmp_path)

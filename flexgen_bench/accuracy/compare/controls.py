@@ -11,6 +11,7 @@ import numpy as np
 from flexgen_bench.accuracy.compare.compare import ALPHA, ModeComparison
 from flexgen_bench.accuracy.compare.statistics import mean_draws, mean_of
 from flexgen_bench.core.accuracy import ModeRecord
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.digits import fixed
 
@@ -73,8 +74,10 @@ def _of_mode(one: Seen) -> list[Finding]:
             Finding(
                 one.mode,
                 "weights on the grid",
-                f"this model's weights lie on the grid of {one.lossy.weights} already (an independent quantizer changes them by "
-                f"{fixed(one.numbers.grid_error, 4)}, too): nothing is lost by construction, which says nothing about other models.",
+                f"this model's weights lie on the grid of {one.lossy.weights} already (an independent quantizer "
+                "changes them by "
+                f"{fixed(one.numbers.grid_error, 4)}, too): nothing is lost by construction, which says nothing about "
+                "other models.",
                 False,
             )
         )
@@ -86,7 +89,8 @@ def _of_mode(one: Seen) -> list[Finding]:
                 Finding(
                     one.mode,
                     "compression silently off",
-                    f"every log-likelihood of {sum(t.n for t in one.comparison.tasks)} items is that of the uncompressed model, digit for digit: "
+                    f"every log-likelihood of {sum(t.n for t in one.comparison.tasks)} items is that of the "
+                    "uncompressed model, digit for digit: "
                     f"{one.lossy} has not been applied.",
                     True,
                 )
@@ -109,7 +113,10 @@ def _weights(one: Seen, compression: Compression, numbers: ModeRecord, trap: boo
         return [Finding(one.mode, "compression silently off", text, True)]
     usual = (compression.bits, compression.group_size) == (4, Compression.group_size)
     if usual and not BAND[0] <= error <= BAND[1]:
-        text = f"relative error {fixed(error, 4)} of the weights; 4 bits in groups of 64 give {BAND[0]} to {BAND[1]} on trained weights."
+        text = (
+            f"relative error {fixed(error, 4)} of the weights; 4 bits in groups of 64 give {BAND[0]} to {BAND[1]} on "
+            "trained weights."
+        )
         return [Finding(one.mode, "weight error out of band", text, True)]
     return []
 
@@ -144,14 +151,17 @@ def _not_worse(coarse: Seen, fine: Seen) -> str:
     first, second = coarse.comparison.bits, fine.comparison.bits
     shared = {t.task for t in coarse.comparison.tasks} == {t.task for t in fine.comparison.tasks}
     if shared and first is not None and second is not None and first.value <= second.value:
-        return f"added log-loss {fixed(first.value, 4)} bits per byte of {coarse.mode} is not above {fixed(second.value, 4)} of {fine.mode}."
+        return (
+            f"added log-loss {fixed(first.value, 4)} bits per byte of {coarse.mode} is not above "
+            f"{fixed(second.value, 4)} of {fine.mode}."
+        )
     return ""
 
 
 def _shape(lossy: Lossy) -> tuple[object, ...]:
     """Everything but the weights' bits."""
     assert lossy.weights is not None
-    rest = {k: v for k, v in lossy.weights.to_dict().items() if k != "bits"}
+    rest = {k: v for k, v in to_json(lossy.weights).items() if k != "bits"}
     return tuple(sorted(rest.items())), lossy.kv_cache, lossy.value_share
 
 
@@ -171,7 +181,8 @@ def _yardstick(one: Seen, trap: bool) -> list[Finding]:
     excess = mean_draws([ours[name].draws - MOST_OF_YARDSTICK * theirs[name].draws for name in shared])
     certain = bool(np.quantile(excess, ALPHA) > 0)
     text = (
-        f"added log-loss {fixed(mine, 5)} bits per byte is {fixed(mine / plain, 3)} times the {fixed(plain, 5)} of plain rounding to the same grid "
+        f"added log-loss {fixed(mine, 5)} bits per byte is {fixed(mine / plain, 3)} times the {fixed(plain, 5)} of "
+        "plain rounding to the same grid "
         f"(bar: {MOST_OF_YARDSTICK}); {'more than chance explains' if certain else 'chance may explain it'}."
     )
     return [Finding(one.mode, "worse than the yardstick", text, certain)]

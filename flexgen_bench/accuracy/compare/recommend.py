@@ -48,7 +48,8 @@ def recommend(candidates: Sequence[Candidate]) -> Recommendation:
             return Recommendation(None, "log-loss alone was evaluated: add tasks with right and wrong answers")
         return Recommendation(
             None,
-            f"no mode is shown to stay within {best.comparison.margins}: stay with 16 bits, or evaluate more items; nearest is {best.mode}",
+            f"no mode is shown to stay within {best.comparison.margins}: stay with 16 bits, or evaluate more items; "
+            f"nearest is {best.mode}",
         )
     chosen = min(good, key=_size)
     assert chosen.comparison is not None
@@ -57,7 +58,8 @@ def recommend(candidates: Sequence[Candidate]) -> Recommendation:
     return Recommendation(
         chosen.mode,
         f"fewest bytes ({fixed(_size(chosen)[0], 2)} per weight) of the modes whose mean change lies within the margin "
-        f"({fixed(100 * sure.low, 2, plus=True)} to {fixed(100 * sure.high, 2, plus=True)} points at 90 %), with no task that got worse",
+        f"({fixed(100 * sure.low, 2, plus=True)} to {fixed(100 * sure.high, 2, plus=True)} points at 90 %), with no "
+        "task that got worse",
     )
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from flexgen_bench.accuracy.data.readers import read
 from flexgen_bench.accuracy.data.rows import Rows, read_rows, text_hash, to_text, write_rows
-from flexgen_bench.accuracy.data.sources import Progress, archive, unpack
+from flexgen_bench.accuracy.data.sources import archive, unpack
 from flexgen_bench.accuracy.data.task_conf import PackageSpec, SplitSpec, TaskSpec
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.progress import Progress, quiet
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def prepare(
     cache: Path,
     *,
     given: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = quiet,
     told: Callable[[Prepared], None] = lambda done: None,
     any_hash: bool = False,
 ) -> list[Prepared]:
@@ -114,12 +115,15 @@ def _store(task: TaskSpec, rows: Rows, cache: Path, any_hash: bool) -> Prepared:
         splits[name] = found
         if not any_hash and task.splits.get(name) != found:
             raise StoreError(
-                f"task {task.name}: {name} has {found.items} rows of SHA-256 {found.sha256}; conf/accuracy/{task.data_name}.yaml "
-                f"says {task.splits.get(name)}. Its reader or its options have changed: raise its version and write the new values."
+                f"task {task.name}: {name} has {found.items} rows of SHA-256 {found.sha256}; "
+                f"conf/accuracy/{task.data_name}.yaml "
+                f"says {task.splits.get(name)}. Its reader or its options have changed: raise its version and write "
+                "the new values."
             )
     if not any_hash and set(task.splits) != set(splits):
         raise StoreError(
-            f"task {task.name}: its source gives {sorted(splits)}, conf/accuracy/{task.data_name}.yaml lists {sorted(task.splits)}"
+            f"task {task.name}: its source gives {sorted(splits)}, conf/accuracy/{task.data_name}.yaml lists "
+            f"{sorted(task.splits)}"
         )
     for name, part in rows.items():
         write_rows(rows_path(cache, task, name), part)

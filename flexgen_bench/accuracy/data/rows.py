@@ -67,7 +67,8 @@ def read_rows(path: Path, sha256: str) -> tuple[Row, ...]:
     found = text_hash(text)
     if found != sha256:
         raise StoreError(
-            f"{path} holds rows of SHA-256 {found}, the task was written for {sha256}. Numbers would not be comparable. "
+            f"{path} holds rows of SHA-256 {found}, the task was written for {sha256}. Numbers would not be "
+            "comparable. "
             "Fetch it again: python -m flexgen_bench fetch accuracy"
         )
     return tuple(json.loads(line) for line in text.splitlines())

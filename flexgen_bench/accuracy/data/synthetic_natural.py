@@ -56,7 +56,8 @@ def _one(chance: random.Random, hard: bool) -> Row:
         f"If {subject} is {' and '.join(conditions)}, then {subject} is {result}." for conditions, result in rules
     )
     return {
-        "question": f"Rules:\n{told}\nFact:\n{_capital(subject)} is {_listed(known)}.\nThe following can be determined about {subject}:",
+        "question": f"Rules:\n{told}\nFact:\n{_capital(subject)} is {_listed(known)}.\n"
+        f"The following can be determined about {subject}:",
         "answer": f"{_capital(subject)} is {_listed(derived)}.",
     }
 

@@ -9,13 +9,14 @@ from typing import Any
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.typed import load_typed
 from flexgen_bench.core.accuracy import EXACT_MODE
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 
 
 @dataclass
 class ModeConf:
-    """conf/accuracy/modes: see ``Mode``. lossy: as ``Lossy.to_dict`` has it, defaults left out."""
+    """conf/accuracy/modes: see ``Mode``. lossy: as JSON, defaults left out."""
 
     title: str = "???"
     dtype: str | None = None
@@ -49,12 +50,9 @@ def load_mode(name: str) -> Mode:
     path = _folder() / f"{name}.yaml"
     conf: ModeConf = load_typed(ModeConf, path, "mode.")
     try:
-        lossy = Lossy.from_dict(conf.lossy)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path.name}: mode.lossy", conf.lossy, f"what Lossy knows ({error})") from error
-    known = {"weights", "kv_cache", "value_share"}
-    if set(conf.lossy) - known:
-        raise unknown_choice(f"{path.name}: mode.lossy", min(set(conf.lossy) - known), known)
+        lossy = from_json(Lossy, conf.lossy, "mode.lossy")
+    except UserError as error:
+        raise UserError(f"{path.name}: {error.field}", error.value, error.allowed, error.action) from error
     if name == EXACT_MODE and not lossy.is_exact:
         raise UserError(f"{path.name}: mode.lossy", conf.lossy, "empty: it is what others are compared with")
     return Mode(name, conf.title, lossy, conf.dtype)

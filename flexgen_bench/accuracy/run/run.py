@@ -24,6 +24,7 @@ from flexgen_bench.accuracy.run.numbers import NumbersOf, text_hash
 from flexgen_bench.accuracy.run.options import EXACT_REFERENCE, USUAL_LIMIT, YARDSTICK, Request
 from flexgen_bench.config.build import system_target
 from flexgen_bench.core.accuracy import Role, Subject, TaskRecord
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.machine.environment import describe_environment
@@ -189,7 +190,7 @@ class AccuracyRun:
             fingerprint=model_fingerprint(self._request.source, lambda: self._folder(setup)),
             system=setup.system,
             mode=setup.mode.name,
-            lossy=setup.lossy.to_dict(),
+            lossy=to_json(setup.lossy),
             dtype=dtype_of(setup, self._request),
             run_dtype=self._request.dtype,
             role=setup.role,

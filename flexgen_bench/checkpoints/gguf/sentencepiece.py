@@ -25,7 +25,8 @@ def sentencepiece_tokenizer(header: GGUFHeader, vocabulary: Vocabulary, space_pr
     bytes_missing = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in ids]
     if bytes_missing:
         raise StoreError(
-            f"{header.path}: {len(bytes_missing)} tokens for bytes are missing ({bytes_missing[0]}, ...), so not every text "
+            f"{header.path}: {len(bytes_missing)} tokens for bytes are missing ({bytes_missing[0]}, ...), so not "
+            "every text "
             "can be read."
         )
     backend = Tokenizer(
@@ -54,7 +55,8 @@ def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> 
         alone = [letter for letter in text if letter not in ids]
         if kind is TokenKind.NORMAL and len(text) > 1 and alone:
             raise StoreError(
-                f"{header.path}: token {text!r} holds {alone[0]!r}, which is no token, so what is merged into it is not "
+                f"{header.path}: token {text!r} holds {alone[0]!r}, which is no token, so what is merged into it is "
+                "not "
                 "known. Use the checkpoint that the file was converted from."
             )
     for text, score in zip(vocabulary.tokens, vocabulary.scores, strict=True):
@@ -63,7 +65,8 @@ def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> 
             continue
         if best.setdefault(score, text) != text:
             raise StoreError(
-                f"{header.path}: tokens {best[score]!r} and {text!r} have the same score in {PREFIX}scores, so the order of "
+                f"{header.path}: tokens {best[score]!r} and {text!r} have the same score in {PREFIX}scores, so the "
+                "order of "
                 "merging is not known. Use the checkpoint that the file was converted from."
             )
         # Of one token's pairs, those of older tokens first, as transformers converts them.

@@ -137,7 +137,8 @@ def _table() -> dict[str, Splitting]:
         ("falcon", Splitting((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
         ("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", Splitting((r"\p{N}", _GPT2))),
         (
-            "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion "
+            "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais "
+            "trillion "
             "granite-docling exaone4 jina-v1-en jina-v2-code roberta-bpe",
             Splitting((_GPT2,)),
         ),

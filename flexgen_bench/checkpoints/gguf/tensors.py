@@ -43,7 +43,8 @@ class GGUFTensors:
         missing = [name for name in needed if name not in header.tensors]
         if missing:
             raise StoreError(
-                f"{header.path} lacks {len(missing)} of {len(needed)} tensors: {_some(missing)}. Fetch or convert it again."
+                f"{header.path} lacks {len(missing)} of {len(needed)} tensors: {_some(missing)}. Fetch or convert it "
+                "again."
             )
         others = [name for name in header.tensors if name not in needed and name != ROPE_FACTORS]
         if others:
@@ -138,7 +139,8 @@ def _row_bytes(info: TensorInfo) -> int:
     sizes = _known_sizes()
     if info.kind not in sizes:
         raise StoreError(
-            f"{info.file}: tensor {info.name} is of ggml type {info.kind}, which the installed gguf package does not know. "
+            f"{info.file}: tensor {info.name} is of ggml type {info.kind}, which the installed gguf package does not "
+            "know. "
             "Update it (pip install -U gguf), or use a file of another quantization."
         )
     if not info.shape or 0 in info.shape:
@@ -163,7 +165,8 @@ def _try_kind(info: TensorInfo) -> None:
         dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
     except NotImplementedError as error:
         raise StoreError(
-            f"{info.file}: tensor {info.name} is stored as {kind.name}, which the installed gguf package cannot dequantize. "
+            f"{info.file}: tensor {info.name} is stored as {kind.name}, which the installed gguf package cannot "
+            "dequantize. "
             "Use a file of another quantization (Q4_K_M, Q8_0, F16, ...)."
         ) from error
 

@@ -48,7 +48,8 @@ def gguf_tokenizer(header: GGUFHeader, max_length: int) -> GGUFTokenizer:
         add_bos = flag(header, "add_bos_token", True)
     else:
         raise StoreError(
-            f"{header.path}: {_MODEL_KEY} is {kind!r}; 'gpt2' (byte-level BPE) and 'llama' (sentencepiece BPE) can be read. "
+            f"{header.path}: {_MODEL_KEY} is {kind!r}; 'gpt2' (byte-level BPE) and 'llama' (sentencepiece BPE) can be "
+            "read. "
             "Use the checkpoint that the file was converted from."
         )
     _match_special_tokens(header, vocabulary, backend)

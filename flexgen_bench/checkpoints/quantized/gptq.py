@@ -113,7 +113,8 @@ class AWQ(_Grouped):
         zero_point = config.get("zero_point", True)
         if bits != 4 or form != "gemm" or not zero_point:
             raise StoreError(
-                f"{where}: AWQ quantization with {bits} bits in format {form}, zero_point={zero_point}, is not read here, "
+                f"{where}: AWQ quantization with {bits} bits in format {form}, zero_point={zero_point}, is not read "
+                "here, "
                 f"only 4 bits in format gemm with zero points. {ADVICE}"
             )
         super().__init__(stored, config, where, "AWQ", bits)

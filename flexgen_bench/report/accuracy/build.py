@@ -24,17 +24,17 @@ def build_accuracy(
 ) -> tuple[list[Path], list[ModelOutcome]]:
     """Returns the paths written (none where no accuracy has been recorded), and what the pages say."""
     stored = read_accuracy(results_dir)
-    found = outcomes(stored, margins or Margins())
-    if not found and not stored.problems:
+    models = outcomes(stored, margins or Margins())
+    if not models and not stored.problems:
         return [], []
-    written = [write(out / f"{page_name(o)}.md", model_page(o)) for o in found]
-    written.append(write(out / "tasks.csv", tasks_csv(found)))
-    written.append(write(out / "layers.csv", layers_csv(found)))
-    written.append(write(out / "index.md", _index(found, stored.problems, results_dir)))
-    return written, found
+    written = [write(out / f"{page_name(o)}.md", model_page(o)) for o in models]
+    written.append(write(out / "tasks.csv", tasks_csv(models)))
+    written.append(write(out / "layers.csv", layers_csv(models)))
+    written.append(write(out / "index.md", _index(models, stored.problems, results_dir)))
+    return written, models
 
 
-def _index(found: Sequence[ModelOutcome], problems: Sequence[Problem], results_dir: Path) -> str:
+def _index(models: Sequence[ModelOutcome], problems: Sequence[Problem], results_dir: Path) -> str:
     lines = [
         "# Accuracy",
         "",
@@ -44,7 +44,7 @@ def _index(found: Sequence[ModelOutcome], problems: Sequence[Problem], results_d
         "| Model | System | dtype | Tasks | Items | Modes | Controls | Advice |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for outcome in found:
+    for outcome in models:
         items = sum(len(record.items) for record in outcome.exact.values())
         cells = (
             outcome.system,

@@ -14,13 +14,20 @@ NOTHING = "-"
 _TOLD = 5
 
 READING = """\
-- **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same item under both.
-- **Change** is the mode's score minus the exact one, in points (hundredths) where scores lie between 0 and 1, with its 95 % interval (percentile bootstrap \
-over items, 4,000 resamples with a fixed seed; whole subjects are drawn where items have one). **lost / won**: items that only the exact model, or only the mode, got right.
-- **p** is McNemar's exact test (the bootstrap's where an item is not just right or wrong), adjusted by Holm for all tasks of the mode: below 0.05 chance does not explain the change.
-- **Added bits per byte** is the added log-loss of the right text, per byte of that text: far more sensitive than accuracy.
-- **equivalent**: the 90 % interval (two one-sided tests at 5 %) lies inside the margin; for right-or-wrong items it is the wider of the bootstrap's and Tango's score interval, \
-so that equal answers on few items prove nothing. Perplexities are judged by added bits per byte. **worse**, **better**: not shown to lie inside the margin, and chance does not explain the change. \
+- **exact** is the uncompressed model in the dtype of the heading, on the same items. Everything is paired: the same \
+item under both.
+- **Change** is the mode's score minus the exact one, in points (hundredths) where scores lie between 0 and 1, with \
+its 95 % interval (percentile bootstrap \
+over items, 4,000 resamples with a fixed seed; whole subjects are drawn where items have one). **lost / won**: items \
+that only the exact model, or only the mode, got right.
+- **p** is McNemar's exact test (the bootstrap's where an item is not just right or wrong), adjusted by Holm for all \
+tasks of the mode: below 0.05 chance does not explain the change.
+- **Added bits per byte** is the added log-loss of the right text, per byte of that text: far more sensitive than \
+accuracy.
+- **equivalent**: the 90 % interval (two one-sided tests at 5 %) lies inside the margin; for right-or-wrong items it \
+is the wider of the bootstrap's and Tango's score interval, \
+so that equal answers on few items prove nothing. Perplexities are judged by added bits per byte. **worse**, \
+**better**: not shown to lie inside the margin, and chance does not explain the change. \
 **undecided**: too few items to say either; it does not mean that nothing was lost.
 - All values are MEASURED: computed by the system named, on the items named."""
 
@@ -73,18 +80,18 @@ def bytes_text(value: float | None) -> str:
 
 def verdict_text(mode: ModeOutcome) -> str:
     """The verdict on a mode, with what it must not be taken for."""
-    found = mode.comparison
-    if found is None or not found.tasks:
+    comparison = mode.comparison
+    if comparison is None or not comparison.tasks:
         return NOTHING
     if mode.on_grid:
-        return f"{found.verdict} (weights lie on this grid: says nothing about other models)"
-    worse = found.having(Verdict.WORSE)
-    return f"{found.verdict}; worse on {', '.join(worse)}" if worse else str(found.verdict)
+        return f"{comparison.verdict} (weights lie on this grid: says nothing about other models)"
+    worse = comparison.having(Verdict.WORSE)
+    return f"{comparison.verdict}; worse on {', '.join(worse)}" if worse else str(comparison.verdict)
 
 
-def worst_text(found: ModeComparison | None) -> str:
+def worst_text(comparison: ModeComparison | None) -> str:
     """The task that lost most."""
-    worst = None if found is None else found.worst
+    worst = None if comparison is None else comparison.worst
     return NOTHING if worst is None else f"{worst.task} {points(worst.change.value)}"
 
 
@@ -112,16 +119,16 @@ def left_out_lines(outcome: ModelOutcome) -> list[str]:
     mode."""
     lines = []
     for name, record in outcome.exact.items():
-        found = dict(record.left_out)
+        left_out = dict(record.left_out)
         for mode in outcome.modes:
-            found |= mode.tasks[name].left_out if name in mode.tasks else {}
-        if found:
-            count = len(found)
-            of = len(found.keys() | {item.id for item in record.items})
-            told = "; ".join(f"item {item}: {why}" for item, why in list(found.items())[:_TOLD])
+            left_out |= mode.tasks[name].left_out if name in mode.tasks else {}
+        if left_out:
+            count = len(left_out)
+            of = len(left_out.keys() | {item.id for item in record.items})
+            reasons = "; ".join(f"item {item}: {why}" for item, why in list(left_out.items())[:_TOLD])
             more = f"; and {count - _TOLD} more" if count > _TOLD else ""
             lines.append(
-                f"{name}: {count} of {of} items cannot be scored and are left out under every mode ({told}{more})"
+                f"{name}: {count} of {of} items cannot be scored and are left out under every mode ({reasons}{more})"
             )
     return lines
 

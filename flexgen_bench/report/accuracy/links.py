@@ -21,10 +21,13 @@ def accuracy_lines(rows: Sequence[Row], outcomes: Sequence[ModelOutcome], folder
 
 def _line(row: Row, outcomes: Sequence[ModelOutcome], folder: str) -> str:
     name = f"- {escape(row.model)}, {escape(row.label)}: "
-    found = _find(row, outcomes)
-    if found is None:
-        return f"{name}not evaluated yet: `python -m flexgen_bench.accuracy model={row.model} mode=...` (--help lists the modes)"
-    outcome, mode = found
+    evaluated = _find(row, outcomes)
+    if evaluated is None:
+        return (
+            f"{name}not evaluated yet: `python -m flexgen_bench.accuracy model={row.model} mode=...` (--help lists "
+            "the modes)"
+        )
+    outcome, mode = evaluated
     change = points_interval(mode.comparison.score) if mode.comparison else "-"
     what = f"mean change {change} points, {verdict_text(mode)} within {outcome.margins}"
     link = f"[mode {escape(mode.mode)}]({folder}/{page_name(outcome)}.md)"
@@ -34,11 +37,11 @@ def _line(row: Row, outcomes: Sequence[ModelOutcome], folder: str) -> str:
 def _find(row: Row, outcomes: Sequence[ModelOutcome]) -> tuple[ModelOutcome, ModeOutcome] | None:
     """The same model, system and change; of several dtypes the row's own."""
     lossy = lossy_of(row.stored.record)
-    found = [
+    matching = [
         (outcome, mode)
         for outcome in outcomes
         if (outcome.model, outcome.system) == (row.model, row.system)
         for mode in outcome.modes
         if mode.lossy == lossy
     ]
-    return max(found, key=lambda f: f[1].subject.dtype == row.dtype, default=None)
+    return max(matching, key=lambda f: f[1].subject.dtype == row.dtype, default=None)

@@ -38,7 +38,8 @@ def model_page(outcome: ModelOutcome) -> str:
     lines = [
         f"# Accuracy of {escape(outcome.model)}",
         "",
-        f"Evaluated by {escape(outcome.system)}; the uncompressed model in {outcome.dtype}. Built from the records alone by "
+        f"Evaluated by {escape(outcome.system)}; the uncompressed model in {outcome.dtype}. Built from the records "
+        "alone by "
         "`python -m flexgen_bench.report`; edit nothing here.",
         "",
         f"**{escape(advice(outcome))}**",
@@ -90,7 +91,7 @@ def _modes(outcome: ModelOutcome) -> list[str]:
     )
     rows = []
     for mode in outcome.modes:
-        found, numbers = mode.comparison, mode.numbers
+        comparison, numbers = mode.comparison, mode.numbers
         error = None if numbers is None else numbers.weight_error
         text = numbers.divergence[0] if numbers is not None and numbers.divergence else None
         ratio = ratio_to_yardstick(mode)
@@ -100,12 +101,12 @@ def _modes(outcome: ModelOutcome) -> list[str]:
                 str(mode.lossy) if not mode.lossy.is_exact else mode.subject.dtype,
                 bytes_text(mode.bytes_per_weight),
                 error_text(error),
-                points_interval(found.score if found else None),
-                bits_interval(found.bits if found else None),
+                points_interval(comparison.score if comparison else None),
+                bits_interval(comparison.bits if comparison else None),
                 NOTHING if ratio is None else f"{fixed(ratio, 3)}x",
                 NOTHING if text is None else power(text.kl, 2),
                 NOTHING if text is None else share_text(text.agree, text.positions),
-                worst_text(found),
+                worst_text(comparison),
                 verdict_text(mode),
             )
         )
@@ -140,8 +141,8 @@ def _agreements(outcome: ModelOutcome) -> list[str]:
 
 
 def _mode(mode: ModeOutcome) -> list[str]:
-    found = mode.comparison
-    if found is None or not found.tasks:
+    comparison = mode.comparison
+    if comparison is None or not comparison.tasks:
         return []
     headers = (
         "Task",
@@ -172,11 +173,11 @@ def _mode(mode: ModeOutcome) -> list[str]:
             str(t.truncated),
             str(t.verdict),
         )
-        for t in found.tasks
+        for t in comparison.tasks
     ]
     what = mode.lossy if not mode.lossy.is_exact else mode.subject.dtype
     lines = [f"## {escape(mode.mode)}: {escape(str(what))}", "", *_table(headers, rows), ""]
-    if any(t.truncated for t in found.tasks):
+    if any(t.truncated for t in comparison.tasks):
         lines += ["Cut: items longer than the context, cut from the left.", ""]
     return lines
 
@@ -196,7 +197,8 @@ def _errors(modes: Sequence[ModeOutcome]) -> list[str]:
     return [
         "## Error of weights, keys and values",
         "",
-        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values of real text.",
+        "Relative: Frobenius norm of the change / of the original. Weights as the engine reads them; keys and values "
+        "of real text.",
         "",
         *_table(("Mode", "Tensor", "Layers", "Smallest", "Median", "Largest"), rows),
         "",
@@ -213,7 +215,8 @@ def _provenance(outcome: ModelOutcome) -> list[str]:
     return [
         "## Where the numbers come from",
         "",
-        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to {max(r.ended_utc for r in records)}, {fixed(seconds, 0)} s of evaluating",
+        f"- {len(records)} records, {records[0].evidence}; {min(r.started_utc for r in records)} to "
+        f"{max(r.ended_utc for r in records)}, {fixed(seconds, 0)} s of evaluating",
         f"- on {escape('; '.join(machines))}; code: commit {escape(', '.join(commits))}",
         f"- weights: {escape(records[0].subject.fingerprint)}",
         f"- tasks with their versions: {escape(', '.join(versions))}",

@@ -40,7 +40,8 @@ def print_outcome(outcome: ModelOutcome) -> None:
     console.print()
     console.print(
         Text(
-            f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin {outcome.margins}",
+            f"{outcome.model}, {outcome.system}, {outcome.dtype}: {len(outcome.exact)} tasks, {items} items; margin "
+            f"{outcome.margins}",
             style="bold",
         )
     )
@@ -65,7 +66,7 @@ def print_outcome(outcome: ModelOutcome) -> None:
             ]
             _print(console, _TASKS, rows)
     if outcome.agreements:
-        beside = [
+        others = [
             (
                 a.task,
                 a.beside,
@@ -78,7 +79,7 @@ def print_outcome(outcome: ModelOutcome) -> None:
             for a in outcome.agreements
         ]
         console.print(Text("Uncompressed, beside a reference", style="bold"))
-        _print(console, ("Task", "Beside", "n", "Differ", "Ties", "Mean difference", "Largest"), beside)
+        _print(console, ("Task", "Beside", "n", "Differ", "Ties", "Mean difference", "Largest"), others)
     for finding in outcome.findings:
         style = "bold red" if finding.fails else "yellow"
         word = "FAILS" if finding.fails else "note"
@@ -107,7 +108,7 @@ _TASKS = ("Task", "n", "Metric", "exact", "mode", "Change (95 %)", "p", "Added b
 
 
 def _mode(mode: ModeOutcome) -> tuple[str, ...]:
-    numbers, found = mode.numbers, mode.comparison
+    numbers, comparison = mode.numbers, mode.comparison
     error = None if numbers is None else numbers.weight_error
     text = numbers.divergence[0] if numbers is not None and numbers.divergence else None
     ratio = ratio_to_yardstick(mode)
@@ -115,12 +116,12 @@ def _mode(mode: ModeOutcome) -> tuple[str, ...]:
         mode.mode,
         bytes_text(mode.bytes_per_weight),
         error_text(error),
-        points_interval(found.score if found else None),
-        bits_interval(found.bits if found else None),
+        points_interval(comparison.score if comparison else None),
+        bits_interval(comparison.bits if comparison else None),
         NOTHING if ratio is None else fixed(ratio, 3),
         NOTHING if text is None else power(text.kl, 2),
         NOTHING if text is None else share_text(text.agree, text.positions),
-        worst_text(found),
+        worst_text(comparison),
         verdict_text(mode),
     )
 

@@ -15,7 +15,8 @@ _PAGE = re.compile(r"<page>.*?</page>", re.DOTALL)
 # A template or a table that holds no other: taken out from the inside to the outside.
 _INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 _ENDS = re.compile(
-    r"^==\s*(See also|References|External links|Further reading|Notes|Bibliography|Sources|Footnotes|Citations|Works cited)\s*==",
+    r"^==\s*(See also|References|External links|Further reading|Notes|Bibliography|Sources|Footnotes|Citations|Works "
+    r"cited)\s*==",
     re.M,
 )
 _RULES = (
