@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
@@ -84,7 +85,7 @@ def test_what_decides_nothing_is_not_in_the_key() -> None:
     assert changed(hardware=sourced).key == ASK.key
     assert replace(ASK, name="another").key == ASK.key
     assert replace(ASK, options={}).key == ASK.key, "None is for the predictor to choose"
-    given = [replace(ASK, options={"policy": policy}).key for policy in (Policy(4), Policy(4).to_dict())]
+    given = [replace(ASK, options={"policy": policy}).key for policy in (Policy(4), to_json(Policy(4)))]
     assert given[0] == given[1], "a policy decides by what it says"
 
 
