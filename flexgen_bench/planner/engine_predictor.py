@@ -12,7 +12,7 @@ from flexgen_bench.core.device_memory import beside_bytes, job_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction, Question
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
@@ -99,14 +99,16 @@ def _prediction(task: Task, policy: Policy, plan: MemoryPlan, times: Forecast, w
         lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
         bottleneck=_bottleneck(busy, times.total_s),
         settings={"policy": policy.to_dict(), **words},
-        disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
+        disk_written_bytes=sum(
+            count for lane, count in times.moved_bytes().items() if lane.kind is LaneKind.DISK_WRITE
+        ),
         overlapped=policy.mixes_phases(prompts),
     )
 
 
 def _bytes(task: Task, plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
-    planned = {str(tier): plan.total(tier) for tier in plan.bytes}
+    planned = {site.name: sum(parts.values()) for site, parts in plan.bytes.items()}
     beside = beside_bytes(task.hardware)
     return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
 

@@ -180,9 +180,11 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0
             place = slots[unit.kind] if slot == 0 else -1
-            step = Step(Lane.CPU, StepKind.DEQUANTIZE, unit.index, slot=place, plain=unit.index % 2)
+            step = Step(
+                Lane.CPU, StepKind.DEQUANTIZE, unit.index, weight_buffer=place, dequantized_buffer=unit.index % 2
+            )
             if slot == 0:
-                load = Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, slot=slots[unit.kind])
+                load = Step(Lane.DISK_READ, StepKind.LOAD_WEIGHTS, unit.index, weight_buffer=slots[unit.kind])
                 for piece in range(len(held._job.pieces(held._job.units[unit.index]))):
                     held.load(load._replace(part=piece))
             if not unit.plain_bytes:
@@ -190,7 +192,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
             held.dequantize(step)
             if slot == 0:  # what was loaded is needed no longer
                 held._slots[Tier.CPU][place].fill_(255)
-            logit_rows = expected.of(step._replace(slot=-1, plain=-1))
+            logit_rows = expected.of(step._replace(weight_buffer=-1, dequantized_buffer=-1))
             found = held.of(step)
             assert set(found) == set(logit_rows)
             for name, tensor in logit_rows.items():

@@ -312,10 +312,9 @@ def test_rows_that_stay_on_the_accelerator_do_not_keep_the_others(
 
     def put_and_look(self: HiddenStates, step: Step, x: torch.Tensor) -> None:
         put(self, step, x)
-        assert step.work is not None
-        if any(part.tier is not Tier.GPU for part in step.work.hidden_parts):
-            for part in step.work.hidden_parts:
-                rows = self._rows.get((part.group.kv_slot, step.work.chunk, part.home))
+        if any(part.tier is not Tier.GPU for part in step.micro_batch.hidden_parts):
+            for part in step.micro_batch.hidden_parts:
+                rows = self._rows.get((part.group.kv_slot, step.micro_batch.chunk, part.home))
                 assert rows is None or rows.untyped_storage().nbytes() == rows.nbytes
 
     monkeypatch.setattr(HiddenStates, "put", put_and_look)

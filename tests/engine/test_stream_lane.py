@@ -150,9 +150,9 @@ def test_real_streams_run_in_order_and_on_the_hosts_clock() -> None:
     start = time.perf_counter()
     for unit in range(20):
         slot, total = Buffer("slot", unit % 2), Buffer("sum")
-        executor.submit(Step(Lane.H2D, StepKind.LOAD_WEIGHTS, unit, slot=unit % 2, writes=(slot,)), load)
+        executor.submit(Step(Lane.H2D, StepKind.LOAD_WEIGHTS, unit, weight_buffer=unit % 2, writes=(slot,)), load)
         executor.submit(
-            Step(Lane.GPU, StepKind.PROJECT, unit, slot=unit % 2, reads=(slot,), writes=(total,)),
+            Step(Lane.GPU, StepKind.PROJECT, unit, weight_buffer=unit % 2, reads=(slot,), writes=(total,)),
             lambda s: sums.append(slots[s.weight_buffer].sum()),
         )
     executor.submit(Step(Lane.CPU, StepKind.SAMPLE, 20, reads=(total,)), lambda s: None)

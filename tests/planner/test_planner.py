@@ -10,7 +10,7 @@ from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.planner.default_policy import _candidates as candidates
@@ -96,9 +96,9 @@ def test_a_plan_names_tier_need_and_capacity() -> None:
     policy = Policy(4, 2)
     plan = plan_job(shape, packed, DType.FLOAT32, policy, HOST, [Request(8, 4)] * 8)
     # In memory a unit is an extent of whole pages; the file begins with the embedding, which includes a tied head.
-    assert plan.bytes[Tier.CPU]["weights"] == packed.file_bytes
+    assert plan.bytes[Site.CPU]["weights"] == packed.file_bytes
     per_region = -(-4 * 8 * 2 * 24 * 4 // 4096) * 4096 + -(-4 * 3 * 2 * 24 * 4 // 4096) * 4096
-    assert plan.bytes[Tier.CPU]["kv_cache"] == 2 * shape.num_layers * per_region
+    assert plan.bytes[Site.CPU]["kv_cache"] == 2 * shape.num_layers * per_region
     plan.check(HOST, {})
     capped = HardwareProfile("cpu", Accelerator.NONE, cpu_memory_bytes=1000)
     with pytest.raises(DoesNotFit, match=r"tier cpu = 'needs .* KiB .*capacity of 1000 B.*disk"):
@@ -110,11 +110,11 @@ def test_weights_count_where_they_are_placed() -> None:
     packed = pack(shape, family("opt").inventory(shape), DType.FLOAT32)
     policy = Policy(weights=Placement(cpu=0.5, disk=0.5), prefetch=3)
     plan = plan_job(shape, packed, DType.FLOAT32, policy, HOST, [Request(2, 2)])
-    home = plan.bytes[Tier.CPU]["weights"] + plan.bytes[Tier.DISK]["weights"]
+    home = plan.bytes[Site.CPU]["weights"] + plan.bytes[Site.DISK]["weights"]
     assert home == packed.file_bytes
     layer = max(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.LAYER)
     head = sum(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.HEAD)
-    assert plan.bytes[Tier.CPU]["weight slots"] == 3 * layer + head
+    assert plan.bytes[Site.CPU]["weight slots"] == 3 * layer + head
 
 
 def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:
