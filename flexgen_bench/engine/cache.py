@@ -38,7 +38,7 @@ class KVCache:
         if plan.job.keep_kv:
             self._make_rooms(plan, arenas)
         self._make_staging(plan, arenas)
-        # One token's K and V, by (stage, part): made by attention, on its way home.
+        # One token's K and V, by (staging buffer, part): made by attention, on its way home.
         self._new: dict[tuple[int, int], list[Stored]] = {}
         self._new_host: dict[tuple[int, int], list[Stored]] = {}
         self._regions: dict[tuple[int, int], KVRegion] = {}  # by sequence group and span

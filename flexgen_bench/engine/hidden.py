@@ -18,7 +18,7 @@ from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.steps import Step
 
 Home = tuple[int, int, int]  # KV slot, chunk, span of the KV slot
-Staged = tuple[Tier, int, int]  # site, stage, part
+Staged = tuple[Tier, int, int]  # site, staging buffer, part
 
 
 class HiddenStates:
@@ -47,7 +47,7 @@ class HiddenStates:
         self._offset: dict[tuple[int, int], int] = {}  # (KV slot, span) -> place in the spill file
         self._staged: dict[Staged, Tensor] = {}  # rows brought to a unit's site
         self._host: dict[Staged, Tensor] = {}  # rows between disk and an accelerator
-        # (site, stage) -> what the last compute step left
+        # (site, staging buffer) -> what the last compute step left
         self._current: dict[tuple[Tier, int], Tensor] = {}
         for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
             for number, (span, size) in enumerate(zip(kv_slot.hidden, sizes.hidden, strict=True)):
@@ -67,7 +67,7 @@ class HiddenStates:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
         micro_batch, tier = step.micro_batch, self._site(step)
         if any(part.tier is not tier for part in micro_batch.hidden_parts):
-            # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
+            # Only then has the step claimed the staging buffer: another micro-batch may still be using it.
             self._current[tier, step.buffer_index] = x
         here = [part for part in micro_batch.hidden_parts if part.tier is tier]
         for part in here:
@@ -162,7 +162,7 @@ class HiddenStates:
         return raw[: count * self._row_bytes].view(self._dtype).view(count, -1)
 
     def _paged(self, step: Step, part: Part) -> Tensor:
-        """The part's page-aligned share of its stage's buffer."""
+        """The part's page-aligned share of the micro-batch's staging buffer."""
         before = (p for p in step.micro_batch.hidden_parts[: part.index] if p.tier is Tier.DISK)
         start = sum(aligned(p.rows * self._row_bytes) for p in before)
         size = aligned(part.rows * self._row_bytes)

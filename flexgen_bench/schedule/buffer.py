@@ -7,7 +7,8 @@ buffers belong to a micro-batch (``MicroBatch.buffer_index``), the others to a u
 that is being moved (``Part.kv_buffer``), or to the prompts of a sequence group (``MicroBatch.prompt_buffer``).
 
 Names, what keys them, what they hold, and which steps write them. ``site`` in a name is the site that the buffer lies
-on, of which there may be several (``gpu``, ``cpu``, ``gpu:1``).
+on, of which there may be several (``gpu``, ``cpu``, ``gpu:1``); the others are told apart by their numbers, also where
+a schedule is of several devices.
 
 ===============================  ===================================================  =============================
 homes
