@@ -21,7 +21,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.engine.build import PackedWeights
@@ -95,7 +95,7 @@ class Measured:
 
     def bytes(self, link: Lane) -> int:
         """Over a link, by whichever lanes work on it."""
-        return sum(use.bytes for lane, use in self.lanes.items() if link_of(lane) is link)
+        return sum(use.bytes for lane, use in self.lanes.items() if lane.link is link)
 
     @property
     def busiest(self) -> Lane:

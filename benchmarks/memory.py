@@ -111,7 +111,7 @@ def _child(name: str, opts: Options) -> int:
     with engine(weights, case.policy, case.hardware, opts) as made:
         found = run(made, case.job)
     planned = sum(found.plan.total(tier) for tier in (Tier.GPU, Tier.CPU))
-    parts = {str(t): dict(p) for t, p in found.plan.bytes.items() if t is not Tier.DISK}
+    parts = {site.name: dict(p) for site, p in found.plan.bytes.items() if site.tier is not Tier.DISK}
     print(
         json.dumps(
             {"planned_bytes": planned, "peak_bytes": peak_resident_bytes(), "before_bytes": before, "parts": parts}

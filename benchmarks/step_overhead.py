@@ -25,7 +25,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.core.units import GIB
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.models.model import Model
@@ -92,7 +92,7 @@ def in_parts(model: str, choices: Choices) -> tuple[float, float, float]:
     steps = [step for part in passes(running) for step in part]
     made = time.perf_counter() - start
     executor, gate = Executor(settings()), threading.Event()
-    for lane in Lane:
+    for lane in Site.GPU.lanes:
         executor.submit(Step(lane, StepKind.SAMPLE, 0), lambda step: gate.wait() and None)
     start = time.perf_counter()
     for step in steps:
@@ -107,7 +107,7 @@ def in_parts(model: str, choices: Choices) -> tuple[float, float, float]:
 
 
 def settings() -> dict[Lane, LaneSettings]:
-    return {lane: LaneSettings() for lane in Lane}
+    return {lane: LaneSettings() for lane in Site.GPU.lanes}
 
 
 def one_round(model: str, choices: Choices) -> dict[str, float]:

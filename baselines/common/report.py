@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import LaneKind
 
 
 def lane_seconds(parts: Mapping[str, float], times: float = 1.0) -> dict[str, float]:
     """Seconds each lane works. What is no lane (a network, waiting) is left out."""
-    busy = {str(lane): 0.0 for lane in Lane}
+    busy = {str(kind): 0.0 for kind in LaneKind}
     for name, seconds in parts.items():
         lane, _, what = name.partition(": ")
         if lane in busy and not what.startswith("idle"):

@@ -75,7 +75,7 @@ def drive(running: Scheduler, job: ScheduledJob, executor: Executor) -> int:
         for step in running.steps(running.schedule()):
             ticket = executor.submit(step, _nothing)
             count += 1
-            if step.lane in (job.compute_lane, Lane.CPU):
+            if step.lane.computes:
                 ends[step.unit] = ticket
         for ticket in ends.values():
             executor.wait([ticket])

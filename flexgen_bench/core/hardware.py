@@ -10,7 +10,7 @@ from enum import StrEnum
 from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.rates import Rates, stated_rate
-from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
+from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site, Tier
 
 # Attention over a KV cache reads all of it, so it cannot be faster than memory; what is stated is rounded.
 _ROUNDED = 1.05
@@ -29,8 +29,8 @@ class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
     ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
-    ``links`` maps a lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to these.
-    Lanes that share a link (``tiers.link_of``) share its bandwidth, stated once.
+    ``links`` maps a kind of lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to
+    these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
     """
@@ -54,7 +54,7 @@ class HardwareProfile:
             if lane not in PHYSICAL_LINKS:
                 action = ""
                 if lane in LINKS:
-                    link = link_of(Lane(lane))
+                    link = Lane(LaneKind(lane)).link
                     action = f"{lane} shares the link of {link}: state the bandwidth of {link}."
                 raise UserError("gpu.links", lane, f"one of {', '.join(map(str, PHYSICAL_LINKS))}", action)
             if not 0 < rate < math.inf:
@@ -71,8 +71,9 @@ class HardwareProfile:
         return Tier.CPU if self.accelerator is Accelerator.NONE else Tier.GPU
 
     @property
-    def compute_lane(self) -> Lane:
-        return Lane.CPU if self.accelerator is Accelerator.NONE else Lane.GPU
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes of the device that computes and of its host."""
+        return Site(self.compute_tier).lanes
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -88,16 +89,16 @@ class HardwareProfile:
     def link_rate(self, lane: Lane) -> float | None:
         """Bytes/s of a lane's link: as the profile states, else as measured; None if neither is known."""
         measured = self.rates.links if self.rates is not None else {}
-        link = link_of(lane)
+        link = lane.link.kind
         return self.links.get(link, measured.get(link))
 
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:
     """Raises UserError for stated links that are missing where an accelerator's rates are stated, absurd, or faster
     than the memories at both ends (of a disk's: than host memory)."""
-    for lane in PHYSICAL_LINKS:
-        where = f"gpu.links.{lane}"
-        rate = machine.link_rate(lane)
+    for kind in PHYSICAL_LINKS:
+        where = f"gpu.links.{kind}"
+        rate = machine.link_rate(Lane(kind))
         if rate is not None:
             stated_rate(rate, where)
         elif Tier.GPU in rates.sites and machine.compute_tier is Tier.GPU:
@@ -107,7 +108,7 @@ def _check_links(machine: HardwareProfile, rates: Rates) -> None:
                 "given for an accelerator whose rates are given",
                 f"State all of {', '.join(map(str, PHYSICAL_LINKS))} in bytes/s, or leave out gpu.rates.",
             )
-        ends = {tier: rates.sites[tier].memory for tier in LINKS[lane] if tier in rates.sites}
+        ends = {tier: rates.sites[tier].memory for tier in LINKS[kind] if tier in rates.sites}
         if rate is None or not ends:
             continue
         tier = max(ends, key=lambda end: ends[end])

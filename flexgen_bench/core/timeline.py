@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# kind, unit, batch, part, token, begin, end, bytes, flops. Packed, a step takes 45 bytes; as objects it would take
-# ten times that, of the memory that the job itself needs.
+# kind, unit, micro_batch_index, part, token, begin, end, bytes, flops. Packed, a step takes 45 bytes; as objects it would
+# take ten times that, of the memory that the job itself needs.
 ROW = struct.Struct("=BhihiddqQ")
 
 
 class Slice(NamedTuple):
-    """One step that ran. unit, batch, part and token are those of the step (``schedule/steps.py``).
+    """One step that ran. unit, micro_batch_index, part and token are those of the step (``schedule/steps.py``).
 
     begin_s, end_s: seconds since the job began, on one clock for all lanes. bytes: moved over the lane's link.
     """
 
     kind: str
     unit: int
-    batch: int
+    micro_batch_index: int
     part: int
     token: int
     begin_s: float

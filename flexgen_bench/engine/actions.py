@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.engine.device import Device, crossing
@@ -41,10 +41,10 @@ class Consumer(Protocol):
     def logit_rows(self, member: Member) -> Sequence[int]:
         """Which of the member's rows need logits."""
 
-    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """On the compute device: the wanted hidden rows (R, hidden) -> what the host needs of their logits."""
 
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
+    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
         """On the host: take what ``reduce`` returned."""
 
     def tree(self, sequence: int) -> PrefixTree | None:
@@ -152,9 +152,9 @@ class Actions:
 
     # Embedding
 
-    def _indices(self, work: MicroBatch) -> Mapping[str, Tensor]:
-        ids = [t for member in work.members for t in self._consumer.tokens(member)]
-        return self._family.rows(self._shape, torch.tensor(ids), self._prompts.positions(work))
+    def _indices(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+        ids = [t for member in micro_batch.members for t in self._consumer.tokens(member)]
+        return self._family.rows(self._shape, torch.tensor(ids), self._prompts.positions(micro_batch))
 
     def _gather_rows(self, step: Step) -> None:
         moves = self._device.is_cuda and self._on_accelerator(step)
@@ -192,13 +192,13 @@ class Actions:
     def _angles_of(self, step: Step, x: Tensor) -> Any:
         """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
         Layers computed on another device make their own."""
-        work = step.micro_batch
+        micro_batch = step.micro_batch
         made_for, angles = self._angles.get(step.buffer_index, (None, None))
-        if made_for is not work or (angles is not None and angles[0].device != x.device):
-            positions = self._to_site(step, self._prompts.positions(work))
-            lengths = self._to_site(step, self._prompts.lengths(work))
+        if made_for is not micro_batch or (angles is not None and angles[0].device != x.device):
+            positions = self._to_site(step, self._prompts.positions(micro_batch))
+            lengths = self._to_site(step, self._prompts.lengths(micro_batch))
             angles = self._family.angles(ops, self._shape, positions, lengths, x)
-            self._angles[step.buffer_index] = (work, angles)
+            self._angles[step.buffer_index] = (micro_batch, angles)
         return angles
 
     def _move_qkv(self, step: Step) -> None:
@@ -207,14 +207,14 @@ class Actions:
         self._qkv_host[step.buffer_index, step.part] = (q, k, v)
 
     def _attend(self, step: Step) -> None:
-        work = step.micro_batch
-        if work.is_prefill:
+        micro_batch = step.micro_batch
+        if micro_batch.is_prefill:
             q, k, v = self._qkv.pop(step.buffer_index)
             self._health.watch(step, k, v)
             self._attended[step.buffer_index, 0] = self._prompts.attend(step, q, k, v)
             return
-        part, key = work.kv_parts[step.part], (step.buffer_index, step.part)
-        for_accelerator = step.lane is Lane.CPU and self._on_accelerator(step)
+        part, key = micro_batch.kv_parts[step.part], (step.buffer_index, step.part)
+        for_accelerator = step.lane.kind is LaneKind.CPU and self._on_accelerator(step)
         if for_accelerator:
             q, k, v = self._qkv_host.pop(key)
         else:
@@ -238,8 +238,8 @@ class Actions:
         self._attended[key] = self._device.to_compute(self._attended_host.pop(key))
 
     def _output(self, step: Step) -> None:
-        work = step.micro_batch
-        parts = 1 if work.is_prefill else len(work.kv_parts)
+        micro_batch = step.micro_batch
+        parts = 1 if micro_batch.is_prefill else len(micro_batch.kv_parts)
         outs = [crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)]
         attended = outs[0] if parts == 1 else torch.cat(outs)
         x = self._family.output(ops, self._shape, self._weights.of(step), self._x.pop(step.buffer_index), attended)
@@ -248,10 +248,10 @@ class Actions:
     # From hidden states to tokens
 
     def _head(self, step: Step) -> None:
-        work = step.micro_batch
+        micro_batch = step.micro_batch
         x = self._hidden.take(step)
-        if len(work.logit_rows) < work.rows:
-            x = x[self._to_site(step, torch.tensor(work.logit_rows))]
+        if len(micro_batch.logit_rows) < micro_batch.rows:
+            x = x[self._to_site(step, torch.tensor(micro_batch.logit_rows))]
         w = self._weights.of(step)
 
         def head(rows: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class Actions:
             self._health.watch_head(step, rows, logits)
             return logits
 
-        self._found[step.buffer_index] = self._consumer.reduce(work, head, x)
+        self._found[step.buffer_index] = self._consumer.reduce(micro_batch, head, x)
 
     def _move_logits(self, step: Step) -> None:
         self._found_host[step.buffer_index] = self._device.to_host(self._found.pop(step.buffer_index))

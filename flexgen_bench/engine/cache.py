@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.kernels.attention import Padding
@@ -38,7 +38,7 @@ class KVCache:
         if plan.job.keep_kv:
             self._make_rooms(plan, arenas)
         self._make_staging(plan, arenas)
-        # One token's K and V, by (stage, part): made by attention, on its way home.
+        # One token's K and V, by (staging buffer, part): made by attention, on its way home.
         self._new: dict[tuple[int, int], list[Stored]] = {}
         self._new_host: dict[tuple[int, int], list[Stored]] = {}
         self._regions: dict[tuple[int, int], KVRegion] = {}  # by sequence group and span
@@ -73,7 +73,7 @@ class KVCache:
         def make(tier: Tier, name: str, size: int) -> list[Tensor]:
             return [arenas.allocate(tier, name, size) for _ in range(sizes.num_buffers if size else 0)]
 
-        self._prompts = {tier: make(tier, "kv prompts", size) for tier, size in sizes.prompt.items()}
+        self._prompts = {site.tier: make(site.tier, "kv prompts", size) for site, size in sizes.prompt.items()}
         self._prompts_host = make(Tier.CPU, "kv prompts from accelerator", sizes.prompt_host)
         self._slots = make(compute, "kv slots", sizes.kv_buffer)
         self._host_slots = make(Tier.CPU, "kv host slots", sizes.kv_host)
@@ -139,7 +139,7 @@ class KVCache:
         layout, to_disk = self._region(part).layout, part.tier is Tier.DISK
         home = _home(step, part)
         if part.token:
-            if step.lane is Lane.DISK_WRITE:
+            if step.lane.kind is LaneKind.DISK_WRITE:
                 segment = layout.full_segments(part.token) - 1
                 offset = self._offset[home] + layout.prefix_bytes(segment)
                 self._file.write(offset, self._tails[home][: layout.segment_bytes])
@@ -148,7 +148,7 @@ class KVCache:
                 self._new_host[key] = [tuple(self._device.to_host(t) for t in stored) for stored in self._new[key]]
             return
         size, from_accelerator = layout.prompt_bytes, self._job.units[step.unit].site.is_accelerator
-        if step.lane is Lane.DISK_WRITE:
+        if step.lane.kind is LaneKind.DISK_WRITE:
             source = self._host_prompt(step, part) if from_accelerator else self._prompt_bytes(step, part)
             self._file.write(self._offset[home], source[:size])
             return
@@ -167,7 +167,7 @@ class KVCache:
         layout, home = self._region(part).layout, _home(step, part)
         full, used = layout.full_segments(part.token - 1), layout.used_segments(part.token - 1)
         size = layout.prefix_bytes(full)
-        if step.lane is Lane.DISK_READ:
+        if step.lane.kind is LaneKind.DISK_READ:
             self._file.read(self._offset[home], self._host_slots[part.kv_buffer][:size])
             return
         slot = self._slots[part.kv_buffer]
@@ -207,7 +207,7 @@ class KVCache:
 
     def is_moved(self, step: Step, part: Part) -> bool:
         """Whether this ATTEND reads a cache that was moved to an accelerator."""
-        return step.lane is Lane.GPU and part.tier is not Tier.GPU
+        return step.lane.kind is LaneKind.GPU and part.tier is not Tier.GPU
 
     def live_slots(self, part: Part) -> Sequence[int] | None:
         """Which of the region's sequences are still running; None if all are."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexgen_bench.core.device_memory import gpu_room
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.engine.throttle import Link
 from flexgen_bench.memory import host
@@ -72,25 +72,24 @@ class Device:
     def lane_settings(self) -> dict[Lane, LaneSettings]:
         """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
         throttled = self._throttled()
-        settings = {
+        # The order of rows in pictures: what computes comes last, the accelerator after the host.
+        lanes = sorted(self.hardware.lanes, key=lambda lane: lane.kind is LaneKind.GPU)
+        return {
             lane: LaneSettings(
-                link=throttled.get(link_of(lane)), stream=_stream(lane) if self.is_cuda and Tier.GPU in ends else None
+                threads=self.threads if lane.computes else 1,
+                link=throttled.get(lane.link),
+                stream=_stream(lane) if self.is_cuda and lane.of_accelerator else None,
             )
-            for lane, ends in LINKS.items()
-            if set(ends) <= set(self.hardware.tiers)
+            for lane in lanes
         }
-        settings[Lane.CPU] = LaneSettings(threads=self.threads)
-        if self.hardware.accelerator is not Accelerator.NONE:
-            stream = _stream(Lane.GPU) if self.is_cuda else None
-            settings[Lane.GPU] = LaneSettings(threads=self.threads, stream=stream)
-        return settings
 
     def _throttled(self) -> dict[Lane, Link]:
         """Only an emulated accelerator's links are slowed down; real links have the speed they have."""
         if self.hardware.accelerator is not Accelerator.EMULATED:
             return {}
         stated = self.hardware.links
-        return {lane: Link(stated[lane]) for lane in PHYSICAL_LINKS if lane in stated}
+        links = {lane.link for lane in self.hardware.lanes if lane.is_link}
+        return {link: Link(stated[link.kind]) for link in links if link.kind in stated}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:
         """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of

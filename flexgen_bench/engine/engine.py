@@ -15,7 +15,7 @@ from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
@@ -37,6 +37,7 @@ from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.schedule.admission import OpenAdmission
 from flexgen_bench.schedule.prefix_tree import ScoreRequest, grow
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
@@ -211,7 +212,7 @@ class Engine:
     ) -> Iterator[tuple[Executor, Actions]]:
         """Everything that a job needs for itself, allocated from its plan and released at its end. ``result`` gets what
         the lanes did."""
-        spilled = sum(plan.bytes.get(Tier.DISK, {}).get(k, 0) for k in ("kv_cache", "activations"))
+        spilled = sum(plan.bytes.get(plan.job.site_of(Tier.DISK), {}).get(k, 0) for k in ("kv_cache", "activations"))
         arenas = Arenas(self._device, self._kept)
         # Released in reverse: no lane may be running when its memory goes.
         with ExitStack() as held:
@@ -242,15 +243,15 @@ class Engine:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
-        result.allocated = _together(self._arenas.bytes, arenas.bytes)
+        result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
 
 
-def _together(*parts: Mapping[Tier, Mapping[str, int]]) -> dict[Tier, dict[str, int]]:
-    found: dict[Tier, dict[str, int]] = {}
+def _together(job: ScheduledJob, *parts: Mapping[Tier, Mapping[str, int]]) -> dict[Site, dict[str, int]]:
+    allocated: dict[Site, dict[str, int]] = {}
     for part in parts:
         for tier, names in part.items():
-            found.setdefault(tier, {}).update(names)
-    return found
+            allocated.setdefault(job.site_of(tier), {}).update(names)
+    return allocated
 
 
 def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtype: DType) -> StorePlan:

@@ -1,8 +1,8 @@
 """Runs steps on lanes: each lane in order, each step as soon as what it waits for is done.
 
 A host lane is a thread (``lane.py``), a stream lane a thread that issues work to a CUDA stream (``stream_lane.py``).
-With
-``overlap`` off, every step runs to its end before the next one is taken: the same steps, no concurrency.
+With ``overlap`` off, every step runs to its end before the next one is taken: the same steps, no concurrency. Which
+lanes there are says whoever makes an executor; of how many devices does not matter.
 """
 
 from __future__ import annotations

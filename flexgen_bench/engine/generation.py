@@ -105,14 +105,14 @@ class Generation:
         """The last row of every sequence whose prompt ends here, or which decodes."""
         return last_rows(member)
 
-    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Logits, or their greedy choice if every sequence of the micro-batch wants only that."""
         logits = head(x)
-        greedy = are_greedy(self._getting(work))
+        greedy = are_greedy(self._getting(micro_batch))
         return logits.argmax(dim=-1) if greedy else logits.float()
 
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
-        sequences = self._getting(work)
+    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
+        sequences = self._getting(micro_batch)
         if are_greedy(sequences):
             for sequence, token in zip(sequences, found.tolist(), strict=True):
                 sequence.take(token)
@@ -127,9 +127,9 @@ class Generation:
         """Sequences of a sequence group that have nothing left to do."""
         return [i for i in group.sequences if self._sequences[i].finish_reason]
 
-    def _getting(self, work: MicroBatch) -> list[Running]:
+    def _getting(self, micro_batch: MicroBatch) -> list[Running]:
         """The sequences that get a token from a micro-batch, in the order of its logit rows."""
-        numbers = (m.group.sequences[place] for m in work.members for place in ending(m))
+        numbers = (m.group.sequences[place] for m in micro_batch.members for place in ending(m))
         return [self._sequences[i] for i in numbers]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.core.units import aligned
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
@@ -18,7 +18,7 @@ from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.steps import Step
 
 Home = tuple[int, int, int]  # KV slot, chunk, span of the KV slot
-Staged = tuple[Tier, int, int]  # site, stage, part
+Staged = tuple[Tier, int, int]  # site, staging buffer, part
 
 
 class HiddenStates:
@@ -47,7 +47,7 @@ class HiddenStates:
         self._offset: dict[tuple[int, int], int] = {}  # (KV slot, span) -> place in the spill file
         self._staged: dict[Staged, Tensor] = {}  # rows brought to a unit's site
         self._host: dict[Staged, Tensor] = {}  # rows between disk and an accelerator
-        # (site, stage) -> what the last compute step left
+        # (site, staging buffer) -> what the last compute step left
         self._current: dict[tuple[Tier, int], Tensor] = {}
         for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
             for number, (span, size) in enumerate(zip(kv_slot.hidden, sizes.hidden, strict=True)):
@@ -65,74 +65,74 @@ class HiddenStates:
 
     def put(self, step: Step, x: Tensor) -> None:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
-        work, tier = step.micro_batch, self._site(step)
-        if any(part.tier is not tier for part in work.hidden_parts):
-            # Only then has the step claimed the stage's buffer: another micro-batch may still be using it.
+        micro_batch, tier = step.micro_batch, self._site(step)
+        if any(part.tier is not tier for part in micro_batch.hidden_parts):
+            # Only then has the step claimed the staging buffer: another micro-batch may still be using it.
             self._current[tier, step.buffer_index] = x
-        here = [part for part in work.hidden_parts if part.tier is tier]
+        here = [part for part in micro_batch.hidden_parts if part.tier is tier]
         for part in here:
             rows = x[part.row : part.stop]
             if tier is not self._job.compute_tier:
-                self._in_memory(work, part).copy_(rows)
+                self._in_memory(micro_batch, part).copy_(rows)
             else:  # a view would keep the rows of the other parts, too
-                whole = len(here) == len(work.hidden_parts)
-                self._rows[_home(work, part)] = rows if whole else rows.clone()
-        if here and len(here) == len(work.hidden_parts) and tier is self._job.compute_tier:
-            self._joined[tuple(_home(work, part) for part in here)] = x
+                whole = len(here) == len(micro_batch.hidden_parts)
+                self._rows[_home(micro_batch, part)] = rows if whole else rows.clone()
+        if here and len(here) == len(micro_batch.hidden_parts) and tier is self._job.compute_tier:
+            self._joined[tuple(_home(micro_batch, part) for part in here)] = x
 
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
-        work, tier = step.micro_batch, self._site(step)
-        joined = self._joined.get(tuple(_home(work, part) for part in work.hidden_parts))
+        micro_batch, tier = step.micro_batch, self._site(step)
+        joined = self._joined.get(tuple(_home(micro_batch, part) for part in micro_batch.hidden_parts))
         if joined is not None and tier is self._job.compute_tier:
             return joined
-        parts = [self._part(step, work, part) for part in work.hidden_parts]
+        parts = [self._part(step, micro_batch, part) for part in micro_batch.hidden_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _part(self, step: Step, work: MicroBatch, part: Part) -> Tensor:
+    def _part(self, step: Step, micro_batch: MicroBatch, part: Part) -> Tensor:
         tier = self._site(step)
         if part.tier is not tier:
             return crossing(self._staged.pop((tier, step.buffer_index, part.index)))
         if tier is self._job.compute_tier:  # made by a compute step, or brought back by a link
-            return crossing(self._rows[_home(work, part)])
-        return self._in_memory(work, part)
+            return crossing(self._rows[_home(micro_batch, part)])
+        return self._in_memory(micro_batch, part)
 
     def load(self, step: Step) -> None:
         """LOAD_HIDDEN: one tier nearer to the site."""
-        work = step.micro_batch
-        part, key = work.hidden_parts[step.part], (self._site(step), step.buffer_index, step.part)
-        if step.lane is Lane.DISK_READ:
+        micro_batch = step.micro_batch
+        part, key = micro_batch.hidden_parts[step.part], (self._site(step), step.buffer_index, step.part)
+        if step.lane.kind is LaneKind.DISK_READ:
             pages = self._paged(step, part)
             assert self._spill is not None
-            self._spill.read(self._disk_offset(work, part), pages)
+            self._spill.read(self._disk_offset(micro_batch, part), pages)
             at_site = self._site(step) is Tier.CPU
             (self._staged if at_site else self._host)[key] = self._as_rows(pages, part.rows)
-        elif step.lane is Lane.D2H:
-            self._staged[key] = self._device.to_host(self._rows[_home(work, part)])
+        elif step.lane.kind is LaneKind.D2H:
+            self._staged[key] = self._device.to_host(self._rows[_home(micro_batch, part)])
         else:
             on_disk = part.tier is Tier.DISK
-            source = self._host.pop(key) if on_disk else self._in_memory(work, part)
+            source = self._host.pop(key) if on_disk else self._in_memory(micro_batch, part)
             self._staged[key] = self._device.to_compute(source)
 
     def store(self, step: Step) -> None:
         """STORE_HIDDEN: one tier nearer to home."""
-        work = step.micro_batch
-        part = work.hidden_parts[step.part]
-        if step.lane is Lane.DISK_WRITE:
+        micro_batch = step.micro_batch
+        part = micro_batch.hidden_parts[step.part]
+        if step.lane.kind is LaneKind.DISK_WRITE:
             pages = self._paged(step, part)
             if self._site(step) is Tier.CPU:
                 rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
                 self._as_rows(pages, part.rows).copy_(rows)
             assert self._spill is not None
-            self._spill.write(self._disk_offset(work, part), pages)
+            self._spill.write(self._disk_offset(micro_batch, part), pages)
             return
         rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
-        if step.lane is Lane.H2D:
-            self._rows[_home(work, part)] = self._device.to_compute(rows)
+        if step.lane.kind is LaneKind.H2D:
+            self._rows[_home(micro_batch, part)] = self._device.to_compute(rows)
             self._joined.clear()  # what was joined before holds the old rows
             return
         on_disk = part.tier is Tier.DISK
-        target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(work, part)
+        target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(micro_batch, part)
         target.copy_(crossing(rows), non_blocking=True)
 
     def begin_pass(self) -> None:
@@ -143,14 +143,14 @@ class HiddenStates:
     def _site(self, step: Step) -> Tier:
         return self._job.units[step.unit].site.tier
 
-    def _in_memory(self, work: MicroBatch, part: Part) -> Tensor:
+    def _in_memory(self, micro_batch: MicroBatch, part: Part) -> Tensor:
         """A part's rows in its home in host memory."""
-        start = sum(self._chunks(part)[: work.chunk]) if work.chunk else 0
+        start = sum(self._chunks(part)[: micro_batch.chunk]) if micro_batch.chunk else 0
         memory = self._memory[part.group.kv_slot, part.home][start * self._row_bytes :]
         return self._as_rows(memory, part.rows)
 
-    def _disk_offset(self, work: MicroBatch, part: Part) -> int:
-        before = self._chunks(part)[: work.chunk] if work.chunk else ()
+    def _disk_offset(self, micro_batch: MicroBatch, part: Part) -> int:
+        before = self._chunks(part)[: micro_batch.chunk] if micro_batch.chunk else ()
         base = self._offset[part.group.kv_slot, part.home]
         return base + sum(aligned(rows * self._row_bytes) for rows in before)
 
@@ -162,12 +162,12 @@ class HiddenStates:
         return raw[: count * self._row_bytes].view(self._dtype).view(count, -1)
 
     def _paged(self, step: Step, part: Part) -> Tensor:
-        """The part's page-aligned share of its stage's buffer."""
+        """The part's page-aligned share of the micro-batch's staging buffer."""
         before = (p for p in step.micro_batch.hidden_parts[: part.index] if p.tier is Tier.DISK)
         start = sum(aligned(p.rows * self._row_bytes) for p in before)
         size = aligned(part.rows * self._row_bytes)
         return self._pages[step.buffer_index][start : start + size]
 
 
-def _home(work: MicroBatch, part: Part) -> Home:
-    return part.group.kv_slot, work.chunk, part.home
+def _home(micro_batch: MicroBatch, part: Part) -> Home:
+    return part.group.kv_slot, micro_batch.chunk, part.home

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.progress import Progress, quiet
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.executor import Executor, LaneUse
@@ -30,7 +30,7 @@ class JobResult:
     plan: MemoryPlan | None = None
     lanes: dict[Lane, LaneUse] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
-    allocated: dict[Tier, dict[str, int]] = field(default_factory=dict)
+    allocated: dict[Site, dict[str, int]] = field(default_factory=dict)
 
 
 class JobRun:
@@ -81,7 +81,7 @@ class JobRun:
         ends: dict[int, tuple[Lane, int]] = {}
         for step in self._scheduler.steps(batches):
             ticket = self._executor.submit(step, self._actions.act)
-            if step.lane in (self._job.compute_lane, Lane.CPU):
+            if step.lane.computes:
                 ends[step.unit] = ticket
         for done, ticket in enumerate(ends.values(), start=1):
             self._executor.wait([ticket])

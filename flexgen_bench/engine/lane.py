@@ -33,8 +33,7 @@ class LaneUse:
 @dataclass(frozen=True)
 class LaneSettings:
     """How a lane runs. threads: torch threads of its own; link: the emulated link it works on, which other lanes may
-    share;
-    stream: the CUDA stream it issues to."""
+    share; stream: the CUDA stream it issues to."""
 
     threads: int = 1
     link: Link | None = None

@@ -42,12 +42,12 @@ class Prompts:
         """The prompts of the last pass are done with."""
         self._masks.clear()
 
-    def positions(self, work: MicroBatch) -> Tensor:
+    def positions(self, micro_batch: MicroBatch) -> Tensor:
         """Position of every row in its sequence."""
-        if not work.is_prefill:
-            return torch.tensor([first for member in work.members for first, _ in member.ranges])
+        if not micro_batch.is_prefill:
+            return torch.tensor([first for member in micro_batch.members for first, _ in member.ranges])
         found = []
-        for member in work.members:
+        for member in micro_batch.members:
             for sequence, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
                 tree = self._tree(sequence)
                 if tree is None:
@@ -56,14 +56,14 @@ class Prompts:
                     found.append(torch.tensor(tree.positions[first:last], dtype=torch.long))
         return torch.cat(found)
 
-    def lengths(self, work: MicroBatch) -> Tensor:
+    def lengths(self, micro_batch: MicroBatch) -> Tensor:
         """Of every row: the tokens that its sequence has when the row is computed. All of a prompt's are there from its
         first chunk on; rows of prefix trees, whose sequences have several ends, count those up to their own."""
-        positions = self.positions(work)
-        if not work.is_prefill:
+        positions = self.positions(micro_batch)
+        if not micro_batch.is_prefill:
             return positions + 1
         found = []
-        for member in work.members:
+        for member in micro_batch.members:
             group = member.group
             of = zip(group.sequences, group.prompt_lens, member.ranges, strict=True)
             for sequence, length, (first, last) in of:
@@ -73,8 +73,8 @@ class Prompts:
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""
-        work = step.micro_batch
-        member = work.members[0]
+        micro_batch = step.micro_batch
+        member = micro_batch.members[0]
         stored = (self._form.encode(k), self._form.encode(v))
         if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
             self._cache.keep_prompt(step, stored)
@@ -85,7 +85,7 @@ class Prompts:
             keys, values = (self._form.decode(x) for x in stored)
             return prefill_attention(q, keys, values, lens, self._scale)
         outs = []
-        for part in work.kv_parts:
+        for part in micro_batch.kv_parts:
             ranges = member.ranges[part.span.start : part.span.stop]
             stop = max(last for _, last in ranges)
             keys, values = self._cache.prompt_so_far(step, part, stop)

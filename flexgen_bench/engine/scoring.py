@@ -62,9 +62,9 @@ class Scoring(PrefixTrees):
         self._tokens: dict[int, list[tuple[float, bool]]] = {i: [] for i in self._lengths}
         self._made: tuple[MicroBatch | None, list[Prediction]] = (None, [])
 
-    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """(log-probability, is the largest) of every target, on the compute device."""
-        predictions = self._predictions(work)
+        predictions = self._predictions(micro_batch)
         both = torch.tensor([[p.row, p.target] for p in predictions]).T
         rows = [p.row for p in predictions]
         if x.is_cuda:
@@ -79,31 +79,31 @@ class Scoring(PrefixTrees):
                 pieces.append(_judge(logits[first : first + PIECE_ROWS], own - start - first, targets))
         return torch.cat(pieces, dim=1)
 
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
-        for p, logprob, is_largest in zip(self._predictions(work), *found.tolist(), strict=True):
+    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
+        for p, logprob, is_largest in zip(self._predictions(micro_batch), *found.tolist(), strict=True):
             tokens = self._tokens[p.request]
             tokens.append((logprob, bool(is_largest)))
             if len(tokens) == self._lengths[p.request]:
                 self._found(p.request, self._tokens.pop(p.request))
 
-    def _predictions(self, work: MicroBatch) -> list[Prediction]:
+    def _predictions(self, micro_batch: MicroBatch) -> list[Prediction]:
         """Of the micro-batch's logit rows, with ``row`` counted among these, in the order of rows."""
         made, found = self._made
-        if made is work:
+        if made is micro_batch:
             return found
-        number = {row: place for place, row in enumerate(work.logit_rows)}
+        number = {row: place for place, row in enumerate(micro_batch.logit_rows)}
         found = [
             Prediction(number[base + p.row], p.request, p.target)
-            for base, predictions in self._bases(work)
+            for base, predictions in self._bases(micro_batch)
             for p in predictions
         ]
-        self._made = (work, found)
+        self._made = (micro_batch, found)
         return found
 
-    def _bases(self, work: MicroBatch) -> Iterator[tuple[int, Sequence[Prediction]]]:
+    def _bases(self, micro_batch: MicroBatch) -> Iterator[tuple[int, Sequence[Prediction]]]:
         """Of each sequence: what to add to its own rows to have the micro-batch's, and what is predicted here."""
         start = 0
-        for member in work.members:
+        for member in micro_batch.members:
             ranges = zip(member.group.sequences, member.ranges, strict=True)
             for place, (i, (first, last)) in enumerate(ranges):
                 own = self._trees[i].predictions
@@ -138,7 +138,7 @@ class LogProbabilities(PrefixTrees):
         super().__init__(trees)
         self._found = found
 
-    def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Log-probabilities (R, V) of the logit rows."""
         found: Tensor | None = None
         for start in range(0, x.shape[0], LOGIT_ROWS):
@@ -149,9 +149,9 @@ class LogProbabilities(PrefixTrees):
         assert found is not None, "a micro-batch without wanted rows has no head"
         return found
 
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
+    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
         row = 0
-        for member in work.members:
+        for member in micro_batch.members:
             for i, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
                 count = sum(first <= logit_rows < last for logit_rows in self._trees[i].logit_rows)
                 if count:

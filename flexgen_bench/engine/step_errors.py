@@ -26,8 +26,8 @@ def explain_memory(error: BaseException, doing: str) -> None:
 def describe(step: Step) -> str:
     """``step load_weights of unit 3 (lane h2d)``, with micro-batch, part and token where the step has them."""
     words = [f"step {step.kind} of unit {step.unit} (lane {step.lane}"]
-    if step.batch >= 0:
-        words.append(f", micro-batch {step.batch}, token {step.token}")
+    if step.micro_batch_index >= 0:
+        words.append(f", micro-batch {step.micro_batch_index}, token {step.token}")
     if step.part >= 0:
         words.append(f", part {step.part}")
     return "".join(words) + ")"

@@ -34,7 +34,15 @@ class LaneLog:
             return
         self._budget.steps -= 1
         self._rows += ROW.pack(
-            _PLACES[step.kind], step.unit, step.batch, step.part, step.token, begin_s, end_s, step.bytes, step.flops
+            _PLACES[step.kind],
+            step.unit,
+            step.micro_batch_index,
+            step.part,
+            step.token,
+            begin_s,
+            end_s,
+            step.bytes,
+            step.flops,
         )
 
     def timeline(self, origin_s: float, bytes_per_s: float | None) -> LaneTimeline:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.core.units import MIB, PAGE, aligned
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
@@ -53,8 +53,8 @@ class Weights:
         self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         try:
             self._load_resident()
-            for tier, slots in job.buffers.items():
-                self._slots[tier] = [arenas.allocate(tier, "weight slots", slot.bytes) for slot in slots]
+            for site, buffers in job.buffers.items():
+                self._slots[site.tier] = [arenas.allocate(site.tier, "weight slots", one.bytes) for one in buffers]
             unpacked = job.dequantized_buffer_bytes
             self._dequantized_buffers += [
                 arenas.allocate(job.compute_tier, "unpacked weights", unpacked) for _ in range(job.dequantized_buffers)
@@ -67,7 +67,7 @@ class Weights:
     def load(self, step: Step) -> None:
         """LOAD_WEIGHTS: disk -> slot, disk -> host slot, host -> slot."""
         start, stop = self._job.pieces(self._job.units[step.unit])[step.part]
-        if step.lane is Lane.DISK_READ:
+        if step.lane.kind is LaneKind.DISK_READ:
             self._read_unit(step.unit, self._slots[Tier.CPU][step.weight_buffer], start, stop)
             return
         if self._tiers[step.unit] is Tier.DISK:

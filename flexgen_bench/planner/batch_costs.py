@@ -7,6 +7,7 @@ all, and layers are alike, so one does.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 
-_NONE: Mapping[Lane, float] = dict.fromkeys(Lane, 0.0)
+_NONE: Mapping[Lane, float] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, re
 
 def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number: int) -> PhaseCost:
     fixed = base[number]
-    added = {share: {lane: sums[number][lane] - fixed[lane] for lane in Lane} for share, sums in vertices.items()}
+    added = {
+        share: {lane: sums[number].get(lane, 0.0) - fixed.get(lane, 0.0) for lane in {**fixed, **sums[number]}}
+        for share, sums in vertices.items()
+    }
     return PhaseCost(fixed, added)
 
 
@@ -82,20 +86,21 @@ def _sums(
     plan = plan_job(model, policy, hardware, requests)
     cost = StepCost(plan)
     scheduler = Scheduler(policy, plan)
-    own, shared = dict(_NONE), dict(_NONE)
+    own: defaultdict[Lane, float] = defaultdict(float)
+    shared: defaultdict[Lane, float] = defaultdict(float)
     for each in range(number + 1):
         steps = scheduler.steps(scheduler.schedule())
         for step in steps:
             if each == number:
                 times = layers if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
-                (shared if step.work is None else own)[step.lane] += times * cost.seconds(step)
+                (shared if step.on_weights else own)[step.lane] += times * cost.seconds(step)
         scheduler.postprocess()
     return own, shared
 
 
 def _sum(once: PhaseCost, each: PhaseCost, times: float) -> PhaseCost:
     def add(first: Seconds, second: Seconds) -> Seconds:
-        return {lane: first[lane] + times * second[lane] for lane in Lane}
+        return {lane: first.get(lane, 0.0) + times * second.get(lane, 0.0) for lane in {**first, **second}}
 
     shares = {share: add(once.by_share[share], each.by_share[share]) for share in once.by_share}
     return PhaseCost(add(once.fixed, each.fixed), shares)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
-from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost
 from flexgen_bench.planner.placement_lp import (
     KINDS,
@@ -41,9 +41,6 @@ _MUCH = 0.8  # of a bound: what must be left of it once the policy fits
 _TRIES = 10  # of making room for what whole layers and sequences take
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
 IN_PLACE_SEQUENCES = 32
-
-
-_RESOURCES = tuple(dict.fromkeys(map(link_of, Lane)))  # lanes that share a link are one
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class Candidates:
             try:
                 self.space.plan(policy)
             except DoesNotFit as error:
-                room, tier = dict(problem.room), Tier(error.tier)
+                room, tier = dict(problem.room), Site.parse(error.tier).tier
                 less = more[tier] * (error.need_bytes - error.capacity_bytes)
                 # What is short may be staging that a first share brings along: with none of it there, it may fit.
                 room[tier] = max(0.0, room[tier] - less) if room[tier] else -less
@@ -249,9 +246,9 @@ class Candidates:
             plan = space.plan_of(space.models[shape.lossy].shallow(1), policy, shape.block_size)
             layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.units)
             rest = {}
-            for tier, parts in plan.bytes.items():
+            for site, parts in plan.bytes.items():
                 tails = parts.get("kv tails", 0) * (space.job.shape.num_layers / layers - 1)
-                rest[tier] = sum(b for n, b in parts.items() if n not in KINDS) + tails
+                rest[site.tier] = sum(b for n, b in parts.items() if n not in KINDS) + tails
             self._rest[policy] = rest
         return {t: space.capacity(t) - self._rest[policy].get(t, 0) for t in tiers}
 
@@ -267,8 +264,8 @@ class Candidates:
             return seconds
 
         passes = problem.decode_passes
-        prefill = [least(problem.prefill, one) for one in _RESOURCES]
-        decode = [passes * least(problem.decode, one) for one in _RESOURCES]
+        prefill = [least(problem.prefill, one) for one in problem.resources]
+        decode = [passes * least(problem.decode, one) for one in problem.resources]
         if shape.schedule is Schedule.BLOCK:
             seconds = max(prefill) + max(decode)
         else:

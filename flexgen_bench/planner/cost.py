@@ -11,7 +11,7 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
-from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduled_job import UnitKind
@@ -28,7 +28,7 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     rates = hardware.rates
     wanted = (Tier.CPU,) if hardware.accelerator is Accelerator.NONE else (Tier.GPU, Tier.CPU)
     missing = [str(t) for t in wanted if rates is None or t not in rates.sites]
-    needed = dict.fromkeys(map(link_of, links(hardware)))
+    needed = dict.fromkeys(lane.link for lane in hardware.lanes if lane.is_link)
     missing += [str(link) for link in needed if hardware.link_rate(link) is None]
     if rates is None or missing:
         raise UserError(
@@ -40,11 +40,6 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     return rates
 
 
-def links(hardware: HardwareProfile) -> list[Lane]:
-    """The lanes that work on links between the tiers a machine has."""
-    return [lane for lane, tiers in LINKS.items() if set(tiers) <= set(hardware.tiers)]
-
-
 class StepCost:
     """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up."""
 
@@ -53,18 +48,20 @@ class StepCost:
         self._shape, self._packed, self._dtype = model.shape, model.packed, model.dtype
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
-        self._link_rates = {lane: hardware.link_rate(lane) or math.inf for lane in links(hardware)}
+        self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
         self._known: dict[tuple[object, ...], float] = {}
 
     def seconds(self, step: Step) -> float:
         """How long the step keeps its lane busy if nothing else uses what it needs."""
-        work = step.work
+        micro_batch = step.micro_batch
         key = (
             step.kind,
             step.lane,
             step.bytes,
             step.flops,
-            (step.unit, step.dequantized_buffer) if work is None else (work.rows, len(work.logit_rows)),
+            (step.unit, step.dequantized_buffer)
+            if step.on_weights
+            else (micro_batch.rows, len(micro_batch.logit_rows)),
             _attended(step),
         )
         seconds = self._known.get(key)
@@ -73,9 +70,9 @@ class StepCost:
         return seconds
 
     def _price(self, step: Step) -> float:
-        if step.lane in self._link_rates:
-            return step.bytes / self._link_rates[step.lane] + self._sites[Tier.CPU].step
-        tier = Tier.GPU if step.lane is Lane.GPU else Tier.CPU
+        if step.lane.is_link:
+            return step.bytes / self._link_rates[step.lane.kind] + self._sites[Tier.CPU].step
+        tier = Tier.GPU if step.lane.of_accelerator else Tier.CPU
         site = self._sites[tier]
         return self._work(step, site, tier) + site.step
 
@@ -97,9 +94,9 @@ class StepCost:
 
     def _product(self, step: Step, site: SiteRates, tier: Tier) -> float:
         """A product with a unit's weights: as fast as arithmetic or as the weights can be read."""
-        work = step.micro_batch
+        micro_batch = step.micro_batch
         unit = self._packed.units[step.unit]
-        rows = len(work.logit_rows) if step.kind is StepKind.HEAD else work.rows
+        rows = len(micro_batch.logit_rows) if step.kind is StepKind.HEAD else micro_batch.rows
         if not step.flops or not rows:
             return 0.0
         # An accelerator's compressed weights are unpacked by a step of their own.
@@ -117,10 +114,10 @@ class StepCost:
         return compression.row_bytes(compression.group_size) / compression.group_size
 
     def _attention(self, step: Step, site: SiteRates) -> float:
-        work = step.micro_batch
-        if work.is_prefill:
-            return step.flops / site.prefill_attention_rate(_longest(work))
-        part = work.kv_parts[step.part]
+        micro_batch = step.micro_batch
+        if micro_batch.is_prefill:
+            return step.flops / site.prefill_attention_rate(_longest(micro_batch))
+        part = micro_batch.kv_parts[step.part]
         tokens = step.flops / self._job.attention_flops_per_pair
         lossy = self._lossy
         # All of K, and the wanted share of V.
@@ -130,15 +127,15 @@ class StepCost:
         return site.decode_attention_s(part.rows, read, number, heads)
 
 
-def _longest(work: MicroBatch) -> int:
-    return max(max(m.group.prompt_lens) for m in work.members)
+def _longest(micro_batch: MicroBatch) -> int:
+    return max(max(m.group.prompt_lens) for m in micro_batch.members)
 
 
 def _attended(step: Step) -> tuple[bool, int] | None:
     """What else decides the time of a step on a cache: its phase, and the longest prompt or the rows of its part."""
     if step.kind not in (StepKind.ATTEND, StepKind.APPEND_KV):
         return None
-    work = step.micro_batch
-    if work.is_prefill:
-        return True, _longest(work)
-    return False, work.kv_parts[step.part].rows
+    micro_batch = step.micro_batch
+    if micro_batch.is_prefill:
+        return True, _longest(micro_batch)
+    return False, micro_batch.kv_parts[step.part].rows

@@ -12,7 +12,7 @@ from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.planner.auto_policy import LEAST_GAIN, AutoChoice, auto_choice
 from flexgen_bench.planner.cost import rates_of
 from flexgen_bench.planner.forecast import Forecast, forecast
@@ -76,14 +76,16 @@ def _prediction(space: SearchSpace, plan: MemoryPlan, times: Forecast, words: Ma
         lane_busy_s={str(lane): seconds for lane, seconds in busy.items() if seconds},
         bottleneck=_bottleneck(busy, times.total_s),
         settings={"policy": to_json(policy), **words},
-        disk_written_bytes=times.moved_bytes()[Lane.DISK_WRITE],
+        disk_written_bytes=sum(
+            count for lane, count in times.moved_bytes().items() if lane.kind is LaneKind.DISK_WRITE
+        ),
         overlapped=policy.mixes_phases(prompts),
     )
 
 
 def _bytes(plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
-    planned = {str(tier): plan.total(tier) for tier in plan.bytes}
+    planned = {site.name: sum(parts.values()) for site, parts in plan.bytes.items()}
     beside = reserved_bytes(plan.hardware)
     return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
 

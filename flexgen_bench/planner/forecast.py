@@ -3,17 +3,18 @@ them."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
-from flexgen_bench.planner.simulator import COMPUTE, Contention, Event, SharedCores, Simulator, shared_links
+from flexgen_bench.planner.simulator import Contention, Event, SharedCores, Simulator, shared_links
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
@@ -49,15 +50,16 @@ class PassTime:
         """Seconds of the pass that are for embedding and head: of the link that is busy longest, where that is what
         binds; else of what computes, since a pass begins with the one and ends with the other."""
         if not overlap:
-            return sum(self.outside_s.values())
-        links, outside = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
+            return sum(self.outside_s[lane] for lane in sorted(self.outside_s))
+        links: defaultdict[Lane, float] = defaultdict(float)
+        outside: defaultdict[Lane, float] = defaultdict(float)
         for lane, seconds in self.busy_s.items():
-            links[link_of(lane)] += seconds
-            outside[link_of(lane)] += self.outside_s.get(lane, 0.0)
-        longest = max(links, key=lambda lane: links[lane])
-        if longest not in COMPUTE:
+            links[lane.link] += seconds
+            outside[lane.link] += self.outside_s.get(lane, 0.0)
+        longest = max(sorted(links), key=lambda lane: links[lane])
+        if not longest.computes:
             return outside[longest]
-        return sum(outside[lane] for lane in COMPUTE)
+        return sum(outside[lane] for lane in sorted(outside) if lane.computes)
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ class Forecast:
         return Forecast(tuple(one.deeper(times, overlap) for one in self.passes), steps=self.steps)
 
     def busy_s(self) -> dict[Lane, float]:
-        return {lane: sum(p.busy_s[lane] for p in self.passes) for lane in Lane}
+        """By lane, in order; lanes that did nothing are left out."""
+        lanes = _lanes(p.busy_s for p in self.passes)
+        return {lane: sum(p.busy_s.get(lane, 0.0) for p in self.passes) for lane in lanes}
 
     def moved_bytes(self) -> dict[Lane, int]:
-        return {lane: round(sum(p.bytes[lane] for p in self.passes)) for lane in Lane}
+        lanes = _lanes(p.bytes for p in self.passes)
+        return {lane: round(sum(p.bytes.get(lane, 0.0) for p in self.passes)) for lane in lanes}
 
 
 def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
@@ -157,20 +162,22 @@ def contention(hardware: HardwareProfile) -> Contention | None:
         return None if hardware.accelerator is Accelerator.NONE else shared_links
     memory = rates_of(hardware).sites[hardware.compute_tier].memory
     # Copying reads and writes memory, on one of the cores.
-    shares = {lane: min(0.5, 2 * rate / memory) for lane in (Lane.H2D, Lane.D2H) if (rate := hardware.link_rate(lane))}
+    links = [lane for lane in hardware.lanes if lane.is_link and lane.of_accelerator and lane.link is lane]
+    shares = {lane.kind: min(0.5, 2 * rate / memory) for lane in links if (rate := hardware.link_rate(lane))}
     return SharedCores(shares)
 
 
 def _timed(timer: PassTimer, cost: StepCost, job: ScheduledJob, steps: Iterable[Step]) -> PassTime:
     busy, moved = dict(timer.busy_s), dict(timer.bytes)
     only_prompts = True
-    outside_s, outside_bytes = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
+    outside_s: defaultdict[Lane, float] = defaultdict(float)
+    outside_bytes: defaultdict[Lane, float] = defaultdict(float)
 
     def watched() -> Iterator[Step]:
         nonlocal only_prompts
         for step in steps:
-            if step.work is not None:
-                only_prompts = only_prompts and step.work.is_prefill
+            if not step.on_weights:
+                only_prompts = only_prompts and step.micro_batch.is_prefill
             if job.units[step.unit].kind is not UnitKind.LAYER:
                 outside_s[step.lane] += cost.seconds(step)
                 outside_bytes[step.lane] += step.bytes
@@ -180,11 +187,16 @@ def _timed(timer: PassTimer, cost: StepCost, job: ScheduledJob, steps: Iterable[
     return PassTime(
         seconds,
         only_prompts,
-        {lane: s - busy[lane] for lane, s in timer.busy_s.items()},
-        {lane: float(b - moved[lane]) for lane, b in timer.bytes.items()},
+        {lane: s - busy.get(lane, 0.0) for lane, s in timer.busy_s.items()},
+        {lane: float(b - moved.get(lane, 0)) for lane, b in timer.bytes.items()},
         outside_s,
         outside_bytes,
     )
+
+
+def _lanes(mappings: Iterable[Mapping[Lane, float]]) -> list[Lane]:
+    """All that are named, in order."""
+    return sorted({lane for mapping in mappings for lane in mapping})
 
 
 def _mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
@@ -193,7 +205,8 @@ def _mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
         return parts[0][0]
 
     def mixed(of: Callable[[PassTime], Mapping[Lane, float]]) -> dict[Lane, float]:
-        return {lane: sum(of(p)[lane] * w for p, w in parts) for lane in Lane}
+        lanes = _lanes(of(p) for p, _ in parts)
+        return {lane: sum(of(p).get(lane, 0.0) * w for p, w in parts) for lane in lanes}
 
     return PassTime(
         sum(p.seconds * w for p, w in parts),

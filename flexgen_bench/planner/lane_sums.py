@@ -9,10 +9,11 @@ that nobody waits for, and loads of weights ahead.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
-from flexgen_bench.planner.simulator import COMPUTE, Event
+from flexgen_bench.core.tiers import Lane, Site
+from flexgen_bench.planner.simulator import Event
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -25,17 +26,17 @@ class LaneSums:
         self._seconds, self._overlap, self._job = seconds, overlap, job
         # A head comes in pieces, of which each makes room for its successor by itself.
         self._streamed = {u.index for u in job.streamed if u.kind is UnitKind.LAYER}
-        self.busy_s: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
-        self.bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self.busy_s: defaultdict[Lane, float] = defaultdict(float)
+        self.bytes: defaultdict[Lane, int] = defaultdict(int)
         self.events: list[Event] = []
         self.steps = 0
 
     def run_pass(self, steps: Iterable[Step]) -> float:
         """Seconds of one pass, once the loads of the next take the place of those that came before it."""
-        lanes: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+        lanes: defaultdict[Lane, float] = defaultdict(float)
         made: dict[Buffer, float] = {}  # when, if only what it is made of is waited for
         chain = 0.0
-        slots: dict[Tier, float] = {}
+        slots: dict[Site, float] = {}
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
@@ -43,24 +44,24 @@ class LaneSums:
             self.bytes[step.lane] += step.bytes
             done = seconds + max((made.get(buffer, 0.0) for buffer in (*step.reads, *step.writes)), default=0.0)
             made.update(dict.fromkeys(step.writes, done))
-            if step.lane in COMPUTE:
+            if step.lane.computes:
                 chain = max(chain, done)
             if step.unit in self._streamed:
                 self._add_buffers(slots, step, seconds)
-        together: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+        together: defaultdict[Lane, float] = defaultdict(float)
         for lane, seconds in lanes.items():
             self.busy_s[lane] += seconds
-            together[link_of(lane)] += seconds
+            together[lane.link] += seconds
         if not self._overlap:
-            return sum(lanes.values())
+            return sum(lanes[lane] for lane in sorted(lanes))
         held = max(slots.values(), default=0.0) / self._job.weight_buffers
-        return max(*together.values(), chain, held)
+        return max(chain, held, *together.values())
 
-    def _add_buffers(self, slots: dict[Tier, float], step: Step, seconds: float) -> None:
+    def _add_buffers(self, slots: dict[Site, float], step: Step, seconds: float) -> None:
         """Slots are held while they are filled, and while their weights move on or are computed with."""
         unit = self._job.units[step.unit]
-        held: tuple[Tier, ...] = (unit.site.tier,) if step.lane is unit.site.lane else ()
+        held: tuple[Site, ...] = (unit.site,) if step.lane is unit.site.lane else ()
         if step.kind is StepKind.LOAD_WEIGHTS:
-            held = tuple(tier for tier in unit.path if tier in LINKS[step.lane])
-        for tier in held:
-            slots[tier] = slots.get(tier, 0.0) + seconds
+            held = tuple(site for site in unit.path if site.tier in step.lane.ends)
+        for site in held:
+            slots[site] = slots.get(site, 0.0) + seconds

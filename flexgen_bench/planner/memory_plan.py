@@ -9,13 +9,13 @@ from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
-from flexgen_bench.schedule.scheduled_job import ScheduledJob, Site, Unit, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
@@ -26,7 +26,7 @@ KERNEL_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of a model under a policy on a machine: bytes per tier and part, the job for the generator, its sequence groups
+    """Of a model under a policy on a machine: bytes per site and part, the job for the generator, its sequence groups
     and KV slots, and the shares that came out."""
 
     model: Model = field(repr=False)
@@ -36,17 +36,20 @@ class MemoryPlan:
     groups: SequenceGroups
     kv_slots: tuple[KVSlotBytes, ...]
     staging: Staging
-    bytes: Mapping[Tier, Mapping[str, int]]
+    bytes: Mapping[Site, Mapping[str, int]]
     realised_weights: Mapping[str, float]
     realised_kv_cache: Mapping[str, float]
     realised_activations: Mapping[str, float]
 
-    def total(self, tier: Tier) -> int:
-        return sum(self.bytes.get(tier, {}).values())
+    def total(self, tier: Tier, device: int = 0) -> int:
+        """Bytes on a tier of one device."""
+        return sum(self.bytes.get(Site(tier, device), {}).values())
 
     def check(self, available: Mapping[Tier, int]) -> None:
-        """Raise DoesNotFit if a tier is too small: the profile's capacity, or what is ``available`` to a plan now."""
-        for tier, parts in self.bytes.items():
+        """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there to
+        a plan now."""
+        for site, parts in self.bytes.items():
+            tier = site.tier
             need = sum(parts.values())
             # Weights on disk are in the packed store already: they do not take from what is free.
             stored = parts.get("weights", 0) if tier is Tier.DISK else 0
@@ -56,7 +59,7 @@ class MemoryPlan:
             if capacity is not None and need > capacity:
                 largest = sorted(parts.items(), key=lambda item: -item[1])
                 named = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in largest if count)
-                raise DoesNotFit(tier, need, capacity, named, _REMEDY[tier])
+                raise DoesNotFit(site.name, need, capacity, named, _REMEDY[tier])
 
 
 _REMEDY = {
@@ -84,9 +87,11 @@ def plan_job(
     requests: Sequence[Request] | Capacity,
     logits_row_bytes: int = 8,
     scored_rows: int = 0,
+    device: int = 0,
 ) -> MemoryPlan:
     """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
-    logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence)."""
+    logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence);
+    ``device``: number of the accelerator that computes (of the host, where there is none)."""
     shape, dtype, packed = model.shape, model.dtype, model.packed
     compute = hardware.compute_tier
     for name in ("weights", "kv_cache", "activations"):
@@ -99,7 +104,9 @@ def plan_job(
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
     tiers = weight_tiers(packed, policy.weights)
-    units = tuple(_unit(shape, unit, tier, policy, compute) for unit, tier in zip(packed.units, tiers, strict=True))
+    units = tuple(
+        _unit(shape, unit, tier, policy, Site(compute, device)) for unit, tier in zip(packed.units, tiers, strict=True)
+    )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
     groups = form_groups(shape, dtype, policy, requests, compute)
     job = ScheduledJob(
@@ -117,6 +124,7 @@ def plan_job(
         keep_kv=groups.lifetime > 1 and not scored_rows,
         dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
         dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units),
+        device=device,
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     moving = staging(job, policy, groups)
@@ -124,15 +132,16 @@ def plan_job(
     for unit, tier in zip(packed.units, tiers, strict=True):
         home[tier] += unit.home_bytes
     kv, hidden = _homes(job, groups, kv_slots)
-    parts: dict[Tier, dict[str, int]] = {
-        tier: {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]} for tier in hardware.tiers
+    parts: dict[Site, dict[str, int]] = {
+        job.site_of(tier): {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
+        for tier in hardware.tiers
     }
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
-    parts[compute]["workspace"] = _workspace(job, policy, groups, moving, shape, dtype, scored_rows)
+    parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, shape, dtype, scored_rows)
     if moving.apart:
         attending = _attention_bytes(job, policy, _largest(groups), shape, dtype.bytes)
-        parts[Tier.CPU]["attention workspace"] = attending
+        parts[job.site.host]["attention workspace"] = attending
     return MemoryPlan(
         model=model,
         policy=policy,
@@ -141,17 +150,17 @@ def plan_job(
         groups=groups,
         kv_slots=kv_slots,
         staging=moving,
-        bytes={tier: {k: v for k, v in p.items() if v} for tier, p in parts.items()},
+        bytes={site: {k: v for k, v in p.items() if v} for site, p in parts.items()},
         realised_weights=realised(home),
         realised_kv_cache=realised(kv),
         realised_activations=realised(hidden),
     )
 
 
-def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compute: Tier) -> Unit:
+def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
     # The head, too; of the embedding only rows are moved anyway.
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
-    site = Site(Tier.CPU if stays and tier is not Tier.GPU else compute)
+    site = compute.host if stays and tier is not Tier.GPU else compute
     return Unit(
         index=unit.index,
         kind=unit.kind,
@@ -184,24 +193,25 @@ def _homes(
     return kv, hidden
 
 
-def _add_buffers(parts: dict[Tier, dict[str, int]], job: ScheduledJob) -> None:
+def _add_buffers(parts: dict[Site, dict[str, int]], job: ScheduledJob) -> None:
     """Staging buffers of weights, and unpacked weights."""
-    for tier, slots in job.buffers.items():
-        parts[tier]["weight slots"] = sum(slot.bytes for slot in slots)
-    parts[job.compute_tier]["unpacked weights"] = job.dequantized_buffers * job.dequantized_buffer_bytes
+    for site, slots in job.buffers.items():
+        parts[site]["weight slots"] = sum(slot.bytes for slot in slots)
+    parts[job.site]["unpacked weights"] = job.dequantized_buffers * job.dequantized_buffer_bytes
 
 
 def _add_staging(
-    parts: dict[Tier, dict[str, int]], job: ScheduledJob, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
+    parts: dict[Site, dict[str, int]], job: ScheduledJob, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
 ) -> None:
     layers = sum(u.kind is UnitKind.LAYER for u in job.units)
-    for tier, size in moving.prompt.items():
-        parts[tier]["kv prompts"] = moving.num_buffers * size
-    parts[Tier.CPU]["kv prompts from accelerator"] = moving.num_buffers * moving.prompt_host
-    parts[job.compute_tier]["kv slots"] = moving.num_buffers * moving.kv_buffer
-    parts[Tier.CPU]["kv host slots"] = moving.num_buffers * moving.kv_host
-    parts[Tier.CPU]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
-    parts[Tier.CPU]["activation pages"] = (moving.num_buffers + moving.apart) * moving.pages
+    host = job.site.host
+    for site, size in moving.prompt.items():
+        parts[site]["kv prompts"] = moving.num_buffers * size
+    parts[host]["kv prompts from accelerator"] = moving.num_buffers * moving.prompt_host
+    parts[job.site]["kv slots"] = moving.num_buffers * moving.kv_buffer
+    parts[host]["kv host slots"] = moving.num_buffers * moving.kv_host
+    parts[host]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
+    parts[host]["activation pages"] = (moving.num_buffers + moving.apart) * moving.pages
 
 
 def _workspace(

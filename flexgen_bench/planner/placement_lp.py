@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 from flexgen_bench.core.policy import Placement, Policy, Schedule
-from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 
 KINDS = ("weights", "kv_cache", "activations")
 # Of placements that take about as long, the one that works least waits least; so much longer than the best counts
@@ -55,12 +56,24 @@ class PlacementProblem:
         """The shares, in the order of the program's first variables."""
         return [(kind, tier) for kind in KINDS for tier in Tier if tier in self.room]
 
+    @cached_property
+    def lanes(self) -> tuple[Lane, ...]:
+        """All that the costs name, in order."""
+        phases = (self.prefill, self.decode)
+        named = (seconds for phase in phases for seconds in (phase.fixed, *phase.by_share.values()))
+        return _in_order(frozenset().union(*named))
+
+    @property
+    def resources(self) -> tuple[Lane, ...]:
+        """The links and processors that the costs are of: lanes that share a link are one, named after one of them."""
+        return _links_of(self.lanes)
+
     def work_s(self, share: Share) -> float:
         """Seconds of all lanes together, in a block, for what a share is of."""
         return sum(
             self.prefill.by_share.get(share, {}).get(lane, 0.0)
             + self.decode_passes * self.decode.by_share.get(share, {}).get(lane, 0.0)
-            for lane in Lane
+            for lane in self.lanes
         )
 
 
@@ -124,7 +137,7 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
     def seconds(phase: PhaseCost, resource: Lane) -> list[float]:
         return [on_resource(phase.by_share.get(share, {}), resource) for share in shares]
 
-    for lane in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
+    for lane in problem.resources:
         before, after = seconds(problem.prefill, lane), seconds(problem.decode, lane)
         fixed = on_resource(problem.prefill.fixed, lane), on_resource(problem.decode.fixed, lane)
         if block:
@@ -177,10 +190,23 @@ def least_work(problem: PlacementProblem, best: PlacementSolution) -> PlacementS
 
 def on_resource(seconds: Seconds, resource: Lane) -> float:
     """Seconds of all lanes that work on a link (or processor), which is named after one of them."""
-    return sum(seconds.get(lane, 0.0) for lane in _LANES_ON[resource])
+    return sum(seconds.get(lane, 0.0) for lane in _lanes_on(resource))
 
 
-_LANES_ON = {on: [lane for lane in Lane if link_of(lane) is on] for on in Lane}
+@cache
+def _lanes_on(resource: Lane) -> tuple[Lane, ...]:
+    every = (Lane(kind, resource.device) for kind in LaneKind)
+    return tuple(lane for lane in every if lane.link is resource)
+
+
+@cache
+def _in_order(lanes: frozenset[Lane]) -> tuple[Lane, ...]:
+    return tuple(sorted(lanes))
+
+
+@cache
+def _links_of(lanes: tuple[Lane, ...]) -> tuple[Lane, ...]:
+    return tuple(dict.fromkeys(lane.link for lane in lanes))
 
 
 def _solved(problem: PlacementProblem, program: LinearProgram) -> PlacementSolution | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.policy import Policy
-from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.units import GIB
 from flexgen_bench.planner.candidates import Candidates
 from flexgen_bench.planner.placement_lp import PhaseCost, PlacementProblem, solve
@@ -42,7 +42,7 @@ def sensitivity(space: SearchSpace, policy: Policy, tok_per_s: float) -> Sensiti
     for tier in space.job.hardware.tiers:
         wider = [(count, _roomier(p, tier)) for count, p in problems]
         more[f"1 GiB more of {tier} memory"] = _won(base, _best(wider)) * tok_per_s
-    for resource in dict.fromkeys(map(link_of, Lane)):  # lanes that share a link are one
+    for resource in problems[0][1].resources:
         faster = [(count, _faster(p, resource)) for count, p in problems]
         more[f"10 % more of {resource}"] = _won(base, _best(faster)) * tok_per_s
     return Sensitivity(tuple(binding), {name: won for name, won in more.items() if won > 0})
@@ -80,7 +80,7 @@ def _faster(problem: PlacementProblem, resource: Lane) -> PlacementProblem:
 
     def scaled(phase: PhaseCost) -> PhaseCost:
         def of(seconds: Mapping[Lane, float]) -> dict[Lane, float]:
-            return {lane: s / MORE_LINK if link_of(lane) is resource else s for lane, s in seconds.items()}
+            return {lane: s / MORE_LINK if lane.link is resource else s for lane, s in seconds.items()}
 
         return PhaseCost(of(phase.fixed), {share: of(s) for share, s in phase.by_share.items()})
 

@@ -6,17 +6,16 @@ step as soon as what it waits for is done, the next pass when the host has seen 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.tiers import Lane, LaneKind
 from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
 from flexgen_bench.schedule.steps import Step
 
 # Lanes that have work -> how fast each goes, 1 being undisturbed.
 Contention = Callable[[Iterable[Lane]], Mapping[Lane, float]]
-COMPUTE = (Lane.GPU, Lane.CPU)
 _DONE_S = 1e-12  # less work than this is none: what is left over from rounding
 
 
@@ -52,17 +51,17 @@ class Simulator:
     ) -> None:
         self._seconds, self._overlap, self._contention = seconds, overlap, contention
         self._tracker = DependencyTracker()
-        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {lane: deque() for lane in Lane}
-        self._lanes = tuple(self._waiting.items())
+        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {}
+        self._lanes: list[tuple[Lane, deque[tuple[Step, Dependencies]]]] = []  # the same, in the order of lanes
         self._running: dict[Lane, _Running] = {}
         # What contention has said, asked once, by the lanes that have work; None: all go undisturbed.
         self._speeds: dict[tuple[Lane, ...], Mapping[Lane, float] | None] = {}
-        self._done: dict[Lane, int] = dict.fromkeys(Lane, 0)
-        self._last: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._done: defaultdict[Lane, int] = defaultdict(int)
+        self._last: dict[Lane, int] = {}
         self._kept = keep
         self.now_s = 0.0
-        self.busy_s: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
-        self.bytes: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self.busy_s: defaultdict[Lane, float] = defaultdict(float)
+        self.bytes: defaultdict[Lane, int] = defaultdict(int)
         self.events: list[Event] = []
         self.steps = 0
 
@@ -74,19 +73,28 @@ class Simulator:
         for step in steps:
             lane = step.lane
             number, waits = submit(step)
-            waiting[lane].append((step, waits))
+            queue = waiting.get(lane)
+            if queue is None:
+                queue = self._add_lane(lane)
+            queue.append((step, waits))
             last[lane] = number
             self.steps += 1
             if not overlap:
                 self._run_until(lane, number)
-        for lane in COMPUTE:
-            self._run_until(lane, last[lane])
+        for lane, number in last.items():
+            if lane.computes:
+                self._run_until(lane, number)
         return self.now_s - begin
 
     def drain(self) -> None:
         """Let everything end that was submitted."""
-        for lane in Lane:
-            self._run_until(lane, self._last[lane])
+        for lane, number in self._last.items():
+            self._run_until(lane, number)
+
+    def _add_lane(self, lane: Lane) -> deque[tuple[Step, Dependencies]]:
+        self._waiting[lane] = deque()
+        self._lanes = sorted(self._waiting.items(), key=lambda one: one[0])
+        return self._waiting[lane]
 
     def _run_until(self, lane: Lane, number: int) -> None:
         done = self._done
@@ -144,7 +152,7 @@ class Simulator:
 def shared_links(lanes: Iterable[Lane]) -> Mapping[Lane, float]:
     """Contention of every machine: lanes that work on the same link have equal parts of it."""
     active = list(lanes)
-    links = [link_of(lane) for lane in active]
+    links = [lane.link for lane in active]
     return {lane: 1 / links.count(link) for lane, link in zip(active, links, strict=True)}
 
 
@@ -153,14 +161,14 @@ class SharedCores:
     """Contention of an emulated accelerator, beside that of links: both compute lanes want all cores, and copying over
     its links takes some of them.
 
-    link_shares: of all cores, what each link takes while it copies.
+    link_shares: of all cores, what a link of each kind takes while it copies.
     """
 
-    link_shares: Mapping[Lane, float] = field(default_factory=dict)
+    link_shares: Mapping[LaneKind, float] = field(default_factory=dict)
 
     def __call__(self, lanes: Iterable[Lane]) -> Mapping[Lane, float]:
         links = shared_links(lanes)
-        copying = sum(self.link_shares.get(link_of(lane), 0.0) * s for lane, s in links.items())
-        computing = sum(lane in COMPUTE for lane in links)
+        copying = sum(self.link_shares.get(lane.link.kind, 0.0) * s for lane, s in links.items())
+        computing = sum(lane.computes for lane in links)
         speed = max(0.05, 1 - copying) / max(1, computing)
-        return {lane: speed if lane in COMPUTE else links[lane] for lane in links}
+        return {lane: speed if lane.computes else links[lane] for lane in links}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexgen_bench.core.policy import AttentionSite, Policy
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
@@ -29,14 +29,14 @@ class Staging:
     """Bytes of one staging buffer each, and how many there are.
 
     prompt: keys and values of a prompt on their way home, per site that computes layers; prompt_host: the same between
-    an accelerator and disk. kv_slot, kv_host: a cache being moved to the accelerator, or read from disk. pages: hidden
-    states between disk and memory. stages: slots for prefill and ordinary decode; apart: further ones for micro-batches
+    an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages: hidden
+    states between disk and memory. num_buffers: for prefill and ordinary decode; apart: further ones for micro-batches
     the cpu attends for.
     """
 
     num_buffers: int
     apart: int
-    prompt: Mapping[Tier, int]
+    prompt: Mapping[Site, int]
     prompt_host: int
     kv_buffer: int
     kv_host: int
@@ -86,7 +86,8 @@ def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slo
 
 def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:
     """The largest of everything that is staged, over all sequence groups of the job."""
-    sites = {u.site.tier for u in job.units if u.kind is UnitKind.LAYER}
+    sites = {u.site for u in job.units if u.kind is UnitKind.LAYER}
+    on_accelerator = any(site.is_accelerator for site in sites)
     prompt = dict.fromkeys(sites, 0)
     prompt_host = kv_buffer = kv_host = pages = 0
     attends = job.has_accelerator and policy.attention is AttentionSite.CPU
@@ -100,17 +101,21 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
                 staged = sum(
                     layout.prompt_bytes
                     for span, layout in pairs
-                    if (job.keep_kv and span.tier is not site and not (site is Tier.CPU and span.tier is Tier.GPU))
+                    if (
+                        job.keep_kv
+                        and span.tier is not site.tier
+                        and not (site.tier is Tier.CPU and span.tier is Tier.GPU)
+                    )
                     or (not job.keep_kv and chunked)
                 )
                 prompt[site] = max(prompt[site], staged)
             if job.keep_kv:
                 disk = [layout for span, layout in pairs if span.tier is Tier.DISK]
-                if Tier.GPU in sites:
+                if on_accelerator:
                     prompt_host = max(prompt_host, sum(x.prompt_bytes for x in disk))
                 kv_host = max([kv_host, *(x.region_bytes for x in disk)])
                 away = [x for span, x in pairs if span.tier is not Tier.GPU]
-                if Tier.GPU in sites and not attends:
+                if on_accelerator and not attends:
                     kv_buffer = max([kv_buffer, *(x.region_bytes for x in away)])
             if any_disk:
                 rows = max(chunk_rows(group, everything(group), chunk))
@@ -119,7 +124,7 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
     if any_disk:  # in decode, every sequence may be a part of its own
         pages = max(pages, max(policy.gpu_batch_size, size) * aligned(job.hidden_row_bytes))
     split = (
-        attends and Tier.GPU in sites and any(s.tier is not Tier.GPU for kv_slot in groups.kv_slots for s in kv_slot.kv)
+        attends and on_accelerator and any(s.tier is not Tier.GPU for kv_slot in groups.kv_slots for s in kv_slot.kv)
     )
     together = max(1, policy.gpu_batch_size // size)
     apart = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
-from flexgen_bench.core.tiers import LINKS, Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.planner.forecast import Forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.search_space import SearchSpace
 
 _LANES = {
-    Lane.DISK_READ: "reading from disk",
-    Lane.DISK_WRITE: "writing to disk",
-    Lane.H2D: "the link to the gpu",
-    Lane.D2H: "the link from the gpu",
-    Lane.GPU: "the gpu",
-    Lane.CPU: "the processor",
+    LaneKind.DISK_READ: "reading from disk",
+    LaneKind.DISK_WRITE: "writing to disk",
+    LaneKind.H2D: "the link to the gpu",
+    LaneKind.D2H: "the link from the gpu",
+    LaneKind.GPU: "the gpu",
+    LaneKind.CPU: "the processor",
 }
 _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
 _WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
@@ -55,11 +55,16 @@ def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]
     """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
     while they do."""
     busy, moved = times.busy_s(), times.moved_bytes()
-    shares = dict.fromkeys(_LANES, 0.0)
-    for lane in Lane:
-        rate = hardware.link_rate(lane) if lane in LINKS else None
-        shares[link_of(lane)] += (moved[lane] / rate if rate else busy[lane]) / times.total_s
+    shares = dict.fromkeys((lane.link for lane in hardware.lanes), 0.0)
+    for lane, seconds in busy.items():
+        rate = hardware.link_rate(lane) if lane.is_link else None
+        share = (moved.get(lane, 0) / rate if rate else seconds) / times.total_s
+        shares[lane.link] = shares.get(lane.link, 0.0) + share
     return shares
+
+
+def _name(lane: Lane) -> str:
+    return _LANES[lane.kind] + (f" ({lane.name})" if lane.device else "")
 
 
 def why(space: SearchSpace, plan: MemoryPlan, times: Forecast, other: Alternative | None) -> str:
@@ -73,16 +78,17 @@ def why(space: SearchSpace, plan: MemoryPlan, times: Forecast, other: Alternativ
 def _bound(busy: Mapping[Lane, float]) -> str:
     (first, most), (second, less) = sorted(busy.items(), key=lambda one: -one[1])[:2]
     if most >= _WAITS:
-        return f"bound by {_LANES[first]}, busy {most:.0%} of the job ({_LANES[second]}: {less:.0%})"
-    return f"no part is busy all the time: {_LANES[first]} {most:.0%} of the job, {_LANES[second]} {less:.0%}; steps wait for each other"
+        return f"bound by {_name(first)}, busy {most:.0%} of the job ({_name(second)}: {less:.0%})"
+    return f"no part is busy all the time: {_name(first)} {most:.0%} of the job, {_name(second)} {less:.0%}; steps wait for each other"
 
 
 def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
-    here, policy = plan.hardware.compute_tier, plan.policy
+    site, policy = plan.job.site, plan.policy
+    here = site.tier
     there = f"{_TIERS[here]} of {format_bytes(round(space.capacity(here)))}"
-    held = {tier: parts.get("weights", 0) for tier, parts in plan.bytes.items()}
+    held = {site.tier: parts.get("weights", 0) for site, parts in plan.bytes.items()}
     yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
-    cache = {tier: parts.get("kv_cache", 0) for tier, parts in plan.bytes.items()}
+    cache = {site.tier: parts.get("kv_cache", 0) for site, parts in plan.bytes.items()}
     if sum(cache.values()):
         text = f"{_lies(f'the KV cache of {policy.block_size} sequences', cache, here)}{_too_large(cache, here, 'than fits beside them')}"
         away = sum(cache.values()) - cache.get(here, 0)
@@ -116,7 +122,7 @@ def _loses(policy: Policy, other: Alternative) -> str:
     if abs(1 - other.part) < _HARDLY:
         return f"as good within {_HARDLY:.1%}: {differences}"
     lost = f"{1 - other.part:.0%}" if 1 - other.part >= 0.01 else f"{1 - other.part:.1%}"
-    return f"the next best way ({differences}) is {lost} slower: {_LANES[lane]} would be busy {most:.0%}"
+    return f"the next best way ({differences}) is {lost} slower: {_name(lane)} would be busy {most:.0%}"
 
 
 def _differences(policy: Policy, other: Policy) -> Iterator[str]:

@@ -188,7 +188,7 @@ def _disk_reads(record: Record) -> DiskReads | None:
     seconds = math.fsum(s.total_s for s in record.samples)
     if not seconds > 0:
         return None
-    reported = record.report.links.get(Lane.DISK_READ.value)
+    reported = record.report.links.get(Lane.DISK_READ.name)
     counted = kernel_read_bytes(record)
     if counted is None and reported is None:
         return None

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
-def attention_buffers(work: MicroBatch) -> tuple[Buffer, ...]:
+def attention_buffers(micro_batch: MicroBatch) -> tuple[Buffer, ...]:
     """Where the attention's output lies: one buffer per part in decode, one for all in prefill."""
-    found = work.known.get("attn")
+    found = micro_batch.known.get("attn")
     if found is None:
-        parts = range(len(work.kv_parts)) if work.token else (0,)
-        found = work.known["attn"] = tuple(work.buffer("attn", part) for part in parts)
+        parts = range(len(micro_batch.kv_parts)) if micro_batch.token else (0,)
+        found = micro_batch.known["attn"] = tuple(micro_batch.buffer("attn", part) for part in parts)
     return found
 
 
-def attention_steps(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def attention_steps(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
     """Prefill attends at the site over the keys just made; decode attends over the cache, part by part."""
-    if work.is_prefill:
-        yield from _prefill(job, unit, work)
+    if micro_batch.is_prefill:
+        yield from _prefill(job, unit, micro_batch)
         return
-    for part in work.kv_parts:
+    for part in micro_batch.kv_parts:
         if job.attends_on_cpu(unit, part):
-            yield from _decode_on_cpu(job, unit, work, part)
+            yield from _decode_on_cpu(job, unit, micro_batch, part)
         else:
-            yield from _decode_at_site(job, unit, work, part)
+            yield from _decode_at_site(job, unit, micro_batch, part)
 
 
 def _home(unit: Unit, part: Part) -> Buffer:
@@ -43,42 +43,49 @@ def _appendix(unit: Unit, part: Part) -> Buffer:
     return _home(unit, part)
 
 
-def _prefill(job: ScheduledJob, unit: Unit, work: MicroBatch) -> Iterator[Step]:
+def _prefill(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
     """The prompt's keys and values gather in place, or in a staging buffer that is sent home after the last chunk."""
-    chunk = work.members[0]
-    parts = work.kv_parts if job.keep_kv or not (chunk.start == 0 and chunk.is_last_chunk) else ()
+    chunk = micro_batch.members[0]
+    parts = micro_batch.kv_parts if job.keep_kv or not (chunk.start == 0 and chunk.is_last_chunk) else ()
     here = {p.index: job.keep_kv and job.kv_tier(unit, p) is unit.site.tier for p in parts}
-    kept = tuple(_home(unit, p) if here[p.index] else _staged(unit, work) for p in parts)
+    kept = tuple(_home(unit, p) if here[p.index] else _staged(unit, micro_batch) for p in parts)
     yield Step(
         unit.site.lane,
         StepKind.ATTEND,
         unit.index,
-        work,
-        reads=(work.buffer("qkv"), *(kept if chunk.start else ())),
-        writes=(*attention_buffers(work), *kept),
-        flops=job.attention_flops_per_pair * work.prompt_pairs,
+        micro_batch,
+        reads=(micro_batch.buffer("qkv"), *(kept if chunk.start else ())),
+        writes=(*attention_buffers(micro_batch), *kept),
+        flops=job.attention_flops_per_pair * micro_batch.prompt_pairs,
     )
     if not job.keep_kv or not chunk.is_last_chunk:
         return
     for part, source in zip(parts, kept, strict=True):
         if here[part.index]:
             continue
-        yield from _store_prompt(unit, work, part, source)
+        yield from _store_prompt(unit, micro_batch, part, source)
 
 
-def _store_prompt(unit: Unit, work: MicroBatch, part: Part, source: Buffer) -> Iterator[Step]:
+def _store_prompt(unit: Unit, micro_batch: MicroBatch, part: Part, source: Buffer) -> Iterator[Step]:
     moved = part.group.layouts[part.home].prompt_bytes
     if part.tier is Tier.DISK and unit.site.is_accelerator:
-        staged = Buffer("kv_new_host", work.prompt_buffer)
+        staged = Buffer("kv_new_host", micro_batch.prompt_buffer)
         yield Step(
-            Lane.D2H, StepKind.STORE_KV, unit.index, work, part.index, reads=(source,), writes=(staged,), bytes=moved
+            unit.site.d2h,
+            StepKind.STORE_KV,
+            unit.index,
+            micro_batch,
+            part.index,
+            reads=(source,),
+            writes=(staged,),
+            bytes=moved,
         )
         source = staged
     yield Step(
-        Lane.DISK_WRITE if part.tier is Tier.DISK else Lane.D2H,
+        unit.site.disk_write if part.tier is Tier.DISK else unit.site.d2h,
         StepKind.STORE_KV,
         unit.index,
-        work,
+        micro_batch,
         part.index,
         reads=(source,),
         writes=(_home(unit, part),),
@@ -86,97 +93,99 @@ def _store_prompt(unit: Unit, work: MicroBatch, part: Part, source: Buffer) -> I
     )
 
 
-def _staged(unit: Unit, work: MicroBatch) -> Buffer:
+def _staged(unit: Unit, micro_batch: MicroBatch) -> Buffer:
     """One buffer for all parts: where each lies in it depends on the others."""
-    return Buffer(f"kv_new.{unit.site.tier}", work.prompt_buffer)
+    return Buffer(f"kv_new.{unit.site.name}", micro_batch.prompt_buffer)
 
 
-def _decode_at_site(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
     layout, token = part.group.layouts[part.home], part.token
-    cache, load = _in_memory(job, unit, work, part)
+    cache, load = _in_memory(job, unit, micro_batch, part)
     yield from load
     appendix = _appendix(unit, part)
     # The cache lives in host memory or below, and is moved to the accelerator.
     away = unit.site.is_accelerator and part.tier is not Tier.GPU
     if away:
-        moving = Buffer("kv_slot", part.kv_buffer)
+        moving = Buffer("kv_moved", part.kv_buffer)
         yield Step(
-            Lane.H2D,
+            unit.site.h2d,
             StepKind.LOAD_KV,
             unit.index,
-            work,
+            micro_batch,
             part.index,
             reads=(cache, appendix),
             writes=(moving,),
             bytes=layout.prefix_bytes(layout.used_segments(token - 1)),
         )
         cache = moving
-    new = work.buffer("kv_token", part.index)
+    new = micro_batch.buffer("kv_token", part.index)
     yield Step(
         unit.site.lane,
         StepKind.ATTEND,
         unit.index,
-        work,
+        micro_batch,
         part.index,
-        reads=(work.buffer("qkv"), cache),
-        writes=(work.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
+        reads=(micro_batch.buffer("qkv"), cache),
+        writes=(micro_batch.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
         flops=_attend_flops(job, part),
     )
     if away:
-        staged = work.buffer("kv_token_host", part.index)
+        staged = micro_batch.buffer("kv_token_host", part.index)
         yield Step(
-            Lane.D2H,
+            unit.site.d2h,
             StepKind.STORE_KV,
             unit.index,
-            work,
+            micro_batch,
             part.index,
             reads=(new,),
             writes=(staged,),
             bytes=part.rows * layout.token_bytes,
         )
-        yield Step(Lane.CPU, StepKind.APPEND_KV, unit.index, work, part.index, reads=(staged,), writes=(appendix,))
-    yield from _flush(unit, work, part)
+        yield Step(
+            unit.site.cpu, StepKind.APPEND_KV, unit.index, micro_batch, part.index, reads=(staged,), writes=(appendix,)
+        )
+    yield from _flush(unit, micro_batch, part)
 
 
-def _decode_on_cpu(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+def _decode_on_cpu(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
     """Queries go down, the cache stays, the attention output comes back up."""
-    query, result = work.buffer("qkv_host", part.index), work.buffer("attn_host", part.index)
+    query, result = micro_batch.buffer("qkv_host", part.index), micro_batch.buffer("attn_host", part.index)
     yield Step(
-        Lane.D2H,
+        unit.site.d2h,
         StepKind.MOVE_QKV,
         unit.index,
-        work,
+        micro_batch,
         part.index,
-        reads=(work.buffer("qkv"),),
+        reads=(micro_batch.buffer("qkv"),),
         writes=(query,),
         bytes=part.rows * job.qkv_row_bytes,
     )
-    cache, load = _in_memory(job, unit, work, part)
+    cache, load = _in_memory(job, unit, micro_batch, part)
     yield from load
     yield Step(
-        Lane.CPU,
+        unit.site.cpu,
         StepKind.ATTEND,
         unit.index,
-        work,
+        micro_batch,
         part.index,
         reads=(query, cache),
         writes=(result, _appendix(unit, part)),
         flops=_attend_flops(job, part),
     )
     yield Step(
-        Lane.H2D,
+        unit.site.h2d,
         StepKind.MOVE_ATTENTION,
         unit.index,
-        work,
+        micro_batch,
         part.index,
         reads=(result,),
-        writes=(work.buffer("attn", part.index),),
+        writes=(micro_batch.buffer("attn", part.index),),
         bytes=part.rows * job.attention_row_bytes,
     )
-    yield from _flush(unit, work, part)
+    yield from _flush(unit, micro_batch, part)
 
 
-def _in_memory(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:
+def _in_memory(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:
     """The buffer where a part's cache can be read in memory, and the step that brings it there from disk."""
     home = _home(unit, part)
     if part.tier is not Tier.DISK:
@@ -184,10 +193,10 @@ def _in_memory(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> t
     layout = part.group.layouts[part.home]
     host = Buffer("kv_host", part.kv_buffer)
     load = Step(
-        Lane.DISK_READ,
+        unit.site.disk_read,
         StepKind.LOAD_KV,
         unit.index,
-        work,
+        micro_batch,
         part.index,
         reads=(home,),
         writes=(host,),
@@ -196,16 +205,16 @@ def _in_memory(job: ScheduledJob, unit: Unit, work: MicroBatch, part: Part) -> t
     return host, (load,)
 
 
-def _flush(unit: Unit, work: MicroBatch, part: Part) -> Iterator[Step]:
+def _flush(unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
     """A tail segment of a cache on disk is written once, when it is complete, if more tokens are to attend to it."""
     layout = part.group.layouts[part.home]
     is_complete = part.token % layout.segment_tokens == 0
     if part.tier is Tier.DISK and is_complete and part.token < layout.new_tokens:
         yield Step(
-            Lane.DISK_WRITE,
+            unit.site.disk_write,
             StepKind.STORE_KV,
             unit.index,
-            work,
+            micro_batch,
             part.index,
             reads=(_appendix(unit, part),),
             writes=(_home(unit, part),),

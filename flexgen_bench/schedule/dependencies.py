@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.steps import Step
@@ -20,7 +22,7 @@ class DependencyTracker:
     """
 
     def __init__(self) -> None:
-        self._count: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._count: defaultdict[Lane, int] = defaultdict(int)
         self._used: dict[Buffer, _Use] = {}
 
     def add(self, step: Step) -> tuple[int, Dependencies]:

@@ -5,28 +5,14 @@ unit serves every micro-batch, whether that one is in prefill or in decode. Noth
 must wait for follows from the buffers it reads and writes (``dependencies.py``), so loads for the next layer and the
 next micro-batch run ahead as far as their staging buffers allow.
 
-Buffers, and who writes them (tier is where the buffer lies):
-    resident(u), weights.tier(slot), plain(slot)     a unit's blob: in place / staged / unpacked
-    tokens(KV slot)            next tokens of a KV slot's sequence group    <- SAMPLE
-    rows(stage)             gathered embedding rows           <- GATHER_ROWS, MOVE_ROWS
-    x.tier(stage)           hidden states being worked on     <- EMBED, LOAD_HIDDEN, OUTPUT
-    hidden(KV slot, chunk, part)  hidden states at home          <- STORE_HIDDEN (or EMBED, OUTPUT if computed where
-    they live) qkv, attn(stage)        around the attention              <- PROJECT, ATTEND
-    residual(stage)         hidden states before it, for OUTPUT <- PROJECT
-    kv(KV slot, layer, part)   keys and values at home           <- ATTEND, STORE_KV, APPEND_KV
-    kv_tail(KV slot, layer, part) the unfinished segment of a cache on disk, in host memory
-    kv_slot, kv_host(slot)  keys and values being moved       <- LOAD_KV
-    kv_new.tier(slot)       a prompt's keys and values on their way home <- ATTEND
-    kv_token(stage, part)   a token's, on their way home      <- ATTEND
-    logits(stage)           what sampling needs               <- HEAD
-    ..._host, gpu_rows      the same on the other side of a link <- MOVE_..., STORE_KV
+``buffer.py`` lists the buffers. Where a unit is computed, and on which lanes what it needs is moved, says its site.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.attention import attention_buffers, attention_steps
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
@@ -37,10 +23,10 @@ from flexgen_bench.schedule.weights import Blob, WeightStream
 
 
 def pass_steps(
-    job: ScheduledJob, weights: WeightStream, batches: Sequence[MicroBatch], is_last: bool
+    job: ScheduledJob, weights: WeightStream, micro_batches: Sequence[MicroBatch], is_last: bool
 ) -> Iterator[Step]:
-    """All steps of one pass over ``batches``; chunks of one prompt follow each other. ``is_last``: load nothing beyond
-    it.
+    """All steps of one pass over ``micro_batches``; chunks of one prompt follow each other. ``is_last``: load nothing
+    beyond it.
 
     Decoding micro-batches that the cpu attends for are taken apart at the attention: their projections come first, then
     the other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the
@@ -50,8 +36,8 @@ def pass_steps(
     weights.begin_pass(is_last)
     apart: list[MicroBatch] = []
     others: list[MicroBatch] = []
-    for batch in batches:
-        (apart if uses_cpu_attention(job, batch.members) else others).append(batch)
+    for micro_batch in micro_batches:
+        (apart if uses_cpu_attention(job, micro_batch.members) else others).append(micro_batch)
     projected = False  # whether the layer's projections of ``apart`` were emitted with the layer before
     for unit, following in zip(job.units, [*job.units[1:], None], strict=True):
         yield from weights.ready(unit)
@@ -59,23 +45,23 @@ def pass_steps(
         if unit.kind is UnitKind.LAYER:
             ahead = following is not None and _may_overlap(job, unit, following)
             split = apart if unit.site.is_accelerator else []
-            whole = others if split else batches
+            whole = others if split else micro_batches
             if not projected:
-                for batch in split:
-                    yield from _before_attention(job, unit, blob, batch)
-            for batch in whole:
-                yield from _before_attention(job, unit, blob, batch)
-                yield from _after_attention(job, unit, blob, batch)
+                for micro_batch in split:
+                    yield from _before_attention(job, unit, blob, micro_batch)
+            for micro_batch in whole:
+                yield from _before_attention(job, unit, blob, micro_batch)
+                yield from _after_attention(job, unit, blob, micro_batch)
             projected = bool(split) and ahead
-            for batch in split:
-                yield from _after_attention(job, unit, blob, batch)
+            for micro_batch in split:
+                yield from _after_attention(job, unit, blob, micro_batch)
                 if projected:
                     assert following is not None
                     yield from weights.ready(following)
-                    yield from _before_attention(job, following, weights.where(following), batch)
+                    yield from _before_attention(job, following, weights.where(following), micro_batch)
         else:
-            for batch in batches:
-                yield from (_embed if unit.kind is UnitKind.EMBED else _head)(job, unit, blob, batch)
+            for micro_batch in micro_batches:
+                yield from (_embed if unit.kind is UnitKind.EMBED else _head)(job, unit, blob, micro_batch)
         yield from weights.done(unit)
 
 
@@ -96,98 +82,100 @@ def _may_overlap(job: ScheduledJob, unit: Unit, following: Unit) -> bool:
     )
 
 
-def _embed(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
-    tokens = tuple(Buffer("tokens", member.group.kv_slot) for member in work.members)
-    rows = work.buffer("rows")
-    moved = work.rows * job.embed_row_bytes
+def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
+    tokens = tuple(Buffer("tokens", member.group.kv_slot) for member in micro_batch.members)
+    rows = micro_batch.buffer("rows")
+    moved = micro_batch.rows * job.embed_row_bytes
     source = tokens
     if unit.tier is not unit.site.tier:  # only the rows that are needed leave the table
         # By the cpu even from disk: on the disk's lane, weights would wait behind it for the tokens.
-        yield Step(Lane.CPU, StepKind.GATHER_ROWS, unit.index, work, reads=tokens, writes=(rows,))
+        yield Step(unit.site.cpu, StepKind.GATHER_ROWS, unit.index, micro_batch, reads=tokens, writes=(rows,))
         source = (rows,)
         if unit.site.is_accelerator:
-            source = (work.buffer("gpu_rows"),)
-            yield Step(Lane.H2D, StepKind.MOVE_ROWS, unit.index, work, reads=(rows,), writes=source, bytes=moved)
+            source = (micro_batch.buffer("gpu_rows"),)
+            yield Step(
+                unit.site.h2d, StepKind.MOVE_ROWS, unit.index, micro_batch, reads=(rows,), writes=source, bytes=moved
+            )
     yield Step(
         unit.site.lane,
         StepKind.EMBED,
         unit.index,
-        work,
+        micro_batch,
         weight_buffer=blob.weight_buffer,
         dequantized_buffer=blob.dequantized_buffer,
         reads=(*blob.buffers, *source),
-        writes=working_buffers(unit, work),
-        flops=unit.flops_before * work.rows,
+        writes=working_buffers(unit, micro_batch),
+        flops=unit.flops_before * micro_batch.rows,
     )
-    yield from store_hidden(job, unit, work)
+    yield from store_hidden(job, unit, micro_batch)
 
 
-def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
-    yield from load_hidden(job, unit, work)
+def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
+    yield from load_hidden(job, unit, micro_batch)
     yield Step(
         unit.site.lane,
         StepKind.PROJECT,
         unit.index,
-        work,
+        micro_batch,
         weight_buffer=blob.weight_buffer,
         dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *working_buffers(unit, work)),
-        writes=(work.buffer("qkv"), work.buffer("residual")),
-        flops=unit.flops_before * work.rows,
+        reads=(*blob.buffers, *working_buffers(unit, micro_batch)),
+        writes=(micro_batch.buffer("qkv"), micro_batch.buffer("residual")),
+        flops=unit.flops_before * micro_batch.rows,
     )
-    yield from attention_steps(job, unit, work)
+    yield from attention_steps(job, unit, micro_batch)
 
 
-def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     yield Step(
         unit.site.lane,
         StepKind.OUTPUT,
         unit.index,
-        work,
+        micro_batch,
         weight_buffer=blob.weight_buffer,
         dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *attention_buffers(work), work.buffer("residual")),
-        writes=working_buffers(unit, work),
-        flops=unit.flops_after * work.rows,
+        reads=(*blob.buffers, *attention_buffers(micro_batch), micro_batch.buffer("residual")),
+        writes=working_buffers(unit, micro_batch),
+        flops=unit.flops_after * micro_batch.rows,
     )
-    if work.logit_rows or job.units[unit.index + 1].kind is UnitKind.LAYER:
-        yield from store_hidden(job, unit, work)
+    if micro_batch.logit_rows or job.units[unit.index + 1].kind is UnitKind.LAYER:
+        yield from store_hidden(job, unit, micro_batch)
 
 
-def _head(job: ScheduledJob, unit: Unit, blob: Blob, work: MicroBatch) -> Iterator[Step]:
+def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     """Logits of the logit rows only; a chunk that ends no prompt has none."""
-    if not work.logit_rows:
+    if not micro_batch.logit_rows:
         return
-    logits = work.buffer("logits")
-    yield from load_hidden(job, unit, work)
+    logits = micro_batch.buffer("logits")
+    yield from load_hidden(job, unit, micro_batch)
     yield Step(
         unit.site.lane,
         StepKind.HEAD,
         unit.index,
-        work,
+        micro_batch,
         weight_buffer=blob.weight_buffer,
         dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *working_buffers(unit, work)),
+        reads=(*blob.buffers, *working_buffers(unit, micro_batch)),
         writes=(logits,),
-        flops=unit.flops_before * len(work.logit_rows),
+        flops=unit.flops_before * len(micro_batch.logit_rows),
     )
     if unit.site.is_accelerator:
-        on_host = work.buffer("host_logits")
+        on_host = micro_batch.buffer("host_logits")
         yield Step(
-            Lane.D2H,
+            unit.site.d2h,
             StepKind.MOVE_LOGITS,
             unit.index,
-            work,
+            micro_batch,
             reads=(logits,),
             writes=(on_host,),
-            bytes=len(work.logit_rows) * job.logits_row_bytes,
+            bytes=len(micro_batch.logit_rows) * job.logits_row_bytes,
         )
         logits = on_host
     yield Step(
-        Lane.CPU,
+        unit.site.cpu,
         StepKind.SAMPLE,
         unit.index,
-        work,
+        micro_batch,
         reads=(logits,),
-        writes=tuple(Buffer("tokens", m.group.kv_slot) for m in work.members),
+        writes=tuple(Buffer("tokens", m.group.kv_slot) for m in micro_batch.members),
     )

@@ -97,9 +97,10 @@ class Part:
 class MicroBatch:
     """Sequences computed together.
 
-    stage: its staging buffer; prompt_slot: the one where keys and values of its prompts gather (the same for all
-    chunks); first_slot: of ``num_kv_buffers`` KV staging buffers, the one for its first part. chunk: number of the
-    chunk of its prompts. wanted: rows whose logits are needed; without any, the head does not run.
+    index: its number in the pass. buffer_index: its staging buffer; prompt_buffer: the one where keys and values of its
+    prompts gather (the same for all chunks); first_kv_buffer: of ``num_kv_buffers`` KV staging buffers, the one for its
+    first part. chunk: number of the chunk of its prompts. logit_rows: rows whose logits are needed; without any, the
+    head does not run.
     """
 
     index: int
@@ -114,7 +115,7 @@ class MicroBatch:
     @cached_property
     def token(self) -> int:
         """0 in prefill; in decode, of the member that has come furthest."""
-        return max(member.token for member in self.members)
+        return max((member.token for member in self.members), default=0)
 
     @property
     def is_prefill(self) -> bool:
@@ -153,7 +154,7 @@ class MicroBatch:
         return {}
 
     def buffer(self, name: str, part: int = 0) -> Buffer:
-        """A staging buffer of this micro-batch's stage."""
+        """The staging buffer of this name that the micro-batch has (for one of its parts)."""
         return Buffer(name, self.buffer_index, part=part)
 
     def _parts(self, spans: list[tuple[Span, ...]]) -> tuple[Part, ...]:
@@ -177,3 +178,7 @@ class MicroBatch:
                     )
             row += member.offsets[-1]
         return tuple(parts)
+
+
+# What steps belong to that serve all micro-batches of a pass: it has no sequences, and no rows.
+NO_MICRO_BATCH = MicroBatch(-1, (), 0, 0, 0, 1, ())

@@ -28,6 +28,31 @@ def chunk_len(policy: Policy, size: int) -> int | None:
     return None if policy.prefill_chunk is None else max(1, policy.prefill_chunk // size)
 
 
+@dataclass
+class _BufferTurns:
+    """Whose turn it is: of every kind of staging buffer there are ``count``, which the micro-batches of a pass take one
+    after the other. The other fields say how many have been taken."""
+
+    count: int
+    usual: int = 0
+    cpu_attention: int = 0
+    prompts: int = 0  # sequence groups whose prompts are computed: the chunks of one gather in one buffer
+    kv_parts: int = 0
+
+    def take(self, uses_cpu_attention: bool) -> int:
+        """The staging buffer of the next micro-batch. Those that the cpu attends for are all under way at once, so each
+        has a further one of its own."""
+        if uses_cpu_attention:
+            self.cpu_attention += 1
+            return self.count + self.cpu_attention - 1
+        self.usual += 1
+        return (self.usual - 1) % self.count
+
+    @property
+    def prompt_buffer(self) -> int:
+        return self.prompts % self.count
+
+
 def form_micro_batches(
     job: ScheduledJob,
     running: Sequence[RunningGroup],
@@ -38,24 +63,26 @@ def form_micro_batches(
     """One pass. Every sequence group that starts is a micro-batch per chunk of its prompts; sequence groups that decode
     share micro-batches of at most ``largest`` sequences. chunk_len: sequence group size -> tokens of each prompt per
     chunk (None: all)."""
-    found: list[MicroBatch] = []
-    parts = prompts = plain = apart = 0
+    formed: list[MicroBatch] = []
+    turns = _BufferTurns(job.num_buffers)
 
     def add(members: tuple[Member, ...], chunk: int = 0) -> None:
-        nonlocal parts, plain, apart
-        # Staging buffers in turn; micro-batches that are all taken apart at the attention have one of their own each.
-        if uses_cpu_attention(job, members):
-            buffer_index, apart = job.num_buffers + apart, apart + 1
-        else:
-            buffer_index, plain = plain % job.num_buffers, plain + 1
-        slot = prompts % job.num_buffers
         rows, start = [], 0
         for member in members:
             rows += [start + row for row in logit_rows(member)]
             start += member.offsets[-1]
-        batch = MicroBatch(len(found), members, buffer_index, slot, parts, job.num_buffers, tuple(rows), chunk)
-        parts += len(batch.kv_parts)
-        found.append(batch)
+        micro_batch = MicroBatch(
+            index=len(formed),
+            members=members,
+            buffer_index=turns.take(uses_cpu_attention(job, members)),
+            prompt_buffer=turns.prompt_buffer,
+            first_kv_buffer=turns.kv_parts,
+            num_kv_buffers=turns.count,
+            logit_rows=tuple(rows),
+            chunk=chunk,
+        )
+        turns.kv_parts += len(micro_batch.kv_parts)
+        formed.append(micro_batch)
 
     for together in _share([r for r in running if r.token], largest):
         add(tuple(Member(r.group, r.token) for r in together))
@@ -65,8 +92,8 @@ def form_micro_batches(
             size = chunk_len(starting.group.size) or longest
             for number, start in enumerate(range(0, longest, size)):
                 add((Member(starting.group, 0, start, start + size),), number)
-            prompts += 1
-    return found
+            turns.prompts += 1
+    return formed
 
 
 def _share(decoding: Sequence[RunningGroup], largest: int) -> list[list[RunningGroup]]:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from flexgen_bench.core.policy import AttentionSite
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.core.units import aligned
 from flexgen_bench.schedule.micro_batch import Part
 
@@ -19,25 +19,10 @@ class UnitKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where a unit is computed: the tier whose memory its steps work on, and the lane they run on."""
-
-    tier: Tier
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.GPU if self.tier is Tier.GPU else Lane.CPU
-
-    @property
-    def is_accelerator(self) -> bool:
-        return self.tier is Tier.GPU
-
-
-@dataclass(frozen=True)
 class Unit:
     """A schedulable piece of the model. ``load_bytes`` is what one load moves (0: nothing to load).
 
-    flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and
+    tier: where it lives; gpu means the accelerator that computes it. site: where it is computed. flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and
     unpacked by a step of their own.
     """
 
@@ -51,13 +36,13 @@ class Unit:
     unpack: bool = False
 
     @property
-    def path(self) -> tuple[Tier, ...]:
-        """The tiers it passes through in every pass, its site last; empty if it is used where it lives."""
+    def path(self) -> tuple[Site, ...]:
+        """The sites it passes through in every pass, its own last; empty if it is used where it lives."""
         if self.tier is self.site.tier or not self.load_bytes:
             return ()
         if self.tier is Tier.DISK and self.site.is_accelerator:
-            return (Tier.CPU, Tier.GPU)
-        return (self.site.tier,)
+            return (self.site.host, self.site)
+        return (self.site,)
 
     @property
     def is_streamed(self) -> bool:
@@ -77,10 +62,11 @@ class WeightBuffer:
 class ScheduledJob:
     """A planned job for the generator.
 
-    weight_slots: staging buffers for streamed layers where they are computed, and as many in host memory for those on
-    disk when an accelerator computes. plain_slots: room for unpacked weights, of plain_slot_bytes each. stages: staging
-    buffers for what belongs to a micro-batch; at least two, since one is attended while the next is projected. keep_kv
-    is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps their bytes.
+    weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
+    disk when an accelerator computes. dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
+    num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next is
+    projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
+    their bytes. device: number of the accelerator (of the host, where there is none).
     """
 
     units: tuple[Unit, ...]
@@ -98,10 +84,17 @@ class ScheduledJob:
     keep_kv: bool = True
     dequantized_buffers: int = 0
     dequantized_buffer_bytes: int = 0
+    device: int = 0
 
-    @property
-    def compute_lane(self) -> Lane:
-        return Lane.CPU if self.compute_tier is Tier.CPU else Lane.GPU
+    @cached_property
+    def site(self) -> Site:
+        """The device that computes, in place or not; what a tier of the policy means is a memory of it or of its
+        host."""
+        return Site(self.compute_tier, self.device)
+
+    def site_of(self, tier: Tier) -> Site:
+        """The memory that a tier means in this job."""
+        return self.site if tier is self.compute_tier else Site(tier, self.site.host.device)
 
     @property
     def has_accelerator(self) -> bool:
@@ -113,23 +106,23 @@ class ScheduledJob:
         return tuple(u for u in self.units if u.is_streamed)
 
     @cached_property
-    def buffers(self) -> dict[Tier, tuple[WeightBuffer, ...]]:
-        """Staging buffers of weights on every tier where there are any.
+    def buffers(self) -> dict[Site, tuple[WeightBuffer, ...]]:
+        """Staging buffers of weights on every site where there are any.
 
-        Layers share ``weight_slots`` of them. The embedding and the head, which are often larger, have one each: it
+        Layers share ``weight_buffers`` of them. The embedding and the head, which are often larger, have one each: it
         costs no more memory than slots that hold anything would, and the head can be on its way while every layer slot
         is in use.
         """
-        found: dict[Tier, tuple[WeightBuffer, ...]] = {}
-        for tier in (Tier.GPU, Tier.CPU):
-            passing = [u for u in self.streamed if tier in u.path]
+        found: dict[Site, tuple[WeightBuffer, ...]] = {}
+        for site in sorted({site for u in self.streamed for site in u.path}):
+            passing = [u for u in self.streamed if site in u.path]
             slots: list[WeightBuffer] = []
             for kind in UnitKind:
                 largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
                 if largest:
                     slots += [WeightBuffer(kind, largest)] * (self.buffers_for(kind))
             if slots:
-                found[tier] = tuple(slots)
+                found[site] = tuple(slots)
         return found
 
     def pieces(self, unit: Unit) -> tuple[tuple[int, int], ...]:
@@ -149,7 +142,7 @@ class ScheduledJob:
         return max((u.load_bytes for u in self.streamed if u.kind is UnitKind.LAYER), default=0)
 
     def buffers_for(self, kind: UnitKind) -> int:
-        """Staging buffers that units of a kind share, on one tier."""
+        """Staging buffers that units of a kind share, on one site."""
         return self.weight_buffers if kind is UnitKind.LAYER else 1
 
     def kv_tier(self, unit: Unit, part: Part) -> Tier:

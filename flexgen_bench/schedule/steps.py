@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.schedule.buffer import Buffer
-from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.micro_batch import NO_MICRO_BATCH, MicroBatch
 
 
 class StepKind(StrEnum):
@@ -36,7 +36,8 @@ class StepKind(StrEnum):
 class Step(NamedTuple):
     """One unit of work. (A tuple: hundreds of thousands are made in a search for a policy.)
 
-    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. work: the micro-batch it belongs to, None for weights.
+    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. micro_batch: the one it belongs to;
+    NO_MICRO_BATCH for steps on a unit's weights, which serve all of them.
     part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one.
     weight_buffer: staging buffer of the weights (-1: in place).
     dequantized_buffer: that of the unpacked weights, where compressed ones are unpacked by a step of their own (-1:
@@ -46,7 +47,7 @@ class Step(NamedTuple):
     lane: Lane
     kind: StepKind
     unit: int
-    work: MicroBatch | None = None
+    micro_batch: MicroBatch = NO_MICRO_BATCH
     part: int = -1
     weight_buffer: int = -1
     dequantized_buffer: int = -1
@@ -56,22 +57,21 @@ class Step(NamedTuple):
     flops: int = 0
 
     @property
-    def micro_batch(self) -> MicroBatch:
-        """The micro-batch of a step that has one."""
-        assert self.work is not None, "only steps on weights belong to no micro-batch"
-        return self.work
+    def on_weights(self) -> bool:
+        """Whether it belongs to no micro-batch: it loads or unpacks the weights that all of them use."""
+        return self.micro_batch is NO_MICRO_BATCH
 
     @property
-    def batch(self) -> int:
+    def micro_batch_index(self) -> int:
         """Number of the micro-batch in its pass, -1 for weights."""
-        return -1 if self.work is None else self.work.index
+        return self.micro_batch.index
 
     @property
     def buffer_index(self) -> int:
         """Staging buffer of the micro-batch's own data (rows, hidden states, q/k/v, attention)."""
-        return 0 if self.work is None else self.work.buffer_index
+        return self.micro_batch.buffer_index
 
     @property
     def token(self) -> int:
         """0 in prefill, n when the n-th token after the prompt is fed (n >= 1)."""
-        return 0 if self.work is None else self.work.token
+        return self.micro_batch.token

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Site
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -37,8 +37,8 @@ class WeightStream:
         self._held = dict.fromkeys(UnitKind, 0)  # of these, those whose slots are not free again
         self._end = 0  # of the loads, where the present pass ends
         self._is_last = False
-        self._used: dict[tuple[Tier, UnitKind], int] = {}  # loads into the slots of a tier and kind
-        self._place: dict[tuple[Tier, int], int] = {}  # (tier, unit) -> slot of its latest load
+        self._used: dict[tuple[Site, UnitKind], int] = {}  # loads into the slots of a site and kind
+        self._place: dict[tuple[Site, int], int] = {}  # (site, unit) -> slot of its latest load
         self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._unpacked = 0
         self._dequantized: dict[int, int] = {}  # unit -> target slot of the present pass
@@ -63,7 +63,7 @@ class WeightStream:
                 weight_buffer=slot,
                 dequantized_buffer=target,
                 reads=packed,
-                writes=(Buffer("plain", target),),
+                writes=(Buffer("dequantized", target),),
             )
 
     def where(self, unit: Unit) -> Blob:
@@ -71,7 +71,7 @@ class WeightStream:
         packed, slot = self._packed(unit)
         if unit.index in self._dequantized:
             target = self._dequantized[unit.index]
-            return Blob((*packed, Buffer("plain", target)), slot, target)
+            return Blob((*packed, Buffer("dequantized", target)), slot, target)
         return Blob(packed, slot)
 
     def done(self, unit: Unit) -> Iterator[Step]:
@@ -85,7 +85,7 @@ class WeightStream:
         if unit.index not in self._slots:
             return (Buffer("resident", unit.index),), -1
         slot, count = self._slots[unit.index][0], len(self._job.pieces(unit))
-        name = f"weights.{unit.site.tier}"
+        name = f"weights.{unit.site.name}"
         return tuple(Buffer(name, slot, part=piece) for piece in range(count)), slot
 
     def _fill(self) -> Iterator[Step]:
@@ -99,22 +99,22 @@ class WeightStream:
                 if self._held[unit.kind] == self._job.buffers_for(unit.kind):
                     return
                 self._held[unit.kind] += 1
-                for tier in unit.path:
-                    self._place[tier, unit.index] = self._next_buffer(tier, unit.kind)
-                self._slots[unit.index].append(self._place[unit.site.tier, unit.index])
+                for site in unit.path:
+                    self._place[site, unit.index] = self._next_buffer(site, unit.kind)
+                self._slots[unit.index].append(self._place[unit.site, unit.index])
             self._loads += 1
             yield from self._load(unit, piece)
 
     def _load(self, unit: Unit, piece: int) -> Iterator[Step]:
-        """One tier after the other, up to where the unit is computed."""
+        """From one site to the next, up to where the unit is computed."""
         source = Buffer("resident", unit.index)
         pieces = self._job.pieces(unit)
         start, stop = pieces[piece]
-        for tier in unit.path:
-            slot = self._place[tier, unit.index]
-            target = Buffer(f"weights.{tier}", slot, part=piece)
+        for site in unit.path:
+            slot = self._place[site, unit.index]
+            target = Buffer(f"weights.{site.name}", slot, part=piece)
             yield Step(
-                Lane.DISK_READ if tier is Tier.CPU else Lane.H2D_WEIGHTS,
+                site.h2d_weights if site.is_accelerator else site.disk_read,
                 StepKind.LOAD_WEIGHTS,
                 unit.index,
                 part=piece if len(pieces) > 1 else -1,
@@ -125,11 +125,11 @@ class WeightStream:
             )
             source = target
 
-    def _next_buffer(self, tier: Tier, kind: UnitKind) -> int:
+    def _next_buffer(self, site: Site, kind: UnitKind) -> int:
         """The slots of a kind are used in turn."""
-        used = self._used.get((tier, kind), 0)
-        self._used[tier, kind] = used + 1
-        first = next(i for i, slot in enumerate(self._job.buffers[tier]) if slot.kind is kind)
+        used = self._used.get((site, kind), 0)
+        self._used[site, kind] = used + 1
+        first = next(i for i, slot in enumerate(self._job.buffers[site]) if slot.kind is kind)
         return first + used % self._job.buffers_for(kind)
 
 

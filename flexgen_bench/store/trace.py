@@ -84,7 +84,7 @@ def _columns(lane: LaneTimeline) -> dict[str, Any]:
         begin_us = max(end_us, round(s.begin_s * 1e6))
         gap, end_before = begin_us - end_us, begin_us
         end_us = max(begin_us, round(s.end_s * 1e6))
-        row = (places[s.kind], s.unit, s.batch, s.part, s.token, gap, end_us - end_before, s.bytes, s.flops)
+        row = (places[s.kind], s.unit, s.micro_batch_index, s.part, s.token, gap, end_us - end_before, s.bytes, s.flops)
         for name, value in zip(_COLUMNS, row, strict=True):
             columns[name].append(value)
     return {"bytes_per_s": lane.bytes_per_s, "dropped": lane.dropped, "kinds": list(lane.kinds)} | columns

@@ -11,7 +11,7 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import LINKS, Lane
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -110,7 +110,7 @@ class FlexGenSystem(System):
         plan = self._results[-1].plan
         assert plan is not None
         policy: Policy = self._engine.policy
-        lanes = [lane for lane in Lane if any(lane in r.lanes for r in self._results)]
+        lanes: list[Lane] = sorted({lane for r in self._results for lane in r.lanes})
         notes = () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
         return SystemReport(
             requested=to_json(policy),
@@ -118,17 +118,17 @@ class FlexGenSystem(System):
                 "weights": dict(plan.realised_weights),
                 "kv_cache": dict(plan.realised_kv_cache),
                 "activations": dict(plan.realised_activations),
-                "bytes": {str(tier): dict(parts) for tier, parts in plan.bytes.items()},
-                "allocated": {str(tier): dict(parts) for tier, parts in self._results[-1].allocated.items()},
+                "bytes": {site.name: dict(parts) for site, parts in plan.bytes.items()},
+                "allocated": {site.name: dict(parts) for site, parts in self._results[-1].allocated.items()},
             },
-            planned_bytes={str(tier): plan.total(tier) for tier in plan.bytes},
+            planned_bytes={site.name: sum(parts.values()) for site, parts in plan.bytes.items()},
             links={
                 str(lane): LinkUse(
                     sum(r.lanes[lane].bytes for r in self._results if lane in r.lanes),
                     sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes),
                 )
                 for lane in lanes
-                if lane in LINKS
+                if lane.is_link
             },
             lane_busy_s={
                 str(lane): sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes) for lane in lanes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flexgen_bench.core.tiers import Lane, link_of
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Slice
 from flexgen_bench.core.units import format_seconds
 from flexgen_bench.report.rows import machine_of
@@ -102,7 +102,7 @@ def _subtitle(run: TracedRun) -> str:
     throttled: dict[str, float] = {}
     for name, lane in run.timeline.lanes.items():
         if lane.bytes_per_s:  # lanes that share a link are throttled together
-            throttled[link_of(Lane(name))] = lane.bytes_per_s
+            throttled[Lane.parse(name).link.name] = lane.bytes_per_s
     parts += [f"{name} throttled to {rate / 1e9:g} GB/s" for name, rate in throttled.items()]
     if run.timeline.dropped:
         parts.append(f"the last {run.timeline.dropped} steps were not kept")

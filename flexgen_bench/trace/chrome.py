@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from flexgen_bench.core.tiers import LINKS
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Slice
 from flexgen_bench.trace.runs import TracedRun
 
@@ -33,13 +33,12 @@ def trace_events(run: TracedRun) -> dict[str, Any]:
 
 def _events(run: TracedRun) -> Iterator[dict[str, Any]]:
     yield _metadata("process_name", 0, {"name": run.title})
-    links = {str(lane) for lane in LINKS}
     for thread, (lane, slices) in enumerate(run.timeline.lanes.items(), start=1):
         yield _metadata("thread_name", thread, {"name": lane})
         yield _metadata("thread_sort_index", thread, {"sort_index": thread})
         for slice_ in slices:
             yield _slice(run, slice_, lane, thread)
-        if lane in links:
+        if Lane.parse(lane).is_link:
             yield from _in_flight(lane, list(slices))
 
 
@@ -50,8 +49,8 @@ def _metadata(name: str, thread: int, arguments: dict[str, Any]) -> dict[str, An
 def _slice(run: TracedRun, slice_: Slice, lane: str, thread: int) -> dict[str, Any]:
     begin, end = _us(slice_.begin_s), _us(slice_.end_s)
     arguments: dict[str, Any] = {"unit": run.unit_name(slice_.unit), "bytes": slice_.bytes}
-    if slice_.batch >= 0:
-        arguments |= {"micro_batch": slice_.batch, "token": slice_.token}
+    if slice_.micro_batch_index >= 0:
+        arguments |= {"micro_batch": slice_.micro_batch_index, "token": slice_.token}
     if slice_.part >= 0:
         arguments["part"] = slice_.part
     if slice_.flops:

@@ -59,4 +59,4 @@ def _of_batches(slices: list[Slice]) -> list[Slice]:
     if not any(s.kind == StepKind.EMBED for s in slices):
         return []
     # The cpu lane also gathers rows for an accelerator, but embeds only where it computes.
-    return [s for s in slices if s.batch >= 0 and s.kind != StepKind.GATHER_ROWS]
+    return [s for s in slices if s.micro_batch_index >= 0 and s.kind != StepKind.GATHER_ROWS]

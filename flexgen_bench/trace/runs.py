@@ -46,7 +46,7 @@ class TracedRun:
     def slice_name(self, slice_: Slice) -> str:
         """Kind, unit and micro-batch: ``attend layer 3 mb 1``."""
         name = f"{slice_.kind} {self.unit_name(slice_.unit)}"
-        return name if slice_.batch < 0 else f"{name} mb {slice_.batch}"
+        return name if slice_.micro_batch_index < 0 else f"{name} mb {slice_.micro_batch_index}"
 
 
 def find_run(run: str, results_dir: Path) -> TracedRun:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexgen_bench.core.tiers import LINKS, Lane, link_of
+from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Slice, Timeline
 from flexgen_bench.core.units import GB, format_bytes
 
@@ -60,7 +60,7 @@ def summarise(timeline: Timeline) -> Summary:
             sum(s.seconds for s in found),
             sum(s.bytes for s in found),
             timeline.lanes[lane].bytes_per_s,
-            lane in {str(link) for link in LINKS},
+            Lane.parse(lane).is_link,
         )
         for lane, found in slices.items()
     )
@@ -147,8 +147,9 @@ def to_text(summary: Summary) -> str:
     for lane in summary.lanes:
         moved = [format_bytes(lane.bytes), *(_rate(lane.bytes, s) for s in (lane.busy_s, wall))]
         limit = "-" if lane.bytes_per_s is None else f"{lane.bytes_per_s / GB:.2f}"
-        if lane.is_link and link_of(Lane(lane.lane)) != lane.lane:
-            limit = f"of {link_of(Lane(lane.lane))}"
+        link = Lane.parse(lane.lane).link.name
+        if link != lane.lane:
+            limit = f"of {link}"
         links = [*moved, limit] if lane.is_link else ["-"] * 4
         rows.append([lane.lane, str(lane.steps), f"{lane.busy_s:.3f}", _percent(lane.busy_s, wall), *links])
     parts = [f"Wall time {wall:.3f} s\n\n{_table(rows, left=1)}"]

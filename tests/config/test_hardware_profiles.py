@@ -18,7 +18,7 @@ from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import TRANSFERS, Rates
-from flexgen_bench.core.tiers import LINKS, Tier
+from flexgen_bench.core.tiers import LINKS, Lane, Tier
 
 NAMES = sorted(path.stem for path in (conf_dir() / "gpu").glob("*.yaml"))
 # They stand for whatever machine is here, which is measured.
@@ -71,7 +71,7 @@ def test_a_machine_that_is_elsewhere_states_all_that_a_prediction_needs(name: st
     assert profile.device_match
     assert None not in (profile.gpu_memory_bytes, profile.cpu_memory_bytes, profile.disk_bytes)
     assert set(rates.sites) == {Tier.GPU, Tier.CPU}
-    assert all(profile.link_rate(lane) for lane in LINKS)
+    assert all(profile.link_rate(Lane(kind)) for kind in LINKS)
     assert set(rates.transfers) == set(TRANSFERS)
     for site in rates.sites.values():
         for number in ("float16", "bfloat16", "float16/4"):
@@ -85,7 +85,7 @@ def test_constants_are_plausible_beside_each_other(name: str) -> None:
     """Inside a machine: what is further away is slower, and nothing computes beyond its tensor cores."""
     profile, rates = hardware_profile(name), rates_of(name)
     gpu, cpu = rates.sites[Tier.GPU], rates.sites[Tier.CPU]
-    link = {str(lane): profile.link_rate(lane) or 0 for lane in LINKS}
+    link = {str(kind): profile.link_rate(Lane(kind)) or 0 for kind in LINKS}
     assert gpu.memory > 2 * cpu.memory
     assert cpu.memory > link["h2d"] > link["disk_read"] >= link["disk_write"]
     assert rates.transfers["h2d_pageable"] < link["h2d"]

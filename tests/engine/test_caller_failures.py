@@ -15,7 +15,7 @@ import torch
 
 from flexgen_bench import LLM, SamplingParams
 from flexgen_bench.core.errors import NotFinite, OutOfMemory, UserError
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.executor import Executor, LaneSettings
@@ -154,8 +154,8 @@ def test_more_interrupts_while_the_first_one_is_obeyed(engine: Engine, tiny: Tin
 
 def test_abort_waits_for_steps_in_flight_and_drops_the_others() -> None:
     """What steps use is released after it: none may be running, and none may begin."""
-    executor = Executor({lane: LaneSettings() for lane in Lane})
-    running, seen = threading.Barrier(len(Lane) + 1, timeout=20), []
+    executor = Executor({lane: LaneSettings() for lane in Site.GPU.lanes})
+    running, seen = threading.Barrier(len(Site.GPU.lanes) + 1, timeout=20), []
     release = threading.Event()
 
     def slow(step: Step) -> None:
@@ -163,13 +163,13 @@ def test_abort_waits_for_steps_in_flight_and_drops_the_others() -> None:
         release.wait(20)
         seen.append("ended")
 
-    for lane in Lane:
+    for lane in Site.GPU.lanes:
         executor.submit(Step(lane, StepKind.ATTEND, 1), slow)
         executor.submit(Step(lane, StepKind.ATTEND, 2), lambda step: seen.append("begun"))
     running.wait()
     threading.Timer(0.2, release.set).start()
     executor.abort()
-    assert seen == ["ended"] * len(Lane)
+    assert seen == ["ended"] * len(Site.GPU.lanes)
     with pytest.raises(RuntimeError, match="stopped from outside"):
         executor.submit(Step(Lane.CPU, StepKind.ATTEND, 3), slow)
     executor.close()

@@ -17,7 +17,7 @@ from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.build import PackedWeights
@@ -178,7 +178,7 @@ def test_a_unit_unpacked_by_a_step_holds_the_fake_quantized_values(
     units = weights.packed.units
     held = hold(weights, tier, dequantized_buffers=2)
     expected = hold(plain, Tier.CPU)
-    slots = {slot.kind: i for i, slot in enumerate(held._job.buffers.get(Tier.CPU, ()))}
+    slots = {slot.kind: i for i, slot in enumerate(held._job.buffers.get(Site.CPU, ()))}
     try:
         for unit in units:
             slot = -1 if tier is Tier.CPU or not unit.entries else 0

@@ -19,7 +19,7 @@ from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.engine.actions import Actions
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
@@ -171,12 +171,12 @@ def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> Non
 
 def check_allocated_as_planned(result: JobResult, hardware: HardwareProfile) -> None:
     assert result.plan is not None
-    planned = {tier: dict(parts) for tier, parts in result.plan.bytes.items()}
-    planned[hardware.compute_tier].pop("workspace")  # torch's own allocator, within this bound
-    planned[Tier.CPU].pop("attention workspace", None)
-    planned[Tier.DISK].pop("weights", None)  # the packed store itself
-    allocated = {t: {k: n for k, n in p.items() if n} for t, p in result.allocated.items()}
-    assert allocated == {tier: parts for tier, parts in planned.items() if parts}
+    planned = {site: dict(parts) for site, parts in result.plan.bytes.items()}
+    planned[Site(hardware.compute_tier)].pop("workspace")  # torch's own allocator, within this bound
+    planned[Site.CPU].pop("attention workspace", None)
+    planned[Site.DISK].pop("weights", None)  # the packed store itself
+    allocated = {site: {k: n for k, n in p.items() if n} for site, p in result.allocated.items()}
+    assert allocated == {site: parts for site, parts in planned.items() if parts}
 
 
 @pytest.mark.parametrize("hardware", [HOST, EMULATED], ids=["host", "emulated"])
@@ -312,10 +312,9 @@ def test_rows_that_stay_on_the_accelerator_do_not_keep_the_others(
 
     def put_and_look(self: HiddenStates, step: Step, x: torch.Tensor) -> None:
         put(self, step, x)
-        assert step.work is not None
-        if any(part.tier is not Tier.GPU for part in step.work.hidden_parts):
-            for part in step.work.hidden_parts:
-                rows = self._rows.get((part.group.kv_slot, step.work.chunk, part.home))
+        if any(part.tier is not Tier.GPU for part in step.micro_batch.hidden_parts):
+            for part in step.micro_batch.hidden_parts:
+                rows = self._rows.get((part.group.kv_slot, step.micro_batch.chunk, part.home))
                 assert rows is None or rows.untyped_storage().nbytes() == rows.nbytes
 
     monkeypatch.setattr(HiddenStates, "put", put_and_look)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.status import Status
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.engine import timeline
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.engine.progress import Aborted, Failure, Progress
@@ -21,7 +21,7 @@ from flexgen_bench.engine.throttle import Link, Throttle, Transfer
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.steps import Step, StepKind
 
-LANES = {lane: LaneSettings() for lane in Lane}
+LANES = {lane: LaneSettings() for lane in Site.GPU.lanes}
 
 
 def step(lane: Lane, unit: int, reads: str = "", writes: str = "", size: int = 0) -> Step:
@@ -250,12 +250,12 @@ def test_the_timeline_holds_every_step_of_every_lane() -> None:
     executor.drain()
     lanes, use = executor.timeline().lanes, executor.use()
     executor.close()
-    assert set(lanes) == {str(lane) for lane in Lane}
+    assert set(lanes) == {str(lane) for lane in Site.GPU.lanes}
     assert lanes["h2d"].bytes_per_s == 1e9
     assert lanes["gpu"].bytes_per_s is None
     for lane, did in use.items():
-        slices = list(lanes[lane])
-        assert len(lanes[lane]) == len(slices) == did.steps
+        slices = list(lanes[lane.name])
+        assert len(lanes[lane.name]) == len(slices) == did.steps
         assert [s.unit for s in slices] == list(range(did.steps))
         assert sum(s.bytes for s in slices) == did.bytes
         assert sum(s.seconds for s in slices) == pytest.approx(did.busy_s)
@@ -355,7 +355,7 @@ def test_a_failure_wakes_who_waits_for_a_step_that_will_not_come() -> None:
 def test_many_lanes_under_contention_lose_no_wakeup() -> None:
     """Chains across all lanes, driven from outside with waits in between: a lost wakeup would hang here."""
     executor = Executor(LANES)
-    lanes = list(Lane)
+    lanes = list(Site.GPU.lanes)
     for unit in range(2000):
         ticket = executor.submit(step(lanes[unit % len(lanes)], unit, reads="a", writes="a"), lambda s: None)
         if unit % 7 == 0:

@@ -19,7 +19,7 @@ import torch
 from flexgen_bench import Placement, Policy
 from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.status import Status
-from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.core.units import MIB
 from flexgen_bench.engine import actions
 from flexgen_bench.engine.actions import Actions
@@ -242,7 +242,7 @@ def print_growth_over_failing_jobs(folder: Path) -> None:
     gc.disable()
     before = fail()
     after = [fail() for _ in range(8)][-1]
-    print(after - before, plan.bytes[Tier.CPU]["kv_cache"])
+    print(after - before, plan.bytes[Site.CPU]["kv_cache"])
 
 
 def test_the_resident_set_does_not_grow_from_failure_to_failure(tmp_path: Path) -> None:

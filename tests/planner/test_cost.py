@@ -14,7 +14,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
-from flexgen_bench.planner.cost import StepCost, links, rates_of
+from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.schedule.steps import Step, StepKind
 from tests.support.planner_machines import (
     ACCELERATOR,
@@ -55,7 +55,7 @@ def test_bytes_cross_a_link_at_its_rate() -> None:
     layer = 12 * 64 * 64 * 2 + (4 + 1 + 4) * 64 * 2 + 256 * 2
     whole = -(-layer // 4096) * 4096
     loads = prices(a_job(Policy(4, 1, DISK, CPU, CPU)), lambda s: s.kind is StepKind.LOAD_WEIGHTS and s.unit == 1)
-    by_tiers: dict[object, object] = {LINKS[step.lane]: (step.bytes, seconds) for step, seconds in loads.items()}
+    by_tiers: dict[object, object] = {step.lane.ends: (step.bytes, seconds) for step, seconds in loads.items()}
     assert by_tiers == {
         (Tier.DISK, Tier.CPU): (whole, pytest.approx(whole / 1e9 + US)),
         (Tier.CPU, Tier.GPU): (whole, pytest.approx(whole / 4e9 + US)),
@@ -261,8 +261,8 @@ def test_a_machine_that_nobody_has_measured_is_refused() -> None:
 
 
 def test_links_are_those_between_a_machines_tiers() -> None:
-    assert links(HOST) == [Lane.DISK_READ, Lane.DISK_WRITE]
-    assert set(links(ACCELERATOR)) == set(LINKS)
+    assert [lane for lane in HOST.lanes if lane.is_link] == [Lane.DISK_READ, Lane.DISK_WRITE]
+    assert [lane.kind for lane in ACCELERATOR.lanes if lane.is_link] == list(LINKS)
     assert rates_of(HOST).sites == {Tier.CPU: CPU_SITE}
 
 

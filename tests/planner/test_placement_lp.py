@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Schedule
-from flexgen_bench.core.tiers import Lane, Tier, link_of
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.planner.placement_lp import KINDS, LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
 
 NEAR = 1e-6
@@ -134,7 +134,7 @@ def phases(draw: st.DrawFn, tiers: Sequence[Tier], lanes: Sequence[Lane]) -> Pha
 @st.composite
 def problems(draw: st.DrawFn) -> PlacementProblem:
     tiers = draw(st.sampled_from([tuple(Tier), (Tier.CPU, Tier.DISK)]))
-    lanes = draw(st.lists(st.sampled_from(Lane), min_size=1, max_size=3, unique=True))
+    lanes = draw(st.lists(st.sampled_from(Site.GPU.lanes), min_size=1, max_size=3, unique=True))
     held = st.dictionaries(st.sampled_from(KINDS), st.sampled_from(tiers), max_size=2)
     return PlacementProblem(
         schedule=draw(st.sampled_from(Schedule)),
@@ -168,11 +168,11 @@ def seconds_of(problem: PlacementProblem, shares: Mapping[tuple[str, Tier], floa
     """Of a block, from the definition; lanes that share a link take turns on it."""
 
     def lanes(phase: PhaseCost) -> list[float]:
-        together = dict.fromkeys(Lane, 0.0)
-        for lane in Lane:
-            together[link_of(lane)] += phase.fixed.get(lane, 0.0)
+        together = dict.fromkeys(Site.GPU.lanes, 0.0)
+        for lane in Site.GPU.lanes:
+            together[lane.link] += phase.fixed.get(lane, 0.0)
             for key, share in shares.items():
-                together[link_of(lane)] += share * phase.by_share[key].get(lane, 0.0)
+                together[lane.link] += share * phase.by_share[key].get(lane, 0.0)
         return list(together.values())
 
     prefill, decode = lanes(problem.prefill), lanes(problem.decode)

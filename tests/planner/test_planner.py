@@ -15,7 +15,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import pack
 from flexgen_bench.models.registry import family
@@ -108,9 +108,9 @@ def test_a_plan_names_tier_need_and_capacity() -> None:
     policy = Policy(4, 2)
     plan = plan_job(model, policy, HOST, [Request(8, 4)] * 8)
     # In memory a unit is an extent of whole pages; the file begins with the embedding, which includes a tied head.
-    assert plan.bytes[Tier.CPU]["weights"] == model.packed.file_bytes
+    assert plan.bytes[Site.CPU]["weights"] == model.packed.file_bytes
     per_region = -(-4 * 8 * 2 * 24 * 4 // 4096) * 4096 + -(-4 * 3 * 2 * 24 * 4 // 4096) * 4096
-    assert plan.bytes[Tier.CPU]["kv_cache"] == 2 * model.shape.num_layers * per_region
+    assert plan.bytes[Site.CPU]["kv_cache"] == 2 * model.shape.num_layers * per_region
     plan.check({})
     capped = HardwareProfile("cpu", Accelerator.NONE, cpu_memory_bytes=1000)
     with pytest.raises(DoesNotFit, match=r"tier cpu = 'needs .* KiB .*capacity of 1000 B.*disk"):
@@ -121,11 +121,11 @@ def test_weights_count_where_they_are_placed() -> None:
     model = Model.of(opt_shape(num_layers=4), DType.FLOAT32)
     policy = Policy(weights=Placement(cpu=0.5, disk=0.5), prefetch=3)
     plan = plan_job(model, policy, HOST, [Request(2, 2)])
-    home = plan.bytes[Tier.CPU]["weights"] + plan.bytes[Tier.DISK]["weights"]
+    home = plan.bytes[Site.CPU]["weights"] + plan.bytes[Site.DISK]["weights"]
     assert home == model.packed.file_bytes
     layer = max(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.LAYER)
     head = sum(u.load_bytes for u in plan.job.streamed if u.kind is UnitKind.HEAD)
-    assert plan.bytes[Tier.CPU]["weight slots"] == 3 * layer + head
+    assert plan.bytes[Site.CPU]["weight slots"] == 3 * layer + head
 
 
 def test_default_policy_prefers_memory_and_falls_back_to_disk() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.rates import SiteRates
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, LaneKind, Site
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.forecast import contention
-from flexgen_bench.planner.simulator import COMPUTE, Contention, SharedCores, Simulator
+from flexgen_bench.planner.simulator import Contention, SharedCores, Simulator
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.dependencies import DependencyTracker
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -67,9 +67,7 @@ def brute_force(
 
     def let_passes_begin() -> None:
         while len(over) < len(passes) and all(
-            n in ends
-            for n, step in enumerate(steps)
-            if of_pass[n] == len(over) and (step.lane in COMPUTE or not overlap)
+            n in ends for n, step in enumerate(steps) if of_pass[n] == len(over) and (step.lane.computes or not overlap)
         ):
             over.append(now)
 
@@ -130,7 +128,7 @@ class SharedLink:
 @st.composite
 def graphs(draw: st.DrawFn) -> list[list[Step]]:
     """Steps that read and write a few buffers, on any lanes, cut into passes. unit: what it takes, in seconds."""
-    lanes = st.sampled_from(Lane)
+    lanes = st.sampled_from(Site.GPU.lanes)
     buffers = st.lists(st.integers(0, 4), max_size=2).map(
         lambda keys: tuple(Buffer("b", key) for key in dict.fromkeys(keys))
     )
@@ -152,8 +150,8 @@ def graphs(draw: st.DrawFn) -> list[list[Step]]:
             None,
             SharedLink(Lane.H2D, Lane.D2H),
             SharedLink(Lane.DISK_READ, Lane.H2D),
-            SharedCores({Lane.H2D: 0.25, Lane.D2H: 0.25}),
-            SharedCores({Lane.H2D: 0.5, Lane.D2H: 0.5}),
+            SharedCores({LaneKind.H2D: 0.25, LaneKind.D2H: 0.25}),
+            SharedCores({LaneKind.H2D: 0.5, LaneKind.D2H: 0.5}),
         ]
     ),
 )
@@ -188,7 +186,7 @@ def test_lanes_keep_their_order_and_steps_wait(job: PlannedJob) -> None:
     assert len(simulator.events) == simulator.steps == len(steps)
     assert sum(times) == pytest.approx(total)
     near = EXACTLY * max(total, simulator.now_s)
-    for lane in Lane:
+    for lane in Site.GPU.lanes:
         events = [e for e in simulator.events if e.step.lane is lane]
         assert [id(e.step) for e in events] == [id(s) for s in steps if s.lane is lane]
         for before, after in pairwise(events):
@@ -200,7 +198,7 @@ def test_lanes_keep_their_order_and_steps_wait(job: PlannedJob) -> None:
         assert simulator.busy_s[lane] >= least - near
     event = {id(e.step): e for e in simulator.events}
     tracker = DependencyTracker()
-    on_lane: dict[Lane, list[Step]] = {lane: [] for lane in Lane}
+    on_lane: dict[Lane, list[Step]] = {lane: [] for lane in Site.GPU.lanes}
     for step in steps:
         _, waits = tracker.add(step)
         on_lane[step.lane].append(step)

@@ -14,7 +14,7 @@ from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
-from flexgen_bench.core.tiers import LINKS, Lane, Tier
+from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.schedule.buffer import Buffer
@@ -115,11 +115,11 @@ def meaning(steps: list[Step]) -> list[tuple[object, ...]]:
 def any_legal_order(steps: list[Step], rng: random.Random) -> list[Step]:
     """Run the lanes at random speeds, respecting only lane order and derived dependencies."""
     tracker = DependencyTracker()
-    queues: dict[Lane, deque[tuple[Step, int, dict[Lane, int]]]] = {lane: deque() for lane in Lane}
+    queues: dict[Lane, deque[tuple[Step, int, dict[Lane, int]]]] = {lane: deque() for lane in Site.GPU.lanes}
     for step in steps:
         number, waits = tracker.add(step)
         queues[step.lane].append((step, number, waits))
-    done = dict.fromkeys(Lane, 0)
+    done = dict.fromkeys(Site.GPU.lanes, 0)
     order = []
     while any(queues.values()):
         ready = [
@@ -157,7 +157,7 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
     for step in (step for steps in passes for step in steps):
         unit = plan.job.units[step.unit]
         if step.kind is StepKind.LOAD_WEIGHTS:
-            tier = LINKS[step.lane][1]
+            tier = step.lane.ends[1]
             slots[tier, step.weight_buffer] = step.unit
             loads[step.unit] += tier is unit.site.tier and step.part <= 0
         elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD):
@@ -174,16 +174,18 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
 def test_only_links_move_bytes_and_every_prompt_token_passes_every_layer(case: Case) -> None:
     """Once for every prompt that has it, or for all of a sequence group that share it."""
     steps = all_steps(case)
-    assert all(step.bytes == 0 for step in steps if step.lane not in LINKS)
+    assert all(step.bytes == 0 for step in steps if not step.lane.is_link)
     used = {step.lane for step in steps}
     accelerator = case.hardware is EMULATED
     assert accelerator or used <= {Lane.CPU, Lane.DISK_READ, Lane.DISK_WRITE}
-    started = {s.work.members[0].group for s in steps if s.work and s.work.is_prefill}
+    started = {s.micro_batch.members[0].group for s in steps if not s.on_weights and s.micro_batch.is_prefill}
     prompt_tokens = sum(r.prompt_len for r in case.requests)
     prompt_tokens -= sum((c.size - 1) * c.shared for c in started)
     for layer in range(1, LAYERS + 1):
         rows = [
-            s.work.rows for s in steps if s.kind is StepKind.OUTPUT and s.unit == layer and s.work and s.work.is_prefill
+            s.micro_batch.rows
+            for s in steps
+            if s.kind is StepKind.OUTPUT and s.unit == layer and not s.on_weights and s.micro_batch.is_prefill
         ]
         assert sum(rows) == prompt_tokens
 
@@ -211,7 +213,7 @@ def test_the_continuous_schedule_spreads_prefill_over_the_passes() -> None:
     policy = Policy(4, 2, schedule=Schedule.CONTINUOUS)
     case = Case(policy, HOST, (Request(5, 8),) * 64, {})
     starts = [
-        sum(s.kind is StepKind.EMBED and s.work is not None and s.work.is_prefill for s in steps)
+        sum(s.kind is StepKind.EMBED and s.micro_batch.is_prefill for s in steps)
         for steps in all_passes(case, case.plan)
     ]
     assert starts == [1] * 64 + [0] * 7
@@ -224,7 +226,7 @@ def test_the_cpu_attends_while_the_accelerator_computes() -> None:
     policy = Policy(2, 2, Placement(cpu=1), Placement(cpu=1), Placement(gpu=1), attention=AttentionSite.CPU)
     case = Case(policy, EMULATED, (Request(3, 3),) * 4, {})
     decode = all_passes(case, case.plan)[1]
-    on_gpu = [(s.kind, s.unit, s.batch) for s in decode if s.lane is Lane.GPU][2:-2]
+    on_gpu = [(s.kind, s.unit, s.micro_batch_index) for s in decode if s.lane is Lane.GPU][2:-2]
     project, output = StepKind.PROJECT, StepKind.OUTPUT
     assert on_gpu == [
         (project, 1, 0),
@@ -267,7 +269,7 @@ def test_a_segment_that_nobody_will_attend_to_is_not_written() -> None:
     for gen_len in range(2, 40):
         policy = Policy(2, 1, Placement(cpu=1), Placement(disk=1), Placement(cpu=1))
         case = Case(policy, HOST, (Request(3, gen_len),) * 2, {})
-        steps = [s for s in all_steps(case) if s.work and s.work.token]
+        steps = [s for s in all_steps(case) if s.micro_batch.token]
         last_load = max(i for i, s in enumerate(steps) if s.kind is StepKind.LOAD_KV)
         written = [i for i, s in enumerate(steps) if s.lane is Lane.DISK_WRITE]
         assert all(i < last_load for i in written), gen_len
