@@ -201,7 +201,7 @@ def test_speed_of_a_compressed_system_leads_to_its_accuracy(results: Path, tmp_p
     write_record(replace(record, spec=spec, run_id="later", spec_hash="1" * 16), results)
     assert report(results, tmp_path / "out") == 0
     page = next(p.read_text() for p in (tmp_path / "out").glob("*.md") if p.name != "index.md")
-    assert "not evaluated yet: `python -m flexgen_bench accuracy model=tiny" in page
+    assert "not evaluated yet: `python -m flexgen_bench.accuracy model=tiny" in page
 
 
 def test_table_5_shows_what_was_measured_here(tmp_path: Path) -> None:

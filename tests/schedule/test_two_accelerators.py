@@ -33,7 +33,7 @@ from flexgen_bench.trace.chrome import trace_events
 from flexgen_bench.trace.passes import find_passes
 from flexgen_bench.trace.runs import TracedRun
 from flexgen_bench.trace.summary import summarise, to_text
-from tests.support.planner_machines import ACCELERATOR, EMULATED, PlannedJob, small_opt
+from tests.support.planner_machines import ACCELERATOR, EMULATED, PlannedJob, model_of, small_opt
 from tests.support.record_factory import make_record
 
 FIRST, SECOND = Site.GPU, Site(Tier.GPU, 1)
