@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 failed=""
-for name in step_overhead cpu_attention link_bound balanced disk_stream compression continuous memory latency capped_disk; do
+for name in step_overhead host_cost cpu_attention link_bound balanced disk_stream compression continuous memory latency capped_disk; do
     out="--out results/benchmarks/$name.json"
     case " $* " in *" --quick "*) out="" ;; esac # quick figures are not kept
     # shellcheck disable=SC2086

@@ -8,21 +8,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.layers import Formulas, Layers
 from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.prompts import Prompts
+from flexgen_bench.engine.resident import ResidentLayers, joined
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.prefix_tree import PrefixTree
@@ -59,8 +59,7 @@ class Actions:
 
     def __init__(
         self,
-        family: ModelFamily,
-        shape: ModelShape,
+        formulas: Formulas,
         dtype: torch.dtype,
         policy: Policy,
         plan: MemoryPlan,
@@ -70,16 +69,29 @@ class Actions:
         spill: SpillFile | None,
         consumer: Consumer,
     ) -> None:
-        self._family, self._shape = family, shape
+        self._family, self._shape = formulas.family, formulas.shape
         self._job, self._weights, self._device = plan.job, weights, device
         self._consumer = consumer
-        self._scale = family.attention_scale(shape)
+        self._scale = self._family.attention_scale(self._shape)
         self._value_share = policy.lossy.value_share
-        self._form = KVForm(shape.num_kv_heads, shape.head_dim, dtype, policy.lossy.kv_cache)
+        self._form = KVForm(self._shape.num_kv_heads, self._shape.head_dim, dtype, policy.lossy.kv_cache)
         self._cache = KVCache(plan, self._form, device, arenas, spill)
         self._hidden = HiddenStates(plan, policy, dtype, device, arenas, spill, self._cache.spilled)
         self._prompts = Prompts(plan.job, self._cache, self._form, consumer.tree, self._scale, self._value_share)
         self._health = Health(device)
+        self._layers = Layers(formulas, weights, plan.job, device)
+        self._resident = ResidentLayers(
+            plan.job,
+            self._layers,
+            self._hidden,
+            self._cache,
+            self._form,
+            device,
+            self._health,
+            self._scale,
+            self._value_share,
+            self._angles_of,
+        )
         device.settle()
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
         # something takes it out: what a whole micro-batch's prompts leave behind would stay until its stage is used
@@ -110,6 +122,7 @@ class Actions:
             StepKind.STORE_KV: self._cache.store,
             StepKind.APPEND_KV: self._cache.append,
             StepKind.OUTPUT: self._output,
+            StepKind.LAYER: self._resident.run,
             StepKind.HEAD: self._head,
             StepKind.MOVE_LOGITS: self._move_logits,
             StepKind.SAMPLE: self._sample,
@@ -124,6 +137,7 @@ class Actions:
         self._hidden.begin_pass()
         self._angles.clear()
         self._prompts.begin_pass()
+        self._resident.begin_pass()
 
     def forget(self, group: SequenceGroup) -> None:
         """A sequence group has left its room."""
@@ -132,6 +146,8 @@ class Actions:
     def close(self) -> None:
         """Release the job's memory now: actions refer back to this object, so it would linger until collected."""
         self._actions.clear()
+        self._layers.clear()
+        self._resident.begin_pass()
         for held in (
             self._x,
             self._qkv,
@@ -145,7 +161,7 @@ class Actions:
             self._angles,
         ):
             held.clear()
-        del self._cache, self._hidden, self._prompts
+        del self._cache, self._hidden, self._prompts, self._resident
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
@@ -185,9 +201,7 @@ class Actions:
 
     def _project(self, step: Step) -> None:
         x = self._x[step.buffer_index] = self._hidden.take(step)
-        self._qkv[step.buffer_index] = self._family.project(
-            ops, self._shape, self._weights.of(step), x, self._angles_of(step, x)
-        )
+        self._qkv[step.buffer_index] = self._layers.of(step).project(x, self._angles_of(step, x))
 
     def _angles_of(self, step: Step, x: Tensor) -> Any:
         """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
@@ -203,7 +217,10 @@ class Actions:
 
     def _move_qkv(self, step: Step) -> None:
         part = step.micro_batch.kv_parts[step.part]
-        q, k, v = (self._device.to_host(t[part.row : part.stop]) for t in self._qkv[step.buffer_index])
+        rows = [crossing(t[part.row : part.stop]) for t in self._qkv[step.buffer_index]]
+        # One copy of one piece: they are strided, and a copy over the link wants its rows together.
+        packed = self._device.to_host(torch.cat(rows, dim=1))
+        q, k, v = packed.split([t.shape[1] for t in rows], dim=1)
         self._qkv_host[step.buffer_index, step.part] = (q, k, v)
 
     def _attend(self, step: Step) -> None:
@@ -240,10 +257,8 @@ class Actions:
     def _output(self, step: Step) -> None:
         micro_batch = step.micro_batch
         parts = 1 if micro_batch.is_prefill else len(micro_batch.kv_parts)
-        outs = [crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)]
-        attended = outs[0] if parts == 1 else torch.cat(outs)
-        x = self._family.output(ops, self._shape, self._weights.of(step), self._x.pop(step.buffer_index), attended)
-        self._hidden.put(step, x)
+        attended = joined([crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)])
+        self._hidden.put(step, self._layers.of(step).output(self._x.pop(step.buffer_index), attended))
 
     # From hidden states to tokens
 

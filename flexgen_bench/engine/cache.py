@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
-from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
 from flexgen_bench.memory.spill import SpillFile
@@ -32,6 +32,8 @@ class KVCache:
         self._device = device
         self._spill = spill
         self._memory: dict[Home, Tensor] = {}
+        # All layers of a span on a tier: (L, bytes), and their units in this order.
+        self._stacks: dict[tuple[int, int, Tier], tuple[Tensor, list[int]]] = {}
         self._offset: dict[Home, int] = {}  # on disk
         self._tails: dict[Home, Tensor] = {}
         self.spilled = 0  # bytes of the spill file in use
@@ -63,6 +65,8 @@ class KVCache:
                 for tier in set(tiers):
                     mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
                     arena = arenas.allocate(tier, "kv_cache", size * len(mine))
+                    stack = arena[: size * len(mine)].view(len(mine), size)
+                    self._stacks[kv_slot.index, number, tier] = (stack, [u.index for u in mine])
                     for place, unit in enumerate(mine):
                         home = arena[place * size :][:size]
                         self._memory[kv_slot.index, number, unit.index] = home
@@ -145,7 +149,10 @@ class KVCache:
                 self._file.write(offset, self._tails[home][: layout.segment_bytes])
             else:
                 key = (step.buffer_index, step.part)
-                self._new_host[key] = [tuple(self._device.to_host(t) for t in stored) for stored in self._new[key]]
+                # Keys and values in one copy.
+                both = [torch.stack([crossing(t) for t in pair]) for pair in zip(*self._new[key], strict=True)]
+                moved = [self._device.to_host(t).unbind(0) for t in both]
+                self._new_host[key] = list(zip(*moved, strict=True))
             return
         size, from_accelerator = layout.prompt_bytes, self._job.units[step.unit].site.is_accelerator
         if step.lane.kind is LaneKind.DISK_WRITE:
@@ -201,9 +208,18 @@ class KVCache:
     def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
         region, slot = self._region(part), self._slots[part.kv_buffer]
-        region.append(slot, part.token, _slots(part), new)
+        region.append(slot, part.token, slots_of(part), new)
         self._new[step.buffer_index, step.part] = list(new)
         return region.segments(slot, part.token)
+
+    def all_layers(self, part: Part, tier: Tier) -> tuple[Stored, list[int]] | None:
+        """A part's cache of all layers that have it on this tier, each tensor (L, 2, S, G, P + new tokens, ...), and
+        their units. None if prompt and generated tokens are no neighbours in it."""
+        region = self._region(part)
+        if not region.layout.is_joined:
+            return None
+        raw, units = self._stacks[part.group.kv_slot, part.home, tier]
+        return region.whole(raw), units
 
     def is_moved(self, step: Step, part: Part) -> bool:
         """Whether this ATTEND reads a cache that was moved to an accelerator."""
@@ -211,7 +227,7 @@ class KVCache:
 
     def live_slots(self, part: Part) -> Sequence[int] | None:
         """Which of the region's sequences are still running; None if all are."""
-        slots = _slots(part)
+        slots = slots_of(part)
         return None if len(slots) == self._region(part).layout.sequences else slots
 
     def padding(self, part: Part, device: torch.device) -> Padding | None:
@@ -238,9 +254,9 @@ class KVCache:
     def _append_at_home(self, step: Step, part: Part, new: Sequence[Stored]) -> None:
         region, home = self._region(part), _home(step, part)
         if part.tier is Tier.DISK:
-            region.append_loose(self._tails[home], part.token, _slots(part), new)
+            region.append_loose(self._tails[home], part.token, slots_of(part), new)
         else:
-            region.append(self._memory[home], part.token, _slots(part), new)
+            region.append(self._memory[home], part.token, slots_of(part), new)
 
     def _region(self, part: Part) -> KVRegion:
         key = (part.group.index, part.home)
@@ -264,5 +280,6 @@ def _home(step: Step, part: Part) -> Home:
     return part.group.kv_slot, part.home, step.unit
 
 
-def _slots(part: Part) -> Sequence[int]:
+def slots_of(part: Part) -> Sequence[int]:
+    """The places in their region of a part's sequences, which are still running."""
     return part.group.places[part.span.start : part.span.stop]

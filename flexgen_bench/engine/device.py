@@ -44,6 +44,11 @@ class Device:
         return self.torch_device.type == "cuda"
 
     @property
+    def launches_kernels(self) -> bool:
+        """Whether every operator on the compute tier is a launch, so that few and large ones are worthwhile."""
+        return self.is_cuda
+
+    @property
     def compute_tier(self) -> Tier:
         return self.hardware.compute_tier
 

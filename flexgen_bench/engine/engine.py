@@ -22,6 +22,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
 from flexgen_bench.engine.job_run import JobResult, JobRun
+from flexgen_bench.engine.layers import Formulas
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
@@ -56,6 +57,7 @@ class Engine:
     ) -> None:
         self.policy = policy
         self._family, self._model = family, model
+        self._formulas = Formulas(family, model.shape)
         self._device, self._offload_dir = device, offload_dir
         # The smallest job there is: refuses a policy whose weights do not fit before they are read.
         self._available = device.available(make_writable(offload_dir, "offload_dir"))
@@ -222,8 +224,7 @@ class Engine:
             if spill is not None:
                 held.callback(spill.close)
             actions = Actions(
-                self._family,
-                self._model.shape,
+                self._formulas,
                 TORCH_DTYPES[self._model.dtype],
                 policy,
                 plan,

@@ -39,10 +39,13 @@ class HiddenStates:
         spill_offset: int,
     ) -> None:
         self._job, self._policy = plan.job, policy
+        self._sites = [unit.site.tier for unit in plan.job.units]
         self._dtype, self._device, self._spill = dtype, device, spill
         self._row_bytes = plan.job.hidden_row_bytes
-        self._rows: dict[Home, Tensor] = {}  # rows that live on the compute tier
-        self._joined: dict[tuple[Home, ...], Tensor] = {}  # the same as one tensor
+        self._compute = plan.job.compute_tier
+        # Rows that live on the compute tier: of a whole micro-batch, by its number in the pass, or of its parts.
+        self._whole: dict[int, Tensor] = {}
+        self._rows: dict[Home, Tensor] = {}
         self._memory: dict[tuple[int, int], Tensor] = {}  # (KV slot, span) -> rows on the host
         self._offset: dict[tuple[int, int], int] = {}  # (KV slot, span) -> place in the spill file
         self._staged: dict[Staged, Tensor] = {}  # rows brought to a unit's site
@@ -65,27 +68,30 @@ class HiddenStates:
 
     def put(self, step: Step, x: Tensor) -> None:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
-        micro_batch, tier = step.micro_batch, self._site(step)
+        micro_batch, tier = step.micro_batch, self._sites[step.unit]
+        if micro_batch.hidden_tier is tier is self._compute:
+            self._whole[micro_batch.index] = x
+            if self._rows:  # the old rows, where a link has brought them back
+                for part in micro_batch.hidden_parts:
+                    self._rows.pop(_home(micro_batch, part), None)
+            return
         if any(part.tier is not tier for part in micro_batch.hidden_parts):
             # Only then has the step claimed the staging buffer: another micro-batch may still be using it.
             self._current[tier, step.buffer_index] = x
-        here = [part for part in micro_batch.hidden_parts if part.tier is tier]
-        for part in here:
+        for part in micro_batch.hidden_parts:
+            if part.tier is not tier:
+                continue
             rows = x[part.row : part.stop]
-            if tier is not self._job.compute_tier:
+            if tier is self._compute:  # a view would keep the rows of the other parts, too
+                self._rows[_home(micro_batch, part)] = rows.clone()
+            else:
                 self._in_memory(micro_batch, part).copy_(rows)
-            else:  # a view would keep the rows of the other parts, too
-                whole = len(here) == len(micro_batch.hidden_parts)
-                self._rows[_home(micro_batch, part)] = rows if whole else rows.clone()
-        if here and len(here) == len(micro_batch.hidden_parts) and tier is self._job.compute_tier:
-            self._joined[tuple(_home(micro_batch, part) for part in here)] = x
 
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
-        micro_batch, tier = step.micro_batch, self._site(step)
-        joined = self._joined.get(tuple(_home(micro_batch, part) for part in micro_batch.hidden_parts))
-        if joined is not None and tier is self._job.compute_tier:
-            return joined
+        micro_batch, tier = step.micro_batch, self._sites[step.unit]
+        if micro_batch.hidden_tier is tier is self._compute and micro_batch.index in self._whole:
+            return self._whole[micro_batch.index]
         parts = [self._part(step, micro_batch, part) for part in micro_batch.hidden_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -93,9 +99,14 @@ class HiddenStates:
         tier = self._site(step)
         if part.tier is not tier:
             return crossing(self._staged.pop((tier, step.buffer_index, part.index)))
-        if tier is self._job.compute_tier:  # made by a compute step, or brought back by a link
-            return crossing(self._rows[_home(micro_batch, part)])
+        if tier is self._compute:  # made by a compute step, or brought back by a link
+            return crossing(self._at_compute(micro_batch, part))
         return self._in_memory(micro_batch, part)
+
+    def _at_compute(self, micro_batch: MicroBatch, part: Part) -> Tensor:
+        """A part's rows in their home on the compute tier."""
+        whole = self._whole.get(micro_batch.index)
+        return self._rows[_home(micro_batch, part)] if whole is None else whole[part.row : part.stop]
 
     def load(self, step: Step) -> None:
         """LOAD_HIDDEN: one tier nearer to the site."""
@@ -108,7 +119,7 @@ class HiddenStates:
             at_site = self._site(step) is Tier.CPU
             (self._staged if at_site else self._host)[key] = self._as_rows(pages, part.rows)
         elif step.lane.kind is LaneKind.D2H:
-            self._staged[key] = self._device.to_host(self._rows[_home(micro_batch, part)])
+            self._staged[key] = self._device.to_host(self._at_compute(micro_batch, part))
         else:
             on_disk = part.tier is Tier.DISK
             source = self._host.pop(key) if on_disk else self._in_memory(micro_batch, part)
@@ -129,7 +140,7 @@ class HiddenStates:
         rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
         if step.lane.kind is LaneKind.H2D:
             self._rows[_home(micro_batch, part)] = self._device.to_compute(rows)
-            self._joined.clear()  # what was joined before holds the old rows
+            self._whole.pop(micro_batch.index, None)  # these are the old rows
             return
         on_disk = part.tier is Tier.DISK
         target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(micro_batch, part)
@@ -138,10 +149,10 @@ class HiddenStates:
     def begin_pass(self) -> None:
         """No hidden states outlive a pass: what the last one left on the compute tier is released."""
         self._rows.clear()
-        self._joined.clear()
+        self._whole.clear()
 
     def _site(self, step: Step) -> Tier:
-        return self._job.units[step.unit].site.tier
+        return self._sites[step.unit]
 
     def _in_memory(self, micro_batch: MicroBatch, part: Part) -> Tensor:
         """A part's rows in its home in host memory."""

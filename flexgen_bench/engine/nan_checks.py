@@ -6,6 +6,8 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class Health:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._sums: dict[int, list[tuple[Tensor, Watched, Watched]]] = {}  # by stage
+        self._sums: dict[int, list[tuple[Tensor, list[Watched]]]] = {}  # by stage
         self._on_host: dict[int, tuple[Tensor, list[Watched]]] = {}
 
     def watch(self, step: Step, k: Tensor, v: Tensor) -> None:
@@ -34,12 +36,16 @@ class Health:
         """The last layer has made these hidden states, of which nobody makes keys, and the head these logits."""
         self._watch(step, x, (step.unit - 1, _HIDDEN), logits, (step.unit, _LOGITS))
 
+    def watch_cache(self, step: Step, sums: Tensor, units: Sequence[int]) -> None:
+        """All layers of a pass have put keys and values into the cache: sums (L, 2) of both, for these units."""
+        self._keep(step, sums.view(-1), [(u, n) for u in units for n in ("keys", "values")])
+
     def move(self, step: Step) -> None:
         """MOVE_LOGITS: what was watched of this micro-batch goes to the host with its logits."""
         watched = self._sums.pop(step.buffer_index, None)
         if watched:
-            moved = self._device.to_host(torch.cat([crossing(sums) for sums, *_ in watched]))
-            self._on_host[step.buffer_index] = (moved, [place for _, *both in watched for place in both])
+            moved = self._device.to_host(torch.cat([crossing(sums) for sums, _ in watched]))
+            self._on_host[step.buffer_index] = (moved, [place for _, places in watched for place in places])
 
     def judge(self, step: Step) -> None:
         """SAMPLE: raise NotFinite if anything was not."""
@@ -50,10 +56,14 @@ class Health:
     def _watch(self, step: Step, a: Tensor, of_a: Watched, b: Tensor, of_b: Watched) -> None:
         """A sum is finite only if all of them are (in float32: no overflow)."""
         sums = torch.stack((a.sum(dtype=torch.float32), b.sum(dtype=torch.float32)))
+        self._keep(step, sums, [of_a, of_b])
+
+    def _keep(self, step: Step, sums: Tensor, places: list[Watched]) -> None:
+        """sums (N,) of what is watched; to be judged now, or with the logits."""
         if sums.is_cuda:
-            self._sums.setdefault(step.buffer_index, []).append((sums, of_a, of_b))
+            self._sums.setdefault(step.buffer_index, []).append((sums, places))
         else:
-            _judge(sums.tolist(), [of_a, of_b])
+            _judge(sums.tolist(), places)
 
 
 def _judge(sums: list[float], places: list[Watched]) -> None:

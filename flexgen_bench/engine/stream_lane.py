@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,32 @@ class Issued:
     ended: torch.cuda.Event
 
 
+class EventPairs:
+    """Events for steps, used again when what they told is known: making two costs more than recording them.
+
+    Who still waits for an event that is used again waits for a later step of the same stream, which is issued only when
+    the ones it needs itself are over or on their way: it waits longer, and not for ever. One thread takes, another one
+    gives back.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def take(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """(started, ended)."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            # blocking: threads that wait for it sleep, where the driver would have them spin on cores the cpu lane
+            # needs.
+            ended = torch.cuda.Event(enable_timing=True, blocking=True)
+            return torch.cuda.Event(enable_timing=True), ended
+
+    def give_back(self, started: torch.cuda.Event, ended: torch.cuda.Event) -> None:
+        """Both are over, and their times are known."""
+        self._free.append((started, ended))
+
+
 class StreamWorker(LaneWorker):
     """A lane whose steps are done when the device says so; ``progress`` counts what was issued."""
 
@@ -66,6 +93,7 @@ class StreamWorker(LaneWorker):
         self._stream, self._origin = stream, origin
         self._issued: dict[int, Issued] = {}  # by number; until they are over and collected
         self._collected = 0
+        self._events = EventPairs()
 
     def wait(self, number: int) -> bool:
         waited = super().wait(number)
@@ -85,9 +113,7 @@ class StreamWorker(LaneWorker):
         return waited
 
     def run(self, task: QueuedStep, was_waiting: bool) -> None:
-        started = torch.cuda.Event(enable_timing=True)
-        # blocking: threads that wait for it sleep, where the driver would have them spin on cores the cpu lane needs.
-        ended = torch.cuda.Event(enable_timing=True, blocking=True)
+        started, ended = self._events.take()
         started.record(self._stream)
         task.action(task.step)
         ended.record(self._stream)
@@ -98,10 +124,12 @@ class StreamWorker(LaneWorker):
         while (issued := self._issued.get(self._collected + 1)) and issued.ended.query():
             begin, end = (self._origin.time_of(e) for e in (issued.started, issued.ended))
             self.account(issued.step, begin, end)
-            if end - self._origin.time_s > _EXACT_MS / 1000:
-                self._origin = Origin(issued.ended, end)
             self._collected += 1
             del self._issued[self._collected]
+            if end - self._origin.time_s > _EXACT_MS / 1000:
+                self._origin = Origin(issued.ended, end)
+            else:
+                self._events.give_back(issued.started, issued.ended)
 
     def settle(self) -> None:
         """Until the device has done what it was given. Raises what it has failed with."""

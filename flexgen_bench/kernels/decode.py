@@ -27,7 +27,7 @@ def attend_with_torch(
         return _attend(q, segments, padding, scale, value_share)
     outputs = []
     row = 0
-    for start, stop in _contiguous(slots):
+    for start, stop in contiguous(slots):
         part = [segment.part(start, stop) for segment in segments]
         pad = padding and padding.part(start, stop)
         outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share))
@@ -81,7 +81,7 @@ def _use_share(weights: Tensor, segments: Sequence[Segment], padding: Padding | 
     drop_small(weights, last, [kept(value_share, length + later) for length in lengths])
 
 
-def _contiguous(slots: Sequence[int]) -> list[tuple[int, int]]:
+def contiguous(slots: Sequence[int]) -> list[tuple[int, int]]:
     """Runs of neighbours: [0, 1, 4, 5, 6] -> [(0, 2), (4, 7)]."""
     runs: list[tuple[int, int]] = []
     for slot in slots:

@@ -74,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
+    "relu": torch.relu,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -86,6 +86,11 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 def activation(name: str, x: Tensor) -> Tensor:
     """The named activation; UserError lists the known ones."""
+    return activation_function(name)(x)
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; UserError lists the known ones."""
     if name not in _ACTIVATIONS:
         raise unknown_choice("activation", name, _ACTIVATIONS)
-    return _ACTIVATIONS[name](x)
+    return _ACTIVATIONS[name]

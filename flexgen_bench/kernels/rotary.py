@@ -39,7 +39,7 @@ def rotary_table(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head's halves by the angles: x (N, H, D), cos and sin (N, 1, D)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 
 
 def _linear(scaling: Scaling, theta: float, exponents: Tensor, lengths: Tensor) -> tuple[Tensor, float]:

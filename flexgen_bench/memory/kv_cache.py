@@ -40,16 +40,16 @@ class KVForm:
         return dequantize(stored[0], stored[1], self.head_dim, self.compression, self.dtype)
 
     def views(self, raw: Tensor, sequences: int, tokens: int) -> Stored:
-        """Bytes of one segment as tensors of shape (2, S, G, T, ...)."""
-        shape = (2, sequences, self.heads, tokens)
+        """Bytes (..., bytes) of one segment as tensors of shape (..., 2, S, G, T, ...)."""
+        shape = (*raw.shape[:-1], 2, sequences, self.heads, tokens)
+        count = 2 * sequences * self.heads * tokens
         if self.compression is None:
-            size = 2 * sequences * self.heads * tokens * self.head_dim * self.dtype.itemsize
-            return (raw[:size].view(self.dtype).view(*shape, self.head_dim),)
+            size = count * self.head_dim * self.dtype.itemsize
+            return (raw[..., :size].view(self.dtype).view(*shape, self.head_dim),)
         codes = self.compression.code_bytes(self.head_dim)
         groups = self.compression.groups(self.head_dim)
-        count = 2 * sequences * self.heads * tokens
-        parameters = raw[count * codes : count * self.compression.row_bytes(self.head_dim)]
-        return (raw[: count * codes].view(*shape, codes), parameters.view(torch.float16).view(*shape, groups, 2))
+        parameters = raw[..., count * codes : count * self.compression.row_bytes(self.head_dim)]
+        return (raw[..., : count * codes].view(*shape, codes), parameters.view(torch.float16).view(*shape, groups, 2))
 
     def segment(self, stored: Stored) -> Segment:
         """A segment (2, S, G, T, ...) as attention takes it."""
@@ -65,12 +65,21 @@ class KVRegion:
         self.layout = layout
         self.form = form
 
+    def whole(self, raw: Tensor) -> Stored:
+        """(2, S, G, P + new tokens, ...) of a joined region; of several that are alike, raw (N, bytes) -> (N, 2, S, G,
+        ...)."""
+        return self.form.views(raw, self.layout.sequences, self.layout.tokens)
+
     def prompt(self, raw: Tensor) -> Stored:
         """(2, S, G, P, ...) at the start of ``raw`` (uint8)."""
+        if self.layout.is_joined:
+            return tuple(t[:, :, :, : self.layout.prompt_tokens] for t in self.whole(raw))
         return self.form.views(raw, self.layout.sequences, self.layout.prompt_tokens)
 
     def tail(self, raw: Tensor, segment: int) -> Stored:
         """(2, S, G, segment_tokens, ...) of one tail segment of a region."""
+        if self.layout.is_joined:
+            return tuple(t[:, :, :, self.layout.prompt_tokens :] for t in self.whole(raw))
         return self.loose_tail(raw[self.layout.prefix_bytes(segment) :])
 
     def loose_tail(self, raw: Tensor) -> Stored:

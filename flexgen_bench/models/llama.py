@@ -132,10 +132,11 @@ class Llama(ModelFamily):
     def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         x = ops.rms_norm(x, w["attention_norm"], _norm_eps(shape))
         qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
-        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        q, k, v = qkv.view(-1, sum(heads), shape.head_dim).split(heads, dim=1)
+        queries, groups = shape.num_heads, shape.num_kv_heads
+        rotated, v = qkv.view(-1, queries + 2 * groups, shape.head_dim).split((queries + groups, groups), dim=1)
         cos, sin = angles
-        return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v
+        q, k = ops.rotate(rotated, cos, sin).split((queries, groups), dim=1)  # both in one go
+        return q, k, v
 
     def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
         x = x + ops.linear(attended, w["out.weight"], w.get("out.bias"))

@@ -13,7 +13,8 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.attention import attend_flops
+from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
@@ -74,11 +75,24 @@ class StepCost:
             return step.bytes / self._link_rates[step.lane.kind] + self._sites[Tier.CPU].step
         tier = Tier.GPU if step.lane.of_accelerator else Tier.CPU
         site = self._sites[tier]
+        if step.kind is StepKind.LAYER:
+            return self._layer(step, site, tier)
         return self._work(step, site, tier) + site.step
+
+    def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """Both products and the attention to every part of the cache, each with the overhead of a step of its own:
+        rates were stated and measured when they were that, so they say nothing yet of what one step for all of them
+        costs."""
+        unit, micro_batch = self._job.units[step.unit], step.micro_batch
+        halves = (unit.flops_before * micro_batch.rows, unit.flops_after * micro_batch.rows)
+        products = sum(self._product(step, site, tier, flops) for flops in halves)
+        parts = micro_batch.kv_parts
+        attention = sum(self._decode_attention(part, attend_flops(self._job, part), site) for part in parts)
+        return products + attention + (len(halves) + len(parts)) * site.step
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
-            return self._product(step, site, tier)
+            return self._product(step, site, tier, step.flops)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
@@ -92,20 +106,20 @@ class StepCost:
             return part.rows * part.group.layouts[part.home].token_bytes / site.memory
         raise AssertionError(f"a step of kind {step.kind} runs on no compute lane")
 
-    def _product(self, step: Step, site: SiteRates, tier: Tier) -> float:
+    def _product(self, step: Step, site: SiteRates, tier: Tier, flops: int) -> float:
         """A product with a unit's weights: as fast as arithmetic or as the weights can be read."""
         micro_batch = step.micro_batch
         unit = self._packed.units[step.unit]
         rows = len(micro_batch.logit_rows) if step.kind is StepKind.HEAD else micro_batch.rows
-        if not step.flops or not rows:
+        if not flops or not rows:
             return 0.0
         # An accelerator's compressed weights are unpacked by a step of their own.
         compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
         count = _MATRICES_PER_LAYER if unit.kind is UnitKind.LAYER else 1
         width = math.sqrt(unit.num_values / count)
         number = number_format(self._dtype, compression)
-        arithmetic = step.flops / site.matrix_rate(number, rows, width)
-        values = step.flops / (2 * rows)
+        arithmetic = flops / site.matrix_rate(number, rows, width)
+        values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
 
     def _value_bytes(self, compression: Compression | None) -> float:
@@ -117,8 +131,10 @@ class StepCost:
         micro_batch = step.micro_batch
         if micro_batch.is_prefill:
             return step.flops / site.prefill_attention_rate(_longest(micro_batch))
-        part = micro_batch.kv_parts[step.part]
-        tokens = step.flops / self._job.attention_flops_per_pair
+        return self._decode_attention(micro_batch.kv_parts[step.part], step.flops, site)
+
+    def _decode_attention(self, part: Part, flops: int, site: SiteRates) -> float:
+        tokens = flops / self._job.attention_flops_per_pair
         lossy = self._lossy
         # All of K, and the wanted share of V.
         read = tokens * part.group.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
@@ -131,11 +147,14 @@ def _longest(micro_batch: MicroBatch) -> int:
     return max(max(m.group.prompt_lens) for m in micro_batch.members)
 
 
-def _attended(step: Step) -> tuple[bool, int] | None:
-    """What else decides the time of a step on a cache: its phase, and the longest prompt or the rows of its part."""
-    if step.kind not in (StepKind.ATTEND, StepKind.APPEND_KV):
+def _attended(step: Step) -> tuple[object, ...] | None:
+    """What else decides the time of a step on a cache: its phase, and the longest prompt, or the rows and tokens of its
+    parts."""
+    if step.kind not in (StepKind.ATTEND, StepKind.APPEND_KV, StepKind.LAYER):
         return None
     micro_batch = step.micro_batch
     if micro_batch.is_prefill:
         return True, _longest(micro_batch)
+    if step.kind is StepKind.LAYER:
+        return micro_batch.attended
     return False, micro_batch.kv_parts[step.part].rows

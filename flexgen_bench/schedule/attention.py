@@ -20,6 +20,19 @@ def attention_buffers(micro_batch: MicroBatch) -> tuple[Buffer, ...]:
     return found
 
 
+def is_resident(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> bool:
+    """Whether a micro-batch decodes and all of its cache of this layer lies where the layer is computed. (A prompt's
+    steps are long: one more or less is not felt, and its keys and values may be wanted elsewhere before its layer is
+    done.)"""
+    here = unit.site.tier
+    return not micro_batch.is_prefill and all(job.kv_tier(unit, part) is here for part in micro_batch.kv_parts)
+
+
+def cache_homes(unit: Unit, micro_batch: MicroBatch) -> tuple[Buffer, ...]:
+    """Where the cache of every part of a resident micro-batch lies."""
+    return tuple(_home(unit, part) for part in micro_batch.kv_parts)
+
+
 def attention_steps(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
     """Prefill attends at the site over the keys just made; decode attends over the cache, part by part."""
     if micro_batch.is_prefill:
@@ -127,7 +140,7 @@ def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part
         part.index,
         reads=(micro_batch.buffer("qkv"), cache),
         writes=(micro_batch.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
-        flops=_attend_flops(job, part),
+        flops=attend_flops(job, part),
     )
     if away:
         staged = micro_batch.buffer("kv_token_host", part.index)
@@ -170,7 +183,7 @@ def _decode_on_cpu(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part:
         part.index,
         reads=(query, cache),
         writes=(result, _appendix(unit, part)),
-        flops=_attend_flops(job, part),
+        flops=attend_flops(job, part),
     )
     yield Step(
         unit.site.h2d,
@@ -222,6 +235,6 @@ def _flush(unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
         )
 
 
-def _attend_flops(job: ScheduledJob, part: Part) -> int:
-    lens = part.group.prompt_lens[part.span.start : part.span.stop]
-    return (sum(lens) + part.span.count * part.token) * job.attention_flops_per_pair
+def attend_flops(job: ScheduledJob, part: Part) -> int:
+    """Score and value products of one token of each of a part's sequences against all that it has."""
+    return part.pairs * job.attention_flops_per_pair

@@ -13,9 +13,9 @@ a schedule is of several devices.
 ===============================  ===================================================  =============================
 homes
 resident(unit)                   a unit's weights
-hidden(KV slot, chunk, part)     hidden states                                        STORE_HIDDEN; EMBED, OUTPUT
-                                                                                      where they live
-kv(KV slot, layer, part)         keys and values                                      ATTEND, STORE_KV, APPEND_KV
+hidden(KV slot, chunk, part)     hidden states                                        STORE_HIDDEN; EMBED, OUTPUT,
+                                                                                      LAYER where they live
+kv(KV slot, layer, part)         keys and values                                      ATTEND, LAYER, STORE_KV, APPEND_KV
 kv_tail(KV slot, layer, part)    the unfinished segment of a cache on disk, in        ATTEND, APPEND_KV
                                  host memory
 tokens(KV slot)                  the next tokens of its sequence group                SAMPLE
@@ -26,7 +26,7 @@ dequantized(buffer)              the same unpacked                              
 -------------------------------  ---------------------------------------------------  -----------------------------
 of a micro-batch
 rows, gpu_rows                   gathered embedding rows                              GATHER_ROWS, MOVE_ROWS
-x.site                           hidden states being worked on                        EMBED, LOAD_HIDDEN, OUTPUT
+x.site                           hidden states being worked on                        EMBED, LOAD_HIDDEN, OUTPUT, LAYER
 qkv, attn(part)                  around the attention                                 PROJECT, ATTEND
 residual                         hidden states before it, for OUTPUT                  PROJECT
 kv_token(part)                   a new token's keys and values on their way home      ATTEND

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.schedule.attention import attention_buffers, attention_steps
+from flexgen_bench.schedule.attention import attend_flops, attention_buffers, attention_steps, cache_homes, is_resident
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
@@ -31,7 +31,7 @@ def pass_steps(
     Decoding micro-batches that the cpu attends for are taken apart at the attention: their projections come first, then
     the other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the
     same micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch
-    to work on.
+    to micro_batch on.
     """
     weights.begin_pass(is_last)
     apart: list[MicroBatch] = []
@@ -50,6 +50,9 @@ def pass_steps(
                 for micro_batch in split:
                     yield from _before_attention(job, unit, blob, micro_batch)
             for micro_batch in whole:
+                if is_resident(job, unit, micro_batch):
+                    yield from _layer(job, unit, blob, micro_batch)
+                    continue
                 yield from _before_attention(job, unit, blob, micro_batch)
                 yield from _after_attention(job, unit, blob, micro_batch)
             projected = bool(split) and ahead
@@ -138,6 +141,31 @@ def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: Mic
         writes=working_buffers(unit, micro_batch),
         flops=unit.flops_after * micro_batch.rows,
     )
+    yield from _store_after(job, unit, micro_batch)
+
+
+def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
+    """The whole layer in one step. Nothing moves between its parts, and they follow each other on one lane: three steps
+    would say the same with three times the events and the Python."""
+    yield from load_hidden(job, unit, micro_batch)
+    hidden, caches = working_buffers(unit, micro_batch), cache_homes(unit, micro_batch)
+    flops = (unit.flops_before + unit.flops_after) * micro_batch.rows
+    yield Step(
+        unit.site.lane,
+        StepKind.LAYER,
+        unit.index,
+        micro_batch,
+        weight_buffer=blob.weight_buffer,
+        dequantized_buffer=blob.dequantized_buffer,
+        reads=(*blob.buffers, *hidden, *caches),
+        writes=(*hidden, *caches),
+        flops=flops + sum(attend_flops(job, part) for part in micro_batch.kv_parts),
+    )
+    yield from _store_after(job, unit, micro_batch)
+
+
+def _store_after(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
+    """Hidden states after a layer go home, unless it was the last one and nobody wants logits of them."""
     if micro_batch.logit_rows or job.units[unit.index + 1].kind is UnitKind.LAYER:
         yield from store_hidden(job, unit, micro_batch)
 

@@ -14,6 +14,10 @@ class KVLayout:
     Each segment is (2, sequences, kv_heads, tokens, ...), contiguous, so a prefix of the region is one transfer; the
     prompt segment holds P tokens per sequence, a tail segment ``segment_tokens`` generated ones. Segments start at
     multiples of ``align`` bytes, so that direct I/O can address them.
+
+    is_joined: of a cache that never moves, prompt and generated tokens are neighbours, (2, sequences, kv_heads, P +
+    new_tokens, ...), so that attention reads them as one tensor. It takes no more than the two segments would, which is
+    what it is given.
     """
 
     sequences: int
@@ -22,6 +26,12 @@ class KVLayout:
     segment_tokens: int
     token_bytes: int  # K and V of one token of one sequence in one layer, as stored
     align: int = PAGE
+    is_joined: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a joined region: places for tokens of each sequence."""
+        return self.prompt_tokens + self.new_tokens
 
     @property
     def prompt_bytes(self) -> int:

@@ -92,6 +92,12 @@ class Part:
     def rows(self) -> int:
         return self.stop - self.row
 
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of a decoded token and one it attends to, itself among them."""
+        lens = self.group.prompt_lens[self.span.start : self.span.stop]
+        return sum(lens) + self.span.count * self.token
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -137,11 +143,22 @@ class MicroBatch:
         return self._parts([member.group.kv for member in self.members])
 
     @cached_property
+    def attended(self) -> tuple[tuple[int, int], ...]:
+        """In decode, of every part of the cache: rows, and pairs of a row and a token it attends to."""
+        return tuple((part.rows, part.pairs) for part in self.kv_parts)
+
+    @cached_property
     def hidden_parts(self) -> tuple[Part, ...]:
         """Only those with rows here: in late chunks, short prompts have none."""
         parts = self._parts([member.group.hidden for member in self.members])
         with_rows = [part for part in parts if part.rows]
         return tuple(replace(part, index=index) for index, part in enumerate(with_rows))
+
+    @cached_property
+    def hidden_tier(self) -> Tier | None:
+        """Where all of its hidden states live; None if they are on several tiers."""
+        tiers = {part.tier for part in self.hidden_parts}
+        return tiers.pop() if len(tiers) == 1 else None
 
     @cached_property
     def hidden_homes(self) -> tuple[Buffer, ...]:

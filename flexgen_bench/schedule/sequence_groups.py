@@ -133,7 +133,8 @@ class SequenceGroups:
             segment = min(segment, max(worthwhile, -(-new // MAX_DISK_SEGMENTS), 1))
         elif span.tier is not self.compute:
             segment = min(segment, max(1, -(-new // MAX_DISK_SEGMENTS)))
-        return KVLayout(span.count, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes)
+        stays = span.tier is self.compute
+        return KVLayout(span.count, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes, is_joined=stays)
 
 
 def form_groups(

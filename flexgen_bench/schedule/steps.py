@@ -28,6 +28,7 @@ class StepKind(StrEnum):
     STORE_KV = "store_kv"  # new keys and values, one tier down
     APPEND_KV = "append_kv"  # one token's keys and values into the cpu part of the cache
     OUTPUT = "output"  # attention output -> output projection, MLP -> hidden
+    LAYER = "layer"  # PROJECT, ATTEND and OUTPUT of a resident micro-batch that decodes, in one
     HEAD = "head"  # hidden -> logits
     MOVE_LOGITS = "move_logits"  # what sampling needs, gpu -> cpu
     SAMPLE = "sample"  # logits -> next tokens, on the host

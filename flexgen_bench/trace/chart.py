@@ -32,6 +32,7 @@ COLOURS: dict[str, str] = {
     StepKind.PROJECT: "#f08a24",
     StepKind.ATTEND: "#e8655d",
     StepKind.OUTPUT: "#f7b267",
+    StepKind.LAYER: "#f39a3f",
     StepKind.HEAD: "#c58a5c",
     StepKind.MOVE_LOGITS: "#dcc4b3",
     StepKind.SAMPLE: "#909090",

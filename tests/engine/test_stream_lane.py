@@ -28,11 +28,16 @@ class FakeDevice:
         self.now = 5e5  # it has been on for days
         self.broken = False
         self.waits: list[tuple[FakeStream, FakeEvent]] = []
-        monkeypatch.setattr(torch.cuda, "Event", lambda **_: FakeEvent(self))
+        self.made = 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: self.event())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
     def work(self, seconds: float) -> None:
         self.now += seconds
+
+    def event(self) -> FakeEvent:
+        self.made += 1
+        return FakeEvent(self)
 
 
 class FakeStream:
@@ -103,6 +108,21 @@ def test_streams_wait_for_each_other_on_the_device(device: FakeDevice) -> None:
     executor.drain()
     executor.close()
     assert [stream for stream, _ in device.waits] == [lanes[Lane.GPU].stream]
+
+
+def test_events_are_used_again(device: FakeDevice) -> None:
+    """Making two for every step took longer than recording them. Collected ones come back, but for the one that times
+    count from: the clock's origin moves on every 8 seconds."""
+    executor = Executor(stream_lanes(device), overlap=False)
+    for unit in range(50):
+        device.now += 1.0
+        executor.submit(Step(Lane.GPU, StepKind.PROJECT, unit), lambda s: device.work(1e-3 * (s.unit + 1)))
+        executor.collect()
+    executor.drain()
+    slices = list(executor.timeline().lanes["gpu"])
+    executor.close()
+    assert [s.seconds for s in slices] == pytest.approx([1e-3 * (n + 1) for n in range(50)], abs=1e-6)
+    assert device.made <= 1 + 2 * (1 + 50 // 8 + 1)
 
 
 def test_an_error_of_the_device_surfaces_when_lanes_end(device: FakeDevice) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.rates import Rates, SiteRates
 from flexgen_bench.core.tiers import LINKS, Lane, Tier
 from flexgen_bench.planner.cost import StepCost, rates_of
@@ -31,6 +31,8 @@ from tests.support.planner_machines import (
 GPU, CPU, DISK = (Placement.all_on(tier) for tier in Tier)
 US = 1e-6  # what a step costs beside its work
 Wanted = Callable[[Step], bool]
+# Of a layer of the small OPT: Q, K and V; the rest of its matrices, with biases and norms.
+QKV, REST = 3 * 64**2, 9 * 64**2 + 9 * 64 + 256
 
 
 def prices(job: PlannedJob, wanted: Wanted, number: int = 0) -> dict[Step, float]:
@@ -47,6 +49,33 @@ def price(job: PlannedJob, kind: StepKind, unit: int = 1, number: int = 0) -> fl
     found = set(prices(job, lambda s: s.kind is kind and s.unit == unit, number).values())
     assert len(found) == 1, found
     return found.pop()
+
+
+def layer(job: PlannedJob, number: int = 1) -> float:
+    """Of a decoding micro-batch in one layer that has all it needs."""
+    return price(job, StepKind.LAYER, number=number)
+
+
+def test_a_layer_in_one_step_costs_what_its_parts_do() -> None:
+    """Products before and after the attention, the attention itself, and three times what a step costs beside its work:
+    that is how rates were stated and measured. With a cache that is moved the same are steps of their own."""
+    whole = layer(a_job(Policy(4, 1, GPU, GPU, GPU)))
+    apart = a_job(Policy(4, 1, GPU, CPU, GPU))
+    kinds = (StepKind.PROJECT, StepKind.ATTEND, StepKind.OUTPUT)
+    assert whole == pytest.approx(sum(price(apart, kind, number=1) for kind in kinds))
+
+
+def test_every_part_of_a_cache_is_attended_to_for_itself() -> None:
+    """Sequence groups of one sequence each that decode together: each has the overhead of a step."""
+    job = a_job(Policy(8, 1, GPU, GPU, GPU, schedule=Schedule.CONTINUOUS), gen_len=9)
+    plan = job.plan
+    steps = [s for one in job.passes(plan) for s in one if s.kind is StepKind.LAYER]
+    step = max(steps, key=lambda s: s.micro_batch.rows)
+    rows = step.micro_batch.rows
+    assert rows == len(step.micro_batch.kv_parts) > 4
+    attended = sum(pairs for _, pairs in step.micro_batch.attended) * 2 * 64 * 2 / 5e10
+    products = max((QKV + REST) * 2 / 1e11, 2 * rows * (QKV + REST) / 1e12)
+    assert StepCost(job.plan)(plan).seconds(step) == pytest.approx(products + attended + (2 + rows) * US)
 
 
 def test_bytes_cross_a_link_at_its_rate() -> None:
@@ -84,15 +113,16 @@ def test_large_products_take_their_arithmetic() -> None:
 
 def test_small_products_take_the_reading_of_their_weights() -> None:
     """A token each of 2 sequences: 4 FLOPs per value of 2 bytes; the accelerator does 10 FLOPs for a byte, the
-    processor 5."""
+    processor 5. Each of the 2 has 17 tokens of 256 bytes to attend to."""
     job = a_job(Policy(2, 1, GPU, GPU, GPU), prompts=2)
-    read = 3 * 64**2 * 2
-    assert price(job, StepKind.PROJECT, number=1) == pytest.approx(read / 1e11 + US)
+    read, attended = (QKV + REST) * 2, 2 * 17 * 256
+    assert layer(job) == pytest.approx(read / 1e11 + attended / 5e10 + 3 * US)
     host = a_job(Policy(2, 1, CPU, CPU, CPU), HOST, prompts=2)
-    assert price(host, StepKind.PROJECT, number=1) == pytest.approx(read / 2e10 + US)
+    assert layer(host) == pytest.approx(read / 2e10 + attended / 1e10 + 3 * US)
     # From 10 sequences on, arithmetic is what takes longer.
     larger = a_job(Policy(20, 1, GPU, GPU, GPU), prompts=20)
-    assert price(larger, StepKind.PROJECT, number=1) == pytest.approx(2 * 20 * 3 * 64**2 / 1e12 + US)
+    arithmetic, attended = 2 * 20 * (QKV + REST), 20 * 17 * 256
+    assert layer(larger) == pytest.approx(arithmetic / 1e12 + attended / 5e10 + 3 * US)
 
 
 def test_the_head_is_multiplied_with_rows_that_are_wanted() -> None:
@@ -113,15 +143,17 @@ def test_compressed_weights_are_used_in_place_by_a_processor() -> None:
         (Policy(1, 1, CPU, CPU, CPU, offloaded=Offloaded.IN_PLACE, lossy=lossy), ACCELERATOR),
     ):
         job = a_job(policy, machine, prompts=1)
-        values = 3 * 64**2
+        attended = 17 * 256 / 1e10
         # 2 FLOPs a value at 5e10/s, or 4.5 / 8 bytes at 2e10/s.
-        assert price(job, StepKind.PROJECT, number=1) == pytest.approx(2 * values / 5e10 + US)
-        assert price(job, StepKind.PROJECT) == pytest.approx(2 * 16 * values / 5e10 + US)
+        computed = 2 * (QKV + REST) / 5e10 + attended
+        assert layer(job) == pytest.approx(computed + 3 * US)
+        assert price(job, StepKind.PROJECT) == pytest.approx(2 * 16 * QKV / 5e10 + US)
         steps = [step for one in job.passes(job.plan) for step in one]
         assert all(step.kind is not StepKind.DEQUANTIZE for step in steps)
     quick = replace(CPU_SITE, matrix={"float16/4": {64: {1: 1e12}}})
     reading = a_job(Policy(1, 1, CPU, CPU, CPU, lossy=lossy), with_cpu(HOST, quick), prompts=1)
-    assert price(reading, StepKind.PROJECT, number=1) == pytest.approx(values * 4.5 / 8 / 2e10 + US)
+    read = (QKV + REST) * 4.5 / 8 / 2e10 + attended
+    assert layer(reading) == pytest.approx(read + 3 * US)
 
 
 def test_compressed_weights_are_unpacked_once_by_an_accelerator() -> None:
@@ -169,11 +201,11 @@ def test_attention_of_prompts_takes_its_arithmetic() -> None:
     ],
 )
 def test_attention_of_a_token_reads_its_cache(lossy: Lossy, token_bytes: float, rate: float) -> None:
-    """4 sequences with 16 tokens of prompt; the first new one is attended to as well."""
+    """4 sequences with 16 tokens of prompt; the first new one is attended to as well, and two more two passes later."""
     job = a_job(Policy(4, 1, GPU, GPU, GPU, lossy=lossy))
-    read = 4 * (16 + 1) * token_bytes
-    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(read / rate + US)
-    assert price(job, StepKind.ATTEND, number=3) == pytest.approx(read * 19 / 17 / rate + US)
+    assert layer(job, 3) - layer(job, 1) == pytest.approx(4 * 2 * token_bytes / rate)
+    away = a_job(Policy(4, 1, GPU, CPU, GPU, lossy=lossy))
+    assert price(away, StepKind.ATTEND, number=1) == pytest.approx(4 * 17 * token_bytes / rate + US)
 
 
 def test_attention_runs_at_the_rate_of_its_site_and_its_heads() -> None:
@@ -182,14 +214,14 @@ def test_attention_runs_at_the_rate_of_its_site_and_its_heads() -> None:
     grouped = replace(GPU_SITE, decode_attention={"float16": {1: 1e10, 2: 4e10, 8: 5e10}})
     machine = with_gpu(ACCELERATOR, grouped)
     llama = a_job(Policy(4, 1, GPU, GPU, GPU), machine, small_llama())
-    assert price(llama, StepKind.ATTEND, number=1) == pytest.approx(4 * 17 * 128 / 4e10 + US)
+    assert layer(llama, 3) - layer(llama, 1) == pytest.approx(4 * 2 * 128 / 4e10)
 
 
 def test_attention_takes_time_for_a_call_and_for_each_of_its_sequences() -> None:
     beside = {"attend": {"float16": 3e-4}, "attend_sequence": {"float16": 2e-5}}
     job = a_job(Policy(4, 1, GPU, GPU, GPU), with_gpu(ACCELERATOR, replace(GPU_SITE, **beside)))
-    reading = 4 * 17 * 2 * 64 * 2 / 5e10
-    assert price(job, StepKind.ATTEND, number=1) == pytest.approx(reading + 3e-4 + 4 * 2e-5 + US)
+    without = a_job(Policy(4, 1, GPU, GPU, GPU))
+    assert layer(job) == pytest.approx(layer(without) + 3e-4 + 4 * 2e-5)
 
 
 def test_what_the_host_does_between_is_priced_by_its_memory() -> None:

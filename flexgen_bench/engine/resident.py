@@ -1,0 +1,124 @@
+"""LAYER steps: a decoding micro-batch whose cache lies where its layers are computed goes through a layer in one step.
+
+What all layers of a pass have in common (places of the new token, what it attends to, masks, angles) is made with the
+first of them, so that each takes little more than its operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.hidden import HiddenStates
+from flexgen_bench.engine.layers import Layers
+from flexgen_bench.engine.nan_checks import Health
+from flexgen_bench.engine.resident_cache import Attend, ResidentCache
+from flexgen_bench.kernels.attention import decode_attention
+from flexgen_bench.memory.kv_cache import KVForm
+from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
+from flexgen_bench.schedule.steps import Step
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePass:
+    """A micro-batch on its way through the layers of one site. last: the unit of the last of them; cache: where what
+    all of them have appended is judged in the end, if it was not before."""
+
+    micro_batch: MicroBatch
+    angles: Any
+    attend: Attend
+    last: int
+    cache: ResidentCache | None
+
+
+class ResidentLayers:
+    """Carries out LAYER steps. angles_of: what a step's layer needs to know of the positions of its rows (N,
+    hidden)."""
+
+    def __init__(
+        self,
+        job: ScheduledJob,
+        layers: Layers,
+        hidden: HiddenStates,
+        cache: KVCache,
+        form: KVForm,
+        device: Device,
+        health: Health,
+        scale: float,
+        value_share: float,
+        angles_of: Callable[[Step, Tensor], Any],
+    ) -> None:
+        self._job, self._layers, self._hidden = job, layers, hidden
+        self._cache, self._form, self._device, self._health = cache, form, device, health
+        self._scale, self._value_share, self._angles_of = scale, value_share, angles_of
+        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and stage
+        self._last = {unit.site: unit.index for unit in job.units[:-1]}  # layer of a site
+
+    def begin_pass(self) -> None:
+        """The micro-batches of the last pass are done with. Also at a job's end: what a pass calls refers back to this
+        object, so the cache would linger until it is collected."""
+        self._passes.clear()
+
+    def run(self, step: Step) -> None:
+        """LAYER. Whatever is called here is called for every layer and micro-batch: see benchmarks/host_cost.py."""
+        x = self._hidden.take(step)
+        micro_batch = step.micro_batch
+        now = self._passes.get((step.lane, micro_batch.buffer_index))
+        if now is None or now.micro_batch is not micro_batch:
+            now = self._passes[step.lane, micro_batch.buffer_index] = self._begin(step, micro_batch, x)
+        layer = self._layers.of(step)
+        q, k, v = layer.project(x, now.angles)
+        self._hidden.put(step, layer.output(x, now.attend(step, q, k, v)))
+        if step.unit == now.last and now.cache is not None:
+            self._health.watch_cache(step, now.cache.new_sums(), now.cache.units)
+
+    def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
+        site = self._job.units[step.unit].site
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device, x.dtype)
+        attend: Attend | None = None
+        launches = site.is_accelerator and self._device.launches_kernels
+        if cache is not None and launches and self._value_share == 1:
+            attend = cache.attention(self._form, x, self._scale)
+        if attend is None and cache is not None and self._form.compression is None:
+            attend = self._attend_watched_later
+        watched = cache if attend is not None else None
+        attend = attend or self._attend_in_segments
+        return DecodePass(micro_batch, self._angles_of(step, x), attend, self._last[site], watched)
+
+    def _attend_in_segments(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Any form of cache on any device: its parts, and of each the prompt and what came after, one after the
+        other."""
+        self._health.watch(step, k, v)
+        return self._attend_watched_later(step, q, k, v)
+
+    def _attend_watched_later(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same, where new keys and values of all layers are judged at the end."""
+        outs = []
+        for part in step.micro_batch.kv_parts:
+            rows = slice(part.row, part.stop)
+            new = (self._form.encode(k[rows]), self._form.encode(v[rows]))
+            segments = self._cache.attend_in_memory(step, part, new)
+            outs.append(
+                decode_attention(
+                    q[rows],
+                    segments,
+                    self._cache.padding(part, q.device),
+                    self._scale,
+                    self._value_share,
+                    self._cache.live_slots(part),
+                )
+            )
+        return joined(outs)
+
+
+def joined(outs: Sequence[Tensor]) -> Tensor:
+    """Outputs of the parts of a micro-batch, one after the other."""
+    return outs[0] if len(outs) == 1 else torch.cat(list(outs))

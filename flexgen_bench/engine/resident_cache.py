@@ -1,0 +1,170 @@
+"""The cache of a resident micro-batch as one pass sees it: for every layer, where the new token goes and what it
+attends to.
+
+S sequences of a run, H query heads, G KV heads, D head dim, L layers, T cached tokens with the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.engine.cache import KVCache, slots_of
+from flexgen_bench.kernels.decode import contiguous
+from flexgen_bench.kernels.packed_cache import PackedKernels, packed_kernels
+from flexgen_bench.memory.kv_cache import KVForm, Stored
+from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.steps import Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Sequences that are neighbours in the micro-batch and in a region. rows: theirs in the micro-batch; stored: the
+    cache of all layers, (L, 2, S, G, T, ...) each; mask (S, 1, 1, T): minus infinity where there is no token, zero
+    elsewhere; None if there is one everywhere."""
+
+    rows: slice
+    stored: Stored
+    mask: Tensor | None
+
+
+class ResidentCache:
+    """All runs of a micro-batch. units: the layers, in the order of the stored tensors."""
+
+    def __init__(self, runs: Sequence[Run], units: Sequence[int]) -> None:
+        self.runs, self.units = runs, units
+
+    @staticmethod
+    def of(
+        cache: KVCache, micro_batch: MicroBatch, tier: Tier, device: torch.device, dtype: torch.dtype
+    ) -> ResidentCache | None:
+        """None if the cache does not lie in one piece per layer."""
+        runs: list[Run] = []
+        units: list[int] = []
+        for part in micro_batch.kv_parts:
+            found = cache.all_layers(part, tier)
+            if found is None:
+                return None
+            stored, units = found
+            prompt = part.group.layouts[part.home].prompt_tokens
+            tokens = prompt + part.token
+            padding = cache.padding(part, device)
+            row = part.row
+            for start, stop in contiguous(slots_of(part)):
+                mask = None
+                if padding is not None:
+                    mask = torch.zeros(stop - start, 1, 1, tokens, dtype=dtype, device=device)
+                    empty = ~padding.mask[start:stop, None, None, :]
+                    mask[..., :prompt].masked_fill_(empty, float("-inf"))
+                own = tuple(t[:, :, start:stop, :, :tokens] for t in stored)
+                runs.append(Run(slice(row, row + stop - start), own, mask))
+                row += stop - start
+        return ResidentCache(runs, units)
+
+    def attention(self, form: KVForm, x: Tensor, scale: float) -> Attend | None:
+        """Append and attend in a few operators per layer, for queries with the type of x and where it is; None if there
+        are no kernels there for such a cache."""
+        if form.compression is None:
+            return Attention(self, scale)
+        kernels = packed_kernels(x.device, form.compression, x.dtype)
+        return None if kernels is None else PackedAttention(self, kernels, form.compression, scale)
+
+    def new_sums(self) -> Tensor:
+        """(L, 2) float32: sums over the new token's keys and values, finite only if all of them are. Of a compressed
+        cache: of its parameters, which ``PackedKernels`` make NaN where a group is not finite."""
+        sums = [run.stored[-1][:, :, :, :, -1].flatten(2).sum(dim=2, dtype=torch.float32) for run in self.runs]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+# (step, q (S, H, D), k and v (S, G, D)) -> (S, H * D); k and v are appended to the cache.
+Attend = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
+# What a run's attention needs in one layer.
+View = TypeVar("View")
+
+
+class _ByRuns(Generic[View]):
+    """Attention of one run after the other. Nearly always there is one."""
+
+    def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]]) -> None:
+        runs = [views(run) for run in cache.runs]
+        self._rows = [run.rows for run in cache.runs]
+        self._of = dict(zip(cache.units, map(list, zip(*runs, strict=True)), strict=True))
+
+    def __call__(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (S, H, D), k and v (S, G, D) -> (S, H * D)."""
+        views = self._of[step.unit]
+        if len(views) == 1:
+            return self._attend(views[0], q, k, v)
+        pairs = zip(self._rows, views, strict=True)
+        return torch.cat([self._attend(view, q[rows], k[rows], v[rows]) for rows, view in pairs])
+
+    def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+# Places of the new key and value (S, G, D), keys and values (S, G, T, D), the mask.
+_Plain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Attention(_ByRuns[_Plain]):
+    """Decode attention with torch's fused kernel. Query heads that share a KV head are that head's queries, so no
+    kernel has to know of grouped heads; a new token sees all that is there."""
+
+    def __init__(self, cache: ResidentCache, scale: float) -> None:
+        super().__init__(cache, _plain_views)
+        self._scale = scale
+
+    def _attend(self, view: _Plain, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new_k, new_v, keys, values, mask = view
+        new_k.copy_(k)
+        new_v.copy_(v)
+        sequences, groups, _, dim = keys.shape
+        out = F.scaled_dot_product_attention(q.view(sequences, groups, -1, dim), keys, values, mask, scale=self._scale)
+        return out.reshape(sequences, -1)
+
+
+def _plain_views(run: Run) -> list[_Plain]:
+    """By layer. A few operators in all, however many layers there are."""
+    (stored,) = run.stored
+    keys, values = stored[:, 0], stored[:, 1]
+    by_layer = zip(
+        keys[:, :, :, -1].unbind(0), values[:, :, :, -1].unbind(0), keys.unbind(0), values.unbind(0), strict=True
+    )
+    return [(*four, run.mask) for four in by_layer]
+
+
+# Places of the new codes and parameters (2, S, G, ...), codes and parameters (2, S, G, T, ...), the mask.
+_Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+class PackedAttention(_ByRuns[_Packed]):
+    """Decode attention over a compressed cache with kernels that read it as it is."""
+
+    def __init__(self, cache: ResidentCache, kernels: PackedKernels, compression: Compression, scale: float) -> None:
+        super().__init__(cache, _packed_views)
+        self._append, self._over = kernels
+        self._compression, self._scale = compression, scale
+
+    def _attend(self, view: _Packed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new_codes, new_params, codes, params, mask = view
+        self._append(k, v, new_codes, new_params, self._compression)
+        return self._over(q, codes, params, mask, self._scale, self._compression)
+
+
+def _packed_views(run: Run) -> list[_Packed]:
+    codes, params = run.stored
+    by_layer = zip(
+        codes[:, :, :, :, -1].unbind(0),
+        params[:, :, :, :, -1].unbind(0),
+        codes.unbind(0),
+        params.unbind(0),
+        strict=True,
+    )
+    return [(*four, run.mask) for four in by_layer]
