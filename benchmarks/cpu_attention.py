@@ -111,18 +111,22 @@ class Layers:
 
 def read_rate(buffer: Tensor, turn: int) -> float:
     """bytes/s of a read loop over torch's number of threads."""
+    part = buffer.split(TURN_BYTES)[turn % (ALL_BYTES // TURN_BYTES)]
+    return read_all(part, *READ_LOOPS[turn % len(READ_LOOPS)])
+
+
+def read_all(buffer: Tensor, streams: int, ahead: int) -> float:
+    """bytes/s of reading a buffer of whole MiB once, in as many pieces as torch has threads."""
     native = library("bandwidth")
     assert native is not None, "this benchmark needs a C++ compiler"
     native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    streams, ahead = READ_LOOPS[turn % len(READ_LOOPS)]
-    part = buffer.split(TURN_BYTES)[turn % (ALL_BYTES // TURN_BYTES)]
 
     def read(start: int, stop: int) -> None:
-        native.read_bytes(part.data_ptr() + start * MIB, (stop - start) * MIB, streams, ahead)
+        native.read_bytes(buffer.data_ptr() + start * MIB, (stop - start) * MIB, streams, ahead)
 
     begin = time.perf_counter()
-    share(TURN_BYTES // MIB, read)
-    return TURN_BYTES / (time.perf_counter() - begin)
+    share(buffer.numel() // MIB, read)
+    return buffer.numel() / (time.perf_counter() - begin)
 
 
 def with_torch(*args: Any) -> Tensor:

@@ -16,12 +16,13 @@ from common import Options
 
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.build import model_spec
-from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.cell import ModelSpec
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.tiers import Lane
+from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.engine.build import PackedWeights
@@ -32,6 +33,7 @@ from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_groups import Request
 
 # Of a link that is not to be felt. Copies are made by a core, at some 10 GB/s.
@@ -54,6 +56,21 @@ def dummy_weights(options: Options, compression: Compression | None = None) -> P
     folder = prepare_checkpoint(model_spec(options.model), DType.BFLOAT16, options.cache, tell)
     packing: Mapping[str, Any] = {"compression": compression} if compression else {}
     return PackedWeights.from_checkpoint(folder, DType.BFLOAT16, options.cache, **packing)
+
+
+@contextmanager
+def resident(shape: ModelShape, lossy: Lossy, sequences: int, options: Options) -> Iterator[tuple[Engine, int]]:
+    """An engine without accelerator over dummy bfloat16 weights of a shape, and the bytes of weights that a pass reads.
+
+    sequences: of a micro-batch.
+    """
+    folder = prepare_checkpoint(ModelSpec(shape), DType.BFLOAT16, options.cache, lambda *_: None)
+    weights = PackedWeights.from_checkpoint(folder, DType.BFLOAT16, options.cache, compression=lossy.weights)
+    cpu = Placement.all_on(Tier.CPU)
+    policy = Policy(sequences, 1, cpu, cpu, cpu, lossy=lossy)
+    units = weights.packed.units
+    with engine(weights, policy, HOST, options) as made:
+        yield made, sum(unit.num_bytes for unit in units if unit.kind is not UnitKind.EMBED)
 
 
 @contextmanager

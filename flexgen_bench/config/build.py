@@ -162,7 +162,7 @@ def to_lossy(conf: LossyConf) -> Lossy:
         except UserError as error:
             raise _on_command_line(error, key, getattr(conf, key)) from error
     try:
-        return Lossy(value_share=conf.value_share, **given)
+        return Lossy(value_share=conf.value_share, activations=conf.activations, **given)
     except UserError as error:
         name = f"policy.lossy.{error.field}"
         raise UserError(name, error.value, error.allowed, error.action) from error

@@ -90,12 +90,13 @@ class LossyConf:
     """What may change results; see core.compression.Lossy. weights, kv_cache: bits (3, 4 or 8), or null; or a name such
     as
     4-bit/outputs/mse, or a mapping {bits: 4, group_size: 64, along: outputs, scales: mse}. group_size: where none is
-    named."""
+    named. activations: 8 bits for what 4-bit weights are multiplied with, or null."""
 
     weights: Any = None
     kv_cache: Any = None
     group_size: int = Compression.group_size
     value_share: float = Lossy.value_share
+    activations: int | None = Lossy.activations
 
 
 @dataclass

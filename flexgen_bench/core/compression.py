@@ -15,6 +15,7 @@ from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError, unknown_choice
 
 BITS = (3, 4, 8)
+ACTIVATION_BITS = 8
 # A group's scale and smallest value, in float16 each (the paper's choice: 4.5 bits per value at 4 bits, group 64).
 GROUP_PARAMETER_BYTES = 4
 
@@ -170,11 +171,15 @@ class Lossy:
     it is compressed token by token, while others wait.
     value_share: decode attention uses only this share of the value rows, those with the largest weights (the last token
     always).
+    activations: bits that what 4-bit weights are multiplied with is quantized to, in groups as long as theirs
+    (kernels/eight_bit.py): products in whole numbers, on a processor. The head and other matrices with a row for each
+    token are multiplied as they are.
     """
 
     weights: Compression | None = None
     kv_cache: Compression | None = None
     value_share: float = 1.0
+    activations: int | None = field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         share = self.value_share
@@ -183,6 +188,17 @@ class Lossy:
         cache = self.kv_cache
         if cache is not None and cache != Compression(cache.bits, cache.group_size):
             raise UserError("kv_cache", str(cache), "bits and a group size", "along and scales are for weights.")
+        if self.activations is None:
+            return
+        if isinstance(self.activations, bool) or self.activations != ACTIVATION_BITS:
+            raise UserError("activations", self.activations, f"{ACTIVATION_BITS} bits, or none")
+        if self.weights is None or self.weights.bits != 4 or self.weights.along is not Along.INPUTS:
+            raise UserError(
+                "activations",
+                self.activations,
+                f"none with {self.weights or 'plain'} weights",
+                "Only 4-bit weights with groups along inputs have such products: weights=4.",
+            )
 
     @property
     def is_exact(self) -> bool:
@@ -198,6 +214,8 @@ class Lossy:
         parts += [f"{self.kv_cache} KV"] if self.kv_cache else []
         if self.value_share < 1:
             parts.append(f"{self.value_share:.0%} of V")
+        if self.activations:
+            parts.append(f"{self.activations}-bit activations")
         return ", ".join(parts) or "exact"
 
 

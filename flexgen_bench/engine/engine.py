@@ -12,6 +12,7 @@ from torch import Tensor
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
@@ -55,6 +56,13 @@ class Engine:
     def __init__(
         self, family: ModelFamily, model: Model, store: WeightStore, policy: Policy, device: Device, offload_dir: Path
     ) -> None:
+        if policy.lossy.activations and device.hardware.accelerator is not Accelerator.NONE:
+            raise UserError(
+                "policy.lossy.activations",
+                policy.lossy.activations,
+                "none on an accelerator",
+                "Such products exist on a processor only: gpu=cpu, or activations=null.",
+            )
         self.policy = policy
         self._family, self._model = family, model
         self._formulas = Formulas(family, model.shape)
@@ -66,7 +74,8 @@ class Engine:
         self._arenas = Arenas(device)
         self._kept = KeptMemory()
         try:
-            self._weights = Weights(store, model.packed, model.dtype, smallest.job, device, self._arenas)
+            activations = policy.lossy.activations
+            self._weights = Weights(store, model.packed, model.dtype, smallest.job, device, self._arenas, activations)
         except BaseException as error:
             release_frames(type(error), error, error.__traceback__)
             raise

@@ -16,8 +16,10 @@ from flexgen_bench.models.packing import PackedEntry, PackedUnit
 Weight = Tensor | QuantizedWeight | OutputQuantizedWeight
 
 
-def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> Weight:
-    """One tensor in ``memory`` (uint8), whose first byte is that at ``base`` of the file."""
+def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype, activations: int | None = None) -> Weight:
+    """One tensor in ``memory`` (uint8), whose first byte is that at ``base`` of the file.
+
+    activations: bits of what 4-bit weights are multiplied with; None: as it is."""
     shape = entry.tensor.spec.shape
     parts = [memory[offset - base :][:count] for offset, count in entry.parts]
     if entry.compression is None:
@@ -29,12 +31,15 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype) -> W
         return OutputQuantizedWeight(parts[0], params, (rows, columns), blocks, entry.compression, dtype)
     codes = parts[0].view(rows, entry.compression.code_bytes(columns))
     params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
-    return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype)
+    bits = activations if entry.compression.bits == 4 else None
+    return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype, bits)
 
 
-def views(memory: Tensor, unit: PackedUnit, base: int, dtype: torch.dtype) -> Mapping[str, Weight]:
+def views(
+    memory: Tensor, unit: PackedUnit, base: int, dtype: torch.dtype, activations: int | None = None
+) -> Mapping[str, Weight]:
     """All tensors of a unit by name."""
-    return {e.tensor.spec.name: view(memory, e, base, dtype) for e in unit.entries}
+    return {e.tensor.spec.name: view(memory, e, base, dtype, activations) for e in unit.entries}
 
 
 def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -35,9 +35,17 @@ class Weights:
     """Holds every unit on its tier and serves the steps that load, gather and use them."""
 
     def __init__(
-        self, store: WeightStore, packed: PackedModel, dtype: DType, job: ScheduledJob, device: Device, arenas: Arenas
+        self,
+        store: WeightStore,
+        packed: PackedModel,
+        dtype: DType,
+        job: ScheduledJob,
+        device: Device,
+        arenas: Arenas,
+        activations: int | None = None,
     ) -> None:
-        """job: where its units live and are computed, and how many slots there are."""
+        """job: where its units live and are computed, and how many slots there are. activations: see ``Lossy``."""
+        self._activations = activations
         self._packed = packed
         self._dtype = TORCH_DTYPES[dtype]
         self._job = job
@@ -174,11 +182,12 @@ class Weights:
     def _make_views(self, index: int, slot: int, site: Tier) -> Mapping[str, Weight]:
         unit = self._packed.units[index]
         if slot >= 0:
-            return views(self._slots[site][slot], unit, unit.offset, self._dtype)
+            memory, base = self._slots[site][slot], unit.offset
+            return views(memory, unit, base, self._dtype, self._activations)
         if not unit.entries:
             return {}
         memory, base = self._resident[index]
-        return views(memory, unit, base, self._dtype)
+        return views(memory, unit, base, self._dtype, self._activations)
 
     def _unpacked(self, index: int, plain: int) -> Mapping[str, Tensor]:
         key = (index, plain)

@@ -6,13 +6,13 @@ S sequences, S' rows of q, H query heads, G KV heads, R = H / G, D head dim.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flexgen_bench.kernels.native.build import library
-from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.segments import Padding, PlainSegment, Segment
 from flexgen_bench.kernels.value_share import kept
 
@@ -48,7 +48,6 @@ class _Job(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("keep", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
-        ("next", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
@@ -89,7 +88,6 @@ def attend_natively(
     if keep is not None:
         splits = 1  # which rows are used depends on the weights of all tokens
     partial = torch.empty(rows * heads * splits * (dim + 2) if splits > 1 else 0)
-    taken = ctypes.c_int64(0)
     job = _Job(
         queries.data_ptr(),
         out.data_ptr(),
@@ -97,7 +95,6 @@ def attend_natively(
         None if lengths is None else lengths.data_ptr(),
         None if keep is None else keep.data_ptr(),
         partial.data_ptr() or None,
-        ctypes.addressof(taken),
         rows,
         heads,
         kv_heads,
@@ -108,13 +105,17 @@ def attend_natively(
     )
     keys, values = ((_Rows * len(segments))(*(_rows(s, i) for s in segments)) for i in (0, 1))
 
-    def work(_start: int, _stop: int) -> None:
-        native.attend(ctypes.byref(job), keys, values)
-
-    share(threads, work)
-    if splits > 1:
-        native.join_splits(ctypes.byref(job))
+    _declared(native).attend(ctypes.byref(job), keys, values, threads)
     return out.to(q.dtype)
+
+
+@functools.cache
+def _declared(native: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types, once per library."""
+    pointer = ctypes.c_void_p
+    native.attend.argtypes = [pointer, pointer, pointer, ctypes.c_int64]
+    native.attend.restype = None
+    return native
 
 
 def _is_readable(segment: Segment) -> bool:

@@ -1,9 +1,10 @@
 """Products on the processor with weights narrower than float32 (bfloat16, float16, quantized), and with few float32
 rows.
 
-The native kernel (native/linear.cpp) turns a piece of the weight into float32 in a core's own cache and multiplies in
-float32: processors without a matrix unit do that at nearly twice the rate of their bfloat16 instructions, and rounding
-happens once, at the end. docs/notes/cpu_products.md has the measurements.
+One call of native/linear.cpp does a whole product, with threads of its own. Few rows of x read the weight straight from
+how it is stored; for more, pieces of it are unpacked in a core's own cache. Sums are in float32 and rounded once, at
+the end; where the processor multiplies pairs of bfloat16 numbers, bfloat16 products use that.
+docs/notes/cpu_products.md has the measurements.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from torch.nn import functional as F
 
 from flexgen_bench.kernels.native import matrices
 from flexgen_bench.kernels.native.build import library
-from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.quantization import QuantizedWeight
 
 # Rows of x that are packed at a time; a weight is read once per block, which costs little from some hundred rows on.
-BLOCK_ROWS = 256
-# Values of a weight that are worth another thread, at 8 rows or fewer: about 100 microseconds of work.
-THREAD_VALUES = 1 << 20
+BLOCK_ROWS = 256  # of native/linear.cpp
+# Values of a weight that are worth another thread, at 8 rows or fewer: about 20 microseconds of work.
+THREAD_VALUES = 1 << 18
 # Below this many values calling torch takes less time than calling the native kernel.
 SMALLEST_WEIGHT = 1 << 16
 # With a matrix unit, unpacking in registers still wins for quantized weights up to here: such products read, they don't
@@ -33,10 +33,26 @@ MATRIX_UNIT_ROWS = 16
 # packs x anew (docs/notes/cpu_products.md); on a GPU whole matrices of small models, and pieces of 64 MiB of large
 # ones.
 CPU_TILE_BYTES, DEVICE_TILE_BYTES = 8 << 20, 64 << 20
-# Rows of x for which products with plain weights are faster here. Fewer wait for memory, and torch reads without a
-# detour through a buffer; more float32 rows are what torch is tuned for.
-NARROW_ROWS, FLOAT32_ROWS = (4, 1 << 30), (4, 12)
+# Rows of x for which products with plain weights are faster here; more float32 rows are what torch is tuned for.
+NARROW_ROWS, FLOAT32_ROWS = (1, 1 << 30), (4, 12)
 TILE_ROWS = 48  # of native/linear.cpp
+
+
+class _Product(ctypes.Structure):
+    """``Product`` of native/linear.cpp."""
+
+    _fields_ = (
+        ("w", matrices.Matrix),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("x_row", ctypes.c_int64),
+        ("y_row", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("activations", ctypes.c_int64),
+    )
 
 
 def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
@@ -47,6 +63,8 @@ def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
     if native is None:
         return False
     if isinstance(weight, QuantizedWeight):
+        if weight.activations is not None:
+            return True
         return x.shape[0] <= MATRIX_UNIT_ROWS or _beats_torch(native, x.dtype, True)
     fewest, most = FLOAT32_ROWS if x.dtype is torch.float32 else NARROW_ROWS
     if not fewest <= x.shape[0] <= most or weight.numel() < SMALLEST_WEIGHT:
@@ -68,46 +86,27 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (outputs,)), bias
+    activations = None
     if isinstance(weight, QuantizedWeight):
-        matrix = matrices.quantized(weight.codes, weight.params, inputs, weight.compression, weight.dtype)
+        activations = weight.activations
+        matrix = weight.matrix
     else:
         matrix = matrices.plain(weight)
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
-    kind = matrices.TYPES[x.dtype]
-    for first in range(0, x.shape[0], BLOCK_ROWS):
-        part, into = x[first : first + BLOCK_ROWS], y[first : first + BLOCK_ROWS]
-        rows = part.shape[0]
-        # Zeros: rows for dot products are longer than x's.
-        packed = torch.zeros(native.packed_size(rows, inputs), dtype=torch.float32)
-
-        def pack(start: int, stop: int, part: Tensor = part, packed: Tensor = packed) -> None:
-            native.pack(part.data_ptr(), kind, part.stride(0), part.shape[0], inputs, packed.data_ptr(), start, stop)
-
-        share(inputs, pack, at_least=max(16, THREAD_VALUES // 4 // rows))
-        # Threads take tiles of the weight until there are none left: equal shares would wait for the slower one.
-        taken = ctypes.c_int64(0)
-
-        def multiply(
-            _start: int,
-            _stop: int,
-            part: Tensor = part,
-            packed: Tensor = packed,
-            into: Tensor = into,
-            taken: ctypes.c_int64 = taken,
-        ) -> None:
-            native.linear(
-                ctypes.byref(matrix),
-                packed.data_ptr(),
-                part.shape[0],
-                outputs,
-                None if bias is None else bias.data_ptr(),
-                into.data_ptr(),
-                into.stride(0),
-                ctypes.byref(taken),
-            )
-
-        worthwhile = THREAD_VALUES // (inputs * (1 + rows // 8))
-        share(outputs, multiply, at_least=max(TILE_ROWS, worthwhile))
+    worthwhile = outputs * inputs * (1 + x.shape[0] // 8) // THREAD_VALUES
+    job = _Product(
+        matrix,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        outputs,
+        x.shape[0],
+        outputs,
+        max(1, min(torch.get_num_threads(), worthwhile)),
+        activations or 0,
+    )
+    native.linear(ctypes.byref(job))
     return y
 
 
@@ -148,11 +147,9 @@ def _native() -> ctypes.CDLL | None:
 def _declared(native: ctypes.CDLL) -> ctypes.CDLL:
     """Argument types, once per library: without them ctypes would pass pointers as 32-bit numbers."""
     pointer, size, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    native.packed_size.argtypes, native.packed_size.restype = [size, size], size
+    native.packed_bytes.argtypes, native.packed_bytes.restype = [kind, size, size], size
     native.beats_torch.argtypes, native.beats_torch.restype = [kind, kind], kind
-    native.pack.argtypes = [pointer, kind, size, size, size, pointer, size, size]
-    native.linear.argtypes = [pointer, pointer, size, size, pointer, pointer, size, pointer]
-    native.pack.restype = native.linear.restype = None
+    native.linear.argtypes, native.linear.restype = [pointer], None
     return native
 
 

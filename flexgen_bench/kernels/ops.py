@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexgen_bench.core.errors import unknown_choice
+from flexgen_bench.kernels.eight_bit import linear_in_eighths
 from flexgen_bench.kernels.narrow_linear import (
     CPU_TILE_BYTES,
     DEVICE_TILE_BYTES,
@@ -18,6 +19,7 @@ from flexgen_bench.kernels.narrow_linear import (
 )
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
+from flexgen_bench.kernels.rms_norm import rms_norm
 from flexgen_bench.kernels.rotary import rotary_table, rotate
 
 __all__ = ["activation", "layer_norm", "linear", "rms_norm", "rotary_table", "rotate"]
@@ -39,6 +41,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight | OutputQuantizedWeight, 
     if is_faster(x, weight):
         return narrow_linear(x, weight, bias)
     if isinstance(weight, QuantizedWeight):
+        if weight.activations is not None:
+            return linear_in_eighths(x, weight, bias)
         return tiled_linear(x, weight, bias)
     on_processor = x.dtype is torch.float32 and x.device.type == "cpu"
     if on_processor and FEWEST_LEFT_ROWS <= x.shape[0] <= MOST_LEFT_ROWS:
@@ -66,11 +70,6 @@ def _linear_along_outputs(x: Tensor, weight: OutputQuantizedWeight, bias: Tensor
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation over the last dimension; without weight and bias it only normalises."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight (Zhang & Sennrich 2019), accumulated in float32."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

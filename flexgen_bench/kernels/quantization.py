@@ -55,6 +55,8 @@ class QuantizedWeight:
 
     codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16; dtype: what its values are rounded
     to.
+    activations: bits that what it is multiplied with is quantized to (kernels/eight_bit.py); None: it is taken as it
+    is.
     """
 
     codes: Tensor
@@ -62,6 +64,12 @@ class QuantizedWeight:
     shape: tuple[int, int]
     compression: Compression
     dtype: torch.dtype
+    activations: int | None = None
+
+    @functools.cached_property
+    def matrix(self) -> matrices.Matrix:
+        """As native code sees it, made once: a product of one row is called a thousand times a second."""
+        return matrices.quantized(self.codes, self.params, self.shape[1], self.compression, self.dtype)
 
     @staticmethod
     def of(weight: Tensor, compression: Compression) -> QuantizedWeight:

@@ -74,5 +74,5 @@ class SearchSpace:
 
 def permitted(lossy: Lossy) -> tuple[Lossy, ...]:
     """The ways of compressing that a permission covers, all of it first: both weights and KV cache, or one of them."""
-    some = [lossy, replace(lossy, kv_cache=None), replace(lossy, weights=None)]
+    some = [lossy, replace(lossy, kv_cache=None), replace(lossy, weights=None, activations=None)]
     return tuple(dict.fromkeys(one for one in some if lossy.is_exact or not one.is_exact))

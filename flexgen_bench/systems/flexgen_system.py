@@ -31,7 +31,9 @@ class FlexGenSystem(System):
     """The engine under the cell's policy, or under one that fits the cell's memory."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        accelerators=("none", "cuda", "emulated"), lossy=("weights", "kv_cache", "value_share"), scores=True
+        accelerators=("none", "cuda", "emulated"),
+        lossy=("weights", "kv_cache", "value_share", "activations"),
+        scores=True,
     )
 
     def __init__(self, *arguments: Any) -> None:

@@ -95,6 +95,6 @@ def test_workspace_is_what_the_planner_is_told(rows: int) -> None:
     if native is None:
         pytest.skip("no native kernels here")
     block = min(rows, narrow_linear.BLOCK_ROWS)
-    packed = 4 * native.packed_size(block, 2048)
+    packed = native.packed_bytes(0, block, 2048)
     per_thread = 4 * narrow_linear.TILE_ROWS * (256 + 16 + 256)
     assert packed < narrow_linear.workspace_bytes(rows, 2048, 1) <= packed + 4 * per_thread

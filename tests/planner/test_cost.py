@@ -75,7 +75,7 @@ def test_every_part_of_a_cache_is_attended_to_for_itself() -> None:
     assert rows == len(step.micro_batch.kv_parts) > 4
     attended = sum(pairs for _, pairs in step.micro_batch.attended) * 2 * 64 * 2 / 5e10
     products = max((QKV + REST) * 2 / 1e11, 2 * rows * (QKV + REST) / 1e12)
-    assert StepCost(job.plan)(plan).seconds(step) == pytest.approx(products + attended + (2 + rows) * US)
+    assert StepCost(plan).seconds(step) == pytest.approx(products + attended + (2 + rows) * US)
 
 
 def test_bytes_cross_a_link_at_its_rate() -> None:

@@ -13,6 +13,7 @@
 
 #include "packed_rows.h"
 #include "row_kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -25,7 +26,6 @@ struct Job {
   const int32_t* lengths;  // (sequences,): tokens in the first segment; null: all
   const int32_t* keep;     // (rows,): value rows to use; null: all
   float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
-  int64_t* next;           // work is taken from here by all threads
   int64_t rows, heads, kv_heads, dim, segments, splits;
   float scale;
 };
@@ -238,21 +238,8 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
   }
 }
 
-}  // namespace
-
-// Takes pieces of work until there are none left; any number of threads may be in here for the same job.
-extern "C" void attend(const Job* job, const Rows* keys, const Rows* values) {
-  static thread_local Scratch scratch;
-  const int64_t items = job->rows * job->kv_heads * job->splits;
-  while (true) {
-    const int64_t item = __atomic_fetch_add(job->next, 1, __ATOMIC_RELAXED);
-    if (item >= items) return;
-    attend_one(*job, keys, values, item, scratch);
-  }
-}
-
-// Joins what the splits of each head found, when all threads have returned.
-extern "C" void join_splits(const Job* job) {
+// Joins what the splits of each head found.
+void join_splits(const Job* job) {
   const int64_t queries = job->heads / job->kv_heads, width = job->dim + 2;
   for (int64_t h = 0; h < job->rows * job->heads; h++) {
     const int64_t pair = h / queries, r = h % queries;
@@ -270,4 +257,17 @@ extern "C" void join_splits(const Job* job) {
     }
     for (int64_t d = 0; d < job->dim; d++) out[d] /= total;
   }
+}
+
+}  // namespace
+
+// All of a job, on up to so many threads.
+extern "C" void attend(const Job* job, const Rows* keys, const Rows* values, int64_t threads) {
+  Pieces pieces(job->rows * job->kv_heads * job->splits, 1);
+  const auto work = [&] {
+    static thread_local Scratch scratch;
+    pieces.take([&](int64_t item, int64_t) { attend_one(*job, keys, values, item, scratch); });
+  };
+  Crew::ours().run(threads, work);
+  if (job->splits > 1) join_splits(job);
 }

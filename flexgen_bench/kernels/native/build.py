@@ -38,6 +38,7 @@ BUILD_SECONDS = 300
 
 _log = logging.getLogger("flexgen_bench.native")
 _lock = threading.Lock()
+_said: set[str] = set()
 
 
 def library(name: str) -> ctypes.CDLL | None:
@@ -65,8 +66,12 @@ def _load(name: str, arch: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built(name, arch)))
     # Whatever is missing or odd about the machine's compiler, there is a torch path for everything done here.
     except (OSError, ImportError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _log.warning("no native %s, torch does its work: %s", name, str(detail).strip()[:500])
+        detail = str(getattr(error, "stderr", None) or error).strip()[:500]
+        # A compiler that is missing is missing for all of them: said once.
+        _log.log(
+            logging.INFO if detail in _said else logging.WARNING, "no native %s, torch does its work: %s", name, detail
+        )
+        _said.add(detail)
         return None
 
 

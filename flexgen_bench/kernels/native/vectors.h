@@ -64,6 +64,8 @@ inline float half_to_float(uint16_t bits) { return static_cast<float>(load<_Floa
 inline Words words_of(Bytes bytes) {
 #if defined(__AVX512F__)  // GCC 12 takes convertvector of bytes apart
   return (Words)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int64_t>(&bytes)));
 #else
   return __builtin_convertvector(bytes, Words);
 #endif
