@@ -21,6 +21,7 @@ from flexgen_bench.core.rates import number_format
 from flexgen_bench.engine.weight_views import plain_views, unpack, views
 from flexgen_bench.kernels import ops
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
+from flexgen_bench.models.formulas import output, project
 from flexgen_bench.models.packing import PackedUnit, pack
 from flexgen_bench.models.registry import family
 from flexgen_bench.schedule.scheduled_job import UnitKind
@@ -28,7 +29,7 @@ from flexgen_bench.schedule.scheduled_job import UnitKind
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexgen_bench.models.family import Weights
+    from flexgen_bench.models.formulas import Weights
 
 FAMILY = "opt"
 # Of the step that unpacks weights for an accelerator.
@@ -92,13 +93,12 @@ def matrix_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[P
 
 
 def _layer(shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor) -> Callable[[], object]:
-    kind = family(FAMILY)
+    decoder = family(FAMILY).decoder(shape)
 
     def call() -> Tensor:
         w = weights()
-        angles = None  # OPT has none
-        kind.project(ops, shape, w, x, angles)
-        return kind.output(ops, shape, w, x, attended)
+        project(ops, decoder, decoder.layers[0], w, x, ())  # OPT rotates nothing
+        return output(ops, decoder.layers[0], w, x, attended)
 
     return call
 

@@ -23,7 +23,16 @@ REPEATED_FROM_BYTES = 10 * GB
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Projections that add to the residual stream: scaled down so that its size does not grow with depth
 # (Radford et al. 2019, section 2.3).
-_RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+_RESIDUAL = (
+    "out_proj.weight",
+    "fc2.weight",
+    "o_proj.weight",
+    "down_proj.weight",
+    "dense.weight",
+    "dense_4h_to_h.weight",
+    "fc_out.weight",
+)
+_NORM = re.compile(r"(norm|\.ln_1|\.ln_f)\.weight$")
 
 
 def dummy_tensor(name: str, shape: tuple[int, ...], dtype: DType, num_layers: int, seed: int) -> torch.Tensor:
@@ -46,7 +55,7 @@ def dummy_tensor(name: str, shape: tuple[int, ...], dtype: DType, num_layers: in
 
 
 def _scale(name: str, shape: tuple[int, ...], num_layers: int) -> tuple[float, float]:
-    if name.endswith("norm.weight"):
+    if _NORM.search(name):
         return 1.0, _STD
     if len(shape) < 2 or "embed" in name or name == "lm_head.weight":
         return 0.0, _STD

@@ -22,6 +22,9 @@ def hf_config(shape: ModelShape, dtype: DType) -> Any:
     config = AutoConfig.for_model(kind.model_type, **kind.config_from_shape(shape))
     config.dtype = dtype.value
     config.architectures = [kind.architecture]
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= shape.vocab_size:  # a default of the published sizes
+        config.pad_token_id = None
     return config
 
 

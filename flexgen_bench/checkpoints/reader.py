@@ -47,27 +47,41 @@ class Checkpoint:
         if view is not None:
             self._tensors, self.note = view, view.note
         self._aliases: dict[str, str] = {}
+        self._parts: dict[str, tuple[str, int, int]] = {}
 
     def names(self) -> frozenset[str]:
-        return self._tensors.names() | self._aliases.keys()
+        whole = self._tensors.names() - {stored for stored, _, _ in self._parts.values()}
+        return whole | self._aliases.keys() | self._parts.keys()
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (torch's name) of a tensor, without reading it."""
+        if name in self._parts:
+            stored, first, last = self._parts[name]
+            shape, dtype = self._tensors.header(stored)
+            return (max(0, min(last, shape[0]) - first), *shape[1:]), dtype
         return self._tensors.header(self._aliases.get(name, name))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in the checkpoint's own dtype (float32 if it was quantized); StoreError if it is missing or its
         file is damaged."""
+        if name in self._parts:
+            stored, first, last = self._parts[name]
+            return self._tensors.tensor(stored)[first:last]
         return self._tensors.tensor(self._aliases.get(name, name))
 
     def alias(self, name: str, stored: str) -> None:
         """Let a tensor be found under a second name."""
         self._aliases[name] = stored
 
+    def rename(self, name: str, stored: str, first: int, last: int) -> None:
+        """Let rows ``first .. last-1`` of a tensor be found under another name, and the tensor no more under its
+        own."""
+        self._parts[name] = (stored, first, last)
+
     @property
     def is_as_stored(self) -> bool:
         """Whether every tensor is in the files under the name that it has here."""
-        return self.quantization is None and not self._aliases
+        return self.quantization is None and not self._aliases and not self._parts
 
     @property
     def own_dtype(self) -> str:

@@ -23,7 +23,7 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.registry import family, shape_from_config
-from flexgen_bench.models.stored_names import StoredNames, expected_sources, locate
+from flexgen_bench.models.stored_names import StoredNames, expected_sources, locate, other_sources
 
 _log = logging.getLogger("flexgen_bench.stage")
 _ADVICE = "Fetch the checkpoint again."
@@ -67,6 +67,9 @@ class Source(Closing):
         """config.json for these tensors once they are written as plain numbers, under the full names."""
         left_out = ("torch_dtype", "quantization_config", "compression_config", "quantization")
         config = {k: v for k, v in self.checkpoint.config.items() if k not in left_out}
+        if str(config.get("model_type")).lower() in self.family.other_types:
+            tokens = {k: v for k, v in config.items() if k.endswith("_token_id")}
+            config = self.family.config_from_shape(self.shape) | tokens
         config |= {
             "architectures": [self.family.architecture],
             "model_type": self.family.model_type,
@@ -100,6 +103,7 @@ def open_source(folder: Path) -> Source:
     try:
         shape = shape_from_config(checkpoint.config, folder.name)
         kind = family(shape.family)
+        _use_other_names(checkpoint, kind, shape)
         shape = replace(shape, tied_embeddings=_is_tied(checkpoint, kind, shape))
         expected = expected_sources(kind.inventory(shape))
         stored = locate(expected, kind.prefixes, checkpoint.names())
@@ -111,6 +115,23 @@ def open_source(folder: Path) -> Source:
         checkpoint.close()
         raise
     return Source(checkpoint, kind, shape, stored.found)
+
+
+def _use_other_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape) -> None:
+    """Let tensors that are stored under other names that the family knows be found under its own."""
+    if not kind.other_names:
+        return
+    apart = replace(shape, tied_embeddings=False)
+    own, names = kind.inventory(apart), checkpoint.names()
+    missing = set(locate(expected_sources(own), kind.prefixes, names).missing)
+    for other in kind.other_names:
+        elsewhere = other_sources(own, kind.inventory(apart, other))
+        wanted = {elsewhere[source][0] for source in missing if source in elsewhere}
+        found = locate(wanted, kind.other_prefixes, names).found
+        for source in missing & elsewhere.keys():
+            name, first, last = elsewhere[source]
+            if name in found:
+                checkpoint.rename(kind.prefixes[-1] + source, found[name], first, last)
 
 
 def _is_tied(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape) -> bool:

@@ -23,6 +23,8 @@ from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.memory.spill import SpillFile
+from flexgen_bench.models import formulas
+from flexgen_bench.models.parts import Layer
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.prefix_tree import PrefixTree
@@ -59,7 +61,7 @@ class Actions:
 
     def __init__(
         self,
-        formulas: Formulas,
+        layer_formulas: Formulas,
         dtype: torch.dtype,
         policy: Policy,
         plan: MemoryPlan,
@@ -69,17 +71,20 @@ class Actions:
         spill: SpillFile | None,
         consumer: Consumer,
     ) -> None:
-        self._family, self._shape = formulas.family, formulas.shape
+        self._decoder = layer_formulas.decoder
         self._job, self._weights, self._device = plan.job, weights, device
         self._consumer = consumer
-        self._scale = self._family.attention_scale(self._shape)
         self._value_share = policy.lossy.value_share
-        self._form = KVForm(self._shape.num_kv_heads, self._shape.head_dim, dtype, policy.lossy.kv_cache)
+        self._form = KVForm(
+            layer_formulas.shape.num_kv_heads, layer_formulas.shape.head_dim, dtype, policy.lossy.kv_cache
+        )
         self._cache = KVCache(plan, self._form, device, arenas, spill)
         self._hidden = HiddenStates(plan, policy, dtype, device, arenas, spill, self._cache.spilled)
-        self._prompts = Prompts(plan.job, self._cache, self._form, consumer.tree, self._scale, self._value_share)
+        self._prompts = Prompts(
+            plan.job, self._cache, self._form, consumer.tree, self._decoder.layers, self._value_share
+        )
         self._health = Health(device)
-        self._layers = Layers(formulas, weights, plan.job, device)
+        self._layers = Layers(layer_formulas, weights, plan.job, device)
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -88,7 +93,7 @@ class Actions:
             self._form,
             device,
             self._health,
-            self._scale,
+            self._decoder.layers,
             self._value_share,
             self._angles_of,
         )
@@ -170,7 +175,7 @@ class Actions:
 
     def _indices(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         ids = [t for member in micro_batch.members for t in self._consumer.tokens(member)]
-        return self._family.rows(self._shape, torch.tensor(ids), self._prompts.positions(micro_batch))
+        return formulas.rows(self._decoder, torch.tensor(ids), self._prompts.positions(micro_batch))
 
     def _gather_rows(self, step: Step) -> None:
         moves = self._device.is_cuda and self._on_accelerator(step)
@@ -194,7 +199,7 @@ class Actions:
         else:
             gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
             rows = {name: crossing(r) for name, r in gathered.pop(step.buffer_index).items()}
-        x = self._family.embed(ops, self._shape, self._weights.of(step), rows)
+        x = formulas.embed(ops, self._decoder, self._weights.of(step), rows)
         self._hidden.put(step, x)
 
     # A decoder layer
@@ -203,15 +208,18 @@ class Actions:
         x = self._x[step.buffer_index] = self._hidden.take(step)
         self._qkv[step.buffer_index] = self._layers.of(step).project(x, self._angles_of(step, x))
 
+    def _layer(self, step: Step) -> Layer:
+        return self._decoder.layers[step.unit - 1]  # the embedding is unit 0
+
     def _angles_of(self, step: Step, x: Tensor) -> Any:
         """The same in every layer of a pass, so made in the first and kept until the next micro-batch takes the stage.
         Layers computed on another device make their own."""
         micro_batch = step.micro_batch
         made_for, angles = self._angles.get(step.buffer_index, (None, None))
-        if made_for is not micro_batch or (angles is not None and angles[0].device != x.device):
+        if made_for is not micro_batch or (angles and angles[0][0].device != x.device):
             positions = self._to_site(step, self._prompts.positions(micro_batch))
             lengths = self._to_site(step, self._prompts.lengths(micro_batch))
-            angles = self._family.angles(ops, self._shape, positions, lengths, x)
+            angles = formulas.angles(ops, self._decoder, positions, lengths, x)
             self._angles[step.buffer_index] = (micro_batch, angles)
         return angles
 
@@ -240,13 +248,15 @@ class Actions:
         new = (self._form.encode(k), self._form.encode(v))
         moved = self._cache.is_moved(step, part)
         attend = self._cache.attend_moved if moved else self._cache.attend_in_memory
+        attention = self._layer(step).attention
         out = decode_attention(
             q,
             attend(step, part, new),
             self._cache.padding(part, q.device),
-            self._scale,
+            attention.scale,
             self._value_share,
             self._cache.live_slots(part),
+            attention.mod,
         )
         (self._attended_host if for_accelerator else self._attended)[key] = out
 
@@ -270,7 +280,7 @@ class Actions:
         w = self._weights.of(step)
 
         def head(rows: Tensor) -> Tensor:
-            logits = self._family.head(ops, self._shape, w, rows)
+            logits = formulas.head(ops, self._decoder, w, rows)
             self._health.watch_head(step, rows, logits)
             return logits
 

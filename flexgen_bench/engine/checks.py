@@ -21,6 +21,14 @@ def check_prompt(shape: ModelShape, field: str, prompt: Sequence[int], new_token
             f"at most {shape.max_positions} positions in all for {shape.name}",
             "Shorten the prompt or lower max_tokens.",
         )
+    anew = family_named(shape.family).rotated_anew_beyond(shape)
+    if anew is not None and len(prompt) <= anew < len(prompt) + new_tokens - 1:
+        raise UserError(
+            field,
+            f"{len(prompt)} tokens, {new_tokens} to generate",
+            f"at most {anew} positions in all, or a prompt longer than that, for {shape.name}",
+            "Past this length the model rotates all keys of a sequence anew. Lower max_tokens.",
+        )
     bad = [t for t in prompt if not 0 <= t < shape.vocab_size]
     if bad:
         raise UserError(field, bad[:5], f"token ids from 0 to {shape.vocab_size - 1} for {shape.name}")

@@ -13,6 +13,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.formula import Traced, trace
+from flexgen_bench.models import formulas
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
@@ -21,45 +22,45 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layer(NamedTuple):
-    """project: (x, angles) -> q, k, v; output: (x, attention's output) -> x. Formulas of the family, see
-    ``models/family.py``."""
+    """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x. See ``models/formulas.py``."""
 
     project: Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
     output: Callable[[Tensor, Tensor], Tensor]
 
 
 class Formulas:
-    """A family's formulas for a model, each traced once for all layers whose weights have the same shapes, and for all
-    jobs."""
+    """The formulas of a model, each traced once for all layers that are made of the same parts and whose weights have
+    the same shapes, and for all jobs."""
 
     def __init__(self, family: ModelFamily, shape: ModelShape) -> None:
-        self.family, self.shape = family, shape
+        self.decoder, self.shape = family.decoder(shape), shape
         self._traced: dict[tuple[object, ...], tuple[Traced | None, Traced | None]] = {}
 
-    def layer(self, weights: Mapping[str, Any], lower: bool) -> Layer:
-        """Those of a layer with these weights. lower: for a device to which every operator is a launch."""
+    def layer(self, number: int, weights: Mapping[str, Any], lower: bool) -> Layer:
+        """Those of the ``number``-th layer, from 0, with these weights. lower: for a device to which every operator is a launch."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
         shapes = {name: tuple(w.shape) for name, w in weights.items()}
-        key = (lower, *shapes.items())
+        layer = self.decoder.layers[number]
+        key = (lower, layer, *shapes.items())
+
+        def project(ops: Any, w: Any, x: Any, tables: Any) -> Any:
+            return formulas.project(ops, self.decoder, layer, w, x, tables)
+
+        def output(ops: Any, w: Any, x: Any, attended: Any) -> Any:
+            return formulas.output(ops, layer, w, x, attended)
+
         if key not in self._traced:
             self._traced[key] = (
-                self._trace(self.family.project, "angles", shapes, lower),
-                self._trace(self.family.output, "attended", shapes, lower),
+                trace(project, shapes, ("x", "tables"), lower),
+                trace(output, shapes, ("x", "attended"), lower),
             )
-        project, output = self._traced[key]
-        return Layer(
-            self._as_it_is(self.family.project, weights) if project is None else project.bind(weights),
-            self._as_it_is(self.family.output, weights) if output is None else output.bind(weights),
-        )
+        traced_project, traced_output = self._traced[key]
+        return Layer(_bound(project, traced_project, weights), _bound(output, traced_output, weights))
 
-    def _as_it_is(self, formula: Callable[..., Any], weights: Mapping[str, Any]) -> Any:
-        return functools.partial(formula, ops, self.shape, weights)
 
-    def _trace(self, formula: Callable[..., Any], beside: str, shapes: Shapes, lower: bool) -> Traced | None:
-        def of_weights(ops: Any, w: Any, *inputs: Any) -> Any:
-            return formula(ops, self.shape, w, *inputs)
-
-        return trace(of_weights, shapes, ("x", beside), lower)
+def _bound(formula: Callable[..., Any], traced: Traced | None, weights: Mapping[str, Any]) -> Any:
+    """A formula with its weights: as it was traced, or as it is."""
+    return functools.partial(formula, ops, weights) if traced is None else traced.bind(weights)
 
 
 class Layers:
@@ -76,7 +77,7 @@ class Layers:
         except KeyError:
             site = self._job.units[step.unit].site
             lower = site.is_accelerator and self._device.launches_kernels
-            layer = self._formulas.layer(self._weights.of(step), lower)
+            layer = self._formulas.layer(step.unit - 1, self._weights.of(step), lower)
             self._bound[step.unit, step.weight_buffer, step.dequantized_buffer] = layer
             return layer
 

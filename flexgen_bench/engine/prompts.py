@@ -11,6 +11,7 @@ from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
 from flexgen_bench.kernels.tree_attention import TreeMask, tree_attention
 from flexgen_bench.memory.kv_cache import KVForm, Stored
+from flexgen_bench.models.parts import Layer
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.prefix_tree import PrefixTree
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
@@ -31,11 +32,11 @@ class Prompts:
         cache: KVCache,
         form: KVForm,
         tree: Callable[[int], PrefixTree | None],
-        scale: float,
+        layers: Sequence[Layer],
         value_share: float,
     ) -> None:
         self._job, self._cache, self._form, self._tree = job, cache, form, tree
-        self._scale, self._value_share = scale, value_share
+        self._layers, self._value_share = layers, value_share
         self._masks: dict[int, TreeMask] = {}  # by sequence of the job
 
     def begin_pass(self) -> None:
@@ -73,7 +74,7 @@ class Prompts:
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""
-        micro_batch = step.micro_batch
+        micro_batch, attention = step.micro_batch, self._layers[step.unit - 1].attention
         member = micro_batch.members[0]
         stored = (self._form.encode(k), self._form.encode(v))
         if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
@@ -83,18 +84,20 @@ class Prompts:
         if member.start == 0 and not member.group.shared:
             lens = [last - first for first, last in member.ranges]
             keys, values = (self._form.decode(x) for x in stored)
-            return prefill_attention(q, keys, values, lens, self._scale)
+            return prefill_attention(q, keys, values, lens, attention.scale, attention.mod)
         outs = []
         for part in micro_batch.kv_parts:
             ranges = member.ranges[part.span.start : part.span.stop]
             stop = max(last for _, last in ranges)
             keys, values = self._cache.prompt_so_far(step, part, stop)
-            outs.append(chunk_attention(q[part.row : part.stop], keys, values, ranges, self._scale))
+            rows = q[part.row : part.stop]
+            outs.append(chunk_attention(rows, keys, values, ranges, attention.scale, attention.mod))
         return _joined(outs)
 
     def _attend_trees(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
         """The rows of a chunk of each prefix tree over those of all its chunks so far."""
         member, outs = step.micro_batch.members[0], []
+        attention = self._layers[step.unit - 1].attention
         for part in step.micro_batch.kv_parts:
             span = part.span
             gathered: list[Tensor] = []
@@ -111,7 +114,16 @@ class Prompts:
                     keys, values = (self._form.decode(tuple(t[start:stop] for t in x)) for x in stored)
                 mask = self._mask(member.group.sequences[place])
                 outs.append(
-                    tree_attention(q[start:stop], keys, values, mask, member.start, self._scale, self._value_share)
+                    tree_attention(
+                        q[start:stop],
+                        keys,
+                        values,
+                        mask,
+                        member.start,
+                        attention.scale,
+                        self._value_share,
+                        attention.mod,
+                    )
                 )
         return _joined(outs)
 

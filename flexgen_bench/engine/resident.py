@@ -22,6 +22,7 @@ from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.resident_cache import Attend, ResidentCache
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
+from flexgen_bench.models import parts
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
@@ -52,13 +53,17 @@ class ResidentLayers:
         form: KVForm,
         device: Device,
         health: Health,
-        scale: float,
+        decoder_layers: Sequence[parts.Layer],
         value_share: float,
         angles_of: Callable[[Step, Tensor], Any],
     ) -> None:
         self._job, self._layers, self._hidden = job, layers, hidden
         self._cache, self._form, self._device, self._health = cache, form, device, health
-        self._scale, self._value_share, self._angles_of = scale, value_share, angles_of
+        self._attentions = [layer.attention for layer in decoder_layers]
+        self._value_share, self._angles_of = value_share, angles_of
+        scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
+        # Of all layers, where scores are multiplied with the same and nothing else is done to them.
+        self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and stage
         self._last = {unit.site: unit.index for unit in job.units[:-1]}  # layer of a site
 
@@ -85,7 +90,7 @@ class ResidentLayers:
         cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device, x.dtype)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
-        if cache is not None and launches and self._value_share == 1:
+        if cache is not None and launches and self._value_share == 1 and self._scale is not None:
             attend = cache.attention(self._form, x, self._scale)
         if attend is None and cache is not None and self._form.compression is None:
             attend = self._attend_watched_later
@@ -101,7 +106,7 @@ class ResidentLayers:
 
     def _attend_watched_later(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same, where new keys and values of all layers are judged at the end."""
-        outs = []
+        outs, attention = [], self._attentions[step.unit - 1]
         for part in step.micro_batch.kv_parts:
             rows = slice(part.row, part.stop)
             new = (self._form.encode(k[rows]), self._form.encode(v[rows]))
@@ -111,9 +116,10 @@ class ResidentLayers:
                     q[rows],
                     segments,
                     self._cache.padding(part, q.device),
-                    self._scale,
+                    attention.scale,
                     self._value_share,
                     self._cache.live_slots(part),
+                    attention.mod,
                 )
             )
         return joined(outs)

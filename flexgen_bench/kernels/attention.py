@@ -1,6 +1,7 @@
 """Attention over fresh keys (prefill), over part of a prompt (chunks) and over a cache in several segments (decode).
 
-S sequences, H query heads, G KV heads, D head dim, T cached tokens. Scores are dot products times ``scale``.
+S sequences, H query heads, G KV heads, D head dim, T cached tokens. Scores are dot products times ``scale``,
+changed as a ScoreMod says.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
 from flexgen_bench.kernels.decode import attend_with_torch
 from flexgen_bench.kernels.decode_native import attend_natively
 from flexgen_bench.kernels.prefill import chunk_attention, prefill_attention
@@ -32,6 +34,7 @@ def decode_attention(
     scale: float,
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
+    mod: ScoreMod = NO_MOD,
 ) -> Tensor:
     """One query token per sequence over a cache that lies in several segments, one after the other in time.
 
@@ -39,9 +42,10 @@ def decode_attention(
     ascending order (None: all S of them); the others are not read. padding: which slots of the first segment hold a
     token (None: all). value_share below 1: of each head, the value row of the last token is used and those with the
     largest weights, together max(1, ceil(value_share * tokens)) of them, with the weights that they have among all
-    tokens. Softmax in float32. A sequence's result depends on no other one.
+    tokens (that are in the window). mod: how scores change before the softmax.
+    Softmax in float32. A sequence's result depends on no other one.
     """
-    found = attend_natively(q, segments, padding, scale, value_share, slots)
+    found = attend_natively(q, segments, padding, scale, value_share, slots, mod)
     if found is None:
-        found = attend_with_torch(q, segments, padding, scale, value_share, slots)
+        found = attend_with_torch(q, segments, padding, scale, value_share, slots, mod)
     return found

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
+from flexgen_bench.kernels.score_mod import modified
 from flexgen_bench.kernels.segments import Padding, Segment
 from flexgen_bench.kernels.value_share import drop_small, kept
 
@@ -21,16 +23,17 @@ def attend_with_torch(
     scale: float,
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
+    mod: ScoreMod = NO_MOD,
 ) -> Tensor:
     """See ``attention.decode_attention``."""
     if slots is None:
-        return _attend(q, segments, padding, scale, value_share)
+        return _attend(q, segments, padding, scale, value_share, mod)
     outputs = []
     row = 0
     for start, stop in contiguous(slots):
         part = [segment.part(start, stop) for segment in segments]
         pad = padding and padding.part(start, stop)
-        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share))
+        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share, mod))
         row += stop - start
     if not outputs:
         return q.new_empty(0, q.shape[1] * q.shape[2])
@@ -38,7 +41,7 @@ def attend_with_torch(
 
 
 def _attend(
-    q: Tensor, segments: Sequence[Segment], padding: Padding | None, scale: float, value_share: float
+    q: Tensor, segments: Sequence[Segment], padding: Padding | None, scale: float, value_share: float, mod: ScoreMod
 ) -> Tensor:
     """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
     key is read once."""
@@ -51,13 +54,18 @@ def _attend(
         # Scaled before they are rounded to q's type: unscaled scores may be beyond float16.
         room = q.new_empty(sequences * groups, heads // groups, segment.tokens)
         scores.append(room.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale))
-    if padding is not None:
+    mod = mod.over(sum(segment.tokens for segment in segments))
+    if padding is not None and mod.is_none:
         first = scores[0].view(sequences, heads, -1)
         first.masked_fill_(~padding.mask[:, None, :], float("-inf"))
     joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    if not mod.is_none:
+        joined = joined.float()
+        distances = _distances(segments, padding, q.device)[:, None, None]
+        modified(joined.view(sequences, heads, 1, -1), distances, mod)
     weights = torch.softmax(joined, dim=-1, dtype=torch.float32)
     if value_share < 1:
-        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share)
+        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)
     out: Tensor | None = None
     for piece, segment in zip(pieces, segments, strict=True):
@@ -67,7 +75,21 @@ def _attend(
     return out.reshape(sequences, heads * dim)
 
 
-def _use_share(weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float) -> None:
+def _distances(segments: Sequence[Segment], padding: Padding | None, device: torch.device) -> Tensor:
+    """(S or 1, T over all segments): how far each token is behind the last one; -1 for slots without a token."""
+    tokens = sum(segment.tokens for segment in segments)
+    behind = torch.arange(tokens - 1, -1, -1, device=device)[None]
+    if padding is None:
+        return behind
+    first = segments[0].tokens
+    empty = first - padding.mask.sum(1, keepdim=True)  # slots behind each prompt
+    own = (behind[:, :first] - empty).masked_fill_(~padding.mask, -1)
+    return torch.cat((own, behind[:, first:].expand(len(own), -1)), dim=1)
+
+
+def _use_share(
+    weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float, mod: ScoreMod
+) -> None:
     """weights (S, H, T over all segments): those of value rows that are not used become 0.
 
     No value row is skipped in memory: on an accelerator the rows are there already, and on a processor the native
@@ -78,7 +100,7 @@ def _use_share(weights: Tensor, segments: Sequence[Segment], padding: Padding | 
     lengths = [first] * sequences if padding is None else padding.lengths.tolist()
     later = tokens - first
     last = [tokens - 1 if later else length - 1 for length in lengths]
-    drop_small(weights, last, [kept(value_share, length + later) for length in lengths])
+    drop_small(weights, last, [kept(value_share, mod.seen(n + later)) for n in lengths])
 
 
 def contiguous(slots: Sequence[int]) -> list[tuple[int, int]]:

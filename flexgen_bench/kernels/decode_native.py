@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
 from flexgen_bench.kernels.native.build import library
+from flexgen_bench.kernels.score_mod import slopes_of
 from flexgen_bench.kernels.segments import Padding, PlainSegment, Segment
 from flexgen_bench.kernels.value_share import kept
 
@@ -54,7 +56,10 @@ class _Job(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("segments", ctypes.c_int64),
         ("splits", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("slopes", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
     )
 
 
@@ -65,6 +70,7 @@ def attend_natively(
     scale: float,
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
+    mod: ScoreMod = NO_MOD,
 ) -> Tensor | None:
     """See ``attention.decode_attention``; None if this cache is not for the native kernel, or there is no library.
 
@@ -82,9 +88,11 @@ def attend_natively(
         return out.to(q.dtype)
     slot_numbers = torch.tensor(range(rows) if slots is None else slots, dtype=torch.int32)
     lengths = None if padding is None else padding.lengths.to(torch.int32).contiguous()
-    keep = _kept_rows(segments, lengths, slot_numbers, value_share)
+    keep = _kept_rows(segments, lengths, slot_numbers, value_share, mod)
     kv_heads = segments[0].heads
-    threads, splits = _division(rows * kv_heads, segments, dim)
+    tokens = mod.seen(sum(segment.tokens for segment in segments))
+    threads, splits = _division(rows * kv_heads, tokens, dim)
+    slopes = slopes_of(mod.slopes, q.device).data_ptr() if mod.slopes else None
     if keep is not None:
         splits = 1  # which rows are used depends on the weights of all tokens
     partial = torch.empty(rows * heads * splits * (dim + 2) if splits > 1 else 0)
@@ -101,7 +109,10 @@ def attend_natively(
         dim,
         len(segments),
         splits,
+        mod.window or 0,
+        slopes,
         scale,
+        mod.soft_cap or 0.0,
     )
     keys, values = ((_Rows * len(segments))(*(_rows(s, i) for s in segments)) for i in (0, 1))
 
@@ -156,18 +167,19 @@ def _byte_strides(x: Tensor) -> list[int]:
     return [x.stride(i) * x.element_size() for i in range(3)]
 
 
-def _kept_rows(segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float) -> Tensor | None:
+def _kept_rows(
+    segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float, mod: ScoreMod
+) -> Tensor | None:
     """(S',) int32: how many value rows of each sequence are used; None if all are."""
     if value_share >= 1:
         return None
     later = sum(segment.tokens for segment in segments[1:])
     first = [segments[0].tokens] * len(slots) if lengths is None else lengths[slots].tolist()
-    return torch.tensor([kept(value_share, n + later) for n in first], dtype=torch.int32)
+    return torch.tensor([kept(value_share, mod.seen(n + later)) for n in first], dtype=torch.int32)
 
 
-def _division(pairs: int, segments: Sequence[Segment], dim: int) -> tuple[int, int]:
+def _division(pairs: int, tokens: int, dim: int) -> tuple[int, int]:
     """(threads, splits of each pair of sequence and KV head) for this much work."""
-    tokens = sum(segment.tokens for segment in segments)
     # Two bytes for each value of K and of V: close enough for all types.
     threads = max(1, min(torch.get_num_threads(), pairs * tokens * dim * 4 // BYTES_PER_THREAD))
     if threads == 1 or pairs >= PIECES_PER_THREAD * threads:

@@ -22,7 +22,17 @@ from flexgen_bench.kernels.quantization import QuantizedWeight
 from flexgen_bench.kernels.rms_norm import rms_norm
 from flexgen_bench.kernels.rotary import rotary_table, rotate
 
-__all__ = ["activation", "layer_norm", "linear", "rms_norm", "rotary_table", "rotate"]
+__all__ = [
+    "activation",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rms_norm_around_one",
+    "rotary_table",
+    "rotate",
+    "scaled",
+    "soft_capped",
+]
 
 # Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
 # operand: 68 against 47 GFLOP/s at 8 rows, 230 against 171 at 32, equal at 64 and at 4, half as fast at 2
@@ -70,6 +80,21 @@ def _linear_along_outputs(x: Tensor, weight: OutputQuantizedWeight, bias: Tensor
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation over the last dimension; without weight and bias it only normalises."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def rms_norm_around_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * (1 + weight), multiplied in float32 before it is rounded (Gemma)."""
+    return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + weight.float(), eps).to(x.dtype)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor that is rounded to x's type first."""
+    return x * float(torch.tensor(factor, dtype=x.dtype))
+
+
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): no larger than the cap (Gemma 2, section 2)."""
+    return torch.tanh(x / cap) * cap
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

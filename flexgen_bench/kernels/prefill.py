@@ -1,7 +1,7 @@
 """Attention of prompts: whole ones over themselves, and chunks of them over what came before.
 
 S sequences, N flattened tokens, H query heads, G KV heads, D head dim, P slots for a prompt's tokens. Scores are dot
-products times ``scale``.
+products times ``scale``, changed as a ScoreMod says.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
+from flexgen_bench.kernels.score_mod import modified_attention
+
 Item = TypeVar("Item")
 
 
-def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, mod: ScoreMod = NO_MOD
+) -> Tensor:
     """Causal attention of each sequence over itself.
 
     q (N, H, D), k and v (N, G, D), sequences one after the other with the given lengths; returns (N, H * D).
@@ -28,12 +33,14 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], s
     for length, count in _runs(lengths):
         stop = row + length * count
         keys, values = (x[row:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-        outputs.append(_causal(q[row:stop], keys, values, scale))
+        outputs.append(_causal(q[row:stop], keys, values, scale, mod))
         row = stop
     return _joined(outputs, q)
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int, int]], scale: float) -> Tensor:
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int, int]], scale: float, mod: ScoreMod = NO_MOD
+) -> Tensor:
     """Causal attention of a chunk of each prompt over that prompt's tokens so far.
 
     q (N, H, D): of each sequence s the tokens from ranges[s][0] to below ranges[s][1] (none if they are equal), one
@@ -47,16 +54,20 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int,
         rows = row + (stop - start) * count
         if stop > start:
             keys, values = (x[sequence : sequence + count, :, :stop] for x in (k, v))
-            outputs.append(_causal(q[row:rows], keys, values, scale))
+            outputs.append(_causal(q[row:rows], keys, values, scale, mod))
         row, sequence = rows, sequence + count
     return _joined(outputs, q)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mod: ScoreMod) -> Tensor:
     """q (C * L, H, D), the last L tokens of C sequences; k, v (C, G, T, D), T >= L. Returns (C * L, H * D)."""
     count, _, tokens, _ = k.shape
     rows, heads, dim = q.shape
     length = rows // count
+    mod = mod.over(tokens)
+    if not mod.is_none:
+        out = modified_attention(q.reshape(count, length, heads, dim), k, v, mod, scale)
+        return out.view(rows, heads * dim)
     queries = q.view(count, length, heads, dim).transpose(1, 2)
     grouped = heads != k.shape[1]
     mask = None

@@ -18,9 +18,17 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def rotary_table(
-    positions: Tensor, lengths: Tensor, head_dim: int, theta: float, scaling: Scaling | None, dtype: torch.dtype
+    positions: Tensor,
+    lengths: Tensor,
+    head_dim: int,
+    theta: float,
+    scaling: Scaling | None,
+    dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, D) of the angles of tokens at ``positions`` (N,).
+    """cos and sin (N, 1, head_dim) of the angles of tokens at ``positions`` (N,). head_dim: how many values of a head
+    are rotated;
+    interleaved: in pairs of neighbours.
 
     lengths: (N,) how many tokens their sequences had when they were computed: those of the whole prompt for its
     tokens, one more than its position for a later one. Only ``dynamic`` and ``longrope`` look at them: a key keeps the
@@ -32,12 +40,23 @@ def rotary_table(
     if scaling is not None:
         inverse, factor = _KINDS[scaling["rope_type"]](scaling, theta, exponents, lengths)
     angles = positions.float()[:, None] * inverse  # of (D / 2,), or (N, D / 2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    if interleaved:
+        angles = angles.repeat_interleave(2, dim=-1)[:, None, :]
+    else:
+        angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head's halves by the angles: x (N, H, D), cos and sin (N, 1, D)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first R values of each head by the angles, in pairs of a value of the first half and one of the
+    second, or of neighbours (interleaved): x (N, H, D), cos and sin (N, 1, R), R at most D."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        rotated = rotate(x[..., :dim], cos, sin, interleaved)
+        return torch.cat((rotated, x[..., dim:]), dim=-1)
+    if interleaved:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        return x * cos + turned * sin
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
 

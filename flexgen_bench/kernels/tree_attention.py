@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
+from flexgen_bench.kernels.score_mod import Tree, modified, modified_attention, visible
 from flexgen_bench.kernels.value_share import drop_small, kept
 from flexgen_bench.schedule.prefix_tree import Block, PrefixTree
 
@@ -29,13 +31,26 @@ class TreeMask:
     def __init__(self, tree: PrefixTree) -> None:
         self.blocks = tree.blocks
         self._parents, self._decoded = tree.parents, tree.logit_rows
+        self._positions = torch.tensor(tree.positions)
         self._masks: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._trees: dict[tuple[int, int, int, torch.device], Tree] = {}
 
     def decoded(self, start: int, stop: int) -> list[int]:
         """Which of the rows start .. stop-1 stand for tokens that are decoded, not part of a prompt, counted from
         ``start``: those that predict scored tokens."""
         low, high = (bisect_left(self._decoded, row) for row in (start, stop))
         return [row - start for row in self._decoded[low:high]]
+
+    def tree(self, number: int, start: int, stop: int, like: Tensor) -> Tree:
+        """Rows start .. stop-1 of a block as queries: their positions, those of their keys, and who sees whom."""
+        key = (number, start, stop, like.device)
+        if key not in self._trees:
+            block = self.blocks[number]
+            queries = self._positions[start:stop]
+            keys = torch.cat([self._positions[a:b] for a, b in (*block.before, (block.start, stop))])
+            seen = self._seen(block)[start - block.start : stop - block.start, : len(keys)]
+            self._trees[key] = Tree(*(x.to(like.device) for x in (queries, keys, seen)))
+        return self._trees[key]
 
     def of(self, number: int, like: Tensor) -> Tensor:
         """(rows of the block, keys): 0 where a row sees a key, else -inf. Keys are the block's ``before`` rows, then
@@ -60,7 +75,14 @@ class TreeMask:
 
 
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, first: int, scale: float, value_share: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    first: int,
+    scale: float,
+    value_share: float = 1.0,
+    mod: ScoreMod = NO_MOD,
 ) -> Tensor:
     """q (N, H, D): rows first .. first + N - 1 of the prefix tree; k, v (at least first + N, G, D): its rows from the
     beginning.
@@ -70,21 +92,39 @@ def tree_attention(
     largest weights (as ``decode_attention`` in kernels/attention.py does).
     """
     last = first + q.shape[0]
+    mod = mod.over(last)
     outputs = []
     for number, block in enumerate(mask.blocks):
         start, stop = max(block.start, first), min(block.stop, last)
         if start >= stop:
             continue
         queries = q[start - first : stop - first]
-        keys, values = (_rows(x, (*block.before, (block.start, stop))) for x in (k, v))
+        ranges = (*block.before, (block.start, stop))
+        keys, values = (_rows(x, ranges) for x in (k, v))
         decoded = mask.decoded(start, stop) if value_share < 1 else []
         seen = None
         if decoded or block.before or block.branches or start > block.start:
             seen = mask.of(number, q)[start - block.start : stop - block.start, : keys.shape[0]]
-        out = _attend(queries, keys, values, seen, scale)
+        distances = None
+        if mod.is_none:
+            out = _attend(queries, keys, values, seen, scale)
+        else:
+            tree = mask.tree(number, start, stop, q)
+            distances = tree.queries[:, None] - tree.keys
+            k4, v4 = (x.transpose(0, 1)[None] for x in (keys, values))
+            out = modified_attention(queries[None], k4, v4, mod, scale, tree)[0]
         if decoded and seen is not None:
             rows = torch.tensor(decoded, device=q.device)
-            out[rows] = _attend_sparsely(queries[rows], keys, values, seen[rows], scale, value_share)
+            out[rows] = _attend_sparsely(
+                queries[rows],
+                keys,
+                values,
+                seen[rows],
+                scale,
+                value_share,
+                mod,
+                None if distances is None else distances[rows],
+            )
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -109,8 +149,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return out[0].transpose(0, 1).reshape(rows, heads * dim)
 
 
-def _attend_sparsely(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, value_share: float) -> Tensor:
-    """The same with few of the value rows."""
+def _attend_sparsely(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    value_share: float,
+    mod: ScoreMod,
+    distances: Tensor | None,
+) -> Tensor:
+    """The same with few of the value rows. distances (L, T): of each key behind its query, if scores change by them."""
     rows, heads, dim = q.shape
     groups = heads // k.shape[1]
     k, v = (x.transpose(0, 1).repeat_interleave(groups, dim=0) for x in (k, v))
@@ -119,10 +168,15 @@ def _attend_sparsely(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     for start in range(0, rows, piece):
         seen = mask[start : start + piece]
         scores = torch.matmul(q[start : start + piece].transpose(0, 1), k.transpose(1, 2)).float()
-        weights = (scores * scale + seen.float()).softmax(-1).transpose(0, 1)
-        visible = (seen == 0).to("cpu")
-        counts = visible.sum(1).tolist()
-        own = [k.shape[1] - 1 - int(n) for n in visible.flip(1).int().argmax(1)]
+        scores *= scale
+        if distances is not None:
+            behind = distances[start : start + piece]
+            scores = modified(scores, behind, mod)
+            seen = seen.masked_fill(~visible(behind, mod), float("-inf"))
+        weights = (scores + seen.float()).softmax(-1).transpose(0, 1)
+        shown = (seen == 0).to("cpu")
+        counts = shown.sum(1).tolist()
+        own = [k.shape[1] - 1 - int(n) for n in shown.flip(1).int().argmax(1)]
         weights = drop_small(weights.contiguous(), own, [kept(value_share, n) for n in counts])
         out = torch.matmul(weights.transpose(0, 1).to(v.dtype), v)
         outputs.append(out.transpose(0, 1).reshape(-1, heads * dim))

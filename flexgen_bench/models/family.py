@@ -1,82 +1,40 @@
 """What a model family must supply. One file per family implements this; ``registry.py`` finds it by name.
 
 Tensors are given and returned as flattened tokens, so that prompts of different lengths share one matrix
-product without padding: N = tokens of all sequences of a micro-batch, H = query heads, G = KV heads, D = head
-dim, E = embedding width. A weight is a tensor, or what ``ops.linear`` takes in its place (a compressed one): formulas
-only hand weights to ``ops``. ``ops`` is ``flexgen_bench.kernels.ops`` (or another set of kernels with its names);
-passing it in keeps torch out of this package.
+product without padding: N = tokens of all sequences of a micro-batch. A weight is a tensor, or what ``ops.linear``
+takes in its place (a compressed one): formulas (``formulas.py``) only hand weights to ``ops``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.model import ModelShape, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Weights = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
-
-    rows: how many rows each source has; empty if all have the same number.
-    """
-
-    spec: TensorSpec
-    sources: tuple[str, ...]
-    rows: tuple[int, ...] = ()
-
-    @property
-    def source_rows(self) -> tuple[int, ...]:
-        count = len(self.sources)
-        return self.rows or (self.spec.shape[0] // count,) * count
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """Every weight of a model, by schedulable unit.
-
-    tables: gathered by row where they lie (token and position embeddings); ``tables[-1]`` is the token table.
-    embed: other weights of the input embedding. layers: one list per decoder layer. head: what turns hidden
-    states into logits, without the token table; if embeddings are tied, the head also reads ``tables[-1]``.
-    """
-
-    tables: tuple[PackedTensor, ...]
-    embed: tuple[PackedTensor, ...]
-    layers: tuple[tuple[PackedTensor, ...], ...]
-    head: tuple[PackedTensor, ...]
-    tied: bool
-
-    @property
-    def vocabulary(self) -> tuple[PackedTensor, ...]:
-        """Matrices with a row for each token: the token table, and the head's own where embeddings are not tied."""
-        tokens = self.tables[-1]
-        return tokens, *(t for t in self.head if t.spec.shape == tokens.spec.shape)
-
-    @property
-    def num_values(self) -> int:
-        """Parameters of the model; a tied table counts once."""
-        units = (self.tables, self.embed, *self.layers, self.head)
-        return sum(t.spec.num_values for unit in units for t in unit)
+from flexgen_bench.core.model import ModelShape
+from flexgen_bench.models.inventory import Inventory, Names, inventory_of
+from flexgen_bench.models.parts import Decoder
+from flexgen_bench.models.rope import steady_positions
 
 
 class ModelFamily(ABC):
-    """The formulas of one family of decoder-only transformers."""
+    """One family of decoder-only transformers: how its configs are read, and which parts its models are made of."""
 
     name: ClassVar[str]
     # The class of transformers that this family's checkpoints name in config.json, and its model_type.
     architecture: ClassVar[str]
     model_type: ClassVar[str]
-    # Name prefixes under which checkpoints of this family store their tensors, tried in order.
+    # What its checkpoints call their tensors, and under which prefixes, tried in order.
+    names: ClassVar[Names]
     prefixes: ClassVar[tuple[str, ...]] = ("", "model.")
+    # Other names that the same tensors have in some checkpoints, and other model_types under which configs describe the
+    # same models, with the architectures they name.
+    other_names: ClassVar[tuple[Names, ...]] = ()
+    other_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    other_types: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Entries of a config that change what other families' models compute, and which this one reads.
+    reads: ClassVar[Collection[str]] = ()
 
     @abstractmethod
     def shape_from_config(self, config: Mapping[str, Any], name: str) -> ModelShape:
@@ -87,45 +45,23 @@ class ModelFamily(ABC):
         """The inverse: entries of a ``config.json`` that describe this shape."""
 
     @abstractmethod
-    def inventory(self, shape: ModelShape) -> Inventory:
-        """Names, shapes and checkpoint sources of every weight."""
+    def decoder(self, shape: ModelShape) -> Decoder:
+        """The parts of a model of this shape."""
 
-    @abstractmethod
-    def rows(self, shape: ModelShape, token_ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Which row of each table every token needs: table name -> (N,) indices."""
-
-    @abstractmethod
-    def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
-        """Gathered rows (table name -> (N, E)) -> hidden states (N, hidden)."""
+    def inventory(self, shape: ModelShape, names: Names | None = None) -> Inventory:
+        """Names, shapes and checkpoint sources of every weight; names: other than the family's own."""
+        return inventory_of(self.decoder(shape), names or self.names)
 
     def steady_positions(self, shape: ModelShape) -> int:
         """Up to which length of its sequence the keys of a token depend on what precedes it alone. Of longer ones they
         depend on the length, too, so that sequences which begin alike cannot share them."""
-        return shape.max_positions
+        steady = [steady_positions(rotary.scaling) for rotary in self.decoder(shape).rotaries]
+        return min((s for s in steady if s is not None), default=shape.max_positions)
 
-    def angles(self, ops: Any, shape: ModelShape, positions: Tensor, lengths: Tensor, like: Tensor) -> Any:
-        """What every layer needs to know of positions (N,): made once per pass, in the dtype of ``like``.
-
-        lengths: (N,) of the tokens' sequences when they are computed. None for families that put positions into the
-        embedding.
-        """
+    def rotated_anew_beyond(self, shape: ModelShape) -> int | None:
+        """A sequence that grows past so many tokens has all of its keys rotated anew, which the engine cannot do; None:
+        never."""
         return None
-
-    @abstractmethod
-    def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden (N, hidden) -> q (N, H, D), k (N, G, D), v (N, G, D), with ``angles`` applied."""
-
-    def attention_scale(self, shape: ModelShape) -> float:
-        """What scores are multiplied with before the softmax (Vaswani et al. 2017, section 3.2.1)."""
-        return float(shape.head_dim**-0.5)
-
-    @abstractmethod
-    def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
-        """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer."""
-
-    @abstractmethod
-    def head(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor) -> Tensor:
-        """Hidden (R, hidden) of the rows that need logits -> logits (R, vocab)."""
 
 
 def config_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -142,3 +78,22 @@ def config_value(config: Mapping[str, Any], key: str, kind: type | tuple[type, .
     if value is None or not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"config.json: {key}", value, "present and of the right type")
     return value
+
+
+def config_number(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A number above 0, or ``default`` where it is missing or null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"config.json: {key}", value, "a number above 0, or null")
+    return value
+
+
+def must_be(config: Mapping[str, Any], family: str, **values: tuple[Any, ...]) -> None:
+    """UserError for an entry that is none of the values for which this family has formulas; missing ones are taken for
+    the first."""
+    for key, allowed in values.items():
+        if config.get(key, allowed[0]) not in allowed:
+            named = " or ".join(map(repr, allowed))
+            raise UserError(f"config.json: {key}", config[key], f"{named} for a {family} model")

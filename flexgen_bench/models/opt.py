@@ -7,15 +7,14 @@ embed_dim (350m: tokens live in 512 dimensions and are projected), activation, b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.core.model import ModelShape, TensorSpec
+from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.activations import activation_of
-from flexgen_bench.models.family import Inventory, ModelFamily, PackedTensor, Weights, config_flag, config_value
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flexgen_bench.models.family import ModelFamily, config_flag, config_value
+from flexgen_bench.models.inventory import Names
+from flexgen_bench.models.parts import MLP, Attention, Decoder, Embedding, Head, Layer, Norm, NormKind, NormPlace
 
 # Position p uses row p + 2: the published checkpoints inherit fairseq's padding offset.
 POSITION_OFFSET = 2
@@ -27,6 +26,17 @@ class OPT(ModelFamily):
     architecture = "OPTForCausalLM"
     model_type = "opt"
     prefixes = ("model.decoder.", "decoder.", "")
+    names = Names(
+        layer={
+            "attention_norm": "self_attn_layer_norm",
+            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "out": "self_attn.out_proj",
+            "mlp_norm": "final_layer_norm",
+            "up": "fc1",
+            "down": "fc2",
+        },
+        norm="final_layer_norm",
+    )
 
     def shape_from_config(self, config: Mapping[str, Any], name: str) -> ModelShape:
         hidden = config_value(config, "hidden_size", int)
@@ -78,99 +88,37 @@ class OPT(ModelFamily):
             "_remove_final_layer_norm": not shape.options.get("final_norm", True),
         }
 
-    def inventory(self, shape: ModelShape) -> Inventory:
-        h, f, e = shape.hidden_size, shape.ffn_size, _embed_dim(shape)
-        has_bias = bool(shape.options.get("bias", True))
-
-        def linear(packed: str, out: int, inp: int, *sources: str) -> list[PackedTensor]:
-            weight = PackedTensor(TensorSpec(f"{packed}.weight", (out, inp)), tuple(f"{s}.weight" for s in sources))
-            bias = PackedTensor(TensorSpec(f"{packed}.bias", (out,)), tuple(f"{s}.bias" for s in sources))
-            return [weight, bias] if has_bias else [weight]
-
-        def norm(packed: str, source: str) -> list[PackedTensor]:
-            if not shape.options.get("norm_affine", True):
-                return []
-            return [
-                PackedTensor(TensorSpec(f"{packed}.{part}", (h,)), (f"{source}.{part}",)) for part in ("weight", "bias")
-            ]
-
-        def layer(i: int) -> tuple[PackedTensor, ...]:
-            p = f"layers.{i}"
-            qkv = [f"{p}.self_attn.{x}_proj" for x in "qkv"]
-            return (
-                *norm("attention_norm", f"{p}.self_attn_layer_norm"),
-                *linear("qkv", 3 * h, h, *qkv),
-                *linear("out", h, h, f"{p}.self_attn.out_proj"),
-                *norm("mlp_norm", f"{p}.final_layer_norm"),
-                *linear("up", f, h, f"{p}.fc1"),
-                *linear("down", h, f, f"{p}.fc2"),
-            )
-
-        positions = TensorSpec("positions", (shape.max_positions + POSITION_OFFSET, h))
-        tables = (
-            PackedTensor(positions, ("embed_positions.weight",)),
-            PackedTensor(TensorSpec("tokens", (shape.vocab_size, e)), ("embed_tokens.weight",)),
+    def decoder(self, shape: ModelShape) -> Decoder:
+        options = shape.options
+        bias, before = bool(options.get("bias", True)), bool(options.get("norm_before", True))
+        norm = Norm(NormKind.LAYER, NORM_EPS, affine=bool(options.get("norm_affine", True)))
+        layer = Layer(
+            hidden=shape.hidden_size,
+            attention=Attention(
+                heads=shape.num_heads,
+                kv_heads=shape.num_heads,
+                head_dim=shape.head_dim,
+                scale=shape.head_dim**-0.5,
+                bias=bias,
+                out_bias=bias,
+            ),
+            mlp=MLP(shape.ffn_size, str(options.get("activation", "relu")), gated=False, bias=bias),
+            attention_norm=norm,
+            mlp_norm=norm,
+            place=NormPlace.BEFORE if before else NormPlace.AFTER,
         )
-        embed: list[PackedTensor] = []
-        head: list[PackedTensor] = norm("norm", "final_layer_norm") if _final_norm(shape) else []
-        if e != h:
-            embed += [PackedTensor(TensorSpec("project_in", (h, e)), ("project_in.weight",))]
-            head += [PackedTensor(TensorSpec("project_out", (e, h)), ("project_out.weight",))]
-        if not shape.tied_embeddings:
-            head += [PackedTensor(TensorSpec("unembed", (shape.vocab_size, e)), ("lm_head.weight",))]
-        return Inventory(
-            tables=tables,
-            embed=tuple(embed),
-            layers=tuple(layer(i) for i in range(shape.num_layers)),
-            head=tuple(head),
+        return Decoder(
+            hidden=shape.hidden_size,
+            vocab=shape.vocab_size,
             tied=shape.tied_embeddings,
+            embedding=Embedding(_embed_dim(shape), shape.max_positions, POSITION_OFFSET),
+            layers=(layer,) * shape.num_layers,
+            head=Head(norm if options.get("final_norm", before) else None),
         )
-
-    def rows(self, shape: ModelShape, token_ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        return {"positions": positions + POSITION_OFFSET, "tokens": token_ids}
-
-    def embed(self, ops: Any, shape: ModelShape, w: Weights, rows: Weights) -> Tensor:
-        x = rows["tokens"]
-        if "project_in" in w:
-            x = ops.linear(x, w["project_in"])
-        return x + rows["positions"]
-
-    def project(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if shape.options.get("norm_before", True):
-            x = ops.layer_norm(x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS)
-        qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
-        q, k, v = qkv.view(-1, 3, shape.num_heads, shape.head_dim).unbind(1)
-        return q, k, v
-
-    def output(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
-        before = bool(shape.options.get("norm_before", True))
-        x = x + ops.linear(attended, w["out.weight"], w.get("out.bias"))
-        if not before:
-            x = ops.layer_norm(x, w.get("attention_norm.weight"), w.get("attention_norm.bias"), NORM_EPS)
-        y = x
-        if before:
-            y = ops.layer_norm(x, w.get("mlp_norm.weight"), w.get("mlp_norm.bias"), NORM_EPS)
-        y = ops.linear(y, w["up.weight"], w.get("up.bias"))
-        y = ops.activation(str(shape.options.get("activation", "relu")), y)
-        x = x + ops.linear(y, w["down.weight"], w.get("down.bias"))
-        if not before:
-            x = ops.layer_norm(x, w.get("mlp_norm.weight"), w.get("mlp_norm.bias"), NORM_EPS)
-        return x
-
-    def head(self, ops: Any, shape: ModelShape, w: Weights, x: Tensor) -> Tensor:
-        if _final_norm(shape):
-            x = ops.layer_norm(x, w.get("norm.weight"), w.get("norm.bias"), NORM_EPS)
-        if "project_out" in w:
-            x = ops.linear(x, w["project_out"])
-        return ops.linear(x, w["tokens"] if shape.tied_embeddings else w["unembed"])
 
 
 def _embed_dim(shape: ModelShape) -> int:
     return int(shape.options.get("embed_dim") or shape.hidden_size)
 
 
-def _final_norm(shape: ModelShape) -> bool:
-    return bool(shape.options.get("final_norm", shape.options.get("norm_before", True)))
-
-
-FAMILY = OPT()
+FAMILIES = (OPT(),)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.models.family import Inventory, PackedTensor
+from flexgen_bench.models.inventory import Inventory, PackedTensor
 from flexgen_bench.schedule.scheduled_job import UnitKind
 
 EXTENT_ALIGN = PAGE  # extents start where direct I/O can read

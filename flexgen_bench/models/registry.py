@@ -1,4 +1,5 @@
-"""Families found by scanning this folder: a new family is one new file that ends with ``FAMILY = ...``."""
+"""Families found by scanning this folder: a new family is one new file that ends with ``FAMILIES = (...,)``, several if
+they differ little."""
 
 from __future__ import annotations
 
@@ -13,10 +14,8 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.family import ModelFamily
 
-_NOT_FAMILIES = {"activations", "family", "model", "packing", "registry", "rope", "stored_names"}
-
-
-# Entries that change what a model computes, and which no family here knows, with the values that change nothing.
+# Entries that change what a model computes, with the values that change nothing: refused by families that do not read
+# them.
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
     "attn_logit_softcapping": (None,),
@@ -33,10 +32,9 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
 @cache
 def _families() -> dict[str, ModelFamily]:
     families: dict[str, ModelFamily] = {}
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name not in _NOT_FAMILIES:
-            found = importlib.import_module(f"flexgen_bench.models.{module.name}").FAMILY
-            families[found.name] = found
+    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"flexgen_bench.models.{found.name}")
+        families |= {one.name: one for one in getattr(module, "FAMILIES", ())}
     return families
 
 
@@ -74,7 +72,8 @@ def _family_of(config: Mapping[str, Any]) -> ModelFamily:
     for found in known:
         whole = found.architecture.lower()
         own = {whole, whole.replace("forcausallm", "model")}
-        by_type = str(kind).lower() == found.model_type
+        own |= {one.lower() for others in found.other_types.values() for one in others}
+        by_type = str(kind).lower() in (found.model_type, *found.other_types)
         if by_type if not names else any(str(name).lower() in own for name in names):
             # transformers goes by the model_type, whatever the architectures say
             if kind is not None and not by_type:
@@ -88,11 +87,11 @@ def _family_of(config: Mapping[str, Any]) -> ModelFamily:
 
 def _check_foreign(config: Mapping[str, Any], found: ModelFamily, shape: ModelShape) -> None:
     for key, neutral in _FOREIGN.items():
-        if config.get(key) not in neutral:
+        if key not in found.reads and config.get(key) not in neutral:
             raise UserError(f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {found.name} model")
-    window = config.get("sliding_window")
+    window = None if "sliding_window" in found.reads else config.get("sliding_window")
     if window is not None and not (isinstance(window, int) and window >= shape.max_positions):
         raise UserError("config.json: sliding_window", window, f"null, or not below {shape.max_positions} positions")
     others = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    if others:
+    if others and "layer_types" not in found.reads:
         raise UserError("config.json: layer_types", others[0], "full_attention for every layer")

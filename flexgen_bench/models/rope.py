@@ -36,34 +36,49 @@ _LISTS: Mapping[str, tuple[str, ...]] = {"longrope": ("short_factor", "long_fact
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: the base. scaling: None, or its kind (``rope_type``) and numbers. reach: the positions it is made for."""
+    """theta: the base. scaling: None, or its kind (``rope_type``) and numbers. reach: the positions it is made for.
+    share: of a head's values that are rotated, the first ones."""
 
     theta: float
     scaling: dict[str, Any] | None
     reach: int
+    share: float = 1.0
 
 
-def rope_of(config: Mapping[str, Any], positions: int, head_dim: int) -> Rope:
-    """positions: ``max_position_embeddings``. UserError names what is not known or not of the right type."""
+def rotated(head_dim: int, share: float) -> int:
+    """How many values of a head are rotated."""
+    return int(head_dim * share)
+
+
+def rope_of(
+    config: Mapping[str, Any], positions: int, head_dim: int, share: float | None = None, theta: float = DEFAULT_THETA
+) -> Rope:
+    """positions: ``max_position_embeddings``. share, theta: where the config says nothing; share None: all, and no
+    config may say otherwise. UserError names what is not known or not of the right type."""
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(
             f"config.json: {nested[0]} of rope_parameters", given[nested[0]], "left out: one rope for all layers"
         )
-    theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or DEFAULT_THETA)
+    theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or theta)
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial is not None and float(partial) != 1.0:
+    if share is None and partial is not None and float(partial) != 1.0:
         raise UserError("config.json: partial_rotary_factor", partial, "1, or left out")
-    if head_dim % 2:
-        raise UserError("config.json: head_dim", head_dim, "even: values are rotated in pairs")
+    share = 1.0 if share is None else float(share if partial is None else partial)
+    dim = rotated(head_dim, share)
+    if not 0 < dim <= head_dim:
+        raise UserError("config.json: partial_rotary_factor", share, "above 0 and at most 1")
+    if dim % 2 or head_dim % 2:
+        name, value = ("head_dim", head_dim) if share == 1 else ("partial_rotary_factor", share)
+        raise UserError(f"config.json: {name}", value, "even: values are rotated in pairs")
     kind = str(given.get("rope_type") or given.get("type") or "default")
     if kind not in _NEEDED:
         raise UserError("config.json: rope_type", kind, f"one of {', '.join(_NEEDED)}")
     if kind == "default":
-        return Rope(theta, None, positions)
-    scaling = _scaling(kind, given, config, positions, head_dim)
-    return Rope(theta, scaling, _reach(kind, scaling, positions))
+        return Rope(theta, None, positions, share)
+    scaling = _scaling(kind, given, config, positions, dim)
+    return Rope(theta, scaling, _reach(kind, scaling, positions), share)
 
 
 def positions_of(scaling: Mapping[str, Any] | None, reach: int) -> int:
@@ -82,7 +97,7 @@ def steady_positions(scaling: Mapping[str, Any] | None) -> int | None:
 
 
 def _scaling(
-    kind: str, given: Mapping[str, Any], config: Mapping[str, Any], positions: int, head_dim: int
+    kind: str, given: Mapping[str, Any], config: Mapping[str, Any], positions: int, dim: int
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_type": kind}
     values = dict(given)
@@ -99,11 +114,11 @@ def _scaling(
         if values.get(key) is not None:
             found[key] = _checked(kind, key, values[key], lambda v: _is_number(v) and v >= 0)
     for key in _LISTS.get(kind, ()):
-        found[key] = _checked(kind, key, values.get(key), lambda v: _is_list(v, head_dim // 2))
+        found[key] = _checked(kind, key, values.get(key), lambda v: _is_list(v, dim // 2))
     if kind == "yarn" and values.get("truncate") is not None:
         found["truncate"] = bool(values["truncate"])
-    if kind == "dynamic" and head_dim < 4:
-        raise UserError("config.json: head_dim", head_dim, "at least 4 with rope_type dynamic")
+    if kind == "dynamic" and dim < 4:
+        raise UserError("config.json: head_dim", dim, "at least 4 with rope_type dynamic")
     return found
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
-from flexgen_bench.models.family import Inventory, PackedTensor
+from flexgen_bench.models.inventory import Inventory, PackedTensor
 
 # Tensors that transformers itself leaves out without a word (``_adjust_missing_and_unexpected_keys``, and OPT's old
 # ``_keys_to_ignore_on_load_unexpected``): buffers that are computed from the config, and a version number.
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$|(^|\.)decoder\.version$")
+# The same of GPT-NeoX, GPT-J and CodeGen in checkpoints before transformers 5: causal masks that are stored like
+# weights.
+_HARMLESS = re.compile(
+    r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$|(^|\.)position_ids$|(^|\.)decoder\.version$"
+    r"|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask|embed_positions)$"
+)
 # Heads that answer another question than which token comes next.
 _OTHER_HEADS = re.compile(r"^(v_head|value_head|score|classifier|qa_outputs)\.")
 
@@ -33,6 +39,23 @@ def expected_sources(inventory: Inventory) -> dict[str, tuple[int, ...]]:
         for tensor in _tensors(inventory)
         for source, rows in zip(tensor.sources, tensor.source_rows, strict=True)
     }
+
+
+def other_sources(own: Inventory, other: Inventory) -> dict[str, tuple[str, int, int]]:
+    """For each checkpoint tensor of a model where it is in one with ``other`` names: (name, first row, one after its
+    last row). The same weights, which may be stacked there that are apart here."""
+    found = {}
+    for mine, theirs in zip(_tensors(own), _tensors(other), strict=True):
+        ranges = [
+            (name, stop - rows, stop)
+            for name, rows, stop in zip(theirs.sources, theirs.source_rows, accumulate(theirs.source_rows), strict=True)
+        ]
+        stops = accumulate(mine.source_rows)
+        for source, rows, stop in zip(mine.sources, mine.source_rows, stops, strict=True):
+            name, first, last = next(r for r in ranges if r[1] <= stop - rows and stop <= r[2])
+            if (name, first, last) != (source, stop - rows, stop):
+                found[source] = (name, stop - rows - first, stop - first)
+    return found
 
 
 def locate(sources: Collection[str], prefixes: tuple[str, ...], names: Collection[str]) -> StoredNames:

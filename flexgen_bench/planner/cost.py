@@ -19,9 +19,9 @@ from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
-# Values of a decoder layer's matrices are 12 h^2 in OPT (q, k, v, output: 4 h^2; two of 4 h x h), so that is how many
-# of width h they count for; rates are listed by that width.
-_MATRICES_PER_LAYER = 12
+# Rates of products are listed by the width h of the layer that was measured (calibrate/matrix.py), whose matrices have
+# 12 h^2 values. A layer of any family is looked up under the width that such a layer with as many weights has.
+_CALIBRATED_MATRICES = 12
 
 
 def rates_of(hardware: HardwareProfile) -> Rates:
@@ -87,7 +87,7 @@ class StepCost:
         halves = (unit.flops_before * micro_batch.rows, unit.flops_after * micro_batch.rows)
         products = sum(self._product(step, site, tier, flops) for flops in halves)
         parts = micro_batch.kv_parts
-        attention = sum(self._decode_attention(part, attend_flops(self._job, part), site) for part in parts)
+        attention = sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
         return products + attention + (len(halves) + len(parts)) * site.step
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
@@ -115,7 +115,7 @@ class StepCost:
             return 0.0
         # An accelerator's compressed weights are unpacked by a step of their own.
         compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
-        count = _MATRICES_PER_LAYER if unit.kind is UnitKind.LAYER else 1
+        count = _CALIBRATED_MATRICES if unit.kind is UnitKind.LAYER else 1
         width = math.sqrt(unit.num_values / count)
         number = number_format(self._dtype, compression)
         arithmetic = flops / site.matrix_rate(number, rows, width)

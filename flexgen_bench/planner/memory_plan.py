@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
+from flexgen_bench.models.parts import Decoder
+from flexgen_bench.models.registry import family
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
@@ -94,6 +97,7 @@ def plan_job(
     ``device``: number of the accelerator that computes (of the host, where there is none)."""
     shape, dtype, packed = model.shape, model.dtype, model.packed
     compute = hardware.compute_tier
+    decoder = family(shape.family).decoder(shape)
     for name in ("weights", "kv_cache", "activations"):
         placement: Placement = getattr(policy, name)
         if placement.gpu > 0 and compute is not Tier.GPU:
@@ -105,7 +109,8 @@ def plan_job(
             )
     tiers = weight_tiers(packed, policy.weights)
     units = tuple(
-        _unit(shape, unit, tier, policy, Site(compute, device)) for unit, tier in zip(packed.units, tiers, strict=True)
+        _unit(decoder, unit, tier, policy, Site(compute, device))
+        for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
     groups = form_groups(shape, dtype, policy, requests, compute)
@@ -138,9 +143,9 @@ def plan_job(
     }
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
-    parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, shape, dtype, scored_rows)
+    parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
     if moving.apart:
-        attending = _attention_bytes(job, policy, _largest(groups), shape, dtype.bytes)
+        attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending
     return MemoryPlan(
         model=model,
@@ -157,18 +162,24 @@ def plan_job(
     )
 
 
-def _unit(shape: ModelShape, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
+def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
     # The head, too; of the embedding only rows are moved anyway.
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
+    before, after, window = 2 * unit.num_values, 0, None
+    if unit.kind is UnitKind.LAYER:
+        layer = decoder.layers[unit.index - 1]
+        before, after = layer.flops(unit.num_values)
+        window = layer.attention.mod.window
     return Unit(
         index=unit.index,
         kind=unit.kind,
         tier=tier,
         load_bytes=unit.num_bytes,
         site=site,
-        flops_before=_flops_before(shape, unit.kind, unit.num_values),
-        flops_after=_flops_after(shape, unit.kind, unit.num_values),
+        flops_before=before,
+        flops_after=after,
+        window=window,
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
     )
@@ -219,28 +230,28 @@ def _workspace(
     policy: Policy,
     groups: SequenceGroups,
     moving: Staging,
-    shape: ModelShape,
+    decoder: Decoder,
     dtype: DType,
     scored_rows: int,
 ) -> int:
-    """Temporaries of the largest compute step, from the shapes the kernels create.
-
-    A projection holds x, its norm, and q, k, v twice (fused and split); an MLP holds x, its norm and up to three
-    tensors of the inner width; attention has its own (``_attention_bytes``) at another time; logits are kept in float32
-    next to their original.
+    """Temporaries of the largest compute step, from the shapes the kernels create: what a layer's parts hold at once
+    (``Layer.temporaries``); attention has its own (``_attention_bytes``) at another time; logits are kept in float32
+    next to their original, once more while they are capped.
     """
     width = dtype.bytes
     largest = _largest(groups)
     prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
     decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
     tokens = max(prefill, decode)
-    attention = 2 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    per_token = max(2 * shape.hidden_size + attention, 3 * shape.hidden_size + 3 * shape.ffn_size)
+    layers = dict.fromkeys(decoder.layers)  # of each kind, one
+    per_token = max(layer.temporaries for layer in layers)
     # q, k, v of every stage stay until their stage is used again.
-    staged = (shape.num_heads * 2 + 4 * shape.num_kv_heads) * shape.head_dim + 2 * shape.hidden_size
+    staged = max(2 * layer.attention.qkv for layer in layers) + 2 * decoder.hidden
     rows = max(scored_rows, decode, *(c.size for c in largest))
-    logits = rows * shape.vocab_size * (width + 4)
-    attending = _attention_bytes(job, policy, largest, shape, width)
+    logits = rows * decoder.vocab * (width + 4)
+    if decoder.head.soft_cap is not None:
+        logits += rows * decoder.vocab * width
+    attending = _attention_bytes(job, policy, largest, decoder, width)
     return (
         max(tokens * per_token * width, attending)
         + tokens * job.num_buffers * staged * width
@@ -251,21 +262,27 @@ def _workspace(
 
 
 def _attention_bytes(
-    job: ScheduledJob, policy: Policy, largest: Sequence[SequenceGroup], shape: ModelShape, width: int
+    job: ScheduledJob, policy: Policy, largest: Sequence[SequenceGroup], decoder: Decoder, width: int
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
-    of a prompt's last chunk, or of what follows on what prompts share; keys and values of a compressed cache,
-    unpacked."""
+    of a prompt's last chunk, or of what follows on what prompts share; scores of a prompt that are changed before the
+    softmax, some at a time; keys and values of a compressed cache, unpacked."""
     found = 0
+    kinds = {layer.attention for layer in decoder.layers}
+    heads = max(attention.heads for attention in kinds)
+    kv_values = 2 * max(attention.rows["k"] for attention in kinds)
+    changed = any(not attention.mod.is_none for attention in kinds)
     for group in largest:
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
         mask = rows * prompt if chunk is not None or group.shared else 0
         tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
         if job.keep_kv:
-            scores = tokens * shape.num_heads * (8 + 2 * width)
+            scores = tokens * heads * ((16 if changed else 8) + 2 * width)
         if policy.lossy.kv_cache is not None:
-            unpacked = tokens * shape.kv_values_per_token_layer * width
+            unpacked = tokens * kv_values * width
+        if changed:
+            mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width)
         found = max(found, mask + scores + unpacked)
     return found
 
@@ -280,15 +297,3 @@ def _largest(groups: SequenceGroups) -> list[SequenceGroup]:
     )
     indices = [max(range(len(starts)), key=lambda n: measure(starts[n])) for measure in measures]
     return [groups.start(i, groups.kv_slots[i % len(groups.kv_slots)]) for i in indices]
-
-
-def _flops_before(shape: ModelShape, kind: UnitKind, num_values: int) -> int:
-    if kind is not UnitKind.LAYER:
-        return 2 * num_values
-    return 2 * shape.hidden_size * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-
-
-def _flops_after(shape: ModelShape, kind: UnitKind, num_values: int) -> int:
-    if kind is not UnitKind.LAYER:
-        return 0
-    return 2 * num_values - _flops_before(shape, kind, num_values)

@@ -69,7 +69,7 @@ def _prefill(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator
         micro_batch,
         reads=(micro_batch.buffer("qkv"), *(kept if chunk.start else ())),
         writes=(*attention_buffers(micro_batch), *kept),
-        flops=job.attention_flops_per_pair * micro_batch.prompt_pairs,
+        flops=job.attention_flops_per_pair * micro_batch.prompt_pairs(unit.window),
     )
     if not job.keep_kv or not chunk.is_last_chunk:
         return
@@ -140,7 +140,7 @@ def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part
         part.index,
         reads=(micro_batch.buffer("qkv"), cache),
         writes=(micro_batch.buffer("attn", part.index), *((new, cache) if away else (appendix,))),
-        flops=attend_flops(job, part),
+        flops=attend_flops(job, unit, part),
     )
     if away:
         staged = micro_batch.buffer("kv_token_host", part.index)
@@ -183,7 +183,7 @@ def _decode_on_cpu(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part:
         part.index,
         reads=(query, cache),
         writes=(result, _appendix(unit, part)),
-        flops=attend_flops(job, part),
+        flops=attend_flops(job, unit, part),
     )
     yield Step(
         unit.site.h2d,
@@ -235,6 +235,6 @@ def _flush(unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
         )
 
 
-def attend_flops(job: ScheduledJob, part: Part) -> int:
-    """Score and value products of one token of each of a part's sequences against all that it has."""
-    return part.pairs * job.attention_flops_per_pair
+def attend_flops(job: ScheduledJob, unit: Unit, part: Part) -> int:
+    """Score and value products of one token of each of a part's sequences against all that its layer lets it see."""
+    return part.pairs(unit.window) * job.attention_flops_per_pair

@@ -159,7 +159,7 @@ def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
         dequantized_buffer=blob.dequantized_buffer,
         reads=(*blob.buffers, *hidden, *caches),
         writes=(*hidden, *caches),
-        flops=flops + sum(attend_flops(job, part) for part in micro_batch.kv_parts),
+        flops=flops + sum(attend_flops(job, unit, part) for part in micro_batch.kv_parts),
     )
     yield from _store_after(job, unit, micro_batch)
 

@@ -92,11 +92,16 @@ class Part:
     def rows(self) -> int:
         return self.stop - self.row
 
+    def pairs(self, window: int | None = None) -> int:
+        """Pairs of a decoded token and one it attends to, itself among them; a window lets it see no more than so many."""
+        if window not in self._pairs:  # the same in every layer with this window
+            lens = [n + self.token for n in self.group.prompt_lens[self.span.start : self.span.stop]]
+            self._pairs[window] = sum(lens) if window is None else sum(min(n, window) for n in lens)
+        return self._pairs[window]
+
     @cached_property
-    def pairs(self) -> int:
-        """Pairs of a decoded token and one it attends to, itself among them."""
-        lens = self.group.prompt_lens[self.span.start : self.span.stop]
-        return sum(lens) + self.span.count * self.token
+    def _pairs(self) -> dict[int | None, int]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,17 @@ class MicroBatch:
         """Rows of hidden states: one per token computed."""
         return sum(member.offsets[-1] for member in self.members)
 
+    def prompt_pairs(self, window: int | None = None) -> int:
+        """Pairs of a prompt token computed here and one it attends to: token t attends to t + 1, or to as many as the
+        window has."""
+        if window not in self._prompt_pairs:  # the same in every layer with this window
+            ranges = (r for member in self.members for r in member.ranges)
+            self._prompt_pairs[window] = sum(_pairs(last, window) - _pairs(first, window) for first, last in ranges)
+        return self._prompt_pairs[window]
+
     @cached_property
-    def prompt_pairs(self) -> int:
-        """Pairs of a prompt token computed here and one it attends to: token t attends to t + 1."""
-        ranges = (r for member in self.members for r in member.ranges)
-        return sum(last * (last + 1) - first * (first + 1) for first, last in ranges) // 2
+    def _prompt_pairs(self) -> dict[int | None, int]:
+        return {}
 
     @cached_property
     def kv_parts(self) -> tuple[Part, ...]:
@@ -145,7 +156,7 @@ class MicroBatch:
     @cached_property
     def attended(self) -> tuple[tuple[int, int], ...]:
         """In decode, of every part of the cache: rows, and pairs of a row and a token it attends to."""
-        return tuple((part.rows, part.pairs) for part in self.kv_parts)
+        return tuple((part.rows, part.pairs()) for part in self.kv_parts)
 
     @cached_property
     def hidden_parts(self) -> tuple[Part, ...]:
@@ -195,6 +206,12 @@ class MicroBatch:
                     )
             row += member.offsets[-1]
         return tuple(parts)
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Of the first ``tokens`` tokens of a sequence, and what they attend to."""
+    beyond = 0 if window is None else max(0, tokens - window)
+    return tokens * (tokens + 1) // 2 - beyond * (beyond + 1) // 2
 
 
 # What steps belong to that serve all micro-batches of a pass: it has no sequences, and no rows.

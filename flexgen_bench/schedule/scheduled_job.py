@@ -22,8 +22,10 @@ class UnitKind(StrEnum):
 class Unit:
     """A schedulable piece of the model. ``load_bytes`` is what one load moves (0: nothing to load).
 
-    tier: where it lives; gpu means the accelerator that computes it. site: where it is computed. flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and
-    unpacked by a step of their own.
+    tier: where it lives; gpu means the accelerator that computes it. site: where it is computed.
+    flops_before and flops_after are of one token's matrix products before the attention and after it. unpack: its
+    weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
+    None: all before it.
     """
 
     index: int
@@ -34,6 +36,7 @@ class Unit:
     flops_before: int = 0
     flops_after: int = 0
     unpack: bool = False
+    window: int | None = None
 
     @property
     def path(self) -> tuple[Site, ...]:

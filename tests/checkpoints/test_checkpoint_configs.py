@@ -120,7 +120,7 @@ def test_a_bare_decoder(name: str, part: str, tmp_path: Path) -> None:
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
         ({"architectures": 5}, "architectures"),
         ({"model_type": "mistral"}, "model_type"),
-        ({"architectures": None, "model_type": "qwen2"}, "model_type"),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"sliding_window": 8}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),

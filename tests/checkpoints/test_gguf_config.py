@@ -161,6 +161,31 @@ def test_other_forms(changes: dict[str, Any], tmp_path: Path) -> None:
     check_tokens(write_llama(tmp_path / "m.gguf", model, VOCABULARY), model, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "head_dim": 16}], ids=["", "tied"])
+def test_other_architectures(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Biases, norms of heads, and rows of queries and keys that lie as in transformers."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        **{"head_dim": 8} | changes,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
+    check_tokens(write_llama(tmp_path / "m.gguf", model, VOCABULARY), model, tmp_path)
+
+
 def test_a_small_file_says_little(tmp_path: Path) -> None:
     """Old converters left out what follows from the rest."""
     model = tiny_llama(SIZE, num_key_value_heads=4)
@@ -186,7 +211,7 @@ def test_the_shape_is_named_by_the_file(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"general__architecture": "qwen2"}, "general.architecture is 'qwen2'; 'llama' can be read"),
+    ({"general__architecture": "gemma2"}, "general.architecture is 'gemma2'; 'llama', 'qwen2', 'qwen3' can be read"),
     ({"llama__expert_count": 8}, "llama.expert_count is 8; 0 can be read: a mixture of experts"),
     ({"llama__attention__sliding_window": 128}, "sliding_window is 128; .* at least the 256 positions"),
     ({"llama__attention__scale": 0.25}, "attention.scale is 0.25"),

@@ -138,7 +138,7 @@ CHANGES: list[tuple[Change, str]] = [
     ),
     (
         lambda t: t.update({"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}),
-        "holds 1 tensors that a Llama does not have: blk.0.attn_q_norm.weight",
+        "holds 1 tensors that a llama model does not have: blk.0.attn_q_norm.weight",
     ),
     (lambda t: t.update({"blk.2.ffn_up.weight": np.ones((8, 8), np.float32)}), "blk.2.ffn_up.weight"),
     (lambda t: t.update({"blk.0.attn_q.scale": np.ones(1, np.float32)}), "blk.0.attn_q.scale"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.engine.layers import Formulas
 from flexgen_bench.kernels import formula, ops
+from flexgen_bench.models import formulas
 from flexgen_bench.models.registry import family
 from tests.support.shapes import llama_shape, opt_shape
 
@@ -38,11 +39,13 @@ def test_traced_layers_compute_what_their_formulas_say(name: str, lower: bool) -
     """And leave what they are given as it is: hidden states before a layer may be wanted again."""
     shape = SHAPES[name]()
     of, w = family(shape.family), layer_weights(shape)
-    layer = Formulas(of, shape).layer(w, lower)
+    decoder = of.decoder(shape)
+    layer = Formulas(of, shape).layer(0, w, lower)
     x, attended = (torch.randn(5, shape.hidden_size), torch.randn(5, shape.num_heads * shape.head_dim))
     before = x.clone()
-    angles = of.angles(ops, shape, torch.arange(5), torch.arange(5) + 1, x)
-    expected = (*of.project(ops, shape, w, x, angles), of.output(ops, shape, w, x, attended))
+    angles = formulas.angles(ops, decoder, torch.arange(5), torch.arange(5) + 1, x)
+    first = decoder.layers[0]
+    expected = (*formulas.project(ops, decoder, first, w, x, angles), formulas.output(ops, first, w, x, attended))
     found = (*layer.project(x, angles), layer.output(x, attended))
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
@@ -132,16 +135,16 @@ def test_a_formula_that_looks_at_values_is_called_as_it_is(monkeypatch: pytest.M
     shape = llama_shape()
     of, w = family("llama"), layer_weights(shape)
 
-    def choosy(ops: Any, shape: ModelShape, w: Any, x: Tensor, attended: Tensor) -> Tensor:
+    def choosy(ops: Any, layer: Any, w: Any, x: Tensor, attended: Tensor) -> Tensor:
         return x if x.sum() > 0 else attended
 
     def counting(ops: Any, shape: ModelShape, w: Any, x: Tensor) -> Tensor:
         return x * len(x)
 
-    monkeypatch.setattr(of, "output", choosy)
+    monkeypatch.setattr(formulas, "output", choosy)
     assert formula.trace(lambda o, w, *xs: counting(o, shape, w, *xs), {}, ("x",), True) is None
     assert formula.trace(lambda o, w, *xs: choosy(o, shape, w, *xs), {}, ("x", "y"), True) is None
-    layer = Formulas(of, shape).layer(w, lower=True)
+    layer = Formulas(of, shape).layer(0, w, lower=True)
     ones = torch.ones(2, shape.hidden_size)
     assert layer.output(ones, -ones) is ones
     assert torch.equal(layer.output(-ones, ones), ones)
@@ -153,11 +156,11 @@ def test_a_formula_that_lowering_does_not_suit_stays_unlowered(monkeypatch: pyte
     shape = opt_shape()
     of, w = family("opt"), layer_weights(shape)
 
-    def odd(ops: Any, shape: ModelShape, w: Any, x: Tensor, attended: Tensor) -> Tensor:
+    def odd(ops: Any, layer: Any, w: Any, x: Tensor, attended: Tensor) -> Tensor:
         return x.mean(0) + ops.linear(attended, w["out.weight"], w["out.bias"])
 
-    monkeypatch.setattr(of, "output", odd)
-    layer = Formulas(of, shape).layer(w, lower=True)
+    monkeypatch.setattr(formulas, "output", odd)
+    layer = Formulas(of, shape).layer(0, w, lower=True)
     x = torch.randn(3, shape.hidden_size)
     torch.testing.assert_close(layer.output(x, x), odd(ops, shape, w, x, x))
 
@@ -170,6 +173,8 @@ def test_quantized_weights_are_not_transposed() -> None:
     shape = opt_shape()
     w: dict[str, Any] = dict(layer_weights(shape))
     w["up.weight"] = QuantizedWeight.of(w["up.weight"], Compression(8))
-    layer = Formulas(family("opt"), shape).layer(w, lower=True)
+    layer = Formulas(family("opt"), shape).layer(0, w, lower=True)
     x = torch.randn(3, shape.hidden_size)
-    torch.testing.assert_close(layer.output(x, x), family("opt").output(ops, shape, w, x, x))
+    torch.testing.assert_close(
+        layer.output(x, x), formulas.output(ops, family("opt").decoder(shape).layers[0], w, x, x)
+    )

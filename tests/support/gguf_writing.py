@@ -20,6 +20,8 @@ _IN_LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -129,7 +131,8 @@ def tiny_llama(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausal
 def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray[Any, Any]]:
     """The weights under ggml's names, rows of queries and keys in ggml's order."""
     config, found = model.config, {}
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    permuted = config.model_type == "llama"
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if permuted else {}
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy()
         for projection, count in heads.items():
@@ -145,9 +148,9 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def llama_keys(config: LlamaConfig) -> dict[str, Any]:
-    """The metadata of a Llama without scaled positions."""
-    head_dim = config.head_dim
-    return {
+    """The metadata of a Llama, or of what has its form, without scaled positions."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = {
         "general.architecture": "llama",
         "llama.context_length": config.max_position_embeddings,
         "llama.embedding_length": config.hidden_size,
@@ -162,6 +165,8 @@ def llama_keys(config: LlamaConfig) -> dict[str, Any]:
         "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "llama.vocab_size": config.vocab_size,
     }
+    space = str(config.model_type)
+    return {key.replace("llama.", f"{space}."): value for key, value in keys.items()} | {"general.architecture": space}
 
 
 def write_gguf(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,45 @@ def _llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
+# Of other families, below: hidden sizes, heads and widths that are no multiples of each other's, as far as the form
+# allows.
+_ODD = {
+    "hidden_size": 60,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 90,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+_GPT = {
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": VOCAB,
+    "n_inner": 100,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+_NEOX = {k: v for k, v in _ODD.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 5}
+
+
+def _of(kind: str, **settings: Any) -> Any:
+    """A model of transformers' config class ``<kind>Config``."""
+    import transformers
+
+    model, config = (getattr(transformers, kind + name) for name in ("ForCausalLM", "Config"))
+    if kind == "Gemma3":
+        config = transformers.Gemma3TextConfig
+    return model(config(**settings))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "opt": _opt,
     "opt-350m-like": lambda: _opt(do_layer_norm_before=False, word_embed_proj_dim=20),
@@ -73,16 +113,50 @@ MODELS: dict[str, Callable[[], Any]] = {
         },
     ),
 }
+# One or two of every other family, with everything it has: windows that prompts leave, caps that bind, shares of heads
+# that are rotated.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: _of("Qwen2", **_ODD),
+    "qwen2-windows": lambda: _of("Qwen2", **_ODD, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": lambda: _of("Qwen3", **_ODD | {"num_key_value_heads": 3}),
+    "mistral": lambda: _of("Mistral", **_ODD, sliding_window=6),
+    "phi3": lambda: _of(
+        "Phi3", **_ODD, sliding_window=9, rope_parameters={"rope_theta": 700.0, "partial_rotary_factor": 0.5}
+    ),
+    "gemma2": lambda: _of(
+        "Gemma2",
+        **_ODD,
+        sliding_window=5,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=20.0,
+    ),
+    "gemma3": lambda: _of("Gemma3", **_ODD, sliding_window=5, sliding_window_pattern=3, query_pre_attn_scalar=20),
+    "glm": lambda: _of("Glm", **_ODD),
+    "glm4": lambda: _of("Glm4", **_ODD | {"num_key_value_heads": 6}),
+    "gptj": lambda: _of("GPTJ", **_GPT, rotary_dim=4),
+    "codegen": lambda: _of("CodeGen", **_GPT | {"n_embd": 80, "n_head": 8}, rotary_dim=6, tie_word_embeddings=True),
+    "gpt-neox": lambda: _of("GPTNeoX", **_NEOX, rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "gpt-neox-serial": lambda: _of(
+        "GPTNeoX",
+        **_NEOX | {"tie_word_embeddings": True},
+        use_parallel_residual=False,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 300.0, "partial_rotary_factor": 1.0},
+    ),
+    "bloom": lambda: _of("Bloom", hidden_size=60, n_layer=3, n_head=5, vocab_size=VOCAB),
+}
 
 
 def random_model(name: str, seed: int = 0) -> Any:
     """A model with weights large enough that greedy tokens vary and ties do not occur."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    model = (MODELS | FAMILIES)[name]()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            is_norm = "norm" in parameter_name and parameter_name.endswith("weight")
-            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if is_norm else 0.0))
+            is_norm = re.search(r"(norm|ln_1|ln_f)\.weight$", parameter_name)
+            around = 1.0 if is_norm and "gemma" not in name else 0.0
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + around)
     return model.eval()
 
 

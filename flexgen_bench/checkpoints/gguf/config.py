@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader
-from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS
+from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, Architecture, architecture_of
 from flexgen_bench.checkpoints.gguf.rope import rope_parameters
 from flexgen_bench.core.errors import StoreError
 
-ARCHITECTURE = "llama"
 # Understood below, or told by the others.
 _KNOWN = frozenset(
-    f"{ARCHITECTURE}.{key}"
-    for key in (
+    (
         "context_length",
         "embedding_length",
         "block_count",
@@ -72,14 +70,9 @@ def config_from_gguf(header: GGUFHeader) -> dict[str, Any]:
     Raises StoreError naming the key and its value for another architecture, for what is missing, and for what would
     change the results and is not computed here.
     """
-    architecture = header.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise StoreError(
-            f"{header.path}: general.architecture is {architecture!r}; {ARCHITECTURE!r} can be read. "
-            "Use the checkpoint that the file was converted from, if its family is supported."
-        )
-    get = _Getter(header)
-    _check_keys(header)
+    architecture = architecture_of(header)
+    get = _Getter(header, architecture)
+    _check_keys(header, architecture)
     hidden, heads = get.count("embedding_length"), get.count("attention.head_count")
     head_dim = get.count("attention.key_length", hidden // heads)
     get.must_be("attention.value_length", head_dim)
@@ -93,8 +86,8 @@ def config_from_gguf(header: GGUFHeader) -> dict[str, Any]:
     if 0 < window < reach:
         raise get.refused("attention.sliding_window", f"0, or at least the {reach:g} positions that the model can see")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture.model],
+        "model_type": architecture.model_type,
         "hidden_size": hidden,
         "num_hidden_layers": get.count("block_count"),
         "num_attention_heads": heads,
@@ -113,10 +106,10 @@ def config_from_gguf(header: GGUFHeader) -> dict[str, Any]:
     }
 
 
-def _check_keys(header: GGUFHeader) -> None:
+def _check_keys(header: GGUFHeader, architecture: Architecture) -> None:
     for key, value in header.metadata.items():
         prefix, _, rest = key.partition(".")
-        if prefix != ARCHITECTURE:
+        if prefix != architecture.name:
             continue
         if rest in _NEUTRAL:
             if value not in _NEUTRAL[rest]:
@@ -127,7 +120,7 @@ def _check_keys(header: GGUFHeader) -> None:
                 )
                 allowed = " or ".join(repr(v) for v in _NEUTRAL[rest])
                 raise StoreError(f"{header.path}: {key} is {value!r}; {allowed} can be read: {kind}.")
-        elif key not in _KNOWN:
+        elif rest not in _KNOWN:
             raise StoreError(
                 f"{header.path}: {key} is {value!r}. What it does to the model is not known here, so it is refused."
             )
@@ -149,8 +142,8 @@ def _any_tensor(header: GGUFHeader, part: str, ending: str) -> bool:
 class _Getter:
     """Values of the architecture's namespace. A default of None: the key must be there."""
 
-    def __init__(self, header: GGUFHeader) -> None:
-        self._header = header
+    def __init__(self, header: GGUFHeader, architecture: Architecture) -> None:
+        self._header, self._space = header, architecture.name
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number; a list with one for every layer must hold the same number everywhere."""
@@ -172,11 +165,11 @@ class _Getter:
             raise self.refused(key, f"{value}, the size of a head")
 
     def refused(self, key: str, allowed: str) -> StoreError:
-        found = self._header.metadata.get(f"{ARCHITECTURE}.{key}")
-        return StoreError(f"{self._header.path}: {ARCHITECTURE}.{key} is {found!r}; what can be read is {allowed}.")
+        found = self._header.metadata.get(f"{self._space}.{key}")
+        return StoreError(f"{self._header.path}: {self._space}.{key} is {found!r}; what can be read is {allowed}.")
 
     def _find(self, key: str, default: Any) -> Any:
-        found = self._header.metadata.get(f"{ARCHITECTURE}.{key}", default)
+        found = self._header.metadata.get(f"{self._space}.{key}", default)
         if found is None:
-            raise StoreError(f"{self._header.path} does not state {ARCHITECTURE}.{key}. Fetch or convert it again.")
+            raise StoreError(f"{self._header.path} does not state {self._space}.{key}. Fetch or convert it again.")
         return found

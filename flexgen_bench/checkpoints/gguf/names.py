@@ -1,8 +1,13 @@
-"""What the tensors of a Llama are called in a GGUF file (ggml's names) and here (transformers')."""
+"""Which architectures of GGUF files can be read, and what their tensors are called there (ggml's names) and here
+(transformers')."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from flexgen_bench.checkpoints.gguf.header import GGUFHeader
+from flexgen_bench.core.errors import StoreError
 
 _ONCE = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -14,6 +19,8 @@ _IN_LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -25,10 +32,44 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """name: ``general.architecture``, and the namespace of its keys. model, model_type: of transformers. permuted:
+    whether rows of queries and keys are in ggml's order, which rotates neighbours."""
+
+    name: str
+    model: str
+    model_type: str
+    permuted: bool
+
+
+# Mistral's files are those of a Llama.
+ARCHITECTURES = {
+    one.name: one
+    for one in (
+        Architecture("llama", "LlamaForCausalLM", "llama", permuted=True),
+        Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", permuted=False),
+        Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", permuted=False),
+    )
+}
+
+
+def architecture_of(header: GGUFHeader) -> Architecture:
+    """Raises StoreError for one that cannot be read."""
+    found = header.metadata.get("general.architecture")
+    if not isinstance(found, str) or found not in ARCHITECTURES:
+        known = ", ".join(map(repr, ARCHITECTURES))
+        raise StoreError(
+            f"{header.path}: general.architecture is {found!r}; {known} can be read. "
+            "Use the checkpoint that the file was converted from, if its family is supported."
+        )
+    return ARCHITECTURES[found]
+
+
 def gguf_name(name: str) -> str:
-    """ggml's name of a tensor of ``LlamaForCausalLM``."""
+    """ggml's name of a tensor of a model of one of these architectures."""
     if name in _ONCE:
         return _ONCE[name]
     found = _LAYER.fullmatch(name)
-    assert found is not None, f"{name} is not a tensor of a Llama"
+    assert found is not None, f"{name} is not a tensor of these architectures"
     return f"blk.{found[1]}.{_IN_LAYER[found[2]]}.{found[3]}"

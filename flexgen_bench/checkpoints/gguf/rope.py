@@ -11,18 +11,17 @@ import math
 from typing import Any
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader
-from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS
+from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, architecture_of
 from flexgen_bench.checkpoints.gguf.tensors import check_readable, single_precision
 from flexgen_bench.core.errors import StoreError
 
-_PREFIX = "llama.rope."
 _KINDS = ("none", "linear", "yarn")
 
 
 def rope_parameters(header: GGUFHeader, head_dim: int, positions: int) -> dict[str, Any]:
     """Base and scaling. head_dim: values of a head, all of which are rotated. positions: the model's context length."""
     theta = _number(header, "freq_base", 10000.0)
-    kind = header.metadata.get(f"{_PREFIX}scaling.type", "linear")
+    kind = header.metadata.get(_key(header, "scaling.type"), "linear")
     if kind not in _KINDS:
         raise _refused(header, "scaling.type", f"one of {', '.join(_KINDS)}")
     factor = _number(header, "scaling.factor", 0.0) or _number(header, "scale_linear", 0.0) or 1.0
@@ -46,7 +45,7 @@ def _yarn(header: GGUFHeader, factor: float, positions: int) -> dict[str, Any]:
         value = _number(header, f"scaling.{key}", 1.0)
         if value != 1.0 and value >= 0:  # a negative one stands for "as usual"
             raise _refused(header, f"scaling.{key}", "1, or left out")
-    original = header.metadata.get(f"{_PREFIX}scaling.original_context_length", positions)
+    original = header.metadata.get(_key(header, "scaling.original_context_length"), positions)
     return {
         "rope_type": "yarn",
         "factor": factor,
@@ -84,8 +83,12 @@ def _stored_factors(header: GGUFHeader, head_dim: int) -> list[float] | None:
     return None if all(value == 1.0 for value in found) else found
 
 
+def _key(header: GGUFHeader, key: str) -> str:
+    return f"{architecture_of(header).name}.rope.{key}"
+
+
 def _number(header: GGUFHeader, key: str, default: float) -> float:
-    found = header.metadata.get(_PREFIX + key, default)
+    found = header.metadata.get(_key(header, key), default)
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise _refused(header, key, "a number")
     return float(found)
@@ -93,5 +96,5 @@ def _number(header: GGUFHeader, key: str, default: float) -> float:
 
 def _refused(header: GGUFHeader, key: str, allowed: str) -> StoreError:
     return StoreError(
-        f"{header.path}: {_PREFIX}{key} is {header.metadata.get(_PREFIX + key)!r}; what can be read is {allowed}."
+        f"{header.path}: {_key(header, key)} is {header.metadata.get(_key(header, key))!r}; what can be read is {allowed}."
     )

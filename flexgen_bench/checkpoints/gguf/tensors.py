@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader, TensorInfo
-from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, gguf_name
+from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, architecture_of, gguf_name
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
 
@@ -25,12 +25,13 @@ _SHOWN = 5
 
 
 class GGUFTensors:
-    """The tensors of a Llama. num_heads, num_kv_heads: query and key heads, whose rows a GGUF file has in another
-    order."""
+    """The tensors of a model. num_heads, num_kv_heads: query and key heads, whose rows some architectures have in
+    another order."""
 
     def __init__(self, header: GGUFHeader, num_heads: int, num_kv_heads: int, dtype: DType) -> None:
         self._header, self._dtype = header, dtype
-        self._heads = {"q_proj": num_heads, "k_proj": num_kv_heads}
+        permuted = architecture_of(header).permuted
+        self._heads = {"q_proj": num_heads, "k_proj": num_kv_heads} if permuted else {}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare the file's own list with what the model needs: names and shapes of transformers.
@@ -49,7 +50,7 @@ class GGUFTensors:
         others = [name for name in header.tensors if name not in needed and name != ROPE_FACTORS]
         if others:
             raise StoreError(
-                f"{header.path} holds {len(others)} tensors that a Llama does not have: {_some(others)}. "
+                f"{header.path} holds {len(others)} tensors that a {architecture_of(header).name} model does not have: {_some(others)}. "
                 "The model would be computed without them, so it is refused."
             )
         for name, shape in needed.items():

@@ -27,7 +27,10 @@ struct Job {
   const int32_t* keep;     // (rows,): value rows to use; null: all
   float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
   int64_t rows, heads, kv_heads, dim, segments, splits;
+  int64_t window;       // the last so many tokens are seen; 0: all
+  const float* slopes;  // (heads,): times a token's distance from the last one, taken off its score; null: none
   float scale;
+  float soft_cap;  // c * tanh(score / c); 0: none
 };
 
 // What one thread needs for one KV head of one sequence.
@@ -133,6 +136,21 @@ std::pair<float, float> exponentials(float* x, int64_t n, float scale) {
   return {largest, sum(total)};
 }
 
+// Scores (n) -> what the exponentials are taken of: scaled, capped, less what their distance takes off. before: tokens behind the last
+// of them.
+void change(float* x, int64_t n, float scale, float cap, float slope, int64_t before) {
+  if (cap > 0)
+    for (int64_t i = 0; i < n; i += L) {  // there is room up to whole vectors; tanh(y) = (1 - e) / (1 + e), e = exp(-2 |y|)
+      const Floats y = load<Floats>(x + i) * (scale / cap), e = exp_negative(y < 0 ? y + y : -y - y);
+      const Floats t = cap * (1 - e) / (1 + e);
+      store(x + i, y < 0 ? -t : t);
+    }
+  else
+    for (int64_t i = 0; i < n; i++) x[i] *= scale;
+  if (slope != 0)
+    for (int64_t i = 0; i < n; i++) x[i] -= slope * static_cast<float>(before + n - 1 - i);
+}
+
 int64_t count_from(const int32_t* bits, int64_t n, int32_t least) {
   int64_t found = 0;
   for (int64_t i = 0; i < n; i++) found += bits[i] >= least;
@@ -167,15 +185,15 @@ void choose(const float* weights, int64_t n, int64_t keep, Scratch& scratch) {
   chosen.resize(kept);
 }
 
-// acc += weights times values, of the chosen rows of each query only.
-void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t head, int64_t n,
+// acc += weights times values, of the chosen rows of each query only, of the n from start on.
+void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t head, int64_t start, int64_t n,
                 int64_t keep, const Shape& shape, Scratch& scratch, int64_t ld) {
   for (int r = 0; r < shape.queries; r++) {
     const float* weights = scratch.scores.get() + r * ld;
     choose(weights, n, keep, scratch);
     auto next = scratch.chosen.begin();
     const auto end = scratch.chosen.end();
-    over_segments(job, values, sequence, head, 0, n, [&](const Rows& rows, const Run& run, int64_t before) {
+    over_segments(job, values, sequence, head, start, start + n, [&](const Rows& rows, const Run& run, int64_t before) {
       const auto stop = std::lower_bound(next, end, before + run.tokens);
       const int64_t row_bytes = shape.dim * bits_of(rows.kind) / 8;
       const auto fetch_row = [&](auto at) {
@@ -198,7 +216,8 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
   const int64_t sequence = job.slots[row], queries = job.heads / job.kv_heads;
   const Shape shape(static_cast<int>(job.dim), static_cast<int>(queries));
   const int64_t tokens = tokens_of(job, keys, sequence);
-  const int64_t start = tokens * split / job.splits, stop = tokens * (split + 1) / job.splits;
+  const int64_t seen = job.window ? std::min(job.window, tokens) : tokens, first = tokens - seen;
+  const int64_t start = first + seen * split / job.splits, stop = first + seen * (split + 1) / job.splits;
   const int64_t n = stop - start, ld = (n + L - 1) / L * L + L;
   const int64_t first_head = row * job.heads + head * queries;
 
@@ -215,9 +234,14 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
     if (before == 0) fetch(run.data, std::min<int64_t>(AHEAD, run.tokens * rows.stride[2]));
   });
   std::vector<std::pair<float, float>> totals;
-  for (int64_t r = 0; r < queries && n; r++) totals.push_back(exponentials(scores + r * ld, n, job.scale));
+  const bool changed = job.slopes || job.soft_cap > 0;
+  for (int64_t r = 0; r < queries && n; r++) {
+    float* x = scores + r * ld;
+    if (changed) change(x, n, job.scale, job.soft_cap, job.slopes ? job.slopes[head * queries + r] : 0, tokens - stop);
+    totals.push_back(exponentials(x, n, changed ? 1.0f : job.scale));
+  }
   if (job.keep && job.keep[row] < n)
-    add_chosen(job, values, sequence, head, n, job.keep[row], shape, scratch, ld);
+    add_chosen(job, values, sequence, head, start, n, job.keep[row], shape, scratch, ld);
   else
     over_segments(job, values, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
       add_run(rows, run, shape, scratch, scores + before, ld);

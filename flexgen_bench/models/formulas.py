@@ -1,0 +1,143 @@
+"""The formulas of a decoder's parts. N tokens, H query heads, G KV heads, D head dim.
+
+``ops`` is ``flexgen_bench.kernels.ops``, or another set of kernels with its names: passing it in keeps torch out of
+this package. ``w`` are a unit's weights under the names of ``inventory.py``: tensors, or what ``ops.linear`` takes in
+their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flexgen_bench.models.parts import MLP, Attention, Decoder, Layer, Norm, NormKind, NormPlace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Mapping[str, Any]
+
+
+def rows(decoder: Decoder, token_ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Which row of each table every token needs: table name -> (N,) indices."""
+    found = {"tokens": token_ids}
+    if decoder.embedding.positions:
+        found = {"positions": positions + decoder.embedding.offset, **found}
+    return found
+
+
+def embed(ops: Any, decoder: Decoder, w: Weights, gathered: Weights) -> Tensor:
+    """Gathered rows (table name -> (N, width)) -> hidden states (N, hidden)."""
+    x, embedding = gathered["tokens"], decoder.embedding
+    if "project_in" in w:
+        x = ops.linear(x, w["project_in"])
+    if embedding.scale != 1.0:
+        x = ops.scaled(x, embedding.scale)
+    if embedding.positions:
+        x = x + gathered["positions"]
+    return x if embedding.norm is None else norm(ops, embedding.norm, w, "embedding_norm", x)
+
+
+def angles(ops: Any, decoder: Decoder, positions: Tensor, lengths: Tensor, like: Tensor) -> Any:
+    """cos and sin of each of the decoder's rotaries for tokens at positions (N,): made once per pass, in the dtype of
+    ``like``.
+
+    lengths: (N,) of the tokens' sequences when they are computed."""
+    return tuple(
+        ops.rotary_table(positions, lengths, r.dim, r.theta, r.scaling, like.dtype, r.interleaved)
+        for r in decoder.rotaries
+    )
+
+
+def project(
+    ops: Any, decoder: Decoder, layer: Layer, w: Weights, x: Tensor, tables: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden (N, hidden) -> q (N, H, D), k (N, G, D), v (N, G, D), rotated by ``tables``, which are what ``angles``
+    returned."""
+    attention = layer.attention
+    if layer.place is NormPlace.BEFORE:
+        x = norm(ops, layer.attention_norm, w, "attention_norm", x)
+    qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
+    if attention.rotary is not None and attention.rotates_together:
+        cos, sin = tables[attention.rotary]
+        sizes, dim = (attention.heads + attention.kv_heads, attention.kv_heads), attention.head_dim
+        rotated, v = qkv.view(-1, sum(sizes), dim).split(sizes, 1)
+        rotated = ops.rotate(rotated, cos, sin, decoder.rotaries[attention.rotary].interleaved)
+        q, k = rotated.split((attention.heads, attention.kv_heads), 1)
+        return q, k, v
+    q, k, v = _heads(attention, qkv)
+    if attention.qk_norm is not None:
+        q = norm(ops, attention.qk_norm, w, "q_norm", q)
+        k = norm(ops, attention.qk_norm, w, "k_norm", k)
+    if attention.rotary is not None:
+        rotary = decoder.rotaries[attention.rotary]
+        cos, sin = tables[attention.rotary]
+        q = ops.rotate(q, cos, sin, rotary.interleaved)
+        k = ops.rotate(k, cos, sin, rotary.interleaved)
+    return q, k, v
+
+
+def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused projection gives (N, rows) -> q (N, H, D), k (N, G, D), v (N, G, D)."""
+    sizes, dim, blocks = attention.heads_per_block, attention.head_dim, attention.blocks
+    q, k, v = attention.places
+    if blocks == 1:
+        parts = qkv.view(-1, sum(sizes), dim).split(sizes, 1)
+    else:
+        apart = qkv.view(-1, blocks, sum(sizes), dim).split(sizes, 2)
+        parts = [apart[i].reshape(-1, blocks * size, dim) for i, size in enumerate(sizes)]
+    return parts[q], parts[k], parts[v]
+
+
+def output(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
+    """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer."""
+    out = ops.linear(attended, w["out.weight"], w.get("out.bias"))
+    if layer.attention_out_norm is not None:
+        out = norm(ops, layer.attention_out_norm, w, "attention_out_norm", out)
+    before, read = layer.place is NormPlace.BEFORE, x
+    x = x + out
+    if not before:
+        x = norm(ops, layer.attention_norm, w, "attention_norm", x)
+    if not layer.parallel:
+        read = x
+    if layer.mlp_norm is None:
+        read = norm(ops, layer.attention_norm, w, "attention_norm", read)
+    elif before:
+        read = norm(ops, layer.mlp_norm, w, "mlp_norm", read)
+    out = mlp(ops, layer.mlp, w, read)
+    if layer.mlp_out_norm is not None:
+        out = norm(ops, layer.mlp_out_norm, w, "mlp_out_norm", out)
+    x = x + out
+    if not before and layer.mlp_norm is not None:
+        x = norm(ops, layer.mlp_norm, w, "mlp_norm", x)
+    return x
+
+
+def mlp(ops: Any, part: MLP, w: Weights, x: Tensor) -> Tensor:
+    """(N, hidden) -> (N, hidden)."""
+    if part.gated:
+        gate, up = ops.linear(x, w["gate_up.weight"], w.get("gate_up.bias")).chunk(2, dim=-1)
+        inner = ops.activation(part.activation, gate) * up
+    else:
+        inner = ops.activation(part.activation, ops.linear(x, w["up.weight"], w.get("up.bias")))
+    return ops.linear(inner, w["down.weight"], w.get("down.bias"))
+
+
+def head(ops: Any, decoder: Decoder, w: Weights, x: Tensor) -> Tensor:
+    """Hidden (R, hidden) of the rows that need logits -> logits (R, vocab)."""
+    part = decoder.head
+    if part.norm is not None:
+        x = norm(ops, part.norm, w, "norm", x)
+    if "project_out" in w:
+        x = ops.linear(x, w["project_out"])
+    logits = ops.linear(x, w["tokens"] if decoder.tied else w["unembed"], w.get("unembed.bias"))
+    return logits if part.soft_cap is None else ops.soft_capped(logits, part.soft_cap)
+
+
+def norm(ops: Any, part: Norm, w: Weights, name: str, x: Tensor) -> Tensor:
+    """Over the last dimension."""
+    if part.kind is NormKind.LAYER:
+        return ops.layer_norm(x, w.get(f"{name}.weight"), w.get(f"{name}.bias"), part.eps)
+    if part.kind is NormKind.RMS_AROUND_ONE:
+        return ops.rms_norm_around_one(x, w[name], part.eps)
+    return ops.rms_norm(x, w[name], part.eps)

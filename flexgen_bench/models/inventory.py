@@ -1,0 +1,156 @@
+"""Every weight of a decoder, and the checkpoint tensors it is made of, from its parts and a family's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flexgen_bench.core.model import TensorSpec
+from flexgen_bench.models.parts import Decoder, Layer, Norm, NormKind
+
+Sources = tuple[str, ...]
+PartNames = dict[str, str | Sources]
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
+
+    rows: how many rows each source has; empty if all have the same number.
+    """
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+
+    @property
+    def source_rows(self) -> tuple[int, ...]:
+        count = len(self.sources)
+        return self.rows or (self.spec.shape[0] // count,) * count
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every weight of a model, by schedulable unit.
+
+    tables: gathered by row where they lie (token and position embeddings); ``tables[-1]`` is the token table.
+    embed: other weights of the input embedding. layers: one list per decoder layer. head: what turns hidden
+    states into logits, without the token table; if embeddings are tied, the head also reads ``tables[-1]``.
+    """
+
+    tables: tuple[PackedTensor, ...]
+    embed: tuple[PackedTensor, ...]
+    layers: tuple[tuple[PackedTensor, ...], ...]
+    head: tuple[PackedTensor, ...]
+    tied: bool
+
+    @property
+    def vocabulary(self) -> tuple[PackedTensor, ...]:
+        """Matrices with a row for each token: the token table, and the head's own where embeddings are not tied."""
+        tokens = self.tables[-1]
+        return tokens, *(t for t in self.head if t.spec.shape == tokens.spec.shape)
+
+    @property
+    def num_values(self) -> int:
+        """Parameters of the model; a tied table counts once."""
+        units = (self.tables, self.embed, *self.layers, self.head)
+        return sum(t.spec.num_values for unit in units for t in unit)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family's checkpoints call their tensors, without ``.weight`` and ``.bias`` and below one of its prefixes.
+
+    layer: by part, below ``<layers>.<number>.``: one tensor, or those that are stacked in this order. Parts:
+    attention_norm, qkv, q_norm, k_norm, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm.
+    """
+
+    layer: Mapping[str, str | Sources]
+    layers: str = "layers"
+    tokens: str = "embed_tokens"
+    positions: str = "embed_positions"
+    embedding_norm: str = ""
+    project_in: str = "project_in"
+    norm: str = "norm"
+    project_out: str = "project_out"
+    unembed: str = "lm_head"
+
+
+def inventory_of(decoder: Decoder, names: Names) -> Inventory:
+    """Names, shapes and checkpoint sources of every weight."""
+    hidden, width = decoder.hidden, decoder.embedding.width
+    tokens = _table("tokens", (decoder.vocab, width), names.tokens)
+    tables = [tokens]
+    if decoder.embedding.positions:
+        rows = decoder.embedding.positions + decoder.embedding.offset
+        tables.insert(0, _table("positions", (rows, hidden), names.positions))
+    embed = [*_norm(decoder.embedding.norm, "embedding_norm", names.embedding_norm, hidden)]
+    head = [*_norm(decoder.head.norm, "norm", names.norm, hidden)]
+    if width != hidden:
+        embed.append(_table("project_in", (hidden, width), names.project_in))
+        head.append(_table("project_out", (width, hidden), names.project_out))
+    if not decoder.tied:
+        head.append(_table("unembed", (decoder.vocab, width), names.unembed))
+    if decoder.head.bias:
+        bias = TensorSpec("unembed.bias", (decoder.vocab,))
+        head.append(PackedTensor(bias, (f"{names.unembed}.bias",)))
+    return Inventory(
+        tables=tuple(tables),
+        embed=tuple(embed),
+        layers=tuple(
+            tuple(_layer(layer, names, f"{names.layers}.{number}")) for number, layer in enumerate(decoder.layers)
+        ),
+        head=tuple(head),
+        tied=decoder.tied,
+    )
+
+
+def _table(name: str, shape: tuple[int, int], source: str) -> PackedTensor:
+    return PackedTensor(TensorSpec(name, shape), (f"{source}.weight",))
+
+
+def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
+    attention, mlp, hidden = layer.attention, layer.mlp, layer.hidden
+
+    def source(part: str) -> Sources:
+        found = names.layer[part]
+        return tuple(f"{prefix}.{s}" for s in ((found,) if isinstance(found, str) else found))
+
+    def norm(part: str, what: Norm | None, width: int) -> Iterator[PackedTensor]:
+        if what is not None:
+            yield from _norm(what, part, source(part)[0], width)
+
+    def linear(part: str, rows: tuple[int, ...], inputs: int, bias: bool) -> Iterator[PackedTensor]:
+        sources = source(part)
+        if len(sources) == 1:
+            rows = (sum(rows),)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (sum(rows), inputs)}
+        if bias:
+            shapes["bias"] = (sum(rows),)
+        for kind, shape in shapes.items():
+            spec = TensorSpec(f"{part}.{kind}", shape)
+            yield PackedTensor(spec, tuple(f"{s}.{kind}" for s in sources), rows)
+
+    yield from norm("attention_norm", layer.attention_norm, hidden)
+    yield from linear("qkv", tuple(attention.rows.values()), hidden, attention.bias)
+    yield from norm("q_norm", attention.qk_norm, attention.head_dim)
+    yield from norm("k_norm", attention.qk_norm, attention.head_dim)
+    yield from linear("out", (hidden,), attention.rows["q"], attention.out_bias)
+    yield from norm("attention_out_norm", layer.attention_out_norm, hidden)
+    yield from norm("mlp_norm", layer.mlp_norm, hidden)
+    if mlp.gated:
+        yield from linear("gate_up", (mlp.width, mlp.width), hidden, mlp.bias)
+    else:
+        yield from linear("up", (mlp.width,), hidden, mlp.bias)
+    yield from linear("down", (hidden,), mlp.width, mlp.bias)
+    yield from norm("mlp_out_norm", layer.mlp_out_norm, hidden)
+
+
+def _norm(norm: Norm | None, name: str, source: str, width: int) -> Iterator[PackedTensor]:
+    if norm is None or not norm.affine:
+        return
+    if norm.kind is not NormKind.LAYER:
+        yield PackedTensor(TensorSpec(name, (width,)), (f"{source}.weight",))
+        return
+    for kind in ("weight", "bias"):
+        yield PackedTensor(TensorSpec(f"{name}.{kind}", (width,)), (f"{source}.{kind}",))
