@@ -11,13 +11,13 @@ from flexgen_bench.core.units import GIB, MIB
 
 Format = tuple[DType, Compression | None]
 
-_PLAIN = tuple((dtype, None) for dtype in DType)
+_UNCOMPRESSED = tuple((dtype, None) for dtype in DType)
 _BFLOAT16 = tuple((DType.BFLOAT16, Compression(bits)) for bits in (4, 8))
 # What a processor multiplies with, and what its attention reads.
-CPU_MATRIX: tuple[Format, ...] = (*_PLAIN, *_BFLOAT16, (DType.FLOAT32, Compression(4)))
-KV_FORMATS: tuple[Format, ...] = (*_PLAIN, *_BFLOAT16)
+CPU_MATRIX: tuple[Format, ...] = (*_UNCOMPRESSED, *_BFLOAT16, (DType.FLOAT32, Compression(4)))
+KV_FORMATS: tuple[Format, ...] = (*_UNCOMPRESSED, *_BFLOAT16)
 # An accelerator unpacks compressed weights first, so its products are with plain ones.
-GPU_MATRIX: tuple[Format, ...] = _PLAIN
+GPU_MATRIX: tuple[Format, ...] = _UNCOMPRESSED
 
 
 @dataclass(frozen=True)

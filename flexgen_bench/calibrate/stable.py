@@ -86,7 +86,7 @@ def spread_of(rates: Sequence[float]) -> float:
 def measure(
     probes: Sequence[Probe],
     patience: Patience,
-    tell: Callable[[RoundProgress], None] = lambda progress: None,
+    on_round: Callable[[RoundProgress], None] = lambda progress: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Reading]:
     """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not
@@ -106,7 +106,7 @@ def measure(
         if seconds > _LONG * patience.sample_s:
             samples[probe.name].append(probe.amount / seconds)
             first.add(probe.name)
-        tell(RoundProgress(0, 0, len(probes), clock() - begin))
+        on_round(RoundProgress(0, 0, len(probes), clock() - begin))
     waiting, number = list(probes), 0
     while waiting:
         number += 1
@@ -117,7 +117,7 @@ def measure(
             samples[probe.name].append(probe.amount / seconds)
             # The first call may have been slow for other reasons than its work.
             calls[probe.name] = _enough(seconds, patience)
-            tell(RoundProgress(number, len(probes) - len(waiting), len(probes), clock() - begin))
+            on_round(RoundProgress(number, len(probes) - len(waiting), len(probes), clock() - begin))
         waiting = [p for p in waiting if not _is_stable(samples[p.name], patience)]
     return _readings(probes, samples, first, patience)
 
@@ -144,11 +144,11 @@ def _is_stable(rates: Sequence[float], patience: Patience) -> bool:
 def _readings(
     probes: Sequence[Probe], samples: Mapping[str, Sequence[float]], first: Collection[str], patience: Patience
 ) -> dict[str, Reading]:
-    found = {}
+    readings = {}
     for probe in probes:
         rates = samples[probe.name]
         stable, last = _is_stable(rates, patience), rates[-patience.last :]
         median = statistics.median(last if stable else rates)
         slowdowns = tuple(median / rate for rate in rates[probe.name in first :])
-        found[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount, slowdowns)
-    return found
+        readings[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount, slowdowns)
+    return readings

@@ -86,8 +86,8 @@ def _prediction(space: SearchSpace, plan: MemoryPlan, times: Forecast, words: Ma
 def _bytes(plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
     planned = {site.name: sum(parts.values()) for site, parts in plan.bytes.items()}
-    beside = reserved_bytes(plan.hardware)
-    return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
+    reserved = reserved_bytes(plan.hardware)
+    return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + reserved} if reserved else {})
 
 
 def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:

@@ -139,7 +139,7 @@ def plan_job(
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
     parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, shape, dtype, scored_rows)
-    if moving.apart:
+    if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), shape, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending
     return MemoryPlan(
@@ -195,8 +195,8 @@ def _homes(
 
 def _add_buffers(parts: dict[Site, dict[str, int]], job: ScheduledJob) -> None:
     """Staging buffers of weights, and unpacked weights."""
-    for site, slots in job.buffers.items():
-        parts[site]["weight slots"] = sum(slot.bytes for slot in slots)
+    for site, buffers in job.buffers.items():
+        parts[site]["weight slots"] = sum(buffer.bytes for buffer in buffers)
     parts[job.site]["unpacked weights"] = job.dequantized_buffers * job.dequantized_buffer_bytes
 
 
@@ -211,7 +211,7 @@ def _add_staging(
     parts[job.site]["kv slots"] = moving.num_buffers * moving.kv_buffer
     parts[host]["kv host slots"] = moving.num_buffers * moving.kv_host
     parts[host]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
-    parts[host]["activation pages"] = (moving.num_buffers + moving.apart) * moving.pages
+    parts[host]["activation pages"] = (moving.num_buffers + moving.cpu_attention_buffers) * moving.pages
 
 
 def _workspace(
@@ -244,7 +244,7 @@ def _workspace(
     return (
         max(tokens * per_token * width, attending)
         + tokens * job.num_buffers * staged * width
-        + moving.apart * decode * staged * width
+        + moving.cpu_attention_buffers * decode * staged * width
         + logits
         + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
     )
@@ -256,7 +256,7 @@ def _attention_bytes(
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share; keys and values of a compressed cache,
     unpacked."""
-    found = 0
+    most = 0
     for group in largest:
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
@@ -266,16 +266,16 @@ def _attention_bytes(
             scores = tokens * shape.num_heads * (8 + 2 * width)
         if policy.lossy.kv_cache is not None:
             unpacked = tokens * shape.kv_values_per_token_layer * width
-        found = max(found, mask + scores + unpacked)
-    return found
+        most = max(most, mask + scores + unpacked)
+    return most
 
 
 def _largest(groups: SequenceGroups) -> list[SequenceGroup]:
     """Sequence groups that may be the largest in some respect: by prompt tokens, by all tokens, by sequences."""
-    asked, starts = groups.requests, groups.members
+    requests, starts = groups.requests, groups.members
     measures = (
-        lambda g: sum(asked[i].prompt_len for i in g),
-        lambda g: sum(asked[i].prompt_len + asked[i].gen_len for i in g),
+        lambda g: sum(requests[i].prompt_len for i in g),
+        lambda g: sum(requests[i].prompt_len + requests[i].gen_len for i in g),
         len,
     )
     indices = [max(range(len(starts)), key=lambda n: measure(starts[n])) for measure in measures]

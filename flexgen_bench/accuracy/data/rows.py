@@ -64,10 +64,10 @@ def read_rows(path: Path, sha256: str) -> tuple[Row, ...]:
         raise StoreError(
             f"{path} is damaged ({error}). Delete it and fetch it again: python -m flexgen_bench fetch accuracy"
         ) from error
-    found = text_hash(text)
-    if found != sha256:
+    digest = text_hash(text)
+    if digest != sha256:
         raise StoreError(
-            f"{path} holds rows of SHA-256 {found}, the task was written for {sha256}. Numbers would not be "
+            f"{path} holds rows of SHA-256 {digest}, the task was written for {sha256}. Numbers would not be "
             "comparable. "
             "Fetch it again: python -m flexgen_bench fetch accuracy"
         )

@@ -116,8 +116,8 @@ def _local(specs: Mapping[str, TaskSpec], limit: int | None, cache: Path) -> dic
     with tempfile.TemporaryDirectory(prefix="flexgen-tasks-") as folder:
         write_include(Path(folder), specs.values(), cache, limit=limit)
         manager = TaskManager(include_path=folder, include_defaults=False)
-        found: dict[str, Task] = manager.load(list(specs))["tasks"]
-    return found
+        tasks: dict[str, Task] = manager.load(list(specs))["tasks"]
+    return tasks
 
 
 def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
@@ -126,7 +126,7 @@ def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    found = {}
+    by_name = {}
     for name, spec in specs.items():
         try:
             tasks = manager.load([spec.lm_eval_name])["tasks"]
@@ -139,5 +139,5 @@ def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
             raise UserError(
                 f"task {name} (online)", spec.lm_eval_name, "a single task of lm-eval", "Name its subjects."
             )
-        found[name] = next(iter(tasks.values()))
-    return found
+        by_name[name] = next(iter(tasks.values()))
+    return by_name

@@ -53,7 +53,7 @@ def matrices(model: Any, compression: Compression) -> Iterator[tuple[str, Tensor
             yield f"{name}.weight", module.weight, how
 
 
-def apply_yardstick(model: Any, compression: Compression) -> list[str]:
+def apply_rtn(model: Any, compression: Compression) -> list[str]:
     """Round the weights of a model of transformers in place. Returns the names of the changed ones."""
     import torch
 

@@ -57,8 +57,8 @@ class TaskText:
             )
 
     def _special_ids(self) -> list[int]:
-        found = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return [i for i in found if i is not None]
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return [i for i in ids if i is not None]
 
     @property
     def start_id(self) -> int:

@@ -78,17 +78,17 @@ def _stored_factors(header: GGUFHeader, head_dim: int) -> list[float] | None:
             f"{header.path}: tensor {ROPE_FACTORS} has shape {info.shape}, the model needs {(head_dim // 2,)}."
         )
     check_readable(header)
-    found = [float(value) for value in single_precision(info)]
-    if not all(math.isfinite(value) and value > 0 for value in found):
+    factors = [float(value) for value in single_precision(info)]
+    if not all(math.isfinite(value) and value > 0 for value in factors):
         raise StoreError(f"{header.path}: tensor {ROPE_FACTORS} holds values that are not above 0.")
-    return None if all(value == 1.0 for value in found) else found
+    return None if all(value == 1.0 for value in factors) else factors
 
 
 def _number(header: GGUFHeader, key: str, default: float) -> float:
-    found = header.metadata.get(_PREFIX + key, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+    value = header.metadata.get(_PREFIX + key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _refused(header, key, "a number")
-    return float(found)
+    return float(value)
 
 
 def _refused(header: GGUFHeader, key: str, allowed: str) -> StoreError:

@@ -49,7 +49,7 @@ def sentencepiece_tokenizer(header: GGUFHeader, vocabulary: Vocabulary, space_pr
 
 def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
     """Pairs of tokens whose union is a token, best score first."""
-    found: list[tuple[float, int, str, str]] = []
+    merges: list[tuple[float, int, str, str]] = []
     best: dict[float, str] = {}
     for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
         alone = [letter for letter in text if letter not in ids]
@@ -70,5 +70,5 @@ def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> 
                 "merging is not known. Use the checkpoint that the file was converted from."
             )
         # Of one token's pairs, those of older tokens first, as transformers converts them.
-        found += [(-score, ids[left] * len(ids) + ids[right], left, right) for left, right in pairs]
-    return [(left, right) for _, _, left, right in sorted(found)]
+        merges += [(-score, ids[left] * len(ids) + ids[right], left, right) for left, right in pairs]
+    return [(left, right) for _, _, left, right in sorted(merges)]
