@@ -60,7 +60,8 @@ def check_python() -> None:
         minimum = ".".join(map(str, MINIMUM))
         raise StepFailed(
             [sys.executable, "--version"],
-            f"this is Python {platform.python_version()}; install {minimum} or newer and run make PYTHON=python{minimum}",
+            f"this is Python {platform.python_version()}; install {minimum} or newer and run "
+            f"make PYTHON=python{minimum}",
         )
 
 

@@ -74,8 +74,9 @@ def _prefill(
 
 def decode_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
     """``<tier>.decode_attention.<format>.<query heads per KV head>`` over much cache of many sequences,
-    ``<tier>.attend_sequence.<format>`` over hardly any of as many, and ``<tier>.attend.<format>`` of one: ``decode_cost``
-    tells their constants from these. As many sequences as a format has room for; none of its probes if not for one."""
+    ``<tier>.attend_sequence.<format>`` over hardly any of as many, and ``<tier>.attend.<format>`` of one:
+    ``decode_cost`` tells their constants from these. As many sequences as a format has room for; none of its probes if
+    not for one."""
     heads = effort.heads_of_dim
     for dtype, compression in effort.kv:
         number, form = number_format(dtype, compression), (dtype, compression)

@@ -26,12 +26,10 @@ class SiteEffort:
 
     widths: hidden sizes of the OPT layers; rows: of their products; prompts: tokens; heads: query heads per KV head.
     torch_widths, torch_rows: of products that torch computes by itself, in every dtype; none where the layers are
-    torch's own products.
-    sequences: at most so many in an attention, as in a micro-batch; prompt_tokens: at most so many in all prompts of a
-    prefill attention; cache_tokens: of each sequence in a decode one. heads_of_dim:
-    (KV heads, head dim) of attention in which every query head has its own KV head (OPT-1.3B), and of shared ones
-    (Llama 3). least_bytes, most_bytes: limits of the memory whose contents take turns, so that caches do not flatter
-    what is read.
+    torch's own products. sequences: at most so many in an attention, as in a micro-batch; prompt_tokens: at most so
+    many in all prompts of a prefill attention; cache_tokens: of each sequence in a decode one. heads_of_dim: (KV heads,
+    head dim) of attention in which every query head has its own KV head (OPT-1.3B), and of shared ones (Llama 3).
+    least_bytes, most_bytes: limits of the memory whose contents take turns, so that caches do not flatter what is read.
     """
 
     widths: tuple[int, ...]

@@ -25,8 +25,7 @@ class Probe:
     """One constant and the work that shows it.
 
     amount: what a call does, in FLOP, bytes or steps. settle: waits for work that calls have only issued; it is part of
-    the time.
-    after: what a sample leaves behind is put right, outside the time.
+    the time. after: what a sample leaves behind is put right, outside the time.
     """
 
     name: str
@@ -39,8 +38,8 @@ class Probe:
 @dataclass(frozen=True)
 class Reading:
     """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their
-    median.
-    amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at ``rate``."""
+    median. amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at
+    ``rate``."""
 
     rate: float
     spread: float

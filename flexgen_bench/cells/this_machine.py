@@ -19,8 +19,8 @@ from flexgen_bench.runner.feasibility import explain, machine_reasons
 
 @dataclass(frozen=True)
 class ThisMachine:
-    """Settles for ``compose.plan``. may_measure: whether this machine may be calibrated for it. notify: gets a line about
-    each decision."""
+    """Settles for ``compose.plan``. may_measure: whether this machine may be calibrated for it. notify: gets a line
+    about each decision."""
 
     expected: Expected
     may_measure: bool

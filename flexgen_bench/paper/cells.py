@@ -52,8 +52,7 @@ class Cell:
     it changed (what it might change, where it has no value).
 
     unrounded: the value ratios are taken with, where the printed one is a rounding too coarse for that. assumed: in
-    words.
-    has_ratio: whether this divided by that says anything.
+    words. has_ratio: whether this divided by that says anything.
     """
 
     published: Quoted

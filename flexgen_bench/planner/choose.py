@@ -2,9 +2,8 @@
 going to run.
 
 A search leaves tens of megabytes behind (scipy, HiGHS, what was simulated). An engine under a memory cap would pay for
-them with resident weights.
-``python -m flexgen_bench.planner.choose`` reads a search space as JSON on its standard input and writes a policy to its
-standard output.
+them with resident weights. ``python -m flexgen_bench.planner.choose`` reads a search space as JSON on its standard
+input and writes a policy to its standard output.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ def choose(space: SearchSpace) -> Policy:
                 "The plain rule's policy, which needs no search, knows of no time.",
             ) from reason
         _log.warning(
-            "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given needs no search.",
+            "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given "
+            "needs no search.",
             reason,
         )
         return default_policy(space)
@@ -59,8 +59,8 @@ class _SearchFailed(RuntimeError):
 
 
 def _searched(space: SearchSpace) -> Policy | None:
-    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _SearchFailed. However this is
-    left, it has ended."""
+    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _SearchFailed. However
+    this is left, it has ended."""
     try:
         with subprocess.Popen(
             _command(),

@@ -54,7 +54,10 @@ def _why(space: SearchSpace, auto: AutoChoice) -> Iterator[str]:
     choice, gain = auto.choice, auto.gain
     reason = why(space, choice.plan, choice.forecast, choice.other if gain is None else None)
     if gain is not None:
-        reason += f"; it is the plain rule's policy: the best found promises {gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
+        reason += (
+            f"; it is the plain rule's policy: the best found promises {gain:.1%} more than it, and less than "
+            f"{LEAST_GAIN - 1:.0%} more is not relied on"
+        )
     yield reason
     yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
     bound = max((c.bound for c in choice.candidates), default=0.0)

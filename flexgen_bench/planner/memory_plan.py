@@ -46,8 +46,8 @@ class MemoryPlan:
         return sum(self.bytes.get(Site(tier, device), {}).values())
 
     def check(self, available: Mapping[Tier, int]) -> None:
-        """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there to
-        a plan now."""
+        """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there
+        to a plan now."""
         for site, parts in self.bytes.items():
             tier = site.tier
             need = sum(parts.values())
@@ -63,7 +63,8 @@ class MemoryPlan:
 
 
 _REMEDY = {
-    Tier.GPU: "Lower policy.gpu_batch_size or policy.prefill_chunk, or move shares of weights, kv_cache or activations to cpu.",
+    Tier.GPU: "Lower policy.gpu_batch_size or policy.prefill_chunk, or move shares of weights, kv_cache or activations "
+    "to cpu.",
     Tier.CPU: "Lower the block size, move shares of weights or kv_cache to disk, or raise gpu.cpu_memory.",
     Tier.DISK: "Free space in the offload directory, choose another with offload_dir, or keep more in memory.",
 }

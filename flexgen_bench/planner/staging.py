@@ -29,9 +29,9 @@ class Staging:
     """Bytes of one staging buffer each, and how many there are.
 
     prompt: keys and values of a prompt on their way home, per site that computes layers; prompt_host: the same between
-    an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages: hidden
-    states between disk and memory. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further ones for micro-batches
-    the cpu attends for.
+    an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages:
+    hidden states between disk and memory. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
+    ones for micro-batches the cpu attends for.
     """
 
     num_buffers: int

@@ -22,8 +22,9 @@ class UnitKind(StrEnum):
 class Unit:
     """A schedulable piece of the model. ``load_bytes`` is what one load moves (0: nothing to load).
 
-    tier: where it lives; gpu means the accelerator that computes it. site: where it is computed. flops_per_token are the matrix products before the attention and after it. unpack: its weights are compressed and
-    unpacked by a step of their own.
+    tier: where it lives; gpu means the accelerator that computes it. site: where it is computed. flops_per_token are
+    the matrix products before the attention and after it. unpack: its weights are compressed and unpacked by a step of
+    their own.
     """
 
     index: int
@@ -64,8 +65,8 @@ class ScheduledJob:
 
     weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
     disk when an accelerator computes. dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
-    num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next is
-    projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
+    num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
+    is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
     their bytes. device: number of the accelerator (of the host, where there is none).
     """
 
@@ -110,8 +111,8 @@ class ScheduledJob:
         """Staging buffers of weights on every site where there are any.
 
         Layers share ``weight_buffers`` of them. The embedding and the head, which are often larger, have one each: it
-        costs no more memory than buffers that hold anything would, and the head can be on its way while every layer buffer
-        is in use.
+        costs no more memory than buffers that hold anything would, and the head can be on its way while every layer
+        buffer is in use.
         """
         by_site: dict[Site, tuple[WeightBuffer, ...]] = {}
         for site in sorted({site for u in self.streamed for site in u.path}):

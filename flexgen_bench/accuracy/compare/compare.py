@@ -69,8 +69,7 @@ class TaskComparison:
     added bits per byte of the right texts, 95 % (None where nothing was scored). lost, won: items right in one run
     alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or wrong; p_holm: adjusted for
     all tasks of the mode. same_predictions: items with the same answer. bounded: whether the score lies between 0 and
-    1.
-    left_out: items that one of the runs could not score, which are in neither side. silent: whether neither run got
+    1. left_out: items that one of the runs could not score, which are in neither side. silent: whether neither run got
     anything right, so that nothing could be lost. difference: with the sign that makes better positive.
     """
 

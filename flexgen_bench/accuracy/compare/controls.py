@@ -38,8 +38,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the controls look at for one mode. comparison: with the exact mode; rtn: the round-to-nearest baseline's with its
-    exact mode."""
+    """What the controls look at for one mode. comparison: with the exact mode; rtn: the round-to-nearest baseline's
+    with its exact mode."""
 
     mode: str
     lossy: Lossy

@@ -21,8 +21,7 @@ def ordered(rows: Iterable[Row]) -> list[Row]:
     """The rows in the order of the SHA-256 of their own text, each once.
 
     It depends on nothing but the rows, mixes what a data set keeps together (subjects, labels), and the first N of it
-    are the same sample
-    everywhere: ``--limit N`` of lm-eval takes them.
+    are the same sample everywhere: ``--limit N`` of lm-eval takes them.
     """
     by_hash = {hashlib.sha256(_line(row).encode("utf-8")).hexdigest(): row for row in rows}
     return [by_hash[key] for key in sorted(by_hash)]

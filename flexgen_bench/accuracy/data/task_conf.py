@@ -70,8 +70,8 @@ class TaskSpec:
     stands_for: the scenario of HELM or the table of the paper that it is, or replaces. max_items: how many items are
     evaluated at most, the first of the fixed order (None: all). where: the rows whose fields have these values (a
     variant of a task). num_fewshot: worked examples in the prompt. splits: ``test`` and, if examples are shown,
-    ``fewshot``. lm_eval_name: the same task among lm-eval's own, which reads the hub.
-    lm_eval: lm-eval's own configuration of the task, without its data.
+    ``fewshot``. lm_eval_name: the same task among lm-eval's own, which reads the hub. lm_eval: lm-eval's own
+    configuration of the task, without its data.
     """
 
     name: str

@@ -82,11 +82,9 @@ def load_tasks(names: Sequence[str], limit: int | None, cache: Path, *, online: 
     """lm-eval tasks by name, their data checked.
 
     names: tasks and sets. limit: at most so many items of each, the first of the fixed order; None: what a set asks
-    for, or a task's own
-    ``max_items``. online: True: where lm-eval has the task itself, that one, with data of the hub; None and False: the
-    package's data.
-    Raises UserError for a bad name or task, StoreError if data is missing or was changed, naming every such task,
-    before anything runs.
+    for, or a task's own ``max_items``. online: True: where lm-eval has the task itself, that one, with data of the hub;
+    None and False: the package's data. Raises UserError for a bad name or task, StoreError if data is missing or was
+    changed, naming every such task, before anything runs.
     """
     if limit is not None and limit < 1:
         raise UserError("limit", limit, "at least 1")

@@ -2,8 +2,8 @@
 
 It shares no code with the engine's kernels: what the engine's compression costs is compared with what this costs on the
 same model. Formula (FlexGen paper, section 4; min-max with a zero point): of each group,
-``scale = (max - min) / (2^bits - 1)`` and
-``min``, both stored as float16; ``x -> min + round((x - min) / scale) * scale``, computed in float32.
+``scale = (max - min) / (2^bits - 1)`` and ``min``, both stored as float16;
+``x -> min + round((x - min) / scale) * scale``, computed in float32.
 """
 
 from __future__ import annotations

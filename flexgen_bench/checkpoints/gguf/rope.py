@@ -1,8 +1,8 @@
 """The rotary positions that a GGUF file asks for, as ``rope_parameters`` of transformers.
 
 How llama.cpp reads the keys (src/llama-model.cpp, src/llama-context.cpp): without a type, a factor scales linearly; the
-old key
-``rope.scale_linear`` stands in for a missing factor; YaRN extrapolates fully (ext_factor 1) between 32 and 1 rotations.
+old key ``rope.scale_linear`` stands in for a missing factor; YaRN extrapolates fully (ext_factor 1) between 32 and 1
+rotations.
 """
 
 from __future__ import annotations

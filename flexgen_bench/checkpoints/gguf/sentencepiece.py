@@ -15,9 +15,8 @@ def sentencepiece_tokenizer(header: GGUFHeader, vocabulary: Vocabulary, space_pr
     """A tokenizer that merges the two neighbours whose union has the best score, as long as there are such.
 
     space_prefix: a space is put before every text, and after every special token. Characters without a token become
-    bytes.
-    Raises StoreError for a vocabulary of which llama.cpp's order of merging cannot be had: without scores, or without
-    tokens for bytes.
+    bytes. Raises StoreError for a vocabulary of which llama.cpp's order of merging cannot be had: without scores, or
+    without tokens for bytes.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
