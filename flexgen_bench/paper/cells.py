@@ -221,7 +221,7 @@ def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, in
 
 
 def _assumed_texts(assumed: Sequence[AssumedConf], requested: PolicyText | None) -> list[str]:
-    """asked: the policy of a system that was asked, which may leave something for it to choose."""
+    """requested: the policy that a system was asked for, which may leave something for it to choose."""
     texts = [_assumed_text(one) for one in assumed]
     return texts + ([requested.unsaid] if requested is not None and requested.unsaid else [])
 

@@ -1,4 +1,4 @@
-"""Sequences that start together and share a room in the KV cache until the last of them has ended."""
+"""Sequences that start together and share a KV slot until the last of them has ended."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ TIE = 1e-3
 @dataclass(frozen=True)
 class Agreement:
     """ties: items whose predictions differ where the choices are closer than ``TIE``. different: ids of those that
-    differ otherwise. mean, largest: of the differences of log-likelihoods. beside: the second system."""
+    differ otherwise. mean, largest: of the differences of log-likelihoods. reference: the second system."""
 
     task: str
     reference: str

@@ -1,4 +1,4 @@
-"""The lm-eval models of a run: a system of the suite under a mode, and the yardstick."""
+"""The lm-eval models of a run: a system of the suite under a mode, and the round-to-nearest baseline."""
 
 from __future__ import annotations
 

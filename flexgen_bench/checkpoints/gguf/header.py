@@ -83,9 +83,9 @@ def read_header(path: Path) -> GGUFHeader:
         if twice:
             raise StoreError(f"{part} holds tensor {twice[0]}, which an earlier part has, too.")
         tensors |= header.tensors
-    promised = first.metadata.get("split.tensors.count", len(tensors))
-    if promised != len(tensors):
-        raise StoreError(f"the parts of {path} hold {len(tensors)} tensors, not {promised}.")
+    stated = first.metadata.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise StoreError(f"the parts of {path} hold {len(tensors)} tensors, not {stated}.")
     return GGUFHeader(path, first.metadata, tensors)
 
 
