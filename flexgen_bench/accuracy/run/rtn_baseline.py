@@ -1,4 +1,4 @@
-"""Round-to-nearest (RTN) baseline of compressed weights: rounding in groups, in plain torch, on a model of transformers.
+"""Round-to-nearest (RTN) baseline of compressed weights: rounding in groups, in plain torch, on a transformers model.
 
 It shares no code with the engine's kernels: what the engine's compression costs is compared with what this costs on the
 same model. Formula (FlexGen paper, section 4; min-max with a zero point): of each group,
