@@ -47,14 +47,14 @@ class HFScorer(Scorer):
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_tokens: OnTokens) -> None:
         alike: dict[SamplingParams, list[int]] = defaultdict(list)
-        for index, wanted in enumerate(params):
-            alike[wanted].append(index)
-        for wanted, members in alike.items():
+        for index, sampling in enumerate(params):
+            alike[sampling].append(index)
+        for sampling, members in alike.items():
             order = sorted(members, key=lambda i: -len(prompts[i]))
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                found = self._continue([prompts[i] for i in batch], wanted)
-                for index, tokens in zip(batch, found, strict=True):
+                continuations = self._continue([prompts[i] for i in batch], sampling)
+                for index, tokens in zip(batch, continuations, strict=True):
                     on_tokens(index, tokens)
 
     def close(self) -> None:

@@ -148,15 +148,15 @@ def measure(case: Case, rounds: int, buffer: Tensor) -> dict[str, Any]:
     reads: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(rounds):
-        found: dict[str, list[float]] = {name: [] for name in ("read", *paths)}
+        samples: dict[str, list[float]] = {name: [] for name in ("read", *paths)}
         for turn in range(number * TURNS, (number + 1) * TURNS):
-            found["read"].append(read_rate(buffer, turn))
+            samples["read"].append(read_rate(buffer, turn))
             for name, attend in paths.items():
-                if len(found[name]) < turns[name]:
-                    found[name].append(layers.rate(attend, turn))
-        reads.append(max(found["read"]))
+                if len(samples[name]) < turns[name]:
+                    samples[name].append(layers.rate(attend, turn))
+        reads.append(max(samples["read"]))
         for name in paths:
-            rates[name].append(max(found[name]))
+            rates[name].append(max(samples[name]))
     return {
         "case": case.name,
         "threads": torch.get_num_threads(),
@@ -200,8 +200,8 @@ def main() -> None:
     for row in rows:
         if row["case"] == BAR_CASE and row["threads"] == max(options.threads):
             for name, bar in BARS.items():
-                found = statistics.median(row[f"{name}_ratio"])
-                print(f"{name}: {found:.2f} of the read rate, wanted {bar:.2f}")
+                ratio = statistics.median(row[f"{name}_ratio"])
+                print(f"{name}: {ratio:.2f} of the read rate, wanted {bar:.2f}")
     if options.out:
         machine = {
             "cpu": cpu_model(),

@@ -33,10 +33,10 @@ JOB = Shape(prompts=2, prompt_len=8, gen_len=5)
 # What the plain readers fill over and over. Reads into a buffer that stays in the processor's cache are up to a
 # third faster on a virtual disk, whose host copies the data.
 REGION_BYTES = 256 * MIB
-PLAIN = {"16 MiB, one by one": (16 * MIB, 1), "4 MiB, four in flight": (4 * MIB, 4)}
+REFERENCE_READS = {"16 MiB, one by one": (16 * MIB, 1), "4 MiB, four in flight": (4 * MIB, 4)}
 
 
-def plain_read(path: Path, region: memoryview, chunk: int, in_flight: int) -> float:
+def reference_read(path: Path, region: memoryview, chunk: int, in_flight: int) -> float:
     """bytes/s of reading a file around the page cache from end to end; independent of the project's own reader."""
     size = path.stat().st_size // chunk * chunk
     handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -73,18 +73,18 @@ def main() -> int:
     region.fill_(1)  # pages that are there, as those of the staging buffers are
     readers = memoryview(region.numpy())
     runs: dict[str, list[Measured]] = {name: [] for name in machines}
-    plain: dict[str, list[dict[str, float]]] = {name: [] for name in machines}
+    reference: dict[str, list[dict[str, float]]] = {name: [] for name in machines}
     for _ in range(opts.rounds):
-        before = _plain(weights.store.path, readers)
+        before = _reference(weights.store.path, readers)
         for name, hardware in machines.items():
             runs[name].append(_stream(weights, hardware, opts))
-            after = _plain(weights.store.path, readers)
-            plain[name].append({kind: (before[kind] + after[kind]) / 2 for kind in PLAIN})
+            after = _reference(weights.store.path, readers)
+            reference[name].append({kind: (before[kind] + after[kind]) / 2 for kind in REFERENCE_READS})
             before = after
     report = Report("disk_stream", Evidence.MEASURED, opts)
-    report.settings = {"job": vars(JOB), "plain_bytes_per_s": plain}
+    report.settings = {"job": vars(JOB), "plain_bytes_per_s": reference}
     for name, measured in runs.items():
-        references = [max(found.values()) for found in plain[name]]
+        references = [max(speeds.values()) for speeds in reference[name]]
         rates = [_rate(m) for m in measured]
         report.rounds += [{"machine": name, "bytes_per_s": _rate(m)} | m.to_dict() for m in measured]
         report.bars.append(
@@ -114,8 +114,8 @@ def _stream(weights: PackedWeights, hardware: HardwareProfile, opts: Options) ->
         return run(made, JOB)
 
 
-def _plain(path: Path, region: memoryview) -> dict[str, float]:
-    return {kind: plain_read(path, region, *how) for kind, how in PLAIN.items()}
+def _reference(path: Path, region: memoryview) -> dict[str, float]:
+    return {kind: reference_read(path, region, *how) for kind, how in REFERENCE_READS.items()}
 
 
 def _rate(measured: Measured) -> float:

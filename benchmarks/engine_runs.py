@@ -50,10 +50,10 @@ def emulated(h2d: float = UNTHROTTLED, d2h: float = UNTHROTTLED) -> HardwareProf
 def dummy_weights(options: Options, compression: Compression | None = None) -> PackedWeights:
     """The benchmark's model in bfloat16, made and packed at first use and kept in the cache."""
 
-    def tell(what: str, done: int, total: int) -> None:
+    def show_progress(what: str, done: int, total: int) -> None:
         print(f"\r{what}: {done / GB:.2f} of {total / GB:.2f} GB", end="", flush=True)
 
-    folder = prepare_checkpoint(model_spec(options.model), DType.BFLOAT16, options.cache, tell)
+    folder = prepare_checkpoint(model_spec(options.model), DType.BFLOAT16, options.cache, show_progress)
     packing: Mapping[str, Any] = {"compression": compression} if compression else {}
     return PackedWeights.from_checkpoint(folder, DType.BFLOAT16, options.cache, **packing)
 
@@ -145,16 +145,16 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
     params = SamplingParams(max_tokens=shape.gen_len, ignore_eos=True)
     prompts = [[rng.randrange(4, vocab_size) for _ in range(shape.prompt_len)] for _ in range(shape.prompts)]
     sequences = to_full_length(prompts, params)
-    told: list[tuple[float, str, int]] = []
+    events: list[tuple[float, str, int]] = []
     start = time.perf_counter()
-    result = made.generate(sequences, lambda phase, done, total: told.append((time.perf_counter(), phase, done)))
+    result = made.generate(sequences, lambda phase, done, total: events.append((time.perf_counter(), phase, done)))
     wall = time.perf_counter() - start
     assert result.plan is not None
     return Measured(
         wall_s=wall,
         prefill_s=result.prefill_s,
         decode_s=result.decode_s,
-        pass_s=_decode_passes(told, shape.prompts),
+        pass_s=_decode_passes(events, shape.prompts),
         lanes=result.lanes,
         plan=result.plan,
         tokens=tuple(tuple(s.new) for s in sequences),
@@ -162,15 +162,15 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
     )
 
 
-def _decode_passes(told: Sequence[tuple[float, str, int]], sequences: int) -> tuple[float, ...]:
+def _decode_passes(events: Sequence[tuple[float, str, int]], sequences: int) -> tuple[float, ...]:
     """A pass over one block ends when it has told of all its sequences once more; the first one starts with the
     prefill's end."""
-    ends = [max((t for t, phase, _ in told if phase == "prefill"), default=0.0)]
-    wanted = sequences
-    for moment, phase, done in told:
-        if phase == "decode" and done >= wanted:
+    ends = [max((t for t, phase, _ in events if phase == "prefill"), default=0.0)]
+    due = sequences
+    for moment, phase, done in events:
+        if phase == "decode" and done >= due:
             ends.append(moment)
-            wanted += sequences
+            due += sequences
     return tuple(later - earlier for earlier, later in itertools.pairwise(ends))
 
 

@@ -77,8 +77,8 @@ class Bench:
     def row(self, what: str, amount: float, unit: str, work: Callable[[], Any], **about: Any) -> Row:
         """``amount`` per call, as rates in ``unit`` per second."""
         rates = sorted(amount / s for s in self.seconds(work))
-        found = about | {"what": what, "unit": unit, "median": statistics.median(rates)}
-        return found | {"slowest": rates[0], "fastest": rates[-1]}
+        entry = about | {"what": what, "unit": unit, "median": statistics.median(rates)}
+        return entry | {"slowest": rates[0], "fastest": rates[-1]}
 
 
 def links(bench: Bench) -> Iterator[Row]:
@@ -216,7 +216,7 @@ def main() -> int:
         return 1
     bench = Bench(torch.device(options.device), options.dir, options.quick)
     name = torch.cuda.get_device_name() if bench.is_cuda else "cpu"
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "evidence": "MEASURED",
         "device": name,
         "torch": torch.__version__,
@@ -229,17 +229,17 @@ def main() -> int:
             continue
         try:
             for row in rows(bench):
-                found["rows"].append(row)
+                report["rows"].append(row)
                 print(shown(row), flush=True)
         except Exception as error:  # one section must not cost the others
             traceback.print_exc()
-            found["errors"][section] = f"{type(error).__name__}: {error}"
+            report["errors"][section] = f"{type(error).__name__}: {error}"
         if bench.is_cuda:
             torch.cuda.empty_cache()
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 1 if found["errors"] else 0
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if report["errors"] else 0
 
 
 if __name__ == "__main__":

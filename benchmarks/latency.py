@@ -42,7 +42,7 @@ def main() -> int:
             with engine(weights, policy, hardware, opts) as made:
                 run(made, replace(JOB, gen_len=2))  # warm-up
                 runs[name].append(run(made, JOB))
-    seconds = {name: [_per_token(m) for m in found] for name, found in runs.items()}
+    seconds = {name: [_per_token(m) for m in measured] for name, measured in runs.items()}
     pass_s = sum(u.load_bytes for u in runs["move"][0].plan.job.streamed) / H2D
     report = Report("latency", Evidence.EMULATED, opts)
     report.settings = {"h2d_bytes_per_s": H2D, "job": vars(JOB), "seconds_per_token": seconds}
@@ -59,8 +59,8 @@ def main() -> int:
     ]
     report.where_time_goes.append(f"no accelerator: {median(seconds['no accelerator']):.3f} s per token")
     if not report.bars[0].met:
-        for name, found in runs.items():
-            report.where_time_goes += lane_lines(found[-1], f"{name}, last round")
+        for name, measured in runs.items():
+            report.where_time_goes += lane_lines(measured[-1], f"{name}, last round")
     return report.finish()
 
 

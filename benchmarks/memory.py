@@ -72,12 +72,12 @@ def main() -> int:
         dummy_weights(opts, compression)  # packing is not what is measured
     report = Report("memory", Evidence.MEASURED, opts)
     for name in cases():
-        found = _measure(name)
-        report.rounds.append({"case": name} | dict(found))
-        if "error" in found:
-            report.where_time_goes.append(f"{name}: did not run: {found['error']}")
+        result = _measure(name)
+        report.rounds.append({"case": name} | dict(result))
+        if "error" in result:
+            report.where_time_goes.append(f"{name}: did not run: {result['error']}")
             continue
-        planned, peak = found["planned_bytes"], found["peak_bytes"]
+        planned, peak = result["planned_bytes"], result["peak_bytes"]
         report.bars.append(
             Bar(
                 name,
@@ -90,7 +90,7 @@ def main() -> int:
         )
         if not report.bars[-1].met:
             over = (peak - NOT_PLANNED_BYTES - LIMIT * planned) / GIB
-            report.where_time_goes.append(f"{name}: {over:.2f} GiB too much; {found['parts']}")
+            report.where_time_goes.append(f"{name}: {over:.2f} GiB too much; {result['parts']}")
     return report.finish()
 
 
@@ -100,8 +100,8 @@ def _measure(name: str) -> Mapping[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _child(name: str, opts: Options) -> int:
@@ -109,9 +109,9 @@ def _child(name: str, opts: Options) -> int:
     weights = dummy_weights(opts, case.policy.lossy.weights)
     before = peak_resident_bytes()
     with engine(weights, case.policy, case.hardware, opts) as made:
-        found = run(made, case.job)
-    planned = sum(found.plan.total(tier) for tier in (Tier.GPU, Tier.CPU))
-    parts = {site.name: dict(p) for site, p in found.plan.bytes.items() if site.tier is not Tier.DISK}
+        measured = run(made, case.job)
+    planned = sum(measured.plan.total(tier) for tier in (Tier.GPU, Tier.CPU))
+    parts = {site.name: dict(p) for site, p in measured.plan.bytes.items() if site.tier is not Tier.DISK}
     print(
         json.dumps(
             {"planned_bytes": planned, "peak_bytes": peak_resident_bytes(), "before_bytes": before, "parts": parts}

@@ -187,8 +187,8 @@ class Bench:
             print(all_ran[-1].line(), flush=True)
             self._yardstick.look()
         speeds = self._yardstick.speeds(rates)
-        told = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())
-        print(f"round {number + 1}: speed over calibrated {told}", flush=True)
+        ratios = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())
+        print(f"round {number + 1}: speed over calibrated {ratios}", flush=True)
         now = as_fast(rates, speeds)
         outcomes = tuple(Outcome(ran, self._predicted(ran.case, now)) for ran in all_ran)
         return Round(rates, speeds, outcomes)
@@ -239,14 +239,14 @@ def _as_drifted(outcome: Outcome) -> float:
 
 def _bars(rounds: Sequence[Round], label: str, error: Callable[[Outcome], float]) -> Iterator[Bar]:
     """Of each policy the median over the rounds; of those the median and the largest."""
-    found = [
+    by_case = [
         (same[0].ran.case.here, abs(statistics.median(map(error, same))))
         for same in zip(*(one.outcomes for one in rounds), strict=True)
     ]
     for where, errors in (
-        ("all", [e for _, e in found]),
-        ("host", [e for here, e in found if here]),
-        ("emulated", [e for here, e in found if not here]),
+        ("all", [e for _, e in by_case]),
+        ("host", [e for here, e in by_case if here]),
+        ("emulated", [e for here, e in by_case if not here]),
     ):
         count = f"{len(errors)} policies"
         middle, worst = (statistics.median(errors),), (max(errors),)

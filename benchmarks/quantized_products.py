@@ -41,19 +41,19 @@ def left(x: Tensor, weight: Tensor) -> Tensor:
 def products(weights: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Any]]]:
     """Name -> (product of x and a weight, the copies of the weight). Only some make sense for a type."""
     dtype = weights[0].dtype
-    found: dict[str, tuple[Callable[..., Tensor], list[Any]]] = {
+    variants: dict[str, tuple[Callable[..., Tensor], list[Any]]] = {
         "torch": (F.linear, list(weights)),
         "native": (lambda x, w: narrow_linear(x, w, None), list(weights)),
     }
     if dtype is torch.float32:
-        found["torch, weight left"] = (left, list(weights))
+        variants["torch, weight left"] = (left, list(weights))
     if dtype is torch.bfloat16:
         for bits in (3, 4, 8):
             packed = [QuantizedWeight.of(w, Compression(bits)) for w in weights]
-            found[f"native, {bits}-bit"] = (lambda x, w: narrow_linear(x, w, None), packed)
+            variants[f"native, {bits}-bit"] = (lambda x, w: narrow_linear(x, w, None), packed)
             if bits == 4:
-                found["torch, 4-bit by tiles"] = (lambda x, w: tiled_linear(x, w, None), packed)
-    return found
+                variants["torch, 4-bit by tiles"] = (lambda x, w: tiled_linear(x, w, None), packed)
+    return variants
 
 
 def measure(x: Tensor, cases: dict[str, tuple[Callable[..., Tensor], list[Any]]]) -> dict[str, Any]:

@@ -57,20 +57,20 @@ def main() -> int:
     )
     reference = hf_model(opts, dtype, batch)
     systems: dict[str, Callable[[str, list[Any]], float]] = {
-        "transformers": lambda kind, asked: timed(reference, kind, asked),
-        "engine": lambda kind, asked: timed(engine, kind, asked),
-        "engine, packed alone": lambda kind, asked: without_sharing(engine, kind, asked),
+        "transformers": lambda kind, requests: timed(reference, kind, requests),
+        "engine": lambda kind, requests: timed(engine, kind, requests),
+        "engine, packed alone": lambda kind, requests: without_sharing(engine, kind, requests),
     }
     seconds: dict[str, dict[str, list[float]]] = {s: {t: [] for t in everything} for s in systems}
-    for task, asked in everything.items():
-        kind = asked[0].request_type
+    for task, requests in everything.items():
+        kind = requests[0].request_type
         for run in systems.values():
-            run(kind, asked[:4])  # warm-up
+            run(kind, requests[:4])  # warm-up
         for _ in range(opts.rounds):
             for name, run in systems.items():
-                seconds[name][task].append(run(kind, asked))
+                seconds[name][task].append(run(kind, requests))
     report = Report("scoring", Evidence.MEASURED, opts)
-    counts = {task: count(engine, asked) for task, asked in everything.items()}
+    counts = {task: count(engine, requests) for task, requests in everything.items()}
     report.settings = {
         "model": MODEL,
         "tasks": counts,
@@ -79,7 +79,7 @@ def main() -> int:
         "max_length": MAX_LENGTH,
         "tuning_seconds": {f"{d}, batch {b}": s for (d, b), s in tried.items()},
     }
-    report.rounds = [{"system": s, "seconds": found} for s, found in seconds.items()]
+    report.rounds = [{"system": s, "seconds": of_task} for s, of_task in seconds.items()]
     flops = (2 * linear_values(engine)).tolist()
     rate = product_rate(engine)
     bound_s = sum(c["rows_computed"] * flops[0] + c["rows_scored"] * flops[1] for c in counts.values()) / rate
@@ -98,12 +98,12 @@ def main() -> int:
 
 def instances(opts: Options, items: int) -> Instances:
     """lm-eval's requests of the first items of each task."""
-    found: Instances = {}
+    by_task: Instances = {}
     for name in TASKS:
         (task,) = load_tasks([name], TEXTS if name == "wikipedia_text" else items, opts.cache).values()
         task.build_all_requests(limit=items, rank=0, world_size=1)
-        found[name] = list(task.instances)
-    return found
+        by_task[name] = list(task.instances)
+    return by_task
 
 
 def hf_model(opts: Options, dtype: str, batch: int) -> Any:
@@ -124,38 +124,38 @@ def hf_model(opts: Options, dtype: str, batch: int) -> Any:
     )
 
 
-def tune(opts: Options, asked: Instances) -> dict[tuple[str, int], float]:
+def tune(opts: Options, by_task: Instances) -> dict[tuple[str, int], float]:
     """Seconds for all tasks, of every batch size and dtype. A batch that is slower than the best by half ends its
     dtype's row."""
-    found: dict[tuple[str, int], float] = {}
+    seconds: dict[tuple[str, int], float] = {}
     for dtype in DTYPES:
         model = hf_model(opts, dtype, 1)
         for batch in BATCHES:
             model.batch_size_per_gpu = batch
-            took = sum(timed(model, a[0].request_type, a) for a in asked.values())
-            found[dtype, batch] = took
-            if took > 1.5 * min(found.values()):
+            took = sum(timed(model, a[0].request_type, a) for a in by_task.values())
+            seconds[dtype, batch] = took
+            if took > 1.5 * min(seconds.values()):
                 break
         del model
         gc.collect()
-    return found
+    return seconds
 
 
-def timed(model: Any, kind: str, asked: list[Any]) -> float:
+def timed(model: Any, kind: str, requests: list[Any]) -> float:
     start = time.perf_counter()
-    getattr(model, kind)(asked, disable_tqdm=True)
+    getattr(model, kind)(requests, disable_tqdm=True)
     return time.perf_counter() - start
 
 
-def without_sharing(engine: SystemLM, kind: str, asked: list[Any]) -> float:
+def without_sharing(engine: SystemLM, kind: str, requests: list[Any]) -> float:
     usual, tree.ROW_PAIRS = tree.ROW_PAIRS, 0  # only what is alike altogether is then shared
     try:
-        return timed(engine, kind, asked)
+        return timed(engine, kind, requests)
     finally:
         tree.ROW_PAIRS = usual
 
 
-def count(engine: SystemLM, asked: Sequence[Any]) -> dict[str, int]:
+def count(engine: SystemLM, lm_requests: Sequence[Any]) -> dict[str, int]:
     """Requests and tokens asked, rows computed and scored."""
     seen: list[ScoreRequest] = []
 
@@ -165,12 +165,12 @@ def count(engine: SystemLM, asked: Sequence[Any]) -> dict[str, int]:
 
     real, engine._scorer = engine._scorer, Counting()  # type: ignore[assignment]
     try:
-        getattr(engine, asked[0].request_type)(asked, disable_tqdm=True)
+        getattr(engine, lm_requests[0].request_type)(lm_requests, disable_tqdm=True)
     finally:
         engine._scorer = real
     grown = grow(seen, TREE_ROWS)
     return {
-        "requests": len(asked),
+        "requests": len(lm_requests),
         "tokens": sum(len(r.tokens) - 1 for r in seen),
         "rows_computed": sum(f.rows for f in grown),
         "rows_scored": sum(len(f.logit_rows) for f in grown),
@@ -209,7 +209,7 @@ def bars(seconds: dict[str, dict[str, list[float]]], counts: dict[str, dict[str,
         return f"{requests / took:.1f} requests/s, {tokens / took:.0f} tokens/s"
 
     total = totals(theirs)
-    found = [
+    shown = [
         Bar(
             "all tasks: engine / transformers",
             f"{rates(bound_s)} (matrix products alone)",
@@ -229,7 +229,7 @@ def bars(seconds: dict[str, dict[str, list[float]]], counts: dict[str, dict[str,
     ]
     for task, c in counts.items():
         took = median(ours[task])
-        found.append(
+        shown.append(
             Bar(
                 f"{task}: {c['requests']} requests",
                 f"{c['rows_computed']} of {c['tokens']} rows",
@@ -239,7 +239,7 @@ def bars(seconds: dict[str, dict[str, list[float]]], counts: dict[str, dict[str,
                 False,
             )
         )
-    return found
+    return shown
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main() -> int:
         report.rounds.append({name: one_round(opts.model, choices) for name, choices in JOBS.items()})
     report.settings = {"passes": PASSES, "batches": BATCHES, "unit": "us per step"}
     for name in JOBS:
-        taken = {key: [found[name][key] for found in report.rounds] for key in report.rounds[0][name]}
+        taken = {key: [of_round[name][key] for of_round in report.rounds] for key in report.rounds[0][name]}
         walls = tuple(wall / LIMIT_US for wall in taken["wall"])
         bar = Bar(name, f"{LIMIT_US} us", f"{median(taken['wall']):.1f} us", walls, 1.0, at_most=True)
         report.bars.append(bar)

@@ -73,8 +73,8 @@ class Yardstick:
 def open_yardstick(threads: int, folder: Path) -> Iterator[Yardstick]:
     """The probes stay in memory (some 2 GB) and on the disk of ``folder`` (1 GiB) within the block."""
     with open_probes(EFFORT, threads, folder) as (probes, _):
-        wanted = (*PRODUCTS.values(), MEMORY, DISK)
-        chosen = {probe.name: probe for probe in probes if probe.name in wanted}
+        names = (*PRODUCTS.values(), MEMORY, DISK)
+        chosen = {probe.name: probe for probe in probes if probe.name in names}
         measure(list(chosen.values()), EFFORT.patience)  # warm
         yield Yardstick(chosen)
 

@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     tasks = [t for t in read_tasks().values() if t.name == t.data_name]
     chosen = [t for t in tasks if not options.tasks or t.name in options.tasks]
-    prepare(chosen, read_packages(), default_cache_dir(), given=options.packages, told=_write, any_hash=True)
+    prepare(chosen, read_packages(), default_cache_dir(), given=options.packages, on_prepared=_write, any_hash=True)
 
 
 def _write(done: Prepared) -> None:

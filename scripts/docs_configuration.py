@@ -204,7 +204,7 @@ class Key:
 def page() -> str:
     """The whole page."""
     hints = get_type_hints(AppConf)
-    groups = {name: found for name, hint in hints.items() if (found := _schema(hint)) is not None}
+    groups = {name: group_schema for name, hint in hints.items() if (group_schema := _schema(hint)) is not None}
     groups["table"] = TableConf
     single = [_key(f, hints[f.name], "") for f in fields(AppConf) if f.name not in groups]
     parts = [INTRO, "## Keys in no group\n", _table(single, TOP, "the top")]
@@ -221,8 +221,8 @@ def page() -> str:
 
 def _usual_choices() -> dict[str, str | None]:
     """Group -> the file that conf/config.yaml takes."""
-    found = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text(encoding="utf-8"))["defaults"]
-    return {k: v for entry in found if isinstance(entry, dict) for k, v in entry.items()}
+    defaults = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {k: v for entry in defaults if isinstance(entry, dict) for k, v in entry.items()}
 
 
 def _keys(schema: Any, prefix: str) -> Iterator[Key]:

@@ -74,13 +74,13 @@ def driver() -> dict[str, str]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    by_name: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            by_name[name] = None
+    return by_name
 
 
 def cuda() -> dict[str, Any]:
@@ -155,15 +155,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = versions()
-    report: dict[str, Any] = {"evidence": "MEASURED", "packages": found}
-    problems = [f"package {name} is missing" for name in NEEDED if found[name] is None]
-    report |= {"driver": driver(), "cuda": cuda() if found["torch"] else {}}
+    packages = versions()
+    report: dict[str, Any] = {"evidence": "MEASURED", "packages": packages}
+    problems = [f"package {name} is missing" for name in NEEDED if packages[name] is None]
+    report |= {"driver": driver(), "cuda": cuda() if packages["torch"] else {}}
     if not report["cuda"].get("available"):
         problems.append("torch sees no CUDA device")
     elif not report["cuda"]["registered_memory"]["works"]:
         problems.append("copies from host memory registered with CUDA are not asynchronous here")
-    if found["psutil"]:
+    if packages["psutil"]:
         from flexgen_bench.config.paths import default_cache_dir
         from flexgen_bench.machine.environment import cpu_model, file_system, git_state
 

@@ -57,10 +57,11 @@ def main() -> int:
 
 def check_python() -> None:
     if sys.version_info < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
+        minimum = ".".join(map(str, MINIMUM))
         raise StepFailed(
             [sys.executable, "--version"],
-            f"this is Python {platform.python_version()}; install {wanted} or newer and run make PYTHON=python{wanted}",
+            f"this is Python {platform.python_version()}; install {minimum} or newer and run "
+            f"make PYTHON=python{minimum}",
         )
 
 

@@ -151,16 +151,16 @@ def main() -> int:
     print(f"{len(text)} characters, {len(tokens)} tokens, {model.num_parameters()} parameters")
     began = time.monotonic()
     train(model, tokens, shape.max_positions, first)
-    found = judge(model.eval(), tokens, shape.max_positions, first)
-    found |= {"tokens": len(tokens), "seconds": time.monotonic() - began}
-    print(json.dumps(found))
+    scores = judge(model.eval(), tokens, shape.max_positions, first)
+    scores |= {"tokens": len(tokens), "seconds": time.monotonic() - began}
+    print(json.dumps(scores))
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "text.txt").write_text(text, encoding="utf-8")
-    (partial / "training.json").write_text(json.dumps(found | {"torch": torch.__version__}))
+    (partial / "training.json").write_text(json.dumps(scores | {"torch": torch.__version__}))
     partial.rename(folder)
     print(f"written to {folder}; use it as model={MODEL}")
     return 0

@@ -28,9 +28,9 @@ def empty_model(checkpoint: Path, dtype: torch.dtype) -> Any:
 def layer_names(model: Any) -> list[str]:
     """The transformer layers, found by the classes that the model says must not be split."""
     classes = set(model._no_split_modules or ())
-    found = [name for name, module in model.named_modules() if type(module).__name__ in classes]
+    names = [name for name, module in model.named_modules() if type(module).__name__ in classes]
     # A layer inside another one moves with it.
-    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def layers_on(model: Any, tier: str, rest: str | int) -> DeviceMap:
@@ -52,14 +52,14 @@ def cpu_budget_bytes(spec: CellSpec, batch_size: int, model: Any) -> int:
     (four copies of the MLP's and three of the logits, float32), and a margin. Never below zero.
     """
     have = spec.hardware.cpu_memory_bytes or psutil.virtual_memory().available
-    shape, work = spec.model.shape, spec.workload
-    tokens = batch_size * (work.prompt_len + work.gen_len)
+    shape, workload = spec.model.shape, spec.workload
+    tokens = batch_size * (workload.prompt_len + workload.gen_len)
     kv_cache = tokens * shape.kv_values_per_token_layer * (shape.num_layers + 1) * spec.dtype.bytes
     if spec.hardware.accelerator.value == "cuda":
         kv_cache = activations = 0  # on the device
     else:
         widest = max(shape.ffn_size, 3 * shape.hidden_size)
-        activations = 4 * batch_size * work.prompt_len * widest * spec.dtype.bytes
+        activations = 4 * batch_size * workload.prompt_len * widest * spec.dtype.bytes
         activations += 3 * batch_size * shape.vocab_size * 4
     sizes = [_bytes(model.get_submodule(name)) for name in layer_names(model)]
     reserve = psutil.Process().memory_info().rss + kv_cache + activations
@@ -69,11 +69,11 @@ def cpu_budget_bytes(spec: CellSpec, batch_size: int, model: Any) -> int:
 def gpu_budget_bytes(spec: CellSpec, batch_size: int) -> int:
     """GPU memory that resident weights may take: what the cell has, less KV cache and activations."""
     have = spec.hardware.gpu_memory_bytes or torch.cuda.get_device_properties(0).total_memory
-    shape, work = spec.model.shape, spec.workload
-    tokens = batch_size * (work.prompt_len + work.gen_len)
+    shape, workload = spec.model.shape, spec.workload
+    tokens = batch_size * (workload.prompt_len + workload.gen_len)
     kv_cache = tokens * shape.kv_values_per_token_layer * (shape.num_layers + 1) * spec.dtype.bytes
     widest = max(shape.ffn_size, 3 * shape.hidden_size)
-    activations = 4 * batch_size * work.prompt_len * widest * spec.dtype.bytes
+    activations = 4 * batch_size * workload.prompt_len * widest * spec.dtype.bytes
     activations += 3 * batch_size * shape.vocab_size * 4
     return max(0, have - kv_cache - activations - 1024 * MIB)
 

@@ -56,18 +56,18 @@ class ZeroInference2023Predictor(Predictor):
         _check_can(job)
         model = HFModel.of(job)
         model.machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         refusal: DoesNotFit | None = None
         for mode in self._modes:
             for kv_offload in self._kv_offload:
                 try:
-                    found.append(self._one(model, job, mode, kv_offload))
+                    predictions.append(self._one(model, job, mode, kv_offload))
                 except DoesNotFit as error:
                     refusal = error
-        if not found:
+        if not predictions:
             assert refusal is not None
             raise refusal
-        return max(found, key=lambda prediction: prediction.tok_per_s)
+        return max(predictions, key=lambda prediction: prediction.tok_per_s)
 
     def _one(self, model: HFModel, job: Job, mode: str, kv_offload: bool) -> Prediction:
         constants, packed = self._constants, job.lossy.weights
@@ -135,9 +135,9 @@ class _Work:
         load_s, loads = self.loading.seconds(), self.loading.parts()
         unpacking = {"gpu: unpacking of weights": self.unpack_s} if self.unpack_s else {}
 
-        def one(busy_s: float, own: Parts, beside: Parts) -> tuple[float, Parts]:
+        def one(busy_s: float, own: Parts, added: Parts) -> tuple[float, Parts]:
             # A layer's attention on the cpu holds up both its computation and the fetching of the layer after the next.
-            seconds = max(load_s, busy_s + self.unpack_s) + sum(beside.values())
-            return seconds, {**loads, **own, **beside, **unpacking}
+            seconds = max(load_s, busy_s + self.unpack_s) + sum(added.values())
+            return seconds, {**loads, **own, **added, **unpacking}
 
         return passes(model.gen_len, one(prefill.seconds, parts[0], extra[0]), one(decode.seconds, parts[1], extra[1]))

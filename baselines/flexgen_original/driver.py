@@ -72,15 +72,15 @@ class Original:
         self._env.close_copy_threads()
 
 
-def limit_gpu_memory(wanted: int | None) -> None:
+def limit_gpu_memory(limit: int | None) -> None:
     """The cell's cap, for this process too: the one that started it cannot set it here."""
     import torch
 
-    if wanted is None:
+    if limit is None:
         return
     total = torch.cuda.get_device_properties(0).total_memory
-    if wanted < total:
-        torch.cuda.set_per_process_memory_fraction(wanted / total, 0)
+    if limit < total:
+        torch.cuda.set_per_process_memory_fraction(limit / total, 0)
 
 
 def check_shape(config: Any, shape: dict[str, int]) -> None:
@@ -122,8 +122,8 @@ def serve(source: TextIO, sink: TextIO, kind: type[Original] = Original) -> None
         original = kind(json.loads(source.readline()))
         answer({"ready": True})
         for line in source:
-            asked = json.loads(line)
-            answer(original.generate(asked["prompts"], asked["gen_len"]))
+            question = json.loads(line)
+            answer(original.generate(question["prompts"], question["gen_len"]))
     except Exception as error:
         answer(failure(error))
     finally:

@@ -35,12 +35,12 @@ def _gpu(block: Block) -> Parts:
     inner = [layer for layer, _ in block.counted if layer.kind not in outer]
     # The layer that is computed and the one that comes next; in the worst place these are an attention and an MLP.
     buffers = sum(layer.moved_bytes for layer in inner) * (1 if len(inner) > 1 else 2)
-    plain = max(layer.plain_bytes for layer, _ in block.counted) if block.settings.compress_weight else 0
+    unpacked = max(layer.plain_bytes for layer, _ in block.counted) if block.settings.compress_weight else 0
     return {
         "weights": block.weight_bytes(Tier.GPU),
         "kv_cache": block.cache_bytes(Tier.GPU),
         "weight buffers": buffers,
-        "unpacked weights": plain,
+        "unpacked weights": unpacked,
         "activations": _gpu_hidden(block),
         "workspace": max(_prefill_attention(block), _prefill_head(block), _decode_attention(block)),
         "driver and context": block.machine.process_bytes,

@@ -37,9 +37,9 @@ def install(cache: Path) -> None:
 
     pip's own settings are followed: PIP_NO_INDEX=1 with PIP_FIND_LINKS=FOLDER needs no network. Raises CannotRun.
     """
-    wanted = f"{NAME}=={VERSION}"
+    requirement = f"{NAME}=={VERSION}"
     missing = [name for module, name in SMALL.items() if importlib.util.find_spec(module) is None]
-    _stage.info("installing %s into a folder of its own", wanted)
+    _stage.info("installing %s into a folder of its own", requirement)
     command = [
         sys.executable,
         "-m",
@@ -51,14 +51,14 @@ def install(cache: Path) -> None:
         "--upgrade",
         "--target",
         str(folder(cache)),
-        wanted,
+        requirement,
         *missing,
     ]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode != 0 or not is_installed(cache):
-        lines = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode != 0 or not is_installed(cache):
+        lines = [line for line in pip.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise CannotRun(
-            f"cannot install {wanted} ({lines[-1].strip()}). Connect to the package index, or put its wheel (and "
+            f"cannot install {requirement} ({lines[-1].strip()}). Connect to the package index, or put its wheel (and "
             f"those of {', '.join(SMALL.values())}) into a "
             "folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>."
         )

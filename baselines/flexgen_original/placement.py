@@ -92,7 +92,7 @@ def _place(
 ) -> PlacedLayer:
     kept = dict.fromkeys(BANDS, 0.0)
     matrices: dict[Tier, list[float]] = {tier: [] for tier in BANDS}
-    plain = 0.0
+    plain_bytes = 0.0
     for tensors in parts:
         total, before = sum(map(prod, tensors)), 0
         for tensor in tensors:
@@ -105,8 +105,8 @@ def _place(
             kept[tier] += size * width
             if is_matrix:
                 matrices[tier].append(size * width)
-                plain += size * 2
-    return PlacedLayer(kind, kept, {t: tuple(m) for t, m in matrices.items()}, plain)
+                plain_bytes += size * 2
+    return PlacedLayer(kind, kept, {t: tuple(m) for t, m in matrices.items()}, plain_bytes)
 
 
 def model_layers(

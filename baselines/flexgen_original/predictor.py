@@ -61,11 +61,11 @@ def _check_can(job: Job, machine: Machine) -> None:
         raise CannotRun(f"{shape.name} knows {shape.max_positions} positions")
 
 
-def _prediction(found: Outcome, source: str, job: Job) -> Prediction:
-    block, together = found.block, found.prompts
+def _prediction(outcome: Outcome, source: str, job: Job) -> Prediction:
+    block, together = outcome.block, outcome.prompts
     prompts = job.num_prompts or together
     blocks = -(-prompts // together)  # a last one that is not full is filled up
-    parts = Counter(found.prefill.parts) + Counter(found.decode.parts)
+    parts = Counter(outcome.prefill.parts) + Counter(outcome.decode.parts)
     shares = realised_shares(block.all_layers)
     chosen = block.settings.to_dict() | {"realised_weights": shares}
     if block.stages > 1:
@@ -75,13 +75,13 @@ def _prediction(found: Outcome, source: str, job: Job) -> Prediction:
     if block.settings.is_known_wrong:
         notes.append("its tokens are known to be wrong with these settings")
     return Prediction(
-        prefill_s=blocks * found.prefill.seconds,
-        decode_s=blocks * found.decode.seconds,
+        prefill_s=blocks * outcome.prefill.seconds,
+        decode_s=blocks * outcome.decode.seconds,
         num_prompts=prompts,
         prompt_len=job.prompt_len,
         gen_len=job.gen_len,
         batch_size=together,
-        bytes={str(tier): int(sum(named.values())) for tier, named in found.bytes.items()},
+        bytes={str(tier): int(sum(named.values())) for tier, named in outcome.bytes.items()},
         lane_busy_s=lane_seconds(parts, blocks),
         bottleneck=bottleneck(parts),
         settings=chosen,

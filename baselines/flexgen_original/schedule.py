@@ -51,16 +51,16 @@ def _overlapped(
     """The steps of one layer, all batches."""
     before, layer, after = around
     count, phase = costs.settings.num_gpu_batches, Phase()
-    work = [costs.start(), *costs.compute(layer, tokens, context), *costs.move_hidden(tokens)]
+    computing = [costs.start(), *costs.compute(layer, tokens, context), *costs.move_hidden(tokens)]
     store_before, store_own = (costs.store_cache(la.kind, tokens) for la in (before, layer))
     load_own, load_after = (costs.load_cache(la.kind, context) for la in (layer, after))
     weights = costs.load_weights(after)
     if count == 1:
-        phase.add([*weights, *load_after, *work, *store_before])
+        phase.add([*weights, *load_after, *computing, *store_before])
         return phase
-    phase.add([*weights, *load_own, *work, *store_before])
-    phase.add([*load_own, *work, *store_own], count - 2)
-    phase.add([*load_after, *work, *store_own])
+    phase.add([*weights, *load_own, *computing, *store_before])
+    phase.add([*load_own, *computing, *store_own], count - 2)
+    phase.add([*load_after, *computing, *store_own])
     return phase
 
 

@@ -93,12 +93,12 @@ def _best(block: Block, job: Job, given: Mapping[str, Any]) -> Outcome:
         sizes = _gpu_batch_sizes(replace(block, settings=candidate), given)
         for shaped in _shapes(candidate, job, given, sizes):
             try:
-                found = _largest_blocks(replace(block, settings=shaped), given)
+                outcomes = _largest_blocks(replace(block, settings=shaped), given)
             except DoesNotFit as error:
                 # The most modest that was tried says best what is missing.
                 refusal = error if refusal is None or _is_nearer(error, refusal) else refusal
                 break  # a larger batch fits no better
-            for one in found:
+            for one in outcomes:
                 if best is None or one.tok_per_s > best.tok_per_s:
                     best = one
     if best is None:
@@ -168,14 +168,14 @@ def _largest_blocks(block: Block, given: Mapping[str, Any]) -> list[Outcome]:
     pageable = replace(block, settings=replace(block.settings, pin_weight=False))
     may_unpin = "pin_weight" not in given and block.settings.percent[1] > 0
     try:
-        found = _up_to(block, counts)
+        outcomes = _up_to(block, counts)
     except DoesNotFit as error:
         if error.tier != Tier.CPU or not may_unpin:
             raise
         return _up_to(pageable, counts)
-    if may_unpin and found[-1].block.settings.num_gpu_batches < counts[-1]:
-        found += _up_to(pageable, counts)[1:]
-    return found
+    if may_unpin and outcomes[-1].block.settings.num_gpu_batches < counts[-1]:
+        outcomes += _up_to(pageable, counts)[1:]
+    return outcomes
 
 
 def _up_to(block: Block, counts: list[int]) -> list[Outcome]:

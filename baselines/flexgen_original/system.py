@@ -51,7 +51,7 @@ class FlexGenOriginal(System):
             raise CannotRun("the original FlexGen is measured with its own dummy weights; weights=dummy")
         if spec.dtype is not DType.FLOAT16:
             raise CannotRun(f"the original FlexGen computes in float16, not in {spec.dtype}")
-        self._wanted = settings.choose(spec.model.shape.name, spec.system_options, spec.lossy)
+        self._chosen = settings.choose(spec.model.shape.name, spec.system_options, spec.lossy)
 
     def is_prepared(self) -> bool:
         return package.is_installed(self.files.cache)
@@ -62,13 +62,13 @@ class FlexGenOriginal(System):
 
     def default_batch_size(self) -> int:
         """The block the settings describe, or the whole batches that the job fills."""
-        prompts, wanted = self.spec.workload.num_prompts, self._wanted
-        batch = min(wanted.gpu_batch_size, prompts)
-        return batch * min(wanted.num_gpu_batches, prompts // batch)
+        prompts, chosen = self.spec.workload.num_prompts, self._chosen
+        batch = min(chosen.gpu_batch_size, prompts)
+        return batch * min(chosen.num_gpu_batches, prompts // batch)
 
     def load(self, batch_size: int) -> None:
         self.close()
-        self._settings = self._wanted.for_block(batch_size)
+        self._settings = self._chosen.for_block(batch_size)
         # Its folder comes last: what this environment has stays what it is.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(package.folder(self.files.cache))]
         self._process = subprocess.Popen(

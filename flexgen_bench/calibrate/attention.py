@@ -74,8 +74,9 @@ def _prefill(
 
 def decode_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
     """``<tier>.decode_attention.<format>.<query heads per KV head>`` over much cache of many sequences,
-    ``<tier>.attend_sequence.<format>`` over hardly any of as many, and ``<tier>.attend.<format>`` of one: ``apart``
-    tells their constants from these. As many sequences as a format has room for; none of its probes if not for one."""
+    ``<tier>.attend_sequence.<format>`` over hardly any of as many, and ``<tier>.attend.<format>`` of one:
+    ``decode_cost`` tells their constants from these. As many sequences as a format has room for; none of its probes if
+    not for one."""
     heads = effort.heads_of_dim
     for dtype, compression in effort.kv:
         number, form = number_format(dtype, compression), (dtype, compression)
@@ -132,7 +133,7 @@ class DecodeCost:
     rate: float
 
 
-def apart(large: Reading, short: Reading, single: Reading, memory: float) -> DecodeCost:
+def decode_cost(large: Reading, short: Reading, single: Reading, memory: float) -> DecodeCost:
     """From calls that read much of many sequences (``large``), hardly anything of as many (``short``), or of one
     (``single``).
 
@@ -142,9 +143,9 @@ def apart(large: Reading, short: Reading, single: Reading, memory: float) -> Dec
     sequences = short.amount / single.amount
     more_s = large.seconds - short.seconds
     rate = min((large.amount - short.amount) / more_s, memory) if more_s > 0 else memory
-    beside_all, beside_one = (max(0.0, one.seconds - one.amount / rate) for one in (short, single))
-    sequence_s = max(0.0, beside_all - beside_one) / (sequences - 1) if sequences > 1 else 0.0
-    return DecodeCost(max(0.0, beside_one - sequence_s), sequence_s, rate)
+    overhead_all, overhead_one = (max(0.0, one.seconds - one.amount / rate) for one in (short, single))
+    sequence_s = max(0.0, overhead_all - overhead_one) / (sequences - 1) if sequences > 1 else 0.0
+    return DecodeCost(max(0.0, overhead_one - sequence_s), sequence_s, rate)
 
 
 def _decode(

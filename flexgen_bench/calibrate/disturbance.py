@@ -24,7 +24,7 @@ def slowdowns(readings: Mapping[str, Reading]) -> dict[str, float]:
     for name, reading in readings.items():
         if _place(name) in samples:
             samples[_place(name)] += reading.slowdowns
-    return {tier: statistics.fmean(found) for tier, found in samples.items() if found}
+    return {tier: statistics.fmean(of_tier) for tier, of_tier in samples.items() if of_tier}
 
 
 def as_met(readings: Mapping[str, Reading], factors: Mapping[str, float]) -> dict[str, Reading]:

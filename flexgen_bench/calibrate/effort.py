@@ -11,13 +11,13 @@ from flexgen_bench.core.units import GIB, MIB
 
 Format = tuple[DType, Compression | None]
 
-_PLAIN = tuple((dtype, None) for dtype in DType)
+_UNCOMPRESSED = tuple((dtype, None) for dtype in DType)
 _BFLOAT16 = tuple((DType.BFLOAT16, Compression(bits)) for bits in (4, 8))
 # What a processor multiplies with, and what its attention reads.
-CPU_MATRIX: tuple[Format, ...] = (*_PLAIN, *_BFLOAT16, (DType.FLOAT32, Compression(4)))
-KV_FORMATS: tuple[Format, ...] = (*_PLAIN, *_BFLOAT16)
+CPU_MATRIX: tuple[Format, ...] = (*_UNCOMPRESSED, *_BFLOAT16, (DType.FLOAT32, Compression(4)))
+KV_FORMATS: tuple[Format, ...] = (*_UNCOMPRESSED, *_BFLOAT16)
 # An accelerator unpacks compressed weights first, so its products are with plain ones.
-GPU_MATRIX: tuple[Format, ...] = _PLAIN
+GPU_MATRIX: tuple[Format, ...] = _UNCOMPRESSED
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,10 @@ class SiteEffort:
 
     widths: hidden sizes of the OPT layers; rows: of their products; prompts: tokens; heads: query heads per KV head.
     torch_widths, torch_rows: of products that torch computes by itself, in every dtype; none where the layers are
-    torch's own products.
-    sequences: at most so many in an attention, as in a micro-batch; prompt_tokens: at most so many in all prompts of a
-    prefill attention; cache_tokens: of each sequence in a decode one. heads_of_dim:
-    (KV heads, head dim) of attention in which every query head has its own KV head (OPT-1.3B), and of shared ones
-    (Llama 3). least_bytes, most_bytes: limits of the memory whose contents take turns, so that caches do not flatter
-    what is read.
+    torch's own products. sequences: at most so many in an attention, as in a micro-batch; prompt_tokens: at most so
+    many in all prompts of a prefill attention; cache_tokens: of each sequence in a decode one. heads_of_dim: (KV heads,
+    head dim) of attention in which every query head has its own KV head (OPT-1.3B), and of shared ones (Llama 3).
+    least_bytes, most_bytes: limits of the memory whose contents take turns, so that caches do not flatter what is read.
     """
 
     widths: tuple[int, ...]

@@ -136,12 +136,15 @@ def unpack_probe(memory_of_site: ProbeMemory, effort: SiteEffort) -> Probe:
     site, width = memory_of_site.site, sorted(effort.widths)[len(effort.widths) // 2]
     unit = layer_unit(layer_shape(width), dtype, compression)
     out = site.device.allocate(site.tier, unit.plain_bytes)
-    plain = plain_views(out, unit, TORCH_DTYPES[dtype])
+    dequantized = plain_views(out, unit, TORCH_DTYPES[dtype])
     packed = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in memory_of_site.copies(unit.num_bytes)])
     return Probe(
-        f"{site.tier}.unpack", unit.plain_bytes, functools.partial(_unpack_next, packed.__next__, plain), site.settle
+        f"{site.tier}.unpack",
+        unit.plain_bytes,
+        functools.partial(_unpack_next, packed.__next__, dequantized),
+        site.settle,
     )
 
 
-def _unpack_next(packed: Callable[[], Weights], plain: Weights) -> None:
-    unpack(packed(), plain)
+def _unpack_next(packed: Callable[[], Weights], dequantized: Weights) -> None:
+    unpack(packed(), dequantized)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.calibrate.attention import DecodeCost, apart, decode_probes, prefill_probes
+from flexgen_bench.calibrate.attention import DecodeCost, decode_cost, decode_probes, prefill_probes
 from flexgen_bench.calibrate.disk import disk_probes
 from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import Effort, SiteEffort
@@ -30,7 +30,7 @@ _NATIVE = ("linear", "attention", "quantization", "bandwidth")
 
 
 def calibrate(
-    effort: Effort, threads: int, disk_dir: Path, tell: Callable[[RoundProgress], None] = lambda progress: None
+    effort: Effort, threads: int, disk_dir: Path, on_round: Callable[[RoundProgress], None] = lambda progress: None
 ) -> tuple[Calibration, Mapping[str, Reading]]:
     """Measure this machine with so many threads, its disk in ``disk_dir``; takes about ``effort.patience.budget_s``.
 
@@ -42,7 +42,7 @@ def calibrate(
         if not direct:
             notes.append(f"the file system of {disk_dir} takes no direct I/O")
         others = Others()
-        readings = measure(probes, effort.patience, tell)
+        readings = measure(probes, effort.patience, on_round)
         notes += filter(None, [others.note()])
     factors = slowdowns(readings)
     notes += [
@@ -64,12 +64,12 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
     try:
         with torch.inference_mode():
             host = Site.open(Tier.CPU, threads)
-            memory_of_site = _room(host, effort.cpu)
+            memory_of_site = _probe_memory(host, effort.cpu)
             cuda = torch.cuda.is_available()
             probes = [*_site_probes(memory_of_site, effort, effort.cpu)]
             if cuda:
                 gpu = Site.open(Tier.GPU, threads)
-                probes += [*_site_probes(_room(gpu, effort.gpu), effort, effort.gpu)]
+                probes += [*_site_probes(_probe_memory(gpu, effort.gpu), effort, effort.gpu)]
                 probes += cuda_probes(gpu, effort)
             else:
                 probes += host_probes(memory_of_site, effort)
@@ -80,7 +80,7 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
         gc.collect()
 
 
-def _room(site: Site, effort: SiteEffort) -> ProbeMemory:
+def _probe_memory(site: Site, effort: SiteEffort) -> ProbeMemory:
     return ProbeMemory(site, effort, largest_layer(effort, site.free_bytes() // 3))
 
 
@@ -146,7 +146,7 @@ def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> f
 
 def _attention(tier: str, number: str, large: Reading, readings: Mapping[str, Reading]) -> DecodeCost:
     short, single = (readings[f"{tier}.attend_sequence.{number}"], readings[f"{tier}.attend.{number}"])
-    return apart(large, short, single, readings[f"{tier}.memory"].rate)
+    return decode_cost(large, short, single, readings[f"{tier}.memory"].rate)
 
 
 def _rounded(value: float) -> float:

@@ -73,9 +73,9 @@ class ProbeMemory:
         it."""
         import torch
 
-        wanted = max(effort.least_bytes, _CACHES * site.cache_bytes(), largest_layer)
+        enough = max(effort.least_bytes, _CACHES * site.cache_bytes(), largest_layer)
         limit = max(effort.most_bytes, largest_layer)
-        size = aligned(min(wanted, limit, site.free_bytes() // 3))
+        size = aligned(min(enough, limit, site.free_bytes() // 3))
         self.site = site
         self.bytes: Tensor = site.device.allocate(site.tier, size)
         generator = torch.Generator().manual_seed(0)
@@ -109,12 +109,12 @@ class ProbeMemory:
         """A tensor of its own with the same kind of numbers."""
         import torch
 
-        found = torch.empty(shape, dtype=dtype, device=self.bytes.device)
-        flat = found.view(-1).view(torch.uint8)
+        tensor = torch.empty(shape, dtype=dtype, device=self.bytes.device)
+        flat = tensor.view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _PATTERN_BYTES):
             part = flat[start : start + _PATTERN_BYTES]
             part.copy_(self._pattern[: part.numel()])
-        return found
+        return tensor
 
 
 def _size(path: Path) -> int:

@@ -25,8 +25,7 @@ class Probe:
     """One constant and the work that shows it.
 
     amount: what a call does, in FLOP, bytes or steps. settle: waits for work that calls have only issued; it is part of
-    the time.
-    after: what a sample leaves behind is put right, outside the time.
+    the time. after: what a sample leaves behind is put right, outside the time.
     """
 
     name: str
@@ -39,8 +38,8 @@ class Probe:
 @dataclass(frozen=True)
 class Reading:
     """What a probe has shown: ``rate`` in amounts per second, ``spread`` half the range of the last samples over their
-    median.
-    amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at ``rate``."""
+    median. amount: of a call. slowdowns: of every sample, the first call's not among them, its time over that at
+    ``rate``."""
 
     rate: float
     spread: float
@@ -86,7 +85,7 @@ def spread_of(rates: Sequence[float]) -> float:
 def measure(
     probes: Sequence[Probe],
     patience: Patience,
-    tell: Callable[[RoundProgress], None] = lambda progress: None,
+    on_round: Callable[[RoundProgress], None] = lambda progress: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Reading]:
     """All probes' readings by name. A first call of each warms up; then every round takes a sample of each that is not
@@ -106,7 +105,7 @@ def measure(
         if seconds > _LONG * patience.sample_s:
             samples[probe.name].append(probe.amount / seconds)
             first.add(probe.name)
-        tell(RoundProgress(0, 0, len(probes), clock() - begin))
+        on_round(RoundProgress(0, 0, len(probes), clock() - begin))
     waiting, number = list(probes), 0
     while waiting:
         number += 1
@@ -117,7 +116,7 @@ def measure(
             samples[probe.name].append(probe.amount / seconds)
             # The first call may have been slow for other reasons than its work.
             calls[probe.name] = _enough(seconds, patience)
-            tell(RoundProgress(number, len(probes) - len(waiting), len(probes), clock() - begin))
+            on_round(RoundProgress(number, len(probes) - len(waiting), len(probes), clock() - begin))
         waiting = [p for p in waiting if not _is_stable(samples[p.name], patience)]
     return _readings(probes, samples, first, patience)
 
@@ -144,11 +143,11 @@ def _is_stable(rates: Sequence[float], patience: Patience) -> bool:
 def _readings(
     probes: Sequence[Probe], samples: Mapping[str, Sequence[float]], first: Collection[str], patience: Patience
 ) -> dict[str, Reading]:
-    found = {}
+    readings = {}
     for probe in probes:
         rates = samples[probe.name]
         stable, last = _is_stable(rates, patience), rates[-patience.last :]
         median = statistics.median(last if stable else rates)
         slowdowns = tuple(median / rate for rate in rates[probe.name in first :])
-        found[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount, slowdowns)
-    return found
+        readings[probe.name] = Reading(median, spread_of(last), len(rates), stable, probe.amount, slowdowns)
+    return readings

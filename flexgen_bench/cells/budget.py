@@ -2,9 +2,9 @@
 system.
 
 The rule: while the slowest system is predicted to exceed the budget, the generated tokens are halved (to the next lower
-power of two), down to
-``LEAST_TOKENS``; then the prompts, down to ``LEAST_PROMPTS``. Tokens go first, since every one of them is a pass over
-all weights, which is what streaming systems spend their time on. What the command line states itself is left as it is.
+power of two), down to ``LEAST_TOKENS``; then the prompts, down to ``LEAST_PROMPTS``. Tokens go first, since every one
+of them is a pass over all weights, which is what streaming systems spend their time on. What the command line states
+itself is left as it is.
 """
 
 from __future__ import annotations

@@ -92,11 +92,11 @@ def plan(
         named = conf.system is not None
         cells = _cells(group, overrides, local, named=named, refuses=named and not is_sweep)
         return Plan("", tuple(cells))
-    wanted = [conf.system.name] if conf.system else None
+    systems = [conf.system.name] if conf.system else None
     groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
     if not groups:
         raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
-    cells = [cell for group in groups for cell in _cells(group, overrides, local, wanted, suite)]
+    cells = [cell for group in groups for cell in _cells(group, overrides, local, systems, suite)]
     if not cells:
         raise UserError("suite", suite, "a suite that holds cells for the system asked for")
     return Plan(suite, tuple(cells))
@@ -190,18 +190,18 @@ def _cells(
     group: CellGroupConf,
     overrides: Sequence[str],
     local: Local,
-    wanted: Sequence[str] | None = None,
+    systems: Sequence[str] | None = None,
     suite: str = "",
     named: bool = True,
     refuses: bool = False,
 ) -> list[Cell]:
-    """The cells of a group, of the systems ``wanted`` (None: all of them). refuses: options that their systems have no
+    """The cells of a group, of the ``systems`` (None: all of them). refuses: options that their systems have no
     use for are refused."""
     unknown = set(group.system_overrides) - set(group.systems)
     if unknown:
         raise unknown_choice(f"system_overrides of cell {group.name}", min(unknown), group.systems)
     user = [o for o in overrides if key_of(o) not in _NOT_OF_THE_CELL]
-    chosen = [name for name in group.systems if wanted is None or name in wanted]
+    chosen = [name for name in group.systems if systems is None or name in systems]
     if not chosen:
         return []
     lines = {name: merged(_lines(group, name), user) for name in chosen}

@@ -41,7 +41,7 @@ def plan_summaries(
     ]
     return [
         _summary(request.cell, row, refusal, suite, results, cache)
-        for request, refusal, rows in zip(requests, refusals, simulate(requests, cache, rates.tell), strict=True)
+        for request, refusal, rows in zip(requests, refusals, simulate(requests, cache, rates.notify), strict=True)
         for row in rows
     ]
 

@@ -89,7 +89,7 @@ def cell_seconds(row: Simulated) -> float | None:
         return REFUSED_S
     if row.prediction is None:
         return None
-    if not _is_as_asked(row.spec, row.prediction):
+    if not _is_as_requested(row.spec, row.prediction):
         return REFUSED_S
     measure = row.spec.measure
     generations = (measure.warmup + measure.repetitions) * row.prediction.total_s
@@ -121,7 +121,7 @@ def _load_seconds(row: Simulated) -> float:
     return _LOAD_S + (size / disk if disk else 0.0)
 
 
-def _is_as_asked(spec: CellSpec, prediction: Prediction) -> bool:
+def _is_as_requested(spec: CellSpec, prediction: Prediction) -> bool:
     """Whether the prediction has kept to the system's options."""
     kept = {k: v for k, v in spec.system_options.items() if v is not None and v != "auto"}
     return all(prediction.settings.get(key, value) == value for key, value in kept.items())

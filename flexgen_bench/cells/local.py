@@ -21,8 +21,7 @@ class Local(Protocol):
 
     def fitted(self, cells: Mapping[str, Cell], budget_s: float, stated: Collection[str]) -> Fitted:
         """What is to be left out of the workload of cells that differ in the system alone (their keys), so that none
-        takes longer than
-        ``budget_s`` seconds. stated: fields of the workload that must stay."""
+        takes longer than ``budget_s`` seconds. stated: fields of the workload that must stay."""
 
 
 class Unmeasured:

@@ -23,7 +23,7 @@ class LocalRates:
 
     cache: Path
     is_worth_it: Callable[[Cell], bool]
-    tell: Callable[[str], None]
+    notify: Callable[[str], None]
     required: bool = False
 
     def of(self, cell: Cell) -> Cell:
@@ -44,9 +44,9 @@ class LocalRates:
         if rates is None and worth_it:
             make_writable(self.cache, "cache_dir")
             try:
-                rates = ensure_calibrated(self.cache, threads, self.tell)
+                rates = ensure_calibrated(self.cache, threads, self.notify)
             except StoreError as error:
                 if self.required:
                     raise
-                self.tell(f"no predictions: {error}")
+                self.notify(f"no predictions: {error}")
         return hardware if rates is None else with_calibration(hardware, rates)

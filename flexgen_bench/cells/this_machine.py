@@ -19,12 +19,12 @@ from flexgen_bench.runner.feasibility import explain, machine_reasons
 
 @dataclass(frozen=True)
 class ThisMachine:
-    """Settles for ``compose.plan``. may_measure: whether this machine may be calibrated for it. tell: gets a line about
-    each decision."""
+    """Settles for ``compose.plan``. may_measure: whether this machine may be calibrated for it. notify: gets a line
+    about each decision."""
 
     expected: Expected
     may_measure: bool
-    tell: Callable[[str], None]
+    notify: Callable[[str], None]
 
     def fastest(self, hardware: HardwareProfile, threads: int) -> DType:
         """By this machine's rates, measured now if they have to be; another machine's are in its profile."""
@@ -44,11 +44,11 @@ class ThisMachine:
         first = cells[here[0]]
         name = first.name or first.spec.model.shape.name
         if self.expected.rates.of(first).spec.hardware.rates is None:
-            self.tell(
+            self.notify(
                 f"{name}: run at its full size, as this machine's rates are not known (calibrate=true measures them)"
             )
             return Fitted({}, "")
         fit = fitted(first.spec.workload, budget_s, here, seconds, stated)
         if fit.note:
-            self.tell(f"{name}: {fit.note}")
+            self.notify(f"{name}: {fit.note}")
         return fit

@@ -87,8 +87,8 @@ def as_in_paper(cell: Cell) -> PredictionRequest:
         return PredictionRequest(cell, cell.num_prompts)
     also: tuple[tuple[Lossy, ...], ...] = (FOUR_BITS,)
     if not cell.model.follows_policy:
-        shape, work, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
-        lengths = (work.prompt_len, work.gen_len)
+        shape, workload, name = cell.spec.model.shape, cell.spec.workload, cell.model.printed_as
+        lengths = (workload.prompt_len, workload.gen_len)
         papers = published_values(published_tables(), name, True, shape.name, *lengths)
         also += ((papers.lossy,),) if papers else ()
     return PredictionRequest(cell, cell.num_prompts, also)

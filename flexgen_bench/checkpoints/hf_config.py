@@ -45,16 +45,16 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
 def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:
     """Raise StoreError naming every field in which a checkpoint's config is not this shape."""
     try:
-        found = shape_from_config(config, shape.name)
+        stored = shape_from_config(config, shape.name)
     except UserError as error:
         raise StoreError(f"{where} is not a model that is known here: {error}") from error
-    check_same_shape(shape, found, where)
+    check_same_shape(shape, stored, where)
 
 
-def check_same_shape(shape: ModelShape, found: ModelShape, where: Path) -> None:
+def check_same_shape(shape: ModelShape, stored: ModelShape, where: Path) -> None:
     """Raise StoreError naming every field in which the shape found in a checkpoint is not the one that was asked
     for."""
-    ours, theirs = to_json(shape), to_json(found)
+    ours, theirs = to_json(shape), to_json(stored)
     options, their_options = ours.pop("options"), theirs.pop("options")
     if "activation" in options:  # a function by any of its names
         options["activation"] = ACTIVATIONS.get(options["activation"], options["activation"])

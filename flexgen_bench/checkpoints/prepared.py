@@ -205,7 +205,7 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
     with open_source(folder) as source:
         check_same_shape(model.shape, source.shape, folder)
         expected = expected_tensors(hf_config(model.shape, dtype))
-        if model.weights is WeightSource.PATH and source.is_plain(expected, dtype.value):
+        if model.weights is WeightSource.PATH and source.is_standard(expected, dtype.value):
             return folder
         if source.note:
             _log.warning("%s: %s", folder, source.note)
@@ -215,7 +215,7 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
             for name in _TOKENIZER_FILES:
                 if (folder / name).is_file():
                     _copy(folder / name, made / name)
-            config = source.plain_config() | {"dtype": dtype.value}
+            config = source.unquantized_config() | {"dtype": dtype.value}
             (made / "config.json").write_text(json.dumps(config, indent=2))
             write_weights(made, expected, dtype, lambda full: source.tensor(name_of[full]), progress)
     return target

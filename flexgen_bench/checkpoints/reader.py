@@ -15,7 +15,7 @@ from flexgen_bench.core.errors import StoreError
 # Where the config of a folder that was made of another one says how its weights were read.
 NOTE = "flexgen_bench_note"
 # Element types that hold plain numbers.
-PLAIN_DTYPES = ("float64", "float32", "bfloat16", "float16")
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Checkpoint:
@@ -88,14 +88,14 @@ class Checkpoint:
         """The element type of the weights: what config.json says, else that of the first plain tensor in the files,
         which is what transformers does (``get_state_dict_dtype``). torch's name, not necessarily one of
         ``core.model.DType``."""
-        said = self.config.get("dtype") or self.config.get("torch_dtype")
-        if said is not None and str(said).removeprefix("torch.") in PLAIN_DTYPES:
-            return str(said).removeprefix("torch.")
-        if said is not None and not str(said).removeprefix("torch.").startswith(("float8", "int8")):
-            return str(said)  # for the caller to refuse by its name
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        if stated is not None and str(stated).removeprefix("torch.") in FLOAT_DTYPES:
+            return str(stated).removeprefix("torch.")
+        if stated is not None and not str(stated).removeprefix("torch.").startswith(("float8", "int8")):
+            return str(stated)  # for the caller to refuse by its name
         weights = self._tensors.names() & self._files.names()
         for name in self._files.in_order():
-            if name in weights and self._files.header(name)[1] in PLAIN_DTYPES:
+            if name in weights and self._files.header(name)[1] in FLOAT_DTYPES:
                 return self._files.header(name)[1]
         raise StoreError(
             f"neither config.json nor a tensor of {self.folder} says in what type to compute. "

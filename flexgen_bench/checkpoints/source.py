@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexgen_bench.checkpoints.reader import NOTE, PLAIN_DTYPES, Checkpoint
+from flexgen_bench.checkpoints.reader import FLOAT_DTYPES, NOTE, Checkpoint
 from flexgen_bench.checkpoints.weight_files import shown
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import StoreError
@@ -51,7 +51,7 @@ class Source(Closing):
         """A tensor by the family's own name, in the checkpoint's dtype."""
         return self.checkpoint.tensor(self.names[source])
 
-    def is_plain(self, names: Collection[str], dtype: str) -> bool:
+    def is_standard(self, names: Collection[str], dtype: str) -> bool:
         """Whether every program can read the folder as it is: safetensors of this dtype under exactly these names, and
         a config that says what the tensors do."""
         checkpoint = self.checkpoint
@@ -63,7 +63,7 @@ class Source(Closing):
             and self._config_is_usual()
         )
 
-    def plain_config(self) -> dict[str, Any]:
+    def unquantized_config(self) -> dict[str, Any]:
         """config.json for these tensors once they are written as plain numbers, under the full names."""
         left_out = ("torch_dtype", "quantization_config", "compression_config", "quantization")
         config = {k: v for k, v in self.checkpoint.config.items() if k not in left_out}
@@ -203,16 +203,18 @@ def _adds_nothing(checkpoint: Checkpoint, name: str, stored: StoredNames) -> boo
     return name.endswith(".bias") and matrix in stored.found.values() and not bool(checkpoint.tensor(name).any())
 
 
-def _check_headers(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, str]) -> None:
+def _check_headers(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], stored_names: Mapping[str, str]
+) -> None:
     """Shapes are those of the config, and all numbers are plain ones."""
-    for source, name in found.items():
+    for source, name in stored_names.items():
         shape, dtype = checkpoint.header(name)
         if shape != expected[source]:
             raise StoreError(
                 f"{checkpoint.folder}: tensor {name} has shape {shape}, config.json implies "
                 f"{expected[source]}. {_ADVICE}"
             )
-        if dtype not in PLAIN_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise StoreError(
                 f"{checkpoint.folder}: tensor {name} is {dtype}, which are codes of a quantization that "
                 "nothing in the checkpoint explains. Use the checkpoint without quantization."

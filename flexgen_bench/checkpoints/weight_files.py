@@ -83,11 +83,11 @@ class CheckpointFiles:
             raise self._missing(name)
         handle = self._of(self._where[name])
         try:
-            found = _read(handle, name)
+            value = _read(handle, name)
         except Exception as error:
             where = self.folder / self._where[name]
             raise StoreError(f"tensor {name} in {where} cannot be read: {error}") from error
-        return self._only_tensor(found, name)
+        return self._only_tensor(value, name)
 
     def close(self) -> None:
         self._handles = {}
@@ -112,10 +112,10 @@ class CheckpointFiles:
                 f"tensor {name} is in {first} and in {second} of {self.folder}, with different values. {_ADVICE}"
             )
 
-    def _only_tensor(self, found: Any, name: str) -> Tensor:
-        if not isinstance(found, Tensor):
-            raise StoreError(f"{name} in {self.folder} is a {type(found).__name__}, not a tensor.")
-        return found
+    def _only_tensor(self, value: Any, name: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise StoreError(f"{name} in {self.folder} is a {type(value).__name__}, not a tensor.")
+        return value
 
 
 def shown(names: list[str]) -> str:
@@ -171,10 +171,10 @@ def _header(handle: Any, name: str) -> tuple[tuple[int, ...], str]:
         part = handle.get_slice(name)
         kind = str(part.get_dtype())
         return tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind)
-    found = handle[name]
-    if not isinstance(found, Tensor):
-        return (), type(found).__name__
-    return tuple(found.shape), str(found.dtype).removeprefix("torch.")
+    value = handle[name]
+    if not isinstance(value, Tensor):
+        return (), type(value).__name__
+    return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
 def _read(handle: Any, name: str) -> Any:

@@ -63,7 +63,7 @@ class HiddenStates:
                 else:
                     memory = arenas.allocate(span.tier, "activations", size)
                     self._memory[kv_slot.index, number] = memory
-        num_buffers, pages = plan.staging.num_buffers + plan.staging.apart, plan.staging.pages
+        num_buffers, pages = plan.staging.num_buffers + plan.staging.cpu_attention_buffers, plan.staging.pages
         self._pages = [arenas.allocate(Tier.CPU, "activation pages", pages) for _ in range(num_buffers if pages else 0)]
 
     def put(self, step: Step, x: Tensor) -> None:

@@ -79,13 +79,13 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of what this package builds on, of those installed; found without importing them."""
-    found = {}
+    versions = {}
     for name in sorted({*ALSO, *requirements()}):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cpu_model() -> str:

@@ -135,10 +135,10 @@ def load(path: Path) -> Calibration:
         raise StoreError(f"cannot read measured rates in {path}: {reason}. {_ADVICE}") from error
     if not isinstance(data, Mapping):
         raise StoreError(f"{path} holds no measured rates. {_ADVICE}")
-    for key, wanted in (("schema", SCHEMA), ("torch", _torch_version())):
-        if data.get(key) != wanted:
+    for key, expected in (("schema", SCHEMA), ("torch", _torch_version())):
+        if data.get(key) != expected:
             raise StoreError(
-                f"the rates in {path} were measured with {key} {data.get(key)}, and this is {key} {wanted}. {_ADVICE}"
+                f"the rates in {path} were measured with {key} {data.get(key)}, and this is {key} {expected}. {_ADVICE}"
             )
     try:
         return Calibration(
@@ -166,13 +166,13 @@ def calibrated_rates(cache: Path, threads: int) -> Rates | None:
         return None
 
 
-def ensure_calibrated(cache: Path, threads: int, tell: Callable[[str], None] = lambda line: None) -> Rates:
+def ensure_calibrated(cache: Path, threads: int, notify: Callable[[str], None] = lambda line: None) -> Rates:
     """This machine's rates, measured first if they are not known: quickly, and in a process of its own, so that nothing
-    of it stays in memory. ``tell`` gets lines that say what goes on. StoreError if it cannot be measured."""
+    of it stays in memory. ``notify`` gets lines that say what goes on. StoreError if it cannot be measured."""
     known = calibrated_rates(cache, threads)
     if known is not None:
         return known
-    tell("measuring this machine (once, about 20 s; python -m flexgen_bench calibrate does it thoroughly)")
+    notify("measuring this machine (once, about 20 s; python -m flexgen_bench calibrate does it thoroughly)")
     child = subprocess.Popen(
         _command(cache, threads), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     )
@@ -181,7 +181,7 @@ def ensure_calibrated(cache: Path, threads: int, tell: Callable[[str], None] = l
         assert child.stderr is not None
         for line in child.stderr:
             last = line.strip() or last
-            tell(line.rstrip())
+            notify(line.rstrip())
         status = child.wait()
     except BaseException:
         child.kill()

@@ -72,7 +72,7 @@ def _forget_error() -> None:
 def group_limit() -> int | None:
     """The memory limit of this process's control group (a container, a capped cell), in bytes; None if there is
     none."""
-    found = []
+    limits = []
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
@@ -83,8 +83,8 @@ def group_limit() -> int | None:
             continue
         text = _read(file).strip()
         if text.isdigit() and int(text) < 2**60:  # "max", or a number near 2**63: no limit
-            found.append(int(text))
-    return min(found, default=None)
+            limits.append(int(text))
+    return min(limits, default=None)
 
 
 def _read(path: Path) -> str:

@@ -88,11 +88,11 @@ class KVRegion:
 
     def segments(self, raw: Tensor, tokens: int) -> list[Segment]:
         """The prompt and the first ``tokens`` generated tokens."""
-        found = [self.form.segment(self.prompt(raw))]
+        segments = [self.form.segment(self.prompt(raw))]
         for number in range(self.layout.used_segments(tokens)):
             used = min(self.layout.segment_tokens, tokens - number * self.layout.segment_tokens)
-            found.append(self.first_tokens(self.tail(raw, number), used))
-        return found
+            segments.append(self.first_tokens(self.tail(raw, number), used))
+        return segments
 
     def first_tokens(self, stored: Stored, count: int) -> Segment:
         return self.form.segment(tuple(t[:, :, :, :count] for t in stored))

@@ -53,9 +53,9 @@ def write_tensor(
     codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
     for source, weights in zip_longest(sources, importance):
         for block in _row_blocks(source, stored.compression):
-            for found in _quantized(block, stored.compression, weights):
-                codes.append(found[0])
-                params.append(found[1])
+            for packed in _quantized(block, stored.compression, weights):
+                codes.append(packed[0])
+                params.append(packed[1])
     expected = stored.compression.matrix_bytes(stored.rows, stored.shape[1])
     assert (codes.written, params.written) == expected, (codes.written, params.written, expected)
     return codes.checksums | params.checksums

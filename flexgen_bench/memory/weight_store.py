@@ -195,14 +195,14 @@ def _same_groups(checkpoint: Checkpoint, plan: StorePlan) -> dict[int, int]:
     if checkpoint.is_safetensors or len(checkpoint.files) != 1:
         return {}
     seen: dict[tuple[int, ...], int] = {}
-    found: dict[int, int] = {}
+    same_as: dict[int, int] = {}
     for number, group in enumerate(plan.groups):
         if len(group) > 1 and group[0].offset % PAGE == 0:  # a layer: it has its pages for itself
             sources = [_find(checkpoint, plan, name) for stored in group for name in stored.sources]
             first = seen.setdefault(tuple(tensor.data_ptr() for tensor in sources), number)
             if first != number:
-                found[number] = first
-    return found
+                same_as[number] = first
+    return same_as
 
 
 def _extent(plan: StorePlan, number: int, first: int) -> tuple[int, int, int]:
@@ -242,8 +242,8 @@ def _write_group(fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[
         if is_calibrated(stored.compression):
             weights = [_importance(checkpoint, plan, stored, name) for name in stored.sources]
         sources = _sources(checkpoint, plan, stored)
-        found = write_tensor(fd, stored, sources, TORCH_DTYPES[plan.dtype], weights)
-        sums |= {str(offset): value for offset, value in found.items()}
+        checksums = write_tensor(fd, stored, sources, TORCH_DTYPES[plan.dtype], weights)
+        sums |= {str(offset): value for offset, value in checksums.items()}
     return sums
 
 

@@ -52,9 +52,9 @@ def build_paper(
 
     problems: records that could not be read, for the index. own: a folder with table/*.yaml of the user's. workers:
     processes that predict; what they say is kept in ``results_dir``/predictions.json; if that cannot be used it is said
-    on standard error, and all is asked anew.
-    also: with all tables, what is to be answered and kept besides, given the (machine, model) of the tables.
-    Raises UserError for an unknown name, and for what is wrong with the printed values themselves.
+    on standard error, and all is asked anew. also: with all tables, what is to be answered and kept besides, given the
+    (machine, model) of the tables. Raises UserError for an unknown name, and for what is wrong with the printed values
+    themselves.
     """
     recorded, unfit = usable(records)
     simulations = None

@@ -48,15 +48,14 @@ class Counterpart:
 
 @dataclass(frozen=True)
 class Cell:
-    """printed: the paper's value; simulated: the same system; ours: this project's engine, ``ours_lossy`` naming what
+    """published: the paper's value; simulated: the same system; ours: this project's engine, ``ours_lossy`` naming what
     it changed (what it might change, where it has no value).
 
     unrounded: the value ratios are taken with, where the printed one is a rounding too coarse for that. assumed: in
-    words.
-    has_ratio: whether this divided by that says anything.
+    words. has_ratio: whether this divided by that says anything.
     """
 
-    printed: Quoted
+    published: Quoted
     simulated: Counterpart = Counterpart()
     ours: Counterpart = Counterpart()
     ours_lossy: str = ""
@@ -66,8 +65,8 @@ class Cell:
     notes: tuple[int, ...] = ()
 
     def ratio(self, other: Counterpart) -> float | None:
-        """``beside`` / printed."""
-        base = self.printed.number if self.unrounded is None else self.unrounded
+        """``other`` / published."""
+        base = self.published.number if self.unrounded is None else self.unrounded
         if not base or other.value is None or not self.has_ratio:
             return None
         return other.value / base
@@ -96,16 +95,16 @@ def build_cell(row: Quoted, table: TableConf, sources: Sources, notes: tuple[int
         counted = policy.num_prompts if prompts is None else prompts
         if is_of_a_job(name) and row.names_a_job and counted is None:
             raise _uncounted(row, name)
-        asks = _Asks(row, table, sources, sources.simulations, name)
-        printed_as = (conf and conf.simulated_as) or row.system
+        questions = _Questions(row, table, sources, sources.simulations, name)
+        published_name = (conf and conf.simulated_as) or row.system
         # Compression that a text does not state is what its system is named for, as beside it.
         named = policy if policy.lossy is not None else replace(policy, lossy=permitted)
-        simulated = asks.original(printed_as, named, prompts)
+        simulated = questions.original(published_name, named, prompts)
         if permitted is not None:
             whole_job = policy.executed is not None or policy.eval_instances is not None
             given = prompts if prompts is not None else policy.num_prompts if whole_job else None
-            job = asks.job(given, PolicyText(lossy=permitted))
-            ours = asks.engine(job)
+            job = questions.job(given, PolicyText(lossy=permitted))
+            ours = questions.engine(job)
     score = table.accuracy.get(row.metric)
     if score is not None and conf is not None and conf.mode is not None:
         ours = _measured(row, table, sources, conf.mode, score)
@@ -113,7 +112,7 @@ def build_cell(row: Quoted, table: TableConf, sources: Sources, notes: tuple[int
         ours = Counterpart()
     lossy = _EXACT if permitted is None else ours.lossy or str(permitted)
     return Cell(
-        printed=row,
+        published=row,
         simulated=simulated,
         ours=ours,
         ours_lossy="" if lossy == _EXACT else lossy,
@@ -135,7 +134,7 @@ def _measured(row: Quoted, table: TableConf, sources: Sources, mode: str, score:
 
 
 @dataclass(frozen=True)
-class _Asks:
+class _Questions:
     """The questions of one cell."""
 
     row: Quoted
@@ -160,8 +159,8 @@ class _Asks:
             self.row.count("gpus") or 1,
         )
 
-    def original(self, printed_as: str, policy: PolicyText, prompts: int | None) -> Counterpart:
-        system = self.simulations.printed_as(printed_as, self.table.engine)
+    def original(self, published_name: str, policy: PolicyText, prompts: int | None) -> Counterpart:
+        system = self.simulations.by_published_name(published_name, self.table.engine)
         job = self.job(policy.num_prompts if prompts is None else prompts, policy)
         if system is None or job is None:
             return Counterpart()
@@ -222,7 +221,7 @@ def _policy(row: Quoted, assumed: Sequence[AssumedConf]) -> tuple[PolicyText, in
 
 
 def _assumed_texts(assumed: Sequence[AssumedConf], requested: PolicyText | None) -> list[str]:
-    """asked: the policy of a system that was asked, which may leave something for it to choose."""
+    """requested: the policy that a system was asked for, which may leave something for it to choose."""
     texts = [_assumed_text(one) for one in assumed]
     return texts + ([requested.unsaid] if requested is not None and requested.unsaid else [])
 

@@ -42,19 +42,19 @@ def plot(table: PaperTable, conf: FigureConf) -> Plot:
     """Raises UserError for an axis that the table does not have, and for a name that is no file's."""
     if _NAME.fullmatch(conf.name) is None:
         raise UserError("table.figures.name", conf.name, "of letters, digits, dashes")
-    quantities = list(dict.fromkeys(c.printed.quantity for c in table.cells))
+    quantities = list(dict.fromkeys(c.published.quantity for c in table.cells))
     if conf.y not in quantities:
         raise unknown_choice(f"table.figures.{conf.name}.y", conf.y, quantities)
     if conf.x not in quantities and conf.x not in FIELDS:
         raise unknown_choice(f"table.figures.{conf.name}.x", conf.x, [*quantities, *FIELDS])
-    rows = [c for c in table.cells if c.printed.quantity == conf.y and c.printed.matches(conf.where)]
+    rows = [c for c in table.cells if c.published.quantity == conf.y and c.published.matches(conf.where)]
     names = list(dict.fromkeys(_series(table, conf, c) for c in rows))
     curves = []
     for index, name in enumerate(names):
         mine = [c for c in rows if _series(table, conf, c) == name]
         # Nobody but one kind has values here: the name says enough.
         alone = sum(any(value_of(c)[0] is not None for c in mine) for value_of in _KINDS.values()) == 1
-        alone = alone and all(c.printed.number is None for c in mine)
+        alone = alone and all(c.published.number is None for c in mine)
         for kind, value_of in _KINDS.items():
             for evidence in dict.fromkeys(e for c in mine if (e := value_of(c)[1]) is not None):
                 points = [
@@ -81,29 +81,29 @@ def _counterpart(other: Counterpart) -> tuple[float | None, Evidence | None]:
 
 
 _KINDS: dict[str, _ValueOf] = {
-    "printed": lambda c: (c.printed.number, Evidence.QUOTED),
+    "printed": lambda c: (c.published.number, Evidence.QUOTED),
     "simulated": lambda c: _counterpart(c.simulated),
     "this engine": lambda c: _counterpart(c.ours),
 }
 
 
 def _series(table: PaperTable, conf: FigureConf, cell: Cell) -> str:
-    return ", ".join(table.label(f, cell.printed.text(f)) for f in conf.series)
+    return ", ".join(table.label(f, cell.published.text(f)) for f in conf.series)
 
 
 def _x(table: PaperTable, conf: FigureConf, cell: Cell, value_of: _ValueOf) -> float | None:
     if conf.x in FIELDS:
-        text = cell.printed.text(conf.x)
+        text = cell.published.text(conf.x)
         return float(text) if text.isascii() and text.isdigit() else None
-    same = [cell.printed.text(f) for f in _POINT]
+    same = [cell.published.text(f) for f in _POINT]
     for other in table.cells:
-        if other.printed.quantity == conf.x and [other.printed.text(f) for f in _POINT] == same:
+        if other.published.quantity == conf.x and [other.published.text(f) for f in _POINT] == same:
             return value_of(other)[0]
     return None
 
 
 def _unit(table: PaperTable, name: str) -> str:
     """An axis's name with the unit of its quantity; ``labels`` may name it otherwise: ``axis=gen_len``."""
-    units = [c.printed.unit for c in table.cells if c.printed.quantity == name]
+    units = [c.published.unit for c in table.cells if c.published.quantity == name]
     shown = table.conf.labels.get(f"axis={name}", name.replace("_", " "))
     return f"{shown} ({units[0]})" if units and units[0] else shown

@@ -53,7 +53,7 @@ def reasons(table: PaperTable) -> list[str]:
 
 
 def _row(table: PaperTable, cell: Cell) -> tuple[str, ...]:
-    row = cell.printed
+    row = cell.published
     return (
         row.table,
         row.system,

@@ -50,14 +50,16 @@ def grids(table: PaperTable) -> list[Grid]:
     field = table.conf.grids
     if field is None:
         return [_grid(table, "", table.cells)]
-    values = list(dict.fromkeys(c.printed.text(field) for c in table.cells))
-    return [_grid(table, table.label(field, v), [c for c in table.cells if c.printed.text(field) == v]) for v in values]
+    values = list(dict.fromkeys(c.published.text(field) for c in table.cells))
+    return [
+        _grid(table, table.label(field, v), [c for c in table.cells if c.published.text(field) == v]) for v in values
+    ]
 
 
 def published_text(cell: Cell, decimals: int | None) -> str:
     """The printed value with the paper's number of decimals: zeros are added, nothing is rounded."""
-    text = cell.printed.value
-    if cell.printed.number is None or decimals is None:
+    text = cell.published.value
+    if cell.published.number is None or decimals is None:
         return {NOT_FOUND: "not found", NOT_PRINTED: NOTHING}.get(text, text)
     have = len(text.partition(".")[2])
     return text if have >= decimals else f"{float(text):.{decimals}f}"
@@ -79,7 +81,7 @@ def ratio_text(ratio: float) -> str:
 
 def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
     def key(cell: Cell, fields: Sequence[str]) -> Key:
-        return tuple(cell.printed.text(f) for f in fields)
+        return tuple(cell.published.text(f) for f in fields)
 
     def shown(fields: Sequence[str], values: Key) -> Key:
         return tuple(table.label(f, v) for f, v in zip(fields, values, strict=True))
@@ -88,7 +90,7 @@ def _grid(table: PaperTable, title: str, cells: Sequence[Cell]) -> Grid:
     placed: dict[Key, dict[Key, list[Cell]]] = {}
     for cell in cells:
         placed.setdefault(key(cell, rows), {}).setdefault(key(cell, columns), []).append(cell)
-    shown_rows = [c.printed for c in cells]
+    shown_rows = [c.published for c in cells]
     order = list(places(table.conf, shown_rows, columns))
     lines: list[Line] = []
     for names in places(table.conf, shown_rows, rows):
@@ -108,7 +110,7 @@ def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[L
     if kind == "printed":
         return [_published(table, at)]
     if kind == "policy":
-        entries = tuple(tuple(Entry(c.printed.policy or NOTHING) for c in place) for place in at)
+        entries = tuple(tuple(Entry(c.published.policy or NOTHING) for c in place) for place in at)
         return [Line((), "policy", Evidence.QUOTED.value, entries)]
     if kind == "simulated":
         return [_counterpart("simulated", at, lambda c: c.simulated)]
@@ -129,10 +131,10 @@ def _lines(table: PaperTable, kind: str, at: Sequence[Sequence[Cell]]) -> list[L
 def _published(table: PaperTable, at: Sequence[Sequence[Cell]]) -> Line:
     decimals = table.conf.decimals
     entries = tuple(
-        tuple(Entry(published_text(c, decimals), c.notes if c.printed.value else ()) for c in place) for place in at
+        tuple(Entry(published_text(c, decimals), c.notes if c.published.value else ()) for c in place) for place in at
     )
-    trust = dict.fromkeys(c.printed.trust for place in at for c in place if c.printed.trust)
-    quoted = any(c.printed.value not in (NOT_PRINTED, NOT_FOUND) for place in at for c in place)
+    trust = dict.fromkeys(c.published.trust for place in at for c in place if c.published.trust)
+    quoted = any(c.published.value not in (NOT_PRINTED, NOT_FOUND) for place in at for c in place)
     evidence = f"{Evidence.QUOTED.value} ({'; '.join(trust)})" if trust else Evidence.QUOTED.value
     return Line((), "printed", evidence if quoted else NOTHING, entries)
 

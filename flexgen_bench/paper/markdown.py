@@ -78,7 +78,7 @@ def index(tables: Sequence[PaperTable], problems: Sequence[Problem], figures: di
     lines = ["# Tables of the FlexGen paper", "", _BUILT, ""]
     lines += ["| Table | Printed values | Simulated | Run here | Files |", "|---|---|---|---|---|"]
     for table in tables:
-        published = sum(bool(c.printed.value) for c in table.cells)
+        published = sum(bool(c.published.value) for c in table.cells)
         kinds = [b.evidence.value for c in table.cells for b in (c.simulated, c.ours) if b.evidence]
         simulated = kinds.count("SIMULATED")
         files = [f"[{e}]({table.name}.{e})" for e in ("csv", "tex")]
@@ -116,8 +116,8 @@ def _details(table: PaperTable) -> list[str]:
     shown = [h for h in HEADERS if h in _SHOWN and not values[h] <= {"", "-"}]
     same = [h for h in shown if h in _OF_A_JOB and len(values[h]) == 1 and len(rows) > 1]
     columns = [HEADERS.index(h) for h in shown if h not in same]
-    said = [f"{_name(h)} {next(iter(values[h]))}" for h in same]
-    lines = [escape(f"In every row: {'; '.join(said)}."), ""] if said else []
+    shared = [f"{_name(h)} {next(iter(values[h]))}" for h in same]
+    lines = [escape(f"In every row: {'; '.join(shared)}."), ""] if shared else []
     lines += [_line(_name(HEADERS[i]) for i in columns), _line("---" for _ in columns)]
     return lines + [_line(escape(row[i]) for i in columns) for row in rows]
 

@@ -65,8 +65,8 @@ def find(records: Sequence[Recorded], system: str, job: PaperJob, options: Mappi
         )
         prompts = job.num_prompts in (None, run.num_prompts)
         if same_job and prompts and run.lossy == job.lossy and job.num_gpus == 1:
-            said = {k: run.settings.get(k) for k in options if k != "batch_size"}
-            if all(said[k] in (options[k], "auto") for k in said):
+            stated = {k: run.settings.get(k) for k in options if k != "batch_size"}
+            if all(stated[k] in (options[k], "auto") for k in stated):
                 return run
     return None
 

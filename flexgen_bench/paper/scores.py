@@ -27,14 +27,14 @@ class Scores:
 
     def __init__(self, records: Sequence[tuple[Path, TaskRecord]], results_dir: Path) -> None:
         self._results_dir = results_dir
-        self._found: dict[Key, tuple[Path, TaskRecord]] = {}
+        self._newest: dict[Key, tuple[Path, TaskRecord]] = {}
         for path, record in sorted(records, key=lambda r: (len(r[1].items), r[1].ended_utc)):
             subject = record.subject
-            self._found[subject.model, subject.system, subject.mode, record.task] = (path, record)
+            self._newest[subject.model, subject.system, subject.mode, record.task] = (path, record)
 
     def find(self, model: str, system: str, mode: str, task: str, metric: str) -> Score | None:
         """None where nothing was evaluated, or the task has no such metric."""
-        score = self._found.get((model, system, mode, task))
+        score = self._newest.get((model, system, mode, task))
         value = None if score is None else score[1].scores.get(metric)
         if score is None or value is None:
             return None

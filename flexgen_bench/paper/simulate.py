@@ -90,7 +90,7 @@ class Simulations:
     def named(self, name: str) -> ConfiguredSystem | None:
         return next((s for s in self.systems if s.name == name), None)
 
-    def printed_as(self, name: str, other_than: str) -> ConfiguredSystem | None:
+    def by_published_name(self, name: str, other_than: str) -> ConfiguredSystem | None:
         """The system that the paper calls ``name``, not the one of our own that stands beside it."""
         return next((s for s in self.systems if s.printed_as == name and s.name != other_than), None)
 

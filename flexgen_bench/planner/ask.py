@@ -10,7 +10,7 @@ from flexgen_bench.core.errors import CannotRun, DoesNotFit, UserError
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.status import Status
 from flexgen_bench.planner.predictor import make_predictor
-from flexgen_bench.store.kept_predictions import Answer, key_of, plain
+from flexgen_bench.store.kept_predictions import Answer, as_read_back, key_of
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Ask:
 
     def answer(self) -> Answer:
         """What the predictor says. Raises whatever a mistake in it raises."""
-        asked = f"{self.name}: {in_words(self.job)}"
+        question = f"{self.name}: {in_words(self.job)}"
         try:
             predictor = make_predictor(self.predictor, self.constants, self.options)
             run = predictor.predict(self.job)
         except DoesNotFit as error:
             need, there = error.need_bytes, error.capacity_bytes
-            return Answer(None, Status.OOM, str(error), str(error.tier), need, there, asked)
+            return Answer(None, Status.OOM, str(error), str(error.tier), need, there, question)
         except CannotRun as error:
-            return Answer(None, error.status, str(error), asked=asked)
+            return Answer(None, error.status, str(error), asked=question)
         except UserError as error:
-            return Answer(None, Status.INVALID, str(error), asked=asked)
-        return plain(Answer(run, asked=asked))
+            return Answer(None, Status.INVALID, str(error), asked=question)
+        return as_read_back(Answer(run, asked=question))
 
 
 def in_words(job: Job) -> str:

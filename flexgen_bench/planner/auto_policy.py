@@ -54,7 +54,7 @@ def auto_choice(space: SearchSpace) -> AutoChoice:
     if heuristic is None or heuristic == best.policy:
         return AutoChoice(best)
     # Both are simulated in the same way: what is chosen in the end may have been simulated on more layers.
-    searched, plain = search.tok_per_s(best.policy), search.tok_per_s(heuristic)
-    if not plain or searched > LEAST_GAIN * plain:  # 0: it takes longer than it may
+    searched_rate, rule_rate = search.tok_per_s(best.policy), search.tok_per_s(heuristic)
+    if not rule_rate or searched_rate > LEAST_GAIN * rule_rate:  # 0: it takes longer than it may
         return AutoChoice(best)
-    return AutoChoice(search.choice(heuristic, heuristic, best.candidates), searched / plain - 1)
+    return AutoChoice(search.choice(heuristic, heuristic, best.candidates), searched_rate / rule_rate - 1)

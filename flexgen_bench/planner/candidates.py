@@ -137,8 +137,8 @@ class Candidates:
         fitted = self._fitted(candidate)
         kept = 0.0 if fitted is None else fitted.bound
         if candidate.policy.prefetch > 1 and kept < _MUCH * candidate.bound:
-            one_slot = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
-            fitted = max(filter(None, [fitted, *one_slot]), key=lambda one: one.bound, default=None)
+            with_one_buffer = map(self._fitted, self.solved(replace(candidate.policy, prefetch=1)))
+            fitted = max(filter(None, [fitted, *with_one_buffer]), key=lambda one: one.bound, default=None)
         return fitted
 
     def _fitted(self, candidate: Candidate) -> Candidate | None:

@@ -2,9 +2,8 @@
 going to run.
 
 A search leaves tens of megabytes behind (scipy, HiGHS, what was simulated). An engine under a memory cap would pay for
-them with resident weights.
-``python -m flexgen_bench.planner.choose`` reads a search space as JSON on its standard input and writes a policy to its
-standard output.
+them with resident weights. ``python -m flexgen_bench.planner.choose`` reads a search space as JSON on its standard
+input and writes a policy to its standard output.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def choose(space: SearchSpace) -> Policy:
     _log.info("choosing a policy")
     try:
         policy = _searched(space)
-    except _NoAnswer as reason:
+    except _SearchFailed as reason:
         if space.job.max_latency_s is not None:
             raise UserError(
                 "policy.max_latency_s",
@@ -47,20 +46,21 @@ def choose(space: SearchSpace) -> Policy:
                 "The plain rule's policy, which needs no search, knows of no time.",
             ) from reason
         _log.warning(
-            "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given needs no search.",
+            "no policy was searched for: %s. A plain rule's policy is used; it may be slower. A policy that is given "
+            "needs no search.",
             reason,
         )
         return default_policy(space)
     return default_policy(space) if policy is None else policy
 
 
-class _NoAnswer(RuntimeError):
+class _SearchFailed(RuntimeError):
     """The process that was asked has died, and of what."""
 
 
 def _searched(space: SearchSpace) -> Policy | None:
-    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _NoAnswer. However this is
-    left, it has ended."""
+    """What the other process finds; None: nothing fits. Raises UserError that it raised, and _SearchFailed. However
+    this is left, it has ended."""
     try:
         with subprocess.Popen(
             _command(),
@@ -78,15 +78,15 @@ def _searched(space: SearchSpace) -> Policy | None:
                 child.wait()
                 raise
     except OSError as error:  # no memory for another process, say
-        raise _NoAnswer(f"its process did not start ({error.strerror or error})") from error
+        raise _SearchFailed(f"its process did not start ({error.strerror or error})") from error
     if child.returncode != 0:
-        raise _NoAnswer(_ending(child.returncode, err))
+        raise _SearchFailed(_ending(child.returncode, err))
     try:
-        answer = json.loads(out)
-        refused = answer["refused"]
-        policy = None if answer["policy"] is None else from_json(Policy, answer["policy"], "policy")
+        reply = json.loads(out)
+        refused = reply["refused"]
+        policy = None if reply["policy"] is None else from_json(Policy, reply["policy"], "policy")
     except (ValueError, TypeError, KeyError) as error:
-        raise _NoAnswer(f"its process gave no answer, but {out[:80]!r}") from error
+        raise _SearchFailed(f"its process gave no answer, but {out[:80]!r}") from error
     if refused is not None:
         raise UserError(**refused)
     return policy
@@ -96,12 +96,12 @@ def _command() -> list[str]:
     return [sys.executable, "-m", "flexgen_bench.planner.choose"]
 
 
-def _ending(status: int, said: str) -> str:
+def _ending(status: int, stderr: str) -> str:
     if status == -signal.SIGKILL:
         return "its process was killed, most likely as memory ran out"
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name}"
-    lines = said.strip().splitlines()
+    lines = stderr.strip().splitlines()
     return f"its process ended with exit status {status} ({lines[-1] if lines else 'no message'})"
 
 

@@ -27,8 +27,8 @@ _CALIBRATED_MATRICES = 12
 def rates_of(hardware: HardwareProfile) -> Rates:
     """The machine's rates. UserError for a machine about which too little is known to predict anything."""
     rates = hardware.rates
-    wanted = (Tier.CPU,) if hardware.accelerator is Accelerator.NONE else (Tier.GPU, Tier.CPU)
-    missing = [str(t) for t in wanted if rates is None or t not in rates.sites]
+    tiers = (Tier.CPU,) if hardware.accelerator is Accelerator.NONE else (Tier.GPU, Tier.CPU)
+    missing = [str(t) for t in tiers if rates is None or t not in rates.sites]
     needed = dict.fromkeys(lane.link for lane in hardware.lanes if lane.is_link)
     missing += [str(link) for link in needed if hardware.link_rate(link) is None]
     if rates is None or missing:

@@ -74,7 +74,7 @@ def _first_that_fits(
     return None, failing(alike[-1])
 
 
-def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[list[Policy]]:
+def _candidates(hardware: HardwareProfile, sequences: int) -> Iterator[list[Policy]]:
     """Best first, in lists that differ in nothing but how much of the weights is on the upper of two tiers. Nothing is
     streamed if everything fits beside one micro-batch: then larger blocks would only take memory. Otherwise large
     blocks before small ones, caches high before low, weights high before low.
@@ -85,11 +85,11 @@ def _candidates(hardware: HardwareProfile, wanted: int) -> Iterator[list[Policy]
     """
     compute, below = (hardware.compute_tier, hardware.tiers[hardware.tiers.index(hardware.compute_tier) + 1])
     here = Placement.all_on(compute)
-    yield [Policy(min(wanted, LARGEST_MICRO_BATCH), 1, here, here, here)]
+    yield [Policy(min(sequences, LARGEST_MICRO_BATCH), 1, here, here, here)]
     homes = [(compute, compute), (below, compute), (below, below)]
     if Tier.DISK is not below:
         homes.append((Tier.DISK, below))
-    for block in _halvings(wanted):
+    for block in _halvings(sequences):
         micro_batch = min(block, LARGEST_MICRO_BATCH)
         in_place = compute is Tier.GPU and block <= IN_PLACE_SEQUENCES
         for kv, hidden in homes:

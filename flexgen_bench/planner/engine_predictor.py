@@ -54,7 +54,10 @@ def _why(space: SearchSpace, auto: AutoChoice) -> Iterator[str]:
     choice, gain = auto.choice, auto.gain
     reason = why(space, choice.plan, choice.forecast, choice.other if gain is None else None)
     if gain is not None:
-        reason += f"; it is the plain rule's policy: the best found promises {gain:.1%} more than it, and less than {LEAST_GAIN - 1:.0%} more is not relied on"
+        reason += (
+            f"; it is the plain rule's policy: the best found promises {gain:.1%} more than it, and less than "
+            f"{LEAST_GAIN - 1:.0%} more is not relied on"
+        )
     yield reason
     yield f"{len(choice.candidates)} ways to share out memory were worth a look, {choice.tried} policies were played"
     bound = max((c.bound for c in choice.candidates), default=0.0)
@@ -86,8 +89,8 @@ def _prediction(space: SearchSpace, plan: MemoryPlan, times: Forecast, words: Ma
 def _bytes(plan: MemoryPlan) -> dict[str, int]:
     """By tier, with what a process takes of a GPU beside its plan."""
     planned = {site.name: sum(parts.values()) for site, parts in plan.bytes.items()}
-    beside = reserved_bytes(plan.hardware)
-    return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + beside} if beside else {})
+    reserved = reserved_bytes(plan.hardware)
+    return planned | ({str(Tier.GPU): plan.total(Tier.GPU) + reserved} if reserved else {})
 
 
 def _bottleneck(busy: Mapping[Lane, float], total_s: float) -> str:

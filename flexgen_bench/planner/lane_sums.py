@@ -36,7 +36,7 @@ class LaneSums:
         lanes: defaultdict[Lane, float] = defaultdict(float)
         made: dict[Buffer, float] = {}  # when, if only what it is made of is waited for
         chain = 0.0
-        slots: dict[Site, float] = {}
+        held_s: dict[Site, float] = {}
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
@@ -47,21 +47,21 @@ class LaneSums:
             if step.lane.computes:
                 chain = max(chain, done)
             if step.unit in self._streamed:
-                self._add_buffers(slots, step, seconds)
+                self._add_buffers(held_s, step, seconds)
         together: defaultdict[Lane, float] = defaultdict(float)
         for lane, seconds in lanes.items():
             self.busy_s[lane] += seconds
             together[lane.link] += seconds
         if not self._overlap:
             return sum(lanes[lane] for lane in sorted(lanes))
-        held = max(slots.values(), default=0.0) / self._job.weight_buffers
+        held = max(held_s.values(), default=0.0) / self._job.weight_buffers
         return max(chain, held, *together.values())
 
-    def _add_buffers(self, slots: dict[Site, float], step: Step, seconds: float) -> None:
-        """Slots are held while they are filled, and while their weights move on or are computed with."""
+    def _add_buffers(self, held_s: dict[Site, float], step: Step, seconds: float) -> None:
+        """Buffers are held while they are filled, and while their weights move on or are computed with."""
         unit = self._job.units[step.unit]
         held: tuple[Site, ...] = (unit.site,) if step.lane is unit.site.lane else ()
         if step.kind is StepKind.LOAD_WEIGHTS:
             held = tuple(site for site in unit.path if site.tier in step.lane.ends)
         for site in held:
-            slots[site] = slots.get(site, 0.0) + seconds
+            held_s[site] = held_s.get(site, 0.0) + seconds

@@ -49,8 +49,8 @@ class MemoryPlan:
         return sum(self.bytes.get(Site(tier, device), {}).values())
 
     def check(self, available: Mapping[Tier, int]) -> None:
-        """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there to
-        a plan now."""
+        """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there
+        to a plan now."""
         for site, parts in self.bytes.items():
             tier = site.tier
             need = sum(parts.values())
@@ -66,7 +66,8 @@ class MemoryPlan:
 
 
 _REMEDY = {
-    Tier.GPU: "Lower policy.gpu_batch_size or policy.prefill_chunk, or move shares of weights, kv_cache or activations to cpu.",
+    Tier.GPU: "Lower policy.gpu_batch_size or policy.prefill_chunk, or move shares of weights, kv_cache or activations "
+    "to cpu.",
     Tier.CPU: "Lower the block size, move shares of weights or kv_cache to disk, or raise gpu.cpu_memory.",
     Tier.DISK: "Free space in the offload directory, choose another with offload_dir, or keep more in memory.",
 }
@@ -144,7 +145,7 @@ def plan_job(
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
     parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
-    if moving.apart:
+    if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending
     return MemoryPlan(
@@ -206,8 +207,8 @@ def _homes(
 
 def _add_buffers(parts: dict[Site, dict[str, int]], job: ScheduledJob) -> None:
     """Staging buffers of weights, and unpacked weights."""
-    for site, slots in job.buffers.items():
-        parts[site]["weight slots"] = sum(slot.bytes for slot in slots)
+    for site, buffers in job.buffers.items():
+        parts[site]["weight slots"] = sum(buffer.bytes for buffer in buffers)
     parts[job.site]["unpacked weights"] = job.dequantized_buffers * job.dequantized_buffer_bytes
 
 
@@ -222,7 +223,7 @@ def _add_staging(
     parts[job.site]["kv slots"] = moving.num_buffers * moving.kv_buffer
     parts[host]["kv host slots"] = moving.num_buffers * moving.kv_host
     parts[host]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
-    parts[host]["activation pages"] = (moving.num_buffers + moving.apart) * moving.pages
+    parts[host]["activation pages"] = (moving.num_buffers + moving.cpu_attention_buffers) * moving.pages
 
 
 def _workspace(
@@ -255,7 +256,7 @@ def _workspace(
     return (
         max(tokens * per_token * width, attending)
         + tokens * job.num_buffers * staged * width
-        + moving.apart * decode * staged * width
+        + moving.cpu_attention_buffers * decode * staged * width
         + logits
         + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
     )
@@ -267,7 +268,7 @@ def _attention_bytes(
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share; scores of a prompt that are changed before the
     softmax, some at a time; keys and values of a compressed cache, unpacked."""
-    found = 0
+    most = 0
     kinds = {layer.attention for layer in decoder.layers}
     heads = max(attention.heads for attention in kinds)
     kv_values = 2 * max(attention.rows["k"] for attention in kinds)
@@ -283,16 +284,16 @@ def _attention_bytes(
             unpacked = tokens * kv_values * width
         if changed:
             mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width)
-        found = max(found, mask + scores + unpacked)
-    return found
+        most = max(most, mask + scores + unpacked)
+    return most
 
 
 def _largest(groups: SequenceGroups) -> list[SequenceGroup]:
     """Sequence groups that may be the largest in some respect: by prompt tokens, by all tokens, by sequences."""
-    asked, starts = groups.requests, groups.members
+    requests, starts = groups.requests, groups.members
     measures = (
-        lambda g: sum(asked[i].prompt_len for i in g),
-        lambda g: sum(asked[i].prompt_len + asked[i].gen_len for i in g),
+        lambda g: sum(requests[i].prompt_len for i in g),
+        lambda g: sum(requests[i].prompt_len + requests[i].gen_len for i in g),
         len,
     )
     indices = [max(range(len(starts)), key=lambda n: measure(starts[n])) for measure in measures]

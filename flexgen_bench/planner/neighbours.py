@@ -13,7 +13,7 @@ from flexgen_bench.planner.search_space import SearchSpace
 
 _STEPS = (0.25, 0.05)  # shares that are moved between tiers at once, besides a single layer or sequence
 _CHUNKS = (None, 8192, 4096, 2048, 1024)
-MOST_SLOTS = 4
+MOST_BUFFERS = 4
 # Larger ones gain nothing that shows: weights are paid for by then.
 LARGEST_BLOCK, LARGEST_MICRO_BATCH = 1024, 256
 
@@ -23,7 +23,7 @@ def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     yield from _batches(space, policy)
     yield from _sites(space, policy)
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):
-        if 1 <= prefetch <= MOST_SLOTS:
+        if 1 <= prefetch <= MOST_BUFFERS:
             yield replace(policy, prefetch=prefetch)
     for kind, items in (
         ("weights", space.job.shape.num_layers),

@@ -24,7 +24,7 @@ SHARE = 16  # a kind gets a second point if it is a 16th of all passes, or of al
 # A row that is computed costs about as much as attending to so many cached tokens; only the order of passes depends on
 # it.
 _ROW_TOKENS = 1000
-# Played passes and their weights, by number: the time of a pass is the weighted sum of theirs.
+# Simulated passes and their weights, by number: the time of a pass is the weighted sum of theirs.
 Mix = Mapping[int, float]
 
 

@@ -29,7 +29,7 @@ from flexgen_bench.planner.search_space import SearchSpace
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
 LOOKED_AT = 10  # of all ways
-ONE_SLOT = 2  # of these, those that are looked at with a single staging buffer, too
+WITH_ONE_BUFFER = 2  # of these, those that are looked at with a single staging buffer, too
 # Steps that may be simulated to compare them (for each way of compressing that is permitted), and to improve on them:
 # about 30 us each.
 START_BUDGET = 100_000
@@ -100,7 +100,7 @@ class Search:
                     best = max(best, self.tok_per_s(fitted.policy))
             ways = [way for way in ways if way and way[0].bound > best]
         started.sort(key=lambda one: -self.tok_per_s(one.policy))
-        for candidate in started[:ONE_SLOT]:
+        for candidate in started[:WITH_ONE_BUFFER]:
             if candidate.policy.prefetch > 1:
                 solved = solver.solved(replace(candidate.policy, prefetch=1))
                 started += [one for one in map(solver.fitted, solved) if one is not None]

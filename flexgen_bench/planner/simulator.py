@@ -1,4 +1,4 @@
-"""Plays the steps of a job on lanes, in time that is computed instead of spent.
+"""Simulates the steps of a job on lanes: time is computed instead of spent.
 
 The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
 step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before.

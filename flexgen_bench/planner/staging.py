@@ -29,13 +29,13 @@ class Staging:
     """Bytes of one staging buffer each, and how many there are.
 
     prompt: keys and values of a prompt on their way home, per site that computes layers; prompt_host: the same between
-    an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages: hidden
-    states between disk and memory. num_buffers: for prefill and ordinary decode; apart: further ones for micro-batches
-    the cpu attends for.
+    an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages:
+    hidden states between disk and memory. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
+    ones for micro-batches the cpu attends for.
     """
 
     num_buffers: int
-    apart: int
+    cpu_attention_buffers: int
     prompt: Mapping[Site, int]
     prompt_host: int
     kv_buffer: int
@@ -127,5 +127,5 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
         attends and on_accelerator and any(s.tier is not Tier.GPU for kv_slot in groups.kv_slots for s in kv_slot.kv)
     )
     together = max(1, policy.gpu_batch_size // size)
-    apart = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0
-    return Staging(job.num_buffers, apart, prompt, prompt_host, kv_buffer, kv_host, pages)
+    cpu_attention_buffers = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0
+    return Staging(job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages)

@@ -79,7 +79,10 @@ def _bound(busy: Mapping[Lane, float]) -> str:
     (first, most), (second, less) = sorted(busy.items(), key=lambda one: -one[1])[:2]
     if most >= _WAITS:
         return f"bound by {_name(first)}, busy {most:.0%} of the job ({_name(second)}: {less:.0%})"
-    return f"no part is busy all the time: {_name(first)} {most:.0%} of the job, {_name(second)} {less:.0%}; steps wait for each other"
+    return (
+        f"no part is busy all the time: {_name(first)} {most:.0%} of the job, {_name(second)} {less:.0%}; "
+        "steps wait for each other"
+    )
 
 
 def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
@@ -90,7 +93,8 @@ def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
     yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
     cache = {site.tier: parts.get("kv_cache", 0) for site, parts in plan.bytes.items()}
     if sum(cache.values()):
-        text = f"{_lies(f'the KV cache of {policy.block_size} sequences', cache, here)}{_too_large(cache, here, 'than fits beside them')}"
+        text = _lies(f"the KV cache of {policy.block_size} sequences", cache, here)
+        text += _too_large(cache, here, "than fits beside them")
         away = sum(cache.values()) - cache.get(here, 0)
         if away and here is Tier.GPU:
             text += (

@@ -107,5 +107,5 @@ def _rows(tables: Path) -> Sequence[Quoted]:
     return read_quoted(tables)
 
 
-def _first(rows: Sequence[Quoted], wanted: Mapping[str, str]) -> Quoted | None:
-    return next((row for row in rows if row.matches(wanted)), None)
+def _first(rows: Sequence[Quoted], fields: Mapping[str, str]) -> Quoted | None:
+    return next((row for row in rows if row.matches(fields)), None)

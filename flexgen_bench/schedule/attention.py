@@ -13,11 +13,11 @@ from flexgen_bench.schedule.steps import Step, StepKind
 
 def attention_buffers(micro_batch: MicroBatch) -> tuple[Buffer, ...]:
     """Where the attention's output lies: one buffer per part in decode, one for all in prefill."""
-    found = micro_batch.known.get("attn")
-    if found is None:
+    buffers = micro_batch.known.get("attn")
+    if buffers is None:
         parts = range(len(micro_batch.kv_parts)) if micro_batch.token else (0,)
-        found = micro_batch.known["attn"] = tuple(micro_batch.buffer("attn", part) for part in parts)
-    return found
+        buffers = micro_batch.known["attn"] = tuple(micro_batch.buffer("attn", part) for part in parts)
+    return buffers
 
 
 def is_resident(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> bool:

@@ -28,7 +28,7 @@ class DependencyTracker:
     def add(self, step: Step) -> tuple[int, Dependencies]:
         """The step's number on its lane (from 1), and per other lane the number it waits for.
 
-        Called for every step that is run or played, so each buffer is looked up once.
+        Called for every step that is run or simulated, so each buffer is looked up once.
         """
         lane, used = step.lane, self._used
         number = self._count[lane] = self._count[lane] + 1

@@ -28,23 +28,23 @@ def pass_steps(
     """All steps of one pass over ``micro_batches``; chunks of one prompt follow each other. ``is_last``: load nothing
     beyond it.
 
-    Decoding micro-batches that the cpu attends for are taken apart at the attention: their projections come first, then
+    Decoding micro-batches that the cpu attends for are split at the attention: their projections come first, then
     the other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the
     same micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch
     to micro_batch on.
     """
     weights.begin_pass(is_last)
-    apart: list[MicroBatch] = []
+    cpu_attended: list[MicroBatch] = []
     others: list[MicroBatch] = []
     for micro_batch in micro_batches:
-        (apart if uses_cpu_attention(job, micro_batch.members) else others).append(micro_batch)
-    projected = False  # whether the layer's projections of ``apart`` were emitted with the layer before
+        (cpu_attended if uses_cpu_attention(job, micro_batch.members) else others).append(micro_batch)
+    projected = False  # whether the layer's projections of ``cpu_attended`` were emitted with the layer before
     for unit, following in zip(job.units, [*job.units[1:], None], strict=True):
         yield from weights.ready(unit)
         blob = weights.where(unit)
         if unit.kind is UnitKind.LAYER:
             ahead = following is not None and _may_overlap(job, unit, following)
-            split = apart if unit.site.is_accelerator else []
+            split = cpu_attended if unit.site.is_accelerator else []
             whole = others if split else micro_batches
             if not projected:
                 for micro_batch in split:

@@ -19,13 +19,13 @@ def working_buffers(unit: Unit, micro_batch: MicroBatch) -> tuple[Buffer, ...]:
     """What a compute step on a micro-batch's hidden states touches: the staging buffer for parts that live
     elsewhere, and the homes of the parts that live where the unit is computed."""
     site = unit.site
-    found = micro_batch.known.get(site)
-    if found is None:
+    buffers = micro_batch.known.get(site)
+    if buffers is None:
         parts = zip(micro_batch.hidden_parts, micro_batch.hidden_homes, strict=True)
         homes = tuple(home for part, home in parts if part.tier is site.tier)
         elsewhere = len(homes) < len(micro_batch.hidden_parts)
-        found = micro_batch.known[site] = (micro_batch.buffer(f"x.{site.name}"), *homes) if elsewhere else homes
-    return found
+        buffers = micro_batch.known[site] = (micro_batch.buffer(f"x.{site.name}"), *homes) if elsewhere else homes
+    return buffers
 
 
 def load_hidden(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:

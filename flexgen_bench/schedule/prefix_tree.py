@@ -82,7 +82,7 @@ def grow(requests: Sequence[ScoreRequest], rows: int) -> list[PrefixTree]:
     eight times as many.
     """
     of = [tuple(request.tokens) for request in requests]
-    found: list[PrefixTree] = []
+    trees: list[PrefixTree] = []
     growing = _Growing()
     for number in sorted(range(len(requests)), key=of.__getitem__):
         tokens = of[number]
@@ -90,12 +90,12 @@ def grow(requests: Sequence[ScoreRequest], rows: int) -> list[PrefixTree]:
         added = len(tokens) - 1 - shared
         full = growing.rows and growing.rows + added > rows
         if full and (shared <= REPEATED * growing.rows or growing.rows + added > 8 * rows):
-            found.append(growing.done())
+            trees.append(growing.done())
             growing, shared = _Growing(), 0
         growing.add(number, tokens, requests[number].start, shared)
     if growing.rows:
-        found.append(growing.done())
-    return found
+        trees.append(growing.done())
+    return trees
 
 
 class _Growing:
@@ -155,7 +155,7 @@ class _Run:
     *crown*.
 
     parent: number of the run it branches off (-1: none). before: how many rows all of its rows attend to besides.
-    below: one after the last row of the crown. apart: pairs of the runs of the crown, each with calls of its own.
+    below: one after the last row of the crown. separate: pairs of the runs of the crown, each with calls of its own.
     """
 
     start: int
@@ -163,7 +163,7 @@ class _Run:
     parent: int
     before: int
     below: int = 0
-    apart: int = 0
+    separate: int = 0
     one_call: bool = False  # for the run and its crown
     one_crown: bool = False  # the run has a call of its own, all of its crown another one
 
@@ -180,14 +180,14 @@ def _blocks(parents: Sequence[int]) -> Iterator[Block]:
         if crown:
             together = crown * (run.before + own + crown) + CALL_PAIRS
             whole = (own + crown) * (run.before + own + crown)
-            run.one_crown = together < run.apart
-            pairs += min(together, run.apart)
+            run.one_crown = together < run.separate
+            pairs += min(together, run.separate)
             run.one_call = whole < pairs
             pairs = min(whole, pairs)
         if run.parent >= 0:
             above = runs[run.parent]
             above.below = max(above.below, run.below)
-            above.apart += pairs + CALL_PAIRS
+            above.separate += pairs + CALL_PAIRS
     paths: list[tuple[tuple[int, int], ...]] = []  # of each run: the rows before it, and its own
     covered = 0
     for run in runs:

@@ -67,8 +67,8 @@ class ScheduledJob:
 
     weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
     disk when an accelerator computes. dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
-    num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next is
-    projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
+    num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
+    is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
     their bytes. device: number of the accelerator (of the host, where there is none).
     """
 
@@ -113,26 +113,26 @@ class ScheduledJob:
         """Staging buffers of weights on every site where there are any.
 
         Layers share ``weight_buffers`` of them. The embedding and the head, which are often larger, have one each: it
-        costs no more memory than slots that hold anything would, and the head can be on its way while every layer slot
-        is in use.
+        costs no more memory than buffers that hold anything would, and the head can be on its way while every layer
+        buffer is in use.
         """
-        found: dict[Site, tuple[WeightBuffer, ...]] = {}
+        by_site: dict[Site, tuple[WeightBuffer, ...]] = {}
         for site in sorted({site for u in self.streamed for site in u.path}):
             passing = [u for u in self.streamed if site in u.path]
-            slots: list[WeightBuffer] = []
+            buffers: list[WeightBuffer] = []
             for kind in UnitKind:
                 largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
                 if largest:
-                    slots += [WeightBuffer(kind, largest)] * (self.buffers_for(kind))
-            if slots:
-                found[site] = tuple(slots)
-        return found
+                    buffers += [WeightBuffer(kind, largest)] * (self.buffers_for(kind))
+            if buffers:
+                by_site[site] = tuple(buffers)
+        return by_site
 
     def pieces(self, unit: Unit) -> tuple[tuple[int, int], ...]:
         """Byte ranges in which a streamed unit is loaded, in whole pages.
 
         A head that is larger than a layer comes in pieces of about a layer's size, spread over the pass: as one piece
-        it would keep the link for so long that the layers in their slots are computed and the next are not there.
+        it would keep the link for so long that the layers in their buffers are computed and the next are not there.
         """
         if unit.kind is not UnitKind.HEAD or not self._largest_layer:
             return ((0, unit.load_bytes),)

@@ -1,4 +1,4 @@
-"""Sequences that start together and share a room in the KV cache until the last of them has ended."""
+"""Sequences that start together and share a KV slot until the last of them has ended."""
 
 from __future__ import annotations
 
@@ -42,11 +42,9 @@ class SequenceGroup:
 
     index: number of the sequence group in the job; sequences: their numbers in the job; prompt_lens: tokens of each;
     gen_len: most new tokens of any of them. kv, hidden: which of them are in which span of the KV slot (a span may be
-    empty).
-    layouts: how each KV span lies in its home; places: each sequence's place in its KV span's home. shared: leading
-    prompt tokens that all of them have in common, computed once, with the first sequence; fewer than the shortest
-    prompt has.
-    origin: the sequence group as it was when it started, if sequences have left since.
+    empty). layouts: how each KV span lies in its home; places: each sequence's place in its KV span's home. shared:
+    leading prompt tokens that all of them have in common, computed once, with the first sequence; fewer than the
+    shortest prompt has. origin: the sequence group as it was when it started, if sequences have left since.
     """
 
     index: int

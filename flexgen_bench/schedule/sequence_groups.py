@@ -99,24 +99,24 @@ class SequenceGroups:
         """For every KV slot the first one that is like it: the same tiers, and the same sequence groups that may move
         in. Large jobs have many KV slots and few kinds of them."""
         first: dict[object, KVSlot] = {}
-        found = []
+        representatives = []
         for kv_slot in self.kv_slots:
             groups = self._distinct[kv_slot.index if self.by_slot else 0]
             lens = tuple(tuple(self.requests[i] for i in self.members[g]) for g in groups)
-            found.append(first.setdefault((kv_slot.kv, kv_slot.hidden, lens), kv_slot))
-        return tuple(found)
+            representatives.append(first.setdefault((kv_slot.kv, kv_slot.hidden, lens), kv_slot))
+        return tuple(representatives)
 
     @cached_property
     def _distinct(self) -> tuple[tuple[int, ...], ...]:
         """Groups that differ in their lengths, per KV slot that they may move into (one list if that is any)."""
         lists = len(self.kv_slots) if self.by_slot else 1
-        found = []
+        distinct = []
         for first in range(lists):
             seen: dict[tuple[Request, ...], int] = {}
             for index in range(first, len(self.members), lists):
                 seen.setdefault(tuple(self.requests[i] for i in self.members[index]), index)
-            found.append(tuple(seen.values()))
-        return tuple(found)
+            distinct.append(tuple(seen.values()))
+        return tuple(distinct)
 
     @cached_property
     def lifetime(self) -> int:
@@ -138,7 +138,7 @@ class SequenceGroups:
 
 
 def form_groups(
-    shape: ModelShape, dtype: DType, policy: Policy, asked: Sequence[Request] | Capacity, compute: Tier
+    shape: ModelShape, dtype: DType, policy: Policy, demand: Sequence[Request] | Capacity, compute: Tier
 ) -> SequenceGroups:
     """Cut a job into sequence groups; prompts of similar length start together.
 
@@ -148,11 +148,11 @@ def form_groups(
     moves into any KV slot.
     """
     continuous = policy.schedule is Schedule.CONTINUOUS
-    if isinstance(asked, Capacity):
-        requests: Sequence[Request] = [asked.largest] * asked.sequences
+    if isinstance(demand, Capacity):
+        requests: Sequence[Request] = [demand.largest] * demand.sequences
         continuous, size = True, 1
     else:
-        requests, size = asked, min(policy.gpu_batch_size, len(asked))
+        requests, size = demand, min(policy.gpu_batch_size, len(demand))
         if continuous:
             size = min(size, _starting(policy.block_size, max(r.gen_len for r in requests)))
     order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)

@@ -37,10 +37,9 @@ class StepKind(StrEnum):
 class Step(NamedTuple):
     """One unit of work. (A tuple: hundreds of thousands are made in a search for a policy.)
 
-    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. micro_batch: the one it belongs to;
-    NO_MICRO_BATCH for steps on a unit's weights, which serve all of them.
-    part: which span of the micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one.
-    weight_buffer: staging buffer of the weights (-1: in place).
+    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. micro_batch: the one it belongs to; NO_MICRO_BATCH for steps
+    on a unit's weights, which serve all of them. part: which span of the micro-batch's sequences, -1 for all; of
+    weights, which piece, -1 if they are loaded as one. weight_buffer: staging buffer of the weights (-1: in place).
     dequantized_buffer: that of the unpacked weights, where compressed ones are unpacked by a step of their own (-1:
     they are not). bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
     """

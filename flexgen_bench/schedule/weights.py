@@ -23,9 +23,9 @@ class Blob:
 
 
 class WeightStream:
-    """Emits load steps for streamed units, in order, cyclically over the passes, as many as there are slots.
+    """Emits load steps for streamed units, in order, cyclically over the passes, as many as there are buffers.
 
-    A load is emitted once everything that uses the unit whose slot it takes has been, so the derived write-after-read
+    A load is emitted once everything that uses the unit whose buffer it takes has been, so the derived write-after-read
     dependency is the back-pressure. It does not stop at the end of a pass: while the head computes, the first layers of
     the next pass are already on their way.
     """
@@ -34,14 +34,14 @@ class WeightStream:
         self._job = job
         self._order = _spread(job)
         self._loads = 0  # emitted so far, over all passes
-        self._held = dict.fromkeys(UnitKind, 0)  # of these, those whose slots are not free again
+        self._held = dict.fromkeys(UnitKind, 0)  # of these, those whose buffers are not free again
         self._end = 0  # of the loads, where the present pass ends
         self._is_last = False
-        self._used: dict[tuple[Site, UnitKind], int] = {}  # loads into the slots of a site and kind
-        self._place: dict[tuple[Site, int], int] = {}  # (site, unit) -> slot of its latest load
-        self._slots: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
+        self._used: dict[tuple[Site, UnitKind], int] = {}  # loads into the buffers of a site and kind
+        self._place: dict[tuple[Site, int], int] = {}  # (site, unit) -> buffer of its latest load
+        self._buffers: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._unpacked = 0
-        self._dequantized: dict[int, int] = {}  # unit -> target slot of the present pass
+        self._dequantized: dict[int, int] = {}  # unit -> buffer of the present pass
 
     def begin_pass(self, is_last: bool) -> None:
         """Announce a pass. ``is_last``: nothing is loaded for a pass after it."""
@@ -55,12 +55,12 @@ class WeightStream:
         if unit.unpack and unit.index not in self._dequantized:
             target = self._dequantized[unit.index] = self._unpacked % self._job.dequantized_buffers
             self._unpacked += 1
-            packed, slot = self._packed(unit)
+            packed, buffer = self._packed(unit)
             yield Step(
                 unit.site.lane,
                 StepKind.DEQUANTIZE,
                 unit.index,
-                weight_buffer=slot,
+                weight_buffer=buffer,
                 dequantized_buffer=target,
                 reads=packed,
                 writes=(Buffer("dequantized", target),),
@@ -68,25 +68,25 @@ class WeightStream:
 
     def where(self, unit: Unit) -> Blob:
         """Where the unit's weights are, in this pass, once ``ready`` has been emitted."""
-        packed, slot = self._packed(unit)
+        packed, buffer = self._packed(unit)
         if unit.index in self._dequantized:
             target = self._dequantized[unit.index]
-            return Blob((*packed, Buffer("dequantized", target)), slot, target)
-        return Blob(packed, slot)
+            return Blob((*packed, Buffer("dequantized", target)), buffer, target)
+        return Blob(packed, buffer)
 
     def done(self, unit: Unit) -> Iterator[Step]:
-        """The steps to emit after the last use of ``unit`` in this pass: the load that may take its slot."""
-        if unit.index in self._slots:
-            self._slots[unit.index].popleft()
+        """The steps to emit after the last use of ``unit`` in this pass: the load that may take its buffer."""
+        if unit.index in self._buffers:
+            self._buffers[unit.index].popleft()
             self._held[unit.kind] -= 1
             yield from self._fill()
 
     def _packed(self, unit: Unit) -> tuple[tuple[Buffer, ...], int]:
-        if unit.index not in self._slots:
+        if unit.index not in self._buffers:
             return (Buffer("resident", unit.index),), -1
-        slot, count = self._slots[unit.index][0], len(self._job.pieces(unit))
+        buffer, count = self._buffers[unit.index][0], len(self._job.pieces(unit))
         name = f"weights.{unit.site.name}"
-        return tuple(Buffer(name, slot, part=piece) for piece in range(count)), slot
+        return tuple(Buffer(name, buffer, part=piece) for piece in range(count)), buffer
 
     def _fill(self) -> Iterator[Step]:
         if not self._order:
@@ -101,7 +101,7 @@ class WeightStream:
                 self._held[unit.kind] += 1
                 for site in unit.path:
                     self._place[site, unit.index] = self._next_buffer(site, unit.kind)
-                self._slots[unit.index].append(self._place[unit.site, unit.index])
+                self._buffers[unit.index].append(self._place[unit.site, unit.index])
             self._loads += 1
             yield from self._load(unit, piece)
 
@@ -111,14 +111,14 @@ class WeightStream:
         pieces = self._job.pieces(unit)
         start, stop = pieces[piece]
         for site in unit.path:
-            slot = self._place[site, unit.index]
-            target = Buffer(f"weights.{site.name}", slot, part=piece)
+            buffer = self._place[site, unit.index]
+            target = Buffer(f"weights.{site.name}", buffer, part=piece)
             yield Step(
                 site.h2d_weights if site.is_accelerator else site.disk_read,
                 StepKind.LOAD_WEIGHTS,
                 unit.index,
                 part=piece if len(pieces) > 1 else -1,
-                weight_buffer=slot,
+                weight_buffer=buffer,
                 reads=(source,),
                 writes=(target,),
                 bytes=stop - start,
@@ -126,10 +126,10 @@ class WeightStream:
             source = target
 
     def _next_buffer(self, site: Site, kind: UnitKind) -> int:
-        """The slots of a kind are used in turn."""
+        """The buffers of a kind are used in turn."""
         used = self._used.get((site, kind), 0)
         self._used[site, kind] = used + 1
-        first = next(i for i, slot in enumerate(self._job.buffers[site]) if slot.kind is kind)
+        first = next(i for i, buffer in enumerate(self._job.buffers[site]) if buffer.kind is kind)
         return first + used % self._job.buffers_for(kind)
 
 

@@ -85,19 +85,19 @@ def text_of(answers: Mapping[str, Answer]) -> str:
     return _text(ordered)
 
 
-def plain(answer: Answer) -> Answer:
+def as_read_back(answer: Answer) -> Answer:
     """The answer as it is read back, so that what is kept and what is new look the same."""
     return _answer(json.loads(_line(answer)), "answer")
 
 
 @dataclass
 class KeptPredictions:
-    """The answers that are shipped, and the user's own in the file ``own``. tell: gets a line about a file that is
+    """The answers that are shipped, and the user's own in the file ``own``. notify: gets a line about a file that is
     damaged or cannot be written; neither is more than a loss of time."""
 
     shipped: Path
     own: Path
-    tell: Callable[[str], None] = field(repr=False)
+    notify: Callable[[str], None] = field(repr=False)
 
     def find(self, key: str) -> Answer | None:
         return self._shipped.get(key) or self._own.get(key)
@@ -115,7 +115,7 @@ class KeptPredictions:
             temporary.write_text(_text(newest), encoding="utf-8", newline="\n")
             temporary.replace(self.own)
         except OSError as error:
-            self.tell(f"predictions are not kept: {self.own}: {error.strerror or error}")
+            self.notify(f"predictions are not kept: {self.own}: {error.strerror or error}")
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
@@ -131,7 +131,7 @@ class KeptPredictions:
         try:
             return load(path)
         except StoreError as error:
-            self.tell(f"warning: {error}; what it kept is predicted anew")
+            self.notify(f"warning: {error}; what it kept is predicted anew")
             return {}
 
 

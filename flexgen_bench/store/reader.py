@@ -69,8 +69,8 @@ def read_paths(paths: Iterable[Path]) -> tuple[list[StoredRecord], list[Problem]
 def read_all(results_dir: Path) -> tuple[list[StoredRecord], list[Problem]]:
     """The newest record of every spec in every suite, and the files that could not be used.
 
-    Suites are kept apart: the same cell may stand in two of them, and each has its own table.
-    An absent folder holds no records. Raises StoreError if ``results_dir`` cannot be listed.
+    Suites are kept apart: the same cell may stand in two of them, and each has its own table. An absent folder holds no
+    records. Raises StoreError if ``results_dir`` cannot be listed.
     """
     records, problems = read_paths(record_files(Path(results_dir)))
     newest: dict[tuple[str, str], StoredRecord] = {}

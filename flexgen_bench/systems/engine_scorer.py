@@ -27,7 +27,7 @@ class EngineScorer(Scorer):
         return self._llm.log_probabilities(sequences)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], on_tokens: OnTokens) -> None:
-        self._llm.generate(prompts, params, lambda index, found: on_tokens(index, found.token_ids))
+        self._llm.generate(prompts, params, lambda index, output: on_tokens(index, output.token_ids))
 
     def close(self) -> None:
         self._llm.close()

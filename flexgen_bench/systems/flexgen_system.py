@@ -56,11 +56,11 @@ class FlexGenSystem(System):
         self._pack()
 
     def _pack(self) -> PackedWeights:
-        def tell(done: int, total: int) -> None:
+        def on_packed(done: int, total: int) -> None:
             _stage.info("packing weights", extra={"progress": ("convert", done, total, "B")})
 
         return PackedWeights.from_checkpoint(
-            self.files.checkpoint, self.spec.dtype, self.files.cache, tell, self.spec.lossy.weights
+            self.files.checkpoint, self.spec.dtype, self.files.cache, on_packed, self.spec.lossy.weights
         )
 
     def default_batch_size(self) -> int:

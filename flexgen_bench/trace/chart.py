@@ -66,9 +66,9 @@ class Panel:
 
 def chart(run: TracedRun) -> str:
     """The picture as SVG: the whole run, the first prefill, and a decode pass from its middle."""
-    lanes = {name: list(found) for name, found in run.timeline.lanes.items() if len(found)}
+    lanes = {name: list(slices) for name, slices in run.timeline.lanes.items() if len(slices)}
     panels = _panels(run, lanes)
-    kinds = [k for k in COLOURS if any(s.kind == k for found in lanes.values() for s in found)]
+    kinds = [k for k in COLOURS if any(s.kind == k for slices in lanes.values() for s in slices)]
     panel_height = 24 + ROW * len(lanes) + 34
     legend_rows = -(-len(kinds) // 8)
     height = TOP + panel_height * len(panels) + 20 * legend_rows + 16 + MARGIN
@@ -113,18 +113,18 @@ def _subtitle(run: TracedRun) -> str:
 def _panels(run: TracedRun, lanes: dict[str, list[Slice]]) -> list[Panel]:
     if not lanes:
         return []
-    begin = min(found[0].begin_s for found in lanes.values())
-    end = max(found[-1].end_s for found in lanes.values())
+    begin = min(slices[0].begin_s for slices in lanes.values())
+    end = max(slices[-1].end_s for slices in lanes.values())
     panels = [Panel(f"Whole repetition: {_time(end - begin)}", begin, end)]
     passes = find_passes(run.timeline)
-    for found in typical(passes):
-        what = "Prefill and decode" if found.prefills and found.decodes else "Prefill" if found.prefills else "Decode"
+    for one in typical(passes):
+        what = "Prefill and decode" if one.prefills and one.decodes else "Prefill" if one.prefills else "Decode"
         panels.append(
             Panel(
-                f"{what}: pass {found.number} of {len(passes)}, from {_time(found.begin_s - begin)}, "
-                f"{_time(found.seconds)} long",
-                found.begin_s,
-                found.end_s,
+                f"{what}: pass {one.number} of {len(passes)}, from {_time(one.begin_s - begin)}, "
+                f"{_time(one.seconds)} long",
+                one.begin_s,
+                one.end_s,
             )
         )
     return panels
@@ -143,18 +143,19 @@ def _draw(svg: Svg, run: TracedRun, panel: Panel, lanes: dict[str, list[Slice]],
         svg.line((x, top), (x, bottom + 4), "#dddddd")
         svg.text((x, bottom + 17), label, anchor="middle", size=11, fill="#666666")
     shown = {
-        name: [s for s in found if s.end_s > panel.begin_s and s.begin_s < panel.end_s] for name, found in lanes.items()
+        name: [s for s in slices if s.end_s > panel.begin_s and s.begin_s < panel.end_s]
+        for name, slices in lanes.items()
     }
     exact = sum(map(len, shown.values())) <= MOST_BOXES
-    for i, (name, found) in enumerate(shown.items()):
+    for i, (name, slices) in enumerate(shown.items()):
         y = top + ROW * i + (ROW - BAR) / 2
         svg.text((LEFT - 8, y + 14), name, anchor="end")
         svg.rect((LEFT, y, PLOT, BAR), "#f3f3f3")
         if exact:
-            _steps(svg, run, panel, found, y)
+            _steps(svg, run, panel, slices, y)
         else:
-            _shares(svg, panel, found, y)
-        worked = sum(_inside(panel, s) for s in found)
+            _shares(svg, panel, slices, y)
+        worked = sum(_inside(panel, s) for s in slices)
         busy = worked / panel.span_s if panel.span_s else 0.0
         svg.text((LEFT + PLOT + 8, y + 14), f"{busy:.0%} busy", size=11, fill="#666666")
 
@@ -164,9 +165,9 @@ def _inside(panel: Panel, s: Slice) -> float:
     return min(s.end_s, panel.end_s) - max(s.begin_s, panel.begin_s)
 
 
-def _steps(svg: Svg, run: TracedRun, panel: Panel, found: Sequence[Slice], y: float) -> None:
+def _steps(svg: Svg, run: TracedRun, panel: Panel, slices: Sequence[Slice], y: float) -> None:
     """Every step as a box of its own; wide ones bear their unit's number."""
-    for s in found:
+    for s in slices:
         x, end = panel.x(s.begin_s), panel.x(s.end_s)
         tooltip = f"{run.slice_name(s)}, {s.seconds * 1000:.3f} ms"
         # A sliver of background between neighbours of one kind, where there is room for it.
@@ -176,10 +177,10 @@ def _steps(svg: Svg, run: TracedRun, panel: Panel, found: Sequence[Slice], y: fl
             svg.text((x + width / 2, y + 14), str(s.unit), anchor="middle", size=10)
 
 
-def _shares(svg: Svg, panel: Panel, found: Sequence[Slice], y: float) -> None:
+def _shares(svg: Svg, panel: Panel, slices: Sequence[Slice], y: float) -> None:
     """Steps narrower than pixels: in every column of pixels, a kind is as high as its share of that time."""
     columns: list[dict[str, float]] = [{} for _ in range(PLOT)]
-    for s in found:
+    for s in slices:
         for place, share in _spread(panel, s):
             columns[place][s.kind] = columns[place].get(s.kind, 0.0) + share
     boxes: dict[str, list[Box]] = {}

@@ -30,7 +30,7 @@ def find_passes(timeline: Timeline) -> list[Pass]:
 
     A new pass begins where the lane that embeds comes back to the embedding, unit 0.
     """
-    computed = next((found for lane in timeline.lanes.values() if (found := _of_batches(list(lane)))), [])
+    computed = next((steps for lane in timeline.lanes.values() if (steps := _of_batches(list(lane)))), [])
     starts = [i for i, s in enumerate(computed) if i == 0 or s.unit == 0 < computed[i - 1].unit]
     groups = [computed[a:b] for a, b in pairwise([*starts, len(computed)])]
     ends = [group[0].begin_s for group in groups[1:]] + [g[-1].end_s for g in groups[-1:]]

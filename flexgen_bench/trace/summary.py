@@ -48,28 +48,28 @@ class Summary:
 
 def summarise(timeline: Timeline) -> Summary:
     """Every figure of a timeline; lanes that did nothing are left out."""
-    slices = {lane: list(found) for lane, found in timeline.lanes.items() if len(found)}
-    if not slices:
+    steps = {lane: list(of_lane) for lane, of_lane in timeline.lanes.items() if len(of_lane)}
+    if not steps:
         return Summary(0.0, (), (), None, timeline.dropped)
-    begin = min(found[0].begin_s for found in slices.values())
-    end = max(found[-1].end_s for found in slices.values())
+    begin = min(of_lane[0].begin_s for of_lane in steps.values())
+    end = max(of_lane[-1].end_s for of_lane in steps.values())
     lanes = tuple(
         LaneSummary(
             lane,
-            len(found),
-            sum(s.seconds for s in found),
-            sum(s.bytes for s in found),
+            len(of_lane),
+            sum(s.seconds for s in of_lane),
+            sum(s.bytes for s in of_lane),
             timeline.lanes[lane].bytes_per_s,
             Lane.parse(lane).is_link,
         )
-        for lane, found in slices.items()
+        for lane, of_lane in steps.items()
     )
     busiest = max(lanes, key=lambda lane: lane.busy_s).lane
     return Summary(
         wall_s=end - begin,
         lanes=lanes,
-        kinds=_by_kind(slices),
-        waiting=_waiting(busiest, {lane: busy(found) for lane, found in slices.items()}, begin, end),
+        kinds=_by_kind(steps),
+        waiting=_waiting(busiest, {lane: busy(of_lane) for lane, of_lane in steps.items()}, begin, end),
         dropped=timeline.dropped,
     )
 
@@ -77,8 +77,8 @@ def summarise(timeline: Timeline) -> Summary:
 def _by_kind(slices: dict[str, list[Slice]]) -> tuple[tuple[str, str, int, float], ...]:
     steps: dict[tuple[str, str], int] = defaultdict(int)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
-    for lane, found in slices.items():
-        for s in found:
+    for lane, of_lane in slices.items():
+        for s in of_lane:
             steps[lane, s.kind] += 1
             seconds[lane, s.kind] += s.seconds
     longest = sorted(seconds, key=lambda key: -seconds[key])
@@ -158,11 +158,11 @@ def to_text(summary: Summary) -> str:
     parts.append(_table(rows, left=2))
     waiting = summary.waiting
     if waiting is not None:
-        told = [f"{share:.1%} {name}" for name, share in waiting.others.items()]
-        told.append(f"{waiting.nobody:.1%} nobody")
+        shares = [f"{share:.1%} {name}" for name, share in waiting.others.items()]
+        shares.append(f"{waiting.nobody:.1%} nobody")
         parts.append(
             f"The busiest lane, {waiting.lane}, was idle for {waiting.idle_s:.3f} s ({_percent(waiting.idle_s, wall)} "
-            f"of wall); busy in that time: {', '.join(told)}.\n"
+            f"of wall); busy in that time: {', '.join(shares)}.\n"
         )
     if summary.dropped:
         parts.append(f"The job's last {summary.dropped} steps are not in the trace, which has a limit.\n")

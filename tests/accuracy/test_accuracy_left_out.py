@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance
 
 from flexgen_bench.accuracy.compare.compare import Margins, compare_task
 from flexgen_bench.accuracy.run.lm import SystemLM, make_lm
-from flexgen_bench.accuracy.run.run import AskedTask
+from flexgen_bench.accuracy.run.run import RequestedTask
 from flexgen_bench.cli.accuracy import main
 from flexgen_bench.cli.report import main as report
 from flexgen_bench.core.errors import UserError
@@ -119,10 +119,10 @@ class Rows(list[dict[str, Any]]):
     features = dict.fromkeys(("text", "choices", "gold"))
 
 
-def quiz(rows: list[dict[str, Any]]) -> Callable[..., list[AskedTask]]:
+def quiz(rows: list[dict[str, Any]]) -> Callable[..., list[RequestedTask]]:
     from lm_eval.api.task import ConfigurableTask
 
-    def tasks(request: object, limit: int) -> list[AskedTask]:
+    def tasks(request: object, limit: int) -> list[RequestedTask]:
         task = ConfigurableTask(
             config={
                 "task": "quiz",
@@ -137,7 +137,7 @@ def quiz(rows: list[dict[str, Any]]) -> Callable[..., list[AskedTask]]:
                 "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
             }
         )
-        return [AskedTask("quiz", "1", {"test": "0" * 64}, "acc", len(rows), task)]
+        return [RequestedTask("quiz", "1", {"test": "0" * 64}, "acc", len(rows), task)]
 
     return tasks
 
@@ -145,7 +145,7 @@ def quiz(rows: list[dict[str, Any]]) -> Callable[..., list[AskedTask]]:
 def test_a_run_says_what_it_left_out(
     checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flexgen_bench.accuracy.run.run.asked_tasks", quiz(ROWS))
+    monkeypatch.setattr("flexgen_bench.accuracy.run.run.requested_tasks", quiz(ROWS))
     words = [
         f"model={checkpoint}",
         f"cache_dir={cache}",
@@ -176,7 +176,7 @@ def test_a_run_says_what_it_left_out(
 def test_a_task_of_which_nothing_can_be_scored(
     checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flexgen_bench.accuracy.run.run.asked_tasks", quiz(ROWS[2:4]))
+    monkeypatch.setattr("flexgen_bench.accuracy.run.run.requested_tasks", quiz(ROWS[2:4]))
     words = [f"model={checkpoint}", f"cache_dir={cache}", f"results_dir={tmp_path}", "text_tokens=0"]
     assert main(words) == 2
     assert "items of task quiz" in capsys.readouterr().err

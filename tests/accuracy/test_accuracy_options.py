@@ -85,7 +85,7 @@ def test_a_model_without_tokenizer_is_refused(
 ) -> None:
     from tests.accuracy.test_accuracy_run import tiny_tasks
 
-    monkeypatch.setattr("flexgen_bench.accuracy.run.run.asked_tasks", lambda request, limit: tiny_tasks())
+    monkeypatch.setattr("flexgen_bench.accuracy.run.run.requested_tasks", lambda request, limit: tiny_tasks())
     folder = save(random_model("opt"), tmp_path / "plain")
     assert main([f"model={folder}", f"results_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]) == 2
     assert "tokenizer" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 from flexgen_bench.accuracy.data.readers import read
-from flexgen_bench.accuracy.data.readers.wikipedia import plain
+from flexgen_bench.accuracy.data.readers.wikipedia import article_text
 from flexgen_bench.accuracy.data.rows import ordered
 from tests.support.accuracy_packages import arrow, bigbench, put, requests
 
@@ -219,7 +219,7 @@ def test_wikipedia_reads_like_an_article(tmp_path: Path) -> None:
     put(tmp_path, {"dump.bz2": bz2.compress(f"<mediawiki>{page}{other}<page>cut".encode())})
     (row,) = read("wikipedia", tmp_path, {"longest": 500, "shortest": 10})["test"]
     assert row == {"subject": "Art", "text": "Art is a human skill, and good.\n\nIt is old now."}
-    assert plain("A sentence.\nNo end") == "A sentence."
+    assert article_text("A sentence.\nNo end") == "A sentence."
 
 
 def test_wikipedia_pieces_are_within_bounds(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_bench.accuracy.run.run import AskedTask
+from flexgen_bench.accuracy.run.run import RequestedTask
 from flexgen_bench.cli.accuracy import main
 from flexgen_bench.core.accuracy import ModeRecord, TaskRecord
 from flexgen_bench.store.accuracy_store import read_accuracy
@@ -57,7 +57,7 @@ def documents(count: int, **_: Any) -> dict[str, Any]:
     return {"test": Dataset.from_list(rows)}
 
 
-def tiny_tasks(count: int = 8) -> list[AskedTask]:
+def tiny_tasks(count: int = 8) -> list[RequestedTask]:
     """One task of each kind of request."""
     from lm_eval.api.task import ConfigurableTask
 
@@ -103,7 +103,7 @@ def tiny_tasks(count: int = 8) -> list[AskedTask]:
             }
         )
         metric = config["metric_list"][0]["metric"]
-        found.append(AskedTask(name, "1", {"test": "0" * 64}, metric, count, task))
+        found.append(RequestedTask(name, "1", {"test": "0" * 64}, metric, count, task))
     return found
 
 
@@ -120,7 +120,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command with tiny tasks instead of those of packages."""
-    monkeypatch.setattr("flexgen_bench.accuracy.run.run.asked_tasks", lambda request, limit: tiny_tasks())
+    monkeypatch.setattr("flexgen_bench.accuracy.run.run.requested_tasks", lambda request, limit: tiny_tasks())
 
     def call(*words: str) -> int:
         usual = [f"model={checkpoint}", f"cache_dir={cache}", f"results_dir={tmp_path}", "threads=1"]
@@ -190,7 +190,9 @@ def test_fewer_items_than_are_recorded_are_not_run_again_and_more_are(
     assert run("mode=exact") == 0
     before = sorted(tmp_path.rglob("*.json.gz"))
     for count, new in ((5, 0), (8, 0), (11, 4)):
-        monkeypatch.setattr("flexgen_bench.accuracy.run.run.asked_tasks", lambda request, limit, n=count: tiny_tasks(n))
+        monkeypatch.setattr(
+            "flexgen_bench.accuracy.run.run.requested_tasks", lambda request, limit, n=count: tiny_tasks(n)
+        )
         assert run("mode=exact") == 0
         assert len(sorted(tmp_path.rglob("*.json.gz"))) == len(before) + new
     assert len(records(tmp_path)["flexgen", "exact", "choose"].items) == 11
@@ -230,16 +232,16 @@ def test_the_count_of_cut_items_survives_a_kill(tmp_path: Path) -> None:
     from flexgen_bench.accuracy.run.evaluate import TruncationCount
 
     answers = tmp_path / "answers"
-    first = TruncationCount.beside(answers)
+    first = TruncationCount.next_to(answers)
     for _ in range(3):
         first["loglikelihood"] += 1
-    assert TruncationCount.beside(answers) == {}, "killed before the first answer: count again"
+    assert TruncationCount.next_to(answers) == {}, "killed before the first answer: count again"
     for _ in range(3):
-        TruncationCount.beside(answers)
-    again = TruncationCount.beside(answers)
+        TruncationCount.next_to(answers)
+    again = TruncationCount.next_to(answers)
     again["loglikelihood"] += 3
     (tmp_path / "answers_rank0.db").touch()
-    resumed = TruncationCount.beside(answers)
+    resumed = TruncationCount.next_to(answers)
     resumed["loglikelihood"] += 1
     assert resumed == {"loglikelihood": 3}
 
@@ -328,12 +330,12 @@ def test_weights_on_the_grid_are_told_and_do_not_fail(
     """As SmolLM2's on that of groups of 32: lossless by construction, which must not be read as a result."""
     from transformers import AutoModelForCausalLM
 
-    from flexgen_bench.accuracy.run.rtn_baseline import apply_yardstick
+    from flexgen_bench.accuracy.run.rtn_baseline import apply_rtn
     from flexgen_bench.core.compression import Compression
 
     folder = text_model(tmp_path / "gridded")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    apply_yardstick(model, Compression(4, 32))
+    apply_rtn(model, Compression(4, 32))
     model.save_pretrained(folder)
     assert run(f"model={folder}", "mode=w4g32") == 0
     out = capsys.readouterr().out
@@ -347,7 +349,7 @@ sys.path.insert(0, {root!r})
 from tests.accuracy.test_accuracy_run import tiny_tasks
 import flexgen_bench.accuracy.run.run as run
 from flexgen_bench.accuracy.run.lm import SystemLM
-run.asked_tasks = lambda request, limit: tiny_tasks(60)[:2]
+run.requested_tasks = lambda request, limit: tiny_tasks(60)[:2]
 keep = SystemLM._keep
 def slowly(self, *rest):
     keep(self, *rest)

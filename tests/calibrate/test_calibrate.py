@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flexgen_bench.calibrate.attention import apart, decode_probes
+from flexgen_bench.calibrate.attention import decode_cost, decode_probes
 from flexgen_bench.calibrate.disturbance import as_met, slowdowns
 from flexgen_bench.calibrate.effort import CPU_MATRIX, FULL, QUICK, Effort, SiteEffort
 from flexgen_bench.calibrate.site import ProbeMemory, Site
@@ -442,7 +442,7 @@ def test_what_attention_takes_beside_reading_is_told_apart(
     large = reading(sequences * of_one + 1e6, large_s)
     short = reading(sequences * of_one, short_s)
     single = reading(of_one, short_s - (sequences - 1) * expected[1])
-    found = apart(large, short, single, 1e10)
+    found = decode_cost(large, short, single, 1e10)
     assert (found.call_s, found.sequence_s, found.rate) == pytest.approx(expected, rel=0.01, abs=1e-8)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexgen_bench.accuracy.run.importance import measure, write_importance
-from flexgen_bench.accuracy.run.rtn_baseline import apply_yardstick, matrices, round_to_nearest
+from flexgen_bench.accuracy.run.rtn_baseline import apply_rtn, matrices, round_to_nearest
 from flexgen_bench.core.compression import Along, Compression, Scales
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType
@@ -208,7 +208,7 @@ def test_calibration_is_of_groups_along_inputs() -> None:
 def test_the_yardstick_changes_what_the_engine_compresses(name: str) -> None:
     compression = Compression(4, 16, Along.OUTPUTS)
     model, before = random_model(name), random_model(name)
-    changed = apply_yardstick(model, compression)
+    changed = apply_rtn(model, compression)
     assert len(changed) == len(set(changed))
     old = dict(before.named_parameters())
     for parameter_name, parameter in model.named_parameters():
@@ -228,7 +228,7 @@ def test_a_packed_model_holds_the_yardsticks_values(name: str, along: Along, bit
     folder = save(random_model(name), tmp_path / "ckpt")
     kind = PackedWeights.from_checkpoint(folder, DType.FLOAT32, tmp_path / "cache", compression=compression)
     model = random_model(name)
-    apply_yardstick(model, compression)
+    apply_rtn(model, compression)
     expected = model.state_dict()
     content = torch.frombuffer(bytearray(kind.store.path.read_bytes()), dtype=torch.uint8)
     differing = total = 0

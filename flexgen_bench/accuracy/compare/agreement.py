@@ -16,10 +16,10 @@ TIE = 1e-3
 @dataclass(frozen=True)
 class Agreement:
     """ties: items whose predictions differ where the choices are closer than ``TIE``. different: ids of those that
-    differ otherwise. mean, largest: of the differences of log-likelihoods. beside: the second system."""
+    differ otherwise. mean, largest: of the differences of log-likelihoods. reference: the second system."""
 
     task: str
-    beside: str
+    reference: str
     n: int
     ties: int
     different: Sequence[str]
@@ -37,14 +37,14 @@ def agreement(first: TaskRecord, second: TaskRecord) -> Agreement:
         for a, b in zip(x.loglik, y.loglik, strict=True)
         if math.isfinite(a) and math.isfinite(b)
     ]
-    apart = [(x, y) for x, y in pairs if x.prediction != y.prediction]
-    ties = [x.id for x, y in apart if _is_tie(x, y)]
+    differing = [(x, y) for x, y in pairs if x.prediction != y.prediction]
+    ties = [x.id for x, y in differing if _is_tie(x, y)]
     return Agreement(
         first.task,
         second.subject.system,
         len(pairs),
         len(ties),
-        [x.id for x, _ in apart if x.id not in set(ties)],
+        [x.id for x, _ in differing if x.id not in set(ties)],
         math.fsum(changes) / len(changes) if changes else 0.0,
         max(map(abs, changes), default=0.0),
     )

@@ -69,8 +69,7 @@ class TaskComparison:
     added bits per byte of the right texts, 95 % (None where nothing was scored). lost, won: items right in one run
     alone. p: McNemar's exact test, or the bootstrap's where an item is not just right or wrong; p_holm: adjusted for
     all tasks of the mode. same_predictions: items with the same answer. bounded: whether the score lies between 0 and
-    1.
-    left_out: items that one of the runs could not score, which are in neither side. silent: whether neither run got
+    1. left_out: items that one of the runs could not score, which are in neither side. silent: whether neither run got
     anything right, so that nothing could be lost. difference: with the sign that makes better positive.
     """
 
@@ -132,10 +131,10 @@ def compare_modes(
     return combined([compare_task(reference[n], candidate[n], margins) for n in names], margins)
 
 
-def combined(found: Sequence[TaskComparison], margins: Margins) -> ModeComparison:
+def combined(comparisons: Sequence[TaskComparison], margins: Margins) -> ModeComparison:
     """The tasks of one mode together; p values are adjusted for their number."""
-    adjusted = holm({t.task: t.p for t in found})
-    tasks = [replace(t, p_holm=adjusted[t.task], verdict=_verdict(t, adjusted[t.task], margins)) for t in found]
+    adjusted = holm({t.task: t.p for t in comparisons})
+    tasks = [replace(t, p_holm=adjusted[t.task], verdict=_verdict(t, adjusted[t.task], margins)) for t in comparisons]
     scored = [t for t in tasks if t.bounded and not t.silent]
     bits = [t.bits_difference for t in tasks if t.bits_difference is not None]
     mean_score = mean_of_intervals([t.likely for t in scored]) if scored else None
@@ -255,11 +254,11 @@ def _kept(item: Item) -> list[float]:
 
 def _wide(difference: Difference, pair: Discordance | None, level: float) -> Interval:
     """The bootstrap's interval; where items are right or wrong no narrower than Tango's."""
-    found = difference.interval(level)
+    bootstrap = difference.interval(level)
     if pair is None:
-        return found
+        return bootstrap
     other = pair.tango(difference.n, level)
-    return replace(found, low=min(found.low, other.low), high=max(found.high, other.high))
+    return replace(bootstrap, low=min(bootstrap.low, other.low), high=max(bootstrap.high, other.high))
 
 
 def _verdict(task: TaskComparison, p: float, margins: Margins) -> Verdict:

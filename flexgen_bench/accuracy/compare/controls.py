@@ -22,7 +22,7 @@ BAND = (0.05, 0.12)
 ON_GRID = 0.2
 # Added log-loss of the engine, of that of a plain rounding on the same weights. Below LEAST bits per byte the ratio is
 # that of two noises.
-MOST_OF_YARDSTICK = 1.02
+MOST_OF_RTN = 1.02
 LEAST_ADDED = 0.002
 
 
@@ -38,20 +38,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the controls look at for one mode. comparison: with the exact mode; yardstick: the yardstick's with its
-    exact mode."""
+    """What the controls look at for one mode. comparison: with the exact mode; rtn: the round-to-nearest baseline's
+    with its exact mode."""
 
     mode: str
     lossy: Lossy
     comparison: ModeComparison | None = None
     numbers: ModeRecord | None = None
-    yardstick: ModeComparison | None = None
+    rtn: ModeComparison | None = None
 
 
 def check(seen: Sequence[Seen]) -> list[Finding]:
     """Everything that is wrong, or worth a warning, with a run's modes."""
-    found = [finding for one in seen for finding in _of_mode(one)]
-    return found + _order({one.mode: one for one in seen})
+    findings = [finding for one in seen for finding in _of_mode(one)]
+    return findings + _order({one.mode: one for one in seen})
 
 
 def on_grid(numbers: ModeRecord | None) -> bool:
@@ -65,12 +65,12 @@ def on_grid(numbers: ModeRecord | None) -> bool:
 
 
 def _of_mode(one: Seen) -> list[Finding]:
-    found = []
+    findings = []
     trap = on_grid(one.numbers)
     if trap:
         assert one.numbers is not None
         assert one.numbers.grid_error is not None
-        found.append(
+        findings.append(
             Finding(
                 one.mode,
                 "weights on the grid",
@@ -85,7 +85,7 @@ def _of_mode(one: Seen) -> list[Finding]:
     if one.comparison is not None and one.comparison.tasks and not one.lossy.is_exact:
         same = all(task.identical for task in one.comparison.tasks)
         if same and not (trap and only_weights):
-            found.append(
+            findings.append(
                 Finding(
                     one.mode,
                     "compression silently off",
@@ -96,9 +96,9 @@ def _of_mode(one: Seen) -> list[Finding]:
                 )
             )
     if one.numbers is not None and one.lossy.weights is not None:
-        found += _weights(one, one.lossy.weights, one.numbers, trap)
-    found += _yardstick(one, trap)
-    return found
+        findings += _weights(one, one.lossy.weights, one.numbers, trap)
+    findings += _against_rtn(one, trap)
+    return findings
 
 
 def _weights(one: Seen, compression: Compression, numbers: ModeRecord, trap: bool) -> list[Finding]:
@@ -123,7 +123,7 @@ def _weights(one: Seen, compression: Compression, numbers: ModeRecord, trap: boo
 
 def _order(seen: Mapping[str, Seen]) -> list[Finding]:
     """Fewer bits on the same grid lose more."""
-    found = []
+    findings = []
     for one in seen.values():
         for other in seen.values():
             a, b = one.lossy, other.lossy
@@ -133,11 +133,11 @@ def _order(seen: Mapping[str, Seen]) -> list[Finding]:
                 continue
             text = _not_worse(one, other)
             if text and (a.weights.bits, b.weights.bits) == (3, 4):
-                found.append(Finding(one.mode, "3-bit not worse than 4-bit", text, True))
+                findings.append(Finding(one.mode, "3-bit not worse than 4-bit", text, True))
             elif text:
                 name = "fewer bits not worse"
-                found.append(Finding(one.mode, name, text, False))
-    return found
+                findings.append(Finding(one.mode, name, text, False))
+    return findings
 
 
 def _not_worse(coarse: Seen, fine: Seen) -> str:
@@ -165,24 +165,24 @@ def _shape(lossy: Lossy) -> tuple[object, ...]:
     return tuple(sorted(rest.items())), lossy.kv_cache, lossy.value_share
 
 
-def _yardstick(one: Seen, trap: bool) -> list[Finding]:
+def _against_rtn(one: Seen, trap: bool) -> list[Finding]:
     """Fails where the ratio is above the bar beyond doubt; a warning where it may be chance."""
-    if one.yardstick is None or one.comparison is None or trap:
+    if one.rtn is None or one.comparison is None or trap:
         return []
     ours = {t.task: t.bits_difference for t in one.comparison.tasks if t.bits_difference}
-    theirs = {t.task: t.bits_difference for t in one.yardstick.tasks if t.bits_difference}
+    theirs = {t.task: t.bits_difference for t in one.rtn.tasks if t.bits_difference}
     shared = sorted(set(ours) & set(theirs))
     if not shared:
         return []
-    mine, plain = (mean_of([of[name] for name in shared]).value for of in (ours, theirs))
-    if plain < LEAST_ADDED or mine <= MOST_OF_YARDSTICK * plain:
+    mine, rounded = (mean_of([of[name] for name in shared]).value for of in (ours, theirs))
+    if rounded < LEAST_ADDED or mine <= MOST_OF_RTN * rounded:
         return []
     # The same items and seed give the same resamples, so draws of both belong together.
-    excess = mean_draws([ours[name].draws - MOST_OF_YARDSTICK * theirs[name].draws for name in shared])
+    excess = mean_draws([ours[name].draws - MOST_OF_RTN * theirs[name].draws for name in shared])
     certain = bool(np.quantile(excess, ALPHA) > 0)
     text = (
-        f"added log-loss {fixed(mine, 5)} bits per byte is {fixed(mine / plain, 3)} times the {fixed(plain, 5)} of "
+        f"added log-loss {fixed(mine, 5)} bits per byte is {fixed(mine / rounded, 3)} times the {fixed(rounded, 5)} of "
         "plain rounding to the same grid "
-        f"(bar: {MOST_OF_YARDSTICK}); {'more than chance explains' if certain else 'chance may explain it'}."
+        f"(bar: {MOST_OF_RTN}); {'more than chance explains' if certain else 'chance may explain it'}."
     )
     return [Finding(one.mode, "worse than the yardstick", text, certain)]

@@ -25,7 +25,7 @@ class ModeOutcome:
     tasks: Mapping[str, TaskRecord]
     numbers: ModeRecord | None
     comparison: ModeComparison | None
-    yardstick: ModeComparison | None
+    rtn: ModeComparison | None
     on_grid: bool
 
     @property
@@ -62,7 +62,7 @@ Records = Mapping[tuple[str, str], dict[str, TaskRecord]]  # by (system, mode), 
 
 def outcomes(stored: StoredAccuracy, margins: Margins) -> list[ModelOutcome]:
     """Every model (its weights, and the dtype of the run) and system with an uncompressed record, by name."""
-    found: list[ModelOutcome] = []
+    model_outcomes: list[ModelOutcome] = []
     for model in sorted({_model(r.subject) for _, r in stored.tasks}):
         by_subject: dict[tuple[str, str], dict[str, TaskRecord]] = {}
         for _, record in stored.tasks:
@@ -74,8 +74,8 @@ def outcomes(stored: StoredAccuracy, margins: Margins) -> list[ModelOutcome]:
         systems = sorted({system for system, mode in by_subject if mode == EXACT_MODE})
         references = [s for s in systems if roles[s] is Role.REFERENCE]
         for system in [s for s in systems if s not in references] or systems:
-            found.append(_outcome(model[0], system, by_subject, numbers, margins, references))
-    return found
+            model_outcomes.append(_outcome(model[0], system, by_subject, numbers, margins, references))
+    return model_outcomes
 
 
 def _model(subject: Subject) -> tuple[str, str, str]:
@@ -98,7 +98,7 @@ def _outcome(
         if of != system or mode == EXACT_MODE:
             continue
         mine = numbers.get((system, mode))
-        plain = records.get((Role.YARDSTICK.value, mode))
+        rtn_tasks = records.get((Role.YARDSTICK.value, mode))
         modes.append(
             ModeOutcome(
                 mode=mode,
@@ -106,7 +106,7 @@ def _outcome(
                 tasks=tasks,
                 numbers=mine,
                 comparison=_compared(exact, tasks, margins, problems),
-                yardstick=None if plain is None else _compared(exact, plain, margins, problems),
+                rtn=None if rtn_tasks is None else _compared(exact, rtn_tasks, margins, problems),
                 on_grid=on_grid(mine),
             )
         )
@@ -117,7 +117,7 @@ def _outcome(
         for name in sorted(exact)
         if name in records[other, EXACT_MODE]
     ]
-    seen = [Seen(m.mode, m.lossy, m.comparison, m.numbers, m.yardstick) for m in modes]
+    seen = [Seen(m.mode, m.lossy, m.comparison, m.numbers, m.rtn) for m in modes]
     candidates = [Candidate(m.mode, m.lossy, m.bytes_per_weight, m.comparison, m.on_grid) for m in modes]
     return ModelOutcome(
         model=model,
@@ -137,24 +137,24 @@ def _compared(
     exact: Mapping[str, TaskRecord], tasks: Mapping[str, TaskRecord], margins: Margins, problems: list[str]
 ) -> ModeComparison:
     """Tasks that cannot be compared are told and left out: one of them must not hide the others."""
-    found = []
+    comparisons = []
     for name, record in tasks.items():
         if name not in exact:
             problems.append(f"{record.subject.mode}, {name}: the uncompressed model has no record of it")
             continue
         try:
-            found.append(compare_task(exact[name], record, margins))
+            comparisons.append(compare_task(exact[name], record, margins))
         except UserError as error:
             problems.append(f"{record.subject.mode}, {name}: {error}")
-    return combined(found, margins)
+    return combined(comparisons, margins)
 
 
-def _disagreements(found: Sequence[Agreement]) -> list[Finding]:
-    wrong = [a for a in found if a.different]
+def _disagreements(agreements: Sequence[Agreement]) -> list[Finding]:
+    wrong = [a for a in agreements if a.different]
     if not wrong:
         return []
     text = "; ".join(
-        f"{a.task}: {len(a.different)} of {a.n} ({', '.join(a.different[:3])}) beside {a.beside}" for a in wrong
+        f"{a.task}: {len(a.different)} of {a.n} ({', '.join(a.different[:3])}) beside {a.reference}" for a in wrong
     )
     return [Finding(EXACT_MODE, "predictions differ from the reference's", f"not ties: {text}.", True)]
 

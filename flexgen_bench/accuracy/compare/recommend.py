@@ -10,7 +10,7 @@ from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.digits import fixed
 
 # Of a value that is not compressed, where no record says: 16 bits.
-PLAIN_BYTES = 2.0
+UNCOMPRESSED_BYTES = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,22 @@ def _tasks(candidate: Candidate) -> int:
 
 
 def _is_good(candidate: Candidate) -> bool:
-    found = candidate.comparison
+    comparison = candidate.comparison
     return (
-        found is not None
-        and found.verdict in (Verdict.EQUIVALENT, Verdict.BETTER)
-        and found.score is not None
-        and not found.having(Verdict.WORSE)
+        comparison is not None
+        and comparison.verdict in (Verdict.EQUIVALENT, Verdict.BETTER)
+        and comparison.score is not None
+        and not comparison.having(Verdict.WORSE)
     )
 
 
 def _size(candidate: Candidate) -> tuple[float, float, float]:
     weights = candidate.bytes_per_weight
     kv = candidate.lossy.kv_cache
-    per_value = PLAIN_BYTES if kv is None else kv.bits / 8 + 4 / kv.group_size
-    return (PLAIN_BYTES if weights is None else weights), per_value, candidate.lossy.value_share
+    per_value = UNCOMPRESSED_BYTES if kv is None else kv.bits / 8 + 4 / kv.group_size
+    return (UNCOMPRESSED_BYTES if weights is None else weights), per_value, candidate.lossy.value_share
 
 
 def _loss(candidate: Candidate) -> float:
-    found = candidate.comparison
-    return -found.score.value if found is not None and found.score is not None else float("inf")
+    comparison = candidate.comparison
+    return -comparison.score.value if comparison is not None and comparison.score is not None else float("inf")

@@ -162,9 +162,9 @@ def _drawn(units: int, resamples: int, seed: int) -> Iterator[Floats]:
 
 def _summed(parts: Floats, clusters: Sequence[Hashable]) -> Floats:
     places = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    found = np.zeros((len(places), parts.shape[1]))
-    np.add.at(found, [places[c] for c in clusters], parts)
-    return found
+    sums = np.zeros((len(places), parts.shape[1]))
+    np.add.at(sums, [places[c] for c in clusters], parts)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -236,13 +236,13 @@ def bootstrap_p_value(difference: Difference) -> float:
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment (1979): the chance of any false alarm among all of them stays below the level."""
-    found: dict[str, float] = {}
+    adjusted: dict[str, float] = {}
     largest = 0.0
     ordered = sorted(p_values, key=lambda name: (p_values[name], name))
     for rank, name in enumerate(ordered):
         largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
-        found[name] = largest
-    return found
+        adjusted[name] = largest
+    return adjusted
 
 
 def mean_of_intervals(intervals: Sequence[Interval]) -> Interval:

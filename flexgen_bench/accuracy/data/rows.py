@@ -21,8 +21,7 @@ def ordered(rows: Iterable[Row]) -> list[Row]:
     """The rows in the order of the SHA-256 of their own text, each once.
 
     It depends on nothing but the rows, mixes what a data set keeps together (subjects, labels), and the first N of it
-    are the same sample
-    everywhere: ``--limit N`` of lm-eval takes them.
+    are the same sample everywhere: ``--limit N`` of lm-eval takes them.
     """
     by_hash = {hashlib.sha256(_line(row).encode("utf-8")).hexdigest(): row for row in rows}
     return [by_hash[key] for key in sorted(by_hash)]
@@ -64,10 +63,10 @@ def read_rows(path: Path, sha256: str) -> tuple[Row, ...]:
         raise StoreError(
             f"{path} is damaged ({error}). Delete it and fetch it again: python -m flexgen_bench fetch accuracy"
         ) from error
-    found = text_hash(text)
-    if found != sha256:
+    digest = text_hash(text)
+    if digest != sha256:
         raise StoreError(
-            f"{path} holds rows of SHA-256 {found}, the task was written for {sha256}. Numbers would not be "
+            f"{path} holds rows of SHA-256 {digest}, the task was written for {sha256}. Numbers would not be "
             "comparable. "
             "Fetch it again: python -m flexgen_bench fetch accuracy"
         )

@@ -31,10 +31,10 @@ def archive(package: PackageSpec, scratch: Path, given: Path | None, progress: P
     path = given / package.file if given is not None else None
     if path is None or not path.is_file():
         path = _download(package, scratch)
-    found = sha256(path, progress)
-    if found != package.sha256:
+    digest = sha256(path, progress)
+    if digest != package.sha256:
         raise StoreError(
-            f"{path} has SHA-256 {found}, {package.name} {package.version} was published with {package.sha256}. "
+            f"{path} has SHA-256 {digest}, {package.name} {package.version} was published with {package.sha256}. "
             "Delete it and fetch again; if it stays so, do not use it."
         )
     return path
@@ -43,12 +43,12 @@ def archive(package: PackageSpec, scratch: Path, given: Path | None, progress: P
 def unpack(path: Path, patterns: Iterable[str], folder: Path, progress: Progress) -> None:
     """Unpack the members that one of ``patterns`` matches (``*`` crosses folders). Raises StoreError if a pattern
     matches none."""
-    wanted = list(dict.fromkeys(patterns))
-    missing = set(wanted)
+    distinct = list(dict.fromkeys(patterns))
+    missing = set(distinct)
     total = path.stat().st_size
 
     def chosen(name: str) -> bool:
-        hits = [p for p in wanted if fnmatch(name, p)]
+        hits = [p for p in distinct if fnmatch(name, p)]
         missing.difference_update(hits)
         return bool(hits)
 
@@ -82,8 +82,8 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> N
 
 
 def _download(package: PackageSpec, scratch: Path) -> Path:
-    wanted = f"{package.name}=={package.version}"
-    _log.info("downloading %s (%s)", wanted, format_bytes(package.size_bytes))
+    requirement = f"{package.name}=={package.version}"
+    _log.info("downloading %s (%s)", requirement, format_bytes(package.size_bytes))
     base = [
         sys.executable,
         "-m",
@@ -105,13 +105,13 @@ def _download(package: PackageSpec, scratch: Path) -> Path:
     )
     reason = ""
     for options in attempts:
-        answer = subprocess.run([*base, *options, wanted], capture_output=True, text=True, check=False)
+        pip = subprocess.run([*base, *options, requirement], capture_output=True, text=True, check=False)
         path = scratch / package.file
-        if answer.returncode == 0 and path.is_file():
+        if pip.returncode == 0 and path.is_file():
             return path
-        lines = [line for line in answer.stderr.splitlines() if line.strip()]
+        lines = [line for line in pip.stderr.splitlines() if line.strip()]
         names = ", ".join(p.name for p in scratch.iterdir()) or "nothing"
-        reason = lines[-1].strip() if lines and answer.returncode else f"pip brought {names}"
+        reason = lines[-1].strip() if lines and pip.returncode else f"pip brought {names}"
     raise StoreError(
         f"cannot download {package.file} from the package index ({reason}). Connect to it, or put the file into a "
         "folder and "

@@ -115,12 +115,12 @@ def lookup(*, items: int, examples: int, seed: int, pairs: int) -> Rows:
     def one(chance: random.Random) -> Row:
         names = chance.sample(WORDS, pairs)
         numbers = [str(chance.randint(100, 999)) for _ in names]
-        asked = chance.randrange(pairs)
+        position = chance.randrange(pairs)
         return {
             "listing": "\n".join(f"{n}: {v}" for n, v in zip(names, numbers, strict=True)),
-            "asked": names[asked],
-            "position": asked,
-            "answer": numbers[asked],
+            "asked": names[position],
+            "position": position,
+            "answer": numbers[position],
         }
 
     return generated(one, items=items, examples=examples, seed=seed)
@@ -177,13 +177,13 @@ def _pattern_match(chance: random.Random) -> Row:
     while True:
         variables = _variables(chance)
         rules = [_rule(chance, variables) for _ in range(4)]
-        asked = chance.randrange(4)
-        result = _apply(rules[asked], _case(chance, variables))
+        applied = chance.randrange(4)
+        result = _apply(rules[applied], _case(chance, variables))
         if sum(matches(rule, result.split()) for rule in rules) == 1:
             listed = "\n".join(" ".join(rule) for rule in rules)
             return {
                 "question": f"Rules:\n{listed}\nResult: {result}\nThe result follows from the rule:",
-                "answer": " ".join(rules[asked]),
+                "answer": " ".join(rules[applied]),
             }
 
 

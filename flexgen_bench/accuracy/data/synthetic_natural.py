@@ -52,11 +52,11 @@ def _one(chance: random.Random, hard: bool) -> Row:
             break
         if hard and 2 <= len(derived) <= 4 and _one_step(rules, known) < len(derived):
             break
-    told = "\n".join(
+    rule_lines = "\n".join(
         f"If {subject} is {' and '.join(conditions)}, then {subject} is {result}." for conditions, result in rules
     )
     return {
-        "question": f"Rules:\n{told}\nFact:\n{_capital(subject)} is {_listed(known)}.\n"
+        "question": f"Rules:\n{rule_lines}\nFact:\n{_capital(subject)} is {_listed(known)}.\n"
         f"The following can be determined about {subject}:",
         "answer": f"{_capital(subject)} is {_listed(derived)}.",
     }

@@ -70,8 +70,8 @@ class TaskSpec:
     stands_for: the scenario of HELM or the table of the paper that it is, or replaces. max_items: how many items are
     evaluated at most, the first of the fixed order (None: all). where: the rows whose fields have these values (a
     variant of a task). num_fewshot: worked examples in the prompt. splits: ``test`` and, if examples are shown,
-    ``fewshot``. lm_eval_name: the same task among lm-eval's own, which reads the hub.
-    lm_eval: lm-eval's own configuration of the task, without its data.
+    ``fewshot``. lm_eval_name: the same task among lm-eval's own, which reads the hub. lm_eval: lm-eval's own
+    configuration of the task, without its data.
     """
 
     name: str
@@ -141,11 +141,11 @@ def accuracy_dir() -> Path:
 
 def read_tasks(folder: Path | None = None) -> dict[str, TaskSpec]:
     """Every task of ``folder`` (default: conf/accuracy), variants among them. Raises UserError naming file and key."""
-    found: dict[str, TaskSpec] = {}
+    specs: dict[str, TaskSpec] = {}
     for path in sorted((folder or accuracy_dir()).glob("*.yaml")):
         for spec in _task(path):
-            found[spec.name] = spec
-    return found
+            specs[spec.name] = spec
+    return specs
 
 
 def read_sets(folder: Path | None = None) -> dict[str, SetSpec]:
@@ -155,14 +155,14 @@ def read_sets(folder: Path | None = None) -> dict[str, SetSpec]:
 
 def read_packages(folder: Path | None = None) -> dict[str, PackageSpec]:
     """Every package of ``folder``/packages. Raises UserError naming file and key."""
-    found = {}
+    packages = {}
     allowed = {f.name for f in fields(PackageSpec)}
     for path in sorted(((folder or accuracy_dir()) / "packages").glob("*.yaml")):
         raw = _mapping(path)
         _known(path, raw, allowed)
         _present(path, raw, sorted(allowed - {"target"}))
-        found[raw["name"]] = PackageSpec(**{**raw, "version": str(raw["version"])})
-    return found
+        packages[raw["name"]] = PackageSpec(**{**raw, "version": str(raw["version"])})
+    return packages
 
 
 def _task(path: Path) -> list[TaskSpec]:

@@ -82,11 +82,9 @@ def load_tasks(names: Sequence[str], limit: int | None, cache: Path, *, online: 
     """lm-eval tasks by name, their data checked.
 
     names: tasks and sets. limit: at most so many items of each, the first of the fixed order; None: what a set asks
-    for, or a task's own
-    ``max_items``. online: True: where lm-eval has the task itself, that one, with data of the hub; None and False: the
-    package's data.
-    Raises UserError for a bad name or task, StoreError if data is missing or was changed, naming every such task,
-    before anything runs.
+    for, or a task's own ``max_items``. online: True: where lm-eval has the task itself, that one, with data of the hub;
+    None and False: the package's data. Raises UserError for a bad name or task, StoreError if data is missing or was
+    changed, naming every such task, before anything runs.
     """
     if limit is not None and limit < 1:
         raise UserError("limit", limit, "at least 1")
@@ -116,8 +114,8 @@ def _local(specs: Mapping[str, TaskSpec], limit: int | None, cache: Path) -> dic
     with tempfile.TemporaryDirectory(prefix="flexgen-tasks-") as folder:
         write_include(Path(folder), specs.values(), cache, limit=limit)
         manager = TaskManager(include_path=folder, include_defaults=False)
-        found: dict[str, Task] = manager.load(list(specs))["tasks"]
-    return found
+        tasks: dict[str, Task] = manager.load(list(specs))["tasks"]
+    return tasks
 
 
 def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
@@ -126,7 +124,7 @@ def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    found = {}
+    by_name = {}
     for name, spec in specs.items():
         try:
             tasks = manager.load([spec.lm_eval_name])["tasks"]
@@ -139,5 +137,5 @@ def _remote(specs: Mapping[str, TaskSpec]) -> dict[str, Task]:
             raise UserError(
                 f"task {name} (online)", spec.lm_eval_name, "a single task of lm-eval", "Name its subjects."
             )
-        found[name] = next(iter(tasks.values()))
-    return found
+        by_name[name] = next(iter(tasks.values()))
+    return by_name

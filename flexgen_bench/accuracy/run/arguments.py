@@ -60,14 +60,14 @@ def lm_options(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> dict[
         kv_cache=_compression(arguments, "kv_cache"),
         value_share=arguments.get("value_share", 1.0),
     )
-    asked = str(of_lm_eval.get("batch_size"))
+    batch_size = str(of_lm_eval.get("batch_size"))
     return {
         "system": str(arguments.get("system", _OWN_SYSTEM)),
         "model": str(model),
         "lossy": lossy,
         "gpu": hardware,
         "policy": policy,
-        "batch_size": int(asked) if asked.isdecimal() else None,
+        "batch_size": int(batch_size) if batch_size.isdecimal() else None,
         "options": {key: value for key, value in arguments.items() if key not in _KNOWN},
         **{key: arguments.get(key) for key in ("dtype", "threads", "cache_dir", "max_length")},
     }

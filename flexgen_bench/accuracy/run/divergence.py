@@ -26,9 +26,9 @@ class GivesLogprobs(Protocol):
 
 def windows(tokens: Sequence[int], count: int, length: int = WINDOW) -> list[list[int]]:
     """The first ``count`` tokens cut into windows of ``length``; a last one of a single token predicts nothing."""
-    found = [list(tokens[i : i + length]) for i in range(0, min(count, len(tokens)), length)]
-    found[-1:] = [w for w in found[-1:] if len(w) > 1]
-    return found
+    pieces = [list(tokens[i : i + length]) for i in range(0, min(count, len(tokens)), length)]
+    pieces[-1:] = [w for w in pieces[-1:] if len(w) > 1]
+    return pieces
 
 
 def keep(model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> None:
@@ -46,9 +46,9 @@ def divergence(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], 
     import torch
 
     total: dict[str, Any] = {"positions": 0, "kl": 0.0, "agree": 0, "nll_exact": 0.0, "nll": 0.0}
-    for number, (text, found) in enumerate(zip(texts, model.logprobs(texts), strict=True)):
+    for number, (text, logprobs) in enumerate(zip(texts, model.logprobs(texts), strict=True)):
         exact = torch.from_numpy(np.load(folder / f"{number}.npy"))
-        mine = found.float().cpu()
+        mine = logprobs.float().cpu()
         if exact.shape != mine.shape:
             raise ValueError(f"distributions {tuple(mine.shape)} beside {tuple(exact.shape)}")
         nexts = torch.tensor(list(itertools.islice(text, 1, None)))[:, None]

@@ -56,7 +56,7 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
     statistic = check_metric(name, task, metric)
     answers.parent.mkdir(parents=True, exist_ok=True)
     if hasattr(lm, "truncated"):
-        lm.truncated = TruncationCount.beside(answers)
+        lm.truncated = TruncationCount.next_to(answers)
     begin = time.perf_counter()
     with quiet():
         _seed(task)
@@ -66,7 +66,7 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
                 f"items of task {name}", len(without), "such as can be scored", f"The first: {without[0][1]}"
             )
         _seed(task)
-        found = evaluate(
+        results = evaluate(
             CachingLM(lm, f"{answers}_rank0.db"),
             {name: task},
             bootstrap_iters=0,
@@ -74,13 +74,13 @@ def evaluate_task(lm: Any, name: str, task: Any, metric: str, answers: Path) -> 
             samples=_others(name, task, without),
         )
     seconds = time.perf_counter() - begin
-    assert found is not None, "rank 0 has results"
-    (task_name,) = found["samples"]
-    samples = found["samples"][task_name]
+    assert results is not None, "rank 0 has results"
+    (task_name,) = results["samples"]
+    samples = results["samples"][task_name]
     kind = str(task.OUTPUT_TYPE)
     first = samples[0]["filter"]
     items = tuple(to_item(s, kind, metric, statistic) for s in samples if s["filter"] == first)
-    scores = _scores(found["results"][task_name], first)
+    scores = _scores(results["results"][task_name], first)
     _check_score(name, metric, scores[metric], items, statistic)
     higher = task.higher_is_better().get(metric, True)
     truncated = dict(getattr(lm, "truncated", {}))
@@ -92,10 +92,10 @@ def unscorable(lm: Any, task: Any) -> dict[int, tuple[str, str]]:
     """Items of a task that ``lm`` cannot score: number -> (id, why). One of its texts cannot be, or its document is no
     text that can be logged."""
     task.build_all_requests(rank=lm.rank, world_size=lm.world_size)
-    found: dict[int, tuple[str, str]] = {}
+    reasons: dict[int, tuple[str, str]] = {}
     for instance in task.instances:
         number = int(instance.doc_id)
-        if number in found:
+        if number in reasons:
             continue
         why = lm.why_not(instance.request_type, instance.args) if hasattr(lm, "why_not") else ""
         text, readable = _logged(instance.doc)
@@ -103,8 +103,8 @@ def unscorable(lm: Any, task: Any) -> dict[int, tuple[str, str]]:
             why = "its document holds half of a surrogate pair, which is no text"
         if why:
             digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-            found[number] = (item_id(number, digest), why)
-    return found
+            reasons[number] = (item_id(number, digest), why)
+    return reasons
 
 
 def _logged(document: Any) -> tuple[str, bool]:
@@ -144,7 +144,7 @@ class TruncationCount(Counter[str]):
         self._path, self._known = path, known
 
     @staticmethod
-    def beside(answers: Path) -> TruncationCount:
+    def next_to(answers: Path) -> TruncationCount:
         """The counts of an earlier attempt if it has left answers, otherwise none yet."""
         path = answers.with_name("truncated.json")
         known = any(answers.parent.glob(f"{answers.name}_rank*.db")) and path.is_file()
@@ -181,14 +181,14 @@ def quiet() -> Iterator[None]:
 
 
 def _scores(results: dict[str, Any], first: str) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         name = metric if kind == first else f"{metric} ({kind})"
-        found[name] = float(value) if math.isfinite(value) else None
-    return found
+        scores[name] = float(value) if math.isfinite(value) else None
+    return scores
 
 
 def _check_score(name: str, metric: str, reported: float | None, items: tuple[Item, ...], statistic: str) -> None:

@@ -41,17 +41,17 @@ def model_fingerprint(source: str, folder_of: Callable[[], Path]) -> str:
         spec = model_spec(source)
         if spec.weights is WeightSource.PACKAGE and spec.location in PACKAGES:
             return PACKAGES[spec.location].sha256[:16]
-    found, folder = hashlib.sha256(), folder_of()
+    digest, folder = hashlib.sha256(), folder_of()
     files = [folder] if folder.is_file() else sorted(folder.glob("*"))
     for path in files:
         if path.name == "config.json" or path.suffix.lower() in (".safetensors", ".bin", ".gguf"):
             size = path.stat().st_size
-            found.update(f"{path.name}:{size}:".encode())
+            digest.update(f"{path.name}:{size}:".encode())
             with path.open("rb") as file:
-                found.update(file.read(_READ))
+                digest.update(file.read(_READ))
                 file.seek(max(0, size - _READ))
-                found.update(file.read(_READ))
-    return found.hexdigest()[:16]
+                digest.update(file.read(_READ))
+    return digest.hexdigest()[:16]
 
 
 def _digest(value: object) -> str:

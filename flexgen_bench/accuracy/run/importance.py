@@ -55,13 +55,13 @@ def measure(model: Any, windows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {name: total / seen[name] for name, total in sums.items()}
 
 
-def write_importance(folder: Path, found: dict[str, Tensor]) -> Path:
+def write_importance(folder: Path, importance: dict[str, Tensor]) -> Path:
     """Beside a checkpoint's weights, as a whole or not at all."""
     from safetensors.torch import save_file
 
     path = folder / IMPORTANCE
     partial = path.with_suffix(".partial")
-    save_file(found, partial)
+    save_file(importance, partial)
     os.replace(partial, path)
     return path
 

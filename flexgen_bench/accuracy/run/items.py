@@ -78,11 +78,11 @@ def _scored(
     sample: Mapping[str, Any], kind: str, arguments: Sequence[tuple[Any, ...]]
 ) -> tuple[list[float], list[str], int | None]:
     """Log-likelihoods, the texts they are of, and which is the right one."""
-    found = sample["filtered_resps"]
+    responses = sample["filtered_resps"]
     if kind == "loglikelihood_rolling":
-        return [float(found[0])], [str(arguments[0][0])], 0
+        return [float(responses[0])], [str(arguments[0][0])], 0
     if kind == "loglikelihood":
-        return [float(found[0][0])], [str(arguments[0][1])], 0
+        return [float(responses[0][0])], [str(arguments[0][1])], 0
     if kind != "multiple_choice":
         return [], [], None
     texts = [str(a[1]) for a in arguments]
@@ -92,7 +92,7 @@ def _scored(
         stripped = [text.strip() for text in texts]
         gold = stripped.index(gold.strip()) if gold.strip() in stripped else None
     index = int(gold) if gold is not None and 0 <= int(gold) < len(texts) else None
-    return [float(answer[0]) for answer in found], texts, index
+    return [float(answer[0]) for answer in responses], texts, index
 
 
 def _prediction(

@@ -25,10 +25,10 @@ def kv_errors(folder: Path, windows: Sequence[Sequence[int]], compression: Compr
             cache = model(torch.tensor([list(window)]), use_cache=True).past_key_values
         for number, layer in enumerate(cache.layers):
             for name, x in (("keys", layer.keys), ("values", layer.values)):
-                found = sums.setdefault((number, name), [0.0, 0.0, 0.0])
-                found[0] += x.numel()
-                found[1] += float((fake_quantize(x, compression) - x).norm()) ** 2
-                found[2] += float(x.norm()) ** 2
+                totals = sums.setdefault((number, name), [0.0, 0.0, 0.0])
+                totals[0] += x.numel()
+                totals[1] += float((fake_quantize(x, compression) - x).norm()) ** 2
+                totals[2] += float(x.norm()) ** 2
     return tuple(
         LayerError(number, name, int(count), (change / size) ** 0.5 if size else 0.0)
         for (number, name), (count, change, size) in sorted(sums.items())

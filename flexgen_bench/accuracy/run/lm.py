@@ -126,33 +126,33 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of continuations after their contexts. One that cannot be scored has the probability 0, see ``left_out``."""
-        asked = self._each("loglikelihood", requests)
+        prepared = self._each("loglikelihood", requests)
         arguments = [request.args for request in requests]
-        return self._scored([(i, made) for i, made in enumerate(asked) if made is not None], arguments, disable_tqdm)
+        return self._scored([(i, made) for i, made in enumerate(prepared) if made is not None], arguments, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        asked = [(i, self._tokens.request(*pair)) for i, (_, *pair) in enumerate(requests)]
-        return self._scored(asked, [request[0] for request in requests], disable_tqdm)
+        prepared = [(i, self._tokens.request(*pair)) for i, (_, *pair) in enumerate(requests)]
+        return self._scored(prepared, [request[0] for request in requests], disable_tqdm)
 
     def _scored(
-        self, asked: Sequence[tuple[int, tuple[ScoreRequest, bool]]], arguments: Sequence[Any], disable_tqdm: bool
+        self, prepared: Sequence[tuple[int, tuple[ScoreRequest, bool]]], arguments: Sequence[Any], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
-        """asked: requests with their place among ``arguments``."""
-        found: list[tuple[float, bool]] = [(-math.inf, False)] * len(arguments)
-        self._count("loglikelihood", sum(cut for _, (_, cut) in asked))
-        with _bar("loglikelihood", len(asked), disable_tqdm) as bar:
+        """prepared: requests with their place among ``arguments``."""
+        scores: list[tuple[float, bool]] = [(-math.inf, False)] * len(arguments)
+        self._count("loglikelihood", sum(cut for _, (_, cut) in prepared))
+        with _bar("loglikelihood", len(prepared), disable_tqdm) as bar:
 
             def take(number: int, score: Score) -> None:
-                index = asked[number][0]
-                found[index] = (score.logprob, score.is_greedy)
-                self._keep("loglikelihood", arguments[index], found[index])
+                index = prepared[number][0]
+                scores[index] = (score.logprob, score.is_greedy)
+                self._keep("loglikelihood", arguments[index], scores[index])
                 bar.update()
 
-            if asked:
-                self._scorer.score([request for _, (request, _) in asked], take)
-        return found
+            if prepared:
+                self._scorer.score([request for _, (request, _) in prepared], take)
+        return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts: each token is predicted once, from as much as the model can see."""
@@ -185,22 +185,22 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers to prompts, cut before the first stop string. One that cannot be asked has an empty answer, see
         ``left_out``."""
-        asked = [(i, made) for i, made in enumerate(self._each("generate_until", requests)) if made]
-        self._count("generate_until", sum(made.cut for _, made in asked))
-        found = [""] * len(requests)
-        with _bar("generate_until", len(asked), disable_tqdm) as bar:
+        prepared = [(i, made) for i, made in enumerate(self._each("generate_until", requests)) if made]
+        self._count("generate_until", sum(made.cut for _, made in prepared))
+        texts = [""] * len(requests)
+        with _bar("generate_until", len(prepared), disable_tqdm) as bar:
 
             def take(number: int, tokens: Sequence[int]) -> None:
-                index, made = asked[number]
+                index, made = prepared[number]
                 stop = list(made.sampling.stop)
-                found[index] = self._text.answer(made.tokens, tokens, stop)
-                self._keep("generate_until", requests[index].args, found[index])
+                texts[index] = self._text.answer(made.tokens, tokens, stop)
+                self._keep("generate_until", requests[index].args, texts[index])
                 bar.update()
 
-            if asked:
-                prompts = [made.tokens for _, made in asked]
-                self._scorer.generate(prompts, [made.sampling for _, made in asked], take)
-        return found
+            if prepared:
+                prompts = [made.tokens for _, made in prepared]
+                self._scorer.generate(prompts, [made.sampling for _, made in prepared], take)
+        return texts
 
     def _prompt(self, context: str, given: dict[str, Any]) -> _Prompt:
         options = normalize_gen_kwargs(given, self.max_gen_toks)
@@ -219,19 +219,19 @@ class SystemLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _each(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """Each request prepared; None for one that cannot be scored, which is told and noted. UserError if none can."""
-        found, reasons = [], []
+        prepared, reasons = [], []
         for index, request in enumerate(requests):
             try:
-                found.append(self._prepare(kind)(*request.args))
+                prepared.append(self._prepare(kind)(*request.args))
             except UserError as error:
-                found.append(None)
+                prepared.append(None)
                 reasons.append((_name(request, index), error))
         if reasons and len(reasons) == len(requests):
             raise reasons[0][1]
         for name, reason in reasons:
             self.left_out[name] = str(reason)
             print(f"warning: {name} cannot be scored and counts as wrong: {reason}", file=sys.stderr)
-        return found
+        return prepared
 
     def _count(self, kind: str, cut: int) -> None:
         if cut:

@@ -1,4 +1,4 @@
-"""The lm-eval models of a run: a system of the suite under a mode, and the yardstick."""
+"""The lm-eval models of a run: a system of the suite under a mode, and the round-to-nearest baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen_bench.accuracy.run.options import Request
 from flexgen_bench.core.accuracy import Role
 from flexgen_bench.core.compression import Lossy
 
-_YARDSTICK_BATCH = 8
+_RTN_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def dtype_of(setup: Setup, request: Request) -> str:
 @contextlib.contextmanager
 def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
     """The lm-eval model, closed at the end. folder: the checkpoint, for what does not come through a system."""
-    made = _yardstick(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request)
+    made = _rtn_baseline(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request)
     try:
         yield made
     finally:
@@ -64,21 +64,21 @@ def _of_system(setup: Setup, request: Request) -> Any:
     )
 
 
-def _yardstick(setup: Setup, request: Request, folder: Path) -> Any:
+def _rtn_baseline(setup: Setup, request: Request, folder: Path) -> Any:
     """transformers with weights rounded to the mode's grid by plain torch, under lm-eval's own adapter."""
     import torch
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from flexgen_bench.accuracy.run.rtn_baseline import apply_yardstick
+    from flexgen_bench.accuracy.run.rtn_baseline import apply_rtn
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype_of(setup, request)))
     assert setup.lossy.weights is not None, "the yardstick rounds weights"
-    apply_yardstick(model, setup.lossy.weights)
+    apply_rtn(model, setup.lossy.weights)
     return HFLM(
         pretrained=model,
         tokenizer=AutoTokenizer.from_pretrained(folder),
         device="cpu",
-        batch_size=request.batch_size or _YARDSTICK_BATCH,
+        batch_size=request.batch_size or _RTN_BATCH,
         max_length=request.max_length,
     )

@@ -52,7 +52,7 @@ class NumbersOf:
         """One mode. folder: the checkpoint."""
         begin = _now()
         dtype = DType(subject.dtype)
-        found = self._weights(folder, dtype, lossy.weights)
+        weights = self._weights(folder, dtype, lossy.weights)
         kv: tuple[LayerError, ...] = ()
         if lossy.kv_cache is not None:
             texts: Sequence[Sequence[int]] = self._texts or _cut(lm, _KV_TOKENS)
@@ -62,10 +62,10 @@ class NumbersOf:
             run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid4().hex[:8]}",
             key=key,
             subject=subject,
-            weight_bytes=found.bytes,
-            weight_values=found.values,
-            weights=found.tensors,
-            grid_error=found.by_grid,
+            weight_bytes=weights.bytes,
+            weight_values=weights.values,
+            weights=weights.tensors,
+            grid_error=weights.by_grid,
             kv=kv,
             divergence=compared,
             started_utc=begin,

@@ -110,6 +110,6 @@ def system_conf(name: str) -> SystemConf:
     known = sorted(path.stem for path in (conf_dir() / "system").glob("*.yaml"))
     if name not in known:
         raise unknown_choice("system", name, known)
-    found = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
-    assert isinstance(found, SystemConf)
-    return found
+    conf = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
+    assert isinstance(conf, SystemConf)
+    return conf

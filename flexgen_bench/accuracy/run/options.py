@@ -163,8 +163,8 @@ def _source(conf: AccuracyConf, model: ModelSpec) -> tuple[str, str]:
             raise UserError("checkpoint", conf.checkpoint, "given alone, without weights= and location=")
         path = expanded(conf.checkpoint, "checkpoint")
         if os.path.exists(path):
-            found = path.resolve()
-            return str(path.absolute()), found.stem if path.is_file() else found.name
+            resolved = path.resolve()
+            return str(path.absolute()), resolved.stem if path.is_file() else resolved.name
         if conf.checkpoint.count("/") == 1 and not conf.checkpoint.startswith((".", "/", "~")):
             return conf.checkpoint, conf.checkpoint.replace("/", "_")
         raise UserError(

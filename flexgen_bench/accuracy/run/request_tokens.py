@@ -57,8 +57,10 @@ class RequestTokens:
 
     def windows(self, text: str) -> list[ScoreRequest]:
         """A whole text: each token is predicted once, from as much as the model can see."""
-        found = get_rolling_token_windows(self.text.encode(text), self.text.start_id, self.max_length, context_len=1)
-        return [self.request(*make_disjoint_window(window))[0] for window in found]
+        token_windows = get_rolling_token_windows(
+            self.text.encode(text), self.text.start_id, self.max_length, context_len=1
+        )
+        return [self.request(*make_disjoint_window(window))[0] for window in token_windows]
 
     def prompt(self, context: str, new_tokens: int) -> tuple[list[int], bool]:
         """A prompt that leaves room for so many new tokens."""

@@ -1,9 +1,9 @@
-"""The yardstick of compressed weights: rounding to nearest in groups, in plain torch, on a model of transformers.
+"""Round-to-nearest (RTN) baseline of compressed weights: rounding in groups, in plain torch, on a transformers model.
 
 It shares no code with the engine's kernels: what the engine's compression costs is compared with what this costs on the
 same model. Formula (FlexGen paper, section 4; min-max with a zero point): of each group,
-``scale = (max - min) / (2^bits - 1)`` and
-``min``, both stored as float16; ``x -> min + round((x - min) / scale) * scale``, computed in float32.
+``scale = (max - min) / (2^bits - 1)`` and ``min``, both stored as float16;
+``x -> min + round((x - min) / scale) * scale``, computed in float32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def matrices(model: Any, compression: Compression) -> Iterator[tuple[str, Tensor
             yield f"{name}.weight", module.weight, how
 
 
-def apply_yardstick(model: Any, compression: Compression) -> list[str]:
+def apply_rtn(model: Any, compression: Compression) -> list[str]:
     """Round the weights of a model of transformers in place. Returns the names of the changed ones."""
     import torch
 

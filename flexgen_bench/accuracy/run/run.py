@@ -32,7 +32,7 @@ from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accur
 from flexgen_bench.systems.load_system import load_target
 
 # What a person is told while it runs.
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 _COMMAND = "python -m flexgen_bench accuracy"
 # Folders of what modes are compared with; the number of the process follows.
 _DISTRIBUTIONS = "distributions-"
@@ -41,7 +41,7 @@ _ALL = 10**9
 
 
 @dataclass(frozen=True)
-class AskedTask:
+class RequestedTask:
     """A task that is there and can be compared. data: hashes of its splits."""
 
     name: str
@@ -59,23 +59,23 @@ class Todo:
     setup: Setup
     subject: Subject
     done: Sequence[str]
-    missing: Sequence[AskedTask]
+    missing: Sequence[RequestedTask]
     numbers_missing: bool
 
 
 class AccuracyRun:
     """Everything is checked when this is made; nothing has run then."""
 
-    def __init__(self, request: Request, tell: Tell) -> None:
-        self._request, self._tell = request, tell
-        self.setups = _setups(request, tell)
+    def __init__(self, request: Request, notify: Notify) -> None:
+        self._request, self._notify = request, notify
+        self.setups = _setups(request, notify)
         self._limit = _limit(request)
-        self.tasks = asked_tasks(request, self._limit)
+        self.tasks = requested_tasks(request, self._limit)
         self._folders: dict[str, Path] = {}
 
     def todo(self) -> list[Todo]:
         """What there is to do, in order: the uncompressed model first."""
-        found = []
+        todos = []
         for setup in self.setups:
             subject = self._subject(setup)
             done = (
@@ -88,8 +88,8 @@ class AccuracyRun:
                 ]
             )
             missing = [t for t in self.tasks if t.name not in done]
-            found.append(Todo(setup, subject, done, missing, self._numbers_missing(setup, subject)))
-        return found
+            todos.append(Todo(setup, subject, done, missing, self._numbers_missing(setup, subject)))
+        return todos
 
     def keys(self) -> set[str]:
         """Of all records that this run is about."""
@@ -117,21 +117,21 @@ class AccuracyRun:
         folder = self._folder(todo.setup)
         written = []
         name = f"{todo.setup.system}, {todo.setup.mode.name}"
-        self._tell(f"{name}: {todo.setup.mode.title}")
+        self._notify(f"{name}: {todo.setup.mode.title}")
         with opened(todo.setup, self._request, folder) as lm:
             if compares and self._request.text_tokens:
                 numbers.keep_exact(lm)
             for number, task in enumerate(todo.missing, start=1):
-                self._tell(f"{name}: {task.name}, {task.items} items ({number} of {len(todo.missing)})")
+                self._notify(f"{name}: {task.name}, {task.items} items ({number} of {len(todo.missing)})")
                 written.append(self._task(lm, todo, task))
             if todo.numbers_missing:
-                self._tell(f"{name}: what it does to weights, cache and distributions")
+                self._notify(f"{name}: what it does to weights, cache and distributions")
                 key = self._numbers_key(todo.subject)
                 record = numbers.of(lm, todo.subject, todo.setup.lossy, folder, key, self.command)
                 written.append(write_accuracy(record, self._request.results_dir))
         return written
 
-    def _task(self, lm: Any, todo: Todo, task: AskedTask) -> Path:
+    def _task(self, lm: Any, todo: Todo, task: RequestedTask) -> Path:
         key = self._key(todo.subject, task)
         commit = str((self._environment["code"] or {}).get("commit"))[:12]
         answers = self._request.cache / "accuracy" / "answers" / f"{key}-{commit}" / "answers"
@@ -140,7 +140,7 @@ class AccuracyRun:
         begin = _now()
         done = evaluate_task(lm, task.name, task.task, task.metric, answers)
         for item, why in done.left_out.items():
-            self._tell(f"{task.name}: item {item} cannot be scored and is left out: {why}")
+            self._notify(f"{task.name}: item {item} cannot be scored and is left out: {why}")
         record = TaskRecord(
             run_id=_run_id(),
             key=key,
@@ -180,8 +180,8 @@ class AccuracyRun:
     def _folder(self, setup: Setup) -> Path:
         dtype = dtype_of(setup, self._request)
         if dtype not in self._folders:
-            found, _ = checkpoint_of(self._request.source, dtype, self._request.cache, lambda what, done, total: None)
-            self._folders[dtype] = found
+            folder, _ = checkpoint_of(self._request.source, dtype, self._request.cache, lambda what, done, total: None)
+            self._folders[dtype] = folder
         return self._folders[dtype]
 
     def _subject(self, setup: Setup) -> Subject:
@@ -196,7 +196,7 @@ class AccuracyRun:
             role=setup.role,
         )
 
-    def _key(self, subject: Subject, task: AskedTask) -> str:
+    def _key(self, subject: Subject, task: RequestedTask) -> str:
         return task_key(subject, task.name, task.version, task.data, task.metric, self._request.max_length)
 
     def _numbers_key(self, subject: Subject) -> str:
@@ -205,8 +205,8 @@ class AccuracyRun:
     def _numbers_missing(self, setup: Setup, subject: Subject) -> bool:
         if setup.role is not Role.EVALUATED or setup.mode.is_reference:
             return False
-        found = find_mode(self._request.results_dir, subject.model, self._numbers_key(subject))
-        return self._request.rerun or found is None
+        stored = find_mode(self._request.results_dir, subject.model, self._numbers_key(subject))
+        return self._request.rerun or stored is None
 
 
 def _limit(request: Request) -> int:
@@ -219,7 +219,7 @@ def _limit(request: Request) -> int:
     return set_limit(request.tasks) or USUAL_LIMIT
 
 
-def asked_tasks(request: Request, limit: int) -> list[AskedTask]:
+def requested_tasks(request: Request, limit: int) -> list[RequestedTask]:
     """Every task of the request, loaded and checked. Raises UserError or StoreError for the first that cannot be had or
     compared."""
     from flexgen_bench.accuracy.data.task_conf import read_tasks
@@ -228,18 +228,18 @@ def asked_tasks(request: Request, limit: int) -> list[AskedTask]:
     with quiet():
         loaded = load_tasks(request.tasks, limit, request.cache)
     specs = read_tasks()
-    found = []
+    tasks = []
     for name, task in loaded.items():
         spec = specs[name]
         check_metric(name, task, spec.primary_metric)
         data = {split: s.sha256 for split, s in spec.splits.items()}
-        found.append(AskedTask(name, str(spec.version), data, spec.primary_metric, len(task.eval_docs), task))
-    if not found:
+        tasks.append(RequestedTask(name, str(spec.version), data, spec.primary_metric, len(task.eval_docs), task))
+    if not tasks:
         raise UserError("tasks", list(request.tasks), "at least one task")
-    return found
+    return tasks
 
 
-def _setups(request: Request, tell: Tell) -> list[Setup]:
+def _setups(request: Request, notify: Notify) -> list[Setup]:
     """The uncompressed system first, then its modes, then what they are measured against."""
     able = load_target(system_target(request.system)).capabilities
     if not able.scores:
@@ -251,17 +251,17 @@ def _setups(request: Request, tell: Tell) -> list[Setup]:
                 "mode", mode.name, f"one that {request.system} can follow", f"It cannot change {', '.join(refused)}."
             )
     role = _role(request.system)
-    found = [Setup(request.system, mode, role) for mode in (request.exact, *request.modes)]
+    setups = [Setup(request.system, mode, role) for mode in (request.exact, *request.modes)]
     if request.reference not in (EXACT_REFERENCE, YARDSTICK, request.system):
-        found.append(Setup(request.reference, request.exact, _role(request.reference)))
+        setups.append(Setup(request.reference, request.exact, _role(request.reference)))
     if request.reference == YARDSTICK:
         for mode in request.modes:
             lossy = mode.lossy
             if lossy.weights is None or lossy.kv_cache is not None or lossy.value_share < 1:
-                tell(f"mode {mode.name}: no yardstick, it does more than compress weights")
+                notify(f"mode {mode.name}: no yardstick, it does more than compress weights")
                 continue
-            found.append(Setup(YARDSTICK, mode, Role.YARDSTICK))
-    return found
+            setups.append(Setup(YARDSTICK, mode, Role.YARDSTICK))
+    return setups
 
 
 def _role(system: str) -> Role:

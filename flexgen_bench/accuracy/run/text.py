@@ -57,8 +57,8 @@ class TaskText:
             )
 
     def _special_ids(self) -> list[int]:
-        found = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return [i for i in found if i is not None]
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return [i for i in ids if i is not None]
 
     @property
     def start_id(self) -> int:
@@ -79,18 +79,17 @@ class TaskText:
         return None if end is None else str(self.tokenizer.decode(end, skip_special_tokens=False))
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """special: whether to add special tokens. None: those that the tokenizer puts before a
-        text, but for text that begins with them already. Its end tokens are left out, other than in
-        lm-eval: it would score them in place of a continuation's last words. UserError for what is no text."""
+        """special: whether to add special tokens. None: those that the tokenizer puts before a text, but for text that
+        begins with them already. Its end tokens are left out, other than in lm-eval: it would score them in place of a
+        continuation's last words. UserError for what is no text."""
         check_text(text, "text")
         if special is None:
             return self._added.open_ended(self.tokenizer.encode(text))
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=special)]
 
     def answer(self, prompt: Sequence[int], ids: Sequence[int], stop: list[str]) -> str:
-        """What lm-eval shows of an answer: decoded by itself, so without the space of
-        sentencepiece's first word, and cut before the first stop string. That space counts as its
-        beginning, as it did when the answer was ended."""
+        """What lm-eval shows of an answer: decoded by itself, so without the space of sentencepiece's first word, and
+        cut before the first stop string. That space counts as its beginning, as it did when the answer was ended."""
         from lm_eval.models.utils import postprocess_generated_text
 
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -59,14 +59,14 @@ def weight_errors(
             if entry.compression is None:
                 continue
             sources = [source.tensor(name).float() for name in entry.tensor.sources]
-            plain = torch.cat(sources) if len(sources) > 1 else sources[0]
+            original = torch.cat(sources) if len(sources) > 1 else sources[0]
             stored = _stored(weights, entry)
-            norm = float(plain.norm())
-            error = float((stored - plain).norm()) / norm if norm else 0.0
+            norm = float(original.norm())
+            error = float((stored - original).norm()) / norm if norm else 0.0
             errors.append(LayerError(layer, spec.name, spec.num_values, error))
             if rounded is not None and layer != NO_LAYER:
                 again = torch.cat([rounded(s, entry.compression).float() for s in sources])
-                change += float((again - plain).norm()) ** 2
+                change += float((again - original).norm()) ** 2
                 size += norm**2
     finally:
         source.close()

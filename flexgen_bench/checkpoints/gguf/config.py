@@ -147,29 +147,29 @@ class _Getter:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number; a list with one for every layer must hold the same number everywhere."""
-        found = self._find(key, default)
-        if isinstance(found, list) and found and found.count(found[0]) == len(found):
-            found = found[0]
-        if type(found) is not int or found < 0 or (found == 0 and default != 0):
+        value = self._find(key, default)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        if type(value) is not int or value < 0 or (value == 0 and default != 0):
             raise self.refused(key, "one whole number above 0, the same for all layers")
-        return found
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        found = self._find(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        value = self._find(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.refused(key, "a number")
-        return float(found)
+        return float(value)
 
     def must_be(self, key: str, value: int) -> None:
         if self.count(key, value) != value:
             raise self.refused(key, f"{value}, the size of a head")
 
     def refused(self, key: str, allowed: str) -> StoreError:
-        found = self._header.metadata.get(f"{self._space}.{key}")
-        return StoreError(f"{self._header.path}: {self._space}.{key} is {found!r}; what can be read is {allowed}.")
+        value = self._header.metadata.get(f"{self._space}.{key}")
+        return StoreError(f"{self._header.path}: {self._space}.{key} is {value!r}; what can be read is {allowed}.")
 
     def _find(self, key: str, default: Any) -> Any:
-        found = self._header.metadata.get(f"{self._space}.{key}", default)
-        if found is None:
+        value = self._header.metadata.get(f"{self._space}.{key}", default)
+        if value is None:
             raise StoreError(f"{self._header.path} does not state {self._space}.{key}. Fetch or convert it again.")
-        return found
+        return value

@@ -53,10 +53,10 @@ class GGUFHeader:
 
 def parts_of(path: Path) -> list[Path]:
     """All files of a model that is split over ``NAME-00001-of-00003.gguf`` and so on; else the file alone."""
-    found = _PART.search(path.name)
-    if not found:
+    match = _PART.search(path.name)
+    if not match:
         return [path]
-    stem, suffix, count = path.name[: found.start()], path.suffix, int(found[2])
+    stem, suffix, count = path.name[: match.start()], path.suffix, int(match[2])
     return [path.with_name(f"{stem}-{n:05d}-of-{count:05d}{suffix}") for n in range(1, count + 1)]
 
 
@@ -83,9 +83,9 @@ def read_header(path: Path) -> GGUFHeader:
         if twice:
             raise StoreError(f"{part} holds tensor {twice[0]}, which an earlier part has, too.")
         tensors |= header.tensors
-    promised = first.metadata.get("split.tensors.count", len(tensors))
-    if promised != len(tensors):
-        raise StoreError(f"the parts of {path} hold {len(tensors)} tensors, not {promised}.")
+    stated = first.metadata.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise StoreError(f"the parts of {path} hold {len(tensors)} tensors, not {stated}.")
     return GGUFHeader(path, first.metadata, tensors)
 
 
@@ -165,9 +165,9 @@ class _Scan:
         self._data, self.at = data, len(_MAGIC)
 
     def number(self, letter: str) -> Any:
-        (found,) = struct.unpack_from(f"<{letter}", self._data, self.at)
+        (value,) = struct.unpack_from(f"<{letter}", self._data, self.at)
         self.at += struct.calcsize(f"<{letter}")
-        return found
+        return value
 
     def text(self) -> str:
         return self._bytes(self.number("Q")).decode("utf-8")
@@ -186,7 +186,7 @@ class _Scan:
         if kind in _NUMBERS:
             letter = _NUMBERS[kind]
             raw = self._bytes(count * struct.calcsize(f"<{letter}"))
-            return [found for (found,) in struct.iter_unpack(f"<{letter}", raw)]
+            return [value for (value,) in struct.iter_unpack(f"<{letter}", raw)]
         if kind not in (_STRING, _ARRAY):
             raise _UnknownTypeError(kind)
         if count > len(self._data):  # every entry takes bytes: do not loop for ages
@@ -194,8 +194,8 @@ class _Scan:
         return [self.value(kind) for _ in range(count)]
 
     def _bytes(self, count: int) -> bytes:
-        found = self._data[self.at : self.at + count]
-        if len(found) != count:
+        data = self._data[self.at : self.at + count]
+        if len(data) != count:
             raise _TooShortError
         self.at += count
-        return found
+        return data

@@ -70,6 +70,6 @@ def gguf_name(name: str) -> str:
     """ggml's name of a tensor of a model of one of these architectures."""
     if name in _ONCE:
         return _ONCE[name]
-    found = _LAYER.fullmatch(name)
-    assert found is not None, f"{name} is not a tensor of these architectures"
-    return f"blk.{found[1]}.{_IN_LAYER[found[2]]}.{found[3]}"
+    match = _LAYER.fullmatch(name)
+    assert match is not None, f"{name} is not a tensor of these architectures"
+    return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"

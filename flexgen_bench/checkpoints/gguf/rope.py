@@ -1,8 +1,8 @@
 """The rotary positions that a GGUF file asks for, as ``rope_parameters`` of transformers.
 
 How llama.cpp reads the keys (src/llama-model.cpp, src/llama-context.cpp): without a type, a factor scales linearly; the
-old key
-``rope.scale_linear`` stands in for a missing factor; YaRN extrapolates fully (ext_factor 1) between 32 and 1 rotations.
+old key ``rope.scale_linear`` stands in for a missing factor; YaRN extrapolates fully (ext_factor 1) between 32 and 1
+rotations.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def _stored_factors(header: GGUFHeader, head_dim: int) -> list[float] | None:
             f"{header.path}: tensor {ROPE_FACTORS} has shape {info.shape}, the model needs {(head_dim // 2,)}."
         )
     check_readable(header)
-    found = [float(value) for value in single_precision(info)]
-    if not all(math.isfinite(value) and value > 0 for value in found):
+    factors = [float(value) for value in single_precision(info)]
+    if not all(math.isfinite(value) and value > 0 for value in factors):
         raise StoreError(f"{header.path}: tensor {ROPE_FACTORS} holds values that are not above 0.")
-    return None if all(value == 1.0 for value in found) else found
+    return None if all(value == 1.0 for value in factors) else factors
 
 
 def _key(header: GGUFHeader, key: str) -> str:
@@ -88,10 +88,10 @@ def _key(header: GGUFHeader, key: str) -> str:
 
 
 def _number(header: GGUFHeader, key: str, default: float) -> float:
-    found = header.metadata.get(_key(header, key), default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+    value = header.metadata.get(_key(header, key), default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _refused(header, key, "a number")
-    return float(found)
+    return float(value)
 
 
 def _refused(header: GGUFHeader, key: str, allowed: str) -> StoreError:

@@ -15,9 +15,8 @@ def sentencepiece_tokenizer(header: GGUFHeader, vocabulary: Vocabulary, space_pr
     """A tokenizer that merges the two neighbours whose union has the best score, as long as there are such.
 
     space_prefix: a space is put before every text, and after every special token. Characters without a token become
-    bytes.
-    Raises StoreError for a vocabulary of which llama.cpp's order of merging cannot be had: without scores, or without
-    tokens for bytes.
+    bytes. Raises StoreError for a vocabulary of which llama.cpp's order of merging cannot be had: without scores, or
+    without tokens for bytes.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -49,7 +48,7 @@ def sentencepiece_tokenizer(header: GGUFHeader, vocabulary: Vocabulary, space_pr
 
 def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
     """Pairs of tokens whose union is a token, best score first."""
-    found: list[tuple[float, int, str, str]] = []
+    merges: list[tuple[float, int, str, str]] = []
     best: dict[float, str] = {}
     for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
         alone = [letter for letter in text if letter not in ids]
@@ -70,5 +69,5 @@ def _merges(header: GGUFHeader, vocabulary: Vocabulary, ids: dict[str, int]) -> 
                 "merging is not known. Use the checkpoint that the file was converted from."
             )
         # Of one token's pairs, those of older tokens first, as transformers converts them.
-        found += [(-score, ids[left] * len(ids) + ids[right], left, right) for left, right in pairs]
-    return [(left, right) for _, _, left, right in sorted(found)]
+        merges += [(-score, ids[left] * len(ids) + ids[right], left, right) for left, right in pairs]
+    return [(left, right) for _, _, left, right in sorted(merges)]

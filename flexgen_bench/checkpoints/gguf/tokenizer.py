@@ -117,17 +117,17 @@ def _add_ends(header: GGUFHeader, vocabulary: Vocabulary, backend: Any, add_bos:
     """Start and end tokens around every text, where the file or its kind of tokenizer wants them."""
     from tokenizers import processors
 
-    wanted = {"bos": (add_bos, vocabulary.bos), "eos": (add_eos, vocabulary.eos)}
-    for name, (is_wanted, number) in wanted.items():
-        if is_wanted and number is None:
+    ends = {"bos": (add_bos, vocabulary.bos), "eos": (add_eos, vocabulary.eos)}
+    for name, (is_added, number) in ends.items():
+        if is_added and number is None:
             raise StoreError(
                 f"{header.path}: {PREFIX}add_{name}_token is true (or so by its kind of tokenizer), and no "
                 f"{PREFIX}{name}_token_id of its vocabulary is stated. Convert it again."
             )
     around = {
         name: (vocabulary.tokens[number], number)
-        for name, (is_wanted, number) in wanted.items()
-        if is_wanted and number is not None
+        for name, (is_added, number) in ends.items()
+        if is_added and number is not None
     }
     if not around:
         return

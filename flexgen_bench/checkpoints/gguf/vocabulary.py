@@ -117,10 +117,10 @@ def read_vocabulary(header: GGUFHeader, defaults: Mapping[str, int]) -> Vocabula
     by_text = {text: number for number, text in enumerate(tokens)}
 
     def special(key: str) -> int | None:
-        found = header.metadata.get(PREFIX + key)
+        token_id = header.metadata.get(PREFIX + key)
         # Converters write -1, as an unsigned number, for a token that there is not.
-        if isinstance(found, int) and 0 <= found < len(tokens):
-            return found
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            return token_id
         default = defaults.get(key)
         return default if default is not None and default < len(tokens) else None
 
@@ -131,10 +131,10 @@ def read_vocabulary(header: GGUFHeader, defaults: Mapping[str, int]) -> Vocabula
     for key, texts in _INFILL_ENDS.items():
         number = special(key)
         if number is None:
-            found = sorted(by_text[text] for text in texts & by_text.keys())
-            for each in found:
+            numbers = sorted(by_text[text] for text in texts & by_text.keys())
+            for each in numbers:
                 kinds[each] = TokenKind.CONTROL
-            ends += found
+            ends += numbers
         else:
             ends.append(number)
     for text in _INFILL_TEXTS & by_text.keys():
@@ -156,18 +156,18 @@ def read_vocabulary(header: GGUFHeader, defaults: Mapping[str, int]) -> Vocabula
 
 def flag(header: GGUFHeader, key: str, default: bool) -> bool:
     """A yes or no of the tokenizer's namespace."""
-    found = header.metadata.get(PREFIX + key, default)
-    if not isinstance(found, bool):
-        raise StoreError(f"{header.path}: {PREFIX}{key} is {found!r}; true or false can be read.")
-    return found
+    value = header.metadata.get(PREFIX + key, default)
+    if not isinstance(value, bool):
+        raise StoreError(f"{header.path}: {PREFIX}{key} is {value!r}; true or false can be read.")
+    return value
 
 
 def strings(header: GGUFHeader, key: str) -> list[str]:
     """A list of texts that must be there."""
-    found = header.metadata.get(PREFIX + key)
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    texts = header.metadata.get(PREFIX + key)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise StoreError(f"{header.path} has no {PREFIX}{key}, so its text cannot be read. Convert it again.")
-    return found
+    return texts
 
 
 def _tokens(header: GGUFHeader) -> list[str]:
@@ -180,11 +180,11 @@ def _tokens(header: GGUFHeader) -> list[str]:
 
 
 def _kinds(header: GGUFHeader, count: int) -> list[TokenKind]:
-    found = _numbers(header, "token_type", count)
+    numbers = _numbers(header, "token_type", count)
     known = {kind.value for kind in TokenKind}
-    if found is None:
+    if numbers is None:
         return [TokenKind.NORMAL] * count
-    return [TokenKind(n) if n in known else TokenKind.UNDEFINED for n in found]
+    return [TokenKind(n) if n in known else TokenKind.UNDEFINED for n in numbers]
 
 
 def _scores(header: GGUFHeader, count: int) -> tuple[float, ...]:
@@ -192,12 +192,12 @@ def _scores(header: GGUFHeader, count: int) -> tuple[float, ...]:
 
 
 def _numbers(header: GGUFHeader, key: str, count: int) -> list[Any] | None:
-    found = header.metadata.get(PREFIX + key)
-    if found is None:
+    numbers = header.metadata.get(PREFIX + key)
+    if numbers is None:
         return None
-    if not isinstance(found, list) or len(found) < count or isinstance(found[0], str):
+    if not isinstance(numbers, list) or len(numbers) < count or isinstance(numbers[0], str):
         raise StoreError(f"{header.path}: {PREFIX}{key} does not hold a number for each of {count} tokens.")
-    return found[:count]
+    return numbers[:count]
 
 
 def _not_ends(ends: list[int], kinds: list[TokenKind], by_text: Mapping[str, int]) -> None:

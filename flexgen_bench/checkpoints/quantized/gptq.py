@@ -47,14 +47,14 @@ class _Grouped(DequantizedView):
     def _groups(self, parts: Mapping[str, str], name: str, inputs: int, count: int) -> Tensor:
         """(in,) the group of every input."""
         if "g_idx" in parts:
-            found = self._part(parts, "g_idx", name).long()
+            groups = self._part(parts, "g_idx", name).long()
         elif self._config.get("desc_act"):
             raise self.wrong(name, "the order of its inputs (g_idx) is missing")
         else:
-            found = torch.arange(inputs) // (inputs if self._group == -1 else self._group)
-        if found.shape != (inputs,) or int(found.min()) < 0 or int(found.max()) >= count:
+            groups = torch.arange(inputs) // (inputs if self._group == -1 else self._group)
+        if groups.shape != (inputs,) or int(groups.min()) < 0 or int(groups.max()) >= count:
             raise self.wrong(name, f"{inputs} inputs in groups of {self._group} do not have {count} scales")
-        return found
+        return groups
 
     def _assembled(self, parts: Mapping[str, str], name: str, codes: Tensor, zeros: Tensor) -> Tensor:
         """codes (in, out) and zeros (groups, out), integers -> float32 (out, in)."""

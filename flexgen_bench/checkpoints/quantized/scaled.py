@@ -217,8 +217,8 @@ class CompressedTensors(Scaled):
         module = name.removesuffix(".weight")
         named = [g for g in self._groups if any(_names(t, module) for t in g.get("targets") or ())]
         kinds = [g for g in self._groups if "Linear" in (g.get("targets") or ())]
-        found = (named or kinds)[:1]
-        weights = (found[0].get("weights") or {}) if found else {}
+        matching = (named or kinds)[:1]
+        weights = (matching[0].get("weights") or {}) if matching else {}
         structure, size = weights.get("block_structure"), weights.get("group_size")
         block = None
         if structure:

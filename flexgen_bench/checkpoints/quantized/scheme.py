@@ -56,38 +56,38 @@ _CODES = ("int", "uint", "float8", "float4", "F4", "F6", "F8")
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a folder says about its quantization, with ``quant_method`` filled in; None where it says nothing."""
     for entry in _ENTRIES:
-        found = config.get(entry)
-        if found:
-            if not isinstance(found, Mapping):
+        section = config.get(entry)
+        if section:
+            if not isinstance(section, Mapping):
                 raise StoreError(f"{folder / 'config.json'}: {entry} is not a JSON object.")
-            inner = found.get("quantization")
-            stated = found if not isinstance(inner, Mapping) else inner
+            inner = section.get("quantization")
+            stated = section if not isinstance(inner, Mapping) else inner
             return {"quant_method": _method(stated, entry), **_stated(stated)}
     for file, method in _FILES.items():
         try:
-            found = read_json(folder / file)
+            section = read_json(folder / file)
         except FileNotFoundError:
             continue
         except ValueError as error:
             raise StoreError(f"{folder / file} is not JSON ({error}).") from error
-        if isinstance(found, Mapping) and found:
-            inner = found.get("quantization")
-            stated = inner if method == "modelopt" and isinstance(inner, Mapping) else found
+        if isinstance(section, Mapping) and section:
+            inner = section.get("quantization")
+            stated = inner if method == "modelopt" and isinstance(inner, Mapping) else section
             return {"quant_method": method, **_stated(stated)}
     return None
 
 
-def _stated(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if value is not None}
+def _stated(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
 
 
-def _method(found: Mapping[str, Any], entry: str) -> str:
+def _method(section: Mapping[str, Any], entry: str) -> str:
     """Of a config that does not name its method."""
-    if entry == "quantization" and "quant_algo" not in found:
+    if entry == "quantization" and "quant_algo" not in section:
         return "mlx"
     if entry == "compression_config":
         return "compressed-tensors"
-    if found.get("load_in_8bit") or found.get("load_in_4bit"):
+    if section.get("load_in_8bit") or section.get("load_in_4bit"):
         return "bitsandbytes"
     for key, method in (
         ("config_groups", "compressed-tensors"),
@@ -95,7 +95,7 @@ def _method(found: Mapping[str, Any], entry: str) -> str:
         ("desc_act", "gptq"),
         ("w_bit", "awq"),
     ):
-        if key in found:
+        if key in section:
             return method
     return "unknown"
 
@@ -106,7 +106,7 @@ def dequantized(stored: Tensors, quantization: Mapping[str, Any] | None, where: 
     Raises StoreError naming the scheme if it is not read here, or if tensors look quantized and nothing says how.
     """
     if quantization is None:
-        _check_plain(stored, where)
+        _check_unquantized(stored, where)
         return None
     method = str(quantization["quant_method"]).lower().replace("_", "-")
     if method == "gptq":
@@ -120,11 +120,11 @@ def dequantized(stored: Tensors, quantization: Mapping[str, Any] | None, where: 
     algorithm = str(quantization.get("quant_algo"))
     if method == "modelopt" and algorithm == "FP8":
         return Scaled(stored, quantization, where, "fp8 (modelopt)")
-    said = f"{method} {algorithm}" if method == "modelopt" else method
-    raise StoreError(f"{where}: quantization by {said} is not read here. {ADVICE}")
+    scheme = f"{method} {algorithm}" if method == "modelopt" else method
+    raise StoreError(f"{where}: quantization by {scheme} is not read here. {ADVICE}")
 
 
-def _check_plain(stored: Tensors, where: Path) -> None:
+def _check_unquantized(stored: Tensors, where: Path) -> None:
     """Nothing says that the checkpoint is quantized: its tensors must not look like it."""
     for name in sorted(stored.names()):
         role = name.rpartition(".")[2]

@@ -51,7 +51,7 @@ class DequantizedView(ABC):
         names = self._names = stored.names()
         mains = {name.rpartition(".")[0] for name in names if self._is_main(name)}
         self._parts: dict[str, dict[str, str]] = {f"{base}.weight": {} for base in mains}
-        self._plain: set[str] = set()
+        self._unquantized: set[str] = set()
         self.has_runtime = False
         for name in names:
             base, _, role = name.rpartition(".")
@@ -60,7 +60,7 @@ class DequantizedView(ABC):
             elif role in RUNTIME:
                 self.has_runtime = True
             else:
-                self._plain.add(name)
+                self._unquantized.add(name)
         if not self._parts:
             raise StoreError(
                 f"{where}: the quantization config says {self.scheme}, but no tensor is quantized "
@@ -98,7 +98,7 @@ class DequantizedView(ABC):
         return of_groups or any(self._config.get(key) for key in keys)
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._plain | self._parts.keys())
+        return frozenset(self._unquantized | self._parts.keys())
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         parts = self._parts.get(name)

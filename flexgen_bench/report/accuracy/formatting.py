@@ -105,9 +105,9 @@ def advice(outcome: ModelOutcome) -> str:
 
 def ratio_to_yardstick(mode: ModeOutcome) -> float | None:
     """Mean added log-loss of the mode, of that of plain rounding on the same weights, over the tasks that both have."""
-    if mode.comparison is None or mode.yardstick is None:
+    if mode.comparison is None or mode.rtn is None:
         return None
-    plain = {t.task: t.bits for t in mode.yardstick.tasks}
+    plain = {t.task: t.bits for t in mode.rtn.tasks}
     pairs = [(t.bits, plain[t.task]) for t in mode.comparison.tasks if t.task in plain]
     both = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
     ours, theirs = (math.fsum(pair[i] for pair in both) for i in (0, 1))

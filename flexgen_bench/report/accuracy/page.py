@@ -128,7 +128,7 @@ def _agreements(outcome: ModelOutcome) -> list[str]:
     rows = [
         (
             a.task,
-            a.beside,
+            a.reference,
             str(a.n),
             str(len(a.different) + a.ties),
             str(a.ties),

@@ -69,7 +69,7 @@ def print_outcome(outcome: ModelOutcome) -> None:
         others = [
             (
                 a.task,
-                a.beside,
+                a.reference,
                 str(a.n),
                 str(len(a.different)),
                 str(a.ties),

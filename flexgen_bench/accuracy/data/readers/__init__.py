@@ -1,8 +1,7 @@
 """Readers: what a package's files hold, as rows. Add one by listing its function in ``READERS``.
 
 A reader takes the folder with the unpacked files and the task's options, and gives the rows of ``test`` and, where
-examples are shown,
-``fewshot``. Prompts are not its business; conf/accuracy holds those.
+examples are shown, ``fewshot``. Prompts are not its business; conf/accuracy holds those.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def hellaswag(folder: Path, *, examples: int = 0) -> Rows:
     """HellaSwag: what happened, four endings, the right one. WikiHow's markup ("[title]", "[step]") is taken out."""
     rows = (
         {
-            "query": _plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
-            "choices": [_plain(ending) for ending in row["endings"]],
+            "query": _without_markup(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+            "choices": [_without_markup(ending) for ending in row["endings"]],
             "gold": int(row["label"]),
         }
         for row in stream(folder)
@@ -39,6 +39,6 @@ def stream(folder: Path) -> Iterator[Mapping[str, Any]]:
                 yield from batch.to_pylist()
 
 
-def _plain(text: str) -> str:
+def _without_markup(text: str) -> str:
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")

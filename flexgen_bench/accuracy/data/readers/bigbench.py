@@ -72,8 +72,8 @@ def _summaries(
     )
     # Examples are the first short ones: every prompt carries them.
     shown = [row for row in rows if len(row["article"]) <= example_longest][:examples]
-    asked = [row for row in rows if row not in shown]
-    return {"fewshot": shown, "test": asked} if examples else {"test": asked}
+    tested = [row for row in rows if row not in shown]
+    return {"fewshot": shown, "test": tested} if examples else {"test": tested}
 
 
 def _examples(folder: Path) -> Iterator[Mapping[str, Any]]:

@@ -32,7 +32,7 @@ def docs(
     for doc in _documents(folder):
         row = {name: _field(doc[source]) for name, source in keep.items()}
         if strip_question:
-            row["query"] = _asked(row["query"])
+            row["query"] = _bare_question(row["query"])
         if longest is None or sum(len(str(v)) for v in row.values()) <= longest:
             rows.append(row)
     return split_off(ordered(rows), examples)
@@ -82,5 +82,5 @@ def _field(value: Any) -> Any:
     return value
 
 
-def _asked(query: str) -> str:
+def _bare_question(query: str) -> str:
     return query.removeprefix("Question: ").removesuffix("\nAnswer:")

@@ -64,14 +64,14 @@ def _names(city: str, same: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _restaurants(folder: Path) -> list[Mapping[str, str]]:
-    found: dict[tuple[str, ...], Mapping[str, str]] = {}
+    by_name_and_city: dict[tuple[str, ...], Mapping[str, str]] = {}
     for name in ("fodors.csv", "zagats.csv"):
         path = next(iter(sorted(folder.rglob(name))))
         with path.open(encoding="utf-8", newline="") as file:
             for raw in csv.DictReader(file):
                 record = {key: " ".join(raw[key].split()) for key in _ATTRIBUTES}
-                found.setdefault((record["name"], record["city"]), record)
-    return [found[key] for key in sorted(found)]
+                by_name_and_city.setdefault((record["name"], record["city"]), record)
+    return [by_name_and_city[key] for key in sorted(by_name_and_city)]
 
 
 def _typo(text: str, chance: random.Random) -> str:

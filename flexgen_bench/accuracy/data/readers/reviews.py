@@ -19,8 +19,8 @@ def snippets(folder: Path, *, member: str, at_least: float, shortest: int, examp
     rows = []
     for archive in sorted(folder.rglob("*.tar.gz")):
         with tarfile.open(archive) as inner:
-            found = next(m for m in inner.getmembers() if Path(m.name).name == member)
-            file = inner.extractfile(found)
+            entry = next(m for m in inner.getmembers() if Path(m.name).name == member)
+            file = inner.extractfile(entry)
             if file is None:
                 raise ValueError(f"{member} in {archive} is not a file")
             for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace"):

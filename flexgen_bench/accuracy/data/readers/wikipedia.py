@@ -35,13 +35,13 @@ def read(folder: Path, *, longest: int, shortest: int) -> Rows:
     rows = []
     for path in sorted(folder.rglob("*.bz2")):
         for title, source in _articles(bz2.decompress(path.read_bytes()).decode("utf-8")):
-            for piece in _pieces(plain(source), longest):
+            for piece in _pieces(article_text(source), longest):
                 if len(piece) >= shortest:
                     rows.append({"subject": title, "text": piece})
     return {"test": ordered(rows)}
 
 
-def plain(source: str) -> str:
+def article_text(source: str) -> str:
     """What a reader of the article reads: paragraphs of sentences. Markup, tables, lists, notes and what follows the
     text are gone."""
     for pattern, replacement in _RULES:
