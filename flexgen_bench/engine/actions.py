@@ -125,6 +125,10 @@ class Actions:
         self._angles.clear()
         self._prompts.begin_pass()
 
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
+
     def forget(self, group: SequenceGroup) -> None:
         """A sequence group has left its room."""
         self._cache.forget(group)

@@ -230,13 +230,13 @@ def _workspace(
 
 def _attention_bytes(job: Job, policy: Policy, largest: Sequence[SequenceGroup], shape: ModelShape, width: int) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
-    of a prompt's last chunk, or of what follows on what prompts share; keys and values of a compressed cache,
+    of a prompt's last chunk, or of what follows on what prompts share or have kept; keys and values of a compressed cache,
     unpacked."""
     found = 0
     for group in largest:
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
-        mask = rows * prompt if chunk is not None or group.shared else 0
+        mask = rows * prompt if chunk is not None or group.shared or group.kept else 0
         tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
         if job.keep_kv:
             scores = tokens * shape.num_heads * (8 + 2 * width)
