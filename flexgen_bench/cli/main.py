@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "what a run would do: policy and why, memory, time, disk; runs nothing",
     "batch": "answer files of requests; a killed run goes on where it was",
     "chat": "talk to a model in the terminal",
+    "serve": "an HTTP server in the form of the OpenAI API",
     "trace": "what every lane did in a recorded run",
     "report": "rebuild tables, pages and the paper's tables from the records",
     "calibrate": "measure what this machine sustains",

@@ -83,6 +83,10 @@ class JobRun:
             self._actions.forget(group)
         self._account(batches, time.perf_counter() - begin)
 
+    @property
+    def kv_slots_in_use(self) -> int:
+        return len(self._scheduler.running)
+
     def remove(self, ended: Ended) -> None:
         """Between passes: let sequences leave before their end."""
         for group in self._scheduler.remove(self._leaving(ended)):

@@ -85,6 +85,11 @@ class OpenJob:
             self._cancelled.add(number)
 
     @property
+    def kv_slots_in_use(self) -> int:
+        """Between passes: how many hold a sequence."""
+        return self._run.kv_slots_in_use
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do: no sequence runs and none waits."""
         with self._lock:

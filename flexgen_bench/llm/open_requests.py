@@ -28,6 +28,11 @@ class OpenRequests:
         return self._job.capacity
 
     @property
+    def kv_slots_in_use(self) -> int:
+        """Between passes: how many hold a sequence."""
+        return self._job.kv_slots_in_use
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request runs and none waits."""
         return self._job.is_idle
