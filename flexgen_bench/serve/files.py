@@ -52,7 +52,8 @@ class Documents:
 
     def all(self) -> list[Document]:
         """Newest first."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in self._folder.glob(f"{self._kind}-*.json")]
+        paths = [path for path in self._folder.glob(f"{self._kind}-*.json") if _ID.fullmatch(path.stem)]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         return sorted(found, key=lambda document: (document["created_at"], document["id"]), reverse=True)
 
     def _unknown(self, name: str) -> RequestError:
