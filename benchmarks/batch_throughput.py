@@ -19,6 +19,7 @@ from typing import Any
 
 from flexgen_bench import LLM, SamplingParams
 from flexgen_bench.batch.output_file import OutputFile
+from flexgen_bench.batch.plan import plan_text
 from flexgen_bench.batch.progress import BatchProgress
 from flexgen_bench.batch.run import Batch, Settings
 from flexgen_bench.batch.scan import in_order, scan
@@ -26,14 +27,14 @@ from flexgen_bench.batch.shard import Shard
 from flexgen_bench.requests.asked import Limits, Reader
 
 
-def requests(count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Prompts of 4 to 120 tokens, answers of 2 to 40: lengths evenly spread on a logarithmic scale."""
+def requests(count: int, seed: int, prompt: int = 120, answer: int = 40) -> list[tuple[list[int], int]]:
+    """Prompts of 4 tokens and more, answers of 2 and more: lengths evenly spread on a logarithmic scale."""
     draw = random.Random(seed)
 
     def length(least: int, most: int) -> int:
         return round(least * (most / least) ** draw.random())
 
-    return [([draw.randrange(10, 40000) for _ in range(length(4, 120))], length(2, 40)) for _ in range(count)]
+    return [([draw.randrange(10, 40000) for _ in range(length(4, prompt))], length(2, answer)) for _ in range(count)]
 
 
 def by_generate(llm: LLM, asked: Iterable[tuple[list[int], int]]) -> list[tuple[int, ...]]:
@@ -53,8 +54,10 @@ def by_batch(llm: LLM, asked: Iterable[tuple[list[int], int]], folder: Path, win
     found = scan([path], None, Shard())
     lines = found.lines
     settings = Settings(window, "m", {"temperature": 0.0})
+    rows = in_order(found.order(), [path], None)
+    plan_text(llm, reader, in_order(found.order()[:window], [path], None), found, settings)  # chooses the policy
     with OutputFile(out, {}, lines) as output, BatchProgress(lines, 0) as progress:
-        Batch(llm, reader, output, settings, progress, frozenset()).run(in_order(found.order(), [path], None))
+        Batch(llm, reader, output, settings, progress, frozenset()).run(rows)
         output.restore_order()
     return progress.totals.answer_tokens
 
@@ -85,11 +88,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--cache-dir", default=None)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--prompt", type=int, default=120, help="most tokens of a prompt")
+    parser.add_argument("--answer", type=int, default=40, help="most new tokens")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--systems", nargs="+", default=["generate", "batch", "transformers"])
     options = parser.parse_args()
-    asked = requests(options.requests, 0)
+    asked = requests(options.requests, 0, options.prompt, options.answer)
     print(
         f"{options.requests} requests, {sum(len(p) for p, _ in asked)} + {sum(n for _, n in asked)} tokens", flush=True
     )
@@ -108,7 +113,7 @@ def main() -> None:
         LLM(options.model, gpu="cpu", dtype="float32", cache_dir=options.cache_dir, threads=options.threads) as llm,
         tempfile.TemporaryDirectory() as folder_name,
     ):
-        by_generate(llm, asked[:32])
+        by_generate(llm, asked[:32])  # loads weights, starts threads
         for number in range(options.rounds):
             for name in options.systems if number % 2 == 0 else options.systems[::-1]:
                 if name == "generate":

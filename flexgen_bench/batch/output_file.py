@@ -34,6 +34,7 @@ class OutputFile:
 
     def __init__(self, path: Path, belongs_to: Mapping[str, Any], positions: int) -> None:
         self.path, self._state = path, path.with_name(f"{path.name}.state.json")
+        self._lock = -1
         self._claim(belongs_to)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._offsets = array("q", [_MISSING]) * positions

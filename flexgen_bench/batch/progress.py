@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -25,7 +24,7 @@ class Totals:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     job_s: float = 0.0
-    busy_s: Counter[Lane] = field(default_factory=Counter)
+    busy_s: dict[Lane, float] = field(default_factory=dict)
 
 
 class BatchProgress:
@@ -67,7 +66,7 @@ class BatchProgress:
     def job_done(self, result: JobResult) -> None:
         self.totals.job_s += result.prefill_s + result.decode_s
         for lane, use in result.lanes.items():
-            self.totals.busy_s[lane] += use.busy_s
+            self.totals.busy_s[lane] = self.totals.busy_s.get(lane, 0.0) + use.busy_s
 
     def __enter__(self) -> BatchProgress:
         self._bar.start()
@@ -92,7 +91,7 @@ class BatchProgress:
         """The lane that worked most; empty before the first job has ended."""
         if not self.totals.busy_s or not self.totals.job_s:
             return ""
-        lane, busy = self.totals.busy_s.most_common(1)[0]
+        lane, busy = max(self.totals.busy_s.items(), key=lambda item: item[1])
         return f", bound by {lane} ({min(1.0, busy / self.totals.job_s):.0%} busy)"
 
 

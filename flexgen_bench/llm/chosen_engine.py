@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
+from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ChosenEngine:
@@ -50,6 +55,25 @@ class ChosenEngine:
 
     def for_scoring(self, requests: Sequence[ScoreRequest]) -> Engine:
         return self._fitting(typical(requests), LOGIT_ROWS, lambda engine: engine.can_score(requests))
+
+    def log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
+        """Of each request in turn, the distributions of its tokens but the first; few are in memory at once."""
+        start = 0
+        while start < len(requests):
+            stop, rows = start, 0
+            while stop < len(requests) and (stop == start or rows < LOGIT_ROWS):
+                rows += len(requests[stop].tokens)
+                stop += 1
+            part = requests[start:stop]
+            yield from self.for_scoring(part).log_probabilities([r.tokens for r in part])
+            start = stop
+
+    def predicted_seconds(self, requests: Sequence[Request]) -> float:
+        """Of a job of generation, by simulation of its plan, if no sequence ends early. UserError without rates."""
+        engine, weights = self.for_generation(requests), self._weights
+        plan, hardware = engine.plan(requests), self._device.hardware
+        played = forecast(weights.shape, weights.packed, weights.dtype, engine.policy, hardware, plan)
+        return played.prefill_s + played.decode_s
 
     def close(self) -> None:
         """Release the weights. A second time does nothing."""

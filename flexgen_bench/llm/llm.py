@@ -48,9 +48,7 @@ from flexgen_bench.llm.open_requests import OpenRequests
 from flexgen_bench.llm.sequences import Sequences, output_of
 from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
-from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.scoring import LOGIT_ROWS
 from flexgen_bench.requests.chat_template import Message, encode_chat
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
@@ -267,10 +265,8 @@ class LLM:
     def predicted_seconds(self, requests: Sequence[Request]) -> float:
         """How long a job of these requests takes, by simulation of its plan, if no sequence ends early. UserError where
         the machine's rates are not known."""
-        plan, weights = self.plan(requests), self._weights
-        assert self.policy is not None, "chosen by plan"
-        played = forecast(weights.shape, weights.packed, weights.dtype, self.policy, self.hardware, plan)
-        return played.prefill_s + played.decode_s
+        self._check_open()
+        return self._engine.predicted_seconds(requests)
 
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
@@ -316,18 +312,7 @@ class LLM:
         requests = [ScoreRequest(token_ids(tokens, f"sequences[{index}]"), 1) for index, tokens in enumerate(lists)]
         for index, request in enumerate(requests):
             check_score_request(self.shape, f"sequences[{index}]", request)
-        return self._log_probabilities(requests)
-
-    def _log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
-        start = 0
-        while start < len(requests):
-            stop, rows = start, 0
-            while stop < len(requests) and (stop == start or rows < LOGIT_ROWS):
-                rows += len(requests[stop].tokens)
-                stop += 1
-            part = requests[start:stop]
-            yield from self._engine.for_scoring(part).log_probabilities([r.tokens for r in part])
-            start = stop
+        return self._engine.log_probabilities(requests)
 
     def close(self) -> None:
         """Release the weights and delete the offload directory if it was made here."""

@@ -29,7 +29,7 @@ def prompt_logprobs(
         scored = [likeliest(row, token, most[prompt]) for row, token in zip(rows, prompt[1:], strict=True)]
         found[prompt] = [None, *scored]
     results: list[list[TokenLogprobs | None]] = []
-    for prompt, count in zip(prompts, counts, strict=True):
-        own = found.get(tuple(prompt), [None])
+    for tokens, count in zip(prompts, counts, strict=True):
+        own = found.get(tuple(tokens), [None])
         results.append([p and TokenLogprobs(p.logprob, p.top[:count]) for p in own])
     return results

@@ -40,7 +40,7 @@ class Ticket:
     """A request under way. tell: given its events by the computing thread; must not block."""
 
     asked: Asked
-    tell: Callable[[Event], None]
+    tell: Callable[[Event], object]
     outputs: dict[int, Output] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     gone: bool = False
@@ -81,7 +81,7 @@ class EngineLoop:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, asked: Asked, tell: Callable[[Event], None]) -> Ticket:
+    def submit(self, asked: Asked, tell: Callable[[Event], object]) -> Ticket:
         """Queue a request whose prompts and answers are within the capacity."""
         ticket = Ticket(asked, tell)
         with self._change:

@@ -48,7 +48,7 @@ TASKS = "--tasks copying_words"
 HELM = """python -m flexgen_bench accuracy model=smollm2-135m tasks=helm reference=yardstick \
 'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse]'""".replace("\\\n", "")
 LM_EVAL = "--include_path ~/.cache/flexgen-bench/accuracy/lm_eval"
-BATCH = "echo '{\"prompt\": \"Two and two\", \"max_tokens\": 3}' > requests.jsonl; rm -f answers.jsonl*; python -m"
+BATCH = 'echo \'{"prompt": "Two and two", "max_tokens": 3}\' > requests.jsonl; rm -f answers.jsonl*; python -m'
 TABLE: dict[str, How] = {
     # docs/guides
     "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2": How(
@@ -63,9 +63,7 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench chat model=smollm2": How("max_tokens=4 <<< 'Say yes.'", says="tokens of context"),
     "python -m flexgen_bench chat --help": How(says="Ctrl-C"),
     "pip install 'flexgen-bench[serve]'": How(skip="installs; the environment of the tests was made so"),
-    "python -m flexgen_bench serve model=smollm2": How(
-        "--help", says="answered at once", swap={" model=smollm2": ""}
-    ),
+    "python -m flexgen_bench serve model=smollm2": How("--help", says="answered at once", swap={" model=smollm2": ""}),
     "python -m flexgen_bench serve --help": How(says="answered at once"),
     # README: quick start, torch
     "make bench": How("-n", says="install.py bench"),
