@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
-from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
 from flexgen_bench.core.folders import path_argument
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, CannotRun) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
-    except StoreError as error:
+    except (StoreError, NotFinite) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
-from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (StoreError, CannotRun) as error:
+    except (StoreError, CannotRun, NotFinite) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

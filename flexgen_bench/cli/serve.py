@@ -81,9 +81,10 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
         import uvicorn
 
         from flexgen_bench.serve.app import make_app
+        from flexgen_bench.serve.files import claimed
     except ImportError as error:
         raise CannotRun(how_to_install(error.name or "fastapi")) from error
-    with open_llm(words) as llm:
+    with claimed(settings.state_dir), open_llm(words) as llm:
         most = llm.shape.max_positions
         if settings.prompt_tokens + settings.answer_tokens - 1 > most:
             raise UserError(

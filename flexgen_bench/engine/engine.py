@@ -113,7 +113,7 @@ class Engine:
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
         scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission)
         # Beyond its steady positions a model's keys depend on the length of their sequence.
-        longest = capacity.prompt_len + capacity.gen_len
+        longest = capacity.prompt_len + capacity.gen_len - 1
         keeps = capacity.keeps and can_keep(plan) and longest <= self._family.steady_positions(self._shape)
         prefixes = KeptPrefixes(actions.cache, sequences) if keeps else None
         run = JobRun(scheduler, plan.job, executor, actions, generation, result, prefixes=prefixes)

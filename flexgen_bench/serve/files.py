@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.requests.errors import NOT_FOUND, RequestError
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
@@ -58,6 +61,22 @@ class Documents:
 
     def _unknown(self, name: str) -> RequestError:
         return RequestError(f"There is no {self._kind} {name[:80]!r}.", f"{self._kind}_id", "not_found", NOT_FOUND)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder of files and batches, for this process alone: two servers would answer the same batch. UserError if
+    another one has it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            "--state", str(folder), "of one server", "Another one runs on it: name another folder."
+        ) from error
+    finally:
+        os.close(lock)
 
 
 class FileStore:

@@ -136,6 +136,12 @@ def test_keys(model: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_a_state_belongs_to_one_server(server: ServerProcess, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"model={model}", "gpu=cpu", f"cache_dir={model.parent / 'cache'}", "--state", str(server.state)]
+    assert serve.main([*given, "--port", "0"]) == 2
+    assert "Another one runs on it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_within_the_stated_time(model: Path, tmp_path: Path, number: int) -> None:
     """With an answer under way that would take far longer."""

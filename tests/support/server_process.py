@@ -31,6 +31,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         words = [f"model={model}", "name=tiny", "gpu=cpu", "threads=1", f"cache_dir={model.parent / 'cache'}"]
         command = [sys.executable, "-m", "flexgen_bench", "serve", "--port", str(port), "--state", str(state), *words]
+        self.state = state
         self.log = state.with_name(f"{state.name}.log")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
