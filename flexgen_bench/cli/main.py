@@ -16,6 +16,9 @@ from flexgen_bench import __version__
 COMMANDS = {
     "run": "measure cells on this machine, or simulate another one (what happens without a command)",
     "plan": "what a run would do: policy and why, memory, time, disk; runs nothing",
+    "batch": "answer files of requests; a killed run goes on where it was",
+    "chat": "talk to a model in the terminal",
+    "serve": "an HTTP server in the form of the OpenAI API",
     "trace": "what every lane did in a recorded run",
     "report": "rebuild tables, pages and the paper's tables from the records",
     "calibrate": "measure what this machine sustains",

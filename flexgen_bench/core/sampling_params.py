@@ -20,7 +20,9 @@ class SamplingParams:
     repetition_penalty: above 1 discourages tokens seen in prompt or output. stop: strings that end
     the text (they are cut off); None: none. stop_token_ids: ids that end it, besides the model's
     own end-of-sequence id unless ignore_eos. seed: with the same seed and prompt position, the same
-    tokens come out however prompts are batched.
+    tokens come out however prompts are batched. logprobs: how many of the likeliest tokens are
+    reported with every new one, each with its log-probability before temperature and penalties
+    (natural logarithm; 0: the new token's alone); None: none.
 
     Numbers may be numpy's or torch's. UserError names the field that has a value of another kind.
     """
@@ -34,6 +36,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     seed: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._integer("max_tokens", 1, "an integer of at least 1")
@@ -42,6 +45,8 @@ class SamplingParams:
         self._number("top_p", "above 0 and at most 1", above_zero=True, most=1)
         self._number("repetition_penalty", "a finite number above 0", above_zero=True)
         self._integer("seed", None, "an integer")
+        if self.logprobs is not None:
+            self._integer("logprobs", 0, "an integer of at least 0, or None")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         ids = token_ids(() if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids")
         if any(t < 0 for t in ids):

@@ -144,6 +144,10 @@ class Actions:
         self._prompts.begin_pass()
         self._resident.begin_pass()
 
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
+
     def forget(self, group: SequenceGroup) -> None:
         """A sequence group has left its room."""
         self._cache.forget(group)

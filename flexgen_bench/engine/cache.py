@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -243,6 +243,14 @@ class KVCache:
                 padding = replace(padding, mask=self._device.to_compute(padding.mask))
             self._paddings[key] = padding
         return self._paddings[key]
+
+    def homes(self, group: SequenceGroup) -> Iterator[tuple[KVRegion, Tensor]]:
+        """Of a group in one span that is kept in memory: its region and the bytes of it, layer after layer."""
+        home = next(number for number, span in enumerate(group.kv) if span.count)
+        region = KVRegion(group.layouts[home], self._form)
+        for unit in self._job.units:
+            if unit.kind is UnitKind.LAYER:
+                yield region, self._memory[group.kv_slot, home, unit.index]
 
     def forget(self, group: SequenceGroup) -> None:
         """A sequence group has left its KV slot."""

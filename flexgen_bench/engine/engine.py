@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
 from flexgen_bench.engine.job_run import JobResult, JobRun
+from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
 from flexgen_bench.engine.layers import Formulas
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
@@ -117,8 +119,12 @@ class Engine:
         held = ExitStack()
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
         scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission)
-        run = JobRun(scheduler, plan.job, executor, actions, generation, result)
-        self._open = OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
+        # Beyond its steady positions a model's keys depend on the length of their sequence.
+        longest = capacity.prompt_len + capacity.gen_len - 1
+        keeps = capacity.keeps and can_keep(plan) and longest <= self._family.steady_positions(self._model.shape)
+        prefixes = KeptPrefixes(actions.cache, sequences) if keeps else None
+        run = JobRun(scheduler, plan.job, executor, actions, generation, result, prefixes=prefixes)
+        self._open = OpenJob(replace(capacity, keeps=keeps), admission, sequences, run, held, self._give_back, result)
         return self._open
 
     def score(self, requests: Sequence[ScoreRequest], found: Found, progress: Progress = quiet) -> JobResult:

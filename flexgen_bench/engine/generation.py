@@ -9,7 +9,8 @@ from itertools import takewhile
 from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.engine.sampling import Sampler
+from flexgen_bench.engine.outputs import TokenLogprobs
+from flexgen_bench.engine.sampling import Sampler, likeliest
 from flexgen_bench.engine.text_stream import TextStream
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.scheduler import ending, last_rows
@@ -21,12 +22,27 @@ from flexgen_bench.schedule.sequence_groups import Request
 LEAST_SHARED = 8
 
 
+@dataclass(frozen=True)
+class KeptTokens:
+    """Tokens with their keys and values: of each layer (2, G, tokens, ...), in the form in which they are stored."""
+
+    tokens: tuple[int, ...]
+    layers: tuple[tuple[Tensor, ...], ...]
+
+    def in_common(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt need not be computed; its last one always is, for it predicts the next."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False)))
+        return min(same, len(prompt) - 1)
+
+
 @dataclass
 class Running:
     """One prompt on its way: what it has produced, and why it ended (empty: it goes on).
 
     stop_text: given all new tokens with each of them, says whether their text has ended. text: what
-    becomes of them, if anybody wants it.
+    becomes of them, if anybody wants it. logprobs: one entry a new token, where ``params`` asks for them.
+    prefix: what the prompt may begin with and need not be computed; keep: leave in ``kept`` what another one may begin
+    with (both in open jobs whose capacity says so; elsewhere nothing is kept).
     """
 
     prompt: Sequence[int]
@@ -36,10 +52,23 @@ class Running:
     stop_text: Callable[[list[int]], bool]
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     # Both are told by the thread that samples.
     on_token: Callable[[int], None] = lambda token: None
     on_end: Callable[[], None] = lambda: None
     text: TextStream | None = None
+    prefix: KeptTokens | None = None
+    keep: bool = False
+    kept: KeptTokens | None = None
+
+    def choose(self, logits: Tensor) -> None:
+        """Take the token that is sampled from logits (V,)."""
+        if self.finish_reason:
+            return
+        token = self.sampler.choose(logits)
+        if self.params.logprobs is not None:
+            self.logprobs.append(likeliest(logits, token, self.params.logprobs))
+        self.take(token)
 
     def take(self, token: int) -> None:
         """Append one token and decide whether the sequence ends with it."""
@@ -118,7 +147,7 @@ class Generation:
                 sequence.take(token)
         else:
             for sequence, logits in zip(sequences, found, strict=True):
-                sequence.take(sequence.sampler.choose(logits))
+                sequence.choose(logits)
 
     def tree(self, sequence: int) -> None:
         """Prompts are plain sequences."""
@@ -135,4 +164,4 @@ class Generation:
 
 def are_greedy(sequences: Iterable[Running]) -> bool:
     """Whether the host needs no more of these than the number of the largest logit."""
-    return all(s.params.greedy and s.params.repetition_penalty == 1.0 for s in sequences)
+    return all(s.params.greedy and s.params.repetition_penalty == 1.0 and s.params.logprobs is None for s in sequences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.progress import Progress, quiet
@@ -11,10 +11,12 @@ from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.executor import Executor, LaneUse
+from flexgen_bench.engine.kept_prefix import KeptPrefixes
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Ended, Scheduler
+from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Request
 
 
@@ -47,7 +49,9 @@ class JobRun:
         result: JobResult,
         requests: Sequence[Request] = (),
         progress: Progress = quiet,
+        prefixes: KeptPrefixes | None = None,
     ) -> None:
+        self._prefixes = prefixes
         self._scheduler, self._job = scheduler, job
         self._executor, self._actions = executor, actions
         self._consumer, self._progress, self._result = consumer, progress, result
@@ -66,15 +70,34 @@ class JobRun:
         begin = time.perf_counter()
         batches = self._scheduler.schedule()
         self._actions.begin_pass()
+        if self._prefixes is not None:
+            self._prefixes.begin(batches)
         self._pass(batches)
-        for group in self._scheduler.postprocess(self._consumer.ended):
+        for group in self._scheduler.postprocess(self._leaving(self._consumer.ended)):
             self._actions.forget(group)
         self._account(batches, time.perf_counter() - begin)
 
+    @property
+    def kv_slots_in_use(self) -> int:
+        return len(self._scheduler.running)
+
     def remove(self, ended: Ended) -> None:
         """Between passes: let sequences leave before their end."""
-        for group in self._scheduler.remove(ended):
+        for group in self._scheduler.remove(self._leaving(ended)):
             self._actions.forget(group)
+
+    def _leaving(self, ended: Ended) -> Ended:
+        """The same, and what sequences want kept is taken before their place is free."""
+        prefixes = self._prefixes
+        if prefixes is None:
+            return ended
+
+        def noted(group: SequenceGroup) -> Collection[int]:
+            gone = list(ended(group))
+            prefixes.left(group, gone)
+            return gone
+
+        return noted
 
     def _pass(self, batches: list[MicroBatch]) -> None:
         """Submit all steps of a pass, and wait for its last step on each unit: the host must see the tokens."""

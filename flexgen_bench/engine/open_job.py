@@ -64,7 +64,7 @@ class OpenJob:
     def add(self, sequence: Running) -> int:
         """Queue a sequence; its number. UserError if it is larger than the capacity, or the job is closed."""
         self._check_open()
-        request = _request(sequence)
+        request = self._request(sequence)
         if not self.capacity.holds(request):
             raise UserError(
                 "request",
@@ -83,6 +83,11 @@ class OpenJob:
         """End a sequence before its time, with the next ``step``; of one that has ended, nothing happens."""
         with self._lock:
             self._cancelled.add(number)
+
+    @property
+    def kv_slots_in_use(self) -> int:
+        """Between passes: how many hold a sequence."""
+        return self._run.kv_slots_in_use
 
     @property
     def is_idle(self) -> bool:
@@ -127,13 +132,18 @@ class OpenJob:
             cancelled, self._cancelled = self._cancelled, set()
         for number, sequence in added:
             self._sequences[number] = sequence
-            self._admission.add(number, _request(sequence))
+            self._admission.add(number, self._request(sequence))
         gone = cancelled & self._sequences.keys()
         running = {number for number in gone if not self._admission.cancel(number)}
         if running:
             self._run.remove(lambda group: _of(group, running))
         for number in gone:
             self._sequences.pop(number).finish_reason = CANCELLED
+
+    def _request(self, sequence: Running) -> Request:
+        prefix = sequence.prefix if self.capacity.keeps else None
+        kept = prefix.in_common(sequence.prompt) if prefix is not None else 0
+        return Request(len(sequence.prompt), sequence.params.max_tokens, kept=kept)
 
     def _forget_ended(self) -> None:
         for number in [n for n, s in self._sequences.items() if s.finish_reason]:
@@ -152,10 +162,6 @@ class OpenJob:
             self._closed = True
             self._on_close()
             self._held.__exit__(kind, error, trace)
-
-
-def _request(sequence: Running) -> Request:
-    return Request(len(sequence.prompt), sequence.params.max_tokens)
 
 
 def _of(group: SequenceGroup, numbers: set[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen_bench.core.errors import UserError
@@ -15,12 +15,31 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue. stream: which random stream of its seed it samples from; several answers to one prompt
+    have different ones."""
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stream: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one new token: its log-probability, and the likeliest tokens with theirs, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Output:
     """One prompt's result.
 
     text: what the tokens add to the prompt's text, so that prompt + text is the whole of it: from
     the space before the first word on, without special tokens, and cut before the first stop
-    string. finish_reason: "stop" (a stop id or string) or "length".
+    string. finish_reason: "stop" (a stop id or string) or "length". logprobs: one entry a token
+    where ``SamplingParams.logprobs`` asks for them.
     """
 
     prompt: Prompt
@@ -28,6 +47,7 @@ class Output:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

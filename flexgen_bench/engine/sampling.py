@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.engine.outputs import TokenLogprobs
 
 
 class Sampler:
@@ -32,6 +33,13 @@ class Sampler:
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._seen.add(token)
         return token
+
+
+def likeliest(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """The log-probability of ``token`` under logits (V,), and the ``count`` likeliest tokens with theirs."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprobs(float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _mix(seed: int, stream: int) -> int:

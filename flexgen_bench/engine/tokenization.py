@@ -73,6 +73,20 @@ class TextTokenizer:
             return TextStream(None, {})
         return TextStream(IncrementalDecoder(self._pieces, prompt), self._pieces.special, stop)
 
+    @property
+    def of_transformers(self) -> Any:
+        """The tokenizer of ``transformers`` behind this one; None for a folder without."""
+        return self._loaded
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for inside a text, as UTF-8, of which it may hold a part of a character; special tokens
+        as their names. Empty without a tokenizer, and for an id that the tokenizer does not know."""
+        pieces = self._pieces
+        if pieces is None or not pieces.is_known(token):
+            return b""
+        name = pieces.special.get(token)
+        return pieces.after(0, token) if name is None else name.encode()
+
     def text_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """``ids`` as text that goes on after ``prompt``, special tokens shown; empty without a
         tokenizer."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.config.build import hardware_profile
 from flexgen_bench.config.paths import default_cache_dir
@@ -25,11 +25,12 @@ from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.engine.checks import check_prompt, check_score_request
+from flexgen_bench.engine.checks import check_score_request
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import Running, requests_of
+from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.engine.outputs import (
+    GenerationRequest,
     Output,
     Piece,
     Prompt,
@@ -40,13 +41,16 @@ from flexgen_bench.engine.outputs import (
     requests_of_ids,
     score_of,
 )
-from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.engine.streaming import pieces
 from flexgen_bench.engine.tokenization import TextTokenizer
+from flexgen_bench.llm.chosen_engine import ChosenEngine
+from flexgen_bench.llm.dataset_map import map_column
 from flexgen_bench.llm.model_source import checkpoint_of
+from flexgen_bench.llm.open_requests import OpenRequests
+from flexgen_bench.llm.sequences import Sequences, output_of
 from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
-from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
+from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.requests.chat_template import Message, encode_chat
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
@@ -97,12 +101,10 @@ class LLM(Closing):
     ) -> None:
         check_latency(max_latency_s, policy is not None)
         self._lossy = agreed_lossy(lossy, policy)
-        self._max_latency_s = max_latency_s
         self._progress: Progress = progress or quiet
-        self._policy = policy
-        self._engine: Engine | None = None
-        self._chosen_for = 0  # sequences of the largest job of generation so far
+        self._chosen: ChosenEngine | None = None
         self._closed = False
+        self.last_job: JobResult | None = None  # what the last job of generation took
         cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
         if offload_dir is None:  # beside the weights, not in a /tmp that may be memory
@@ -129,9 +131,11 @@ class LLM(Closing):
             )
             if self.note:
                 _log.warning("%s: %s", checkpoint, self.note)
-            self._tokenizer = TextTokenizer(checkpoint)
-            if policy is not None:  # refuse a policy that does not fit now, not at the first prompt
-                self._engine = self._weights.engine(policy, self._device, self._offload_dir)
+            self.tokenizer = TextTokenizer(checkpoint)
+            self.sequences = Sequences(self.shape, self.tokenizer)
+            self._chosen = ChosenEngine(
+                self._weights, self._device, self._offload_dir, policy, self._lossy, max_latency_s
+            )
         except BaseException:
             self.close()
             raise
@@ -141,6 +145,11 @@ class LLM(Closing):
         return self._weights.shape
 
     @property
+    def hardware(self) -> HardwareProfile:
+        """The machine, with its rates where they are known."""
+        return self._device.hardware
+
+    @property
     def note(self) -> str:
         """How the checkpoint's weights were read, in words (quantized ones are dequantized); empty if as they are."""
         return self._weights.note
@@ -148,7 +157,7 @@ class LLM(Closing):
     @property
     def policy(self) -> Policy | None:
         """The policy in force; None until a job has made the engine choose one."""
-        return self._engine.policy if self._engine else None
+        return self._chosen.policy if self._chosen else None
 
     def generate(
         self,
@@ -163,23 +172,61 @@ class LLM(Closing):
         ``on_output`` gets each as soon as it is there. Raises UserError for the first prompt that
         cannot be used, before any is computed.
         """
-        self._check_open()
         asked = prompts_of(prompts)
         params = per_prompt(sampling_params, len(asked))
-        sequences = [self._running(i, p, s) for i, (p, s) in enumerate(zip(asked, params, strict=True))]
-        requests = requests_of(sequences, self._weights.family.steady_positions(self.shape))
+        requests = [GenerationRequest(p, s, i) for i, (p, s) in enumerate(zip(asked, params, strict=True))]
+        return self.generate_requests(requests, on_output)
+
+    def generate_requests(
+        self, requests: Sequence[GenerationRequest], on_output: OnOutput = lambda index, output: None
+    ) -> list[Output]:
+        """``generate`` for requests that come from different callers: each samples from the random stream that it
+        names, so its tokens are those of this request alone."""
+        self._check_open()
+        sequences = [self.sequences.start(request, f"prompts[{i}]") for i, request in enumerate(requests)]
+        asked = requests_of(sequences, self._weights.family.steady_positions(self.shape))
         found: dict[int, Output] = {}
 
         def take(index: int, sequence: Running) -> None:
-            found[index] = self._output(asked[index], sequence)
+            found[index] = output_of(requests[index].prompt, sequence)
             on_output(index, found[index])
 
         arrivals = Arrivals(self._progress, take)
         for index, sequence in enumerate(sequences):
             sequence.on_end = partial(arrivals.put, index, sequence)
-        self._engine_for(requests).generate(sequences, arrivals.progress)
+        self.last_job = self._engine.for_generation(asked).generate(sequences, arrivals.progress)
         arrivals.deliver()
-        return [found[index] for index in range(len(asked))]
+        return [found[index] for index in range(len(requests))]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: OnOutput = lambda index, output: None,
+    ) -> list[Output]:
+        """Answer a conversation (a list of ``{"role": "user", "content": "text"}``), or each of several: ``generate``
+        with what the checkpoint's chat template makes of them."""
+        several = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Sequence)
+        conversations: Sequence[object] = messages if several else [messages]
+        names = [f"messages[{i}]" if several else "messages" for i in range(len(conversations))]
+        encoded = [encode_chat(self.tokenizer, c, name) for c, name in zip(conversations, names, strict=True)]
+        return self.generate(encoded, sampling_params, on_output)
+
+    def map(
+        self,
+        dataset: Any,
+        column: str,
+        sampling_params: SamplingParams | None = None,
+        output: str = "answer",
+        window: int = 1024,
+    ) -> Any:
+        """Answer every row of a column and give the dataset back with a column ``output`` of the answers' texts.
+
+        dataset: a DataFrame of pandas, a ``datasets.Dataset``, a table of pyarrow, or a list of mappings; it is not
+        changed. A row of the column is a text, a list of token ids, or a conversation (see ``chat``). window: rows that
+        are computed together. Raises UserError, which names the row, for what cannot be used.
+        """
+        return map_column(self, dataset, column, sampling_params, output, window)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
         """Continue one prompt and give what is new after every pass: the pieces together are what ``generate`` gives.
@@ -191,19 +238,43 @@ class LLM(Closing):
         asked = prompts_of(prompt)
         if len(asked) != 1:
             raise UserError("prompt", f"{len(asked)} prompts", "one prompt")
-        return self._stream(self._running(0, asked[0], *per_prompt(sampling_params, 1)))
+        params = per_prompt(sampling_params, 1)[0]
+        return self._stream(self.sequences.start(GenerationRequest(asked[0], params), "prompts[0]"))
 
     def _stream(self, sequence: Running) -> Iterator[Piece]:
-        requests = requests_of([sequence])
-        with self._engine_for(requests).open(Capacity(1, requests[0].prompt_len, requests[0].gen_len)) as job:
-            yield from pieces(job, sequence)
+        with self.open(Capacity(1, len(sequence.prompt), sequence.params.max_tokens)) as job:
+            job.add(sequence)
+            while not job.is_idle:
+                for _, piece in job.step():
+                    yield piece
+
+    def open(self, capacity: Capacity) -> OpenRequests:
+        """A job that takes requests within a capacity while it runs; until it is closed this model does nothing else.
+
+        Raises DoesNotFit if the capacity has no room.
+        """
+        self._check_open()
+        job = self._engine.for_generation([capacity.largest] * capacity.sequences).open(capacity)
+        return OpenRequests(job, self.sequences)
+
+    def plan(self, requests: Sequence[Request]) -> MemoryPlan:
+        """Every byte that a job of generation of these requests would take, under the policy that it would have.
+        Raises DoesNotFit."""
+        self._check_open()
+        return self._engine.for_generation(requests).plan(requests)
+
+    def predicted_seconds(self, requests: Sequence[Request]) -> float:
+        """How long a job of these requests takes, by simulation of its plan, if no sequence ends early. UserError where
+        the machine's rates are not known."""
+        self._check_open()
+        return self._engine.predicted_seconds(requests)
 
     def score(self, contexts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
         """Log-likelihood of each continuation after its context. An empty context is the model's start token."""
         self._check_open()
         requests = []
         for index, (context, continuation) in enumerate(pairs_of(contexts, continuations)):
-            before, both = self._tokenizer.encode_pair(context, continuation, index)
+            before, both = self.tokenizer.encode_pair(context, continuation, index)
             requests.append(ScoreRequest(both, before))
             name = f"contexts[{index}] + continuations[{index}]"
             check_score_request(self.shape, name, requests[-1])
@@ -230,7 +301,7 @@ class LLM(Closing):
             on_score(index, found[index])
 
         arrivals = Arrivals(self._progress, take)
-        self._scoring_engine(requests).score(requests, arrivals.put, arrivals.progress)
+        self._engine.for_scoring(requests).score(requests, arrivals.put, arrivals.progress)
         arrivals.deliver()
         return [found[index] for index in range(len(requests))]
 
@@ -242,89 +313,21 @@ class LLM(Closing):
         requests = [ScoreRequest(token_ids(tokens, f"sequences[{index}]"), 1) for index, tokens in enumerate(lists)]
         for index, request in enumerate(requests):
             check_score_request(self.shape, f"sequences[{index}]", request)
-        return self._log_probabilities(requests)
-
-    def _log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
-        start = 0
-        while start < len(requests):
-            stop, rows = start, 0
-            while stop < len(requests) and (stop == start or rows < LOGIT_ROWS):
-                rows += len(requests[stop].tokens)
-                stop += 1
-            part = requests[start:stop]
-            yield from self._scoring_engine(part).log_probabilities([r.tokens for r in part])
-            start = stop
+        return self._engine.log_probabilities(requests)
 
     def close(self) -> None:
         """Release the weights and delete the offload directory if it was made here."""
         self._closed = True
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._chosen is not None:
+            self._chosen.close()
         if self._own_dir is not None:
             self._own_dir.cleanup()
+
+    @property
+    def _engine(self) -> ChosenEngine:
+        assert self._chosen is not None, "closed"
+        return self._chosen
 
     def _check_open(self) -> None:
         if self._closed:
             raise UserError("LLM", "closed", "open", "Make a new one.")
-
-    def _engine_for(self, requests: Sequence[Request]) -> Engine:
-        """The engine under the given policy, or under one chosen for these requests. That is kept while it fits, until
-        a job of more than twice as many comes: a policy for a few sequences would be slow for many."""
-        enough = len(requests) <= 2 * self._chosen_for
-        found = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
-        self._chosen_for = max(self._chosen_for, len(requests))
-        return found
-
-    def _scoring_engine(self, requests: Sequence[ScoreRequest]) -> Engine:
-        return self._fitting(typical(requests), LOGIT_ROWS, lambda engine: engine.can_score(requests))
-
-    def _fitting(self, requests: Sequence[Request], scored_rows: int, fits: Callable[[Engine], bool]) -> Engine:
-        if self._engine is not None:
-            self._engine.check_free()
-        if self._policy is None:
-            if self._engine is not None and fits(self._engine):
-                return self._engine
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-            policy = self._weights.choose_policy(
-                self._device,
-                self._offload_dir,
-                requests,
-                lossy=self._lossy,
-                scored_rows=scored_rows,
-                max_latency_s=None if scored_rows else self._max_latency_s,
-            )
-            self._engine = self._weights.engine(policy, self._device, self._offload_dir)
-        assert self._engine is not None, "closed"
-        return self._engine
-
-    def _running(self, index: int, prompt: Prompt, params: SamplingParams) -> Running:
-        ids = self._tokenizer.encode(prompt, f"prompts[{index}]")
-        check_prompt(self.shape, f"prompts[{index}]", ids, params.max_tokens)
-        stop_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids |= self._tokenizer.end_ids
-        text = self._tokenizer.stream(ids, params.stop or ())
-        return Running(
-            prompt=ids,
-            params=params,
-            sampler=Sampler(params, ids, index),
-            stop_ids=stop_ids,
-            stop_text=text.follow if params.stop else lambda new: False,
-            text=text,
-        )
-
-    @staticmethod
-    def _output(prompt: Prompt, sequence: Running) -> Output:
-        assert sequence.text is not None
-        sequence.text.follow(sequence.new)
-        sequence.text.finish()
-        return Output(
-            prompt=prompt,
-            prompt_token_ids=tuple(sequence.prompt),
-            token_ids=tuple(sequence.new),
-            text=sequence.text.text,
-            finish_reason=sequence.finish_reason,
-        )

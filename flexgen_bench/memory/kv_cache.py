@@ -132,6 +132,19 @@ class KVRegion:
                 split = rows.view(sequences, tokens, *rows.shape[1:])
                 target[place, :, :, first : first + tokens] = split.transpose(1, 2)
 
+    def fed(self, raw: Tensor, slot: int, prompt: int, new: int) -> Stored:
+        """Views or copies of what one sequence has in the cache: (2, G, prompt + new, ...)."""
+        segments = [tuple(t[:, slot, :, :prompt] for t in self.prompt(raw))]
+        for number in range(self.layout.used_segments(new)):
+            used = min(self.layout.segment_tokens, new - number * self.layout.segment_tokens)
+            segments.append(tuple(t[:, slot, :, :used] for t in self.tail(raw, number)))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*segments, strict=True))
+
+    def put_kept(self, raw: Tensor, slot: int, kept: Stored) -> None:
+        """Write what ``fed`` gave, (2, G, tokens, ...), as the first tokens of one sequence's prompt."""
+        for target, source in zip(self.prompt(raw), kept, strict=True):
+            target[:, slot, :, : source.shape[2]] = source
+
     def _put(self, segment: Stored, place: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
         every = len(slots) == self.layout.sequences
         for target, k, v in zip(segment, *new, strict=True):

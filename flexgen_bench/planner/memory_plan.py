@@ -266,7 +266,7 @@ def _attention_bytes(
     job: ScheduledJob, policy: Policy, largest: Sequence[SequenceGroup], decoder: Decoder, width: int
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
-    of a prompt's last chunk, or of what follows on what prompts share; scores of a prompt that are changed before the
+    of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed before the
     softmax, some at a time; keys and values of a compressed cache, unpacked."""
     most = 0
     kinds = {layer.attention for layer in decoder.layers}
@@ -276,7 +276,7 @@ def _attention_bytes(
     for group in largest:
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
-        mask = rows * prompt if chunk is not None or group.shared else 0
+        mask = rows * prompt if chunk is not None or group.shared or group.kept else 0
         tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
         if job.keep_kv:
             scores = tokens * heads * ((16 if changed else 8) + 2 * width)

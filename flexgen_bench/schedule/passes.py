@@ -90,7 +90,7 @@ def form_micro_batches(
         if starting.token == 0:
             longest = max(starting.group.prompt_lens)
             size = chunk_len(starting.group.size) or longest
-            for number, start in enumerate(range(0, longest, size)):
+            for number, start in enumerate(range(starting.group.kept, longest, size)):
                 add((Member(starting.group, 0, start, start + size),), number)
             turns.prompts += 1
     return formed

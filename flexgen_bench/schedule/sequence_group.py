@@ -44,7 +44,7 @@ class SequenceGroup:
     gen_len: most new tokens of any of them. kv, hidden: which of them are in which span of the KV slot (a span may be
     empty). layouts: how each KV span lies in its home; places: each sequence's place in its KV span's home. shared:
     leading prompt tokens that all of them have in common, computed once, with the first sequence; fewer than the
-    shortest prompt has. origin: the sequence group as it was when it started, if sequences have left since.
+    shortest prompt has. kept: leading prompt tokens of its only sequence that are in the cache before it starts. origin: the sequence group as it was when it started, if sequences have left since.
     """
 
     index: int
@@ -57,6 +57,7 @@ class SequenceGroup:
     layouts: tuple[KVLayout, ...]
     places: tuple[int, ...]
     shared: int = 0
+    kept: int = 0
     origin: SequenceGroup | None = None
 
     @property
@@ -90,11 +91,14 @@ def start_group(
     gen_len: int,
     layouts: tuple[KVLayout, ...],
     shared: int = 0,
+    kept: int = 0,
 ) -> SequenceGroup:
     """A sequence group that moves into a KV slot; it may have fewer sequences than there is room for."""
     kv, hidden = clipped(kv_slot.kv, len(sequences)), clipped(kv_slot.hidden, len(sequences))
     places = tuple(place - span.start for span in kv for place in range(span.start, span.stop))
-    return SequenceGroup(index, kv_slot.index, sequences, prompt_lens, gen_len, kv, hidden, layouts, places, shared)
+    return SequenceGroup(
+        index, kv_slot.index, sequences, prompt_lens, gen_len, kv, hidden, layouts, places, shared, kept
+    )
 
 
 def clipped(spans: tuple[Span, ...], size: int) -> tuple[Span, ...]:

@@ -23,26 +23,30 @@ MAX_DISK_SEGMENTS = 8
 @dataclass(frozen=True)
 class Request:
     """One sequence to compute: prompt tokens and the most new tokens it may get. shared: leading tokens of the prompt
-    that are those of every other prompt of the job, too."""
+    that are those of every other prompt of the job, too; kept: leading tokens whose keys and values are there from an
+    earlier sequence (open jobs)."""
 
     prompt_len: int
     gen_len: int
     shared: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
 class Capacity:
     """What an open job is planned for, before its requests are known: how many sequences may run at once, and the
-    longest prompt and the most new tokens that one may have."""
+    longest prompt and the most new tokens that one may have. keeps: sequences may go on from what an earlier one has
+    computed."""
 
     sequences: int
     prompt_len: int
     gen_len: int
+    keeps: bool = False
 
     @property
     def largest(self) -> Request:
         """The request that takes all that one sequence may have."""
-        return Request(self.prompt_len, self.gen_len)
+        return Request(self.prompt_len, self.gen_len, kept=int(self.keeps and self.prompt_len > 1))
 
     def holds(self, request: Request) -> bool:
         """Whether a request is within it."""
@@ -72,7 +76,8 @@ class SequenceGroups:
         lens = tuple(self.requests[i].prompt_len for i in own)
         gen_len = max(self.requests[i].gen_len for i in own)
         layouts = tuple(self._layout(span, max(lens), gen_len, gen_len) for span in clipped(kv_slot.kv, len(own)))
-        return start_group(index, kv_slot, own, lens, gen_len, layouts, self._shared(own))
+        kept = self.requests[own[0]].kept if len(own) == 1 else 0
+        return start_group(index, kv_slot, own, lens, gen_len, layouts, self._shared(own), kept)
 
     def start_request(self, number: int, request: Request, kv_slot: KVSlot) -> SequenceGroup:
         """The sequence group of one request of an open job. Its cache is laid out in segments of the capacity's size,
@@ -80,7 +85,7 @@ class SequenceGroups:
         might."""
         prompt, new = request.prompt_len, request.gen_len
         layouts = tuple(self._layout(span, prompt, new, self.lifetime) for span in kv_slot.kv)
-        return start_group(number, kv_slot, (number,), (prompt,), new, layouts)
+        return start_group(number, kv_slot, (number,), (prompt,), new, layouts, kept=request.kept)
 
     def _shared(self, members: Sequence[int]) -> int:
         """Prompt tokens that sequences of the job share. Their keys and values are read back from the cache, so there

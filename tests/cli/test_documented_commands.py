@@ -48,7 +48,23 @@ TASKS = "--tasks copying_words"
 HELM = """python -m flexgen_bench accuracy model=smollm2-135m tasks=helm reference=yardstick \
 'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse]'""".replace("\\\n", "")
 LM_EVAL = "--include_path ~/.cache/flexgen-bench/accuracy/lm_eval"
+BATCH = 'echo \'{"prompt": "Two and two", "max_tokens": 3}\' > requests.jsonl; rm -f answers.jsonl*; python -m'
 TABLE: dict[str, How] = {
+    # docs/guides
+    "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2": How(
+        swap={"python -m": BATCH}, says="1 answered"
+    ),
+    "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2 --plan": How(
+        swap={"python -m": BATCH}, says="1 requests"
+    ),
+    "python -m flexgen_bench batch requests.jsonl -o part-2.jsonl model=smollm2 --shard 2/8": How(
+        swap={"python -m": BATCH}, status=(2,), says="shard 2/8"
+    ),
+    "python -m flexgen_bench chat model=smollm2": How("max_tokens=4 <<< 'Say yes.'", says="tokens of context"),
+    "python -m flexgen_bench chat --help": How(says="Ctrl-C"),
+    "pip install 'flexgen-bench[serve]'": How(skip="installs; the environment of the tests was made so"),
+    "python -m flexgen_bench serve model=smollm2": How("--help", says="answered at once", swap={" model=smollm2": ""}),
+    "python -m flexgen_bench serve --help": How(says="answered at once"),
     # README, docs/quickstart.md, CONTRIBUTING
     "make install && . .venv/bin/activate": How(
         swap={"make install && .": "make -n install #"}, says="install.py bench"

@@ -204,8 +204,9 @@ def test_numbers_of_any_library() -> None:
         repetition_penalty=2,
         seed=np.uint8(7),
         stop_token_ids=np.array([5, 6]),  # type: ignore[arg-type]
+        logprobs=np.int32(2),  # type: ignore[arg-type]
     )
-    assert found == SamplingParams(3, 0.5, 4, 0.5, 2.0, (), (5, 6), False, 7)
+    assert found == SamplingParams(3, 0.5, 4, 0.5, 2.0, (), (5, 6), False, 7, 2)
     assert all(type(v) in (int, float, bool, tuple) for v in vars(found).values())
     assert len({found, SamplingParams()}) == 2
     assert SamplingParams(stop_token_ids=None).stop_token_ids == ()

@@ -10,7 +10,15 @@ from tests.support.tiny_models import _llama, _opt, save
 VOCAB = 260  # 256 bytes and four special tokens
 
 
-def save_tokenizer(folder: Path) -> None:
+# Refuses what some templates refuse: a conversation that the user does not begin.
+CHAT_TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user begins') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     """One token for each byte, so that any text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.pre_tokenizers import ByteLevel
@@ -21,12 +29,16 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    )
+    made.chat_template = chat_template
+    made.save_pretrained(folder)
 
 
-def text_model(folder: Path, family: str = "opt", positions: int = 128, seed: int = 0) -> Path:
+def text_model(
+    folder: Path, family: str = "opt", positions: int = 128, seed: int = 0, chat_template: str | None = None
+) -> Path:
     """A random checkpoint with a tokenizer; its groups of 64 values are whole ones."""
     import torch
 
@@ -41,5 +53,5 @@ def text_model(folder: Path, family: str = "opt", positions: int = 128, seed: in
             is_norm = "norm" in name and name.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if is_norm else 0.0))
     save(made.eval(), folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, chat_template)
     return folder

@@ -1,0 +1,174 @@
+"""The file of answers. It is also all there is to know of how far a job has come: an answer that is in it is done.
+
+Every answer is one line, written with one call and never changed. Its ``id`` holds the position of the line that it
+answers, so after a kill the same command finds what is missing. A line that a kill has cut is cut off. Beside the file
+lies ``<name>.state.json``, which says what the answers belong to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from array import array
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flexgen_bench.core.errors import UserError
+
+_ID = re.compile(rb'\{"id": "batch_req_(\d+)", ')
+_SYNC_S = 1.0  # answers of at most so many seconds are lost with the machine's power; with the process none is
+_MISSING = -1
+
+
+class OutputFile:
+    """Answers of one job. Use as a context manager.
+
+    belongs_to: what the job is (JSON); positions: one more than the largest of its input. Raises UserError for a file
+    that has answers of another job, or of none, and for one that another process writes; nothing is changed then.
+    """
+
+    def __init__(self, path: Path, belongs_to: Mapping[str, Any], positions: int) -> None:
+        self.path, self._state = path, path.with_name(f"{path.name}.state.json")
+        self._lock = -1
+        self._claim(belongs_to)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._offsets = array("q", [_MISSING]) * positions
+        self._size, self._synced = 0, time.monotonic()
+        self.done = 0
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    def has(self, position: int) -> bool:
+        """Whether the line at this position of the input is answered."""
+        return self._offsets[position] != _MISSING
+
+    def write(self, position: int, custom_id: str | None, answer: Mapping[str, Any]) -> None:
+        """Add the answer to one line; when this returns, it survives the process."""
+        assert not self.has(position), "answered once"
+        head = {"id": f"batch_req_{position:09d}", "custom_id": custom_id}
+        data = _line({**head, **answer})
+        self._offsets[position] = self._size
+        self._size += len(data)
+        self.done += 1
+        while data:
+            data = data[os.write(self._file, data) :]
+        if time.monotonic() - self._synced > _SYNC_S:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def restore_order(self) -> None:
+        """Put the answers into the order of the input, all at once: a copy takes the file's place."""
+        offsets = [offset for offset in self._offsets if offset != _MISSING]
+        if all(a < b for a, b in pairwise(offsets)):
+            return
+        copy = self.path.with_name(f".{self.path.name}.ordered")
+        with self.path.open("rb") as source, copy.open("wb") as target:
+            for offset in offsets:
+                source.seek(offset)
+                target.write(source.readline())
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(copy, self.path)
+
+    def close(self) -> None:
+        """Bring everything to disk."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _claim(self, belongs_to: Mapping[str, Any]) -> None:
+        """Take the file for this job and this process."""
+        wanted = json.loads(json.dumps(belongs_to))
+        if self.path.exists() and not self._state.exists() and self.path.stat().st_size:
+            raise UserError(
+                "--output",
+                str(self.path),
+                "a new file, or one that this command has begun",
+                f"Nothing is overwritten: name another one ({self._state.name} is not beside it).",
+            )
+        try:
+            self._lock = os.open(self._state, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                "--output", str(self.path), f"a file in a folder that can be written ({error.strerror})"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check(wanted)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise UserError("--output", str(self.path), "written by one process", "Another one is at it.") from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _check(self, wanted: dict[str, Any]) -> None:
+        written = os.pread(self._lock, 2**24, 0)
+        try:
+            found = json.loads(written) if written.strip() else None
+        except ValueError:  # cut by a kill before anything was answered, unless there are answers
+            found = None
+        if found is None:
+            if self.path.exists() and self.path.stat().st_size:
+                raise UserError("--output", str(self.path), "beside a state that can be read", f"{self._state} cannot.")
+            data = json.dumps(wanted, indent=1).encode()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, data, 0)
+            os.fsync(self._lock)
+            return
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise UserError(
+                    "--output",
+                    str(self.path),
+                    f"of the same job: its answers are for {key} = {found.get(key)}, asked for is {wanted.get(key)}",
+                    "Nothing is overwritten: name another file.",
+                )
+
+    def _recover(self) -> None:
+        """Find what is answered; cut off what a kill has left of a line."""
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file, self._size)
+                    break
+                self._note(line)
+                self._size += len(line)
+
+    def _note(self, line: bytes) -> None:
+        found = _ID.match(line)
+        position = int(found[1]) if found else len(self._offsets)
+        if position >= len(self._offsets) or self.has(position):
+            raise UserError(
+                "--output",
+                str(self.path),
+                "as this command has left it",
+                f"The line at byte {self._size} is not one that it has written. Name another file.",
+            )
+        self._offsets[position] = self._size
+        self.done += 1
+
+
+def _line(answer: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a character in a custom_id: escaped, it can be written
+        return json.dumps(answer).encode() + b"\n"

@@ -1,0 +1,68 @@
+"""What a batch will take, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from flexgen_bench.batch.inputs import Line, request_of
+from flexgen_bench.batch.run import Settings
+from flexgen_bench.batch.scan import Scan
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.units import format_bytes, format_seconds
+from flexgen_bench.llm.llm import LLM
+from flexgen_bench.requests.asked import Asked, Reader
+from flexgen_bench.requests.errors import RequestError
+from flexgen_bench.schedule.sequence_groups import Request
+
+SAMPLE = 256  # lines that are looked at for the plan
+_ANSWER_BYTES, _TOKEN_BYTES = 500, 5  # of a line of the output: about, beside its text, and of a token of that
+
+
+def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], found: Scan, settings: Settings) -> str:
+    """A few lines: how much work, the policy and its memory, disk, and, where the machine's rates are known, time."""
+    asked = list(_sample(reader, lines, settings))
+    if not asked:
+        return f"{found.lines} lines, of which those looked at ask for nothing that can be answered"
+    requests = [
+        Request(len(prompt), sequence.params.max_tokens)
+        for one in asked
+        for prompt, sequence in zip(one.prompts, one.sequences, strict=True)
+    ]
+    scale = found.lines / len(asked)
+    prompt_tokens = sum(r.prompt_len for r in requests) * scale
+    new_tokens = sum(r.gen_len for r in requests) * scale
+    work = f"{found.lines} requests: about {prompt_tokens:.3g} prompt tokens, at most {new_tokens:.3g} new ones"
+    disk = format_bytes(found.lines * _ANSWER_BYTES + new_tokens * _TOKEN_BYTES)
+    job = sorted(requests, key=lambda r: (r.gen_len, r.prompt_len), reverse=True)[: settings.window]
+    plan = llm.plan(job)
+    memory = ", ".join(
+        f"{site} {format_bytes(sum(parts.values()))} (KV cache {format_bytes(parts.get('kv_cache', 0))})"
+        for site, parts in plan.bytes.items()
+        if sum(parts.values())
+    )
+    return "\n".join(
+        [
+            work,
+            f"memory: {memory}, planned for the largest jobs",
+            f"disk: the answers take up to {disk}",
+            f"time: {_time(llm, job, len(requests) * scale)}",
+        ]
+    )
+
+
+def _time(llm: LLM, job: Sequence[Request], sequences: float) -> str:
+    try:
+        seconds = llm.predicted_seconds(job)
+    except UserError:
+        return "nobody knows before the first answers: this machine is not calibrated (flexgen-bench calibrate)"
+    return f"at most about {format_seconds(seconds * sequences / len(job))} [SIMULATED, if every answer is as long as it may be]"
+
+
+def _sample(reader: Reader, lines: Iterator[Line], settings: Settings) -> Iterator[Asked]:
+    for line in islice(lines, SAMPLE):
+        try:
+            one = request_of(line, settings.model, dict(settings.defaults))
+            yield reader.read(one.url, one.body)
+        except RequestError:
+            continue

@@ -1,0 +1,159 @@
+"""``flexgen-bench batch in.jsonl -o out.jsonl model=...``: answer files of requests.
+
+Exit status: 0 if every line has its answer (a bad line's says what is wrong with it), 1 if something went wrong on the
+way, 2 for bad input, 130 after Ctrl-C. After any of them the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
+from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
+from flexgen_bench.core.folders import path_argument
+
+if TYPE_CHECKING:
+    from flexgen_bench.batch.scan import Scan
+    from flexgen_bench.batch.shard import Shard
+    from flexgen_bench.llm.llm import LLM
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# Of lines that are bare prompts: what SamplingParams has, which is greedy where OpenAI's form is not.
+DEFAULTS: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_ANSWER_TOKENS = 1024  # of a conversation that does not say how long its answer may be
+_ALIGNED = 32  # sequences of a micro-batch
+
+_EPILOG = f"""\
+words:
+{words_help()}
+  {"name=":<17} how requests call the model (default: as model= does)
+  {"answer_tokens=":<17} most new tokens of a request (default: what the model has positions for)
+  of lines that are bare prompts: {", ".join(f"{key}=" for key in _SAMPLING)}
+
+input:
+  .jsonl     OpenAI's batch format: {{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {{...}}}};
+             or {{"prompt": "..."}} or {{"messages": [...]}}, with fields of the body beside it
+  .txt       a prompt a line
+  .parquet   prompts in a --column
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status."""
+    try:
+        others, words = divided(arguments)
+        options = _parser().parse_args(others)
+        return _run(options, words)
+    except (UserError, CannotRun) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
+    except (StoreError, NotFinite) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; what is answered is kept, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexgen-bench batch",
+        description="Answer files of requests. Every answer is on disk as soon as it is there; after a kill the same "
+        "command goes on with what is missing.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", nargs="+", type=path_argument, help="files of requests")
+    parser.add_argument("-o", "--output", required=True, type=path_argument, help="the file of answers (JSONL)")
+    parser.add_argument(
+        "--shard", default="1/1", metavar="i/n", help="answer the i-th of n parts, for several machines"
+    )
+    parser.add_argument("--column", default=None, help="of a parquet file, with the prompts")
+    parser.add_argument("--window", type=int, default=None, help="requests that are in memory at once")
+    parser.add_argument(
+        "--order", choices=("input", "finished"), default="input", help="of the answers, when all are there"
+    )
+    parser.add_argument("--plan", action="store_true", help="only say what it will take")
+    return parser
+
+
+def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
+    from flexgen_bench.batch.inputs import check_inputs
+    from flexgen_bench.batch.scan import scan
+    from flexgen_bench.batch.shard import Shard
+
+    check_words(words, (*_SAMPLING, "name", "answer_tokens"))
+    shard = Shard.parse(options.shard)
+    if options.window is not None and options.window < 1:
+        raise UserError("--window", options.window, "at least 1")
+    check_inputs(options.input, options.column)
+    if options.output.resolve() in [path.resolve() for path in options.input]:
+        raise UserError("--output", str(options.output), "another file than the input")
+    found = scan(options.input, options.column, shard)
+    with open_llm(words) as llm:
+        return _answer(llm, options, words, found, shard)
+
+
+def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], found: Scan, shard: Shard) -> int:
+    from flexgen_bench.batch.output_file import OutputFile
+    from flexgen_bench.batch.plan import SAMPLE, plan_text
+    from flexgen_bench.batch.progress import BatchProgress, summary
+    from flexgen_bench.batch.run import Batch, Settings
+    from flexgen_bench.batch.scan import in_order
+    from flexgen_bench.requests.asked import Limits, Reader
+
+    given = {key: number(words[key]) for key in _SAMPLING if key in words}
+    name = words.get("name", words["model"])
+    window = options.window or _window(found.lines)
+    settings = Settings(window, name, {**DEFAULTS, **given})
+    most = llm.shape.max_positions
+    stated = words.get("answer_tokens")
+    limits = Limits(most, _ANSWER_TOKENS if stated is None else _count(stated, "answer_tokens"), choices=window)
+    reader = Reader(llm.tokenizer, llm.shape, (name,), limits)
+
+    rows = found.order()
+    every = max(1, len(rows) // SAMPLE)  # for the plan: evenly from first to last
+    sample = in_order(rows[::every], options.input, options.column)
+    print(plan_text(llm, reader, sample, found, settings), file=sys.stderr, flush=True)
+    if options.plan:
+        return 0
+    with OutputFile(options.output, _belongs_to(found, shard, words, options), found.positions) as output:
+        if output.done:
+            print(f"{output.done} of {found.lines} are answered already", file=sys.stderr, flush=True)
+        with BatchProgress(found.lines, output.done) as progress:
+            Batch(llm, reader, output, settings, progress, found.repeated).run(
+                in_order(rows, options.input, options.column)
+            )
+        if options.order == "input":
+            output.restore_order()
+    rates = llm.hardware.rates
+    print(summary(progress, rates.price_per_hour if rates else None), file=sys.stderr)
+    return 0
+
+
+def _belongs_to(found: Scan, shard: Shard, words: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for answers to be of one job: not the policy, which changes none."""
+    of_results = ("model", "name", "dtype", "weights", "weights_group", "kv_cache", "kv_cache_group", "value_share")
+    return {
+        "format": 1,
+        "inputs": [{"name": name, "sha256": digest} for name, digest in found.files],
+        "column": options.column,
+        "shard": str(shard),
+        "settings": {key: words[key] for key in sorted((*of_results, *_SAMPLING, "answer_tokens")) if key in words},
+    }
+
+
+def _window(lines: int) -> int:
+    """A tenth of the requests, within what is worth it: whole micro-batches."""
+    return min(4096, max(2 * _ALIGNED, lines // 10 // _ALIGNED * _ALIGNED))
+
+
+def _count(text: str, field: str) -> int:
+    found = number(text)
+    if not isinstance(found, int) or found < 1:
+        raise UserError(field, text, "an integer of at least 1")
+    return found

@@ -1,0 +1,91 @@
+"""``key=value`` words of a command line that opens a model: ``model=smollm2 policy=all-cpu dtype=float32``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexgen_bench.accuracy.run.arguments import lm_options
+from flexgen_bench.core.errors import UserError, unknown_choice
+
+if TYPE_CHECKING:
+    from flexgen_bench.core.progress import Progress
+    from flexgen_bench.llm.llm import LLM
+
+# Short names of trained models that come from the package index.
+SHORT = {"smollm2": "smollm2-135m"}
+WORDS = {
+    "model": "a name from conf/model, a checkpoint folder, a .gguf file or a hub id; smollm2 is a small one to try",
+    "gpu": "a name from conf/gpu (default: auto)",
+    "policy": "a name from conf/policy; default: chosen for the work",
+    "dtype": "float32, bfloat16 or float16; default: the checkpoint's own",
+    "threads": "of computing; default: all cores",
+    "weights": "bits of compressed weights: 4 or 8 (changes answers a little)",
+    "weights_group": "of how many weights a scale is (default: 64)",
+    "kv_cache": "bits of a compressed KV cache",
+    "kv_cache_group": "as weights_group",
+    "value_share": "of sparse attention",
+    "cache_dir": "where weights are kept",
+}
+_WORD = re.compile(r"([a-z_]+)=(.*)", re.DOTALL)
+
+
+def divided(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """The other arguments, and the words. UserError for a word that is there twice."""
+    others: list[str] = []
+    words: dict[str, str] = {}
+    for argument in arguments:
+        found = _WORD.fullmatch(argument)
+        if found is None:
+            others.append(argument)
+        elif found[1] in words:
+            raise UserError(found[1], found[2], f"given once (it is {words[found[1]]!r} already)")
+        else:
+            words[found[1]] = found[2]
+    return others, words
+
+
+def check_words(words: Mapping[str, str], further: Sequence[str] = ()) -> None:
+    """UserError for a word that nothing heeds, and for a command without a model."""
+    for key in words:
+        if key not in WORDS and key not in further:
+            raise unknown_choice("argument", key, [*WORDS, *further])
+    if not words.get("model"):
+        raise UserError("model", words.get("model"), "named", "For example: model=smollm2")
+
+
+def open_llm(words: Mapping[str, str], progress: Progress | None = None) -> LLM:
+    """The model that words name; weights are downloaded and converted if need be, and ``progress`` is told."""
+    from flexgen_bench.llm.llm import LLM
+
+    given: dict[str, Any] = {key: number(value) for key, value in words.items() if key in WORDS}
+    given["model"] = SHORT.get(words["model"], words["model"])
+    if "threads" in given and not isinstance(given["threads"], int):
+        raise UserError("threads", words["threads"], "an integer of at least 1")
+    options = lm_options(given, {})
+    return LLM(
+        options["model"],
+        policy=options["policy"],
+        gpu=options["gpu"],
+        dtype=options["dtype"],
+        threads=options["threads"],
+        cache_dir=options["cache_dir"],
+        lossy=options["lossy"],
+        progress=progress,
+    )
+
+
+def number(text: str) -> int | float | str:
+    """A number where the text is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def words_help() -> str:
+    """One line a word."""
+    return "\n".join(f"  {key + '=':<17} {what}" for key, what in WORDS.items())

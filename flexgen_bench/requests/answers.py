@@ -1,0 +1,145 @@
+"""From what the engine has produced to bodies of answers, as OpenAI's API has them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from flexgen_bench.engine.outputs import Output, Piece, TokenLogprobs
+from flexgen_bench.engine.tokenization import TextTokenizer
+from flexgen_bench.requests.asked import Asked
+
+# Of one token of a prompt: None for the first, which nothing predicts.
+PromptLogprobs = Sequence[TokenLogprobs | None]
+
+
+def new_id(asked: Asked) -> str:
+    """A name for an answer, which no other has."""
+    return f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+
+class Writer:
+    """Writes answers with one model's tokens as text."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def body(
+        self,
+        asked: Asked,
+        outputs: Sequence[Output],
+        of_prompts: Sequence[PromptLogprobs] = (),
+        answer_id: str | None = None,
+    ) -> dict[str, Any]:
+        """The whole answer. outputs: one for each of ``asked.sequences`` (none if it generates nothing); of_prompts: the
+        log-probabilities of their prompts' tokens, where they are asked for."""
+        make = self._chat_choice if asked.is_chat else self._completion_choice
+        choices = []
+        for index, sequence in enumerate(asked.sequences):
+            output = (
+                outputs[index] if outputs else Output(sequence.prompt, tuple(asked.prompts[index]), (), "", "length")
+            )
+            choices.append(make(asked, index, output, of_prompts[index] if of_prompts else None))
+        usage = usage_of(asked, sum(len(output.token_ids) for output in outputs))
+        kind = "chat.completion" if asked.is_chat else "text_completion"
+        return self._frame(asked, kind, answer_id or new_id(asked), choices) | {"usage": usage}
+
+    def chunk(self, asked: Asked, answer_id: str, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
+        """A part of a streamed answer: what is new in one of its choices."""
+        reason = piece.finish_reason or None
+        choice: dict[str, Any] = {"index": index}
+        if asked.is_chat:
+            role = {"role": "assistant"} if is_first else {}
+            choice["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
+        else:
+            choice["text"] = piece.text
+        choice["logprobs"] = self._logprobs(asked, piece.token_ids, piece.logprobs, None)
+        choice["finish_reason"] = reason
+        kind = "chat.completion.chunk" if asked.is_chat else "text_completion"
+        return self._frame(asked, kind, answer_id, [choice])
+
+    def usage_chunk(self, asked: Asked, answer_id: str, answer_tokens: int) -> dict[str, Any]:
+        """The last part of a streamed answer, if it is to count tokens."""
+        kind = "chat.completion.chunk" if asked.is_chat else "text_completion"
+        return self._frame(asked, kind, answer_id, []) | {"usage": usage_of(asked, answer_tokens)}
+
+    def _frame(self, asked: Asked, kind: str, answer_id: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": asked.model, "choices": choices}
+
+    def _chat_choice(self, asked: Asked, index: int, output: Output, prompt: PromptLogprobs | None) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(asked, output.token_ids, output.logprobs or (), None),
+            "finish_reason": output.finish_reason,
+        }
+
+    def _completion_choice(
+        self, asked: Asked, index: int, output: Output, prompt: PromptLogprobs | None
+    ) -> dict[str, Any]:
+        before = self._tokenizer.text_after((), output.prompt_token_ids) if asked.echo else ""
+        ids = (*output.prompt_token_ids, *output.token_ids) if asked.echo else output.token_ids
+        return {
+            "index": index,
+            "text": before + output.text,
+            "logprobs": self._logprobs(asked, ids, output.logprobs or (), prompt),
+            "finish_reason": output.finish_reason,
+        }
+
+    def _logprobs(
+        self, asked: Asked, ids: Sequence[int], own: Sequence[TokenLogprobs], prompt: PromptLogprobs | None
+    ) -> dict[str, Any] | None:
+        if asked.logprobs is None:
+            return None
+        if asked.is_chat:
+            return {
+                "content": [
+                    self._named(i, p.logprob) | {"top_logprobs": self._top(p)} for i, p in zip(ids, own, strict=True)
+                ]
+            }
+        found: list[TokenLogprobs | None] = [*(prompt or ()), *own]
+        tokens = [self._shown(i) for i in ids]
+        places, at = [], 0
+        for token in tokens:
+            places.append(at)
+            at += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [p and p.logprob for p in found],
+            "top_logprobs": [p and self._by_name(i, p) for i, p in zip(ids, found, strict=True)],
+            "text_offset": places,
+        }
+
+    def _by_name(self, token: int, found: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens and the chosen one. Of several that look alike the likeliest counts."""
+        named: dict[str, float] = {}
+        for other, logprob in (*found.top, (token, found.logprob)):
+            named.setdefault(self._shown(other), logprob)
+        return named
+
+    def _top(self, found: TokenLogprobs) -> list[dict[str, Any]]:
+        return [self._named(token, logprob) for token, logprob in found.top]
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._shown(token), "logprob": logprob, "bytes": list(self._tokenizer.bytes_of(token))}
+
+    def _shown(self, token: int) -> str:
+        """A token's text; of one that is no text by itself, its bytes, as OpenAI's API shows them."""
+        raw = self._tokenizer.bytes_of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def usage_of(asked: Asked, answer_tokens: int) -> dict[str, int]:
+    """Tokens as they are counted for a bill: a prompt once, however many answers it gets."""
+    choices = len(asked.sequences) // asked.num_prompts
+    prompt_tokens = sum(len(prompt) for prompt in asked.prompts[::choices])
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answer_tokens,
+        "total_tokens": prompt_tokens + answer_tokens,
+    }
