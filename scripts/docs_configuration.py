@@ -61,6 +61,7 @@ LOSSY = {
     "kv_cache": "bits of keys and values, or null",
     "group_size": "values that share a scale, where none is named",
     "value_share": "share of the value rows that attention reads",
+    "activations": "8: bits of what 4-bit weights are multiplied with, in whole numbers; null: as it is",
 }
 MEANS: dict[str, dict[str, str]] = {
     "model": {

@@ -334,7 +334,7 @@ def test_ways_to_say_how_weights_are_compressed(given: str, expected: Compressio
 
 
 REFUSED = [
-    (["model=opt-31b"], "one of llama-2-13b", "opt-30b"),
+    (["model=opt-31b"], "one of bloom-176b", "opt-30b"),
     (["gpu=t5"], "one of a100", "t4"),
     (["nonsense=1"], "nonsense", "one of cache_dir"),
     (["workload.prompt_length=1"], "workload.prompt_length", "workload.prompt_len"),
