@@ -2,7 +2,8 @@
 
 ``ops`` is ``flexgen_bench.kernels.ops``, or another set of kernels with its names: passing it in keeps torch out of
 this package. ``w`` are a unit's weights under the names of ``inventory.py``: tensors, or what ``ops.linear`` takes in
-their place.
+their place. Formulas are traced (``kernels/formula.py``): what operators give is indexed, not unpacked, since torch.fx
+unpacks by looking at the frames of its callers, which then refer to themselves and hold a job's memory.
 """
 
 from __future__ import annotations
@@ -59,21 +60,21 @@ def project(
         x = norm(ops, layer.attention_norm, w, "attention_norm", x)
     qkv = ops.linear(x, w["qkv.weight"], w.get("qkv.bias"))
     if attention.rotary is not None and attention.rotates_together:
-        cos, sin = tables[attention.rotary]
+        table, interleaved = tables[attention.rotary], decoder.rotaries[attention.rotary].interleaved
         sizes, dim = (attention.heads + attention.kv_heads, attention.kv_heads), attention.head_dim
-        rotated, v = qkv.view(-1, sum(sizes), dim).split(sizes, 1)
-        rotated = ops.rotate(rotated, cos, sin, decoder.rotaries[attention.rotary].interleaved)
-        q, k = rotated.split((attention.heads, attention.kv_heads), 1)
-        return q, k, v
+        halves = qkv.view(-1, sum(sizes), dim).split(sizes, 1)
+        qk = ops.rotate(halves[0], table[0], table[1], interleaved)
+        qk = qk.split((attention.heads, attention.kv_heads), 1)
+        return qk[0], qk[1], halves[1]
     q, k, v = _heads(attention, qkv)
     if attention.qk_norm is not None:
         q = norm(ops, attention.qk_norm, w, "q_norm", q)
         k = norm(ops, attention.qk_norm, w, "k_norm", k)
     if attention.rotary is not None:
         rotary = decoder.rotaries[attention.rotary]
-        cos, sin = tables[attention.rotary]
-        q = ops.rotate(q, cos, sin, rotary.interleaved)
-        k = ops.rotate(k, cos, sin, rotary.interleaved)
+        table = tables[attention.rotary]
+        q = ops.rotate(q, table[0], table[1], rotary.interleaved)
+        k = ops.rotate(k, table[0], table[1], rotary.interleaved)
     return q, k, v
 
 
@@ -116,8 +117,8 @@ def output(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> T
 def mlp(ops: Any, part: MLP, w: Weights, x: Tensor) -> Tensor:
     """(N, hidden) -> (N, hidden)."""
     if part.gated:
-        gate, up = ops.linear(x, w["gate_up.weight"], w.get("gate_up.bias")).chunk(2, dim=-1)
-        inner = ops.activation(part.activation, gate) * up
+        both = ops.linear(x, w["gate_up.weight"], w.get("gate_up.bias")).chunk(2, dim=-1)
+        inner = ops.activation(part.activation, both[0]) * both[1]
     else:
         inner = ops.activation(part.activation, ops.linear(x, w["up.weight"], w.get("up.bias")))
     return ops.linear(inner, w["down.weight"], w.get("down.bias"))
