@@ -1,4 +1,5 @@
-"""A column of prompts becomes a column of answers: in a DataFrame of pandas, a Dataset of Hugging Face, a plain list."""
+"""A column of prompts becomes a column of answers: in a DataFrame of pandas, a Dataset of Hugging Face, a plain
+list."""
 
 import sys
 

@@ -26,27 +26,36 @@ INTRO = """\
 
 Written by `python scripts/docs_configuration.py` from the schemas; edit nothing here.
 
-A group is a folder of YAML files in `conf/`: `model=opt-1.3b` takes `conf/model/opt-1.3b.yaml`, and `model.seed=1` changes one key
-of it. Keys that are in no group are at the top. A required key has no default: every file of the group states it. `--cfg job`
-shows what a command line comes to. The keys of `python -m flexgen_bench accuracy` are in its `--help`.
+A group is a folder of YAML files in `conf/`: `model=opt-1.3b` takes `conf/model/opt-1.3b.yaml`, and `model.seed=1`
+changes one key of it. Keys that are in no group are at the top. A required key has no default: every file of the group
+states it. `--cfg job` shows what a command line comes to. The keys of `python -m flexgen_bench accuracy` are in its
+`--help`.
 """
 GROUPS = {
     "model": "A shape, and where its weights can come from.",
     "gpu": "A machine. `auto` is the one in front of you.",
     "workload": "What a system is asked for. All systems are given the same token ids.",
-    "policy": "Everything the engine may choose. With `auto: true` it chooses, and only `lossy` and `max_latency_s` are looked at.",
+    "policy": (
+        "Everything the engine may choose. With `auto: true` it chooses, and only `lossy` and "
+        "`max_latency_s` are looked at."
+    ),
     "system": "What is under test. None named: all of them.",
     "tracker": "Where finished records are sent besides the disk.",
     "suite": "A list of groups of cells; the cells of a group differ in the system alone.",
     "measure": "How each cell is measured. No files: keys of the command line and of suites.",
-    "table": "A table of the paper ([how to add one](../guides/paper_tables.md#a-new-table)). Not part of a command line; fields are columns of "
+    "table": "A table of the paper ([how to add one](../guides/paper_tables.md#a-new-table)). Not part of a "
+    "command line; fields are columns of "
     "`conf/paper/tables.csv`.",
 }
 TOP = {
     "cell": "with a suite: only its cells of this name",
     "weights": "where weights come from: `dummy`, `package`, `hub` or `path`; null: the model's own default",
-    "location": "with `weights=path` the checkpoint folder or `.gguf` file; otherwise in place of the hub id or package name",
-    "dtype": "`float32`, `bfloat16`, `float16`, or `fastest`: what this machine computes fastest, the same for every system",
+    "location": (
+        "with `weights=path` the checkpoint folder or `.gguf` file; otherwise in place of the hub id or package name"
+    ),
+    "dtype": (
+        "`float32`, `bfloat16`, `float16`, or `fastest`: what this machine computes fastest, the same for every system"
+    ),
     "threads": "processor threads of every system; null: one for each physical core",
     "rerun": "measure finished cells again",
     "dry_run": "show what each cell would do; run nothing",
@@ -57,7 +66,10 @@ TOP = {
 }
 PLACEMENT = {"gpu": "share on the accelerator", "cpu": "share in host memory", "disk": "share on disk"}
 LOSSY = {
-    "weights": "bits (8, 4, 3), null, a name such as `4-bit/outputs/mse`, or `{bits: 4, group_size: 64, along: outputs, scales: mse}`",
+    "weights": (
+        "bits (8, 4, 3), null, a name such as `4-bit/outputs/mse`, or `{bits: 4, group_size: 64, along: "
+        "outputs, scales: mse}`"
+    ),
     "kv_cache": "bits of keys and values, or null",
     "group_size": "values that share a scale, where none is named",
     "value_share": "share of the value rows that attention reads",
@@ -84,8 +96,12 @@ MEANS: dict[str, dict[str, str]] = {
     "gpu": {
         "name": "names the machine in records and tables",
         "accelerator": "`none`, `cuda`, `emulated`, or `auto`",
-        "gpu_memory": "bytes, or text such as `16GB`; null: what is there. On a CUDA device it is a cap for every system",
-        "cpu_memory": "host memory, page cache included; null: what is there. On this machine it is a cap for every system",
+        "gpu_memory": (
+            "bytes, or text such as `16GB`; null: what is there. On a CUDA device it is a cap for every system"
+        ),
+        "cpu_memory": (
+            "host memory, page cache included; null: what is there. On this machine it is a cap for every system"
+        ),
         "disk": "room for offloaded files; null: what is free",
         "device_match": "part of the device's name, for a profile that is one card's",
         "links": "bytes per second of `disk_read`, `disk_write`, `h2d`, `d2h`",
@@ -113,10 +129,14 @@ MEANS: dict[str, dict[str, str]] = {
         **{f"activations.{k}": f"hidden states: {v}" for k, v in PLACEMENT.items()},
         "prefetch": "staging slots of streamed layers: layers on their way or in use at once",
         "overlap": "false: strictly one step after the other",
-        "attention": "of a KV cache that is not on the accelerator: it is moved there (`compute`), or the cpu attends (`cpu`)",
+        "attention": (
+            "of a KV cache that is not on the accelerator: it is moved there (`compute`), or the cpu attends (`cpu`)"
+        ),
         "schedule": "`block` by block, or `continuous`: new sequences start as soon as there is room",
         "prefill_chunk": "prompt tokens of a micro-batch computed at once; null: all",
-        "offloaded": "layers that are not on the accelerator are moved there (`move`), or computed where they lie (`in_place`)",
+        "offloaded": (
+            "layers that are not on the accelerator are moved there (`move`), or computed where they lie (`in_place`)"
+        ),
         **{f"lossy.{k}": v for k, v in LOSSY.items()},
         "max_latency_s": "with `auto`: the longest that a block may take from its start to its last token; null: any",
     },
@@ -148,9 +168,14 @@ MEANS: dict[str, dict[str, str]] = {
         "repetitions": "measured repetitions",
         "warmup": "repetitions before those, kept apart",
         "time_limit_s": "a cell that takes longer is ended",
-        "batch_sizes": "batch sizes each system is tried with before it is measured with its best; `[]`: its own default",
+        "batch_sizes": (
+            "batch sizes each system is tried with before it is measured with its best; `[]`: its own default"
+        ),
         "tuning_gen_len": "tokens generated in such a try",
-        "budget_s": "seconds that a system may take for a cell, as predicted: above it, all systems get fewer tokens and prompts",
+        "budget_s": (
+            "seconds that a system may take for a cell, as predicted: above it, all systems get fewer "
+            "tokens and prompts"
+        ),
     },
     "table": {
         "title": "of the table",

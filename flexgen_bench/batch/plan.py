@@ -56,7 +56,8 @@ def _time(llm: LLM, job: Sequence[Request], sequences: float) -> str:
         seconds = llm.predicted_seconds(job)
     except UserError:
         return "nobody knows before the first answers: this machine is not calibrated (flexgen-bench calibrate)"
-    return f"at most about {format_seconds(seconds * sequences / len(job))} [SIMULATED, if every answer is as long as it may be]"
+    took = format_seconds(seconds * sequences / len(job))
+    return f"at most about {took} [SIMULATED, if every answer is as long as it may be]"
 
 
 def _sample(reader: Reader, lines: Iterator[Line], settings: Settings) -> Iterator[Asked]:

@@ -1,4 +1,5 @@
-"""A batch from its first line to its last: read a window of alike requests, compute it, write each answer as it comes."""
+"""A batch from its first line to its last: read a window of alike requests, compute it, write each answer as it
+comes."""
 
 from __future__ import annotations
 

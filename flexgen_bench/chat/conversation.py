@@ -76,8 +76,8 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> Iterator[str]:
-        """Give the model a turn; its answer, piece by piece, one for each pass. Whoever stops reading ends the answer: what has come is
-        part of the conversation, as far as it has come.
+        """Give the model a turn; its answer, piece by piece, one for each pass. Whoever stops reading ends the answer:
+        what has come is part of the conversation, as far as it has come.
 
         UserError, and nothing has changed, where the conversation has become too long.
         """

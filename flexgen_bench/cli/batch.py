@@ -35,7 +35,8 @@ words:
   of lines that are bare prompts: {", ".join(f"{key}=" for key in _SAMPLING)}
 
 input:
-  .jsonl     OpenAI's batch format: {{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {{...}}}};
+  .jsonl     OpenAI's batch format:
+             {{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {{...}}}};
              or {{"prompt": "..."}} or {{"messages": [...]}}, with fields of the body beside it
   .txt       a prompt a line
   .parquet   prompts in a --column

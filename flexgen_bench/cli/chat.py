@@ -129,9 +129,13 @@ def _bars() -> Iterator[Progress]:
 
     console = Console(stderr=True, highlight=False)
     with Bars(
-        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
         disable=not console.is_terminal,
-    ) as bars:  # fmt: skip
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -29,8 +29,8 @@ class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
     ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
-    ``links`` maps a kind of lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled to
-    these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
+    ``links`` maps a kind of lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled
+    to these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
     """

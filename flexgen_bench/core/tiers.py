@@ -1,8 +1,8 @@
 """The memory hierarchy and the resources that work on it, and which device each of them belongs to.
 
-A **tier** is a level of the hierarchy, and a kind of lane is what a lane does: a policy speaks of these. A **site** is a
-tier of one device, a **lane** a resource of one device: plans and schedules speak of these. The first accelerator, and
-the host it hangs on, are device 0 and need no mention: ``Lane.GPU``, ``Site.GPU``, ``str(lane) == "gpu"``; those of
+A **tier** is a level of the hierarchy, and a kind of lane is what a lane does: a policy speaks of these. A **site** is
+a tier of one device, a **lane** a resource of one device: plans and schedules speak of these. The first accelerator,
+and the host it hangs on, are device 0 and need no mention: ``Lane.GPU``, ``Site.GPU``, ``str(lane) == "gpu"``; those of
 another one are ``Lane(LaneKind.GPU, 1)`` and ``gpu:1``.
 """
 
@@ -56,8 +56,8 @@ Kind = TypeVar("Kind", bound=StrEnum)
 class OfDevice(Generic[Kind]):
     """A kind of thing, of one device. Ordered by device, then as the kinds are listed.
 
-    There is one object of each value, made once. So equal ones are identical, and looking one up costs what it costs for
-    any object: hundreds of thousands of steps are, by their lane, several times each.
+    There is one object of each value, made once. So equal ones are identical, and looking one up costs what it costs
+    for any object: hundreds of thousands of steps are, by their lane, several times each.
     """
 
     __slots__ = ("_place", "device", "kind", "name")
@@ -153,9 +153,9 @@ class Lane(OfDevice[LaneKind]):
 class Site(OfDevice[Tier]):
     """A tier of one device: a memory, the lane that computes on what lies in it, and the lanes that serve it.
 
-    host: the host's memory. lane: what computes here; cpu, disk_read, disk_write: of the host; h2d, h2d_weights, d2h: an
-    accelerator's links; lanes: all of these. The accelerators of a machine share its host, which is device 0; another
-    host has sites and lanes of its own number.
+    host: the host's memory. lane: what computes here; cpu, disk_read, disk_write: of the host; h2d, h2d_weights, d2h:
+    an accelerator's links; lanes: all of these. The accelerators of a machine share its host, which is device 0;
+    another host has sites and lanes of its own number.
     """
 
     __slots__ = (

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# kind, unit, micro_batch_index, part, token, begin, end, bytes, flops. Packed, a step takes 45 bytes; as objects it would
-# take ten times that, of the memory that the job itself needs.
+# kind, unit, micro_batch_index, part, token, begin, end, bytes, flops. Packed, a step takes 45 bytes; as objects it
+# would take ten times that, of the memory that the job itself needs.
 ROW = struct.Struct("=BhihiddqQ")
 
 

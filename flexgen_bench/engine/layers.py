@@ -37,7 +37,8 @@ class Formulas:
         self._traced: dict[tuple[object, ...], tuple[Traced | None, Traced | None]] = {}
 
     def layer(self, number: int, weights: Mapping[str, Any], lower: bool) -> Layer:
-        """Those of the ``number``-th layer, from 0, with these weights. lower: for a device to which every operator is a launch."""
+        """Those of the ``number``-th layer, from 0, with these weights. lower: for a device to which every operator is
+        a launch."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
         shapes = {name: tuple(w.shape) for name, w in weights.items()}
         layer = self.decoder.layers[number]

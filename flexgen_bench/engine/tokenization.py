@@ -108,7 +108,8 @@ class TextTokenizer:
             ids = found if isinstance(found, list) else [found]
             if any(type(each) is not int for each in ids):
                 raise StoreError(
-                    f"{self._folder / name}: eos_token_id is {found!r}; it must be an integer, a list of integers, or null."
+                    f"{self._folder / name}: eos_token_id is {found!r}; "
+                    "it must be an integer, a list of integers, or null."
                 )
             return frozenset(ids)
         own = None if self._loaded is None else self._loaded.eos_token_id

@@ -50,8 +50,8 @@ def _tried(device: torch.device, compression: Compression, dtype: torch.dtype) -
             _try(kernels, device, compression, dtype)
     except Exception as error:  # a compiler's errors have no type of their own
         _log.warning(
-            "Triton cannot compile the kernels for a compressed KV cache here (%s: %s): it is unpacked with torch's operators, "
-            "some hundred kernels per layer instead of two.",
+            "Triton cannot compile the kernels for a compressed KV cache here (%s: %s): it is unpacked with torch's "
+            "operators, some hundred kernels per layer instead of two.",
             type(error).__name__,
             str(error).strip().splitlines()[0] if str(error).strip() else "no reason given",
         )

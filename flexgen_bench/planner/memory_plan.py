@@ -266,8 +266,8 @@ def _attention_bytes(
     job: ScheduledJob, policy: Policy, largest: Sequence[SequenceGroup], decoder: Decoder, width: int
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
-    of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed before the
-    softmax, some at a time; keys and values of a compressed cache, unpacked."""
+    of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed
+    before the softmax, some at a time; keys and values of a compressed cache, unpacked."""
     most = 0
     kinds = {layer.attention for layer in decoder.layers}
     heads = max(attention.heads for attention in kinds)

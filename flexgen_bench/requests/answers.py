@@ -33,8 +33,8 @@ class Writer:
         of_prompts: Sequence[PromptLogprobs] = (),
         answer_id: str | None = None,
     ) -> dict[str, Any]:
-        """The whole answer. outputs: one for each of ``asked.sequences`` (none if it generates nothing); of_prompts: the
-        log-probabilities of their prompts' tokens, where they are asked for."""
+        """The whole answer. outputs: one for each of ``asked.sequences`` (none if it generates nothing); of_prompts:
+        the log-probabilities of their prompts' tokens, where they are asked for."""
         make = self._chat_choice if asked.is_chat else self._completion_choice
         choices = []
         for index, sequence in enumerate(asked.sequences):

@@ -1,7 +1,7 @@
 """From the messages of a conversation to the tokens that a model was trained to answer: the checkpoint's chat template.
 
-The template is a program in the checkpoint (jinja). ``transformers`` runs it in jinja's immutable sandbox; no other code
-of the checkpoint is ever run.
+The template is a program in the checkpoint (jinja). ``transformers`` runs it in jinja's immutable sandbox; no other
+code of the checkpoint is ever run.
 """
 
 from __future__ import annotations

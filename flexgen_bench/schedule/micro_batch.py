@@ -93,7 +93,8 @@ class Part:
         return self.stop - self.row
 
     def pairs(self, window: int | None = None) -> int:
-        """Pairs of a decoded token and one it attends to, itself among them; a window lets it see no more than so many."""
+        """Pairs of a decoded token and one it attends to, itself among them; a window lets it see no more than so
+        many."""
         if window not in self._pairs:  # the same in every layer with this window
             lens = [n + self.token for n in self.group.prompt_lens[self.span.start : self.span.stop]]
             self._pairs[window] = sum(lens) if window is None else sum(min(n, window) for n in lens)

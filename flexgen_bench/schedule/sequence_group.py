@@ -44,7 +44,8 @@ class SequenceGroup:
     gen_len: most new tokens of any of them. kv, hidden: which of them are in which span of the KV slot (a span may be
     empty). layouts: how each KV span lies in its home; places: each sequence's place in its KV span's home. shared:
     leading prompt tokens that all of them have in common, computed once, with the first sequence; fewer than the
-    shortest prompt has. kept: leading prompt tokens of its only sequence that are in the cache before it starts. origin: the sequence group as it was when it started, if sequences have left since.
+    shortest prompt has. kept: leading prompt tokens of its only sequence that are in the cache before it starts.
+    origin: the sequence group as it was when it started, if sequences have left since.
     """
 
     index: int

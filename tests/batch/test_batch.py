@@ -1,4 +1,5 @@
-"""``flexgen-bench batch``: every line gets its answer, as if it were alone; what is bad is named and nothing is lost."""
+"""``flexgen-bench batch``: every line gets its answer, as if it were alone; what is bad is named and nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -120,9 +121,12 @@ BAD = [
     (openai_line("b11", "/v1/chat/completions", messages=[{"role": "assistant", "content": "a"}]), "messages"),
     (openai_line("b12", prompt=[1, 2, 10**6]), "prompt"),
     (openai_line("b13", prompt="\ud800"), "prompt"),
-    ({"custom_id": "b14", "method": "POST", "url": "/v1/completions", "body": {"model": "gpt-9", "prompt": "x"}}, "model"),
+    (
+        {"custom_id": "b14", "method": "POST", "url": "/v1/completions", "body": {"model": "gpt-9", "prompt": "x"}},
+        "model",
+    ),
     ("[" * 100_000, None),
-]  # fmt: skip
+]
 
 
 def test_a_bad_line_is_a_line_of_its_own(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Forecasts: passes that are read off instead of simulated, the closed form, deeper models, and bytes counted by hand."""
+"""Forecasts: passes that are read off instead of simulated, the closed form, deeper models, and bytes counted by
+hand."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ def test_continuous_cohorts_of_mixed_lengths_on_disk_are_read_off_roughly() -> N
 
 
 def test_a_pass_is_played_after_one_like_its_own() -> None:
-    """It was simulated after the one that happened to be simulated before: a decode pass after a prefill whose caches the
-    disk was still writing took 22 % too long, and with it everything that was read off it."""
+    """It was simulated after the one that happened to be simulated before: a decode pass after a prefill whose caches
+    the disk was still writing took 22 % too long, and with it everything that was read off it."""
     job = PlannedJob(small_opt(), Policy(4, 1, DISK, DISK, CPU), HOST, UNLIKE)
     every, few = job.forecast(points=None), job.forecast(points=POINTS)
     assert few.total_s == pytest.approx(every.total_s, rel=0.005)
@@ -144,9 +145,9 @@ def test_the_closed_form_is_exact_where_one_thing_binds(name: str) -> None:
 @given(jobs(most_sequences=8, longest=6))
 @settings(max_examples=120, deadline=None)
 def test_the_closed_form_is_a_bound(job: PlannedJob) -> None:
-    """Without overlap it is what is simulated. With it nothing beats it, but for what one pass does for another: loads of
-    weights ahead of the next, or caches and hidden states that are written to disk while it computes. (Only short jobs
-    of shallow models win much by
+    """Without overlap it is what is simulated. With it nothing beats it, but for what one pass does for another: loads
+    of weights ahead of the next, or caches and hidden states that are written to disk while it computes. (Only short
+    jobs of shallow models win much by
     that: a single layer, loaded while the pass before computes, is simulated in three quarters of the sum.)"""
     simulated, summed = job.forecast().total_s, job.closed_form().total_s
     if not job.policy.overlap:

@@ -1,4 +1,5 @@
-"""The search for a policy: held against many policies simulated one by one, and against what any answer must keep to."""
+"""The search for a policy: held against many policies simulated one by one, and against what any answer must keep
+to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A schedule over two accelerators passes through everything behind the generator, without a name for the second one."""
+"""A schedule over two accelerators passes through everything behind the generator, without a name for the second
+one."""
 
 from __future__ import annotations
 

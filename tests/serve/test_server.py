@@ -67,9 +67,14 @@ def test_chat(client: openai.OpenAI, llm: LLM) -> None:
 def test_streams(client: openai.OpenAI, llm: LLM) -> None:
     """What comes piece by piece is what comes at once; usage is counted at the end."""
     stream = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, max_tokens=20, temperature=0, n=2, stream=True,
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=20,
+        temperature=0,
+        n=2,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     texts, reasons, usage = ["", ""], ["", ""], None
     for chunk in stream:
         usage = chunk.usage or usage

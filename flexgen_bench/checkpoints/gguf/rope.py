@@ -96,5 +96,6 @@ def _number(header: GGUFHeader, key: str, default: float) -> float:
 
 def _refused(header: GGUFHeader, key: str, allowed: str) -> StoreError:
     return StoreError(
-        f"{header.path}: {_key(header, key)} is {header.metadata.get(_key(header, key))!r}; what can be read is {allowed}."
+        f"{header.path}: {_key(header, key)} is {header.metadata.get(_key(header, key))!r}; "
+        f"what can be read is {allowed}."
     )

@@ -50,7 +50,8 @@ class GGUFTensors:
         others = [name for name in header.tensors if name not in needed and name != ROPE_FACTORS]
         if others:
             raise StoreError(
-                f"{header.path} holds {len(others)} tensors that a {architecture_of(header).name} model does not have: {_some(others)}. "
+                f"{header.path} holds {len(others)} tensors that a {architecture_of(header).name} "
+                f"model does not have: {_some(others)}. "
                 "The model would be computed without them, so it is refused."
             )
         for name, shape in needed.items():
