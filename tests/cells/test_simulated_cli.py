@@ -291,7 +291,7 @@ def test_a_laptop_needs_no_torch() -> None:
     for more, expected in (("dry_run=false", 0), ("dry_run=true", 1)):
         code = (
             f"import sys; sys.argv = ['flexgen-bench', 'model=opt-30b', 'gpu=t4', 'policy=weights-cpu', {more!r}]\n"
-            "from flexgen_bench.cli.run import main\nstatus = main()\n"
+            "from flexgen_bench.cli.main import main\nstatus = main()\n"
             "heavy = {'torch', 'transformers', 'pandas', 'accelerate', 'deepspeed'} & set(sys.modules)\n"
             f"assert not heavy, heavy\nassert status == {expected}, status"
         )

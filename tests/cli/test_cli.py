@@ -63,7 +63,7 @@ def test_help_lists_every_choice_of_every_group(run) -> None:  # type: ignore[no
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; sys.argv = ['flexgen-bench', '--help']\nfrom flexgen_bench.cli.run import main\nmain()\n"
+        "import sys; sys.argv = ['flexgen-bench', '--help']\nfrom flexgen_bench.cli.main import main\nmain()\n"
         "heavy = {'torch', 'transformers', 'pandas', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
