@@ -47,7 +47,7 @@ class Forced:
             for token in self._requests[i].tokens[first:last]
         ]
 
-    def wanted(self, member: Member) -> Sequence[int]:
+    def logit_rows(self, member: Member) -> Sequence[int]:
         return last_rows(member)
 
     def reduce(self, work: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
