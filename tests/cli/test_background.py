@@ -16,9 +16,9 @@ from flexgen_bench.core.processes import process_pool
 ROOT = Path(__file__).resolve().parents[2]
 # Each sends SIGINT to a process: this one, or one that a test starts.
 INTERRUPTED = (
-    "test_choose.py::test_an_interrupted_search_leaves_no_process",
-    "test_caller_failures.py::test_an_interrupt_in_the_progress_callback",
-    "test_runner.py::test_ending_the_suite_leaves_no_process_and_valid_records",
+    "planner/test_choose.py::test_an_interrupted_search_leaves_no_process",
+    "engine/test_caller_failures.py::test_an_interrupt_in_the_progress_callback",
+    "runner/test_runner.py::test_ending_the_suite_leaves_no_process_and_valid_records",
 )
 
 
