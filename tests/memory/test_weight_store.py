@@ -206,7 +206,7 @@ def test_pickles_never_run_code(tmp_path: Path, checkpoint: Path) -> None:
 def test_unknown_architecture_lists_the_known(tmp_path: Path, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["T5Model"]}))
-    with pytest.raises(UserError, match="BloomForCausalLM, .*LlamaForCausalLM, .*OPTForCausalLM"):
+    with pytest.raises(UserError, match=r"BloomForCausalLM, .*LlamaForCausalLM, .*OPTForCausalLM"):
         convert(checkpoint, tmp_path / "cache")
 
 
