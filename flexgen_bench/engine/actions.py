@@ -46,7 +46,7 @@ class Consumer(Protocol):
     def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """On the compute device: the wanted hidden rows (R, hidden) -> what the host needs of their logits."""
 
-    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
+    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
         """On the host: take what ``reduce`` returned."""
 
     def tree(self, sequence: int) -> PrefixTree | None:
@@ -297,8 +297,8 @@ class Actions:
     def _sample(self, step: Step) -> None:
         self._health.judge(step)
         on_accelerator = self._on_accelerator(step)
-        found = self._found_host if on_accelerator else self._found
-        self._consumer.finish(step.micro_batch, found.pop(step.buffer_index))
+        reduced = self._found_host if on_accelerator else self._found
+        self._consumer.finish(step.micro_batch, reduced.pop(step.buffer_index))
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""

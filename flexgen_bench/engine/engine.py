@@ -129,19 +129,19 @@ class Engine:
 
     def score(self, requests: Sequence[ScoreRequest], found: Found, progress: Progress = quiet) -> JobResult:
         """Log-likelihoods of continuations. ``found`` gets each as soon as it is there, from a thread of the engine."""
-        asked = self.scoring(requests)
-        return self._run(asked.plan, Scoring(asked.trees, found), progress, asked.policy)
+        scoring_plan = self.scoring(requests)
+        return self._run(scoring_plan.plan, Scoring(scoring_plan.trees, found), progress, scoring_plan.policy)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are
         in memory."""
         trees = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
         rows = max(tree.rows for tree in trees)
-        asked = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._model.shape.vocab_size)
-        found: list[list[Tensor]] = [[] for _ in sequences]
-        consumer = LogProbabilities(trees, lambda i, piece: found[i].append(piece))
-        self._run(asked.plan, consumer, policy=asked.policy)
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
+        scoring_plan = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._model.shape.vocab_size)
+        distributions: list[list[Tensor]] = [[] for _ in sequences]
+        consumer = LogProbabilities(trees, lambda i, piece: distributions[i].append(piece))
+        self._run(scoring_plan.plan, consumer, policy=scoring_plan.policy)
+        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in distributions]
 
     def can_score(self, requests: Sequence[ScoreRequest]) -> bool:
         """Whether these can be scored under this engine's policy."""

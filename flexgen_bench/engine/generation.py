@@ -140,13 +140,13 @@ class Generation:
         greedy = are_greedy(self._getting(micro_batch))
         return logits.argmax(dim=-1) if greedy else logits.float()
 
-    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
+    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
         sequences = self._getting(micro_batch)
         if are_greedy(sequences):
-            for sequence, token in zip(sequences, found.tolist(), strict=True):
+            for sequence, token in zip(sequences, reduced.tolist(), strict=True):
                 sequence.take(token)
         else:
-            for sequence, logits in zip(sequences, found, strict=True):
+            for sequence, logits in zip(sequences, reduced, strict=True):
                 sequence.choose(logits)
 
     def tree(self, sequence: int) -> None:

@@ -48,13 +48,13 @@ class IncrementalDecoder:
         return self._own(self._utf8.decode(b"", True))
 
     def _end_of(self, prompt: Sequence[int]) -> list[int]:
-        found: list[int] = []
+        tokens: list[int] = []
         for token in reversed(prompt):
             if token not in self._pieces.special and self._pieces.is_known(token):
-                found.append(token)
-            if len(found) == _CONTEXT:
+                tokens.append(token)
+            if len(tokens) == _CONTEXT:
                 break
-        return found[::-1]
+        return tokens[::-1]
 
     def _own(self, text: str) -> str:
         if not text or not self._foreign:

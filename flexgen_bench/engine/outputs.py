@@ -88,12 +88,12 @@ def prompts_of(prompts: Any) -> list[str | list[int]]:
 
 def pairs_of(contexts: Any, continuations: Any) -> list[tuple[Any, Any]]:
     """Each context with its continuation. UserError for what are no two lists of one length."""
-    wanted = "a list of texts, or of lists of token ids"
+    expected = "a list of texts, or of lists of token ids"
     for name, given in (("contexts", contexts), ("continuations", continuations)):
         if isinstance(given, str):
-            raise UserError(name, given, wanted, "Put a single one into a list.")
-    before = as_list(contexts, "contexts", wanted)
-    after = as_list(continuations, "continuations", wanted)
+            raise UserError(name, given, expected, "Put a single one into a list.")
+    before = as_list(contexts, "contexts", expected)
+    after = as_list(continuations, "continuations", expected)
     if len(before) != len(after):
         raise UserError("continuations", len(after), f"as many as contexts ({len(before)})")
     if not before:
@@ -103,7 +103,7 @@ def pairs_of(contexts: Any, continuations: Any) -> list[tuple[Any, Any]]:
 
 def requests_of_ids(requests: Any) -> list[ScoreRequest]:
     """Requests whose tokens are lists of ints. UserError names the first that is none."""
-    found = []
+    score_requests = []
     for index, request in enumerate(as_list(requests, "requests", "a list of ScoreRequest")):
         name = f"requests[{index}]"
         if not isinstance(request, ScoreRequest):
@@ -111,8 +111,8 @@ def requests_of_ids(requests: Any) -> list[ScoreRequest]:
         start = whole_number(request.start)
         if start is None:
             raise UserError(f"{name}.start", request.start, "an integer")
-        found.append(ScoreRequest(token_ids(request.tokens, f"{name}.tokens"), start))
-    return found
+        score_requests.append(ScoreRequest(token_ids(request.tokens, f"{name}.tokens"), start))
+    return score_requests
 
 
 def per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:

@@ -47,15 +47,15 @@ class Prompts:
         """Position of every row in its sequence."""
         if not micro_batch.is_prefill:
             return torch.tensor([first for member in micro_batch.members for first, _ in member.ranges])
-        found = []
+        row_positions = []
         for member in micro_batch.members:
             for sequence, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
                 tree = self._tree(sequence)
                 if tree is None:
-                    found.append(torch.arange(first, last))
+                    row_positions.append(torch.arange(first, last))
                 else:
-                    found.append(torch.tensor(tree.positions[first:last], dtype=torch.long))
-        return torch.cat(found)
+                    row_positions.append(torch.tensor(tree.positions[first:last], dtype=torch.long))
+        return torch.cat(row_positions)
 
     def lengths(self, micro_batch: MicroBatch) -> Tensor:
         """Of every row: the tokens that its sequence has when the row is computed. All of a prompt's are there from its
@@ -63,14 +63,14 @@ class Prompts:
         positions = self.positions(micro_batch)
         if not micro_batch.is_prefill:
             return positions + 1
-        found = []
+        row_lengths = []
         for member in micro_batch.members:
             group = member.group
             of = zip(group.sequences, group.prompt_lens, member.ranges, strict=True)
             for sequence, length, (first, last) in of:
                 known = self._tree(sequence) is None
-                found.append(torch.full((last - first,), length if known else 0))
-        return torch.maximum(torch.cat(found), positions + 1)
+                row_lengths.append(torch.full((last - first,), length if known else 0))
+        return torch.maximum(torch.cat(row_lengths), positions + 1)
 
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""

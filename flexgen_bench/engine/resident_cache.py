@@ -49,10 +49,10 @@ class ResidentCache:
         runs: list[Run] = []
         units: list[int] = []
         for part in micro_batch.kv_parts:
-            found = cache.all_layers(part, tier)
-            if found is None:
+            layers = cache.all_layers(part, tier)
+            if layers is None:
                 return None
-            stored, units = found
+            stored, units = layers
             prompt = part.group.layouts[part.home].prompt_tokens
             tokens = prompt + part.token
             padding = cache.padding(part, device)

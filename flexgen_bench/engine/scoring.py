@@ -57,7 +57,7 @@ class Scoring(PrefixTrees):
 
     def __init__(self, trees: Sequence[PrefixTree], found: Found) -> None:
         super().__init__(trees)
-        self._found = found
+        self._on_scored = found
         self._lengths = Counter(p.request for tree in trees for p in tree.predictions)
         self._tokens: dict[int, list[tuple[float, bool]]] = {i: [] for i in self._lengths}
         self._made: tuple[MicroBatch | None, list[Prediction]] = (None, [])
@@ -79,26 +79,26 @@ class Scoring(PrefixTrees):
                 pieces.append(_judge(logits[first : first + PIECE_ROWS], own - start - first, targets))
         return torch.cat(pieces, dim=1)
 
-    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
-        for p, logprob, is_largest in zip(self._predictions(micro_batch), *found.tolist(), strict=True):
+    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
+        for p, logprob, is_largest in zip(self._predictions(micro_batch), *reduced.tolist(), strict=True):
             tokens = self._tokens[p.request]
             tokens.append((logprob, bool(is_largest)))
             if len(tokens) == self._lengths[p.request]:
-                self._found(p.request, self._tokens.pop(p.request))
+                self._on_scored(p.request, self._tokens.pop(p.request))
 
     def _predictions(self, micro_batch: MicroBatch) -> list[Prediction]:
         """Of the micro-batch's logit rows, with ``row`` counted among these, in the order of rows."""
-        made, found = self._made
+        made, batch_predictions = self._made
         if made is micro_batch:
-            return found
+            return batch_predictions
         number = {row: place for place, row in enumerate(micro_batch.logit_rows)}
-        found = [
+        batch_predictions = [
             Prediction(number[base + p.row], p.request, p.target)
             for base, predictions in self._bases(micro_batch)
             for p in predictions
         ]
-        self._made = (micro_batch, found)
-        return found
+        self._made = (micro_batch, batch_predictions)
+        return batch_predictions
 
     def _bases(self, micro_batch: MicroBatch) -> Iterator[tuple[int, Sequence[Prediction]]]:
         """Of each sequence: what to add to its own rows to have the micro-batch's, and what is predicted here."""
@@ -136,24 +136,24 @@ class LogProbabilities(PrefixTrees):
 
     def __init__(self, trees: Sequence[PrefixTree], found: Callable[[int, Tensor], None]) -> None:
         super().__init__(trees)
-        self._found = found
+        self._on_distributions = found
 
     def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Log-probabilities (R, V) of the logit rows."""
-        found: Tensor | None = None
+        log_probs: Tensor | None = None
         for start in range(0, x.shape[0], LOGIT_ROWS):
             logits = head(x[start : start + LOGIT_ROWS])
-            if found is None:
-                found = torch.empty(x.shape[0], logits.shape[1], dtype=torch.float32, device=x.device)
-            found[start : start + LOGIT_ROWS] = logits.float().log_softmax(-1)
-        assert found is not None, "a micro-batch without wanted rows has no head"
-        return found
+            if log_probs is None:
+                log_probs = torch.empty(x.shape[0], logits.shape[1], dtype=torch.float32, device=x.device)
+            log_probs[start : start + LOGIT_ROWS] = logits.float().log_softmax(-1)
+        assert log_probs is not None, "a micro-batch without wanted rows has no head"
+        return log_probs
 
-    def finish(self, micro_batch: MicroBatch, found: Tensor) -> None:
+    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
         row = 0
         for member in micro_batch.members:
             for i, (first, last) in zip(member.group.sequences, member.ranges, strict=True):
                 count = sum(first <= logit_rows < last for logit_rows in self._trees[i].logit_rows)
                 if count:
-                    self._found(i, found[row : row + count])
+                    self._on_distributions(i, reduced[row : row + count])
                 row += count

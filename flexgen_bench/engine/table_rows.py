@@ -24,19 +24,19 @@ def rows_in_memory(table: Weight, indices: Tensor, pinned: bool = False) -> Tens
     if isinstance(table, Tensor):
         rows = table.new_empty((len(indices), table.shape[1]), pin_memory=pinned)
         return torch.index_select(table, 0, indices.to(table.device), out=rows)
-    wanted = indices.to(table.codes.device)
-    codes, params = table.codes.index_select(0, wanted), table.params.index_select(0, wanted)
+    device_indices = indices.to(table.codes.device)
+    codes, params = table.codes.index_select(0, device_indices), table.params.index_select(0, device_indices)
     return dequantize(codes, params, table.shape[1], table.compression, table.dtype)
 
 
 def rows_on_disk(file: DirectFile, entry: PackedEntry, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """(N,) indices -> (N, E). Reads just the pages that hold the logit rows: a row is far smaller than its table."""
     width = entry.tensor.spec.shape[1]
-    wanted, back = torch.unique(indices.cpu(), return_inverse=True)
-    rows = wanted.tolist()
+    distinct, back = torch.unique(indices.cpu(), return_inverse=True)
+    rows = distinct.tolist()
     if entry.compression is None:
-        found = _read(file, entry.offset, width * dtype.itemsize, rows).view(dtype)
-        return found[back]
+        values = _read(file, entry.offset, width * dtype.itemsize, rows).view(dtype)
+        return values[back]
     groups = entry.compression.groups(width)
     codes = _read(file, entry.offset, entry.compression.code_bytes(width), rows)
     params = _read(file, entry.params_offset, groups * GROUP_PARAMETER_BYTES, rows)
@@ -47,11 +47,11 @@ def rows_on_disk(file: DirectFile, entry: PackedEntry, indices: Tensor, dtype: t
 def _read(file: DirectFile, base: int, size: int, rows: Sequence[int]) -> Tensor:
     """Rows of ``size`` bytes of a table that starts at ``base``: uint8 (rows, size)."""
     window = allocate(aligned(size) + PAGE)
-    found = torch.empty((len(rows), size), dtype=torch.uint8)
+    row_bytes = torch.empty((len(rows), size), dtype=torch.uint8)
     for place, row in enumerate(rows):
         first = base + row * size
         start = first // PAGE * PAGE
         length = aligned(first + size - start)
         file.read(start, window[:length])
-        found[place] = window[first - start :][:size]
-    return found
+        row_bytes[place] = window[first - start :][:size]
+    return row_bytes

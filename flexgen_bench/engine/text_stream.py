@@ -26,8 +26,8 @@ class TextStream:
     ) -> None:
         self._decoder, self._special = decoder, special
         with_special = tuple(s for s in stop if any(t and t in s for t in special.values()))
-        plain = tuple(s for s in stop if s not in with_special)
-        self._shown_text = _StopStrings(plain)
+        without_special = tuple(s for s in stop if s not in with_special)
+        self._shown_text = _StopStrings(without_special)
         self._whole_text = _StopStrings(with_special)
         self._given: list[str] = []
         self._taken = 0  # of these, by ``take_new``
@@ -53,10 +53,10 @@ class TextStream:
         if self.stopped or self._decoder is None:
             return ""
         shown = self._decoder.put(token)
-        found = self._look(shown, self._special.get(token, ""))
-        if found is not None:
+        end = self._look(shown, self._special.get(token, ""))
+        if end is not None:
             self.stopped = True
-            return self._give(found)
+            return self._give(end)
         return self._give(min(self._shown_text.begins_at, self._whole_text.begins_at))
 
     def follow(self, tokens: Sequence[int]) -> bool:
@@ -70,9 +70,9 @@ class TextStream:
         """The rest: there will be no more tokens. An incomplete character is shown as U+FFFD."""
         if self.stopped or self._decoder is None:
             return ""
-        found = self._look(self._decoder.finish(), "")
-        self.stopped = found is not None
-        return self._give(self._length if found is None else found)
+        end = self._look(self._decoder.finish(), "")
+        self.stopped = end is not None
+        return self._give(self._length if end is None else end)
 
     @property
     def _length(self) -> int:
@@ -85,8 +85,8 @@ class TextStream:
         places = range(before, before + len(shown))
         self._shown_text.put(shown, places)
         self._whole_text.put(shown + hidden, [*places, *[self._length] * len(hidden)])
-        found = [f for f in (self._shown_text.found_at, self._whole_text.found_at) if f is not None]
-        return min(found, default=None)
+        starts = [f for f in (self._shown_text.found_at, self._whole_text.found_at) if f is not None]
+        return min(starts, default=None)
 
     def _give(self, end: int) -> str:
         """Text up to the character of this number."""
@@ -122,9 +122,9 @@ class _StopStrings:
             return
         self._text += piece
         self._places += places
-        found = [at for s in self.stop if (at := self._text.find(s)) >= 0]
-        if found:
-            self.found_at = self._places[min(found)]
+        offsets = [at for s in self.stop if (at := self._text.find(s)) >= 0]
+        if offsets:
+            self.found_at = self._places[min(offsets)]
             return
         surplus = max(0, len(self._text) - max(map(len, self.stop)) + 1)
         self._text, self._places = self._text[surplus:], self._places[surplus:]

@@ -107,9 +107,9 @@ def _is_byte_level(tokenizer: Any) -> bool:
 def _byte_letters() -> dict[str, int]:
     """GPT-2's alphabet (Radford et al. 2019, ``bytes_to_unicode``): a byte that prints stands for
     itself, the others for the letters from U+0100 on, in order."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printed]
-    letters = {chr(byte): byte for byte in printed}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
     return letters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 

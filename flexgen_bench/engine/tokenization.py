@@ -102,13 +102,13 @@ class TextTokenizer:
         StoreError for an entry that is no id, which would never end anything.
         """
         for name in ("generation_config.json", "config.json"):
-            found = _json(self._folder / name).get("eos_token_id")
-            if found is None:
+            entry = _json(self._folder / name).get("eos_token_id")
+            if entry is None:
                 continue
-            ids = found if isinstance(found, list) else [found]
+            ids = entry if isinstance(entry, list) else [entry]
             if any(type(each) is not int for each in ids):
                 raise StoreError(
-                    f"{self._folder / name}: eos_token_id is {found!r}; "
+                    f"{self._folder / name}: eos_token_id is {entry!r}; "
                     "it must be an integer, a list of integers, or null."
                 )
             return frozenset(ids)
@@ -163,9 +163,9 @@ class TextTokenizer:
             return list(self._added.before)
         config = _json(self._folder / "config.json")
         for name in ("bos_token_id", "eos_token_id"):
-            for found in (getattr(self._loaded, name, None), config.get(name)):
-                if type(found) is int:
-                    return [found]
+            for token in (getattr(self._loaded, name, None), config.get(name)):
+                if type(token) is int:
+                    return [token]
         raise UserError(
             field,
             "",
@@ -219,9 +219,9 @@ def _without_sentencepiece(folder: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise StoreError(f"{path} is not valid JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

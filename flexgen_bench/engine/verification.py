@@ -34,8 +34,8 @@ class Verification:
 
     def judge(self, entry: PackedEntry, sums: Sequence[int]) -> None:
         """The checksums found of a tensor's parts; StoreError if one is wrong."""
-        for (offset, _), found in zip(entry.parts, sums, strict=True):
-            if found != self._store.checksums.get(offset):
+        for (offset, _), part_sum in zip(entry.parts, sums, strict=True):
+            if part_sum != self._store.checksums.get(offset):
                 path = self._store.path
                 raise StoreError(
                     f"{path}: checksum of {', '.join(entry.tensor.sources)} is wrong: the block is corrupt. "

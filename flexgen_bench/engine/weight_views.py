@@ -44,12 +44,12 @@ def views(
 
 def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping[str, Tensor]:
     """Where the tensors of a unit go when it is unpacked into ``memory`` (uint8)."""
-    found = {}
+    tensors = {}
     for entry, offset in zip(unit.entries, unit.plain_offsets, strict=True):
         spec = entry.tensor.spec
         flat = memory[offset:][: spec.num_values * dtype.itemsize].view(dtype)
-        found[spec.name] = flat.view(spec.shape)
-    return found
+        tensors[spec.name] = flat.view(spec.shape)
+    return tensors
 
 
 def unpack(packed: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> None:

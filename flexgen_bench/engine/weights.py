@@ -157,13 +157,13 @@ class Weights:
 
     def _checksum_on_disk(self, first: int, count: int, window: Tensor) -> int:
         """Of ``count`` bytes of the file, read through ``window``."""
-        start, stop, found = first // PAGE * PAGE, first + count, 0
+        start, stop, sum_so_far = first // PAGE * PAGE, first + count, 0
         for offset in range(start, stop, window.numel()):
             size = min(window.numel(), aligned(stop - offset))
             self._file.read(offset, window[:size])
             part = window[max(first - offset, 0) : min(size, stop - offset)]
-            found = checksum(part.numpy().data, found)
-        return found
+            sum_so_far = checksum(part.numpy().data, sum_so_far)
+        return sum_so_far
 
     def _read_unit(self, index: int, into: Tensor, start: int, stop: int) -> None:
         """One piece of a unit. Its tensors are checked as soon as all of them is there."""
@@ -189,9 +189,9 @@ class Weights:
         memory, base = self._resident[index]
         return views(memory, unit, base, self._dtype, self._activations)
 
-    def _unpacked(self, index: int, plain: int) -> Mapping[str, Tensor]:
-        key = (index, plain)
+    def _unpacked(self, index: int, buffer: int) -> Mapping[str, Tensor]:
+        key = (index, buffer)
         if key not in self._plain_views:
             unit = self._packed.units[index]
-            self._plain_views[key] = plain_views(self._dequantized_buffers[plain], unit, self._dtype)
+            self._plain_views[key] = plain_views(self._dequantized_buffers[buffer], unit, self._dtype)
         return self._plain_views[key]
