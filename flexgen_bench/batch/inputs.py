@@ -117,10 +117,10 @@ def request_of(line: Line, model: str, defaults: dict[str, Any]) -> LineRequest:
 def custom_id_of(line: Line) -> str | None:
     """The name that a line gives itself, however wrong the rest of it is."""
     try:
-        found = object_of(line.raw).get("custom_id") if line.kind == "jsonl" else None
+        custom_id = object_of(line.raw).get("custom_id") if line.kind == "jsonl" else None
     except RequestError:
         return None
-    return found if isinstance(found, str) else None
+    return custom_id if isinstance(custom_id, str) else None
 
 
 def _openai_line(given: dict[str, Any], custom_id: str | None) -> LineRequest:
@@ -144,12 +144,12 @@ def _openai_line(given: dict[str, Any], custom_id: str | None) -> LineRequest:
 def object_of(raw: bytes | str) -> dict[str, Any]:
     """The JSON object of a line; RequestError for what is none."""
     try:
-        found = json.loads(_decoded(raw))
+        parsed = json.loads(_decoded(raw))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The line is no JSON: {error}.", None, "invalid_json_line") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"The line is {type(found).__name__}, not a JSON object.", None, "invalid_json_line")
-    return found
+    if not isinstance(parsed, dict):
+        raise RequestError(f"The line is {type(parsed).__name__}, not a JSON object.", None, "invalid_json_line")
+    return parsed
 
 
 def _decoded(raw: bytes | str) -> str:

@@ -96,7 +96,7 @@ class OutputFile:
 
     def _claim(self, belongs_to: Mapping[str, Any]) -> None:
         """Take the file for this job and this process."""
-        wanted = json.loads(json.dumps(belongs_to))
+        job = json.loads(json.dumps(belongs_to))
         if self.path.exists() and not self._state.exists() and self.path.stat().st_size:
             raise UserError(
                 "--output",
@@ -112,7 +112,7 @@ class OutputFile:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check(wanted)
+            self._check(job)
         except BlockingIOError as error:
             os.close(self._lock)
             raise UserError("--output", str(self.path), "written by one process", "Another one is at it.") from error
@@ -120,26 +120,26 @@ class OutputFile:
             os.close(self._lock)
             raise
 
-    def _check(self, wanted: dict[str, Any]) -> None:
+    def _check(self, job: dict[str, Any]) -> None:
         written = os.pread(self._lock, 2**24, 0)
         try:
-            found = json.loads(written) if written.strip() else None
+            stored_job = json.loads(written) if written.strip() else None
         except ValueError:  # cut by a kill before anything was answered, unless there are answers
-            found = None
-        if found is None:
+            stored_job = None
+        if stored_job is None:
             if self.path.exists() and self.path.stat().st_size:
                 raise UserError("--output", str(self.path), "beside a state that can be read", f"{self._state} cannot.")
-            data = json.dumps(wanted, indent=1).encode()
+            data = json.dumps(job, indent=1).encode()
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, data, 0)
             os.fsync(self._lock)
             return
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
+        for key in sorted(job.keys() | stored_job.keys()):
+            if job.get(key) != stored_job.get(key):
                 raise UserError(
                     "--output",
                     str(self.path),
-                    f"of the same job: its answers are for {key} = {found.get(key)}, asked for is {wanted.get(key)}",
+                    f"of the same job: its answers are for {key} = {stored_job.get(key)}, asked for is {job.get(key)}",
                     "Nothing is overwritten: name another file.",
                 )
 
@@ -154,8 +154,8 @@ class OutputFile:
                 self._size += len(line)
 
     def _note(self, line: bytes) -> None:
-        found = _ID.match(line)
-        position = int(found[1]) if found else len(self._offsets)
+        id_match = _ID.match(line)
+        position = int(id_match[1]) if id_match else len(self._offsets)
         if position >= len(self._offsets) or self.has(position):
             raise UserError(
                 "--output",

@@ -19,21 +19,21 @@ SAMPLE = 256  # lines that are looked at for the plan
 _ANSWER_BYTES, _TOKEN_BYTES = 500, 5  # of a line of the output: about, beside its text, and of a token of that
 
 
-def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], found: Scan, settings: Settings) -> str:
+def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], scanned: Scan, settings: Settings) -> str:
     """A few lines: how much work, the policy and its memory, disk, and, where the machine's rates are known, time."""
-    asked = list(_sample(reader, lines, settings))
-    if not asked:
-        return f"{found.lines} lines, of which those looked at ask for nothing that can be answered"
+    sampled = list(_sample(reader, lines, settings))
+    if not sampled:
+        return f"{scanned.lines} lines, of which those looked at ask for nothing that can be answered"
     requests = [
         Request(len(prompt), sequence.params.max_tokens)
-        for one in asked
+        for one in sampled
         for prompt, sequence in zip(one.prompts, one.sequences, strict=True)
     ]
-    scale = found.lines / len(asked)
+    scale = scanned.lines / len(sampled)
     prompt_tokens = sum(r.prompt_len for r in requests) * scale
     new_tokens = sum(r.gen_len for r in requests) * scale
-    work = f"{found.lines} requests: about {prompt_tokens:.3g} prompt tokens, at most {new_tokens:.3g} new ones"
-    disk = format_bytes(found.lines * _ANSWER_BYTES + new_tokens * _TOKEN_BYTES)
+    amounts = f"{scanned.lines} requests: about {prompt_tokens:.3g} prompt tokens, at most {new_tokens:.3g} new ones"
+    disk = format_bytes(scanned.lines * _ANSWER_BYTES + new_tokens * _TOKEN_BYTES)
     job = sorted(requests, key=lambda r: (r.gen_len, r.prompt_len), reverse=True)[: settings.window]
     plan = llm.plan(job)
     memory = ", ".join(
@@ -43,7 +43,7 @@ def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], found: Scan, sett
     )
     return "\n".join(
         [
-            work,
+            amounts,
             f"memory: {memory}, planned for the largest jobs",
             f"disk: the answers take up to {disk}",
             f"time: {_time(llm, job, len(requests) * scale)}",

@@ -89,13 +89,13 @@ class Batch:
         try:
             if line.position in self._repeated:
                 raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
-            found = request_of(line, self._settings.model, dict(self._settings.defaults))
+            line_request = request_of(line, self._settings.model, dict(self._settings.defaults))
             # Every request has a random stream of its own, the same in every run.
-            asked = self._reader.read(found.url, found.body, seed=line.position)
+            asked = self._reader.read(line_request.url, line_request.body, seed=line.position)
         except RequestError as error:
             self._refuse(line.position, custom_id_of(line), error)
             return None
-        return Waiting(line.position, found.custom_id, asked)
+        return Waiting(line.position, line_request.custom_id, asked)
 
     def _compute(self, job: Sequence[Waiting]) -> None:
         """All of a job; halves of it where there is no room for all."""
@@ -114,17 +114,17 @@ class Batch:
         if not job:
             return
         owners = [(request, choice) for request in job for choice in range(request.sequences)]
-        found: defaultdict[int, dict[int, Output]] = defaultdict(dict)
+        by_position: defaultdict[int, dict[int, Output]] = defaultdict(dict)
         to_score: list[tuple[Waiting, list[Output]]] = []
 
         def take(index: int, output: Output) -> None:
             request, choice = owners[index]
-            own = found[request.position]
+            own = by_position[request.position]
             own[choice] = output
             if len(own) < request.sequences:
                 return
             outputs = [own[i] for i in range(request.sequences)]
-            del found[request.position]
+            del by_position[request.position]
             if request.asked.scores_prompt:
                 to_score.append((request, outputs))
             else:

@@ -59,10 +59,10 @@ class Scan:
         """The lines in the order in which they are to start: those together whose answers may be equally long (a
         micro-batch runs until its longest answer has ended), which start alike, and whose prompts are alike in length.
         Long answers first: what is left at the end is short."""
-        found = self.found
-        _, same, counts = np.unique(found["start"], return_inverse=True, return_counts=True)
-        start = np.where(counts[same] >= _ENOUGH, found["start"], 0)
-        return found[np.lexsort((found["position"], -found["size"], start, -found["new"]))]
+        lines = self.found
+        _, same, counts = np.unique(lines["start"], return_inverse=True, return_counts=True)
+        start = np.where(counts[same] >= _ENOUGH, lines["start"], 0)
+        return lines[np.lexsort((lines["position"], -lines["size"], start, -lines["new"]))]
 
 
 def scan(paths: Sequence[Path], column: str | None, shard: Shard) -> Scan:
@@ -84,22 +84,22 @@ def scan(paths: Sequence[Path], column: str | None, shard: Shard) -> Scan:
     return Scan(files, _repeated(every), int(every["position"].max()) + 1, mine)
 
 
-def in_order(found: Lines, paths: Sequence[Path], column: str | None) -> Iterator[Line]:
+def in_order(lines: Lines, paths: Sequence[Path], column: str | None) -> Iterator[Line]:
     """These lines, read again one by one where they lie. Rows of parquet files, which cannot be, come as they are."""
     files = LineFiles(paths)
     try:
         in_tables = []
-        for row in found:
+        for row in lines:
             if row["offset"] < 0:
                 in_tables.append(int(row["position"]))
             else:
                 yield files.read(int(row["position"]), int(row["file"]), int(row["offset"]))
     finally:
         files.close()
-    wanted = np.sort(np.array(in_tables, dtype=np.int64))
-    for line in lines_of(paths, column) if len(wanted) else ():
-        at = int(np.searchsorted(wanted, line.position))
-        if at < len(wanted) and wanted[at] == line.position:
+    table_positions = np.sort(np.array(in_tables, dtype=np.int64))
+    for line in lines_of(paths, column) if len(table_positions) else ():
+        at = int(np.searchsorted(table_positions, line.position))
+        if at < len(table_positions) and table_positions[at] == line.position:
             yield line
 
 

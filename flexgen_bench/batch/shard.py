@@ -19,10 +19,10 @@ class Shard:
     @staticmethod
     def parse(text: str) -> Shard:
         """``2/8``."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise UserError("--shard", text, "written i/n, with i from 1 to n", "For example: --shard 2/8")
-        return Shard(int(found[1]), int(found[2]))
+        return Shard(int(match[1]), int(match[2]))
 
     def has(self, position: Any) -> Any:
         """Whether a line's position, or each of an array of them, is in this part."""

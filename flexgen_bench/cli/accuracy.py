@@ -123,12 +123,12 @@ def _run(request: Request) -> int:
     make_writable(request.results_dir, "results_dir")
     written = run.execute()
     stored = read_accuracy(request.results_dir, run.keys())
-    found = outcomes(stored, request.margins)
-    for outcome in found:
+    all_outcomes = outcomes(stored, request.margins)
+    for outcome in all_outcomes:
         print_outcome(outcome)
     for problem in stored.problems:
         print(f"not used: {problem.message}", file=sys.stderr)
-    failed = [f for outcome in found for f in outcome.findings if f.fails]
+    failed = [f for outcome in all_outcomes for f in outcome.findings if f.fails]
     for finding in failed:
         print(f"error: {finding.mode}: {finding.name}: {finding.text}", file=sys.stderr)
     print(
@@ -136,7 +136,7 @@ def _run(request: Request) -> int:
             {
                 "records": [str(path) for path in written],
                 "controls": "failed" if failed else "hold",
-                "recommended": {f"{o.model} ({o.dtype})": o.recommendation.mode for o in found},
+                "recommended": {f"{o.model} ({o.dtype})": o.recommendation.mode for o in all_outcomes},
             }
         )
     )

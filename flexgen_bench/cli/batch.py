@@ -94,12 +94,12 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     check_inputs(options.input, options.column)
     if options.output.resolve() in [path.resolve() for path in options.input]:
         raise UserError("--output", str(options.output), "another file than the input")
-    found = scan(options.input, options.column, shard)
+    scanned = scan(options.input, options.column, shard)
     with open_llm(words) as llm:
-        return _answer(llm, options, words, found, shard)
+        return _answer(llm, options, words, scanned, shard)
 
 
-def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], found: Scan, shard: Shard) -> int:
+def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], scanned: Scan, shard: Shard) -> int:
     from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.plan import SAMPLE, plan_text
     from flexgen_bench.batch.progress import BatchProgress, summary
@@ -109,24 +109,24 @@ def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], fou
 
     given = {key: number(words[key]) for key in _SAMPLING if key in words}
     name = words.get("name", words["model"])
-    window = options.window or _window(found.lines)
+    window = options.window or _window(scanned.lines)
     settings = Settings(window, name, {**DEFAULTS, **given})
     most = llm.shape.max_positions
     stated = words.get("answer_tokens")
     limits = Limits(most, _ANSWER_TOKENS if stated is None else _count(stated, "answer_tokens"), choices=window)
     reader = Reader(llm.tokenizer, llm.shape, (name,), limits)
 
-    rows = found.order()
+    rows = scanned.order()
     every = max(1, len(rows) // SAMPLE)  # for the plan: evenly from first to last
     sample = in_order(rows[::every], options.input, options.column)
-    print(plan_text(llm, reader, sample, found, settings), file=sys.stderr, flush=True)
+    print(plan_text(llm, reader, sample, scanned, settings), file=sys.stderr, flush=True)
     if options.plan:
         return 0
-    with OutputFile(options.output, _belongs_to(found, shard, words, options), found.positions) as output:
+    with OutputFile(options.output, _belongs_to(scanned, shard, words, options), scanned.positions) as output:
         if output.done:
-            print(f"{output.done} of {found.lines} are answered already", file=sys.stderr, flush=True)
-        with BatchProgress(found.lines, output.done) as progress:
-            Batch(llm, reader, output, settings, progress, found.repeated).run(
+            print(f"{output.done} of {scanned.lines} are answered already", file=sys.stderr, flush=True)
+        with BatchProgress(scanned.lines, output.done) as progress:
+            Batch(llm, reader, output, settings, progress, scanned.repeated).run(
                 in_order(rows, options.input, options.column)
             )
         if options.order == "input":
@@ -136,12 +136,12 @@ def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], fou
     return 0
 
 
-def _belongs_to(found: Scan, shard: Shard, words: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
+def _belongs_to(scanned: Scan, shard: Shard, words: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for answers to be of one job: not the policy, which changes none."""
     of_results = ("model", "name", "dtype", "weights", "weights_group", "kv_cache", "kv_cache_group", "value_share")
     return {
         "format": 1,
-        "inputs": [{"name": name, "sha256": digest} for name, digest in found.files],
+        "inputs": [{"name": name, "sha256": digest} for name, digest in scanned.files],
         "column": options.column,
         "shard": str(shard),
         "settings": {key: words[key] for key in sorted((*of_results, *_SAMPLING, "answer_tokens")) if key in words},
@@ -154,7 +154,7 @@ def _window(lines: int) -> int:
 
 
 def _count(text: str, field: str) -> int:
-    found = number(text)
-    if not isinstance(found, int) or found < 1:
+    count = number(text)
+    if not isinstance(count, int) or count < 1:
         raise UserError(field, text, "an integer of at least 1")
-    return found
+    return count

@@ -96,12 +96,12 @@ def _fetch_tasks(names: Sequence[str] | None, cache: Path, given: Path | None) -
     for task in tasks.values():
         check(task)
 
-    def told(done: Prepared) -> None:
+    def print_prepared(done: Prepared) -> None:
         items = sum(split.items for split in done.splits.values())
         print(f"{done.task}: {items} rows {'written' if done.fresh else 'are there'}", flush=True)
 
     with _progress() as show:
-        prepare(tasks.values(), read_packages(), cache, given=given, progress=show, on_prepared=told)
+        prepare(tasks.values(), read_packages(), cache, given=given, progress=show, on_prepared=print_prepared)
     everything = read_tasks()
     ready = {name: task for name, task in everything.items() if missing(task, cache) is None}
     sets = {n: s for n, s in read_sets().items() if all(task in ready for task in s.tasks)}

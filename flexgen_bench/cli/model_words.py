@@ -36,13 +36,13 @@ def divided(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     others: list[str] = []
     words: dict[str, str] = {}
     for argument in arguments:
-        found = _WORD.fullmatch(argument)
-        if found is None:
+        word_match = _WORD.fullmatch(argument)
+        if word_match is None:
             others.append(argument)
-        elif found[1] in words:
-            raise UserError(found[1], found[2], f"given once (it is {words[found[1]]!r} already)")
+        elif word_match[1] in words:
+            raise UserError(word_match[1], word_match[2], f"given once (it is {words[word_match[1]]!r} already)")
         else:
-            words[found[1]] = found[2]
+            words[word_match[1]] = word_match[2]
     return others, words
 
 

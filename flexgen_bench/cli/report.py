@@ -130,8 +130,8 @@ def _marked_spans(text: str, readme: Path) -> list[tuple[int, str, int]]:
         else:
             opened = marker
     if opened is not None or not spans:
-        found = opened.group(0) if opened is not None else "no markers"
-        raise UserError(str(readme), found, "tables marked in pairs", "Write each as " + _PAIR)
+        unpaired = opened.group(0) if opened is not None else "no markers"
+        raise UserError(str(readme), unpaired, "tables marked in pairs", "Write each as " + _PAIR)
     return spans
 
 

@@ -150,33 +150,33 @@ def _run(conf: AppConf, overrides: Sequence[str], suite: str, outcome: Outcome) 
     rates = LocalRates(cache, is_worth_measuring, _tell, required=conf.dry_run)
     expected = Expected(rates, cache)
     is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-    wanted = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell), is_sweep=is_sweep)
+    run_plan = plan(conf, overrides, suite, ThisMachine(expected, conf.calibrate, _tell), is_sweep=is_sweep)
     if conf.dry_run:
-        _plan(wanted, results, cache, rates, outcome)
+        _plan(run_plan, results, cache, rates, outcome)
         return
-    if any(cell.subject and cell.can_run for cell in wanted.cells):
-        outcome.tolerated |= {c.spec.spec_hash for c in wanted.cells if not c.subject}
-    work = divide(wanted.cells, cache, expected)
-    outcome.why.update(dict.fromkeys([work.why] if work.why else []))
-    outcome.explanations.update(dict.fromkeys(work.explanations))
-    for rows in simulate(work.simulate, cache, _tell):
+    if any(cell.subject and cell.can_run for cell in run_plan.cells):
+        outcome.tolerated |= {c.spec.spec_hash for c in run_plan.cells if not c.subject}
+    divided_cells = divide(run_plan.cells, cache, expected)
+    outcome.why.update(dict.fromkeys([divided_cells.why] if divided_cells.why else []))
+    outcome.explanations.update(dict.fromkeys(divided_cells.explanations))
+    for rows in simulate(divided_cells.simulate, cache, _tell):
         outcome.simulated += rows
-    if work.measure:
-        _measure(conf, work, wanted.suite, results, cache, outcome)
+    if divided_cells.measure:
+        _measure(conf, divided_cells, run_plan.suite, results, cache, outcome)
 
 
-def _plan(wanted: Plan, results: Path, cache: Path, rates: LocalRates, outcome: Outcome) -> None:
+def _plan(run_plan: Plan, results: Path, cache: Path, rates: LocalRates, outcome: Outcome) -> None:
     from flexgen_bench.cells.dry_run import plan_summaries
     from flexgen_bench.report.plan_summary import print_plan
 
-    summaries = plan_summaries(wanted.cells, wanted.suite, results, cache, rates)
+    summaries = plan_summaries(run_plan.cells, run_plan.suite, results, cache, rates)
     print_plan(summaries)
     outcome.is_plan = True
     outcome.simulated += [summary.row for summary in summaries]
     outcome.unfit |= any(not s.fits or s.row.status is Status.OOM for s in summaries)
 
 
-def _measure(conf: AppConf, work: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
+def _measure(conf: AppConf, divided_cells: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
     from flexgen_bench.runner.display import ProgressDisplay
     from flexgen_bench.runner.suite import run_suite
     from flexgen_bench.store.reader import read_record
@@ -192,7 +192,7 @@ def _measure(conf: AppConf, work: Work, suite: str, results: Path, cache: Path, 
 
     with ProgressDisplay() as display:
         paths = run_suite(
-            work.measure,
+            divided_cells.measure,
             suite=suite,
             results_dir=results,
             cache_dir=cache,
@@ -218,7 +218,7 @@ def _summary(outcome: Outcome) -> list[Record]:
 
     records, simulated = outcome.records, outcome.simulated
     stored, _ = read_paths(records)
-    found = [item.record for item in stored]
+    stored_records = [item.record for item in stored]
     tables = published_tables()
     for explanation in outcome.explanations:
         print(f"\n{explanation}")
@@ -227,19 +227,19 @@ def _summary(outcome: Outcome) -> list[Record]:
         print_table(records)
     if simulated and not outcome.is_plan:
         print_predictions(simulated, " ".join(outcome.why), tables)
-    for record in found:
+    for record in stored_records:
         if record.status not in _FINDINGS and record.spec_hash in outcome.tolerated:
             _tell(_warning(record))
-    counts = Counter(record.status.value for record in found)
+    counts = Counter(record.status.value for record in stored_records)
     document = {
         "records": [str(path) for path in records],
         "simulated": [row_json(row, tables) for row in simulated],
         "status": dict(counts),
     }
-    wanted = not sys.stdout.isatty() if outcome.json is None else outcome.json
-    if wanted:
+    prints_json = not sys.stdout.isatty() if outcome.json is None else outcome.json
+    if prints_json:
         print(json.dumps(document))
-    return found
+    return stored_records
 
 
 def _warning(record: Record) -> str:

@@ -45,7 +45,7 @@ def decode_attention(
     tokens (that are in the window). mod: how scores change before the softmax.
     Softmax in float32. A sequence's result depends on no other one.
     """
-    found = attend_natively(q, segments, padding, scale, value_share, slots, mod)
-    if found is None:
-        found = attend_with_torch(q, segments, padding, scale, value_share, slots, mod)
-    return found
+    attended = attend_natively(q, segments, padding, scale, value_share, slots, mod)
+    if attended is None:
+        attended = attend_with_torch(q, segments, padding, scale, value_share, slots, mod)
+    return attended

@@ -28,9 +28,9 @@ def in_eighths(x: Tensor, group_size: int) -> Tensor:
     largest = groups.abs().amax(dim=-1, keepdim=True)
     # A number / a tensor would be the tensor's reciprocal times the number, rounded twice.
     turns = torch.where(largest > SMALLEST, torch.full_like(largest, LEVELS) / largest, 0.0)
-    found = (groups * turns).round() * (largest / LEVELS)
-    found = torch.where(groups.isfinite().all(dim=-1, keepdim=True), found, torch.nan)
-    return found.flatten(1)[:, :n]
+    rounded = (groups * turns).round() * (largest / LEVELS)
+    rounded = torch.where(groups.isfinite().all(dim=-1, keepdim=True), rounded, torch.nan)
+    return rounded.flatten(1)[:, :n]
 
 
 def linear_in_eighths(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -136,10 +136,10 @@ class _Lowering:
             return None
         args: Any = node.args
         for product, other in (args[::-1], args):
-            found = self._linear(product)
-            if found is None or not self._is_rows(other):
+            operands = self._linear(product)
+            if operands is None or not self._is_rows(other):
                 continue
-            x, weight, bias = found
+            x, weight, bias = operands
             if bias is None and not self._is_spent(other, node):
                 return self._call(torch.addmm, other, x, self._transposed(weight))
             into = other if bias is None else self._call(torch.add, other, bias)
@@ -169,10 +169,10 @@ class _Lowering:
         """relu(x W^T + b): what cuBLASLt does in a product's epilogue."""
         if not _calls(node, ops.activation) or node.args[0] != "relu":
             return None
-        found = self._linear(node.args[1])
-        if found is None or found[2] is None:
+        operands = self._linear(node.args[1])
+        if operands is None or operands[2] is None:
             return None
-        x, weight, bias = found
+        x, weight, bias = operands
         return self._call(torch._addmm_activation, bias, x, self._transposed(weight))
 
     def _product(self, node: fx.Node) -> fx.Node | None:

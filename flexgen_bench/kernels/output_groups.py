@@ -94,17 +94,17 @@ class OutputQuantizedWeight:
 
     @cached_property
     def _runs(self) -> tuple[_Run, ...]:
-        found, size, inputs = [], self.compression.group_size, self.shape[1]
+        runs, size, inputs = [], self.compression.group_size, self.shape[1]
         row = code = group = 0
         for block in self.blocks:
             full, rest = divmod(block, size)
             for count, width in ((full, size), (1, rest)):
                 if count and width:
-                    found.append(_Run(row, count, width, code, group))
+                    runs.append(_Run(row, count, width, code, group))
                     row += count * width
                     code += count * inputs * self.compression.code_bytes(width)
                     group += count * inputs
-        return tuple(found)
+        return tuple(runs)
 
     def _strips(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Strips that hold rows start to stop, some at a time: (their first row, values (strips, in, width))."""

@@ -156,8 +156,8 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
         there = token < tokens
         rows = keys + token[:, None] * codes_token + at[None, :]
         numbers = key_params + token[:, None] * params_token + group[None, :] * 2
-        wanted = there[:, None] & inside[None, :]
-        low, high = _values(rows, numbers, wanted, bits, out.dtype.element_ty)
+        load_mask = there[:, None] & inside[None, :]
+        low, high = _values(rows, numbers, load_mask, bits, out.dtype.element_ty)
         scores = tl.sum(low * q_first[None, :], axis=1)
         if bits != 8:
             scores += tl.sum(high * q_second[None, :], axis=1)
@@ -170,7 +170,7 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
         kept = tl.exp(most - safe)
         weights = tl.exp(scores - safe)
         total = total * kept + tl.sum(weights, axis=0)
-        low, high = _values(rows + codes_which, numbers + params_which, wanted, bits, out.dtype.element_ty)
+        low, high = _values(rows + codes_which, numbers + params_which, load_mask, bits, out.dtype.element_ty)
         sum_first = sum_first * kept + tl.sum(weights[:, None] * low, axis=0)
         if bits != 8:
             sum_second = sum_second * kept + tl.sum(weights[:, None] * high, axis=0)
@@ -181,12 +181,12 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _values(rows, numbers, wanted, bits: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
+def _values(rows, numbers, load_mask, bits: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
     """What codes stand for, rounded to the model's type: of the lower and of the upper halves (of 8 bits: the same,
     twice)."""
-    code = tl.load(rows, mask=wanted, other=0).to(tl.int32)
-    step = tl.load(numbers, mask=wanted, other=0).to(tl.float32)
-    smallest = tl.load(numbers + 1, mask=wanted, other=0).to(tl.float32)
+    code = tl.load(rows, mask=load_mask, other=0).to(tl.int32)
+    step = tl.load(numbers, mask=load_mask, other=0).to(tl.float32)
+    smallest = tl.load(numbers + 1, mask=load_mask, other=0).to(tl.float32)
     first = code if bits == 8 else code & 15
     second = code if bits == 8 else code >> 4
     low = smallest + first.to(tl.float32) * step

@@ -109,9 +109,9 @@ def quantize(x: Tensor, compression: Compression, importance: Tensor | None = No
     native = library("quantization") if _is_for_native(x, compression) else None
     if native is not None:
         flat = flat if flat.stride(1) == 1 else flat.contiguous()  # must outlive the call
-        plain = matrices.plain(flat)
+        flat_matrix = matrices.plain(flat)
         packed = matrices.quantized(flat_codes, flat_params, n, compression, x.dtype)
-        _in_threads(native.quantize, rows, n, ctypes.byref(plain), ctypes.byref(packed))
+        _in_threads(native.quantize, rows, n, ctypes.byref(flat_matrix), ctypes.byref(packed))
         return codes, params
     for part in _tiles(rows, n, x.device):
         for values, stored, group_params, width in _columns(
@@ -174,8 +174,8 @@ def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Co
 
 def _is_for_native(x: Tensor, compression: Compression) -> bool:
     """Searched scales are found by sums, which torch's operators define."""
-    plain = compression.scales is Scales.MINMAX and x.dtype in matrices.TYPES
-    return plain and x.device.type == "cpu"
+    is_supported = compression.scales is Scales.MINMAX and x.dtype in matrices.TYPES
+    return is_supported and x.device.type == "cpu"
 
 
 def _in_threads(work: Callable[..., None], rows: int, n: int, *arguments: object) -> None:

@@ -43,12 +43,12 @@ def least_squares(
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for below, above in product(SHRINK, SHRINK):
         step = torch.full_like(mean, (1 - below - above) / (levels - 1))
-        found = _regression(y, weights, step, below - mean, levels)
+        candidate = _regression(y, weights, step, below - mean, levels)
         if best is None:
-            best = found
+            best = candidate
         else:
-            better = found[0] > best[0]
-            best = tuple(torch.where(better, f, b) for f, b in zip(found, best, strict=True))  # type: ignore[assignment]
+            better = candidate[0] > best[0]
+            best = tuple(torch.where(better, f, b) for f, b in zip(candidate, best, strict=True))  # type: ignore[assignment]
     assert best is not None
     for _ in range(TURNS):
         best = _regression(y, weights, best[1].clamp_min(SMALLEST_STEP), best[2], levels)

@@ -70,7 +70,7 @@ def modified_attention(
         some = q[:, start:stop].transpose(1, 2)
         keys, values = k[:, :, low:high], v[:, :, low:high]
         if mod.soft_cap is None and not mod.slopes:
-            found = _masked(some, keys, values, mask, scale)
+            attended = _masked(some, keys, values, mask, scale)
         else:
             folded = some.reshape(count, groups, heads // groups * (stop - start), dim)
             scores = torch.matmul(folded * scale, keys.transpose(2, 3)).float()
@@ -78,8 +78,8 @@ def modified_attention(
             if tree is not None:
                 scores.masked_fill_(~mask, float("-inf"))
             weights = scores.softmax(-1).to(q.dtype).view(count, groups, -1, scores.shape[-1])
-            found = torch.matmul(weights, values).view(count, heads, stop - start, dim)
-        out[:, start:stop] = found.transpose(1, 2).reshape(count, stop - start, heads * dim)
+            attended = torch.matmul(weights, values).view(count, heads, stop - start, dim)
+        out[:, start:stop] = attended.transpose(1, 2).reshape(count, stop - start, heads * dim)
     return out
 
 

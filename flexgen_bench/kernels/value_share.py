@@ -40,5 +40,5 @@ def drop_small(weights: Tensor, last: Sequence[int], keep: Sequence[int]) -> Ten
 
 def _beside(weights: Tensor, numbers: Sequence[int]) -> Tensor:
     """Numbers where the weights are. From pinned memory: a GPU's stream would be waited for otherwise."""
-    found = torch.tensor(numbers)
-    return found.pin_memory().to(weights.device, non_blocking=True) if weights.is_cuda else found
+    host_numbers = torch.tensor(numbers)
+    return host_numbers.pin_memory().to(weights.device, non_blocking=True) if weights.is_cuda else host_numbers

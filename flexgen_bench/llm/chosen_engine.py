@@ -49,9 +49,9 @@ class ChosenEngine:
         """A chosen policy is kept while it fits, until a job of more than twice as many requests comes: one for a few
         sequences would be slow for many."""
         enough = len(requests) <= 2 * self._chosen_for
-        found = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
+        fitting_engine = self._fitting(requests, 0, lambda engine: enough and engine.fits(requests))
         self._chosen_for = max(self._chosen_for, len(requests))
-        return found
+        return fitting_engine
 
     def for_scoring(self, requests: Sequence[ScoreRequest]) -> Engine:
         return self._fitting(typical(requests), LOGIT_ROWS, lambda engine: engine.can_score(requests))

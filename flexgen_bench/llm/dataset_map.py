@@ -27,15 +27,15 @@ def map_column(llm: Answers, dataset: Any, column: str, params: SamplingParams |
     if window < 1:
         raise UserError("window", window, "at least 1")
     rows, with_column = _opened(dataset, column, output)
-    found: list[str] = []
+    answers: list[str] = []
     for start in range(0, len(rows), window):
         part = [rows[i] for i in range(start, min(start + window, len(rows)))]
         requests = [
             GenerationRequest(_prompt(llm, row, f"{column}[{start + i}]"), params or SamplingParams(), start + i)
             for i, row in enumerate(part)
         ]
-        found += [answer.text for answer in llm.generate_requests(requests)]
-    return with_column(found)
+        answers += [answer.text for answer in llm.generate_requests(requests)]
+    return with_column(answers)
 
 
 def _prompt(llm: Answers, row: Any, field: str) -> str | list[int]:
@@ -48,13 +48,13 @@ def _opened(dataset: Any, column: str, output: str) -> tuple[Sequence[Any], Any]
     kind = f"{type(dataset).__module__.partition('.')[0]}.{type(dataset).__name__}"
     if kind == "pandas.DataFrame":
         _check(column, output, [str(name) for name in dataset.columns])
-        return list(dataset[column]), lambda found: dataset.assign(**{output: found})
+        return list(dataset[column]), lambda answers: dataset.assign(**{output: answers})
     if kind == "datasets.Dataset":
         _check(column, output, dataset.column_names)
-        return dataset[column], lambda found: dataset.add_column(output, found)
+        return dataset[column], lambda answers: dataset.add_column(output, answers)
     if kind == "pyarrow.Table":
         _check(column, output, dataset.column_names)
-        return dataset[column].to_pylist(), lambda found: dataset.append_column(output, [found])
+        return dataset[column].to_pylist(), lambda answers: dataset.append_column(output, [answers])
     if (
         not isinstance(dataset, Sequence)
         or isinstance(dataset, str)
@@ -63,8 +63,8 @@ def _opened(dataset: Any, column: str, output: str) -> tuple[Sequence[Any], Any]
         raise UserError("dataset", type(dataset).__name__, _KINDS)
     for row in dataset:
         _check(column, output, [str(name) for name in row])
-    return [row[column] for row in dataset], lambda found: [
-        {**row, output: answer} for row, answer in zip(dataset, found, strict=True)
+    return [row[column] for row in dataset], lambda answers: [
+        {**row, output: answer} for row, answer in zip(dataset, answers, strict=True)
     ]
 
 

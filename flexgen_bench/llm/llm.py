@@ -172,9 +172,9 @@ class LLM(Closing):
         ``on_output`` gets each as soon as it is there. Raises UserError for the first prompt that
         cannot be used, before any is computed.
         """
-        asked = prompts_of(prompts)
-        params = per_prompt(sampling_params, len(asked))
-        requests = [GenerationRequest(p, s, i) for i, (p, s) in enumerate(zip(asked, params, strict=True))]
+        prompt_list = prompts_of(prompts)
+        params = per_prompt(sampling_params, len(prompt_list))
+        requests = [GenerationRequest(p, s, i) for i, (p, s) in enumerate(zip(prompt_list, params, strict=True))]
         return self.generate_requests(requests, on_output)
 
     def generate_requests(
@@ -184,19 +184,19 @@ class LLM(Closing):
         names, so its tokens are those of this request alone."""
         self._check_open()
         sequences = [self.sequences.start(request, f"prompts[{i}]") for i, request in enumerate(requests)]
-        asked = requests_of(sequences, self._weights.family.steady_positions(self.shape))
-        found: dict[int, Output] = {}
+        engine_requests = requests_of(sequences, self._weights.family.steady_positions(self.shape))
+        outputs: dict[int, Output] = {}
 
         def take(index: int, sequence: Running) -> None:
-            found[index] = output_of(requests[index].prompt, sequence)
-            on_output(index, found[index])
+            outputs[index] = output_of(requests[index].prompt, sequence)
+            on_output(index, outputs[index])
 
         arrivals = Arrivals(self._progress, take)
         for index, sequence in enumerate(sequences):
             sequence.on_end = partial(arrivals.put, index, sequence)
-        self.last_job = self._engine.for_generation(asked).generate(sequences, arrivals.progress)
+        self.last_job = self._engine.for_generation(engine_requests).generate(sequences, arrivals.progress)
         arrivals.deliver()
-        return [found[index] for index in range(len(requests))]
+        return [outputs[index] for index in range(len(requests))]
 
     def chat(
         self,
@@ -235,11 +235,11 @@ class LLM(Closing):
         for a prompt that cannot be used, at once.
         """
         self._check_open()
-        asked = prompts_of(prompt)
-        if len(asked) != 1:
-            raise UserError("prompt", f"{len(asked)} prompts", "one prompt")
+        prompt_list = prompts_of(prompt)
+        if len(prompt_list) != 1:
+            raise UserError("prompt", f"{len(prompt_list)} prompts", "one prompt")
         params = per_prompt(sampling_params, 1)[0]
-        return self._stream(self.sequences.start(GenerationRequest(asked[0], params), "prompts[0]"))
+        return self._stream(self.sequences.start(GenerationRequest(prompt_list[0], params), "prompts[0]"))
 
     def _stream(self, sequence: Running) -> Iterator[Piece]:
         with self.open(Capacity(1, len(sequence.prompt), sequence.params.max_tokens)) as job:
@@ -294,16 +294,16 @@ class LLM(Closing):
             check_score_request(self.shape, f"requests[{index}]", request)
         if not requests:
             return []
-        found: dict[int, Score] = {}
+        scores: dict[int, Score] = {}
 
         def take(index: int, tokens: Sequence[tuple[float, bool]]) -> None:
-            found[index] = score_of(tokens)
-            on_score(index, found[index])
+            scores[index] = score_of(tokens)
+            on_score(index, scores[index])
 
         arrivals = Arrivals(self._progress, take)
         self._engine.for_scoring(requests).score(requests, arrivals.put, arrivals.progress)
         arrivals.deliver()
-        return [found[index] for index in range(len(requests))]
+        return [scores[index] for index in range(len(requests))]
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Of each sequence in turn, the whole distribution of every token but the first: (T-1, V) float32. Few are in

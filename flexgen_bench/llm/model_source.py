@@ -85,15 +85,15 @@ def _folder(
     return prepare_checkpoint(spec, chosen, cache, progress), chosen
 
 
-def _dtype(asked: str | DType | None, folder: Path | None) -> DType:
+def _dtype(requested: str | DType | None, folder: Path | None) -> DType:
     """What was asked for, else what the checkpoint is stored in, else bfloat16."""
-    named = asked
+    named = requested
     if named is None and folder is not None:
         checkpoint = Checkpoint(folder)
         named = checkpoint.own_dtype
         checkpoint.close()
     named = str(named or DType.BFLOAT16)
     if named not in [str(d) for d in DType]:
-        action = "" if asked else f"It is what {folder} says or holds: give another one."
+        action = "" if requested else f"It is what {folder} says or holds: give another one."
         raise UserError("dtype", named, f"one of {', '.join(DType)}", action)
     return DType(named)

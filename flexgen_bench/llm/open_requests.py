@@ -62,14 +62,14 @@ class OpenRequests:
         tokens: dict[int, list[int]] = {}
         for new in self._job.step():
             tokens.setdefault(new.number, []).append(new.token)
-        found = []
+        pieces = []
         for number, ids in tokens.items():
             sequence = self._running.get(number)
             if sequence is not None:  # else cancelled meanwhile
-                found.append((number, _piece(sequence, ids)))
+                pieces.append((number, _piece(sequence, ids)))
                 if sequence.finish_reason:
                     self._running.pop(number, None)
-        return found
+        return pieces
 
     def close(self) -> None:
         """Release the memory of the job; requests that have not ended stay as they are."""

@@ -99,7 +99,7 @@ class Writer:
                     self._named(i, p.logprob) | {"top_logprobs": self._top(p)} for i, p in zip(ids, own, strict=True)
                 ]
             }
-        found: list[TokenLogprobs | None] = [*(prompt or ()), *own]
+        token_logprobs: list[TokenLogprobs | None] = [*(prompt or ()), *own]
         tokens = [self._shown(i) for i in ids]
         places, at = [], 0
         for token in tokens:
@@ -107,20 +107,20 @@ class Writer:
             at += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [p and p.logprob for p in found],
-            "top_logprobs": [p and self._by_name(i, p) for i, p in zip(ids, found, strict=True)],
+            "token_logprobs": [p and p.logprob for p in token_logprobs],
+            "top_logprobs": [p and self._by_name(i, p) for i, p in zip(ids, token_logprobs, strict=True)],
             "text_offset": places,
         }
 
-    def _by_name(self, token: int, found: TokenLogprobs) -> dict[str, float]:
+    def _by_name(self, token: int, token_logprobs: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens and the chosen one. Of several that look alike the likeliest counts."""
         named: dict[str, float] = {}
-        for other, logprob in (*found.top, (token, found.logprob)):
+        for other, logprob in (*token_logprobs.top, (token, token_logprobs.logprob)):
             named.setdefault(self._shown(other), logprob)
         return named
 
-    def _top(self, found: TokenLogprobs) -> list[dict[str, Any]]:
-        return [self._named(token, logprob) for token, logprob in found.top]
+    def _top(self, token_logprobs: TokenLogprobs) -> list[dict[str, Any]]:
+        return [self._named(token, logprob) for token, logprob in token_logprobs.top]
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._shown(token), "logprob": logprob, "bytes": list(self._tokenizer.bytes_of(token))}

@@ -165,9 +165,9 @@ class Reader:
             check_prompt(self._shape, field, prompt, max_tokens)
         except UserError as error:
             too_long = len(prompt) + max_tokens - 1 > self._shape.max_positions
-            found = of_user_error(error, field)
+            request_error = of_user_error(error, field)
             raise RequestError(
-                found.message, field, "context_length_exceeded" if too_long else "invalid_value"
+                request_error.message, field, "context_length_exceeded" if too_long else "invalid_value"
             ) from error
 
 

@@ -24,23 +24,23 @@ def encode_chat(tokenizer: TextTokenizer, messages: Any, field: str = "messages"
     UserError for what is none, for a checkpoint without a template, and for what its template refuses.
     """
     checked = check_messages(messages, field)
-    found = tokenizer.of_transformers
-    if found is None or not found.chat_template:
+    hf_tokenizer = tokenizer.of_transformers
+    if hf_tokenizer is None or not hf_tokenizer.chat_template:
         raise UserError(
             field,
             "a conversation",
             "given to a model with a chat template",
             "This checkpoint has none: it was not trained for conversations. Give it a prompt instead.",
         )
-    text = _rendered(found, checked, field)
-    return list(found(text, add_special_tokens=False)["input_ids"])
+    text = _rendered(hf_tokenizer, checked, field)
+    return list(hf_tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str]]:
     """The messages with their texts joined. UserError names the first that cannot be used."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UserError(field, messages, _WANTED, "At least one is needed.")
-    found = []
+    checked = []
     for index, message in enumerate(messages):
         name = f"{field}[{index}]"
         if not isinstance(message, Mapping):
@@ -51,8 +51,8 @@ def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise UserError(f"{name}.role", role, "a role such as 'system', 'user' or 'assistant'")
-        found.append({"role": role, "content": _text(message.get("content"), f"{name}.content")})
-    return found
+        checked.append({"role": role, "content": _text(message.get("content"), f"{name}.content")})
+    return checked
 
 
 def _text(content: Any, field: str) -> str:

@@ -24,12 +24,12 @@ def prompt_logprobs(
     """For every token of each prompt, None for its first. counts: of each prompt, how many of the likeliest tokens."""
     distinct = list(dict.fromkeys(tuple(p) for p in prompts if len(p) > 1))
     most = {p: max(c for q, c in zip(prompts, counts, strict=True) if tuple(q) == p) for p in distinct}
-    found: dict[tuple[int, ...], list[TokenLogprobs | None]] = {}
+    by_prompt: dict[tuple[int, ...], list[TokenLogprobs | None]] = {}
     for prompt, rows in zip(distinct, scorer.log_probabilities(distinct) if distinct else (), strict=True):
         scored = [likeliest(row, token, most[prompt]) for row, token in zip(rows, prompt[1:], strict=True)]
-        found[prompt] = [None, *scored]
+        by_prompt[prompt] = [None, *scored]
     results: list[list[TokenLogprobs | None]] = []
     for tokens, count in zip(prompts, counts, strict=True):
-        own = found.get(tuple(tokens), [None])
+        own = by_prompt.get(tuple(tokens), [None])
         results.append([p and TokenLogprobs(p.logprob, p.top[:count]) for p in own])
     return results

@@ -50,11 +50,11 @@ class Refusal:
 
 def needs(spec: CellSpec) -> Needs:
     """Weights as the family lists them, and the KV cache of the workload if all prompts ran at once."""
-    shape, work = spec.model.shape, spec.workload
-    tokens = work.prompt_len + work.gen_len
+    shape, workload = spec.model.shape, spec.workload
+    tokens = workload.prompt_len + workload.gen_len
     per_prompt = shape.kv_values_per_token_layer * shape.num_layers * spec.dtype.bytes * tokens
     weights = weight_bytes(shape, spec.dtype)
-    return Needs(weights, per_prompt, per_prompt * work.num_prompts)
+    return Needs(weights, per_prompt, per_prompt * workload.num_prompts)
 
 
 def weight_bytes(shape: ModelShape, dtype: DType) -> int:
@@ -75,13 +75,14 @@ def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Re
             reasons.append(f"its files need {format_bytes(need)} of free disk, more than there is")
     if not reasons:
         return None
-    what, work = needs(spec), spec.workload
+    what, workload = needs(spec), spec.workload
     return Refusal(
         f"{spec.model.shape.name} on gpu={spec.hardware.name} cannot be measured on this machine: "
         f"{'; '.join(reasons)}.\n"
         f"It needs {format_bytes(what.weight_bytes)} for weights ({spec.dtype}) and "
-        f"{format_bytes(what.kv_prompt_bytes)} of KV cache for each sequence of {work.prompt_len}+{work.gen_len} "
-        f"tokens ({format_bytes(what.kv_bytes)} for all {work.num_prompts}), spread over gpu, cpu and disk."
+        f"{format_bytes(what.kv_prompt_bytes)} of KV cache for each sequence of "
+        f"{workload.prompt_len}+{workload.gen_len} tokens ({format_bytes(what.kv_bytes)} for all "
+        f"{workload.num_prompts}), spread over gpu, cpu and disk."
         f"{_described(spec.hardware)}",
         f"Here: {_gpus_here()}, {format_bytes(machine.memory_bytes())} of host memory, "
         f"{format_bytes(machine.free_disk_bytes(cache))} free on the disk of {cache}.\n"
@@ -111,10 +112,10 @@ def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
         return [f"there is no NVIDIA GPU whose name contains {hardware.device_match!r} here"]
     if not machine.torch_has_cuda():
         return ["the installed torch is a build without CUDA (the README says how to get one with)"]
-    wanted = hardware.gpu_memory_bytes
+    profile_bytes = hardware.gpu_memory_bytes
     sizes = [gpu.memory_bytes for gpu in matching if gpu.memory_bytes is not None]
-    if wanted is not None and sizes and max(sizes) < _CARD_SHARE * wanted:
-        return [f"the GPU here has {format_bytes(max(sizes))}, the profile {format_bytes(wanted)}"]
+    if profile_bytes is not None and sizes and max(sizes) < _CARD_SHARE * profile_bytes:
+        return [f"the GPU here has {format_bytes(max(sizes))}, the profile {format_bytes(profile_bytes)}"]
     return []
 
 

@@ -20,12 +20,12 @@ def apply_gpu_cap(hardware: HardwareProfile) -> dict[str, Any] | None:
 
     if hardware.accelerator is not Accelerator.CUDA or not torch.cuda.is_available():
         return None
-    wanted = hardware.gpu_memory_bytes
+    cap_bytes = hardware.gpu_memory_bytes
     total = int(torch.cuda.get_device_properties(0).total_memory)
-    cap = {"requested_bytes": wanted, "enforced": False, "total_bytes": total, "reason": ""}
-    if wanted is None:
+    cap = {"requested_bytes": cap_bytes, "enforced": False, "total_bytes": total, "reason": ""}
+    if cap_bytes is None:
         return cap | {"reason": "no cap was asked for"}
-    if wanted >= total:
+    if cap_bytes >= total:
         return cap | {"reason": "the GPU has no more than that"}
-    torch.cuda.set_per_process_memory_fraction(wanted / total, 0)
+    torch.cuda.set_per_process_memory_fraction(cap_bytes / total, 0)
     return cap | {"enforced": True}

@@ -82,13 +82,13 @@ def simulate(
         if request.cell.model.predictor is not None
     }
     known = {one: answer for one, ask in asks.items() if (answer := kept.find(ask.key)) is not None}
-    wanted = [
+    to_search = [
         (n, lossy)
         for n, request in enumerate(requests)
         for lossy in request.searched
         if (n, lossy) in asks and (n, lossy) not in known
     ]
-    searches = Searches([(asks[one], f"{requests[one[0]].cell.label}, {one[1]}") for one in wanted], tell)
+    searches = Searches([(asks[one], f"{requests[one[0]].cell.label}, {one[1]}") for one in to_search], tell)
     with searches:
         for number, request in enumerate(requests):
             tell(f"predicting {request.cell.label}")
@@ -97,9 +97,9 @@ def simulate(
                 one, cell = (number, lossy), request.cell
                 if one in known:
                     return _row(cell, asks[one].job, known[one])
-                if one not in wanted:
+                if one not in to_search:
                     return predict(request, lossy, cache)
-                answer = _guarded(cell, asks[one].job, lambda: searches.answer(wanted.index(one)))
+                answer = _guarded(cell, asks[one].job, lambda: searches.answer(to_search.index(one)))
                 if not isinstance(answer, Answer):
                     return answer
                 if answer.status in KEPT:

@@ -134,11 +134,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        found = RequestError(f"{first['loc'][-1]}: {first['msg']}.", str(first["loc"][-1]), "invalid_value")
-        return JSONResponse(found.body(), found.status)
+        refusal = RequestError(f"{first['loc'][-1]}: {first['msg']}.", str(first["loc"][-1]), "invalid_value")
+        return JSONResponse(refusal.body(), refusal.status)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         code = "not_found" if error.status_code == NOT_FOUND else "bad_request"
-        found = RequestError(f"{request.method} {request.url.path}: {error.detail}.", None, code, error.status_code)
-        return JSONResponse(found.body(), error.status_code, dict(error.headers or {}))
+        refusal = RequestError(f"{request.method} {request.url.path}: {error.detail}.", None, code, error.status_code)
+        return JSONResponse(refusal.body(), error.status_code, dict(error.headers or {}))

@@ -96,15 +96,15 @@ def add_batch_routes(
         return await run_in_threadpool(batches.cancel, batch_id)
 
 
-def _page(found: list[Document], limit: int, after: str | None) -> dict[str, Any]:
+def _page(documents: list[Document], limit: int, after: str | None) -> dict[str, Any]:
     """Some of a list, from behind the one with the id ``after``."""
-    names = [document["id"] for document in found]
+    names = [document["id"] for document in documents]
     start = names.index(after) + 1 if after in names else 0
-    part = found[start : start + max(1, min(limit, _MOST_LISTED))]
+    part = documents[start : start + max(1, min(limit, _MOST_LISTED))]
     return {
         "object": "list",
         "data": part,
         "first_id": part[0]["id"] if part else None,
         "last_id": part[-1]["id"] if part else None,
-        "has_more": start + len(part) < len(found),
+        "has_more": start + len(part) < len(documents),
     }

@@ -112,22 +112,26 @@ class Batches:
     def _work(self, name: str) -> None:
         document = self._documents.get(name)
         source = self._files.content(document["input_file_id"])
-        found = scan([source], None, Shard())
-        counts = {"total": found.lines, "completed": 0, "failed": 0}
+        scanned = scan([source], None, Shard())
+        counts = {"total": scanned.lines, "completed": 0, "failed": 0}
         self._change(name, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
         path = self._documents.path(name, ".answers.jsonl")
-        with OutputFile(path, {"batch": name, "inputs": [sha for _, sha in found.files]}, found.positions) as output:
-            self._answer_lines(name, document["endpoint"], found, output, counts)
+        with OutputFile(
+            path, {"batch": name, "inputs": [sha for _, sha in scanned.files]}, scanned.positions
+        ) as output:
+            self._answer_lines(name, document["endpoint"], scanned, output, counts)
             output.restore_order()
-        self._split(name, found.lines)
+        self._split(name, scanned.lines)
 
-    def _answer_lines(self, name: str, endpoint: str, found: Scan, output: OutputFile, counts: dict[str, int]) -> None:
+    def _answer_lines(
+        self, name: str, endpoint: str, scanned: Scan, output: OutputFile, counts: dict[str, int]
+    ) -> None:
         """All that are not answered yet. As many are under way as have a place; the next joins as one comes back."""
         answers: queue.Queue[tuple[Ticket, Event]] = queue.Queue()
         under_way: dict[Ticket, tuple[Line, str | None]] = {}
         counts["completed"] = output.done
         source = self._files.content(self._documents.get(name)["input_file_id"])
-        lines = in_order(found.order(), [source], None)
+        lines = in_order(scanned.order(), [source], None)
         try:
             for line in lines:
                 if output.has(line.position):
@@ -137,7 +141,7 @@ class Batches:
                 self._check(name)
                 custom_id = custom_id_of(line)
                 try:
-                    ticket = self._submit(line, endpoint, found, answers)
+                    ticket = self._submit(line, endpoint, scanned, answers)
                 except RequestError as error:
                     self._refuse(output, line, custom_id, error)
                     continue
@@ -153,8 +157,8 @@ class Batches:
             for ticket in under_way:
                 self._loop.cancel(ticket)
 
-    def _submit(self, line: Line, endpoint: str, found: Scan, answers: queue.Queue[tuple[Ticket, Event]]) -> Ticket:
-        if line.position in found.repeated:
+    def _submit(self, line: Line, endpoint: str, scanned: Scan, answers: queue.Queue[tuple[Ticket, Event]]) -> Ticket:
+        if line.position in scanned.repeated:
             raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
         request = request_of(line, "", {})
         if request.url != endpoint:

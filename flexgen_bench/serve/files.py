@@ -47,17 +47,17 @@ class Documents:
 
     def get(self, name: str) -> Document:
         try:
-            found = json.loads(self.path(name).read_text(encoding="utf-8"))
+            document = json.loads(self.path(name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise self._unknown(name) from error
-        assert isinstance(found, dict)
-        return found
+        assert isinstance(document, dict)
+        return document
 
     def all(self) -> list[Document]:
         """Newest first."""
         paths = [path for path in self._folder.glob(f"{self._kind}-*.json") if _ID.fullmatch(path.stem)]
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return sorted(found, key=lambda document: (document["created_at"], document["id"]), reverse=True)
+        documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return sorted(documents, key=lambda document: (document["created_at"], document["id"]), reverse=True)
 
     def _unknown(self, name: str) -> RequestError:
         return RequestError(f"There is no {self._kind} {name[:80]!r}.", f"{self._kind}_id", "not_found", NOT_FOUND)
