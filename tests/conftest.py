@@ -35,6 +35,14 @@ from tests.support.shapes import no_progress
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take minutes run where they are asked for. A hundred kills once took up all the time that a check had."""
+    if "slow" not in config.getoption("markexpr"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes; run with -m slow"))
+
+
 @pytest.fixture(scope="session")
 def shared_cache() -> Path:
     """A cache that outlives the test session, for what is downloaded or takes long to convert."""
