@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take minutes run where they are asked for. A hundred kills once took up all the time that a check had."""
+    """Tests that take minutes run where they are asked for: a hundred kills once took all the time that a check had."""
     if "slow" not in config.getoption("markexpr"):
         for item in items:
             if "slow" in item.keywords:
