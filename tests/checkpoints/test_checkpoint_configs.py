@@ -198,7 +198,7 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
         file.write_bytes(BOM + file.read_bytes())
     assert ours(folder) == expected
     with LLM(folder, cache_dir=tmp_path / "cache") as llm:
-        assert llm._sequences.tokenizer.end_ids == {2}
+        assert llm.tokenizer.end_ids == {2}
     made = as_cell(folder)
     assert fresh(made, PROMPTS) == expected
     assert not (made / "generation_config.json").read_bytes().startswith(BOM)
