@@ -85,6 +85,29 @@ def _may_overlap(job: ScheduledJob, unit: Unit, following: Unit) -> bool:
     )
 
 
+def _computed(
+    kind: StepKind,
+    unit: Unit,
+    blob: Blob,
+    micro_batch: MicroBatch,
+    reads: tuple[Buffer, ...],
+    writes: tuple[Buffer, ...],
+    flops: int,
+) -> Step:
+    """A step that computes with a unit's weights, at its site. reads: what else it reads."""
+    return Step(
+        unit.site.lane,
+        kind,
+        unit.index,
+        micro_batch,
+        weight_buffer=blob.weight_buffer,
+        dequantized_buffer=blob.dequantized_buffer,
+        reads=(*blob.buffers, *reads),
+        writes=writes,
+        flops=flops,
+    )
+
+
 def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     tokens = tuple(Buffer("tokens", member.group.kv_slot) for member in micro_batch.members)
     rows = micro_batch.buffer("rows")
@@ -99,14 +122,12 @@ def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
             yield Step(
                 unit.site.h2d, StepKind.MOVE_ROWS, unit.index, micro_batch, reads=(rows,), writes=source, bytes=moved
             )
-    yield Step(
-        unit.site.lane,
+    yield _computed(
         StepKind.EMBED,
-        unit.index,
+        unit,
+        blob,
         micro_batch,
-        weight_buffer=blob.weight_buffer,
-        dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *source),
+        reads=source,
         writes=working_buffers(unit, micro_batch),
         flops=unit.flops_before * micro_batch.rows,
     )
@@ -115,14 +136,12 @@ def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
 
 def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     yield from load_hidden(job, unit, micro_batch)
-    yield Step(
-        unit.site.lane,
+    yield _computed(
         StepKind.PROJECT,
-        unit.index,
+        unit,
+        blob,
         micro_batch,
-        weight_buffer=blob.weight_buffer,
-        dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *working_buffers(unit, micro_batch)),
+        reads=working_buffers(unit, micro_batch),
         writes=(micro_batch.buffer("qkv"), micro_batch.buffer("residual")),
         flops=unit.flops_before * micro_batch.rows,
     )
@@ -130,14 +149,12 @@ def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: Mi
 
 
 def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
-    yield Step(
-        unit.site.lane,
+    yield _computed(
         StepKind.OUTPUT,
-        unit.index,
+        unit,
+        blob,
         micro_batch,
-        weight_buffer=blob.weight_buffer,
-        dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *attention_buffers(micro_batch), micro_batch.buffer("residual")),
+        reads=(*attention_buffers(micro_batch), micro_batch.buffer("residual")),
         writes=working_buffers(unit, micro_batch),
         flops=unit.flops_after * micro_batch.rows,
     )
@@ -150,14 +167,12 @@ def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
     yield from load_hidden(job, unit, micro_batch)
     hidden, caches = working_buffers(unit, micro_batch), cache_homes(unit, micro_batch)
     flops = (unit.flops_before + unit.flops_after) * micro_batch.rows
-    yield Step(
-        unit.site.lane,
+    yield _computed(
         StepKind.LAYER,
-        unit.index,
+        unit,
+        blob,
         micro_batch,
-        weight_buffer=blob.weight_buffer,
-        dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *hidden, *caches),
+        reads=(*hidden, *caches),
         writes=(*hidden, *caches),
         flops=flops + sum(attend_flops(job, unit, part) for part in micro_batch.kv_parts),
     )
@@ -176,14 +191,12 @@ def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) ->
         return
     logits = micro_batch.buffer("logits")
     yield from load_hidden(job, unit, micro_batch)
-    yield Step(
-        unit.site.lane,
+    yield _computed(
         StepKind.HEAD,
-        unit.index,
+        unit,
+        blob,
         micro_batch,
-        weight_buffer=blob.weight_buffer,
-        dequantized_buffer=blob.dequantized_buffer,
-        reads=(*blob.buffers, *working_buffers(unit, micro_batch)),
+        reads=working_buffers(unit, micro_batch),
         writes=(logits,),
         flops=unit.flops_before * len(micro_batch.logit_rows),
     )
