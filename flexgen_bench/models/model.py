@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.models.packing import PackedModel, pack
+from flexgen_bench.models.parts import Decoder
 from flexgen_bench.models.registry import family
 
 
@@ -17,6 +19,11 @@ class Model:
     shape: ModelShape
     dtype: DType
     packed: PackedModel
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The parts it is made of. Kept: a search makes hundreds of plans of one model."""
+        return family(self.shape.family).decoder(self.shape)
 
     @staticmethod
     def of(shape: ModelShape, dtype: DType, compression: Compression | None = None) -> Model:

@@ -176,3 +176,8 @@ class Decoder:
     layers: tuple[Layer, ...]
     head: Head
     rotaries: tuple[Rotary, ...] = field(default=())
+
+    @cached_property
+    def kinds(self) -> tuple[Layer, ...]:
+        """Its layers without those that are made of the same parts as one before."""
+        return tuple(dict.fromkeys(self.layers))

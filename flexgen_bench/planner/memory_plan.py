@@ -14,7 +14,6 @@ from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.models.parts import Decoder
-from flexgen_bench.models.registry import family
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
@@ -98,7 +97,7 @@ def plan_job(
     ``device``: number of the accelerator that computes (of the host, where there is none)."""
     shape, dtype, packed = model.shape, model.dtype, model.packed
     compute = hardware.compute_tier
-    decoder = family(shape.family).decoder(shape)
+    decoder = model.decoder
     for name in ("weights", "kv_cache", "activations"):
         placement: Placement = getattr(policy, name)
         if placement.gpu > 0 and compute is not Tier.GPU:
@@ -244,10 +243,9 @@ def _workspace(
     prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
     decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
     tokens = max(prefill, decode)
-    layers = dict.fromkeys(decoder.layers)  # of each kind, one
-    per_token = max(layer.temporaries for layer in layers)
+    per_token = max(layer.temporaries for layer in decoder.kinds)
     # q, k, v of every stage stay until their stage is used again.
-    staged = max(2 * layer.attention.qkv for layer in layers) + 2 * decoder.hidden
+    staged = max(2 * layer.attention.qkv for layer in decoder.kinds) + 2 * decoder.hidden
     rows = max(scored_rows, decode, *(c.size for c in largest))
     logits = rows * decoder.vocab * (width + 4)
     if decoder.head.soft_cap is not None:
@@ -269,7 +267,7 @@ def _attention_bytes(
     of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed
     before the softmax, some at a time; keys and values of a compressed cache, unpacked."""
     most = 0
-    kinds = {layer.attention for layer in decoder.layers}
+    kinds = [layer.attention for layer in decoder.kinds]
     heads = max(attention.heads for attention in kinds)
     kv_values = 2 * max(attention.rows["k"] for attention in kinds)
     changed = any(not attention.mod.is_none for attention in kinds)
