@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from flexgen_bench.config.paths import conf_dir, list_models
+from flexgen_bench.config.paths import choices
 from flexgen_bench.config.schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
-from flexgen_bench.config.typed import load_typed
+from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Compression, Lossy
@@ -247,11 +247,7 @@ def system_model(conf: SystemConf) -> SystemModel:
 
 def list_systems() -> list[str]:
     """The names in conf/system of what can be run."""
-    return sorted(
-        path.stem
-        for path in (conf_dir() / "system").glob("*.yaml")
-        if load_typed(SystemConf, path, "system.").target is not None
-    )
+    return [name for name in choices("system") if load_choice(SystemConf, "system", name).target is not None]
 
 
 def system_target(name: str) -> str:
@@ -259,7 +255,7 @@ def system_target(name: str) -> str:
     run."""
     if name not in list_systems():
         raise unknown_choice("system", name, list_systems())
-    conf: SystemConf = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
+    conf: SystemConf = load_choice(SystemConf, "system", name)
     assert conf.target is not None, "listed"
     return conf.target
 
@@ -269,10 +265,7 @@ def model_spec(name: str, weights: str | None = None, location: str | None = Non
 
     Raises UserError listing the names for an unknown one.
     """
-    if name not in list_models():
-        raise unknown_choice("model", name, list_models())
-    path = conf_dir() / "model" / f"{name}.yaml"
-    return _model(load_typed(ModelConf, path, "model."), weights, location)
+    return _model(load_choice(ModelConf, "model", name), weights, location)
 
 
 def hardware_profile(name: str) -> HardwareProfile:
@@ -280,7 +273,4 @@ def hardware_profile(name: str) -> HardwareProfile:
 
     Raises UserError listing the names for an unknown one, and naming what is wrong with a file.
     """
-    known = sorted(path.stem for path in (conf_dir() / "gpu").glob("*.yaml"))
-    if name not in known:
-        raise unknown_choice("gpu", name, known)
-    return _hardware(load_typed(GpuConf, conf_dir() / "gpu" / f"{name}.yaml", "gpu."))
+    return _hardware(load_choice(GpuConf, "gpu", name))

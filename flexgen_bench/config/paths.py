@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flexgen_bench.core.errors import unknown_choice
 from flexgen_bench.core.folders import expanded
 
 
@@ -31,6 +32,20 @@ def default_cache_dir() -> Path:
     return expanded(named, "FLEXGEN_BENCH_CACHE") if named else Path.home() / ".cache" / "flexgen-bench"
 
 
+def choices(group: str) -> list[str]:
+    """The names in conf/``group``."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
 def list_models() -> list[str]:
     """The names in conf/model."""
-    return sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+    return choices("model")
+
+
+def choice_file(group: str, name: str, field: str | None = None) -> Path:
+    """``conf/<group>/<name>.yaml``. Raises UserError listing the names for an unknown one; field: what it calls the
+    group."""
+    known = choices(group)
+    if name not in known:
+        raise unknown_choice(field or group, name, known)
+    return conf_dir() / group / f"{name}.yaml"

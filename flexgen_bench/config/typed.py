@@ -18,6 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from flexgen_bench.config.paths import choice_file
 from flexgen_bench.config.schema import AppConf
 from flexgen_bench.core.errors import UserError, unknown_choice
 
@@ -49,6 +50,12 @@ def load_typed(schema: type[Any], path: Path, prefix: str) -> Any:
         return _typed(schema, node, prefix)
     except UserError as error:
         raise UserError(f"{path.name}: {error.field}", error.value, error.allowed, error.action) from error
+
+
+def load_choice(schema: type[Any], group: str, name: str) -> Any:
+    """``conf/<group>/<name>.yaml`` as an instance of ``schema``. Raises UserError listing the names for an unknown one,
+    and naming what is wrong with a file."""
+    return load_typed(schema, choice_file(group, name), f"{group}.")
 
 
 def typed_conf(schema: type[Any], composed: Any) -> Any:

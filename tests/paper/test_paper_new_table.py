@@ -74,7 +74,7 @@ def test_a_table_added_to_conf_is_found(
     (copy / "table" / "t25.yaml").write_text(
         "title: Table 25\nprinted: [T25]\nrows: [item]\ncolumns: [quantity]\ngrids: unit\n"
     )
-    for module in ("table", "paths", "build"):
+    for module in ("table", "paths"):
         monkeypatch.setattr(f"flexgen_bench.config.{module}.conf_dir", lambda: copy)
     folder = run(tmp_path)
     assert "251.5" in (folder / "t25.md").read_text()

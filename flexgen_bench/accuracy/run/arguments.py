@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexgen_bench.config.build import hardware_profile, to_policy
-from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.schema import PolicyConf
-from flexgen_bench.config.typed import load_typed
+from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.compression import Compression, Lossy
-from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.errors import UserError
 
 _OWN_SYSTEM = "flexgen"
 # Of lm-eval's own options: the device is ``gpu`` here, and batches are cut by tokens or have the size ``batch_size``
@@ -50,11 +49,7 @@ def lm_options(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> dict[
     hardware = hardware_profile(str(arguments.get("gpu", "auto")))
     policy = None
     if arguments.get("policy") is not None:
-        name = str(arguments["policy"])
-        known = sorted(path.stem for path in (conf_dir() / "policy").glob("*.yaml"))
-        if name not in known:
-            raise unknown_choice("policy", name, known)
-        policy = to_policy(load_typed(PolicyConf, conf_dir() / "policy" / f"{name}.yaml", "policy."), hardware)
+        policy = to_policy(load_choice(PolicyConf, "policy", str(arguments["policy"])), hardware)
     lossy = Lossy(
         weights=_compression(arguments, "weights"),
         kv_cache=_compression(arguments, "kv_cache"),

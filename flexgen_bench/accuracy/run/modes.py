@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen_bench.config.paths import conf_dir
+from flexgen_bench.config.paths import choice_file, choices
 from flexgen_bench.config.typed import load_typed
 from flexgen_bench.core.accuracy import EXACT_MODE
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
-from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.errors import UserError
+
+_GROUP = "accuracy/modes"
 
 
 @dataclass
@@ -39,15 +41,13 @@ class Mode:
 
 def list_modes() -> list[str]:
     """The names in conf/accuracy/modes."""
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
+    return choices(_GROUP)
 
 
 def load_mode(name: str) -> Mode:
     """The mode of that name. Raises UserError listing the names for an unknown one, and for values that no mode can
     have."""
-    if name not in list_modes():
-        raise unknown_choice("mode", name, list_modes())
-    path = _folder() / f"{name}.yaml"
+    path = choice_file(_GROUP, name, "mode")
     conf: ModeConf = load_typed(ModeConf, path, "mode.")
     try:
         lossy = from_json(Lossy, conf.lossy, "mode.lossy")
@@ -62,7 +62,3 @@ def load_modes(names: Sequence[str]) -> list[Mode]:
     """Several, each once; the uncompressed one first if it is among them."""
     modes = [load_mode(name) for name in dict.fromkeys(names)]
     return sorted(modes, key=lambda mode: not mode.is_reference)
-
-
-def _folder() -> Any:
-    return conf_dir() / "accuracy" / "modes"

@@ -10,9 +10,9 @@ from typing import Any
 
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.config.build import hardware_profile
-from flexgen_bench.config.paths import conf_dir, default_cache_dir
+from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.config.schema import SystemConf
-from flexgen_bench.config.typed import load_typed
+from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.cell import CellSpec, ModelSpec, WeightSource
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError, unknown_choice
@@ -107,9 +107,6 @@ def open_system(
 
 def system_conf(name: str) -> SystemConf:
     """``conf/system/<name>.yaml``. UserError listing the names for an unknown one."""
-    known = sorted(path.stem for path in (conf_dir() / "system").glob("*.yaml"))
-    if name not in known:
-        raise unknown_choice("system", name, known)
-    conf = load_typed(SystemConf, conf_dir() / "system" / f"{name}.yaml", "system.")
+    conf = load_choice(SystemConf, "system", name)
     assert isinstance(conf, SystemConf)
     return conf
