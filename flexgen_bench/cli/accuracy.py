@@ -17,6 +17,7 @@ from flexgen_bench.accuracy.run.modes import list_modes, load_mode
 from flexgen_bench.accuracy.run.needs import check_installed
 from flexgen_bench.accuracy.run.options import AccuracyConf, Request, to_request
 from flexgen_bench.cells.compose import check_groups, composed_as
+from flexgen_bench.cli.ending import FAILED, status_of
 from flexgen_bench.config.overrides import quoted, readable, text_of
 from flexgen_bench.config.paths import list_models
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from flexgen_bench.accuracy.run.run import AccuracyRun
 
 CONFIG = "accuracy_run"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _USAGE = """\
 flexgen-bench accuracy: what compression and sparse attention cost a model, item by item, through the same engine.
@@ -75,18 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, which say little in a log
-    try:
-        request = to_request(*_composed(given))
-        return _run(request)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (StoreError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; what is done is kept, the same command goes on with it", file=sys.stderr)
-        return INTERRUPTED
+    interrupted = "interrupted; what is done is kept, the same command goes on with it"
+    return status_of(lambda: _run(to_request(*_composed(given))), (StoreError, CannotRun), interrupted)
 
 
 def _composed(given: Sequence[str]) -> tuple[AccuracyConf, tuple[str, ...]]:

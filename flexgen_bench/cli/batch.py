@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flexgen_bench.cli.ending import status_of
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
 from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
 from flexgen_bench.core.folders import path_argument
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from flexgen_bench.batch.shard import Shard
     from flexgen_bench.llm.llm import LLM
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Of lines that are bare prompts: what SamplingParams has, which is greedy where OpenAI's form is not.
 DEFAULTS: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -45,19 +45,13 @@ input:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    try:
-        others, words = divided(arguments)
-        options = _parser().parse_args(others)
-        return _run(options, words)
-    except (UserError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if isinstance(error, UserError) else FAILED
-    except (StoreError, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; what is answered is kept, and the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    interrupted = "interrupted; what is answered is kept, and the same command goes on"
+    return status_of(lambda: _command(arguments), (StoreError, CannotRun, NotFinite), interrupted)
+
+
+def _command(arguments: Sequence[str]) -> int:
+    others, words = divided(arguments)
+    return _run(_parser().parse_args(others), words)
 
 
 def _parser() -> argparse.ArgumentParser:

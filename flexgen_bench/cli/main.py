@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from flexgen_bench import __version__
+from flexgen_bench.cli.ending import BAD_INPUT
 
 COMMANDS = {
     "run": "measure cells on this machine, or simulate another one (what happens without a command)",
@@ -27,7 +28,6 @@ COMMANDS = {
     "importance": "measure how large the inputs of each weight matrix are, for calibrated scales",
     "lm-eval": "lm-eval's own command line with this project's systems as models",
 }
-BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.this_machine import ThisMachine
 from flexgen_bench.cells.work import Work, divide, published_tables
+from flexgen_bench.cli.ending import BAD_INPUT, FAILED, INTERRUPTED
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.paths import conf_dir, default_cache_dir
@@ -48,7 +49,6 @@ from flexgen_bench.runner.suite import finished_record
 
 # How a cell may end without the run having failed: not fitting, or not being possible, is a finding.
 _FINDINGS = (Status.OK, Status.OOM, Status.UNAVAILABLE)
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 @dataclass

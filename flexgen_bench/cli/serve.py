@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from flexgen_bench.cli.ending import FAILED, status_of
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
 from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.folders import make_writable, path_argument
 from flexgen_bench.serve.settings import NUMBERS, ServeSettings, read_keys
 
-FAILED, BAD_INPUT = 1, 2
 _DEFAULTS = {f.name: f.default for f in fields(ServeSettings)}
 _WHAT = {
     "sequences": "answered at once",
@@ -41,17 +41,14 @@ _EPILOG = "\n".join(
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    try:
-        others, words = divided(arguments)
-        options = _parser().parse_args(others)
-        check_words(words, (*NUMBERS, "name"))
-        return _run(options, words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except (StoreError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    return status_of(lambda: _command(arguments), (StoreError, CannotRun))
+
+
+def _command(arguments: Sequence[str]) -> int:
+    others, words = divided(arguments)
+    options = _parser().parse_args(others)
+    check_words(words, (*NUMBERS, "name"))
+    return _run(options, words)
 
 
 def _parser() -> argparse.ArgumentParser:
