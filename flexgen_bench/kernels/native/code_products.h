@@ -195,12 +195,7 @@ void outers_of_codes(const Matrix& w, const Panels& x, int64_t rows, int64_t til
                     outer<Singles<float>, P>(least + r * some, some, x_sums, many, to, padded, Later(nullptr, 0, 0, 0));
                 }
             };
-            switch (vectors) {
-                case 1: panel.template operator()<1>(); break;
-                case 2: panel.template operator()<2>(); break;
-                case 3: panel.template operator()<3>(); break;
-                default: panel.template operator()<4>();
-            }
+            by_vectors(vectors, panel);
         }
     }
     finish(sums, padded, count);

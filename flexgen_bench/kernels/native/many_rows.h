@@ -76,6 +76,17 @@ void pack_panels(const typename A::T* x, int64_t x_row, int64_t rows, int64_t K,
     }
 }
 
+// panel<P>() for a panel of P = 1 .. PANEL vectors.
+template <class Panel>
+void by_vectors(int64_t vectors, const Panel& panel) {
+    switch (vectors) {
+        case 1: panel.template operator()<1>(); break;
+        case 2: panel.template operator()<2>(); break;
+        case 3: panel.template operator()<3>(); break;
+        default: panel.template operator()<4>();
+    }
+}
+
 // Rows tile .. stop of W (at most TILE_ROWS) times all rows of packed x: finish(sums, whole_lanes(rows), stop - tile) gets them, W's rows first.
 template <class A, class Finish>
 void outers(const Matrix& w, const typename A::Word* x, int64_t rows, int64_t tile, int64_t stop, Finish finish) {
@@ -103,12 +114,7 @@ void outers(const Matrix& w, const typename A::Word* x, int64_t rows, int64_t ti
                     outer<A, P>(values + r * stride, stride, part, deep, sums + r * padded + m, padded,
                                 {next + r * w.row, w.row, m ? 0 : R, lines});
             };
-            switch (vectors) {
-                case 1: panel.template operator()<1>(); break;
-                case 2: panel.template operator()<2>(); break;
-                case 3: panel.template operator()<3>(); break;
-                default: panel.template operator()<4>();
-            }
+            by_vectors(vectors, panel);
         }
     }
     finish(sums, padded, count);
