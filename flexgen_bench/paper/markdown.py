@@ -24,30 +24,8 @@ LEGEND = (
     "the same job on the same machine.",
     "(0.98x) = the value divided by the printed one.",
 )
-# What a reader of the page needs beside the grid; the CSV has everything.
-_SHOWN = (
-    "system",
-    "model",
-    "prompt_len",
-    "gen_len",
-    "gpus",
-    "metric",
-    "unit",
-    "printed",
-    "printed_evidence",
-    "trust",
-    "printed_source",
-    "policy",
-    "assumed",
-    "simulated",
-    "simulated_evidence",
-    "simulated_ratio",
-    "ours",
-    "ours_evidence",
-    "ours_ratio",
-    "ours_lossy",
-    "notes",
-)
+# What a reader of the page does not need beside the grid; the CSV has everything.
+_IN_THE_CSV_ALONE = {"table", "unrounded", "simulated_source", "simulated_settings", "ours_source", "ours_settings"}
 _OF_A_JOB = ("model", "prompt_len", "gen_len", "gpus", "metric", "unit", "policy")
 
 
@@ -113,7 +91,7 @@ def _details(table: PaperTable) -> list[str]:
     """Columns that are empty in every row are left out, and what every row has is said once."""
     rows = details(table)
     values = {h: {row[i] for row in rows} for i, h in enumerate(HEADERS)}
-    shown = [h for h in HEADERS if h in _SHOWN and not values[h] <= {"", "-"}]
+    shown = [h for h in HEADERS if h not in _IN_THE_CSV_ALONE and not values[h] <= {"", "-"}]
     same = [h for h in shown if h in _OF_A_JOB and len(values[h]) == 1 and len(rows) > 1]
     columns = [HEADERS.index(h) for h in shown if h not in same]
     shared = [f"{_name(h)} {next(iter(values[h]))}" for h in same]
