@@ -11,9 +11,9 @@ from typing import Any
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.score_mod import ScoreMod, alibi_slopes
 from flexgen_bench.models.family import ModelFamily, config_flag, config_number, must_be
-from flexgen_bench.models.gpt_like import EPS, head_dim_of, layer_of, named, norm_of
+from flexgen_bench.models.gpt_like import EPS, decoder_of, head_dim_of, layer_of, named, norm_of
 from flexgen_bench.models.inventory import Names
-from flexgen_bench.models.parts import Decoder, Embedding, Head
+from flexgen_bench.models.parts import Decoder
 
 # transformers' BloomGelu is the tanh form, whatever a config says.
 _ACTIVATION = "gelu_new"
@@ -73,14 +73,7 @@ class Bloom(ModelFamily):
     def decoder(self, shape: ModelShape) -> Decoder:
         mod, heads = ScoreMod(slopes=alibi_slopes(shape.num_heads)), shape.num_heads
         layer = layer_of(shape, _ACTIVATION, bias=True, blocks=heads, mod=mod)
-        return Decoder(
-            hidden=shape.hidden_size,
-            vocab=shape.vocab_size,
-            tied=shape.tied_embeddings,
-            embedding=Embedding(shape.hidden_size, norm=norm_of(shape)),
-            layers=(layer,) * shape.num_layers,
-            head=Head(norm_of(shape)),
-        )
+        return decoder_of(shape, layer, embedding_norm=norm_of(shape))
 
 
 FAMILIES = (Bloom(),)

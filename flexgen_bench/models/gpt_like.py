@@ -10,7 +10,7 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
 from flexgen_bench.models.family import config_value
-from flexgen_bench.models.parts import MLP, Attention, Layer, Norm, NormKind
+from flexgen_bench.models.parts import MLP, Attention, Decoder, Embedding, Head, Layer, Norm, NormKind, Rotary
 
 EPS = 1e-5
 
@@ -29,6 +29,26 @@ def head_dim_of(hidden: int, heads: int, key: str = "num_attention_heads") -> in
 
 def norm_of(shape: ModelShape) -> Norm:
     return Norm(NormKind.LAYER, float(shape.options.get("norm_eps", EPS)))
+
+
+def decoder_of(
+    shape: ModelShape,
+    layer: Layer,
+    *,
+    embedding_norm: Norm | None = None,
+    head_bias: bool = False,
+    rotaries: tuple[Rotary, ...] = (),
+) -> Decoder:
+    """Layers that are all alike, behind a table of tokens and before a head with a norm."""
+    return Decoder(
+        hidden=shape.hidden_size,
+        vocab=shape.vocab_size,
+        tied=shape.tied_embeddings,
+        embedding=Embedding(shape.hidden_size, norm=embedding_norm),
+        layers=(layer,) * shape.num_layers,
+        head=Head(norm_of(shape), bias=head_bias),
+        rotaries=rotaries,
+    )
 
 
 def layer_of(

@@ -12,9 +12,9 @@ from typing import Any
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.family import ModelFamily, config_flag, config_number, must_be
-from flexgen_bench.models.gpt_like import EPS, head_dim_of, layer_of, named, norm_of
+from flexgen_bench.models.gpt_like import EPS, decoder_of, head_dim_of, layer_of, named
 from flexgen_bench.models.inventory import Names, PartNames
-from flexgen_bench.models.parts import Decoder, Embedding, Head, Rotary
+from flexgen_bench.models.parts import Decoder, Rotary
 from flexgen_bench.models.rope import DEFAULT_THETA, positions_of, rope_of, rotated
 
 _LAYER: PartNames = {
@@ -98,15 +98,7 @@ class GPTNeoX(ModelFamily):
         dim = rotated(shape.head_dim, float(options.get("rope_share", _SHARE)))
         theta = float(options.get("rope_theta", DEFAULT_THETA))
         layer = layer_of(shape, "gelu", bias=bias, parallel=parallel, blocks=shape.num_heads, rotary=0)
-        return Decoder(
-            hidden=shape.hidden_size,
-            vocab=shape.vocab_size,
-            tied=shape.tied_embeddings,
-            embedding=Embedding(shape.hidden_size),
-            layers=(layer,) * shape.num_layers,
-            head=Head(norm_of(shape)),
-            rotaries=(Rotary(dim, theta, options.get("rope_scaling")),),
-        )
+        return decoder_of(shape, layer, rotaries=(Rotary(dim, theta, options.get("rope_scaling")),))
 
 
 FAMILIES = (GPTNeoX(),)

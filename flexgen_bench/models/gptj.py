@@ -14,9 +14,9 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.family import ModelFamily, config_flag, config_number
-from flexgen_bench.models.gpt_like import EPS, head_dim_of, layer_of, named, norm_of
+from flexgen_bench.models.gpt_like import EPS, decoder_of, head_dim_of, layer_of, named
 from flexgen_bench.models.inventory import Names, PartNames
-from flexgen_bench.models.parts import Decoder, Embedding, Head, Rotary
+from flexgen_bench.models.parts import Decoder, Rotary
 from flexgen_bench.models.rope import DEFAULT_THETA
 
 _LAYER: PartNames = {
@@ -83,15 +83,8 @@ class GPTJ(ModelFamily):
         layer = layer_of(
             shape, "gelu_new", bias=False, parallel=True, own_norm=False, blocks=self.blocks, order=self.order, rotary=0
         )
-        return Decoder(
-            hidden=shape.hidden_size,
-            vocab=shape.vocab_size,
-            tied=shape.tied_embeddings,
-            embedding=Embedding(shape.hidden_size),
-            layers=(layer,) * shape.num_layers,
-            head=Head(norm_of(shape), bias=True),
-            rotaries=(Rotary(dim, DEFAULT_THETA, interleaved=True),),
-        )
+        rotary = Rotary(dim, DEFAULT_THETA, interleaved=True)
+        return decoder_of(shape, layer, head_bias=True, rotaries=(rotary,))
 
 
 class CodeGen(GPTJ):
