@@ -6,6 +6,7 @@ S sequences of a run, H query heads, G KV heads, D head dim, L layers, T cached 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -89,7 +90,7 @@ Attend = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 View = TypeVar("View")
 
 
-class _ByRuns(Generic[View]):
+class _ByRuns(ABC, Generic[View]):
     """Attention of one run after the other. Nearly always there is one."""
 
     def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]]) -> None:
@@ -105,8 +106,9 @@ class _ByRuns(Generic[View]):
         pairs = zip(self._rows, views, strict=True)
         return torch.cat([self._attend(view, q[rows], k[rows], v[rows]) for rows, view in pairs])
 
+    @abstractmethod
     def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of one run."""
 
 
 # Places of the new key and value (S, G, D), keys and values (S, G, T, D), the mask.
