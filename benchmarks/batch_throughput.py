@@ -37,37 +37,37 @@ def requests(count: int, seed: int, prompt: int = 120, answer: int = 40) -> list
     return [([draw.randrange(10, 40000) for _ in range(length(4, prompt))], length(2, answer)) for _ in range(count)]
 
 
-def by_generate(llm: LLM, asked: Iterable[tuple[list[int], int]]) -> list[tuple[int, ...]]:
-    asked = list(asked)
-    params = [SamplingParams(max_tokens=new, ignore_eos=True) for _, new in asked]
-    return [output.token_ids for output in llm.generate([prompt for prompt, _ in asked], params)]
+def by_generate(llm: LLM, workload: Iterable[tuple[list[int], int]]) -> list[tuple[int, ...]]:
+    workload = list(workload)
+    params = [SamplingParams(max_tokens=new, ignore_eos=True) for _, new in workload]
+    return [output.token_ids for output in llm.generate([prompt for prompt, _ in workload], params)]
 
 
-def by_batch(llm: LLM, asked: Iterable[tuple[list[int], int]], folder: Path, window: int) -> int:
+def by_batch(llm: LLM, workload: Iterable[tuple[list[int], int]], folder: Path, window: int) -> int:
     path, out = folder / "in.jsonl", folder / "out.jsonl"
     with path.open("w") as file:
-        for prompt, new in asked:
+        for prompt, new in workload:
             file.write(json.dumps({"prompt": prompt, "max_tokens": new, "ignore_eos": True}) + "\n")
     for old in folder.glob("out.jsonl*"):
         old.unlink()
     reader = Reader(llm.tokenizer, llm.shape, ("m",), Limits(8000, 1000))
-    found = scan([path], None, Shard())
-    lines = found.lines
+    scanned = scan([path], None, Shard())
+    lines = scanned.lines
     settings = Settings(window, "m", {"temperature": 0.0})
-    rows = in_order(found.order(), [path], None)
-    plan_text(llm, reader, in_order(found.order()[:window], [path], None), found, settings)  # chooses the policy
+    rows = in_order(scanned.order(), [path], None)
+    plan_text(llm, reader, in_order(scanned.order()[:window], [path], None), scanned, settings)  # chooses the policy
     with OutputFile(out, {}, lines) as output, BatchProgress(lines, 0) as progress:
         Batch(llm, reader, output, settings, progress, frozenset()).run(rows)
         output.restore_order()
     return progress.totals.answer_tokens
 
 
-def by_transformers(model: Any, asked: Iterable[tuple[list[int], int]], size: int = 32) -> None:
+def by_transformers(model: Any, workload: Iterable[tuple[list[int], int]], size: int = 32) -> None:
     import torch
 
-    asked = list(asked)
-    for start in range(0, len(asked), size):
-        part = asked[start : start + size]
+    workload = list(workload)
+    for start in range(0, len(workload), size):
+        part = workload[start : start + size]
         longest, new = max(len(p) for p, _ in part), max(n for _, n in part)
         ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in part])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in part])
@@ -94,9 +94,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--systems", nargs="+", default=["generate", "batch", "transformers"])
     options = parser.parse_args()
-    asked = requests(options.requests, 0, options.prompt, options.answer)
+    workload = requests(options.requests, 0, options.prompt, options.answer)
     print(
-        f"{options.requests} requests, {sum(len(p) for p, _ in asked)} + {sum(n for _, n in asked)} tokens", flush=True
+        f"{options.requests} requests, {sum(len(p) for p, _ in workload)} + {sum(n for _, n in workload)} tokens",
+        flush=True,
     )
     window = max(64, options.requests // 10 // 32 * 32)
     model: Any = None
@@ -113,15 +114,15 @@ def main() -> None:
         LLM(options.model, gpu="cpu", dtype="float32", cache_dir=options.cache_dir, threads=options.threads) as llm,
         tempfile.TemporaryDirectory() as folder_name,
     ):
-        by_generate(llm, asked[:32])  # loads weights, starts threads
+        by_generate(llm, workload[:32])  # loads weights, starts threads
         for number in range(options.rounds):
             for name in options.systems if number % 2 == 0 else options.systems[::-1]:
                 if name == "generate":
-                    timed(name, lambda: by_generate(llm, asked))
+                    timed(name, lambda: by_generate(llm, workload))
                 elif name == "batch":
-                    timed(name, lambda: by_batch(llm, asked, Path(folder_name), window))
+                    timed(name, lambda: by_batch(llm, workload, Path(folder_name), window))
                 else:
-                    timed(name, lambda: by_transformers(model, asked))
+                    timed(name, lambda: by_transformers(model, workload))
 
 
 if __name__ == "__main__":

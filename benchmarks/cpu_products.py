@@ -88,8 +88,8 @@ class Ours:
     def run(self, sequences: int, prompt: int, new: int) -> tuple[float, Sequence[float]]:
         from engine_runs import Shape, run
 
-        found = run(self._engine, Shape(sequences, prompt, new), self._shape.vocab_size)
-        return found.wall_s, found.pass_s
+        timing = run(self._engine, Shape(sequences, prompt, new), self._shape.vocab_size)
+        return timing.wall_s, timing.pass_s
 
 
 class Theirs:
@@ -98,8 +98,8 @@ class Theirs:
         self._model = LlamaCpp(file, opts.threads, MANY, PROMPT + NEW)
 
     def run(self, sequences: int, prompt: int, new: int) -> tuple[float, Sequence[float]]:
-        found = self._model.run(sequences, prompt, new)
-        return found.wall_s, found.step_s
+        timing = self._model.run(sequences, prompt, new)
+        return timing.wall_s, timing.step_s
 
 
 class Memory:
@@ -132,11 +132,11 @@ def serve(name: str, opts: Options) -> None:
     for line in sys.stdin:
         sequences = int(line)
         if name == "dram":
-            found: dict[str, Any] = {"bytes_per_s": made.rate()}
+            measured: dict[str, Any] = {"bytes_per_s": made.rate()}
         else:
             wall, steps = made.run(sequences, PROMPT, NEW)
-            found = {"wall_s": wall, "step_s": list(steps), "bytes": getattr(made, "weight_bytes", 0)}
-        print(json.dumps(found), flush=True)
+            measured = {"wall_s": wall, "step_s": list(steps), "bytes": getattr(made, "weight_bytes", 0)}
+        print(json.dumps(measured), flush=True)
 
 
 @contextmanager
@@ -167,25 +167,25 @@ def ask(process: subprocess.Popen[str], sequences: int) -> Mapping[str, Any]:
     assert process.stdout is not None
     process.stdin.write(f"{sequences}\n")
     process.stdin.flush()
-    found: Mapping[str, Any] = json.loads(process.stdout.readline())
-    return found
+    measured: Mapping[str, Any] = json.loads(process.stdout.readline())
+    return measured
 
 
 def turn(workers: Mapping[str, subprocess.Popen[str]], many: bool) -> dict[str, Any]:
     """One round: every system's figures."""
-    found: dict[str, Any] = {name: {} for name in workers}
+    figures: dict[str, Any] = {name: {} for name in workers}
     rates = []
     for _ in range(ONES):
         for name, process in workers.items():
             if name == "dram":
                 rates.append(ask(process, 0)["bytes_per_s"])
             else:
-                found[name].setdefault("one", []).append(ask(process, 1))
-    found["dram"] = median(rates)
+                figures[name].setdefault("one", []).append(ask(process, 1))
+    figures["dram"] = median(rates)
     for name, process in workers.items():
         if many and name != "dram":
-            found[name]["many"] = ask(process, MANY)
-    return found
+            figures[name]["many"] = ask(process, MANY)
+    return figures
 
 
 def one(figures: Mapping[str, Any]) -> float:

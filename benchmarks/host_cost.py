@@ -38,11 +38,11 @@ def main() -> int:
             for case, times in timed.items():
                 times.append(issue_time(CASES[case], folder))
     for case, limits in BARS.items():
-        found = counted[case]["decode"].per_layer
+        layer_counts = counted[case]["decode"].per_layer
         for what, limit in zip(WHAT, limits, strict=True):
-            ratio = found[what] / limit
+            ratio = layer_counts[what] / limit
             text = f"{case}: {what}"
-            report.bars.append(Bar(text, str(limit), f"{found[what]:.1f}", (ratio,), 1.0, True))
+            report.bars.append(Bar(text, str(limit), f"{layer_counts[what]:.1f}", (ratio,), 1.0, True))
     report.where_time_goes += [_line(case, phases) for case, phases in counted.items()]
     for case, times in timed.items():
         actions = median([t.actions_us for t in times])

@@ -293,21 +293,21 @@ class _Meter:
             yield
 
     def counts(self, phase: str) -> Counts:
-        found = Counts()
+        averages = Counts()
         batches = self._batches[phase]
         for (of, kind), counted in self._operators.items():
             steps = counted["steps"]
             if of == phase and kind in OF_A_LAYER:
                 for name in ("steps", "operators", "kernels", "calls"):
-                    found.per_layer[name] = found.per_layer.get(name, 0) + counted[name] / batches
+                    averages.per_layer[name] = averages.per_layer.get(name, 0) + counted[name] / batches
                 for name, number in counted.items():
                     if name.startswith("kernel "):
                         short = name.removeprefix("kernel ")
-                        found.names[short] = found.names.get(short, 0) + number / batches
+                        averages.names[short] = averages.names.get(short, 0) + number / batches
             elif kind in (StepKind.LOAD_WEIGHTS, StepKind.DEQUANTIZE):
                 for name in ("operators", "kernels", "calls"):
-                    found.per_pass[name] = found.per_pass.get(name, 0) + counted[name] / steps
-        return found
+                    averages.per_pass[name] = averages.per_pass.get(name, 0) + counted[name] / steps
+        return averages
 
     @contextlib.contextmanager
     def _watching(self, inside: Callable[..., None]) -> Iterator[None]:

@@ -173,12 +173,12 @@ class LlamaCpp:
         """Rows are (sequence, position, whether its logits are wanted)."""
         batch = self._batch
         batch.n_tokens = len(rows)
-        for i, (sequence, position, wanted) in enumerate(rows):
+        for i, (sequence, position, has_logits) in enumerate(rows):
             batch.token[i] = (7 * position + sequence) % 1000 + 5
             batch.pos[i] = position
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequence
-            batch.logits[i] = wanted
+            batch.logits[i] = has_logits
         if self._library.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp has no room for these rows")
         self._library.llama_synchronize(self._context)

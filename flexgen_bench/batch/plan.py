@@ -11,7 +11,7 @@ from flexgen_bench.batch.scan import Scan
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.llm.llm import LLM
-from flexgen_bench.requests.asked import Asked, Reader
+from flexgen_bench.requests.asked import ParsedRequest, Reader
 from flexgen_bench.requests.errors import RequestError
 from flexgen_bench.schedule.sequence_groups import Request
 
@@ -60,7 +60,7 @@ def _time(llm: LLM, job: Sequence[Request], sequences: float) -> str:
     return f"at most about {took} [SIMULATED, if every answer is as long as it may be]"
 
 
-def _sample(reader: Reader, lines: Iterator[Line], settings: Settings) -> Iterator[Asked]:
+def _sample(reader: Reader, lines: Iterator[Line], settings: Settings) -> Iterator[ParsedRequest]:
     for line in islice(lines, SAMPLE):
         try:
             one = request_of(line, settings.model, dict(settings.defaults))

@@ -15,7 +15,7 @@ from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.engine.outputs import Output
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.requests.answers import PromptLogprobs, Writer
-from flexgen_bench.requests.asked import Asked, Reader
+from flexgen_bench.requests.asked import ParsedRequest, Reader
 from flexgen_bench.requests.errors import RequestError
 from flexgen_bench.requests.prompt_logprobs import prompt_logprobs
 
@@ -46,11 +46,11 @@ class Waiting:
 
     position: int
     custom_id: str | None
-    asked: Asked
+    parsed: ParsedRequest
 
     @property
     def sequences(self) -> int:
-        return len(self.asked.sequences)
+        return len(self.parsed.sequences)
 
 
 class Batch:
@@ -91,17 +91,17 @@ class Batch:
                 raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
             line_request = request_of(line, self._settings.model, dict(self._settings.defaults))
             # Every request has a random stream of its own, the same in every run.
-            asked = self._reader.read(line_request.url, line_request.body, seed=line.position)
+            parsed = self._reader.read(line_request.url, line_request.body, seed=line.position)
         except RequestError as error:
             self._refuse(line.position, custom_id_of(line), error)
             return None
-        return Waiting(line.position, line_request.custom_id, asked)
+        return Waiting(line.position, line_request.custom_id, parsed)
 
     def _compute(self, job: Sequence[Waiting]) -> None:
         """All of a job; halves of it where there is no room for all."""
         try:
-            self._generate([r for r in job if r.asked.generates])
-            self._score([r for r in job if not r.asked.generates])
+            self._generate([r for r in job if r.parsed.generates])
+            self._score([r for r in job if not r.parsed.generates])
         except DoesNotFit as error:
             left = [r for r in job if not self._output.has(r.position)]
             if len(left) == 1:
@@ -125,12 +125,12 @@ class Batch:
                 return
             outputs = [own[i] for i in range(request.sequences)]
             del by_position[request.position]
-            if request.asked.scores_prompt:
+            if request.parsed.scores_prompt:
                 to_score.append((request, outputs))
             else:
                 self._answer(request, outputs)
 
-        self._llm.generate_requests([r.asked.sequences[choice] for r, choice in owners], take)
+        self._llm.generate_requests([r.parsed.sequences[choice] for r, choice in owners], take)
         if self._llm.last_job is not None:
             self._watcher.job_done(self._llm.last_job)
         scored = self._scored([request for request, _ in to_score])
@@ -139,18 +139,18 @@ class Batch:
 
     def _score(self, job: Sequence[Waiting]) -> None:
         """Requests that want nothing but their prompts back."""
-        scored = self._scored([request for request in job if request.asked.scores_prompt])
+        scored = self._scored([request for request in job if request.parsed.scores_prompt])
         for request in job:
             self._answer(request, [], scored.get(request.position, []))
 
     def _scored(self, job: Sequence[Waiting]) -> dict[int, list[PromptLogprobs]]:
-        prompts = [prompt for request in job for prompt in request.asked.prompts]
-        counts = [request.asked.logprobs or 0 for request in job for _ in request.asked.prompts]
+        prompts = [prompt for request in job for prompt in request.parsed.prompts]
+        counts = [request.parsed.logprobs or 0 for request in job for _ in request.parsed.prompts]
         rows = iter(prompt_logprobs(self._llm, prompts, counts))
-        return {request.position: [next(rows) for _ in request.asked.prompts] for request in job}
+        return {request.position: [next(rows) for _ in request.parsed.prompts] for request in job}
 
     def _answer(self, request: Waiting, outputs: Sequence[Output], of_prompts: Sequence[PromptLogprobs] = ()) -> None:
-        body = self._writer.body(request.asked, outputs, of_prompts)
+        body = self._writer.body(request.parsed, outputs, of_prompts)
         response = {"status_code": 200, "request_id": body["id"], "body": body}
         self._output.write(request.position, request.custom_id, {"response": response, "error": None})
         self._watcher.answered(body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])

@@ -43,23 +43,23 @@ Lines = np.ndarray[Any, np.dtype[np.void]]
 @dataclass(frozen=True)
 class Scan:
     """files: name and SHA-256 of each input. repeated: positions of lines whose custom_id an earlier one has.
-    positions: one more than the largest. found: what is known of each line of this shard."""
+    positions: one more than the largest. own_lines: what is known of each line of this shard."""
 
     files: tuple[tuple[str, str], ...]
     repeated: frozenset[int]
     positions: int
-    found: Lines
+    own_lines: Lines
 
     @property
     def lines(self) -> int:
         """How many lines of this shard ask for something."""
-        return len(self.found)
+        return len(self.own_lines)
 
     def order(self) -> Lines:
         """The lines in the order in which they are to start: those together whose answers may be equally long (a
         micro-batch runs until its longest answer has ended), which start alike, and whose prompts are alike in length.
         Long answers first: what is left at the end is short."""
-        lines = self.found
+        lines = self.own_lines
         _, same, counts = np.unique(lines["start"], return_inverse=True, return_counts=True)
         start = np.where(counts[same] >= _ENOUGH, lines["start"], 0)
         return lines[np.lexsort((lines["position"], -lines["size"], start, -lines["new"]))]

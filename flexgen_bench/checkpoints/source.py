@@ -121,17 +121,17 @@ def _use_other_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShap
     """Let tensors that are stored under other names that the family knows be found under its own."""
     if not kind.other_names:
         return
-    apart = replace(shape, tied_embeddings=False)
-    own, names = kind.inventory(apart), checkpoint.names()
+    untied = replace(shape, tied_embeddings=False)
+    own, names = kind.inventory(untied), checkpoint.names()
     missing = set(locate(expected_sources(own), kind.prefixes, names).missing)
     for other in kind.other_names:
-        elsewhere = other_sources(own, kind.inventory(apart, other))
-        wanted = {elsewhere[source][0] for source in missing if source in elsewhere}
-        found = locate(wanted, kind.other_prefixes, names).found
+        elsewhere = other_sources(own, kind.inventory(untied, other))
+        needed_names = {elsewhere[source][0] for source in missing if source in elsewhere}
+        stored_name_of = locate(needed_names, kind.other_prefixes, names).found
         for source in missing & elsewhere.keys():
             name, first, last = elsewhere[source]
-            if name in found:
-                checkpoint.rename(kind.prefixes[-1] + source, found[name], first, last)
+            if name in stored_name_of:
+                checkpoint.rename(kind.prefixes[-1] + source, stored_name_of[name], first, last)
 
 
 def _is_tied(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape) -> bool:

@@ -21,10 +21,10 @@ Weights = Mapping[str, Any]
 
 def rows(decoder: Decoder, token_ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """Which row of each table every token needs: table name -> (N,) indices."""
-    found = {"tokens": token_ids}
+    indices = {"tokens": token_ids}
     if decoder.embedding.positions:
-        found = {"positions": positions + decoder.embedding.offset, **found}
-    return found
+        indices = {"positions": positions + decoder.embedding.offset, **indices}
+    return indices
 
 
 def embed(ops: Any, decoder: Decoder, w: Weights, gathered: Weights) -> Tensor:
@@ -85,8 +85,8 @@ def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if blocks == 1:
         parts = qkv.view(-1, sum(sizes), dim).split(sizes, 1)
     else:
-        apart = qkv.view(-1, blocks, sum(sizes), dim).split(sizes, 2)
-        parts = [apart[i].reshape(-1, blocks * size, dim) for i, size in enumerate(sizes)]
+        block_parts = qkv.view(-1, blocks, sum(sizes), dim).split(sizes, 2)
+        parts = [block_parts[i].reshape(-1, blocks * size, dim) for i, size in enumerate(sizes)]
     return parts[q], parts[k], parts[v]
 
 

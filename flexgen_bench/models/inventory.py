@@ -113,8 +113,8 @@ def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
     attention, mlp, hidden = layer.attention, layer.mlp, layer.hidden
 
     def source(part: str) -> Sources:
-        found = names.layer[part]
-        return tuple(f"{prefix}.{s}" for s in ((found,) if isinstance(found, str) else found))
+        part_names = names.layer[part]
+        return tuple(f"{prefix}.{s}" for s in ((part_names,) if isinstance(part_names, str) else part_names))
 
     def norm(part: str, what: Norm | None, width: int) -> Iterator[PackedTensor]:
         if what is not None:

@@ -227,7 +227,7 @@ def window_of(config: Mapping[str, Any], default: int | None) -> int | None:
     """``sliding_window``: tokens, null for none, ``default`` where it is missing."""
     if "sliding_window" not in config:
         return default
-    found = config_number(config, "sliding_window", None)
-    if found is not None and not isinstance(found, int):
-        raise UserError("config.json: sliding_window", found, "a number of tokens, or null")
-    return None if found is None else int(found)
+    window = config_number(config, "sliding_window", None)
+    if window is not None and not isinstance(window, int):
+        raise UserError("config.json: sliding_window", window, "a number of tokens, or null")
+    return None if window is None else int(window)

@@ -32,8 +32,8 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
 @cache
 def _families() -> dict[str, ModelFamily]:
     families: dict[str, ModelFamily] = {}
-    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = importlib.import_module(f"flexgen_bench.models.{found.name}")
+    for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"flexgen_bench.models.{module_info.name}")
         families |= {one.name: one for one in getattr(module, "FAMILIES", ())}
     return families
 
@@ -48,16 +48,16 @@ def family(name: str) -> ModelFamily:
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape described by a checkpoint's ``config.json``; UserError if no family here knows it."""
-    found = _family_of(config)
+    model_family = _family_of(config)
     try:
-        shape = found.shape_from_config(config, name)
+        shape = model_family.shape_from_config(config, name)
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            "config.json", repr(error), f"a config of {found.architecture} with values of the right type"
+            "config.json", repr(error), f"a config of {model_family.architecture} with values of the right type"
         ) from error
-    _check_foreign(config, found, shape)
+    _check_foreign(config, model_family, shape)
     return shape
 
 
@@ -69,29 +69,29 @@ def _family_of(config: Mapping[str, Any]) -> ModelFamily:
         raise UserError("config.json: architectures", given, "a list of names, or null")
     names = [given] if isinstance(given, str) else list(given or ())
     known = _families().values()
-    for found in known:
-        whole = found.architecture.lower()
+    for candidate in known:
+        whole = candidate.architecture.lower()
         own = {whole, whole.replace("forcausallm", "model")}
-        own |= {one.lower() for others in found.other_types.values() for one in others}
-        by_type = str(kind).lower() in (found.model_type, *found.other_types)
+        own |= {one.lower() for others in candidate.other_types.values() for one in others}
+        by_type = str(kind).lower() in (candidate.model_type, *candidate.other_types)
         if by_type if not names else any(str(name).lower() in own for name in names):
             # transformers goes by the model_type, whatever the architectures say
             if kind is not None and not by_type:
-                raise UserError("config.json: model_type", kind, f"{found.model_type!r} for architectures {names}")
-            return found
+                raise UserError("config.json: model_type", kind, f"{candidate.model_type!r} for architectures {names}")
+            return candidate
     allowed = f"one of {', '.join(sorted(f.architecture for f in known))}"
     if names or kind is None:
         raise UserError("config.json: architectures", given, allowed)
     raise UserError("config.json: model_type", kind, f"one of {', '.join(sorted(f.model_type for f in known))}")
 
 
-def _check_foreign(config: Mapping[str, Any], found: ModelFamily, shape: ModelShape) -> None:
+def _check_foreign(config: Mapping[str, Any], model_family: ModelFamily, shape: ModelShape) -> None:
     for key, neutral in _FOREIGN.items():
-        if key not in found.reads and config.get(key) not in neutral:
-            raise UserError(f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {found.name} model")
-    window = None if "sliding_window" in found.reads else config.get("sliding_window")
+        if key not in model_family.reads and config.get(key) not in neutral:
+            raise UserError(f"config.json: {key}", config[key], f"{neutral[-1]!r} for a {model_family.name} model")
+    window = None if "sliding_window" in model_family.reads else config.get("sliding_window")
     if window is not None and not (isinstance(window, int) and window >= shape.max_positions):
         raise UserError("config.json: sliding_window", window, f"null, or not below {shape.max_positions} positions")
     others = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    if others and "layer_types" not in found.reads:
+    if others and "layer_types" not in model_family.reads:
         raise UserError("config.json: layer_types", others[0], "full_attention for every layer")

@@ -99,7 +99,7 @@ def steady_positions(scaling: Mapping[str, Any] | None) -> int | None:
 def _scaling(
     kind: str, given: Mapping[str, Any], config: Mapping[str, Any], positions: int, dim: int
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"rope_type": kind}
+    scaling: dict[str, Any] = {"rope_type": kind}
     values = dict(given)
     if kind == "dynamic":  # transformers looks at nothing else
         values[_ORIGINAL] = positions
@@ -109,17 +109,17 @@ def _scaling(
     if kind in ("yarn", "longrope") and values.get("factor") is None:
         values["factor"] = positions / values[_ORIGINAL]
     for key in _NEEDED[kind]:
-        found[key] = _checked(kind, key, values.get(key), lambda v: _is_number(v) and v > 0)
+        scaling[key] = _checked(kind, key, values.get(key), lambda v: _is_number(v) and v > 0)
     for key in _OPTIONAL.get(kind, ()):
         if values.get(key) is not None:
-            found[key] = _checked(kind, key, values[key], lambda v: _is_number(v) and v >= 0)
+            scaling[key] = _checked(kind, key, values[key], lambda v: _is_number(v) and v >= 0)
     for key in _LISTS.get(kind, ()):
-        found[key] = _checked(kind, key, values.get(key), lambda v: _is_list(v, dim // 2))
+        scaling[key] = _checked(kind, key, values.get(key), lambda v: _is_list(v, dim // 2))
     if kind == "yarn" and values.get("truncate") is not None:
-        found["truncate"] = bool(values["truncate"])
+        scaling["truncate"] = bool(values["truncate"])
     if kind == "dynamic" and dim < 4:
         raise UserError("config.json: head_dim", dim, "at least 4 with rope_type dynamic")
-    return found
+    return scaling
 
 
 def _reach(kind: str, scaling: Mapping[str, Any], positions: int) -> int:

@@ -44,7 +44,7 @@ def expected_sources(inventory: Inventory) -> dict[str, tuple[int, ...]]:
 def other_sources(own: Inventory, other: Inventory) -> dict[str, tuple[str, int, int]]:
     """For each checkpoint tensor of a model where it is in one with ``other`` names: (name, first row, one after its
     last row). The same weights, which may be stacked there that are apart here."""
-    found = {}
+    places = {}
     for mine, theirs in zip(_tensors(own), _tensors(other), strict=True):
         ranges = [
             (name, stop - rows, stop)
@@ -54,23 +54,23 @@ def other_sources(own: Inventory, other: Inventory) -> dict[str, tuple[str, int,
         for source, rows, stop in zip(mine.sources, mine.source_rows, stops, strict=True):
             name, first, last = next(r for r in ranges if r[1] <= stop - rows and stop <= r[2])
             if (name, first, last) != (source, stop - rows, stop):
-                found[source] = (name, stop - rows - first, stop - first)
-    return found
+                places[source] = (name, stop - rows - first, stop - first)
+    return places
 
 
 def locate(sources: Collection[str], prefixes: tuple[str, ...], names: Collection[str]) -> StoredNames:
     """Look for each source under each prefix in turn."""
-    found: dict[str, str] = {}
+    stored_name_of: dict[str, str] = {}
     for source in sources:
         name = next((p + source for p in prefixes if p + source in names), None)
         if name is not None:
-            found[source] = name
-    rest = set(names) - set(found.values())
+            stored_name_of[source] = name
+    rest = set(names) - set(stored_name_of.values())
     heads = {name for name in rest if _OTHER_HEADS.search(name)}
     unexpected = {name for name in rest - heads if not _HARMLESS.search(name)}
     return StoredNames(
-        found,
-        tuple(source for source in sources if source not in found),
+        stored_name_of,
+        tuple(source for source in sources if source not in stored_name_of),
         tuple(sorted(unexpected)),
         tuple(sorted(heads)),
     )

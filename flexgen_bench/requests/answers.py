@@ -9,15 +9,15 @@ from typing import Any
 
 from flexgen_bench.engine.outputs import Output, Piece, TokenLogprobs
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.requests.asked import Asked
+from flexgen_bench.requests.asked import ParsedRequest
 
 # Of one token of a prompt: None for the first, which nothing predicts.
 PromptLogprobs = Sequence[TokenLogprobs | None]
 
 
-def new_id(asked: Asked) -> str:
+def new_id(parsed: ParsedRequest) -> str:
     """A name for an answer, which no other has."""
-    return f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return f"{'chatcmpl' if parsed.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
 
 
 class Writer:
@@ -28,72 +28,74 @@ class Writer:
 
     def body(
         self,
-        asked: Asked,
+        parsed: ParsedRequest,
         outputs: Sequence[Output],
         of_prompts: Sequence[PromptLogprobs] = (),
         answer_id: str | None = None,
     ) -> dict[str, Any]:
-        """The whole answer. outputs: one for each of ``asked.sequences`` (none if it generates nothing); of_prompts:
+        """The whole answer. outputs: one for each of ``parsed.sequences`` (none if it generates nothing); of_prompts:
         the log-probabilities of their prompts' tokens, where they are asked for."""
-        make = self._chat_choice if asked.is_chat else self._completion_choice
+        make = self._chat_choice if parsed.is_chat else self._completion_choice
         choices = []
-        for index, sequence in enumerate(asked.sequences):
+        for index, sequence in enumerate(parsed.sequences):
             output = (
-                outputs[index] if outputs else Output(sequence.prompt, tuple(asked.prompts[index]), (), "", "length")
+                outputs[index] if outputs else Output(sequence.prompt, tuple(parsed.prompts[index]), (), "", "length")
             )
-            choices.append(make(asked, index, output, of_prompts[index] if of_prompts else None))
-        usage = usage_of(asked, sum(len(output.token_ids) for output in outputs))
-        kind = "chat.completion" if asked.is_chat else "text_completion"
-        return self._frame(asked, kind, answer_id or new_id(asked), choices) | {"usage": usage}
+            choices.append(make(parsed, index, output, of_prompts[index] if of_prompts else None))
+        usage = usage_of(parsed, sum(len(output.token_ids) for output in outputs))
+        kind = "chat.completion" if parsed.is_chat else "text_completion"
+        return self._frame(parsed, kind, answer_id or new_id(parsed), choices) | {"usage": usage}
 
-    def chunk(self, asked: Asked, answer_id: str, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
+    def chunk(self, parsed: ParsedRequest, answer_id: str, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
         """A part of a streamed answer: what is new in one of its choices."""
         reason = piece.finish_reason or None
         choice: dict[str, Any] = {"index": index}
-        if asked.is_chat:
+        if parsed.is_chat:
             role = {"role": "assistant"} if is_first else {}
             choice["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
         else:
             choice["text"] = piece.text
-        choice["logprobs"] = self._logprobs(asked, piece.token_ids, piece.logprobs, None)
+        choice["logprobs"] = self._logprobs(parsed, piece.token_ids, piece.logprobs, None)
         choice["finish_reason"] = reason
-        kind = "chat.completion.chunk" if asked.is_chat else "text_completion"
-        return self._frame(asked, kind, answer_id, [choice])
+        kind = "chat.completion.chunk" if parsed.is_chat else "text_completion"
+        return self._frame(parsed, kind, answer_id, [choice])
 
-    def usage_chunk(self, asked: Asked, answer_id: str, answer_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, parsed: ParsedRequest, answer_id: str, answer_tokens: int) -> dict[str, Any]:
         """The last part of a streamed answer, if it is to count tokens."""
-        kind = "chat.completion.chunk" if asked.is_chat else "text_completion"
-        return self._frame(asked, kind, answer_id, []) | {"usage": usage_of(asked, answer_tokens)}
+        kind = "chat.completion.chunk" if parsed.is_chat else "text_completion"
+        return self._frame(parsed, kind, answer_id, []) | {"usage": usage_of(parsed, answer_tokens)}
 
-    def _frame(self, asked: Asked, kind: str, answer_id: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": asked.model, "choices": choices}
+    def _frame(self, parsed: ParsedRequest, kind: str, answer_id: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": parsed.model, "choices": choices}
 
-    def _chat_choice(self, asked: Asked, index: int, output: Output, prompt: PromptLogprobs | None) -> dict[str, Any]:
+    def _chat_choice(
+        self, parsed: ParsedRequest, index: int, output: Output, prompt: PromptLogprobs | None
+    ) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": self._logprobs(asked, output.token_ids, output.logprobs or (), None),
+            "logprobs": self._logprobs(parsed, output.token_ids, output.logprobs or (), None),
             "finish_reason": output.finish_reason,
         }
 
     def _completion_choice(
-        self, asked: Asked, index: int, output: Output, prompt: PromptLogprobs | None
+        self, parsed: ParsedRequest, index: int, output: Output, prompt: PromptLogprobs | None
     ) -> dict[str, Any]:
-        before = self._tokenizer.text_after((), output.prompt_token_ids) if asked.echo else ""
-        ids = (*output.prompt_token_ids, *output.token_ids) if asked.echo else output.token_ids
+        before = self._tokenizer.text_after((), output.prompt_token_ids) if parsed.echo else ""
+        ids = (*output.prompt_token_ids, *output.token_ids) if parsed.echo else output.token_ids
         return {
             "index": index,
             "text": before + output.text,
-            "logprobs": self._logprobs(asked, ids, output.logprobs or (), prompt),
+            "logprobs": self._logprobs(parsed, ids, output.logprobs or (), prompt),
             "finish_reason": output.finish_reason,
         }
 
     def _logprobs(
-        self, asked: Asked, ids: Sequence[int], own: Sequence[TokenLogprobs], prompt: PromptLogprobs | None
+        self, parsed: ParsedRequest, ids: Sequence[int], own: Sequence[TokenLogprobs], prompt: PromptLogprobs | None
     ) -> dict[str, Any] | None:
-        if asked.logprobs is None:
+        if parsed.logprobs is None:
             return None
-        if asked.is_chat:
+        if parsed.is_chat:
             return {
                 "content": [
                     self._named(i, p.logprob) | {"top_logprobs": self._top(p)} for i, p in zip(ids, own, strict=True)
@@ -134,10 +136,10 @@ class Writer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def usage_of(asked: Asked, answer_tokens: int) -> dict[str, int]:
+def usage_of(parsed: ParsedRequest, answer_tokens: int) -> dict[str, int]:
     """Tokens as they are counted for a bill: a prompt once, however many answers it gets."""
-    choices = len(asked.sequences) // asked.num_prompts
-    prompt_tokens = sum(len(prompt) for prompt in asked.prompts[::choices])
+    choices = len(parsed.sequences) // parsed.num_prompts
+    prompt_tokens = sum(len(prompt) for prompt in parsed.prompts[::choices])
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": answer_tokens,

@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """sequences: what is to be generated, ``n`` for each prompt in turn; with ``max_tokens`` = 0 nothing is, and their
     prompts are scored. logprobs: how many of the likeliest tokens are reported, None: no log-probabilities. echo: the
     prompt is part of the answer."""
@@ -67,7 +67,7 @@ class Reader:
     def __init__(self, tokenizer: TextTokenizer, shape: ModelShape, names: Sequence[str], limits: Limits) -> None:
         self._tokenizer, self._shape, self._names, self._limits = tokenizer, shape, tuple(names), limits
 
-    def read(self, url: str, body: Any, seed: int = 0) -> Asked:
+    def read(self, url: str, body: Any, seed: int = 0) -> ParsedRequest:
         """seed: of a request that states none."""
         if url not in FORMS:
             raise RequestError(f"url = {url!r}: must be one of {', '.join(FORMS)}.", "url", "invalid_url", NOT_FOUND)
@@ -84,7 +84,7 @@ class Reader:
             return self._chat(form, seed)
         return self._completion(form, seed)
 
-    def _chat(self, form: ChatForm, seed: int) -> Asked:
+    def _chat(self, form: ChatForm, seed: int) -> ParsedRequest:
         with_logprobs = (form.top_logprobs or 0) if form.logprobs else None
         try:
             ids = encode_chat(self._tokenizer, form.messages)
@@ -92,7 +92,7 @@ class Reader:
             raise of_user_error(error) from error
         stated = form.max_completion_tokens or form.max_tokens
         room = self._shape.max_positions - len(ids) + 1
-        return Asked(
+        return ParsedRequest(
             is_chat=True,
             model=form.model,
             sequences=self._sequences(
@@ -104,7 +104,7 @@ class Reader:
             include_usage=form.stream_options is not None and form.stream_options.include_usage,
         )
 
-    def _completion(self, form: CompletionForm, seed: int) -> Asked:
+    def _completion(self, form: CompletionForm, seed: int) -> ParsedRequest:
         prompts: list[Any] = [form.prompt] if _is_single(form.prompt) else list(form.prompt)
         names = ["prompt"] if _is_single(form.prompt) else [f"prompt[{i}]" for i in range(len(prompts))]
         try:
@@ -115,7 +115,7 @@ class Reader:
             raise RequestError("echo is not implemented with stream: leave one of them out.", "echo", "unsupported")
         generates = form.max_tokens != 0
         stated = form.max_tokens if generates else 1
-        return Asked(
+        return ParsedRequest(
             is_chat=False,
             model=form.model,
             sequences=self._sequences(form, "prompt", encoded, stated, DEFAULT_MAX_TOKENS, seed, form.logprobs),

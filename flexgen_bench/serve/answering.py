@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from flexgen_bench.requests.answers import Writer, new_id
-from flexgen_bench.requests.asked import Asked
+from flexgen_bench.requests.asked import ParsedRequest
 from flexgen_bench.requests.errors import TIMED_OUT, TOO_MANY, RequestError
 from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Pace, Ticket
 from flexgen_bench.serve.metrics import Metrics
@@ -28,23 +28,23 @@ class Answering:
         self._loop, self._writer, self._settings, self._metrics = loop, writer, settings, metrics
         self._pace = Pace()
 
-    async def answer(self, asked: Asked, request: Request) -> Response:
+    async def answer(self, parsed: ParsedRequest, request: Request) -> Response:
         """The whole answer, or a stream of its parts. RequestError for a full queue and for what fails."""
         settings, begin = self._settings, time.monotonic()
         waiting = self._loop.in_system - settings.sequences
-        if waiting + len(asked.sequences) > settings.queue:
+        if waiting + len(parsed.sequences) > settings.queue:
             seconds = self._pace.retry_after(max(waiting, 1), settings.sequences)
             message = f"The queue is full: {max(waiting, 0)} wait. Try again in about {seconds} s."
             raise RequestError(message, None, "queue_full", TOO_MANY, {"Retry-After": str(seconds)})
         here, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        ticket = self._loop.submit(asked, lambda event: here.call_soon_threadsafe(events.put_nowait, event))
-        if asked.streams:
-            parts = self._parts(asked, ticket, events, begin)
+        ticket = self._loop.submit(parsed, lambda event: here.call_soon_threadsafe(events.put_nowait, event))
+        if parsed.streams:
+            parts = self._parts(parsed, ticket, events, begin)
             return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(asked, ticket, events, begin, request)
+        return await self._whole(parsed, ticket, events, begin, request)
 
     async def _whole(
-        self, asked: Asked, ticket: Ticket, events: asyncio.Queue[Event], begin: float, request: Request
+        self, parsed: ParsedRequest, ticket: Ticket, events: asyncio.Queue[Event], begin: float, request: Request
     ) -> Response:
         gone, begun = asyncio.ensure_future(_disconnected(request)), False
         try:
@@ -55,7 +55,7 @@ class Answering:
                 if isinstance(event, RequestError):
                     raise event
                 if isinstance(event, Answered):
-                    body = self._writer.body(asked, event.outputs, event.of_prompts)
+                    body = self._writer.body(parsed, event.outputs, event.of_prompts)
                     self._account(body["usage"], begin)
                     return JSONResponse(body)
                 if not begun:
@@ -66,9 +66,9 @@ class Answering:
             self._loop.cancel(ticket)
 
     async def _parts(
-        self, asked: Asked, ticket: Ticket, events: asyncio.Queue[Event], begin: float
+        self, parsed: ParsedRequest, ticket: Ticket, events: asyncio.Queue[Event], begin: float
     ) -> AsyncIterator[bytes]:
-        answer_id, started = new_id(asked), set[int]()
+        answer_id, started = new_id(parsed), set[int]()
         try:
             while True:
                 event = await self._next(events, begin)
@@ -81,12 +81,12 @@ class Answering:
                 choice, piece = event
                 if not started:
                     self._metrics.first_s.observe(time.monotonic() - begin)
-                if piece.text or piece.finish_reason or asked.logprobs is not None or choice not in started:
-                    yield _sent(self._writer.chunk(asked, answer_id, choice, piece, choice not in started))
+                if piece.text or piece.finish_reason or parsed.logprobs is not None or choice not in started:
+                    yield _sent(self._writer.chunk(parsed, answer_id, choice, piece, choice not in started))
                     started.add(choice)
             tokens = sum(len(output.token_ids) for output in event.outputs)
-            usage = self._writer.usage_chunk(asked, answer_id, tokens)
-            if asked.include_usage:
+            usage = self._writer.usage_chunk(parsed, answer_id, tokens)
+            if parsed.include_usage:
                 yield _sent(usage)
             self._account(usage["usage"], begin)
             yield b"data: [DONE]\n\n"

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.requests.answers import Writer
-from flexgen_bench.requests.asked import Asked, Limits, Reader
+from flexgen_bench.requests.asked import Limits, ParsedRequest, Reader
 from flexgen_bench.requests.errors import NOT_FOUND, SERVER_ERROR, RequestError
 from flexgen_bench.requests.forms import CHAT, COMPLETIONS
 from flexgen_bench.schedule.sequence_groups import Capacity
@@ -38,7 +38,7 @@ class LockedReader(Reader):
 
     _lock = threading.Lock()
 
-    def read(self, url: str, body: Any, seed: int = 0) -> Asked:
+    def read(self, url: str, body: Any, seed: int = 0) -> ParsedRequest:
         with self._lock:
             return super().read(url, body, seed)
 
@@ -90,8 +90,8 @@ def _add_routes(app: FastAPI, parts: Parts, name: str, settings: ServeSettings) 
 
     async def answer(url: str, request: Request) -> Response:
         body = await json_body(request, settings.body_bytes)
-        asked = await run_in_threadpool(parts.reader.read, url, body, secrets.randbelow(2**31))
-        return await parts.answering.answer(asked, request)
+        parsed = await run_in_threadpool(parts.reader.read, url, body, secrets.randbelow(2**31))
+        return await parts.answering.answer(parsed, request)
 
     @app.post(COMPLETIONS)
     async def completions(request: Request) -> Response:

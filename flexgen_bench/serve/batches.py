@@ -163,7 +163,7 @@ class Batches:
         request = request_of(line, "", {})
         if request.url != endpoint:
             raise RequestError(f"url = {request.url!r}: this batch is for {endpoint}.", "url", "invalid_url")
-        asked = self._reader.read(request.url, request.body, seed=line.position)
+        parsed = self._reader.read(request.url, request.body, seed=line.position)
         made: list[Ticket] = []
         ready = threading.Event()
 
@@ -172,7 +172,7 @@ class Batches:
                 ready.wait()
                 answers.put((made[0], event))
 
-        made.append(self._loop.submit(asked, tell))
+        made.append(self._loop.submit(parsed, tell))
         ready.set()
         return made[0]
 
@@ -196,7 +196,7 @@ class Batches:
             self._refuse(output, line, custom_id, event)
             return
         assert isinstance(event, Answered)
-        body = self._writer.body(ticket.asked, event.outputs, event.of_prompts)
+        body = self._writer.body(ticket.parsed, event.outputs, event.of_prompts)
         response = {"status_code": 200, "request_id": body["id"], "body": body}
         output.write(line.position, custom_id, {"response": response, "error": None})
 

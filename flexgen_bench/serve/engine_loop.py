@@ -15,7 +15,7 @@ from flexgen_bench.llm.llm import LLM
 from flexgen_bench.llm.open_requests import OpenRequests
 from flexgen_bench.llm.sequences import output_of
 from flexgen_bench.requests.answers import PromptLogprobs
-from flexgen_bench.requests.asked import Asked
+from flexgen_bench.requests.asked import ParsedRequest
 from flexgen_bench.requests.errors import SERVER_ERROR, RequestError, of_user_error
 from flexgen_bench.requests.prompt_logprobs import prompt_logprobs
 from flexgen_bench.schedule.sequence_groups import Capacity
@@ -39,7 +39,7 @@ Event = tuple[int, Piece] | Answered | RequestError
 class Ticket:
     """A request under way. tell: given its events by the computing thread; must not block."""
 
-    asked: Asked
+    parsed: ParsedRequest
     tell: Callable[[Event], object]
     outputs: dict[int, Output] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Ticket:
 
     @property
     def sequences(self) -> int:
-        return len(self.asked.sequences)
+        return len(self.parsed.sequences)
 
 
 class EngineLoop:
@@ -81,9 +81,9 @@ class EngineLoop:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, asked: Asked, tell: Callable[[Event], object]) -> Ticket:
+    def submit(self, parsed: ParsedRequest, tell: Callable[[Event], object]) -> Ticket:
         """Queue a request whose prompts and answers are within the capacity."""
-        ticket = Ticket(asked, tell)
+        ticket = Ticket(parsed, tell)
         with self._change:
             if self._stopping:
                 raise RequestError("The server is going down.", None, "shutting_down", 503)
@@ -145,15 +145,15 @@ class EngineLoop:
                 ticket = self._arrived.popleft()
             if ticket.gone:
                 continue
-            if not ticket.asked.generates:
-                if ticket.asked.scores_prompt:
+            if not ticket.parsed.generates:
+                if ticket.parsed.scores_prompt:
                     self._to_score.append(ticket)
                 else:
                     self._finish(ticket, [], [])
                 continue
             job = self._open()
             try:
-                started = [job.start(request) for request in ticket.asked.sequences]
+                started = [job.start(request) for request in ticket.parsed.sequences]
                 for choice, sequence in enumerate(started):
                     number = job.add(sequence)
                     ticket.numbers.append(number)
@@ -175,10 +175,10 @@ class EngineLoop:
                 continue
             sequence = self._sequences.pop(number)
             del self._running[number]
-            ticket.outputs[choice] = output_of(ticket.asked.sequences[choice].prompt, sequence)  # type: ignore[arg-type]
+            ticket.outputs[choice] = output_of(ticket.parsed.sequences[choice].prompt, sequence)  # type: ignore[arg-type]
             if len(ticket.outputs) == ticket.sequences:
                 outputs = [ticket.outputs[i] for i in range(ticket.sequences)]
-                if ticket.asked.scores_prompt:
+                if ticket.parsed.scores_prompt:
                     self._to_score.append(ticket)
                 else:
                     self._finish(ticket, outputs, [])
@@ -191,16 +191,16 @@ class EngineLoop:
             self._job = None
         # Others that wait only for this are computed with them.
         with self._change:
-            more = [t for t in self._arrived if t.asked.scores_prompt and not t.asked.generates and not t.gone]
+            more = [t for t in self._arrived if t.parsed.scores_prompt and not t.parsed.generates and not t.gone]
             for ticket in more:
                 self._arrived.remove(ticket)
         together = self._to_score = self._to_score + more
-        prompts = [prompt for ticket in together for prompt in ticket.asked.prompts]
-        counts = [ticket.asked.logprobs or 0 for ticket in together for _ in ticket.asked.prompts]
+        prompts = [prompt for ticket in together for prompt in ticket.parsed.prompts]
+        counts = [ticket.parsed.logprobs or 0 for ticket in together for _ in ticket.parsed.prompts]
         rows = iter(prompt_logprobs(self._llm, prompts, counts))
         self._to_score = []
         for ticket in together:
-            own: list[PromptLogprobs] = [next(rows) for _ in ticket.asked.prompts]
+            own: list[PromptLogprobs] = [next(rows) for _ in ticket.parsed.prompts]
             outputs = [ticket.outputs[i] for i in sorted(ticket.outputs)]
             self._finish(ticket, outputs, own)
 

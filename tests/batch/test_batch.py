@@ -63,10 +63,10 @@ def test_answers_are_those_of_each_request_alone(model: Path, llm: LLM, tmp_path
         expected.append([output.text for output in llm.generate([prompt] * n, params)])
     out = tmp_path / "out.jsonl"
     run(model, written(tmp_path / "in.jsonl", lines), "-o", out, "--window", 12)
-    found = answers(out)
-    assert [a["custom_id"] for a in found] == [f"line {n}" for n in range(40)]
-    assert [texts(a) for a in found] == expected
-    assert all(a["error"] is None and a["response"]["status_code"] == 200 for a in found)
+    all_answers = answers(out)
+    assert [a["custom_id"] for a in all_answers] == [f"line {n}" for n in range(40)]
+    assert [texts(a) for a in all_answers] == expected
+    assert all(a["error"] is None and a["response"]["status_code"] == 200 for a in all_answers)
 
 
 def test_conversations_go_through_the_template(model: Path, llm: LLM, tmp_path: Path) -> None:
@@ -138,15 +138,15 @@ def test_a_bad_line_is_a_line_of_its_own(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(written(tmp_path / "x", lines).read_bytes() + b'{"prompt": "\xff"}\n')
     out = tmp_path / "out.jsonl"
     run(model, tmp_path / "in.jsonl", "-o", out)
-    found = answers(out)
-    assert [a["response"]["status_code"] == 200 for a in found] == [True, *[False] * len(BAD), True, False]
-    for answer, (line, param) in zip(found[1:-2], BAD, strict=True):
+    all_answers = answers(out)
+    assert [a["response"]["status_code"] == 200 for a in all_answers] == [True, *[False] * len(BAD), True, False]
+    for answer, (line, param) in zip(all_answers[1:-2], BAD, strict=True):
         said = answer["response"]["body"]["error"]
         assert said["message"] == answer["error"]["message"], line
         assert said["message"], line
         if param is not None:
             assert said["param"] == param, line
-    assert texts(found[0]) == texts(found[-2])
+    assert texts(all_answers[0]) == texts(all_answers[-2])
 
 
 def test_log_probabilities(model: Path, llm: LLM, tmp_path: Path) -> None:
@@ -182,12 +182,12 @@ def test_log_probabilities(model: Path, llm: LLM, tmp_path: Path) -> None:
 def test_shards_together_are_the_whole(model: Path, tmp_path: Path) -> None:
     source = written(tmp_path / "in.txt", [f"prompt {n}" for n in range(10)])
     run(model, source, "-o", tmp_path / "all.jsonl")
-    found = []
+    shard_answers = []
     for i in (1, 2, 3):
         run(model, source, "-o", tmp_path / f"{i}.jsonl", "--shard", f"{i}/3")
-        found += answers(tmp_path / f"{i}.jsonl")
-    found.sort(key=lambda a: a["id"])
-    assert [texts(a) for a in found] == [texts(a) for a in answers(tmp_path / "all.jsonl")]
+        shard_answers += answers(tmp_path / f"{i}.jsonl")
+    shard_answers.sort(key=lambda a: a["id"])
+    assert [texts(a) for a in shard_answers] == [texts(a) for a in answers(tmp_path / "all.jsonl")]
 
 
 def test_the_plan_is_said_and_nothing_done(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,16 +19,16 @@ from tests.support.tiny_text_models import text_model
 LINES = 200
 
 
-def told(path: Path) -> list[Any]:
+def comparable_answers(path: Path) -> list[Any]:
     """The answers without what differs from run to run: names and times."""
-    found = []
+    comparable = []
     for line in path.read_text().splitlines():
         answer = json.loads(line)
         answer["response"].pop("request_id")
         answer["response"]["body"].pop("id", None)
         answer["response"]["body"].pop("created", None)
-        found.append(answer)
-    return found
+        comparable.append(answer)
+    return comparable
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
@@ -66,8 +66,8 @@ def test_kills_lose_nothing(kills: int, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told_by_it = json.loads(done.stdout.splitlines()[-1])
-    assert told_by_it["kills"] >= kills
-    assert told(out) == told(undisturbed)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] >= kills
+    assert comparable_answers(out) == comparable_answers(undisturbed)
     for earlier in tmp_path.glob("*.out.jsonl"):
-        assert sorted(told(earlier), key=lambda a: a["id"]) == told(undisturbed)
+        assert sorted(comparable_answers(earlier), key=lambda a: a["id"]) == comparable_answers(undisturbed)

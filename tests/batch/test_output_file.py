@@ -23,11 +23,11 @@ def positions_in(path: Path) -> list[int]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    found = tmp_path / "out.jsonl"
-    with opened(found) as file:
+    output_path = tmp_path / "out.jsonl"
+    with opened(output_path) as file:
         for position in (3, 1, 7):
             file.write(position, f"é{position}", {"response": position, "error": None})
-    return found
+    return output_path
 
 
 def test_what_is_answered_is_known_again(path: Path) -> None:

@@ -17,9 +17,9 @@ def check(path: Path, lines: int) -> int:
     if not path.exists():
         return 0
     raw = path.read_bytes().split(b"\n")[:-1]
-    found = [json.loads(line)["id"] for line in raw]
-    assert len(set(found)) == len(found) <= lines, "an answer twice"
-    return len(found)
+    ids = [json.loads(line)["id"] for line in raw]
+    assert len(set(ids)) == len(ids) <= lines, "an answer twice"
+    return len(ids)
 
 
 def main() -> None:

@@ -21,22 +21,22 @@ class Block:
 
 def blocks() -> list[Block]:
     """Every fenced block of README.md, CONTRIBUTING.md and docs/."""
-    found = []
+    fenced = []
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for path in pages:
         for match in _FENCE.finditer(path.read_text(encoding="utf-8")):
             text = textwrap.dedent(match["text"])
-            found.append(Block(str(path.relative_to(ROOT)), match["language"], text))
-    return found
+            fenced.append(Block(str(path.relative_to(ROOT)), match["language"], text))
+    return fenced
 
 
 def commands() -> list[tuple[str, str]]:
     """File and command of each line of the ``sh`` blocks: without its comment, what continues it joined."""
-    found = []
+    file_commands = []
     for block in blocks():
         if block.language == "sh":
             for line in block.text.replace("\\\n", " ").splitlines():
                 command = " ".join(_COMMENT.sub("", line).split())
                 if command and not command.startswith("#"):
-                    found.append((block.file, command))
-    return found
+                    file_commands.append((block.file, command))
+    return file_commands

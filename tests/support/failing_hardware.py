@@ -102,13 +102,13 @@ class Leftovers:
 
 def open_files() -> list[str]:
     """What this process's descriptors of ordinary files are open on."""
-    found = []
+    targets = []
     for number in os.listdir("/proc/self/fd"):
         try:
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
+            targets.append(os.readlink(f"/proc/self/fd/{number}"))
         except FileNotFoundError:  # the one that listed them
             continue
-    return [name for name in found if name.startswith("/") and not name.startswith(("/dev", "/proc"))]
+    return [name for name in targets if name.startswith("/") and not name.startswith(("/dev", "/proc"))]
 
 
 class FailingDisk:

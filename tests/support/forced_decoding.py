@@ -58,12 +58,12 @@ class Forced:
         chosen = logits.log_softmax(-1).gather(1, targets[:, None])
         return torch.cat([chosen, (logits.argmax(-1) == targets).float()[:, None]], dim=1)
 
-    def finish(self, work: MicroBatch, found: Tensor) -> None:
+    def finish(self, work: MicroBatch, reduced: Tensor) -> None:
         for row, (member, i) in enumerate(self._ending(work)):
             at, request = self._position(member, i), self._requests[i]
             self._next[i] = at + 1
             if at >= request.start:
-                self.results[i].append((float(found[row, 0]), bool(found[row, 1])))
+                self.results[i].append((float(reduced[row, 0]), bool(reduced[row, 1])))
 
     def tree(self, sequence: int) -> None:
         """Prompts are plain sequences."""

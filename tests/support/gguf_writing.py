@@ -48,14 +48,14 @@ class Vocabulary:
     keys: Mapping[str, Any] | None = None
 
     def all_keys(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.model, "tokens": list(self.tokens), "token_type": list(self.kinds)}
+        own_keys: dict[str, Any] = {"model": self.model, "tokens": list(self.tokens), "token_type": list(self.kinds)}
         if self.model == "gpt2":
-            found["merges"] = list(self.merges)
+            own_keys["merges"] = list(self.merges)
         if self.scores:
-            found["scores"] = list(self.scores)
+            own_keys["scores"] = list(self.scores)
         return {
             f"tokenizer.ggml.{key}": value
-            for key, value in (found | dict(self.keys or {})).items()
+            for key, value in (own_keys | dict(self.keys or {})).items()
             if value is not None
         }
 
@@ -130,7 +130,7 @@ def tiny_llama(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausal
 
 def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray[Any, Any]]:
     """The weights under ggml's names, rows of queries and keys in ggml's order."""
-    config, found = model.config, {}
+    config, tensors = model.config, {}
     permuted = config.model_type == "llama"
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if permuted else {}
     for name, parameter in model.named_parameters():
@@ -140,11 +140,11 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray[Any, Any]]:
                 halves = values.reshape(count, 2, values.shape[0] // count // 2, *values.shape[1:])
                 values = halves.swapaxes(1, 2).reshape(values.shape)
         if name in _ONCE:
-            found[_ONCE[name]] = values
+            tensors[_ONCE[name]] = values
         else:
             _, _, layer, *middle, part = name.split(".")
-            found[f"blk.{layer}.{_IN_LAYER['.'.join(middle)]}.{part}"] = values
-    return found
+            tensors[f"blk.{layer}.{_IN_LAYER['.'.join(middle)]}.{part}"] = values
+    return tensors
 
 
 def llama_keys(config: LlamaConfig) -> dict[str, Any]:

@@ -25,13 +25,13 @@ needs_llama_cpp = pytest.mark.skipif(
 
 def llama_cpp(files: Sequence[Path], texts: Sequence[str]) -> list[dict[str, Any]]:
     """For every file either ``error``, or ``ids`` of every text (special tokens in it taken as such) and ``ends``."""
-    asked = json.dumps({"files": [str(file) for file in files], "texts": list(texts)})
+    query = json.dumps({"files": [str(file) for file in files], "texts": list(texts)})
     answer = subprocess.run(
-        [sys.executable, __file__], input=asked.encode(), capture_output=True, check=False, timeout=300
+        [sys.executable, __file__], input=query.encode(), capture_output=True, check=False, timeout=300
     )
     assert answer.returncode == 0, answer.stderr.decode(errors="replace")[-2000:]
-    found: list[dict[str, Any]] = json.loads(answer.stdout)
-    return found
+    answers: list[dict[str, Any]] = json.loads(answer.stdout)
+    return answers
 
 
 class _Params(ctypes.Structure):
@@ -88,14 +88,14 @@ def _answer(library: Any, file: str, texts: Sequence[str], said: list[bytes]) ->
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    query = json.load(sys.stdin)
     library = _library()
     said: list[bytes] = []
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     keep = callback(lambda level, text, data: said.append(text))
     library.llama_log_set(keep, None)
     library.llama_backend_init()
-    json.dump([_answer(library, file, asked["texts"], said) for file in asked["files"]], sys.stdout)
+    json.dump([_answer(library, file, query["texts"], said) for file in query["files"]], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def only(rows: list[dict[str, str]], **where: str) -> dict[str, str]:
-    found = [r for r in rows if all(r[k] == v for k, v in where.items())]
-    assert len(found) == 1, found
-    return found[0]
+    matches = [r for r in rows if all(r[k] == v for k, v in where.items())]
+    assert len(matches) == 1, matches
+    return matches[0]
 
 
 def paper_cell(name: str, machine: str = "t4", **changes: Any) -> Any:

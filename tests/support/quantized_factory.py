@@ -52,11 +52,11 @@ def words(codes: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Ten
     packed = []
     fill = [0] * (-codes.shape[1] % per_word)
     for row in ([*own, *fill] for own in codes.tolist()):
-        found = []
+        packed_row = []
         for start in range(0, len(row), per_word):
             word = sum(row[start + column] << (bits * place) for place, column in enumerate(order))
-            found.append(word - (1 << 32) if word >= 1 << 31 else word)
-        packed.append(found)
+            packed_row.append(word - (1 << 32) if word >= 1 << 31 else word)
+        packed.append(packed_row)
     return torch.tensor(packed, dtype=torch.int32)
 
 

@@ -57,5 +57,5 @@ def document(answer: Answer) -> dict[str, Any]:
 def written(folder: Path) -> list[Path]:
     """What a run has left beside its configuration."""
     own = ("conf", "tmp")
-    found = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    return sorted(p for p in found if p.parts[0] not in own)
+    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    return sorted(p for p in files if p.parts[0] not in own)

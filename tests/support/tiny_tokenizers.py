@@ -176,8 +176,8 @@ def model_that_says(folder: Path, tokenizer: Any, prompt: int, said: Sequence[in
 
 def ids_of(tokenizer: Any, *names: str) -> list[int]:
     """Ids of tokens by their names; a text of several bytes by its fallback bytes."""
-    vocabulary, found = tokenizer.get_vocab(), []
+    vocabulary, ids = tokenizer.get_vocab(), []
     for name in names:
         known = name in vocabulary
-        found += [vocabulary[name]] if known else [vocabulary[f"<0x{b:02X}>"] for b in name.encode()]
-    return found
+        ids += [vocabulary[name]] if known else [vocabulary[f"<0x{b:02X}>"] for b in name.encode()]
+    return ids

@@ -56,14 +56,14 @@ ARCHITECTURES = {
 
 def architecture_of(header: GGUFHeader) -> Architecture:
     """Raises StoreError for one that cannot be read."""
-    found = header.metadata.get("general.architecture")
-    if not isinstance(found, str) or found not in ARCHITECTURES:
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(map(repr, ARCHITECTURES))
         raise StoreError(
-            f"{header.path}: general.architecture is {found!r}; {known} can be read. "
+            f"{header.path}: general.architecture is {architecture!r}; {known} can be read. "
             "Use the checkpoint that the file was converted from, if its family is supported."
         )
-    return ARCHITECTURES[found]
+    return ARCHITECTURES[architecture]
 
 
 def gguf_name(name: str) -> str:
