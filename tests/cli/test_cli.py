@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from flexgen_bench.checkpoints import packages
 from flexgen_bench.cli import fetch
 from flexgen_bench.config.paths import conf_dir
+from tests.support.command import run_command
 
 GROUPS = {
     p.name: sorted(f.stem for f in p.glob("*.yaml"))
@@ -31,18 +31,8 @@ def run(tmp_path: Path, shared_cache: Path):  # type: ignore[no-untyped-def]
     """Run the command with some arguments; records go to ./results of an empty folder."""
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"FLEXGEN_BENCH_CACHE": str(shared_cache), "TMPDIR": str(tmp_path / "tmp")}
-        environment.pop("HYDRA_FULL_ERROR", None)
         (tmp_path / "tmp").mkdir(exist_ok=True)
-        return subprocess.run(
-            [sys.executable, "-m", "flexgen_bench", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        return run_command(tmp_path, *arguments, FLEXGEN_BENCH_CACHE=str(shared_cache), TMPDIR=str(tmp_path / "tmp"))
 
     return command
 

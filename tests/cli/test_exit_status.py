@@ -4,14 +4,14 @@ a warning."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.support.command import run_command
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("counting", "raising", "sleeping", "crashing", "short")
@@ -49,19 +49,12 @@ def run(tmp_path: Path, shared_cache: Path):  # type: ignore[no-untyped-def]
             "system_overrides": {"sleeping": ["measure.time_limit_s=8"]},
         }
         (conf / "suite" / "mine.yaml").write_text(yaml.safe_dump({"cells": [group]}))
-        environment = os.environ | {
-            "FLEXGEN_BENCH_CACHE": str(shared_cache),
-            "PID_FILE": str(tmp_path / "pids"),
-            "PYTHONPATH": str(ROOT),
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "flexgen_bench", "--config-dir", str(conf), "calibrate=false", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
+        done = run_command(
+            tmp_path,
+            *("--config-dir", str(conf), "calibrate=false", *arguments),
+            FLEXGEN_BENCH_CACHE=str(shared_cache),
+            PID_FILE=str(tmp_path / "pids"),
+            PYTHONPATH=str(ROOT),
         )
         return done, json.loads(done.stdout.strip().splitlines()[-1])
 

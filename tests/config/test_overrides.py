@@ -25,6 +25,7 @@ from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.schema import AppConf
 from flexgen_bench.config.typed import app_conf
 from flexgen_bench.core.errors import UserError
+from tests.support.command import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -185,17 +186,7 @@ def test_the_command_of_a_cell_is_pasted_into_a_shell(name: str, tmp_path: Path)
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"FLEXGEN_BENCH_CACHE": str(folder / "cache")}
-    environment.pop("HYDRA_FULL_ERROR", None)
-    return subprocess.run(
-        [sys.executable, "-m", "flexgen_bench", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return run_command(folder, *arguments, FLEXGEN_BENCH_CACHE=str(folder / "cache"))
 
 
 def test_a_records_command_makes_the_record_again(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.support.command import run_command
 
 Answer = subprocess.CompletedProcess[str]
 Run = Callable[..., Answer]
@@ -19,22 +20,14 @@ def make_run(folder: Path) -> Run:
 
     def run(*arguments: str, command: str = "run") -> Answer:
         root = str(Path(__file__).parents[2])
-        environment = os.environ | {
-            "FLEXGEN_BENCH_CACHE": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-            "TMPDIR": str(folder / "tmp"),
-        }
-        environment.pop("HYDRA_FULL_ERROR", None)
         (folder / "tmp").mkdir(exist_ok=True)
         (folder / "conf").mkdir(exist_ok=True)
-        return subprocess.run(
-            [sys.executable, "-m", "flexgen_bench", command, "--config-dir", "conf", *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
+        return run_command(
+            folder,
+            *(command, "--config-dir", "conf", *arguments),
+            FLEXGEN_BENCH_CACHE=str(folder / "cache"),
+            PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            TMPDIR=str(folder / "tmp"),
         )
 
     return run
