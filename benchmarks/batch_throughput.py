@@ -32,7 +32,8 @@ def requests(count: int, seed: int, prompt: int = 120, answer: int = 40) -> list
     draw = random.Random(seed)
 
     def length(least: int, most: int) -> int:
-        return round(least * (most / least) ** draw.random())
+        factor: float = (most / least) ** draw.random()
+        return round(least * factor)
 
     return [([draw.randrange(10, 40000) for _ in range(length(4, prompt))], length(2, answer)) for _ in range(count)]
 

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.instructions import NATIVE_SWITCH
 from flexgen_bench.core.units import GB, MIB
 from flexgen_bench.kernels.attention import PackedSegment, PlainSegment, Segment, decode_attention
 from flexgen_bench.kernels.decode import attend_with_torch
-from flexgen_bench.kernels.native.build import SWITCH, library
+from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.machine.environment import cpu_model
@@ -131,11 +132,11 @@ def read_all(buffer: Tensor, streams: int, ahead: int) -> float:
 
 def with_torch(*args: Any) -> Tensor:
     """Nothing native in it, dequantization included."""
-    os.environ[SWITCH] = "0"
+    os.environ[NATIVE_SWITCH] = "0"
     try:
         return attend_with_torch(*args)
     finally:
-        del os.environ[SWITCH]
+        del os.environ[NATIVE_SWITCH]
 
 
 def measure(case: Case, rounds: int, buffer: Tensor) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from common import Bar, Options, Report, median
 from llama_cpp_runs import LlamaCpp, write_gguf
 
 from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.status import Evidence
@@ -258,7 +259,7 @@ def main() -> int:
         serve(given.worker, opts)
         return 0
     report = Report("cpu products", Evidence.MEASURED, opts)
-    report.settings = {"prompt": PROMPT, "new": NEW, "shape": (QUICK if opts.quick else SHAPE).to_dict()}
+    report.settings = {"prompt": PROMPT, "new": NEW, "shape": to_json(QUICK if opts.quick else SHAPE)}
     with ExitStack() as stack:
         names = ["dram", *given.systems]
         workers = {name: stack.enter_context(worker(name, opts)) for name in names}

@@ -71,7 +71,7 @@ def main() -> int:
     machines = {"cpu": HOST, "emulated": emulated()}
     region = allocate(REGION_BYTES)
     region.fill_(1)  # pages that are there, as those of the staging buffers are
-    readers = memoryview(region.numpy())
+    readers = region.numpy().data
     runs: dict[str, list[Measured]] = {name: [] for name in machines}
     reference: dict[str, list[dict[str, float]]] = {name: [] for name in machines}
     for _ in range(opts.rounds):

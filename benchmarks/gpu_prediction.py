@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,8 +91,8 @@ def packed_weights(layers: int, compression: Compression | None, cache: Path) ->
 
 def kind_lines(times: Forecast, timeline: Timeline) -> list[str]:
     """Seconds of each kind of step of passes over prompts and of later ones, predicted and achieved."""
-    ours: Counter[tuple[str, str, bool]] = Counter()
-    theirs: Counter[tuple[str, str, bool]] = Counter()
+    ours: defaultdict[tuple[str, str, bool], float] = defaultdict(float)
+    theirs: defaultdict[tuple[str, str, bool], float] = defaultdict(float)
     for event in times.events:
         ours[str(event.step.lane), str(event.step.kind), event.step.token == 0] += event.end_s - event.begin_s
     for lane, slices in timeline.lanes.items():

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def links(bench: Bench) -> Iterator[Row]:
             here = allocate(size, pinned=bench.is_cuda and kind == "registered")[:size]
             here.fill_(1)
             about = {"memory": kind, "bytes": size}
-            yield bench.row("h2d", size, "B/s", lambda a=there, b=here: a.copy_(b, non_blocking=True), **about)
-            yield bench.row("d2h", size, "B/s", lambda a=there, b=here: b.copy_(a, non_blocking=True), **about)
+            yield bench.row("h2d", size, "B/s", partial(there.copy_, here, non_blocking=True), **about)
+            yield bench.row("d2h", size, "B/s", partial(here.copy_, there, non_blocking=True), **about)
     if bench.is_cuda:
         yield both_ways(bench)
 
@@ -123,7 +124,7 @@ def products(bench: Bench) -> Iterator[Row]:
             x = torch.randn(rows, inner, device=bench.device, dtype=dtype)
             flops = 2 * rows * inner * outer
             about = {"dtype": name, "rows": rows, "in": inner, "out": outer}
-            yield bench.row("product", flops, "FLOP/s", lambda x=x, w=weight: F.linear(x, w), **about)
+            yield bench.row("product", flops, "FLOP/s", partial(F.linear, x, weight), **about)
     torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -266,7 +266,7 @@ class _Meter:
             meter._now.counted = None
 
         def context(worker: lane_module.LaneWorker) -> Mode:
-            return Mode()
+            return Mode()  # type: ignore[no-untyped-call]
 
         with mock.patch.object(lane_module.LaneWorker, "_context", context), self._watching(inside):
             yield

@@ -206,6 +206,6 @@ def _library() -> Any:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    library.quiet = quiet  # must outlive the library's use of it
+    vars(library)["quiet"] = quiet  # must outlive the library's use of it
     library.llama_log_set(quiet, None)
     return library

@@ -74,6 +74,10 @@ def nothing(step: Step) -> None:
     """The action of every step."""
 
 
+def _hold(gate: threading.Event) -> None:
+    gate.wait()
+
+
 def run(model: str, choices: Choices, overlap: bool) -> tuple[float, int]:
     """Drive a whole job as the engine does; seconds and steps."""
     running, job = scheduler(model, choices)
@@ -93,7 +97,7 @@ def in_parts(model: str, choices: Choices) -> tuple[float, float, float]:
     made = time.perf_counter() - start
     executor, gate = Executor(settings()), threading.Event()
     for lane in Site.GPU.lanes:
-        executor.submit(Step(lane, StepKind.SAMPLE, 0), lambda step: gate.wait() and None)
+        executor.submit(Step(lane, StepKind.SAMPLE, 0), lambda step: _hold(gate))
     start = time.perf_counter()
     for step in steps:
         executor.submit(step, nothing)

@@ -82,7 +82,8 @@ def cost_of(task: Any, encode: Encode) -> Cost:
 
 def distinct(sequences: Iterable[Sequence[int]]) -> int:
     """Nodes of the prefix tree of the sequences."""
-    count, before = 0, ()
+    count = 0
+    before: tuple[int, ...] = ()
     for now in sorted(tuple(s) for s in sequences):
         shared = 0
         while shared < min(len(before), len(now)) and before[shared] == now[shared]:
