@@ -74,8 +74,8 @@ def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
 
 
 def dequantize_with_triton(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:
-    """codes (R, bytes), params (R, groups, 2), of MXFP4 (R, groups) -> out (R, n), contiguous; the same bits as the torch
-    path gives."""
+    """codes (R, bytes), params (R, groups, 2), of MXFP4 (R, groups) -> out (R, n), contiguous; the same bits as the
+    torch path gives."""
     rows, n = out.shape
     grid = (rows, triton.cdiv(n, BLOCK))
     with torch.cuda.device(out.device):

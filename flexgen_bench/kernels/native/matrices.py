@@ -36,8 +36,8 @@ def plain(values: Tensor) -> Matrix:
 
 
 def quantized(codes: Tensor, params: Tensor, columns: int, compression: Codes, dtype: torch.dtype) -> Matrix:
-    """codes (rows, bytes) and params (rows, groups, 2), of MXFP4 (rows, groups), rows contiguous; ``dtype``: what values
-    are rounded to."""
+    """codes (rows, bytes) and params (rows, groups, 2), of MXFP4 (rows, groups), rows contiguous; ``dtype``: what
+    values are rounded to."""
     assert codes.stride(1) == 1 or codes.shape[1] == 1, codes.stride()
     is_micro = isinstance(compression, Microscaling)
     assert params.stride(-1) == 1 or params.shape[-1] == 1, params.stride()
