@@ -26,13 +26,15 @@ class Sinks:
         self, packed: PackedModel, job: ScheduledJob, read: Callable[[PackedEntry], Tensor], arenas: Arenas
     ) -> None:
         self._of: dict[tuple[int, Tier], Tensor] = {}
-        for unit in packed.units:
-            if unit.sinks is None:
-                continue
-            values = read(unit.sinks)
-            for site in job.attends_at(job.units[unit.index]):
-                memory = arenas.allocate(site.tier, "attention sinks", unit.sink_bytes).view(torch.float32)
-                self._of[unit.index, site.tier] = memory.copy_(values)
+        places = [(unit, site.tier) for unit in packed.units for site in job.attends_at(job.units[unit.index])]
+        for tier in {tier for _, tier in places}:
+            units = [unit for unit, one in places if one is tier and unit.sinks is not None]
+            if units:
+                memory = arenas.allocate(tier, "attention sinks", sum(unit.sink_bytes for unit in units))
+                for unit in units:
+                    assert unit.sinks is not None
+                    own, memory = memory[: unit.sink_bytes].view(torch.float32), memory[unit.sink_bytes :]
+                    self._of[unit.index, tier] = own.copy_(read(unit.sinks))
 
     def of(self, step: Step) -> Tensor | None:
         """(H,) float32, where the step attends; None: its layer has none."""

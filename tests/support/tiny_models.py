@@ -151,6 +151,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_local_experts=5,
         num_experts_per_tok=2,
     ),
+    "gpt-oss": lambda: _of(
+        "GptOss",
+        **_ODD | {"intermediate_size": 44},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        swiglu_limit=0.6,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 700.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "bloom": lambda: _of("Bloom", hidden_size=60, n_layer=3, n_head=5, vocab_size=VOCAB),
 }
 
