@@ -87,11 +87,12 @@ class GptOss(MixtureLike):
     def router(self, shape: ModelShape) -> Router:
         return replace(super().router(shape), bias=True)
 
-    def mlp(self, shape: ModelShape, number: int) -> MLP | Experts:
+    def mlp(self, shape: ModelShape, number: int) -> Experts:
         packing = shape.options.get("packing")
         if packing not in (None, str(MXFP4)):
             raise UserError("model.options.packing", packing, f"{MXFP4}, or null")
         experts = super().mlp(shape, number)
+        assert isinstance(experts, Experts), "no layer is dense"
         return replace(experts, packing=MXFP4 if packing else None)
 
 
