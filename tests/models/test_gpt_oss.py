@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.microscaling import MXFP4
@@ -22,6 +23,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
 from flexgen_bench.kernels.quantization import fake_quantize
+from flexgen_bench.models.model import Model
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, run
 from tests.kernels.test_microscaling import stack
 from tests.support.tiny_models import EMULATED, HOST, VOCAB, greedy_reference, random_prompts, save
@@ -100,6 +102,13 @@ def test_experts_stay_as_they_are(reference: Reference) -> None:
     assert len(entries) == 2 * EXPERTS * 2
     assert all(sum(n for _, n in e.parts) == e.tensor.spec.num_values * 17 // 32 for e in entries)
     assert packed.compression is None, "nothing is lossy"
+
+
+@pytest.mark.parametrize(("name", "gib"), [("gpt-oss-20b", 12.8), ("gpt-oss-120b", 60.8)])
+def test_plans_count_what_is_published(name: str, gib: float) -> None:
+    """The checkpoints' sizes by their model card."""
+    packed = Model.of(model_spec(name).shape, DType.BFLOAT16).packed
+    assert packed.file_bytes / 2**30 == pytest.approx(gib, abs=0.05)
 
 
 @pytest.mark.parametrize("native", ["1", "0"], ids=["native", "torch"])
