@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexgen_bench.core.compression import Along, Compression
 from flexgen_bench.core.microscaling import Codes
+from flexgen_bench.core.model import DType
 from flexgen_bench.kernels.microscaling import repacked
 from flexgen_bench.kernels.output_groups import quantize_strips
 from flexgen_bench.kernels.quantization import quantize
@@ -26,7 +27,7 @@ class StoredTensor:
     """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
 
     compression: None, or how its rows are quantized, or are in the checkpoint (MXFP4); its codes are at ``offset``
-    then, its parameters at ``params_offset``.
+    then, its parameters at ``params_offset``. dtype: its element type, if not that of the store.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StoredTensor:
     rows: tuple[int, ...]  # rows each source must have
     compression: Codes | None = None
     params_offset: int = 0
+    dtype: DType | None = None
 
 
 def write_tensor(

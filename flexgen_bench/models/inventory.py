@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.microscaling import Microscaling
-from flexgen_bench.core.model import TensorSpec
+from flexgen_bench.core.model import DType, TensorSpec
 from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer, Norm, NormKind
 
 Sources = tuple[str, ...]
@@ -20,8 +20,8 @@ class PackedTensor:
 
     rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
     tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. packing: how its
-    codes lie in the checkpoint, which they keep whatever is asked for. expert: of which expert of its layer; None: of
-    what every token meets.
+    codes lie in the checkpoint, which they keep whatever is asked for. dtype: its element type, whatever the model's
+    is. expert: of which expert of its layer; None: of what every token meets.
     """
 
     spec: TensorSpec
@@ -30,12 +30,17 @@ class PackedTensor:
     firsts: tuple[int, ...] = ()
     exact: bool = False
     packing: Microscaling | None = None
+    dtype: DType | None = None
     expert: int | None = None
 
     @property
     def source_rows(self) -> tuple[int, ...]:
         count = len(self.sources)
         return self.rows or (self.spec.shape[0] // count,) * count
+
+    def plain_bytes(self, dtype: DType) -> int:
+        """Uncompressed, of a model of this type."""
+        return self.spec.num_values * (self.dtype or dtype).bytes
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,9 @@ def _experts(
     for tensor in linear("router", (part.count,), hidden, router.bias):
         yield replace(tensor, exact=True)
     if router.correction:
-        yield PackedTensor(TensorSpec("router.correction", (part.count,)), source("router.correction"), exact=True)
+        # Large beside the differences between scores, so that rounding it would change what is chosen.
+        spec = TensorSpec("router.correction", (part.count,))
+        yield PackedTensor(spec, source("router.correction"), dtype=DType.FLOAT32)
     if part.shared is not None:
         for name, rows, inputs, bias in _mlp(part.shared, hidden):
             yield from linear(f"shared.{name}", rows, inputs, bias)
