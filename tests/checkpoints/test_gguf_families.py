@@ -71,8 +71,21 @@ LONGROPE = {
     "long_factor": LONG[:4],
     "partial_rotary_factor": 8 / 12,
 }
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
+# Widths of experts are transformers' defaults, which its own reader takes whatever a file says.
 FAMILIES = {
     "mistral": Family("llama", transformers.MistralConfig, BASE | WINDOW),
+    "mixtral": Family(
+        "llama",
+        transformers.MixtralConfig,
+        BASE | WINDOW | {"num_local_experts": 5, "head_dim": 12},
+        {"rope.freq_base": 1_000_000.0},
+        theirs=False,
+    ),
+    "qwen2-moe": Family("qwen2moe", transformers.Qwen2MoeConfig, BASE | EXPERTS),
+    "qwen3-moe": Family(
+        "qwen3moe", transformers.Qwen3MoeConfig, BASE | EXPERTS | {"norm_topk_prob": True, "head_dim": 16}
+    ),
     "phi3": Family(
         "phi3", transformers.Phi3Config, PHI3 | {"rope_parameters": {"rope_theta": 700.0}}, {"rope.freq_base": 700.0}
     ),
@@ -182,7 +195,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bloom", {"attention.max_alibi_bias": 4.0}, "max_alibi_bias is 4.0; what can be read is 8"),
     ("bloom", {"feed_forward_length": 96}, "feed_forward_length is 96; what can be read is 192"),
     ("bloom", {"attention.head_count_kv": 1}, "head_count_kv is 1; what can be read is 3"),
-    ("mistral", {"expert_count": 8}, "llama.expert_count is 8"),
+    ("mistral", {"expert_count": 8}, "does not state llama.expert_used_count"),
+    ("qwen3-moe", {"expert_gating_func": 2}, "expert_gating_func is 2; 1 can be read"),
+    ("qwen3-moe", {"expert_shared_count": 1}, "expert_shared_count is 1; 0 can be read"),
+    ("qwen3-moe", {"attention.sliding_window": 9}, "sliding_window is 9; .* 0, or at least"),
+    ("qwen2-moe", {"expert_feed_forward_length": None}, "does not state qwen2moe.expert_feed_forward_length"),
 ]
 
 

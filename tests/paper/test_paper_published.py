@@ -133,7 +133,7 @@ def test_two_papers_do_not_share_a_table(tmp_path: Path) -> None:
     text = (paper_dir() / "moe_lightning.csv").read_text()
     for name in ("one.csv", "two.csv"):
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match="two.csv, table"):
+    with pytest.raises(UserError, match=r"two.csv, table"):
         read_papers(tmp_path)
 
 

@@ -29,12 +29,20 @@ _LLAMA = _COMMON | {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+_MIXTURE = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _HEADS = {"attention.key_length": "head_dim", "attention.value_length": "head_dim"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 # By architecture: keys of its namespace, from the config.
 KEYS: Mapping[str, Mapping[str, str]] = {
     "llama": _LLAMA | _WINDOW | _HEADS,
+    "mixtral": _LLAMA | _WINDOW | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "qwen2moe": _LLAMA | _MIXTURE | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    "qwen3moe": _LLAMA | _MIXTURE | _HEADS,
     "phi3": _LLAMA | _WINDOW | {"rope.scaling.original_context_length": "original_max_position_embeddings"},
     "gemma2": _LLAMA | _WINDOW | _HEADS | _CAPS,
     "gemma3": _LLAMA | _WINDOW | _HEADS,
@@ -74,14 +82,21 @@ def tensors_of(architecture: str, model: Any) -> Arrays:
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     found: Arrays = {}
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().numpy()
+    for whole, parameter in model.named_parameters():
+        name, values = whole, parameter.detach().numpy()
         if architecture in CHANGES:
             values = CHANGES[architecture](name, values, model.config)
+        if name.endswith("experts.gate_up_proj"):  # two tensors there
+            prefix, half = f"blk.{name.split('.')[2]}", values.shape[1] // 2
+            found[f"{prefix}.ffn_gate_exps.weight"] = values[:, :half]
+            found[f"{prefix}.ffn_up_exps.weight"] = values[:, half:]
+            continue
+        if name.endswith("experts.down_proj"):
+            name = f"{name}.weight"
         # BLOOM's converter reads the bare decoder.
         stored = names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        found[stored] = values
+        found[stored] = values[0] if "gate_inp_shexp" in stored else values
     return found
 
 
@@ -96,7 +111,8 @@ def write_family(
     """keys: of its namespace, beside those that follow from the config, or in their place (None leaves one out).
     tensors: beside the model's own."""
     config = model.config
-    own = {key: getattr(config, name) for key, name in KEYS[architecture].items()}
+    known = KEYS[config.model_type if config.model_type in KEYS else architecture]
+    own = {key: getattr(config, name) for key, name in known.items()}
     own = {key: value for key, value in own.items() if value is not None} | dict(keys or {})
     all_keys = {"general.architecture": architecture} | {f"{architecture}.{key}": own[key] for key in own}
     stored = tensors_of(architecture, model) | dict(tensors or {})

@@ -51,6 +51,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
+    "expert_gating_func": (1,),  # a softmax
+    "expert_weights_scale": (0.0, 1.0),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -85,7 +87,7 @@ def _check_keys(header: GGUFHeader, architecture: Architecture) -> None:
         if rest in _NEUTRAL:
             if value not in _NEUTRAL[rest]:
                 kind = (
-                    "a mixture of experts is not supported"
+                    f"a mixture of such experts is not known as {architecture.name}"
                     if rest.startswith("expert")
                     else ("the model here would be computed without it")
                 )

@@ -14,6 +14,7 @@ from flexgen_bench.checkpoints.gguf.metadata import Metadata
 from flexgen_bench.checkpoints.gguf.rope import longrope_parameters, rope_parameters
 
 _WINDOW, _SCALE, _ALIBI = "attention.sliding_window", "attention.scale", "attention.max_alibi_bias"
+_EXPERTS, _PER_TOKEN = "expert_count", "expert_used_count"
 _PATTERN = "attention.sliding_window_pattern"
 # Of the largest Gemma 2 and 3, whose scores are divided by the root of hidden / heads instead of the head's size.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
@@ -52,28 +53,62 @@ def _check_scale(get: Metadata, scale: float) -> None:
 
 
 def _llama(get: Metadata) -> dict[str, Any]:
-    """Llama, and Mistral where it has a window that texts can leave."""
+    """Llama; Mistral where it has a window that texts can leave, Mixtral where it has experts."""
     config = _plain(get)
-    window, rope = get.count(_WINDOW, 0), config["rope_parameters"]
-    reach = config["max_position_embeddings"] * rope.get("factor", 1.0)
-    if 0 < window < reach:
-        biased = next((part for part in ("attn", "ffn") if get.has_tensor(part, "bias")), None)
-        if biased is not None:
-            raise get.refused(_WINDOW, f"0 in a model whose layers have biases, or at least its {reach:g} positions")
+    window = _binding_window(get, config)
+    if window and (config["attention_bias"] or config["mlp_bias"]):
+        raise get.refused(_WINDOW, "0 in a model whose layers have biases")
+    if get.count(_EXPERTS, 0):
+        counts = {"num_local_experts": get.count(_EXPERTS), "num_experts_per_tok": get.count(_PER_TOKEN)}
+        return config | counts | _named("MixtralForCausalLM", "mixtral") | {"sliding_window": window}
+    if window:
         return config | _named("MistralForCausalLM", "mistral") | {"sliding_window": window}
     return config | _named("LlamaForCausalLM", "llama")
 
 
 def _qwen(model: str, model_type: str) -> Callable[[Metadata], dict[str, Any]]:
     def read(get: Metadata) -> dict[str, Any]:
-        config = _plain(get)
-        window, reach = get.count(_WINDOW, 0), config["max_position_embeddings"]
-        reach *= config["rope_parameters"].get("factor", 1.0)
-        if 0 < window < reach:
-            raise get.refused(_WINDOW, f"0, or at least the {reach:g} positions that the model can see")
-        return config | _named(model, model_type)
+        return _without_window(get) | _named(model, model_type)
 
     return read
+
+
+def _qwen_moe(model: str, model_type: str, renormalised: bool) -> Callable[[Metadata], dict[str, Any]]:
+    """renormalised: what llama.cpp does; files do not say it."""
+
+    def read(get: Metadata) -> dict[str, Any]:
+        config = _without_window(get)
+        widths = {"moe_intermediate_size": get.count("expert_feed_forward_length")}
+        if get.has_tensor("ffn_up_shexp", "weight"):
+            widths["shared_expert_intermediate_size"] = get.count("expert_shared_feed_forward_length")
+        return (
+            config
+            | widths
+            | _named(model, model_type)
+            | {
+                "num_experts": get.count(_EXPERTS),
+                "num_experts_per_tok": get.count(_PER_TOKEN),
+                "norm_topk_prob": renormalised,
+                "qkv_bias": config["attention_bias"],
+                "decoder_sparse_step": 1,
+            }
+        )
+
+    return read
+
+
+def _without_window(get: Metadata) -> dict[str, Any]:
+    config = _plain(get)
+    if _binding_window(get, config):
+        raise get.refused(_WINDOW, "0, or at least the positions that the model can see")
+    return config
+
+
+def _binding_window(get: Metadata, config: Mapping[str, Any]) -> int | None:
+    """The window, if texts can leave it."""
+    window = get.count(_WINDOW, 0)
+    reach = config["max_position_embeddings"] * config["rope_parameters"].get("factor", 1.0)
+    return window if 0 < window < reach else None
 
 
 def _plain(get: Metadata) -> dict[str, Any]:
@@ -188,6 +223,8 @@ READERS: Mapping[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": _qwen("Qwen2ForCausalLM", "qwen2"),
     "qwen3": _qwen("Qwen3ForCausalLM", "qwen3"),
+    "qwen2moe": _qwen_moe("Qwen2MoeForCausalLM", "qwen2_moe", renormalised=False),
+    "qwen3moe": _qwen_moe("Qwen3MoeForCausalLM", "qwen3_moe", renormalised=True),
     "phi3": _phi3,
     "gemma2": _gemma2,
     "gemma3": _gemma3,

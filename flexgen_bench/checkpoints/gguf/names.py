@@ -23,9 +23,11 @@ class RowOrder(StrEnum):
 @dataclass(frozen=True)
 class Stored:
     """Where a file has a tensor of transformers. names: ggml's; several are stacked along dimension 1, which is the
-    rows of one expert. order: of its rows, of so many ``heads``. added: what the file's values have on top."""
+    rows of one expert. order: of its rows, of so many ``heads``. added: what the file's values have on top. is_vector:
+    whether it is a matrix of one row, of which the file has that row."""
 
     names: tuple[str, ...]
+    is_vector: bool = False
     order: RowOrder = RowOrder.SAME
     heads: int = 0
     added: float = 0.0
@@ -65,10 +67,11 @@ class Architecture:
         names = tuple(f"blk.{match[1]}.{p}.{ending}" for p in ((parts,) if isinstance(parts, str) else parts))
         counts = {self.query: heads, self.key: kv_heads}
         if part in counts and self.order is not RowOrder.SAME:
-            return Stored(names, self.order, counts[part])
-        return Stored(names, added=added)
+            return Stored(names, order=self.order, heads=counts[part])
+        return Stored(names, part in _VECTORS, added=added)
 
 
+_VECTORS = ("mlp.shared_expert_gate",)
 # Factors of the rotary frequencies.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -87,6 +90,17 @@ _LLAMA = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+_SHARED = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
 _PHI3 = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
@@ -97,23 +111,30 @@ _GEMMA = _LLAMA | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_COUNTS = frozenset(("expert_count", "expert_used_count"))
+_WIDTHS = frozenset(("expert_feed_forward_length", "expert_shared_feed_forward_length"))
 _WINDOWS = frozenset(("attention.sliding_window", "attention.sliding_window_pattern"))
 
 ARCHITECTURES = {
     one.name: one
     for one in (
-        # Mistral's files are those of a Llama.
+        # Mistral's and Mixtral's files are those of a Llama.
         Architecture(
             "llama",
             _ONCE,
-            _LLAMA,
+            _LLAMA | _EXPERTS,
             order=RowOrder.PAIRS,
             query="self_attn.q_proj",
             key="self_attn.k_proj",
             of_config=(ROPE_FACTORS,),
+            reads=_COUNTS,
         ),
         Architecture("qwen2", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
         Architecture("qwen3", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
+        Architecture(
+            "qwen2moe", _ONCE, _LLAMA | _EXPERTS | _SHARED, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS
+        ),
+        Architecture("qwen3moe", _ONCE, _LLAMA | _EXPERTS, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS),
         Architecture("phi3", _ONCE, _PHI3, of_config=(LONG_FACTORS, SHORT_FACTORS)),
         Architecture(
             "gemma2",

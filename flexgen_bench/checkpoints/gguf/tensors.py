@@ -70,7 +70,7 @@ class GGUFTensors:
 
         stored = self._stored(name)
         parts = [self._read(self._header.tensors[one], stored.added) for one in stored.names]
-        made = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        made = parts[0][None] if stored.is_vector else parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if stored.order is RowOrder.PAIRS:
             return _halves(made, stored.heads)
         return _by_head(made, stored.heads) if stored.order is RowOrder.BY_KIND else made
@@ -210,7 +210,7 @@ def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _parts(stored: Stored, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Each tensor of the file that one of this shape is made of, with its own shape."""
     if len(stored.names) == 1:
-        return [(stored.names[0], shape)]
+        return [(stored.names[0], shape[1:] if stored.is_vector else shape)]
     first, stacked, *rest = shape
     return [(name, (first, stacked // len(stored.names), *rest)) for name in stored.names]
 
