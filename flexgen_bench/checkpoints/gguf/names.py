@@ -76,8 +76,9 @@ _VECTORS = ("mlp.shared_expert_gate",)
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
+_Parts = dict[str, str | tuple[str, ...]]
 _ONCE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LLAMA = {
+_LLAMA: _Parts = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -90,23 +91,23 @@ _LLAMA = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_EXPERTS = {
+_EXPERTS: _Parts = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-_SHARED = {
+_SHARED: _Parts = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
-_PHI3 = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
+_PHI3: _Parts = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_GEMMA = _LLAMA | {
+_GEMMA: _Parts = _LLAMA | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
