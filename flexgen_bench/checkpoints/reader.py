@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flexgen_bench.checkpoints.quantized.microscaled import Microscaled
 from flexgen_bench.checkpoints.quantized.scheme import dequantized, quantization_of
 from flexgen_bench.checkpoints.tensors import Tensors
 from flexgen_bench.checkpoints.weight_files import CheckpointFiles, read_json
@@ -17,6 +19,42 @@ from flexgen_bench.core.errors import StoreError
 NOTE = "flexgen_bench_note"
 # Element types that hold plain numbers.
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``first .. last-1`` of a tensor ``stored``. Where it has more dimensions than what is wanted (``dims``),
+    it is a stack of such, one below the other: of experts' matrices (E, out, in), or of their biases (E, out).
+
+    transposed: matrices are stored (in, out).
+    """
+
+    stored: str
+    first: int
+    last: int
+    dims: int
+    transposed: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the part, from the stored tensor's."""
+        if self.transposed:
+            stored = (*stored[:-2], stored[-1], stored[-2])
+        stack, rest = stored[: 1 - self.dims or None], stored[len(stored) + 1 - self.dims :]
+        return max(0, min(self.last, math.prod(stack)) - self.first), *rest
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of the stored tensor."""
+        tensor = tensor.mT if self.transposed else tensor
+        return (
+            self.of_rows(tensor, tensor.shape[-self.dims])
+            if tensor.ndim > self.dims
+            else tensor[self.first : self.last]
+        )
+
+    def of_rows(self, stack: Tensor, rows: int) -> Tensor:
+        """The part of a stack of so many rows each; it lies within one of them, so that nothing else is copied."""
+        number, first = divmod(self.first, rows)
+        return stack[number][first : first + self.last - self.first]
 
 
 class Checkpoint:
@@ -48,41 +86,50 @@ class Checkpoint:
         if view is not None:
             self._tensors, self.note = view, view.note
         self._aliases: dict[str, str] = {}
-        self._parts: dict[str, tuple[str, int, int]] = {}
+        self._parts: dict[str, Part] = {}
         self._names: frozenset[str] | None = None  # kept: a mixture has tens of thousands, and asks for each
 
     def names(self) -> frozenset[str]:
         if self._names is None:
-            whole = self._tensors.names() - {stored for stored, _, _ in self._parts.values()}
+            whole = self._tensors.names() - {part.stored for part in self._parts.values()}
             self._names = whole | self._aliases.keys() | self._parts.keys()
         return self._names
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (torch's name) of a tensor, without reading it."""
         if name in self._parts:
-            stored, first, last = self._parts[name]
-            shape, dtype = self._tensors.header(stored)
-            rows = math.prod(shape[:-1]) if len(shape) > 2 else shape[0]
-            return (max(0, min(last, rows) - first), *shape[1:][-1:]), dtype
+            part = self._parts[name]
+            shape, dtype = self._tensors.header(part.stored)
+            return part.shape(shape), dtype
         return self._tensors.header(self._aliases.get(name, name))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in the checkpoint's own dtype (float32 if it was quantized); StoreError if it is missing or its
         file is damaged."""
         if name in self._parts:
-            stored, first, last = self._parts[name]
-            tensor = self._tensors.tensor(stored)
-            return (tensor.flatten(0, -2) if tensor.dim() > 2 else tensor)[first:last]
+            part = self._parts[name]
+            return part.of(self._tensors.tensor(part.stored))
         return self._tensors.tensor(self._aliases.get(name, name))
 
     def alias(self, name: str, stored: str) -> None:
         """Let a tensor be found under a second name."""
         self._aliases[name], self._names = stored, None
 
-    def rename(self, name: str, stored: str, first: int, last: int) -> None:
-        """Let rows ``first .. last-1`` of a tensor be found under another name, and the tensor no more under its own.
-        The matrices of a stack are one below the other."""
-        self._parts[name], self._names = (stored, first, last), None
+    def rename(self, name: str, part: Part) -> None:
+        """Let a part of a tensor be found under another name, and the tensor no more under its own."""
+        self._parts[name], self._names = part, None
+
+    def microscaled(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Blocks (out, in / 32, 16) and scales (out, in / 32) of a matrix that is stored in MXFP4, as they are; None:
+        it is not."""
+        if not isinstance(self._tensors, Microscaled):
+            return None
+        part = self._parts.get(name)
+        packed = self._tensors.packed(name if part is None else part.stored)
+        if packed is None or part is None:
+            return packed
+        blocks, scales = (part.of_rows(stack, stack.shape[1]) for stack in packed)
+        return blocks, scales
 
     @property
     def is_as_stored(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexgen_bench.checkpoints.reader import FLOAT_DTYPES, NOTE, Checkpoint
+from flexgen_bench.checkpoints.reader import FLOAT_DTYPES, NOTE, Checkpoint, Part
 from flexgen_bench.checkpoints.weight_files import shown
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import StoreError
@@ -123,7 +123,8 @@ def _use_other_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShap
         return
     untied = replace(shape, tied_embeddings=False)
     own, names = kind.inventory(untied), checkpoint.names()
-    missing = set(locate(expected_sources(own), kind.prefixes, names).missing)
+    expected = expected_sources(own)
+    missing = set(locate(expected, kind.prefixes, names).missing)
     for other in kind.other_names:
         elsewhere = other_sources(own, kind.inventory(untied, other))
         needed_names = {elsewhere[source][0] for source in missing if source in elsewhere}
@@ -131,7 +132,8 @@ def _use_other_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShap
         for source in missing & elsewhere.keys():
             name, first, last = elsewhere[source]
             if name in stored_name_of:
-                checkpoint.rename(kind.prefixes[-1] + source, stored_name_of[name], first, last)
+                part = Part(stored_name_of[name], first, last, len(expected[source]), name.endswith(kind.transposed))
+                checkpoint.rename(kind.prefixes[-1] + source, part)
 
 
 def _is_tied(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape) -> bool:

@@ -19,7 +19,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Layers
 from flexgen_bench.engine.nan_checks import Health
-from flexgen_bench.engine.resident_cache import Attend, ResidentCache
+from flexgen_bench.engine.resident_cache import Attend, ResidentCache, SinksOf
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
@@ -56,11 +56,12 @@ class ResidentLayers:
         decoder_layers: Sequence[parts.Layer],
         value_share: float,
         angles_of: Callable[[Step, Tensor], Any],
+        sinks_of: SinksOf,
     ) -> None:
         self._job, self._layers, self._hidden = job, layers, hidden
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
-        self._value_share, self._angles_of = value_share, angles_of
+        self._value_share, self._angles_of, self._sinks_of = value_share, angles_of, sinks_of
         scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
@@ -91,7 +92,7 @@ class ResidentLayers:
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:
-            attend = cache.attention(self._form, x, self._scale)
+            attend = cache.attention(self._form, x, self._scale, self._sinks_of)
         if attend is None and cache is not None and self._form.compression is None:
             attend = self._attend_watched_later
         watched = cache if attend is not None else None
@@ -120,6 +121,7 @@ class ResidentLayers:
                     self._value_share,
                     self._cache.live_slots(part),
                     attention.mod,
+                    self._sinks_of(step),
                 )
             )
         return joined(outs)

@@ -20,6 +20,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.cache import KVCache, slots_of
 from flexgen_bench.kernels.decode import contiguous
 from flexgen_bench.kernels.packed_cache import PackedKernels, packed_kernels
+from flexgen_bench.kernels.score_mod import softmax
 from flexgen_bench.memory.kv_cache import KVForm, Stored
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Step
@@ -69,13 +70,13 @@ class ResidentCache:
                 row += stop - start
         return ResidentCache(runs, units)
 
-    def attention(self, form: KVForm, x: Tensor, scale: float) -> Attend | None:
+    def attention(self, form: KVForm, x: Tensor, scale: float, sinks: SinksOf) -> Attend | None:
         """Append and attend in a few operators per layer, for queries with the type of x and where it is; None if there
         are no kernels there for such a cache."""
         if form.compression is None:
-            return Attention(self, scale)
+            return Attention(self, scale, sinks)
         kernels = packed_kernels(x.device, form.compression, x.dtype)
-        return None if kernels is None else PackedAttention(self, kernels, form.compression, scale)
+        return None if kernels is None else PackedAttention(self, kernels, form.compression, scale, sinks)
 
     def new_sums(self) -> Tensor:
         """(L, 2) float32: sums over the new token's keys and values, finite only if all of them are. Of a compressed
@@ -86,6 +87,8 @@ class ResidentCache:
 
 # (step, q (S, H, D), k and v (S, G, D)) -> (S, H * D); k and v are appended to the cache.
 Attend = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
+# The attention sinks of a step's layer (H,) float32, where the step attends; None: it has none.
+SinksOf = Callable[[Step], Tensor | None]
 # What a run's attention needs in one layer.
 View = TypeVar("View")
 
@@ -93,21 +96,22 @@ View = TypeVar("View")
 class _ByRuns(ABC, Generic[View]):
     """Attention of one run after the other. Nearly always there is one."""
 
-    def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]]) -> None:
+    def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]], sinks: SinksOf) -> None:
+        self._sinks = sinks
         runs = [views(run) for run in cache.runs]
         self._rows = [run.rows for run in cache.runs]
         self._of = dict(zip(cache.units, map(list, zip(*runs, strict=True)), strict=True))
 
     def __call__(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, D), k and v (S, G, D) -> (S, H * D)."""
-        views = self._of[step.unit]
+        views, sinks = self._of[step.unit], self._sinks(step)
         if len(views) == 1:
-            return self._attend(views[0], q, k, v)
+            return self._attend(views[0], q, k, v, sinks)
         pairs = zip(self._rows, views, strict=True)
-        return torch.cat([self._attend(view, q[rows], k[rows], v[rows]) for rows, view in pairs])
+        return torch.cat([self._attend(view, q[rows], k[rows], v[rows], sinks) for rows, view in pairs])
 
     @abstractmethod
-    def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         """Of one run."""
 
 
@@ -116,19 +120,27 @@ _Plain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Attention(_ByRuns[_Plain]):
-    """Decode attention with torch's fused kernel. Query heads that share a KV head are that head's queries, so no
-    kernel has to know of grouped heads; a new token sees all that is there."""
+    """Decode attention with torch's fused kernel, or in a few operators with sinks, which it knows nothing of. Query
+    heads that share a KV head are that head's queries, so no kernel has to know of grouped heads; a new token sees all
+    that is there."""
 
-    def __init__(self, cache: ResidentCache, scale: float) -> None:
-        super().__init__(cache, _plain_views)
+    def __init__(self, cache: ResidentCache, scale: float, sinks: SinksOf) -> None:
+        super().__init__(cache, _plain_views, sinks)
         self._scale = scale
 
-    def _attend(self, view: _Plain, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: _Plain, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         new_k, new_v, keys, values, mask = view
         new_k.copy_(k)
         new_v.copy_(v)
         sequences, groups, _, dim = keys.shape
-        out = F.scaled_dot_product_attention(q.view(sequences, groups, -1, dim), keys, values, mask, scale=self._scale)
+        queries = q.view(sequences, groups, -1, dim)
+        if sinks is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=self._scale)
+        else:
+            scores = torch.matmul(queries * self._scale, keys.transpose(2, 3))
+            scores = scores if mask is None else scores.add_(mask)
+            weights = softmax(scores.view(sequences, -1, 1, scores.shape[-1]), sinks).to(q.dtype)
+            out = torch.matmul(weights.view(scores.shape), values)
         return out.reshape(sequences, -1)
 
 
@@ -149,15 +161,17 @@ _Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 class PackedAttention(_ByRuns[_Packed]):
     """Decode attention over a compressed cache with kernels that read it as it is."""
 
-    def __init__(self, cache: ResidentCache, kernels: PackedKernels, compression: Compression, scale: float) -> None:
-        super().__init__(cache, _packed_views)
+    def __init__(
+        self, cache: ResidentCache, kernels: PackedKernels, compression: Compression, scale: float, sinks: SinksOf
+    ) -> None:
+        super().__init__(cache, _packed_views, sinks)
         self._append, self._over = kernels
         self._compression, self._scale = compression, scale
 
-    def _attend(self, view: _Packed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: _Packed, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         new_codes, new_params, codes, params, mask = view
         self._append(k, v, new_codes, new_params, self._compression)
-        return self._over(q, codes, params, mask, self._scale, self._compression)
+        return self._over(q, codes, params, mask, sinks, self._scale, self._compression)
 
 
 def _packed_views(run: Run) -> list[_Packed]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.compression import Along
+from flexgen_bench.core.compression import Along, Compression
+from flexgen_bench.core.microscaling import Microscaling
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
 from flexgen_bench.memory.weight_store import TORCH_DTYPES
@@ -26,12 +27,15 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype, acti
     if entry.compression is None:
         return parts[0].view(_dtype(entry, dtype)).view(shape)
     rows, columns = shape
-    if entry.compression.along is Along.OUTPUTS:
+    if isinstance(entry.compression, Compression) and entry.compression.along is Along.OUTPUTS:
         params = parts[1].view(torch.float16).view(-1, 2)
         blocks = entry.tensor.source_rows
         return OutputQuantizedWeight(parts[0], params, (rows, columns), blocks, entry.compression, dtype)
     codes = parts[0].view(rows, entry.compression.code_bytes(columns))
-    params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
+    groups = entry.compression.groups(columns)
+    if isinstance(entry.compression, Microscaling):
+        return QuantizedWeight(codes, parts[1].view(rows, groups), (rows, columns), entry.compression, dtype)
+    params = parts[1].view(torch.float16).view(rows, groups, 2)
     bits = activations if entry.compression.bits == 4 else None
     return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype, bits)
 

@@ -58,6 +58,7 @@ class _Job(ctypes.Structure):
         ("splits", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("slopes", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
     )
@@ -71,6 +72,7 @@ def attend_natively(
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor | None:
     """See ``attention.decode_attention``; None if this cache is not for the native kernel, or there is no library.
 
@@ -111,6 +113,7 @@ def attend_natively(
         splits,
         mod.window or 0,
         slopes,
+        None if sinks is None else sinks.data_ptr(),
         scale,
         mod.soft_cap or 0.0,
     )

@@ -25,6 +25,7 @@ from flexgen_bench.kernels.rotary import rotary_table, rotate
 
 __all__ = [
     "activation",
+    "clamped_gate",
     "layer_norm",
     "linear",
     "rms_norm",
@@ -98,6 +99,13 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 def soft_capped(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap): no larger than the cap (Gemma 2, section 2)."""
     return torch.tanh(x / cap) * cap
+
+
+def clamped_gate(both: Tensor, limit: float, alpha: float) -> Tensor:
+    """both (N, 2 * width), gate and up in turn -> (N, width): see ``models.parts.Clamp``."""
+    gate = both[:, ::2].clamp(max=limit)
+    up = both[:, 1::2].clamp(-limit, limit).add_(1)
+    return up.mul_(gate.mul_(torch.sigmoid(gate * alpha)))
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

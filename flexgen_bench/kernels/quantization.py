@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexgen_bench.core.compression import Compression, Scales
+from flexgen_bench.core.microscaling import Codes, Microscaling
+from flexgen_bench.kernels import microscaling
 from flexgen_bench.kernels.native import matrices
 from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.native.threads import share
@@ -53,8 +55,8 @@ THREAD_VALUES = 1 << 19
 class QuantizedWeight:
     """A matrix (out, in) whose rows are quantized; ``ops.linear`` takes it in place of a tensor.
 
-    codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16; dtype: what its values are rounded
-    to.
+    codes (out, compression.code_bytes(in)) uint8, params (out, groups, 2) float16, of MXFP4 (out, groups) uint8; dtype:
+    what its values are rounded to.
     activations: bits that what it is multiplied with is quantized to (kernels/eight_bit.py); None: it is taken as it
     is.
     """
@@ -62,7 +64,7 @@ class QuantizedWeight:
     codes: Tensor
     params: Tensor
     shape: tuple[int, int]
-    compression: Compression
+    compression: Codes
     dtype: torch.dtype
     activations: int | None = None
 
@@ -127,9 +129,10 @@ def quantize(x: Tensor, compression: Compression, importance: Tensor | None = No
 
 
 def dequantize(
-    codes: Tensor, params: Tensor, n: int, compression: Compression, dtype: torch.dtype, out: Tensor | None = None
+    codes: Tensor, params: Tensor, n: int, compression: Codes, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """codes (..., compression.code_bytes(n)) and params (..., groups, 2) -> values (..., n) of ``dtype``.
+    """codes (..., compression.code_bytes(n)) and params (..., groups, 2), of MXFP4 (..., groups) -> values (..., n) of
+    ``dtype``.
 
     ``out`` (..., n) receives them if given; its strides are free, contiguous rows are fastest.
     """
@@ -139,11 +142,12 @@ def dequantize(
     assert out.shape == (*lead, n), (out.shape, lead, n)
     assert out.dtype == dtype, (out.dtype, dtype)
     assert codes.shape[-1] == compression.code_bytes(n), (codes.shape, n, compression)
-    assert params.shape == (*lead, compression.groups(n), 2), (params.shape, lead, n)
+    own = compression.groups(n), *(() if isinstance(compression, Microscaling) else (2,))
+    assert params.shape == (*lead, *own), (params.shape, lead, n)
     if out.numel() == 0:
         return out
     rows = out.numel() // n
-    flat_codes, flat_params = codes.reshape(rows, -1), params.reshape(rows, -1, 2)
+    flat_codes, flat_params = codes.reshape(rows, -1), params.reshape(rows, *own)
     if out.is_contiguous():
         _dequantize_rows(flat_codes, flat_params, out.view(rows, n), compression)
     else:
@@ -159,7 +163,7 @@ def fake_quantize(x: Tensor, compression: Compression) -> Tensor:
     return dequantize(codes, params, x.shape[-1], compression, x.dtype)
 
 
-def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
+def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:
     """Matrices of rows, ``out`` contiguous: the fastest way that this device has."""
     if out.device.type == "cuda" and (fused := _triton(out.device)) is not None:
         fused(codes, params, out, compression)
@@ -188,7 +192,7 @@ def _in_threads(work: Callable[..., None], rows: int, n: int, *arguments: object
 
 
 @functools.cache
-def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Compression], None] | None:
+def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Codes], None] | None:
     """The kernel for this device: Triton generates code for compute capability 8.0 and later (not for a T4)."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -199,13 +203,16 @@ def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Compressi
     return dequantize_with_triton
 
 
-def dequantize_with_torch(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
+def dequantize_with_torch(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:
     """The reference, on any device: codes (R, bytes), params (R, groups, 2) -> out (R, n).
 
     Of 4 bits it moves 13 bytes for each value of 2 bytes: two masked or shifted halves (2), put in their places as
     float32 (5), read and written scaled (6).
     """
     for part in _tiles(out.shape[0], out.shape[1], out.device):
+        if isinstance(compression, Microscaling):
+            microscaling.dequantize_with_torch(codes[part], params[part], out[part])
+            continue
         for values, stored, group_params, width in _columns(out[part], codes[part], params[part], compression):
             unpacked = _unpack(stored, compression.bits)
             scale, smallest = group_params[..., :1].float(), group_params[..., 1:].float()

@@ -11,14 +11,23 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.microscaling import Codes, Microscaling
 
 BLOCK = 1024  # values per program: a warp's lanes read neighbouring codes and write neighbouring values
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
-    codes, numbers, out, n, row_bytes, groups, bits: tl.constexpr, group_size: tl.constexpr, block: tl.constexpr
+    codes,
+    numbers,
+    out,
+    n,
+    row_bytes,
+    groups,
+    bits: tl.constexpr,
+    group_size: tl.constexpr,
+    is_micro: tl.constexpr,
+    block: tl.constexpr,
 ):
     """One program: ``block`` values of one row. All three tensors are contiguous."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,6 +56,16 @@ def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
         shared = (byte >> (part % 2 * 3)) & 7
         last = (byte >> 6) | (((middle >> tl.where(part == 6, 6, 7)) & 1) << 2)
         code = tl.where(part < 6, shared, last)
+    if is_micro:
+        # E2M1 without its sign: 0, 0.5, then (1 + half) * 2^exponent.
+        half = (code & 1) * 0.5
+        two = (code >> 1) & 3
+        size = tl.where(two == 0, half, (1.0 + half) * tl.where(two == 3, 4.0, tl.where(two == 2, 2.0, 1.0)))
+        power = tl.load(numbers + row * groups + group, mask=inside, other=127).to(tl.int32)
+        scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)
+        value = tl.where(code >= 8, -size, size) * scale
+        tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
+        return
     first = numbers + (row * groups + group) * 2
     scale = tl.load(first, mask=inside, other=0).to(tl.float32)
     smallest = tl.load(first + 1, mask=inside, other=0).to(tl.float32)
@@ -54,8 +73,9 @@ def _dequantize(  # type: ignore[no-untyped-def, unused-ignore]
     tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize_with_triton(codes: Tensor, params: Tensor, out: Tensor, compression: Compression) -> None:
-    """codes (R, bytes), params (R, groups, 2) -> out (R, n), contiguous; the same bits as the torch path gives."""
+def dequantize_with_triton(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:
+    """codes (R, bytes), params (R, groups, 2), of MXFP4 (R, groups) -> out (R, n), contiguous; the same bits as the
+    torch path gives."""
     rows, n = out.shape
     grid = (rows, triton.cdiv(n, BLOCK))
     with torch.cuda.device(out.device):
@@ -68,5 +88,6 @@ def dequantize_with_triton(codes: Tensor, params: Tensor, out: Tensor, compressi
             params.shape[1],
             bits=compression.bits,
             group_size=compression.group_size,
+            is_micro=isinstance(compression, Microscaling),
             block=BLOCK,
         )

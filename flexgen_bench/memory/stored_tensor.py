@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import Along, Compression
+from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType
+from flexgen_bench.kernels.microscaling import repacked
 from flexgen_bench.kernels.output_groups import quantize_strips
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.memory.checksum import checksum
@@ -24,8 +26,8 @@ BLOCK_VALUES = 1 << 23
 class StoredTensor:
     """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
 
-    compression: None, or how its rows are quantized; its codes are at ``offset`` then, its parameters at
-    ``params_offset``. dtype: its element type, if not that of the store.
+    compression: None, or how its rows are quantized, or are in the checkpoint (MXFP4); its codes are at ``offset``
+    then, its parameters at ``params_offset``. dtype: its element type, if not that of the store.
     """
 
     name: str
@@ -34,7 +36,7 @@ class StoredTensor:
     num_bytes: int
     sources: tuple[str, ...]
     rows: tuple[int, ...]  # rows each source must have
-    compression: Compression | None = None
+    compression: Codes | None = None
     params_offset: int = 0
     dtype: DType | None = None
 
@@ -53,11 +55,27 @@ def write_tensor(
     if stored.compression is None:
         return _Region(fd, stored.offset).filled_with(source.to(dtype) for source in sources)
     codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
+    assert isinstance(stored.compression, Compression), "what is in codes already has a function of its own"
     for source, weights in zip_longest(sources, importance):
         for block in _row_blocks(source, stored.compression):
             for packed in _quantized(block, stored.compression, weights):
                 codes.append(packed[0])
                 params.append(packed[1])
+    return _whole(stored, codes, params)
+
+
+def write_microscaled(fd: int, stored: StoredTensor, sources: Iterable[tuple[Tensor, Tensor]]) -> dict[int, int]:
+    """Write a tensor from the blocks (R, groups, 16) and scales (R, groups) of MXFP4 that it is made of; returns
+    checksums by offset."""
+    codes, params = _Region(fd, stored.offset), _Region(fd, stored.params_offset)
+    for blocks, scales in sources:
+        codes.append(repacked(blocks))
+        params.append(scales)
+    return _whole(stored, codes, params)
+
+
+def _whole(stored: StoredTensor, codes: _Region, params: _Region) -> dict[int, int]:
+    assert stored.compression is not None
     expected = stored.compression.matrix_bytes(stored.rows, stored.shape[1])
     assert (codes.written, params.written) == expected, (codes.written, params.written, expected)
     return codes.checksums | params.checksums

@@ -20,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexgen_bench.checkpoints.quantized.microscaled import LARGEST_HALF_SCALE, LARGEST_SCALE, check_scales
 from flexgen_bench.checkpoints.reader import Checkpoint
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
+from flexgen_bench.core.microscaling import Microscaling
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.memory.direct_file import DirectFile, disk_error
 from flexgen_bench.memory.importance import IMPORTANCE, check_importance, importance_of, is_calibrated
 from flexgen_bench.memory.repeated_file import Repeat, RepeatedFile
-from flexgen_bench.memory.stored_tensor import StoredTensor, write_tensor
+from flexgen_bench.memory.stored_tensor import StoredTensor, write_microscaled, write_tensor
 
 FORMAT_VERSION = 1
 COMPRESSED_VERSION = 2  # of codes and parameters; plain stores stay valid when it changes
@@ -238,11 +240,14 @@ def _write_group(fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[
     """Write the tensors of one group; returns checksums by offset."""
     sums: dict[str, int] = {}
     for stored in group:
-        weights: list[Tensor] = []
-        if is_calibrated(stored.compression):
-            weights = [_importance(checkpoint, plan, stored, name) for name in stored.sources]
-        sources = _sources(checkpoint, plan, stored)
-        checksums = write_tensor(fd, stored, sources, TORCH_DTYPES[stored.dtype or plan.dtype], weights)
+        if isinstance(stored.compression, Microscaling):
+            checksums = write_microscaled(fd, stored, _microscaled(checkpoint, plan, stored))
+        else:
+            weights: list[Tensor] = []
+            if is_calibrated(stored.compression):
+                weights = [_importance(checkpoint, plan, stored, name) for name in stored.sources]
+            sources = _sources(checkpoint, plan, stored)
+            checksums = write_tensor(fd, stored, sources, TORCH_DTYPES[stored.dtype or plan.dtype], weights)
         sums |= {str(offset): value for offset, value in checksums.items()}
     return sums
 
@@ -259,6 +264,17 @@ def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> I
         yield tensor.detach()  # some .bin files hold parameters that want gradients
 
 
+def _microscaled(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks and scales in MXFP4 of what one packed tensor is made of, checked."""
+    for source in stored.sources:
+        packed = checkpoint.microscaled(_name_of(checkpoint, plan, source))
+        if packed is None:
+            raise StoreError(f"tensor {source} in {checkpoint.folder} is not in MXFP4, as config.json says it is.")
+        largest = LARGEST_HALF_SCALE if plan.dtype is DType.FLOAT16 else LARGEST_SCALE
+        check_scales(packed[1], largest, source, checkpoint.folder)
+        yield packed
+
+
 def _importance(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, source: str) -> Tensor:
     names = checkpoint.names()
     whole = next((prefix + source for prefix in plan.prefixes if prefix + source in names), source)
@@ -266,10 +282,14 @@ def _importance(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, s
 
 
 def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:
+    return checkpoint.tensor(_name_of(checkpoint, plan, source))
+
+
+def _name_of(checkpoint: Checkpoint, plan: StorePlan, source: str) -> str:
     names = checkpoint.names()
     for prefix in plan.prefixes:
         if prefix + source in names:
-            return checkpoint.tensor(prefix + source)
+            return prefix + source
     raise StoreError(
         f"tensor {source} is missing in checkpoint {checkpoint.folder} "
         f"(looked for {', '.join(prefix + source for prefix in plan.prefixes)})."

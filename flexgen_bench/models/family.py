@@ -33,6 +33,8 @@ class ModelFamily(ABC):
     other_names: ClassVar[tuple[Names, ...]] = ()
     other_prefixes: ClassVar[tuple[str, ...]] = ("",)
     other_types: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Ends of the names of stacks whose matrices are stored (in, out).
+    transposed: ClassVar[tuple[str, ...]] = ()
     # Entries of a config that change what other families' models compute, and which this one reads.
     reads: ClassVar[Collection[str]] = ()
     # The entry that says how many layers a checkpoint may hold behind the model's own: they guess at further tokens

@@ -183,7 +183,9 @@ def mlp(ops: Any, part: MLP, w: Weights, x: Tensor, prefix: str = "") -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return ops.linear(x, w[f"{prefix}{name}.weight"], w.get(f"{prefix}{name}.bias"))
 
-    if part.gated:
+    if part.clamp is not None:
+        inner = ops.clamped_gate(linear(x, "gate_up"), part.clamp.limit, part.clamp.alpha)
+    elif part.gated:
         both = linear(x, "gate_up").chunk(2, dim=-1)
         inner = ops.activation(part.activation, both[0]) * both[1]
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from flexgen_bench.core.microscaling import Microscaling
 from flexgen_bench.core.model import DType, TensorSpec
 from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer, Norm, NormKind
 
 Sources = tuple[str, ...]
 PartNames = dict[str, str | Sources]
+SINKS = "sinks"  # of a layer, by name
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class PackedTensor:
     """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
 
     rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
-    tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. dtype: its element
-    type, whatever the model's is. expert: of which expert of its layer; None: of what every token meets.
+    tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. packing: how its
+    codes lie in the checkpoint, which they keep whatever is asked for. dtype: its element type, whatever the model's
+    is. expert: of which expert of its layer; None: of what every token meets.
     """
 
     spec: TensorSpec
@@ -26,6 +29,7 @@ class PackedTensor:
     rows: tuple[int, ...] = ()
     firsts: tuple[int, ...] = ()
     exact: bool = False
+    packing: Microscaling | None = None
     dtype: DType | None = None
     expert: int | None = None
 
@@ -72,10 +76,10 @@ class Names:
     """What a family's checkpoints call their tensors, without ``.weight`` and ``.bias`` and below one of its prefixes.
 
     layer: by part, below ``<layers>.<number>.``: one tensor, or those that are stacked in this order. Parts:
-    attention_norm, qkv, q_norm, k_norm, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm; of a
-    mixture router, router.correction (a tensor's whole name), those of the MLP below ``shared.``, shared_gate, and
-    below ``experts.``: names with ``{}`` for the expert's number, or one of a tensor in which all experts are stacked
-    (a tensor's whole name, with ``_bias`` for biases).
+    attention_norm, qkv, q_norm, k_norm, sinks (a tensor's whole name), out, attention_out_norm, mlp_norm, gate_up or
+    up, down, mlp_out_norm; of a mixture router, router.correction (a tensor's whole name), those of the MLP below
+    ``shared.``, shared_gate, and below ``experts.``: names with ``{}`` for the expert's number, or one of a tensor in
+    which all experts are stacked (a tensor's whole name, with ``_bias`` for biases).
     """
 
     layer: Mapping[str, str | Sources]
@@ -148,6 +152,8 @@ def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
     yield from linear("qkv", tuple(attention.rows.values()), hidden, attention.bias)
     yield from norm("q_norm", attention.qk_norm, attention.head_dim)
     yield from norm("k_norm", attention.qk_norm, attention.head_dim)
+    if attention.sinks:
+        yield PackedTensor(TensorSpec(SINKS, (attention.heads,)), source(SINKS))
     yield from linear("out", (hidden,), attention.rows["q"], attention.out_bias)
     yield from norm("attention_out_norm", layer.attention_out_norm, hidden)
     yield from norm("mlp_norm", layer.mlp_norm, hidden)
@@ -191,7 +197,8 @@ def _experts(
     matrices = [(m[0], source(f"experts.{m[0]}"), *m[1:]) for m in _mlp(part.expert, hidden)]
     for number in range(part.count):
         for name, sources, rows, inputs, bias in matrices:
-            yield from _of_expert(number, name, sources, rows, inputs, bias)
+            for tensor in _of_expert(number, name, sources, rows, inputs, bias):
+                yield replace(tensor, packing=part.packing if len(tensor.spec.shape) == 2 else None)
 
 
 def _of_expert(

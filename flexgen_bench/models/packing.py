@@ -10,6 +10,9 @@ needs the parameters of
 63 others. Matrices with a row for each token (the token table, the head) have 8 bits and groups within their rows
 whatever is asked for the others. Position tables, norms and biases stay as they are: they are small, and added rather
 than multiplied.
+
+What a checkpoint has packed itself (MXFP4) stays as it is, whatever is asked for the others: it is exact, and smaller
+than 4 bits with a scale and a smallest value for each group.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.models.inventory import Inventory, PackedTensor
+from flexgen_bench.models.inventory import SINKS, Inventory, PackedTensor
 from flexgen_bench.schedule.scheduled_job import UnitKind
 
 EXTENT_ALIGN = PAGE  # extents start where direct I/O can read
@@ -31,14 +35,14 @@ class PackedEntry:
     """One tensor at ``offset`` bytes from the start of the file.
 
     A compressed one is all its codes, (rows, code bytes of a row), then from ``params_offset`` all its parameters,
-    (rows, groups, 2) in float16; along outputs, both are in the order of kernels/output_groups.py. num_bytes covers
-    both, and the gap between them.
+    (rows, groups, 2) in float16, of MXFP4 (rows, groups) in bytes; along outputs, both are in the order of
+    kernels/output_groups.py. num_bytes covers both, and the gap between them.
     """
 
     tensor: PackedTensor
     offset: int
     num_bytes: int
-    compression: Compression | None = None
+    compression: Codes | None = None
 
     @property
     def code_bytes(self) -> int:
@@ -98,6 +102,16 @@ class PackedUnit:
         """Of its extent, from its start, what every token meets: all of it but experts."""
         return self.num_bytes if self.experts is None else self.experts.offset - self.offset
 
+    @property
+    def sinks(self) -> PackedEntry | None:
+        """The attention sinks of a layer, if it has any."""
+        return next((e for e in self.entries if e.tensor.spec.name == SINKS), None)
+
+    @property
+    def sink_bytes(self) -> int:
+        """Of its attention sinks on a site that attends: float32."""
+        return 0 if self.sinks is None else 4 * self.sinks.tensor.spec.num_values
+
 
 @dataclass(frozen=True)
 class PackedModel:
@@ -129,10 +143,10 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Com
             begins_expert = tensor.expert is not None and (not placed or placed[-1].tensor.expert != tensor.expert)
             cursor = aligned(cursor, EXTENT_ALIGN if begins_expert else TENSOR_ALIGN)
             is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
-            kind = compression if is_matrix and not tensor.exact else None
-            if kind is not None and tensor in inventory.vocabulary:
-                kind = kind.of_vocabulary
-            entry = _entry(tensor, cursor, dtype, kind)
+            kind: Codes | None = compression if is_matrix and not tensor.exact else None
+            if kind is compression and compression is not None and tensor in inventory.vocabulary:
+                kind = compression.of_vocabulary
+            entry = _entry(tensor, cursor, dtype, tensor.packing or kind)
             placed.append(entry)
             cursor += entry.num_bytes
         everything.extend(placed)
@@ -191,14 +205,14 @@ def _expert_blocks(entries: tuple[PackedEntry, ...]) -> ExpertBlocks | None:
     return ExpertBlocks(len(starts), starts[0], size)
 
 
-def _entry(tensor: PackedTensor, offset: int, dtype: DType, compression: Compression | None) -> PackedEntry:
+def _entry(tensor: PackedTensor, offset: int, dtype: DType, compression: Codes | None) -> PackedEntry:
     if compression is None:
         return PackedEntry(tensor, offset, tensor.plain_bytes(dtype))
     codes, params = _matrix_bytes(tensor, compression)
     return PackedEntry(tensor, offset, aligned(codes, TENSOR_ALIGN) + params, compression)
 
 
-def _matrix_bytes(tensor: PackedTensor, compression: Compression) -> tuple[int, int]:
+def _matrix_bytes(tensor: PackedTensor, compression: Codes) -> tuple[int, int]:
     """Of codes and of parameters. Groups never reach from one checkpoint tensor into the next."""
     return compression.matrix_bytes(tensor.source_rows, tensor.spec.shape[1])
 

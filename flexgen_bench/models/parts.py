@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from flexgen_bench.core.microscaling import Microscaling
 from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
 
 
@@ -48,7 +49,8 @@ class Attention:
 
     scale: what scores are multiplied with (Vaswani et al. 2017, section 3.2.1). qk_norm: over each head's values,
     before the rotation.
-    rotary: the number of one in ``Decoder.rotaries``; None: positions are elsewhere.
+    rotary: the number of one in ``Decoder.rotaries``; None: positions are elsewhere. sinks: whether each query head has
+    one (``kernels/score_mod.py``).
     """
 
     heads: int
@@ -62,6 +64,7 @@ class Attention:
     qk_norm: Norm | None = None
     rotary: int | None = None
     mod: ScoreMod = NO_MOD
+    sinks: bool = False
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -92,13 +95,23 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """gpt-oss' gated MLP: gate * sigmoid(alpha * gate) * (up + 1), of gates of at most ``limit`` and of what is up
+    within plus and minus ``limit``. Rows of the gate and of what is up take turns."""
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True)
 class MLP:
-    """down(activation(up x)), or gated: down(activation(gate x) * up x) (Shazeer 2020)."""
+    """down(activation(up x)), or gated: down(activation(gate x) * up x) (Shazeer 2020); with a clamp: see there."""
 
     width: int
     activation: str
     gated: bool
     bias: bool
+    clamp: Clamp | None = None
 
     def num_values(self, hidden: int) -> int:
         """Weights, of a model of this hidden size."""
@@ -136,7 +149,7 @@ class Experts:
     """A mixture of ``count`` experts, each an MLP of its own: every token goes through those that the router chooses.
 
     shared: an MLP that all tokens go through, too; shared_gate: what it adds is multiplied with the sigmoid of a
-    product with a vector.
+    product with a vector. packing: of experts' matrices in the checkpoint, which they keep.
     """
 
     count: int
@@ -144,6 +157,7 @@ class Experts:
     router: Router
     shared: MLP | None = None
     shared_gate: bool = False
+    packing: Microscaling | None = None
 
     def idle_values(self, hidden: int) -> int:
         """Weights of the experts that a token does not go through."""
@@ -190,13 +204,14 @@ class Layer:
         """Values that one token holds at once outside the attention: a projection x, its norm, and q, k, v twice (fused
         and split, or normalised); an MLP x, its norm and up to three of the inner width, and what else is added to
         x. Of a mixture, whose tokens may all choose the same expert: the sum of what experts make, and a token's row on
-        its way to one and back; scores in float32 and what is made of them."""
+        its way to one and back; scores in float32 and what is made of them. Five of the inner width with a clamp."""
         added = sum((self.parallel, self.attention_out_norm is not None))
         project = 2 * self.hidden + 2 * self.attention.qkv
         if isinstance(self.mlp, Experts):
             width = max(self.mlp.expert.width, self.mlp.shared.width if self.mlp.shared else 0)
             routing = 8 * self.mlp.count + 16 * self.mlp.router.top_k + 2 * self.hidden
-            return max(project, (6 + added) * self.hidden + 3 * width + routing)
+            inner = 5 if self.mlp.expert.clamp else 3
+            return max(project, (6 + added) * self.hidden + inner * width + routing)
         return max(project, (3 + added) * self.hidden + 3 * self.mlp.width)
 
 

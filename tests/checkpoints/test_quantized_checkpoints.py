@@ -233,7 +233,6 @@ def _shape(tmp_path: Path) -> Any:
         ({"load_in_8bit": True}, "quantization by bitsandbytes"),
         ({"quant_method": "hqq"}, "quantization by hqq"),
         ({"quant_method": "aqlm"}, "quantization by aqlm"),
-        ({"quant_method": "mxfp4"}, "quantization by mxfp4"),
         ({"quant_method": "quanto"}, "quantization by quanto"),
         ({"quant_method": "torchao"}, "quantization by torchao"),
         ({"bits": 4}, "quantization by unknown"),

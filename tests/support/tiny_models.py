@@ -152,6 +152,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_local_experts=5,
         num_experts_per_tok=2,
     ),
+    "gpt-oss": lambda: _of(
+        "GptOss",
+        **_ODD | {"intermediate_size": 44},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        swiglu_limit=0.6,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 700.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "qwen3-moe": lambda: _of("Qwen3Moe", **_ODD | {"num_key_value_heads": 3}, **_EXPERTS, mlp_only_layers=[2]),
     "qwen3-moe-windows": lambda: _of(
         "Qwen3Moe",

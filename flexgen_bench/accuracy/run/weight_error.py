@@ -64,7 +64,7 @@ def weight_errors(
             norm = float(original.norm())
             error = float((stored - original).norm()) / norm if norm else 0.0
             errors.append(LayerError(layer, spec.name, spec.num_values, error))
-            if rounded is not None and layer != NO_LAYER:
+            if rounded is not None and layer != NO_LAYER and isinstance(entry.compression, Compression):
                 again = torch.cat([rounded(s, entry.compression).float() for s in sources])
                 change += float((again - original).norm()) ** 2
                 size += norm**2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.checkpoints.quantized.gptq import AWQ, GPTQ
+from flexgen_bench.checkpoints.quantized.microscaled import Microscaled
 from flexgen_bench.checkpoints.quantized.scaled import CompressedTensors, Scaled
 from flexgen_bench.checkpoints.quantized.view import ADVICE, RUNTIME, DequantizedView
 from flexgen_bench.checkpoints.tensors import Tensors
@@ -100,7 +101,9 @@ def _method(section: Mapping[str, Any], entry: str) -> str:
     return "unknown"
 
 
-def dequantized(stored: Tensors, quantization: Mapping[str, Any] | None, where: Path) -> DequantizedView | None:
+def dequantized(
+    stored: Tensors, quantization: Mapping[str, Any] | None, where: Path
+) -> DequantizedView | Microscaled | None:
     """The weights behind a checkpoint's tensors; None if they are plain numbers.
 
     Raises StoreError naming the scheme if it is not read here, or if tensors look quantized and nothing says how.
@@ -115,12 +118,13 @@ def dequantized(stored: Tensors, quantization: Mapping[str, Any] | None, where: 
         return AWQ(stored, quantization, where)
     if method == "compressed-tensors":
         return CompressedTensors(stored, quantization, where)
-    if method in ("fp8", "fbgemm-fp8"):
-        return Scaled(stored, quantization, where, "fp8")
+    if method == "mxfp4":
+        return Microscaled(stored, quantization, where)
     algorithm = str(quantization.get("quant_algo"))
-    if method == "modelopt" and algorithm == "FP8":
-        return Scaled(stored, quantization, where, "fp8 (modelopt)")
+    scaled = {"fp8": "fp8", "fbgemm-fp8": "fp8", "modelopt FP8": "fp8 (modelopt)"}
     scheme = f"{method} {algorithm}" if method == "modelopt" else method
+    if scheme in scaled:
+        return Scaled(stored, quantization, where, scaled[scheme])
     raise StoreError(f"{where}: quantization by {scheme} is not read here. {ADVICE}")
 
 

@@ -79,7 +79,7 @@ struct Coded<Singles<Type>, BITS> {
     const Matrix& w;
     Buffer& room;
 
-    static bool can(const Matrix& w) { return w.bits == BITS && w.group % (2 * L) == 0; }
+    static bool can(const Matrix& w) { return !w.micro && w.bits == BITS && w.group % (2 * L) == 0; }
     template <class F>
     __attribute__((always_inline)) void each(int64_t row, F f) const {
         const uint8_t* codes = static_cast<const uint8_t*>(w.data) + row * w.row;

@@ -4,6 +4,7 @@
 // more, pieces of it become numbers in the cores' own caches, once for all rows (many_rows.h).
 #include "few_codes.h"
 #include "few_rows.h"
+#include "micro_rows.h"
 #include "many_rows.h"
 #include "threads.h"
 
@@ -65,6 +66,7 @@ void few(const Product& job, const typename A::T* x, typename A::T* y, int64_t r
                 });
             };
             if (Plainly<A>::can(w)) read(Plainly<A>{w, room});
+            else if (Microscaled<A>::can(w)) read(Microscaled<A>{w});
             else if (Coded<A, 4>::can(w)) read(Coded<A, 4>{w, room});
             else if (Coded<A, 8>::can(w)) read(Coded<A, 8>{w, room});
             else read(Slowly<A>{w, room});

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.microscaling import Codes, Microscaling
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -24,6 +24,7 @@ class Matrix(ctypes.Structure):
         ("type", ctypes.c_int32),
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
+        ("micro", ctypes.c_int32),
     )
 
 
@@ -31,14 +32,16 @@ def plain(values: Tensor) -> Matrix:
     """values (rows, columns) with contiguous rows."""
     assert values.stride(1) == 1 or values.shape[1] == 1, values.stride()
     row = values.stride(0) * values.element_size()
-    return Matrix(values.data_ptr(), None, row, 0, values.shape[1], TYPES[values.dtype], 0, 8)
+    return Matrix(values.data_ptr(), None, row, 0, values.shape[1], TYPES[values.dtype], 0, 8, 0)
 
 
-def quantized(codes: Tensor, params: Tensor, columns: int, compression: Compression, dtype: torch.dtype) -> Matrix:
-    """codes (rows, bytes) and params (rows, groups, 2), rows contiguous; ``dtype``: what values are rounded to."""
+def quantized(codes: Tensor, params: Tensor, columns: int, compression: Codes, dtype: torch.dtype) -> Matrix:
+    """codes (rows, bytes) and params (rows, groups, 2), of MXFP4 (rows, groups), rows contiguous; ``dtype``: what
+    values are rounded to."""
     assert codes.stride(1) == 1 or codes.shape[1] == 1, codes.stride()
-    assert params.stride(2) == 1, params.stride()
-    assert params.stride(1) == 2 or params.shape[1] == 1, params.stride()
+    is_micro = isinstance(compression, Microscaling)
+    assert params.stride(-1) == 1 or params.shape[-1] == 1, params.stride()
+    assert is_micro or params.stride(1) == 2 or params.shape[1] == 1, params.stride()
     return Matrix(
         codes.data_ptr(),
         params.data_ptr(),
@@ -48,4 +51,5 @@ def quantized(codes: Tensor, params: Tensor, columns: int, compression: Compress
         TYPES[dtype],
         compression.bits,
         compression.group_size,
+        is_micro,
     )

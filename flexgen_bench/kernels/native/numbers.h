@@ -51,12 +51,23 @@ struct Matrix {
     const void* data;       // values, or codes
     const _Float16* params; // scale and smallest value of each group; null for plain values
     int64_t row;            // bytes from one row of data to the next
-    int64_t params_row;     // float16 numbers from one row of params to the next
+    int64_t params_row;     // float16 numbers (bytes of MXFP4) from one row of params to the next
     int64_t columns;        // values in a row
     int32_t type;           // of plain values; what dequantized ones are rounded to
     int32_t bits;           // of a code; 0 for plain values
     int32_t group;          // values per group, a multiple of 8
+    int32_t micro;          // MXFP4 (kernels/microscaling.py): codes of numbers E2M1, and params are a byte for each group, an exponent
 };
+
+constexpr int64_t MICRO_GROUP = 32;
+alignas(64) constexpr float E2M1[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+
+// Of a group of MXFP4: 2^(byte - 127), of which 2^-127 is no normal number.
+inline float power_of(uint8_t exponent) { return std::bit_cast<float>(exponent ? static_cast<uint32_t>(exponent) << 23 : 0x400000u); }
+
+inline const uint8_t* exponents_of(const Matrix& w, int64_t row) {
+    return reinterpret_cast<const uint8_t*>(w.params) + row * w.params_row;
+}
 
 inline int64_t filled(int64_t values) { return (values + 7) / 8 * 8; }
 
@@ -104,6 +115,20 @@ __attribute__((always_inline)) inline void by_16(int64_t count, F f) {
     }
 }
 
+// The numbers of a group of MXFP4, by their codes.
+template <class T>
+inline __m512 micro_table(uint8_t exponent) {
+    return rounded<T>(_mm512_mul_ps(_mm512_load_ps(E2M1), _mm512_set1_ps(power_of(exponent))));
+}
+
+template <class T>
+inline void read_micro(const uint8_t* codes, uint8_t exponent, float* out) {
+    const __m512 table = micro_table<T>(exponent);
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(both, table));
+    _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table));
+}
+
 // One group of m values (a multiple of 8): smallest + code * scale, rounded to T.
 template <class T>
 inline void read_group(const uint8_t* packed, int64_t m, int bits, const _Float16* params, float* out) {
@@ -141,6 +166,13 @@ inline void read_group(const uint8_t* packed, int64_t m, int bits, const _Float1
     }
 }
 #else
+template <class T>
+inline void read_micro(const uint8_t* codes, uint8_t exponent, float* __restrict out) {
+    float table[16];
+    for (int i = 0; i < 16; ++i) table[i] = widen(narrow<T>(E2M1[i] * power_of(exponent)));
+    for (int j = 0; j < 16; ++j) out[j] = table[codes[j] & 15], out[j + 16] = table[codes[j] >> 4];
+}
+
 // The code of value j of a group of m values (a multiple of 8).
 template <int BITS>
 inline int code_of(const uint8_t* packed, int64_t m, int64_t j) {
@@ -176,6 +208,11 @@ inline void read_row(const Matrix& w, int64_t row, int64_t first, int64_t count,
     const uint8_t* bytes = static_cast<const uint8_t*>(w.data) + row * w.row;
     if (w.bits == 0) {
         return widen_all(reinterpret_cast<const T*>(bytes) + first, count, out);
+    }
+    if (w.micro) {
+        const uint8_t* exponents = exponents_of(w, row) + first / MICRO_GROUP;
+        for (int64_t j = 0; j < count; j += MICRO_GROUP) read_micro<T>(bytes + (first + j) / 2, *exponents++, out + j);
+        return;
     }
     const _Float16* params = w.params + row * w.params_row + first / w.group * 2;
     bytes += first / 8 * w.bits;

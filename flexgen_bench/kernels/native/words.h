@@ -115,7 +115,7 @@ struct Pairs {
     }
 
     // Whether groups are read as whole vectors; others go through float32.
-    static bool has_vectors(const Matrix& w) { return (w.bits == 4 || w.bits == 8) && w.group % 64 == 0; }
+    static bool has_vectors(const Matrix& w) { return !w.micro && (w.bits == 4 || w.bits == 8) && w.group % 64 == 0; }
 
     // Calls f(value of the group, 0 or 1 in turn, vector from there on) for each 32 values of a full group.
     template <class F>
@@ -143,6 +143,15 @@ struct Pairs {
         }
     }
 
+    // A group of MXFP4, in order.
+    static __attribute__((always_inline)) __m512i micro(const uint8_t* codes, uint8_t exponent) {
+        const __m512 values = _mm512_mul_ps(_mm512_load_ps(E2M1), _mm512_set1_ps(power_of(exponent)));
+        const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
+        const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_srli_epi16(low, 4), 1);
+        return _mm512_permutexvar_epi16(both, table);  // the lowest 4 bits of each choose: above them lie equal halves
+    }
+
     __attribute__((noinline)) static void read(const Matrix& w, int64_t row, int64_t first, int64_t count, Word* to) {
         uint16_t* out = reinterpret_cast<uint16_t*>(to);
         const uint8_t* data = static_cast<const uint8_t*>(w.data) + row * w.row;
@@ -150,6 +159,9 @@ struct Pairs {
         if (w.bits == 0) {
             std::memcpy(out, data + 2 * first, 2 * static_cast<size_t>(count));
             done = count;
+        } else if (w.micro) {
+            for (; done < count; done += MICRO_GROUP)
+                _mm512_storeu_si512(out + done, micro(data + (first + done) / 2, exponents_of(w, row)[(first + done) / MICRO_GROUP]));
         } else if (has_vectors(w)) {
             const int64_t full = count / w.group, bytes = w.group / 8 * w.bits;
             by_group(w.params + row * w.params_row, first / w.group, first / w.group + full,
