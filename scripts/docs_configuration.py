@@ -45,7 +45,7 @@ GROUPS = {
     "measure": "How each cell is measured. No files: keys of the command line and of suites.",
     "table": "A table of the paper ([how to add one](../guides/paper_tables.md#a-new-table)). Not part of a "
     "command line; fields are columns of "
-    "`conf/paper/tables.csv`.",
+    "`conf/paper/*.csv`.",
 }
 TOP = {
     "cell": "with a suite: only its cells of this name",
@@ -179,7 +179,7 @@ MEANS: dict[str, dict[str, str]] = {
     },
     "table": {
         "title": "of the table",
-        "printed": "ids in `conf/paper/tables.csv` (column `table`)",
+        "printed": "ids in `conf/paper/*.csv` (column `table`)",
         "rows": "fields that make the rows",
         "columns": "fields that make the columns",
         "grids": "the field that cuts it in several",

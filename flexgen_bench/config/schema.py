@@ -232,7 +232,7 @@ class FigureConf:
 
 @dataclass
 class TableConf:
-    """conf/table: a table of the FlexGen paper, regenerated. Fields are columns of conf/paper/tables.csv.
+    """conf/table: a table of a paper, regenerated. Fields are columns of conf/paper/*.csv.
 
     printed: its ids there (column ``table``); select: the rows that are taken, by field, and their order; extra: cells
     of which nothing is printed. rows, columns: the fields that make the table's rows and columns; grids: the field that

@@ -1,4 +1,4 @@
-"""The tables of the FlexGen paper as conf/table describes them, and what else their report needs from the
+"""The tables of papers as conf/table describes them, and what else their report needs from the
 configuration."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ConfiguredSystem:
 
 
 def paper_dir() -> Path:
-    """The folder of what the FlexGen paper prints."""
+    """The folder of what papers print: FlexGen's (tables.csv), and of its successors."""
     return conf_dir() / "paper"
 
 

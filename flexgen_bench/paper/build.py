@@ -26,7 +26,7 @@ from flexgen_bench.paper.simulate import Simulations
 from flexgen_bench.paper.svg import svg
 from flexgen_bench.paper.table import PaperTable, build_table
 from flexgen_bench.planner.ask import Ask
-from flexgen_bench.published.quoted import read_quoted
+from flexgen_bench.published.quoted import read_papers
 from flexgen_bench.store.accuracy_store import read_accuracy
 from flexgen_bench.store.kept_predictions import FILE, Answer, load, text_of
 from flexgen_bench.store.reader import Problem, StoredRecord
@@ -98,7 +98,7 @@ def _tables(
     names: Sequence[str], own: Path | None, sources: Sources
 ) -> tuple[list[tuple[PaperTable, dict[str, str]]], list[UserError]]:
     """The tables with their plots by file name, and what is wrong with others."""
-    quoted, texts = read_quoted(paper_dir() / "tables.csv"), footnotes()
+    quoted, texts = read_papers(paper_dir()), footnotes()
     tables, errors = [], []
     for name in names:
         try:

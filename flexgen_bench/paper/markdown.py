@@ -53,7 +53,7 @@ def page(table: PaperTable, figures: Sequence[str]) -> str:
 def index(tables: Sequence[PaperTable], problems: Sequence[Problem], figures: dict[str, list[str]]) -> str:
     """All tables with their files. problems: records that are of no use here, their paths seen from the results
     folder."""
-    lines = ["# Tables of the FlexGen paper", "", _BUILT, ""]
+    lines = ["# Tables of the papers", "", _BUILT, ""]
     lines += ["| Table | Printed values | Simulated | Run here | Files |", "|---|---|---|---|---|"]
     for table in tables:
         published = sum(bool(c.published.value) for c in table.cells)

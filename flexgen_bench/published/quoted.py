@@ -1,4 +1,4 @@
-"""What the paper prints: the rows of ``conf/paper/tables.csv``, checked one by one."""
+"""What papers print: the rows of ``conf/paper/*.csv``, checked one by one. ``tables.csv`` is the FlexGen paper's."""
 
 from __future__ import annotations
 
@@ -101,6 +101,19 @@ def read_quoted(path: Path) -> list[Quoted]:
             return [_row(line, f"{path.name}, line {lines.line_num}") for line in lines]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(f"cannot read the printed values in {path}: {error}") from error
+
+
+def read_papers(folder: Path) -> list[Quoted]:
+    """Every row of every paper, in the order of the files' names. Raises as ``read_quoted``, and UserError for a table
+    that two papers have."""
+    rows: list[Quoted] = []
+    for path in sorted(folder.glob("*.csv")):
+        own = read_quoted(path)
+        twice = {row.table for row in own} & {row.table for row in rows}
+        if twice:
+            raise UserError(f"{path.name}, table", min(twice), "a name that no other paper's table has")
+        rows += own
+    return rows
 
 
 def _row(line: list[str], where: str) -> Quoted:

@@ -211,9 +211,13 @@ def test_the_shape_is_named_by_the_file(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"general__architecture": "gemma2"}, "general.architecture is 'gemma2'; 'llama', 'qwen2', 'qwen3' can be read"),
-    ({"llama__expert_count": 8}, "llama.expert_count is 8; 0 can be read: a mixture of experts"),
-    ({"llama__attention__sliding_window": 128}, "sliding_window is 128; .* at least the 256 positions"),
+    (
+        {"general__architecture": "falcon"},
+        "general.architecture is 'falcon'; 'llama', 'qwen2', 'qwen3', .* can be read",
+    ),
+    ({"llama__expert_count": 8}, "does not state llama.expert_used_count"),
+    ({"llama__expert_shared_count": 1}, "expert_shared_count is 1; 0 can be read: a mixture of such experts"),
+    ({"llama__expert_gating_func": 2}, "expert_gating_func is 2; 1 can be read"),
     ({"llama__attention__scale": 0.25}, "attention.scale is 0.25"),
     ({"llama__attention__clamp_kqv": 8.0}, "clamp_kqv is 8.0; 0.0 can be read"),
     ({"llama__attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),

@@ -44,7 +44,9 @@ def rates_of(name: str) -> Rates:
 
 
 def test_the_machines_somebody_may_own_or_compare_with() -> None:
-    assert {"t4", "rtx3090", "rtx4090", "a100", "a100-80gb", "h100", "h100-16gb", "a6000", "laptop"} == set(STATED)
+    assert {"t4", "rtx3090", "rtx4090", "a100", "a100-80gb", "h100", "h100-16gb", "a6000", "l4", "laptop"} == set(
+        STATED
+    )
     assert set(NAMES) >= LOCAL
 
 
@@ -111,6 +113,7 @@ def test_constants_are_plausible_beside_each_other(name: str) -> None:
         ("laptop", "rtx3090"),
         ("rtx3090", "a100"),
         ("a6000", "a100"),
+        ("l4", "rtx4090"),
         ("a100", "h100"),
         ("t4", "h100"),
         ("rtx4090", "h100"),
@@ -151,6 +154,7 @@ def test_a_capped_card_is_the_same_card() -> None:
         ("a100", 40960),
         ("a100-80gb", 81920),
         ("h100", 81559),
+        ("l4", 23034),
         ("laptop", 6144),
     ],
 )

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_bench.config.table import paper_dir
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.published.quoted import read_papers
 from flexgen_bench.report.table import escape as markdown_escape
 from tests.support.paper_report import PRINTED, only, rows_of, run
 
@@ -123,3 +126,22 @@ def test_a_footnote_stands_at_its_cells_and_is_numbered_as_one_reads(tmp_path: P
     first = list(dict.fromkeys(n for group in met for n in group.split(",")))
     assert first == sorted(first, key=int)
     assert len(re.findall(r"^\d+\. ", page, re.M)) == len(first)
+
+
+def test_two_papers_do_not_share_a_table(tmp_path: Path) -> None:
+    """Rows are found by their table alone, whichever paper they are from."""
+    text = (paper_dir() / "moe_lightning.csv").read_text()
+    for name in ("one.csv", "two.csv"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"two.csv, table"):
+        read_papers(tmp_path)
+
+
+def test_moe_lightning_agrees_with_itself() -> None:
+    """Its abstract: up to 10.3 times the best of the baselines, on a T4; its Table 5 repeats two bars of Figure 7."""
+    values = {(r.system, r.gen_len): r.number or 0 for r in PRINTED if r.table == "ML-F7-S1"}
+    best = max(values["MoE-Lightning", n] / values["FlexGen", n] for n in ("32", "64", "128", "256"))
+    assert round(best, 1) == 10.3
+    again = {r.system: r.number or 0 for r in PRINTED if r.table == "ML-T5"}
+    assert round(again["MoE-Lightning(p)"], 1) == values["MoE-Lightning(p)", "128"]
+    assert again["FlexGen, its policy"] == values["FlexGen", "128"]

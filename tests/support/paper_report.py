@@ -13,12 +13,12 @@ from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.record import Sample
 from flexgen_bench.core.workload import PromptKind, Workload
-from flexgen_bench.published.quoted import read_quoted
+from flexgen_bench.published.quoted import read_papers
 from flexgen_bench.store.writer import write_record
 from tests.support.record_factory import make_record, make_spec
 
 FOUR = Compression(4, 64)
-PRINTED = read_quoted(paper_dir() / "tables.csv")
+PRINTED = read_papers(paper_dir())
 ORIGINAL_OPTIONS = (
     "percent",
     "gpu_batch_size",

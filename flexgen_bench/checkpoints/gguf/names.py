@@ -1,20 +1,84 @@
-"""Which architectures of GGUF files can be read, and what their tensors are called there (ggml's names) and here
-(transformers')."""
+"""Which architectures of GGUF files can be read, and where their files have the tensors of transformers: ggml's names,
+the order of rows, and what converters add (llama.cpp: gguf-py/gguf/constants.py and convert_hf_to_gguf.py)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader
 from flexgen_bench.core.errors import StoreError
 
-_ONCE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
+
+class RowOrder(StrEnum):
+    """How a file orders rows that transformers has head by head."""
+
+    SAME = "same"
+    PAIRS = "pairs"  # within a head: ggml rotates neighbours, transformers the two halves
+    BY_KIND = "by kind"  # the queries of all heads, then their keys, then their values
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a file has a tensor of transformers. names: ggml's; several are stacked along dimension 1, which is the
+    rows of one expert. order: of its rows, of so many ``heads``. added: what the file's values have on top. is_vector:
+    whether it is a matrix of one row, of which the file has that row."""
+
+    names: tuple[str, ...]
+    is_vector: bool = False
+    order: RowOrder = RowOrder.SAME
+    heads: int = 0
+    added: float = 0.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """name: ``general.architecture``, and the namespace of its keys. once, layer: transformers' names without
+    ``.weight`` and ``.bias``, to ggml's. query, key: the parts whose rows are in ``order``, of so many query or key
+    heads. around_one: whether norms are stored with the 1 that transformers adds to them.
+    of_config: tensors that are part of the config, which says what they mean. reads: keys that only it has."""
+
+    name: str
+    once: Mapping[str, str]
+    layer: Mapping[str, str | tuple[str, ...]]
+    layers: str = "model.layers"
+    order: RowOrder = RowOrder.SAME
+    query: str = ""
+    key: str = ""
+    around_one: bool = False
+    of_config: Collection[str] = ()
+    reads: frozenset[str] = field(default=frozenset())
+
+    def stored(self, name: str, heads: int, kv_heads: int) -> Stored:
+        """Where the tensor is that transformers calls ``name``."""
+        stem, _, ending = name.rpartition(".")
+        if ending not in ("weight", "bias"):  # experts have none
+            stem, ending = name, "weight"
+        added = 1.0 if self.around_one and stem.endswith("norm") else 0.0
+        if stem in self.once:
+            return Stored((f"{self.once[stem]}.{ending}",), added=added)
+        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", stem)
+        part = match[2] if match else ""
+        if match is None or part not in self.layer:
+            raise StoreError(f"{name} has no place in GGUF files of {self.name} models.")
+        parts = self.layer[part]
+        names = tuple(f"blk.{match[1]}.{p}.{ending}" for p in ((parts,) if isinstance(parts, str) else parts))
+        counts = {self.query: heads, self.key: kv_heads}
+        if part in counts and self.order is not RowOrder.SAME:
+            return Stored(names, order=self.order, heads=counts[part])
+        return Stored(names, part in _VECTORS, added=added)
+
+
+_VECTORS = ("mlp.shared_expert_gate",)
+# Factors of the rotary frequencies.
+ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+
+_Parts = dict[str, str | tuple[str, ...]]
+_ONCE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LLAMA: _Parts = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -27,29 +91,83 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-# Factors of the rotary frequencies; what they mean is part of the config (config.py).
-ROPE_FACTORS = "rope_freqs.weight"
+_EXPERTS: _Parts = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+_SHARED: _Parts = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+_PHI3: _Parts = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GEMMA: _Parts = _LLAMA | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_COUNTS = frozenset(("expert_count", "expert_used_count"))
+_WIDTHS = frozenset(("expert_feed_forward_length", "expert_shared_feed_forward_length"))
+_WINDOWS = frozenset(("attention.sliding_window", "attention.sliding_window_pattern"))
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """name: ``general.architecture``, and the namespace of its keys. model, model_type: of transformers. permuted:
-    whether rows of queries and keys are in ggml's order, which rotates neighbours."""
-
-    name: str
-    model: str
-    model_type: str
-    permuted: bool
-
-
-# Mistral's files are those of a Llama.
 ARCHITECTURES = {
     one.name: one
     for one in (
-        Architecture("llama", "LlamaForCausalLM", "llama", permuted=True),
-        Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", permuted=False),
-        Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", permuted=False),
+        # Mistral's and Mixtral's files are those of a Llama.
+        Architecture(
+            "llama",
+            _ONCE,
+            _LLAMA | _EXPERTS,
+            order=RowOrder.PAIRS,
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            of_config=(ROPE_FACTORS,),
+            reads=_COUNTS,
+        ),
+        Architecture("qwen2", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
+        Architecture("qwen3", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
+        Architecture(
+            "qwen2moe", _ONCE, _LLAMA | _EXPERTS | _SHARED, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS
+        ),
+        Architecture("qwen3moe", _ONCE, _LLAMA | _EXPERTS, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS),
+        Architecture("phi3", _ONCE, _PHI3, of_config=(LONG_FACTORS, SHORT_FACTORS)),
+        Architecture(
+            "gemma2",
+            _ONCE,
+            _GEMMA,
+            around_one=True,
+            reads=_WINDOWS | {"attn_logit_softcapping", "final_logit_softcapping"},
+        ),
+        Architecture(
+            "gemma3", _ONCE, _GEMMA, around_one=True, reads=_WINDOWS | {"final_logit_softcapping", "rope.freq_base_swa"}
+        ),
+        Architecture(
+            "bloom",
+            {
+                "transformer.word_embeddings": "token_embd",
+                "transformer.word_embeddings_layernorm": "token_embd_norm",
+                "transformer.ln_f": "output_norm",
+                "lm_head": "output",
+            },
+            {
+                "input_layernorm": "attn_norm",
+                "self_attention.query_key_value": "attn_qkv",
+                "self_attention.dense": "attn_output",
+                "post_attention_layernorm": "ffn_norm",
+                "mlp.dense_h_to_4h": "ffn_up",
+                "mlp.dense_4h_to_h": "ffn_down",
+            },
+            layers="transformer.h",
+            order=RowOrder.BY_KIND,
+            query="self_attention.query_key_value",
+            reads=frozenset(("attention.layer_norm_epsilon", "attention.max_alibi_bias")),
+        ),
     )
 }
 
@@ -64,12 +182,3 @@ def architecture_of(header: GGUFHeader) -> Architecture:
             "Use the checkpoint that the file was converted from, if its family is supported."
         )
     return ARCHITECTURES[architecture]
-
-
-def gguf_name(name: str) -> str:
-    """ggml's name of a tensor of a model of one of these architectures."""
-    if name in _ONCE:
-        return _ONCE[name]
-    match = _LAYER.fullmatch(name)
-    assert match is not None, f"{name} is not a tensor of these architectures"
-    return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"

@@ -11,16 +11,17 @@ import math
 from typing import Any
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader
-from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, architecture_of
+from flexgen_bench.checkpoints.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, architecture_of
 from flexgen_bench.checkpoints.gguf.tensors import check_readable, single_precision
 from flexgen_bench.core.errors import StoreError
 
 _KINDS = ("none", "linear", "yarn")
 
 
-def rope_parameters(header: GGUFHeader, head_dim: int, positions: int) -> dict[str, Any]:
-    """Base and scaling. head_dim: values of a head, all of which are rotated. positions: the model's context length."""
-    theta = _number(header, "freq_base", 10000.0)
+def rope_parameters(header: GGUFHeader, head_dim: int, positions: int, theta: float = 10000.0) -> dict[str, Any]:
+    """Base and scaling. head_dim: values of a head, all of which are rotated. positions: the model's context length.
+    theta: the base where the file states none."""
+    theta = _number(header, "freq_base", theta)
     kind = header.metadata.get(_key(header, "scaling.type"), "linear")
     if kind not in _KINDS:
         raise _refused(header, "scaling.type", f"one of {', '.join(_KINDS)}")
@@ -37,6 +38,26 @@ def rope_parameters(header: GGUFHeader, head_dim: int, positions: int) -> dict[s
     if factor != 1.0:
         return {"rope_type": "linear", "factor": factor, "rope_theta": theta}
     return {"rope_type": "default", "rope_theta": theta}
+
+
+def longrope_parameters(header: GGUFHeader, rotated: int, positions: int, original: int) -> dict[str, Any] | None:
+    """Scaling of Phi's files: LongRoPE (Ding et al. 2024) where they have its two lists of factors, else none.
+
+    rotated: values of a head that are. positions, original: the model's context length, and that before it was
+    extended."""
+    for key in ("scaling.type", "scaling.factor", "scale_linear", "scaling.yarn_attn_factor"):
+        if header.metadata.get(_key(header, key), "none") not in ("none", "longrope", 0.0, 1.0):
+            raise _refused(header, key, "longrope, which follows from the tensors of factors")
+    long, short = (_factors(header, name, rotated // 2) for name in (LONG_FACTORS, SHORT_FACTORS))
+    if long is None and short is None:
+        return None
+    if long is None or short is None:
+        raise StoreError(f"{header.path} has one of {LONG_FACTORS} and {SHORT_FACTORS}, not both. Convert it again.")
+    scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    extended = positions / original
+    usual = math.sqrt(1 + math.log(extended) / math.log(original)) if extended > 1 else 1.0
+    stated = _number(header, "scaling.attn_factor", usual)
+    return scaling if math.isclose(stated, usual, rel_tol=1e-6) else scaling | {"attention_factor": stated}
 
 
 def _yarn(header: GGUFHeader, factor: float, positions: int) -> dict[str, Any]:
@@ -69,18 +90,23 @@ def _divided(factors: list[float], positions: int) -> dict[str, Any]:
 
 def _stored_factors(header: GGUFHeader, head_dim: int) -> list[float] | None:
     """What ``rope_freqs.weight`` divides the frequencies by (llama 3.1 and later have it); None if all are 1."""
-    info = header.tensors.get(ROPE_FACTORS)
-    if info is None:
+    factors = _factors(header, ROPE_FACTORS, head_dim // 2)
+    return None if factors is None or all(value == 1.0 for value in factors) else factors
+
+
+def _factors(header: GGUFHeader, name: str, count: int) -> list[float] | None:
+    """The numbers that a tensor divides ``count`` frequencies by; None if it is not there, or not of this
+    architecture."""
+    info = header.tensors.get(name)
+    if info is None or name not in architecture_of(header).of_config:
         return None
-    if info.shape != (head_dim // 2,):
-        raise StoreError(
-            f"{header.path}: tensor {ROPE_FACTORS} has shape {info.shape}, the model needs {(head_dim // 2,)}."
-        )
+    if info.shape != (count,):
+        raise StoreError(f"{header.path}: tensor {name} has shape {info.shape}, the model needs {(count,)}.")
     check_readable(header)
     factors = [float(value) for value in single_precision(info)]
     if not all(math.isfinite(value) and value > 0 for value in factors):
-        raise StoreError(f"{header.path}: tensor {ROPE_FACTORS} holds values that are not above 0.")
-    return None if all(value == 1.0 for value in factors) else factors
+        raise StoreError(f"{header.path}: tensor {name} holds values that are not above 0.")
+    return factors
 
 
 def _key(header: GGUFHeader, key: str) -> str:

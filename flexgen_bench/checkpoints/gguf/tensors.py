@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.checkpoints.gguf.header import GGUFHeader, TensorInfo
-from flexgen_bench.checkpoints.gguf.names import ROPE_FACTORS, architecture_of, gguf_name
+from flexgen_bench.checkpoints.gguf.names import RowOrder, Stored, architecture_of
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.model import DType
 
@@ -30,8 +30,10 @@ class GGUFTensors:
 
     def __init__(self, header: GGUFHeader, num_heads: int, num_kv_heads: int, dtype: DType) -> None:
         self._header, self._dtype = header, dtype
-        permuted = architecture_of(header).permuted
-        self._heads = {"q_proj": num_heads, "k_proj": num_kv_heads} if permuted else {}
+        self._architecture, self._heads = architecture_of(header), (num_heads, num_kv_heads)
+
+    def _stored(self, name: str) -> Stored:
+        return self._architecture.stored(name, *self._heads)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare the file's own list with what the model needs: names and shapes of transformers.
@@ -40,17 +42,18 @@ class GGUFTensors:
         quantization that cannot be read, and tensors that lie behind the end of the file.
         """
         header = self._header
-        needed = {gguf_name(name): shape for name, shape in expected.items()}
+        needed = {name: shape for one, whole in expected.items() for name, shape in _parts(self._stored(one), whole)}
         missing = [name for name in needed if name not in header.tensors]
         if missing:
             raise StoreError(
                 f"{header.path} lacks {len(missing)} of {len(needed)} tensors: {_some(missing)}. Fetch or convert it "
                 "again."
             )
-        others = [name for name in header.tensors if name not in needed and name != ROPE_FACTORS]
+        of_config = self._architecture.of_config
+        others = [name for name in header.tensors if name not in needed and name not in of_config]
         if others:
             raise StoreError(
-                f"{header.path} holds {len(others)} tensors that a {architecture_of(header).name} "
+                f"{header.path} holds {len(others)} tensors that a {self._architecture.name} "
                 f"model does not have: {_some(others)}. "
                 "The model would be computed without them, so it is refused."
             )
@@ -65,17 +68,25 @@ class GGUFTensors:
         """The tensor that transformers calls ``name``, in the dtype wanted; ``check`` has found it."""
         import torch
 
-        info = self._header.tensors[gguf_name(name)]
+        stored = self._stored(name)
+        parts = [self._read(self._header.tensors[one], stored.added) for one in stored.names]
+        made = parts[0][None] if stored.is_vector else parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if stored.order is RowOrder.PAIRS:
+            return _halves(made, stored.heads)
+        return _by_head(made, stored.heads) if stored.order is RowOrder.BY_KIND else made
+
+    def _read(self, info: TensorInfo, added: float) -> torch.Tensor:
+        """A tensor of the file less what was ``added`` to it."""
+        import torch
+
         made = torch.empty(info.shape, dtype=getattr(torch, self._dtype.value))
         rows = made.view(-1, info.shape[-1])
         start = 0
         for piece in _pieces(info):
-            rows[start : start + len(piece)] = torch.from_numpy(piece)
+            values = piece - piece.dtype.type(added) if added else piece
+            rows[start : start + len(piece)] = torch.from_numpy(values)
             self._check_range(info, rows[start : start + len(piece)], piece)
             start += len(piece)
-        for projection, heads in self._heads.items():
-            if f".{projection}." in name:
-                return _halves(made, heads)
         return made
 
     def _check_range(self, info: TensorInfo, made: torch.Tensor, piece: np.ndarray[Any, Any]) -> None:
@@ -188,6 +199,20 @@ def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     head."""
     pairs = rows.view(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows of queries, keys and values, which ggml has one kind after the other, head by head."""
+    kinds = rows.view(3, heads, rows.shape[0] // heads // 3, *rows.shape[1:])
+    return kinds.swapaxes(0, 1).reshape(rows.shape)
+
+
+def _parts(stored: Stored, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Each tensor of the file that one of this shape is made of, with its own shape."""
+    if len(stored.names) == 1:
+        return [(stored.names[0], shape[1:] if stored.is_vector else shape)]
+    first, stacked, *rest = shape
+    return [(name, (first, stacked // len(stored.names), *rest)) for name in stored.names]
 
 
 def _some(names: list[str]) -> str:
