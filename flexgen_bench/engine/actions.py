@@ -16,6 +16,7 @@ from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Formulas, Layers
 from flexgen_bench.engine.nan_checks import Health
+from flexgen_bench.engine.next_tokens import NextTokens, Reader, TokenHome
 from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.resident import ResidentLayers, joined
 from flexgen_bench.engine.weights import Weights
@@ -34,7 +35,7 @@ from flexgen_bench.schedule.steps import Step, StepKind
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-class Consumer(Protocol):
+class Consumer(Reader, Protocol):
     """What becomes of a job's tokens and logits: generation or scoring."""
 
     def tokens(self, member: Member) -> Sequence[int]:
@@ -43,17 +44,17 @@ class Consumer(Protocol):
     def logit_rows(self, member: Member) -> Sequence[int]:
         """Which of the member's rows need logits."""
 
-    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """On the compute device: the wanted hidden rows (R, hidden) -> what the host needs of their logits."""
-
-    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
-        """On the host: take what ``reduce`` returned."""
+    def on_device(self, member: Member) -> bool:
+        """Whether an accelerator can choose the member's next tokens: they are those of the largest logits."""
 
     def tree(self, sequence: int) -> PrefixTree | None:
         """How the prompt rows of a sequence of the job hang together; None: each follows the one before it."""
 
     def ended(self, group: SequenceGroup) -> list[int]:
         """Sequences of the sequence group that have come to their end."""
+
+    def full(self, group: SequenceGroup, count: int) -> list[int]:
+        """Those that come to it with their ``count``-th token, as is known before it is."""
 
 
 class Actions:
@@ -83,7 +84,9 @@ class Actions:
         self._prompts = Prompts(
             plan.job, self._cache, self._form, consumer.tree, self._decoder.layers, self._value_share
         )
-        self._health = Health(device)
+        self._health = Health()
+        home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
+        self._next = NextTokens(device, self._health, consumer, home)
         self._layers = Layers(layer_formulas, weights, plan.job, device)
         self._resident = ResidentLayers(
             plan.job,
@@ -109,8 +112,6 @@ class Actions:
         self._qkv_host: dict[tuple[int, int], QKV] = {}
         self._attended: dict[tuple[int, int], Tensor] = {}
         self._attended_host: dict[tuple[int, int], Tensor] = {}
-        self._found: dict[int, Tensor] = {}
-        self._found_host: dict[int, Tensor] = {}
         self._actions: dict[StepKind, Callable[[Step], None]] = {
             StepKind.LOAD_WEIGHTS: weights.load,
             StepKind.DEQUANTIZE: weights.dequantize,
@@ -129,20 +130,26 @@ class Actions:
             StepKind.OUTPUT: self._output,
             StepKind.LAYER: self._resident.run,
             StepKind.HEAD: self._head,
-            StepKind.MOVE_LOGITS: self._move_logits,
-            StepKind.SAMPLE: self._sample,
+            StepKind.MOVE_LOGITS: self._next.move_logits,
+            StepKind.SAMPLE: self._next.sample,
+            StepKind.MOVE_TOKENS: self._next.move_tokens,
         }
 
     def act(self, step: Step) -> None:
         """Do one step."""
         self._actions[step.kind](step)
 
-    def begin_pass(self) -> None:
-        """Nothing of the last pass is computed any more: release the hidden states that it has left."""
+    def _begin_pass(self) -> None:
+        """Nothing of the last pass is computed any more: release the hidden states that it has left. On the lane that
+        embeds, which may begin a pass before the host has seen the end of the last one."""
         self._hidden.begin_pass()
         self._angles.clear()
         self._prompts.begin_pass()
         self._resident.begin_pass()
+
+    def take(self, batches: Sequence[MicroBatch]) -> None:
+        """The steps of a pass are over: its tokens, where they stay on the accelerator, go to their sequences, too."""
+        self._next.take(batches)
 
     @property
     def cache(self) -> KVCache:
@@ -165,11 +172,10 @@ class Actions:
             self._attended_host,
             self._rows,
             self._gpu_rows,
-            self._found,
-            self._found_host,
             self._angles,
         ):
             held.clear()
+        self._next.clear()
         del self._cache, self._hidden, self._prompts, self._resident
 
     def _on_accelerator(self, step: Step) -> bool:
@@ -177,15 +183,18 @@ class Actions:
 
     # Embedding
 
-    def _indices(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
-        ids = [t for member in micro_batch.members for t in self._consumer.tokens(member)]
-        return formulas.rows(self._decoder, torch.tensor(ids), self._prompts.positions(micro_batch))
+    def _indices(self, step: Step) -> Mapping[str, Tensor]:
+        micro_batch = step.micro_batch
+        if self._next.home is not None and not micro_batch.is_prefill:
+            tokens = self._next.home.get(step)
+        else:
+            tokens = torch.tensor([t for member in micro_batch.members for t in self._consumer.tokens(member)])
+        return formulas.rows(self._decoder, tokens, self._prompts.positions(micro_batch))
 
     def _gather_rows(self, step: Step) -> None:
         moves = self._device.is_cuda and self._on_accelerator(step)
         self._rows[step.buffer_index] = {
-            name: self._weights.rows(name, index, pinned=moves)
-            for name, index in self._indices(step.micro_batch).items()
+            name: self._weights.rows(name, index, pinned=moves) for name, index in self._indices(step).items()
         }
 
     def _move_rows(self, step: Step) -> None:
@@ -195,10 +204,12 @@ class Actions:
 
     def _embed(self, step: Step) -> None:
         unit = self._job.units[step.unit]
+        if step.micro_batch.index == 0:
+            self._begin_pass()
         if unit.tier is unit.site.tier:
             rows = {
                 name: self._weights.rows(name, self._to_site(step, index))
-                for name, index in self._indices(step.micro_batch).items()
+                for name, index in self._indices(step).items()
             }
         else:
             gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
@@ -288,19 +299,9 @@ class Actions:
             self._health.watch_head(step, rows, logits)
             return logits
 
-        self._found[step.buffer_index] = self._consumer.reduce(micro_batch, head, x)
-
-    def _move_logits(self, step: Step) -> None:
-        self._found_host[step.buffer_index] = self._device.to_host(self._found.pop(step.buffer_index))
-        self._health.move(step)
-
-    def _sample(self, step: Step) -> None:
-        self._health.judge(step)
-        on_accelerator = self._on_accelerator(step)
-        reduced = self._found_host if on_accelerator else self._found
-        self._consumer.finish(step.micro_batch, reduced.pop(step.buffer_index))
+        self._next.head(step, head, x)
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""
         on_gpu = self._job.units[step.unit].site.tier is Tier.GPU and self._device.is_cuda
-        return self._device.to_compute(tensor) if on_gpu else tensor
+        return self._device.to_compute(tensor) if on_gpu and not tensor.is_cuda else tensor

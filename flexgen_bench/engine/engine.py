@@ -118,12 +118,16 @@ class Engine:
         result = JobResult(plan=plan)
         held = ExitStack()
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
-        scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission)
+        scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission, generation.on_device)
         # Beyond its steady positions a model's keys depend on the length of their sequence.
         longest = capacity.prompt_len + capacity.gen_len - 1
         keeps = capacity.keeps and can_keep(plan) and longest <= self._family.steady_positions(self._model.shape)
         prefixes = KeptPrefixes(actions.cache, sequences) if keeps else None
-        run = JobRun(scheduler, plan.job, executor, actions, generation, result, prefixes=prefixes)
+        run = JobRun(
+            *(scheduler, plan.job, executor, actions, generation, result),
+            prefixes=prefixes,
+            overlap=self.policy.overlap,
+        )
         self._open = OpenJob(replace(capacity, keeps=keeps), admission, sequences, run, held, self._give_back, result)
         return self._open
 
@@ -219,8 +223,11 @@ class Engine:
         self._check(plan)
         result = JobResult(plan=plan)
         with self._job(plan, consumer, policy, result) as (executor, actions):
-            scheduler = Scheduler(policy, plan, consumer.logit_rows)
-            JobRun(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress).run()
+            scheduler = Scheduler(policy, plan, consumer.logit_rows, on_device=consumer.on_device)
+            JobRun(
+                *(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress),
+                overlap=policy.overlap,
+            ).run()
         return result
 
     @contextmanager
