@@ -12,13 +12,17 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.decode_graphs import DecodeGraphs
 from flexgen_bench.engine.device import Device, crossing
+from flexgen_bench.engine.embedding import Embedding
+from flexgen_bench.engine.graphs import Graphs
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Formulas, Layers
 from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.next_tokens import NextTokens, Reader, TokenHome
 from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.resident import ResidentLayers, joined
+from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.attention import decode_attention
@@ -71,6 +75,7 @@ class Actions:
         arenas: Arenas,
         spill: SpillFile | None,
         consumer: Consumer,
+        graphs: Graphs,
     ) -> None:
         self._decoder = layer_formulas.decoder
         self._job, self._weights, self._device = plan.job, weights, device
@@ -88,6 +93,13 @@ class Actions:
         home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
         self._next = NextTokens(device, self._health, consumer, home)
         self._layers = Layers(layer_formulas, weights, plan.job, device)
+        self._graphs = DecodeGraphs(
+            *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
+            self._value_share,
+        )
+        self._embedding = Embedding(
+            *(plan.job, self._decoder, weights, self._prompts, device, self._graphs), consumer.tokens, home
+        )
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -104,8 +116,6 @@ class Actions:
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
         # something takes it out: what a whole micro-batch's prompts leave behind would stay until its stage is used
         # again.
-        self._rows: dict[int, Mapping[str, Tensor]] = {}
-        self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
         self._x: dict[int, Tensor] = {}  # hidden states before the attention, for the residual
         self._angles: dict[int, tuple[MicroBatch, Any]] = {}
         self._qkv: dict[int, QKV] = {}
@@ -115,8 +125,8 @@ class Actions:
         self._actions: dict[StepKind, Callable[[Step], None]] = {
             StepKind.LOAD_WEIGHTS: weights.load,
             StepKind.DEQUANTIZE: weights.dequantize,
-            StepKind.GATHER_ROWS: self._gather_rows,
-            StepKind.MOVE_ROWS: self._move_rows,
+            StepKind.GATHER_ROWS: self._embedding.gather_rows,
+            StepKind.MOVE_ROWS: self._embedding.move_rows,
             StepKind.EMBED: self._embed,
             StepKind.LOAD_HIDDEN: self._hidden.load,
             StepKind.STORE_HIDDEN: self._hidden.store,
@@ -128,10 +138,10 @@ class Actions:
             StepKind.STORE_KV: self._cache.store,
             StepKind.APPEND_KV: self._cache.append,
             StepKind.OUTPUT: self._output,
-            StepKind.LAYER: self._resident.run,
+            StepKind.LAYER: self._layer_at_once,
             StepKind.HEAD: self._head,
             StepKind.MOVE_LOGITS: self._next.move_logits,
-            StepKind.SAMPLE: self._next.sample,
+            StepKind.SAMPLE: self._sample,
             StepKind.MOVE_TOKENS: self._next.move_tokens,
         }
 
@@ -146,6 +156,7 @@ class Actions:
         self._angles.clear()
         self._prompts.begin_pass()
         self._resident.begin_pass()
+        self._graphs.begin_pass()
 
     def take(self, batches: Sequence[MicroBatch]) -> None:
         """The steps of a pass are over: its tokens, where they stay on the accelerator, go to their sequences, too."""
@@ -164,60 +175,26 @@ class Actions:
         self._actions.clear()
         self._layers.clear()
         self._resident.begin_pass()
-        for held in (
-            self._x,
-            self._qkv,
-            self._qkv_host,
-            self._attended,
-            self._attended_host,
-            self._rows,
-            self._gpu_rows,
-            self._angles,
-        ):
+        for held in (self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._angles):
             held.clear()
         self._next.clear()
+        self._embedding.clear()
+        self._graphs.clear()
         del self._cache, self._hidden, self._prompts, self._resident
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
 
-    # Embedding
-
-    def _indices(self, step: Step) -> Mapping[str, Tensor]:
-        micro_batch = step.micro_batch
-        if self._next.home is not None and not micro_batch.is_prefill:
-            tokens = self._next.home.get(step)
-        else:
-            tokens = torch.tensor([t for member in micro_batch.members for t in self._consumer.tokens(member)])
-        return formulas.rows(self._decoder, tokens, self._prompts.positions(micro_batch))
-
-    def _gather_rows(self, step: Step) -> None:
-        moves = self._device.is_cuda and self._on_accelerator(step)
-        self._rows[step.buffer_index] = {
-            name: self._weights.rows(name, index, pinned=moves) for name, index in self._indices(step).items()
-        }
-
-    def _move_rows(self, step: Step) -> None:
-        self._gpu_rows[step.buffer_index] = {
-            name: self._device.to_compute(rows) for name, rows in self._rows.pop(step.buffer_index).items()
-        }
-
     def _embed(self, step: Step) -> None:
-        unit = self._job.units[step.unit]
         if step.micro_batch.index == 0:
             self._begin_pass()
-        if unit.tier is unit.site.tier:
-            rows = {
-                name: self._weights.rows(name, self._to_site(step, index))
-                for name, index in self._indices(step).items()
-            }
-        else:
-            gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
-            rows = {name: crossing(r) for name, r in gathered.pop(step.buffer_index).items()}
-        x = formulas.embed(ops, self._decoder, self._weights.of(step), rows)
-        self._hidden.put(step, x)
+        self._hidden.put(step, self._embedding.embed(step))
 
     # A decoder layer
+
+    def _layer_at_once(self, step: Step) -> None:
+        if not self._graphs.layer(step):
+            self._resident.run(step)
 
     def _project(self, step: Step) -> None:
         x = self._x[step.buffer_index] = self._hidden.take(step)
@@ -293,6 +270,15 @@ class Actions:
         if len(micro_batch.logit_rows) < micro_batch.rows:
             x = x[self._to_site(step, torch.tensor(micro_batch.logit_rows))]
         w = self._weights.of(step)
+        shape = self._graphs.of(step)
+        if shape is not None and micro_batch.samples_on_device:
+            shape.run("head", lambda: self._head_static(shape, w))
+            self._health.watch_cache(step, shape.kept("sums"), shape.units)
+            self._health.watch_sums(step, shape.kept("head sums"))
+            self._next.chosen(step, shape.kept("tokens"))
+            return
+        if shape is not None:
+            self._health.watch_cache(step, shape.kept("sums"), shape.units)
 
         def head(rows: Tensor) -> Tensor:
             logits = formulas.head(ops, self._decoder, w, rows)
@@ -301,7 +287,17 @@ class Actions:
 
         self._next.head(step, head, x)
 
+    def _head_static(self, shape: StaticDecode, w: Mapping[str, Any]) -> None:
+        x = shape.kept("x")
+        logits = formulas.head(ops, self._decoder, w, x)
+        shape.keep("head sums", self._health.sums_of(x, logits))
+        shape.keep("tokens", logits.argmax(dim=-1))
+
+    def _sample(self, step: Step) -> None:
+        shape = self._graphs.of(step) if step.micro_batch.samples_on_device else None
+        self._next.sample(step, shape)
+
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""
         on_gpu = self._job.units[step.unit].site.tier is Tier.GPU and self._device.is_cuda
-        return self._device.to_compute(tensor) if on_gpu and not tensor.is_cuda else tensor
+        return self._device.to_compute(tensor) if on_gpu else tensor

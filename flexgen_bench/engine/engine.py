@@ -23,6 +23,7 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
+from flexgen_bench.engine.graphs import Graphs, graphs_for
 from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
 from flexgen_bench.engine.layers import Formulas
@@ -37,6 +38,7 @@ from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightSto
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
+from flexgen_bench.planner.graph_memory import graph_bytes
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.schedule.admission import OpenAdmission
@@ -198,6 +200,13 @@ class Engine:
         """Against what was free before the weights were loaded: a plan counts them in."""
         plan.check(self._available)
 
+    def _graphs(self, plan: MemoryPlan) -> Graphs:
+        """Recorded only where there is room beside the plan, which does not count them."""
+        limits = (self._available.get(Tier.GPU), self._device.hardware.capacity_bytes(Tier.GPU))
+        known = [limit for limit in limits if limit is not None]
+        room = min(known, default=0) - plan.total(Tier.GPU, plan.job.device)
+        return graphs_for(self._device, graph_bytes(plan) <= room, plan.job.tokens_stay)
+
     def check_free(self) -> None:
         """UserError if no job can be run now: the engine is closed, or taken by an open job."""
         if self._closed:
@@ -245,6 +254,7 @@ class Engine:
             spill = SpillFile(self._offload_dir, spilled) if spilled else None
             if spill is not None:
                 held.callback(spill.close)
+            graphs = self._graphs(plan)
             actions = Actions(
                 self._formulas,
                 TORCH_DTYPES[self._model.dtype],
@@ -255,6 +265,7 @@ class Engine:
                 arenas,
                 spill,
                 consumer,
+                graphs,
             )
             held.callback(actions.close)
             executor = Executor(self._device.lane_settings(), policy.overlap)
@@ -266,6 +277,7 @@ class Engine:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
+        result.decode_path = graphs.path
         result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
 
 

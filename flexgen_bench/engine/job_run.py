@@ -24,7 +24,8 @@ from flexgen_bench.schedule.steps import StepKind
 
 @dataclass
 class JobResult:
-    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it.
+    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it. decode_path:
+    how an accelerator was given its decode passes, in words.
 
     A pass in which prompts are computed while other sequences decode (continuous schedule) counts as decode.
     """
@@ -35,6 +36,7 @@ class JobResult:
     lanes: dict[Lane, LaneUse] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
     allocated: dict[Site, dict[str, int]] = field(default_factory=dict)
+    decode_path: str = ""
 
 
 @dataclass

@@ -35,33 +35,35 @@ class Health:
 
     def watch(self, step: Step, k: Tensor, v: Tensor) -> None:
         """A layer has made these keys and values."""
-        self._watch(step, k, (step.unit, "keys"), v, (step.unit, "values"))
+        self._keep(step, self.sums_of(k, v), [(step.unit, "keys"), (step.unit, "values")])
 
     def watch_head(self, step: Step, x: Tensor, logits: Tensor) -> None:
         """The last layer has made these hidden states, of which nobody makes keys, and the head these logits."""
-        self._watch(step, x, (step.unit - 1, _HIDDEN), logits, (step.unit, _LOGITS))
+        self.watch_sums(step, self.sums_of(x, logits))
+
+    @staticmethod
+    def sums_of(x: Tensor, logits: Tensor) -> Tensor:
+        """(2,) float32, each finite only if all of them are (in float32: no overflow)."""
+        return torch.stack((x.sum(dtype=torch.float32), logits.sum(dtype=torch.float32)))
+
+    def watch_sums(self, step: Step, sums: Tensor) -> None:
+        """The same of such sums (2,)."""
+        self._keep(step, sums, [(step.unit - 1, _HIDDEN), (step.unit, _LOGITS)])
 
     def watch_cache(self, step: Step, sums: Tensor, units: Sequence[int]) -> None:
         """All layers of a pass have put keys and values into the cache: sums (L, 2) of both, for these units."""
         self._keep(step, sums.view(-1), [(u, n) for u in units for n in ("keys", "values")])
 
-    def gather(self, step: Step) -> Watched | None:
+    def gather(self, step: Step) -> list[Watched]:
         """All that was watched of a micro-batch, whose HEAD this is, and has not been judged; on its lane, which may be
         at the next pass before this one's tokens have come down."""
-        watched = self._sums.pop(step.buffer_index, None)
-        if not watched:
-            return None
-        return Watched(torch.cat([one.sums for one in watched]), [place for one in watched for place in one.places])
+        return self._sums.pop(step.buffer_index, [])
 
-    def judge(self, watched: Watched | None) -> None:
-        """On the host: raise NotFinite if anything was not."""
-        if watched is not None:
-            _judge(watched.sums.tolist(), watched.places)
-
-    def _watch(self, step: Step, a: Tensor, of_a: Place, b: Tensor, of_b: Place) -> None:
-        """A sum is finite only if all of them are (in float32: no overflow)."""
-        sums = torch.stack((a.sum(dtype=torch.float32), b.sum(dtype=torch.float32)))
-        self._keep(step, sums, [of_a, of_b])
+    @staticmethod
+    def judge(sums: Tensor, watched: Sequence[Watched]) -> None:
+        """On the host: raise NotFinite if anything was not. sums: of all of them, one after the other."""
+        if watched:
+            _judge(sums.tolist(), [place for one in watched for place in one.places])
 
     def _keep(self, step: Step, sums: Tensor, places: list[Place]) -> None:
         """sums (N,) of what is watched; to be judged now, or with the logits."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.arenas import Arenas
-from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.generation import Chosen
 from flexgen_bench.engine.nan_checks import Health, Watched
+from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.micro_batch import MicroBatch
@@ -55,21 +56,19 @@ class TokenHome:
         self._tokens = memory.view(torch.int64)
         self._index: dict[tuple[Lane, tuple[int, ...]], Tensor] = {}  # latest of a lane, each on its own stream
 
-    def get(self, step: Step) -> Tensor:
-        """(R,) tokens that the micro-batch's sequences go on with, in the order of its rows."""
-        where = self._where(step)
+    def get(self, where: slice | Tensor) -> Tensor:
+        """(R,) tokens that a micro-batch's sequences go on with, in the order of its rows."""
         return self._tokens[where] if isinstance(where, slice) else self._tokens.index_select(0, where)
 
-    def put(self, step: Step, tokens: Tensor) -> None:
+    def put(self, where: slice | Tensor, tokens: Tensor) -> None:
         """(R,) tokens of the sequences that get one, where the home is."""
-        where = self._where(step)
         if isinstance(where, slice):
             self._tokens[where].copy_(tokens)
         else:
             self._tokens.index_copy_(0, where, tokens)
 
-    def _where(self, step: Step) -> slice | Tensor:
-        """The places of a micro-batch: neighbours, nearly always."""
+    def where(self, step: Step) -> slice | Tensor:
+        """The places of a micro-batch, for the lane of a step: neighbours, nearly always."""
         places = self.places(step.micro_batch)
         if places[-1] - places[0] == len(places) - 1:  # they ascend
             return slice(places[0], places[-1] + 1)
@@ -100,7 +99,16 @@ class Made(NamedTuple):
     """Logits, or what is needed of them, or tokens; and the sums that tell whether all they were made of is finite."""
 
     values: Tensor
-    watched: Watched | None
+    watched: list[Watched]
+
+
+class Arriving(NamedTuple):
+    """Tokens and sums in one copy, (R + sums) float64 in host memory: numbers of tokens are exact in it. watched: whose
+    sums they are."""
+
+    both: Tensor
+    tokens: int
+    watched: list[Watched]
 
 
 class NextTokens:
@@ -111,11 +119,11 @@ class NextTokens:
         self._device, self._health, self._reader, self.home = device, health, reader, home
         # What passes between steps of a micro-batch, by its staging buffer.
         self._found: dict[int, Made] = {}
-        self._found_host: dict[int, Made] = {}
-        self._new: dict[int, Made] = {}
+        self._found_host: dict[int, tuple[Tensor, Tensor | None, list[Watched]]] = {}
+        self._new: dict[int, Arriving] = {}
         self._new_host: dict[int, Tensor] = {}  # sampled by the host, on their way to the accelerator
         # What the sequences have not been told yet: tokens on their way to the host, or there.
-        self._untold: deque[tuple[MicroBatch, Made | list[Chosen]]] = deque()
+        self._untold: deque[tuple[MicroBatch, Arriving | list[Chosen]]] = deque()
 
     def clear(self) -> None:
         """Let go of everything: the job is over."""
@@ -125,27 +133,41 @@ class NextTokens:
 
     def head(self, step: Step, head: Head, x: Tensor) -> None:
         """HEAD: of the wanted rows x (R, hidden)."""
-        micro_batch = step.micro_batch
-        found = head(x) if micro_batch.samples_on_device else self._reader.reduce(micro_batch, head, x)
-        watched = self._health.gather(step) if step.lane.of_accelerator else None
+        self.chosen(step, self._reader.reduce(step.micro_batch, head, x))
+
+    def chosen(self, step: Step, found: Tensor) -> None:
+        """HEAD: what is needed of the logits; of a micro-batch that samples on the device, the tokens (R,)."""
+        watched = self._health.gather(step) if step.lane.of_accelerator else []
         self._found[step.buffer_index] = Made(found, watched)
 
     def move_logits(self, step: Step) -> None:
         """MOVE_LOGITS: what sampling needs, to the host."""
-        self._found_host[step.buffer_index] = self._to_host(self._found.pop(step.buffer_index))
+        found, watched = self._found.pop(step.buffer_index)
+        sums = torch.cat([crossing(one.sums) for one in watched]) if watched else None
+        on_host = None if sums is None else self._device.to_host(sums)
+        self._found_host[step.buffer_index] = (self._device.to_host(found), on_host, watched)
 
-    def sample(self, step: Step) -> None:
-        """SAMPLE, where the step says."""
+    def sample(self, step: Step, shape: StaticDecode | None = None) -> None:
+        """SAMPLE, where the step says. shape: by which the pass is issued."""
         micro_batch, number = step.micro_batch, step.buffer_index
         if micro_batch.samples_on_device:
             assert self.home is not None
-            logits, watched = self._found.pop(number)
-            tokens = logits.argmax(dim=-1)
-            self.home.put(step, tokens)
-            self._new[number] = Made(tokens, watched)
+            tokens, watched = self._found.pop(number)
+            if shape is None:
+                both = self._settle(self.home.where(step), tokens, watched)
+            else:
+                where = shape.where
+                assert where is not None
+                shape.run("sample", lambda: _kept(shape, self._settle(where, tokens, watched)))
+                both = shape.kept("both")
+            self._new[number] = Arriving(both, len(tokens), watched)
             return
-        found, watched = (self._found_host if number in self._found_host else self._found).pop(number)
-        self._health.judge(watched)
+        if number in self._found_host:
+            found, sums, watched = self._found_host.pop(number)
+            if sums is not None:
+                self._health.judge(sums, watched)
+        else:
+            found, _ = self._found.pop(number)
         if self.home is None:
             self._reader.finish(micro_batch, found)
             return
@@ -153,14 +175,21 @@ class NextTokens:
         self._new_host[number] = torch.tensor([one.token for one in chosen])
         self._untold.append((micro_batch, chosen))
 
+    def _settle(self, where: slice | Tensor, tokens: Tensor, watched: list[Watched]) -> Tensor:
+        """Tokens (R,) at home; what goes to the host, together."""
+        assert self.home is not None
+        self.home.put(where, tokens)
+        return torch.cat([tokens.double(), *(one.sums.double() for one in watched)])
+
     def move_tokens(self, step: Step) -> None:
         """MOVE_TOKENS: those that the accelerator has chosen to the host, those of the host to where they are read."""
         number = step.buffer_index
         if step.micro_batch.samples_on_device:
-            self._untold.append((step.micro_batch, self._to_host(self._new.pop(number))))
+            new = self._new.pop(number)
+            self._untold.append((step.micro_batch, new._replace(both=self._device.to_host(new.both))))
         else:
             assert self.home is not None
-            self.home.put(step, self._device.to_compute(self._new_host.pop(number)))
+            self.home.put(self.home.where(step), self._device.to_compute(self._new_host.pop(number)))
 
     def take(self, batches: Sequence[MicroBatch]) -> None:
         """A pass of these is over: tell the sequences. Not on a lane."""
@@ -169,13 +198,11 @@ class NextTokens:
             if not any(micro_batch is one for one in batches):  # of the next pass
                 self._untold.append((micro_batch, new))
                 continue
-            if isinstance(new, Made):
-                self._health.judge(new.watched)
-                new = self._reader.choose(micro_batch, new.values)
+            if isinstance(new, Arriving):
+                self._health.judge(new.both[new.tokens :], new.watched)
+                new = self._reader.choose(micro_batch, new.both[: new.tokens].long())
             self._reader.take(micro_batch, new)
 
-    def _to_host(self, made: Made) -> Made:
-        values, watched = made
-        if watched is not None:
-            watched = Watched(self._device.to_host(watched.sums), watched.places)
-        return Made(self._device.to_host(values), watched)
+
+def _kept(shape: StaticDecode, both: Tensor) -> None:
+    shape.keep("both", both)

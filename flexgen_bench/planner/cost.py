@@ -100,9 +100,7 @@ class StepCost:
         if step.kind is StepKind.GATHER_ROWS:
             return step.micro_batch.rows * self._job.embed_row_bytes / site.memory
         if step.kind is StepKind.SAMPLE:
-            on_device = step.micro_batch.samples_on_device  # the largest of all logits; the host has been told it
-            row = self._shape.vocab_size * self._dtype.bytes if on_device else self._job.logits_row_bytes
-            return len(step.micro_batch.logit_rows) * row / site.memory
+            return len(step.micro_batch.logit_rows) * self._job.logits_row_bytes / site.memory
         if step.kind is StepKind.APPEND_KV:
             part = step.micro_batch.kv_parts[step.part]
             return part.rows * part.group.layouts[part.home].token_bytes / site.memory

@@ -373,8 +373,8 @@ def test_nothing_of_a_micro_batch_stays_behind(
             [
                 dict(held)
                 for held in (
-                    self._rows,
-                    self._gpu_rows,
+                    self._embedding._rows,
+                    self._embedding._gpu_rows,
                     self._x,
                     self._qkv_host,
                     self._attended,
