@@ -4,9 +4,10 @@ issues them.
 ``python benchmarks/host_cost.py [--quick] [--rounds 5] [--out results/benchmarks/host_cost.json]``
 
 Counted for every kind of policy, in prefill and decode, on tiny models (an OPT, and a Llama that is resident);
-``host_counts.py`` says how. The first layer of a pass does what all of them share, so a count is that of a model of six
-layers. Times are those of the gpu lane's thread beside streams and events that do nothing: the operators themselves, on
-tiny float32 tensors, are most of them. A GPU's host takes longer for an operator (a launch) and does not compute it.
+``host_counts.py`` says how, and ``pass_counts.py`` counts whole passes, with graphs and without. The first layer of a
+pass does what all of them share, so a count is that of a model of six layers. Times are those of the gpu lane's thread
+beside streams and events that do nothing: the operators themselves, on tiny float32 tensors, are most of them. A GPU's
+host takes longer for an operator (a launch) and does not compute it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from common import Bar, Report, median, options
 from host_counts import CASES, Counts, count, tiny_llama, tiny_opt
 from null_device import IssueTime, issue_time
+from pass_counts import count_pass
 
 from flexgen_bench.core.status import Evidence
 
@@ -33,6 +35,7 @@ def main() -> int:
         folder = Path(name)
         counted = {case: count(CASES[case], tiny_opt(), folder) for case in CASES}
         counted["resident Llama"] = count(CASES["resident"], tiny_llama(), folder)
+        passes = {case: [count_pass(CASES[case], folder, graphs) for graphs in (False, True)] for case in CASES}
         timed: dict[str, list[IssueTime]] = {case: [] for case in CASES}
         for _ in range(opts.rounds):  # interleaved
             for case, times in timed.items():
@@ -43,6 +46,13 @@ def main() -> int:
             ratio = layer_counts[what] / limit
             text = f"{case}: {what}"
             report.bars.append(Bar(text, str(limit), f"{layer_counts[what]:.1f}", (ratio,), 1.0, True))
+    launches = passes["resident"][1].launches
+    report.bars.append(Bar("resident: launches of a pass", "5", f"{launches:.1f}", (launches / 5,), 1.0, True))
+    report.where_time_goes += [
+        f"{case}: decode pass of one micro-batch: launches {eager.launches:.0f}, with graphs {graphed.launches:.0f}"
+        f" ({eager.fetched} units moved or unpacked); passes that wait for the host: {eager.waits}"
+        for case, (eager, graphed) in passes.items()
+    ]
     report.where_time_goes += [_line(case, phases) for case, phases in counted.items()]
     for case, times in timed.items():
         actions = median([t.actions_us for t in times])

@@ -326,6 +326,11 @@ class _Meter:
             yield
 
 
+def count_kernels(func: Any, args: Any, out: Any) -> int:
+    """Kernels that CUDA would launch for an operator."""
+    return _kernels(func, args, out)[1]
+
+
 def _kernels(func: Any, args: Any, out: Any) -> tuple[str, int]:
     """(operator, kernels that CUDA would launch for it)."""
     name = func._schema.name.split("::")[1]

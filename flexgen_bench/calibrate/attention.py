@@ -63,7 +63,7 @@ def _prefill(
     scale = form.head_dim**-0.5
 
     def call() -> Tensor:
-        Health(site.device).watch(_STEP, k, v)
+        Health().watch(_STEP, k, v)
         stored = (form.encode(k), form.encode(v))
         region.put_prompts(home(), 0, stored)
         keys, values = (form.decode(x) for x in stored)
@@ -156,7 +156,7 @@ def _decode(
     token, scale = region.layout.new_tokens, form.head_dim**-0.5
 
     def call() -> Tensor:
-        Health(site.device).watch(_STEP, k, v)
+        Health().watch(_STEP, k, v)
         raw = cache()
         region.append(raw, token, slots, [form.encode(k), form.encode(v)])
         return decode_attention(q, region.segments(raw, token), None, scale)

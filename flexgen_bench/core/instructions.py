@@ -74,6 +74,8 @@ LIMITS: Mapping[str, Mapping[str, Mapping[str, Level]]] = {
 }
 # What this project's own kernels are compiled for: a value of the compiler's -march, and 0 for none at all.
 NATIVE_ARCH, NATIVE_SWITCH = "FLEXGEN_NATIVE_ARCH", "FLEXGEN_NATIVE"
+# Whether a GPU's decode passes are recorded as CUDA graphs: 0 for no. Results are the same.
+GRAPHS_SWITCH = "FLEXGEN_GRAPHS"
 _X86_64 = {Level.BASELINE: "x86-64-v2", Level.AVX2: "x86-64-v3"}
 
 

@@ -12,12 +12,17 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.decode_graphs import DecodeGraphs
 from flexgen_bench.engine.device import Device, crossing
+from flexgen_bench.engine.embedding import Embedding
+from flexgen_bench.engine.graphs import Graphs
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Formulas, Layers
 from flexgen_bench.engine.nan_checks import Health
+from flexgen_bench.engine.next_tokens import NextTokens, Reader, TokenHome
 from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.resident import ResidentLayers, joined
+from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.attention import decode_attention
@@ -34,7 +39,7 @@ from flexgen_bench.schedule.steps import Step, StepKind
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-class Consumer(Protocol):
+class Consumer(Reader, Protocol):
     """What becomes of a job's tokens and logits: generation or scoring."""
 
     def tokens(self, member: Member) -> Sequence[int]:
@@ -43,17 +48,17 @@ class Consumer(Protocol):
     def logit_rows(self, member: Member) -> Sequence[int]:
         """Which of the member's rows need logits."""
 
-    def reduce(self, micro_batch: MicroBatch, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """On the compute device: the wanted hidden rows (R, hidden) -> what the host needs of their logits."""
-
-    def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
-        """On the host: take what ``reduce`` returned."""
+    def on_device(self, member: Member) -> bool:
+        """Whether an accelerator can choose the member's next tokens: they are those of the largest logits."""
 
     def tree(self, sequence: int) -> PrefixTree | None:
         """How the prompt rows of a sequence of the job hang together; None: each follows the one before it."""
 
     def ended(self, group: SequenceGroup) -> list[int]:
         """Sequences of the sequence group that have come to their end."""
+
+    def full(self, group: SequenceGroup, count: int) -> list[int]:
+        """Those that come to it with their ``count``-th token, as is known before it is."""
 
 
 class Actions:
@@ -70,6 +75,7 @@ class Actions:
         arenas: Arenas,
         spill: SpillFile | None,
         consumer: Consumer,
+        graphs: Graphs,
     ) -> None:
         self._decoder = layer_formulas.decoder
         self._job, self._weights, self._device = plan.job, weights, device
@@ -83,8 +89,17 @@ class Actions:
         self._prompts = Prompts(
             *(plan.job, self._cache, self._form, consumer.tree, self._decoder.layers, self._value_share), weights.sinks
         )
-        self._health = Health(device)
+        self._health = Health()
+        home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
+        self._next = NextTokens(device, self._health, consumer, home)
         self._layers = Layers(layer_formulas, weights, plan.job, device)
+        self._graphs = DecodeGraphs(
+            *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
+            self._value_share,
+        )
+        self._embedding = Embedding(
+            *(plan.job, self._decoder, weights, self._prompts, device, self._graphs), consumer.tokens, home
+        )
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -102,21 +117,17 @@ class Actions:
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
         # something takes it out: what a whole micro-batch's prompts leave behind would stay until its stage is used
         # again.
-        self._rows: dict[int, Mapping[str, Tensor]] = {}
-        self._gpu_rows: dict[int, Mapping[str, Tensor]] = {}
         self._x: dict[int, Tensor] = {}  # hidden states before the attention, for the residual
         self._angles: dict[int, tuple[MicroBatch, Any]] = {}
         self._qkv: dict[int, QKV] = {}
         self._qkv_host: dict[tuple[int, int], QKV] = {}
         self._attended: dict[tuple[int, int], Tensor] = {}
         self._attended_host: dict[tuple[int, int], Tensor] = {}
-        self._found: dict[int, Tensor] = {}
-        self._found_host: dict[int, Tensor] = {}
         self._actions: dict[StepKind, Callable[[Step], None]] = {
             StepKind.LOAD_WEIGHTS: weights.load,
             StepKind.DEQUANTIZE: weights.dequantize,
-            StepKind.GATHER_ROWS: self._gather_rows,
-            StepKind.MOVE_ROWS: self._move_rows,
+            StepKind.GATHER_ROWS: self._embedding.gather_rows,
+            StepKind.MOVE_ROWS: self._embedding.move_rows,
             StepKind.EMBED: self._embed,
             StepKind.LOAD_HIDDEN: self._hidden.load,
             StepKind.STORE_HIDDEN: self._hidden.store,
@@ -128,22 +139,29 @@ class Actions:
             StepKind.STORE_KV: self._cache.store,
             StepKind.APPEND_KV: self._cache.append,
             StepKind.OUTPUT: self._output,
-            StepKind.LAYER: self._resident.run,
+            StepKind.LAYER: self._layer_at_once,
             StepKind.HEAD: self._head,
-            StepKind.MOVE_LOGITS: self._move_logits,
+            StepKind.MOVE_LOGITS: self._next.move_logits,
             StepKind.SAMPLE: self._sample,
+            StepKind.MOVE_TOKENS: self._next.move_tokens,
         }
 
     def act(self, step: Step) -> None:
         """Do one step."""
         self._actions[step.kind](step)
 
-    def begin_pass(self) -> None:
-        """Nothing of the last pass is computed any more: release the hidden states that it has left."""
+    def _begin_pass(self) -> None:
+        """Nothing of the last pass is computed any more: release the hidden states that it has left. On the lane that
+        embeds, which may begin a pass before the host has seen the end of the last one."""
         self._hidden.begin_pass()
         self._angles.clear()
         self._prompts.begin_pass()
         self._resident.begin_pass()
+        self._graphs.begin_pass()
+
+    def take(self, batches: Sequence[MicroBatch]) -> None:
+        """The steps of a pass are over: its tokens, where they stay on the accelerator, go to their sequences, too."""
+        self._next.take(batches)
 
     @property
     def cache(self) -> KVCache:
@@ -158,56 +176,26 @@ class Actions:
         self._actions.clear()
         self._layers.clear()
         self._resident.begin_pass()
-        for held in (
-            self._x,
-            self._qkv,
-            self._qkv_host,
-            self._attended,
-            self._attended_host,
-            self._rows,
-            self._gpu_rows,
-            self._found,
-            self._found_host,
-            self._angles,
-        ):
+        for held in (self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._angles):
             held.clear()
+        self._next.clear()
+        self._embedding.clear()
+        self._graphs.clear()
         del self._cache, self._hidden, self._prompts, self._resident
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
 
-    # Embedding
-
-    def _indices(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
-        ids = [t for member in micro_batch.members for t in self._consumer.tokens(member)]
-        return formulas.rows(self._decoder, torch.tensor(ids), self._prompts.positions(micro_batch))
-
-    def _gather_rows(self, step: Step) -> None:
-        moves = self._device.is_cuda and self._on_accelerator(step)
-        self._rows[step.buffer_index] = {
-            name: self._weights.rows(name, index, pinned=moves)
-            for name, index in self._indices(step.micro_batch).items()
-        }
-
-    def _move_rows(self, step: Step) -> None:
-        self._gpu_rows[step.buffer_index] = {
-            name: self._device.to_compute(rows) for name, rows in self._rows.pop(step.buffer_index).items()
-        }
-
     def _embed(self, step: Step) -> None:
-        unit = self._job.units[step.unit]
-        if unit.tier is unit.site.tier:
-            rows = {
-                name: self._weights.rows(name, self._to_site(step, index))
-                for name, index in self._indices(step.micro_batch).items()
-            }
-        else:
-            gathered = self._gpu_rows if unit.site.is_accelerator else self._rows
-            rows = {name: crossing(r) for name, r in gathered.pop(step.buffer_index).items()}
-        x = formulas.embed(ops, self._decoder, self._weights.of(step), rows)
-        self._hidden.put(step, x)
+        if step.micro_batch.index == 0:
+            self._begin_pass()
+        self._hidden.put(step, self._embedding.embed(step))
 
     # A decoder layer
+
+    def _layer_at_once(self, step: Step) -> None:
+        if not self._graphs.layer(step):
+            self._resident.run(step)
 
     def _project(self, step: Step) -> None:
         x = self._x[step.buffer_index] = self._hidden.take(step)
@@ -284,23 +272,32 @@ class Actions:
         if len(micro_batch.logit_rows) < micro_batch.rows:
             x = x[self._to_site(step, torch.tensor(micro_batch.logit_rows))]
         w = self._weights.of(step)
+        shape = self._graphs.of(step)
+        if shape is not None and micro_batch.samples_on_device:
+            shape.run("head", lambda: self._head_static(shape, w))
+            self._health.watch_cache(step, shape.kept("sums"), shape.units)
+            self._health.watch_sums(step, shape.kept("head sums"))
+            self._next.chosen(step, shape.kept("tokens"))
+            return
+        if shape is not None:
+            self._health.watch_cache(step, shape.kept("sums"), shape.units)
 
         def head(rows: Tensor) -> Tensor:
             logits = formulas.head(ops, self._decoder, w, rows)
             self._health.watch_head(step, rows, logits)
             return logits
 
-        self._found[step.buffer_index] = self._consumer.reduce(micro_batch, head, x)
+        self._next.head(step, head, x)
 
-    def _move_logits(self, step: Step) -> None:
-        self._found_host[step.buffer_index] = self._device.to_host(self._found.pop(step.buffer_index))
-        self._health.move(step)
+    def _head_static(self, shape: StaticDecode, w: Mapping[str, Any]) -> None:
+        x = shape.kept("x")
+        logits = formulas.head(ops, self._decoder, w, x)
+        shape.keep("head sums", self._health.sums_of(x, logits))
+        shape.keep("tokens", logits.argmax(dim=-1))
 
     def _sample(self, step: Step) -> None:
-        self._health.judge(step)
-        on_accelerator = self._on_accelerator(step)
-        reduced = self._found_host if on_accelerator else self._found
-        self._consumer.finish(step.micro_batch, reduced.pop(step.buffer_index))
+        shape = self._graphs.of(step) if step.micro_batch.samples_on_device else None
+        self._next.sample(step, shape)
 
     def _to_site(self, step: Step, tensor: Tensor) -> Tensor:
         """A small host tensor where the step computes, without waiting for the device."""

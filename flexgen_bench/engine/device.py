@@ -49,6 +49,11 @@ class Device:
         return self.is_cuda
 
     @property
+    def records_graphs(self) -> bool:
+        """Whether what is issued can be recorded and launched again as one (``graphs.py``)."""
+        return self.is_cuda
+
+    @property
     def compute_tier(self) -> Tier:
         return self.hardware.compute_tier
 

@@ -23,6 +23,7 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
+from flexgen_bench.engine.graphs import Graphs, graphs_for
 from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
 from flexgen_bench.engine.layers import Formulas
@@ -37,6 +38,7 @@ from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightSto
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
+from flexgen_bench.planner.graph_memory import graph_bytes
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.schedule.admission import OpenAdmission
@@ -118,12 +120,16 @@ class Engine:
         result = JobResult(plan=plan)
         held = ExitStack()
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
-        scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission)
+        scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission, generation.on_device)
         # Beyond its steady positions a model's keys depend on the length of their sequence.
         longest = capacity.prompt_len + capacity.gen_len - 1
         keeps = capacity.keeps and can_keep(plan) and longest <= self._family.steady_positions(self._model.shape)
         prefixes = KeptPrefixes(actions.cache, sequences) if keeps else None
-        run = JobRun(scheduler, plan.job, executor, actions, generation, result, prefixes=prefixes)
+        run = JobRun(
+            *(scheduler, plan.job, executor, actions, generation, result),
+            prefixes=prefixes,
+            overlap=self.policy.overlap,
+        )
         self._open = OpenJob(replace(capacity, keeps=keeps), admission, sequences, run, held, self._give_back, result)
         return self._open
 
@@ -194,6 +200,13 @@ class Engine:
         """Against what was free before the weights were loaded: a plan counts them in."""
         plan.check(self._available)
 
+    def _graphs(self, plan: MemoryPlan) -> Graphs:
+        """Recorded only where there is room beside the plan, which does not count them."""
+        limits = (self._available.get(Tier.GPU), self._device.hardware.capacity_bytes(Tier.GPU))
+        known = [limit for limit in limits if limit is not None]
+        room = min(known, default=0) - plan.total(Tier.GPU, plan.job.device)
+        return graphs_for(self._device, graph_bytes(plan) <= room, plan.job.tokens_stay)
+
     def check_free(self) -> None:
         """UserError if no job can be run now: the engine is closed, or taken by an open job."""
         if self._closed:
@@ -219,8 +232,11 @@ class Engine:
         self._check(plan)
         result = JobResult(plan=plan)
         with self._job(plan, consumer, policy, result) as (executor, actions):
-            scheduler = Scheduler(policy, plan, consumer.logit_rows)
-            JobRun(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress).run()
+            scheduler = Scheduler(policy, plan, consumer.logit_rows, on_device=consumer.on_device)
+            JobRun(
+                *(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress),
+                overlap=policy.overlap,
+            ).run()
         return result
 
     @contextmanager
@@ -238,6 +254,7 @@ class Engine:
             spill = SpillFile(self._offload_dir, spilled) if spilled else None
             if spill is not None:
                 held.callback(spill.close)
+            graphs = self._graphs(plan)
             actions = Actions(
                 self._formulas,
                 TORCH_DTYPES[self._model.dtype],
@@ -248,6 +265,7 @@ class Engine:
                 arenas,
                 spill,
                 consumer,
+                graphs,
             )
             held.callback(actions.close)
             executor = Executor(self._device.lane_settings(), policy.overlap)
@@ -259,6 +277,7 @@ class Engine:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
+        result.decode_path = graphs.path
         result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
 
 

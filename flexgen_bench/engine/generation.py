@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +36,13 @@ class KeptTokens:
         return min(same, len(prompt) - 1)
 
 
+class Chosen(NamedTuple):
+    """A next token, and what was asked about it."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
 @dataclass
 class Running:
     """One prompt on its way: what it has produced, and why it ended (empty: it goes on).
@@ -53,7 +61,7 @@ class Running:
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    # Both are told by the thread that samples.
+    # Both are told by the thread that samples; where passes follow each other without a gap, by that which runs them.
     on_token: Callable[[int], None] = lambda token: None
     on_end: Callable[[], None] = lambda: None
     text: TextStream | None = None
@@ -61,20 +69,19 @@ class Running:
     keep: bool = False
     kept: KeptTokens | None = None
 
-    def choose(self, logits: Tensor) -> None:
-        """Take the token that is sampled from logits (V,)."""
-        if self.finish_reason:
-            return
-        token = self.sampler.choose(logits)
-        if self.params.logprobs is not None:
-            self.logprobs.append(likeliest(logits, token, self.params.logprobs))
-        self.take(token)
+    def choose(self, logits: Tensor) -> Chosen:
+        """The token that is sampled from logits (V,)."""
+        token, count = self.sampler.choose(logits), self.params.logprobs
+        return Chosen(token, None if count is None else likeliest(logits, token, count))
 
-    def take(self, token: int) -> None:
-        """Append one token and decide whether the sequence ends with it."""
+    def take(self, chosen: Chosen) -> None:
+        """Append one token and decide whether the sequence ends with it. What comes after an end is dropped."""
         if self.finish_reason:
             return
+        token, logprobs = chosen
         self.new.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         if token in self.stop_ids or self.stop_text(self.new):
             self.finish_reason = "stop"
         elif len(self.new) >= self.params.max_tokens:
@@ -141,13 +148,25 @@ class Generation:
         return logits.argmax(dim=-1) if greedy else logits.float()
 
     def finish(self, micro_batch: MicroBatch, reduced: Tensor) -> None:
+        self.take(micro_batch, self.choose(micro_batch, reduced))
+
+    def choose(self, micro_batch: MicroBatch, reduced: Tensor) -> list[Chosen]:
+        """What every sequence goes on with, given what ``reduce`` returned, or the tokens of one that samples on the
+        device."""
         sequences = self._getting(micro_batch)
         if are_greedy(sequences):
-            for sequence, token in zip(sequences, reduced.tolist(), strict=True):
-                sequence.take(token)
-        else:
-            for sequence, logits in zip(sequences, reduced, strict=True):
-                sequence.choose(logits)
+            return [Chosen(token) for token in reduced.tolist()]
+        return [sequence.choose(logits) for sequence, logits in zip(sequences, reduced, strict=True)]
+
+    def take(self, micro_batch: MicroBatch, chosen: Sequence[Chosen]) -> None:
+        """Tell the sequences."""
+        for sequence, one in zip(self._getting(micro_batch), chosen, strict=True):
+            sequence.take(one)
+
+    def on_device(self, member: Member) -> bool:
+        """Greedy sequences need no more than the number of the largest logit. What is drawn at random stays on the
+        host: an accelerator's generator draws something else."""
+        return are_greedy(self._sequences[i] for i in member.group.sequences)
 
     def tree(self, sequence: int) -> None:
         """Prompts are plain sequences."""
@@ -155,6 +174,10 @@ class Generation:
     def ended(self, group: SequenceGroup) -> list[int]:
         """Sequences of a sequence group that have nothing left to do."""
         return [i for i in group.sequences if self._sequences[i].finish_reason]
+
+    def full(self, group: SequenceGroup, count: int) -> list[int]:
+        """Sequences of a sequence group that have all that they may get with ``count`` tokens."""
+        return [i for i in group.sequences if self._sequences[i].params.max_tokens <= count]
 
     def _getting(self, micro_batch: MicroBatch) -> list[Running]:
         """The sequences that get a token from a micro-batch, in the order of its logit rows."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.progress import Progress, quiet
@@ -18,11 +19,13 @@ from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Ended, Scheduler
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Request
+from flexgen_bench.schedule.steps import StepKind
 
 
 @dataclass
 class JobResult:
-    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it.
+    """Phase times and what the lanes did in one job, its plan, and the bytes that were allocated for it. decode_path:
+    how an accelerator was given its decode passes, in words.
 
     A pass in which prompts are computed while other sequences decode (continuous schedule) counts as decode.
     """
@@ -33,11 +36,32 @@ class JobResult:
     lanes: dict[Lane, LaneUse] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
     allocated: dict[Site, dict[str, int]] = field(default_factory=dict)
+    decode_path: str = ""
+
+
+@dataclass
+class _Pass:
+    """A pass that was submitted. ends: of each unit, the steps that are waited for, the last of their lanes."""
+
+    batches: list[MicroBatch]
+    begin_s: float
+    ends: list[dict[Lane, int]]
+
+    @property
+    def sequences(self) -> Iterator[int]:
+        """Their numbers in the job."""
+        return (i for batch in self.batches for member in batch.members for i in member.group.sequences)
 
 
 class JobRun:
     """Drives an executor through the passes of a scheduler. requests: all that there will be, for progress; none of an
-    open job."""
+    open job.
+
+    Where tokens stay on the accelerator, the next pass is submitted before this one is waited for: the accelerator goes
+    on without a gap, and the host sees tokens, and who has ended, while it is at the next pass. What that one computes
+    beyond an end is dropped. ``max_tokens`` is known in advance. Otherwise the host must have seen the tokens before it
+    can say what the next pass is fed.
+    """
 
     def __init__(
         self,
@@ -50,32 +74,37 @@ class JobRun:
         requests: Sequence[Request] = (),
         progress: Progress = quiet,
         prefixes: KeptPrefixes | None = None,
+        overlap: bool = True,
     ) -> None:
         self._prefixes = prefixes
-        self._scheduler, self._job = scheduler, job
+        self._scheduler = scheduler
         self._executor, self._actions = executor, actions
         self._consumer, self._progress, self._result = consumer, progress, result
         self._prompt_total = sum(r.prompt_len for r in requests)
         self._decode_total = sum(r.gen_len - 1 for r in requests)
         self._prompt_done = self._decode_done = 0
+        # Kept prefixes are put into the cache and taken out of it when nobody else touches it.
+        self._passes_at_once = 2 if job.tokens_stay and overlap and prefixes is None else 1
+        self._submitted: deque[_Pass] = deque()
+        self._gone: list[SequenceGroup] = []  # have left, though a pass that was submitted has them
+        self._latest_s = 0.0  # when the last pass was over
 
     def run(self) -> None:
         """All passes of a closed job."""
-        while not self._scheduler.is_done:
+        while not self.is_done:
             self.step()
 
+    @property
+    def is_done(self) -> bool:
+        return self._scheduler.is_done and not self._submitted
+
     def step(self) -> None:
-        """One pass. Whoever may start starts; sequences that come to their end leave, and their room is free for the
-        next pass."""
-        begin = time.perf_counter()
-        batches = self._scheduler.schedule()
-        self._actions.begin_pass()
-        if self._prefixes is not None:
-            self._prefixes.begin(batches)
-        self._pass(batches)
-        for group in self._scheduler.postprocess(self._leaving(self._consumer.ended)):
-            self._actions.forget(group)
-        self._account(batches, time.perf_counter() - begin)
+        """Until the tokens of one more pass are there. Whoever may start starts; sequences that come to their end
+        leave, and their room is free for the next pass that is submitted."""
+        while len(self._submitted) < self._passes_at_once and not self._scheduler.is_done:
+            self._submit()
+        if self._submitted:
+            self._finish(self._submitted.popleft())
 
     @property
     def kv_slots_in_use(self) -> int:
@@ -83,8 +112,12 @@ class JobRun:
 
     def remove(self, ended: Ended) -> None:
         """Between passes: let sequences leave before their end."""
-        for group in self._scheduler.remove(self._leaving(ended)):
-            self._actions.forget(group)
+        self._gone += self._scheduler.remove(self._leaving(ended))
+        self._forget()
+
+    def in_use(self) -> set[int]:
+        """Between passes: the numbers of sequences that a pass that was submitted has, though they may have ended."""
+        return {number for one in self._submitted for number in one.sequences}
 
     def _leaving(self, ended: Ended) -> Ended:
         """The same, and what sequences want kept is taken before their place is free."""
@@ -99,17 +132,43 @@ class JobRun:
 
         return noted
 
-    def _pass(self, batches: list[MicroBatch]) -> None:
-        """Submit all steps of a pass, and wait for its last step on each unit: the host must see the tokens."""
-        ends: dict[int, tuple[Lane, int]] = {}
+    def _submit(self) -> None:
+        """All steps of the next pass. Where another is to follow at once, who has got all its tokens leaves with it."""
+        begin_s = time.perf_counter()
+        batches = self._scheduler.schedule()
+        if self._prefixes is not None:
+            self._prefixes.begin(batches)
+        ends: defaultdict[int, dict[Lane, int]] = defaultdict(dict)
         for step in self._scheduler.steps(batches):
-            ticket = self._executor.submit(step, self._actions.act)
-            if step.lane.computes:
-                ends[step.unit] = ticket
-        for done, ticket in enumerate(ends.values(), start=1):
-            self._executor.wait([ticket])
-            self._tell(batches, done / len(ends))
+            lane, number = self._executor.submit(step, self._actions.act)
+            if lane.computes or step.kind is StepKind.MOVE_TOKENS:
+                ends[step.unit][lane] = number
+        self._submitted.append(_Pass(batches, begin_s, list(ends.values())))
+        if self._passes_at_once > 1:
+            counts = {one.group.index: one.token + 1 for one in self._scheduler.running}
+            self._gone += self._scheduler.postprocess(lambda group: self._consumer.full(group, counts[group.index]))
+
+    def _finish(self, one: _Pass) -> None:
+        """Wait for a pass's last steps on each unit: the host has the tokens. Then who has ended leaves."""
+        for done, tickets in enumerate(one.ends, start=1):
+            self._executor.wait(tickets.items())
+            self._tell(one.batches, done / len(one.ends))
         self._executor.collect()
+        self._actions.take(one.batches)
+        leave = self._scheduler.remove if self._passes_at_once > 1 else self._scheduler.postprocess
+        self._gone += leave(self._leaving(self._consumer.ended))
+        self._forget()
+        now_s = time.perf_counter()
+        self._account(one.batches, now_s - max(one.begin_s, self._latest_s))
+        self._latest_s = now_s
+
+    def _forget(self) -> None:
+        """Of sequence groups that have left, those that no pass has any more."""
+        used = {m.group.index for one in self._submitted for batch in one.batches for m in batch.members}
+        for group in self._gone:
+            if group.index not in used:
+                self._actions.forget(group)
+        self._gone = [group for group in self._gone if group.index in used]
 
     def _account(self, batches: list[MicroBatch], seconds: float) -> None:
         if all(batch.is_prefill for batch in batches):

@@ -57,6 +57,7 @@ class OpenJob:
         self._lock = Lock()  # of what other threads may touch: the two lists, and the numbers
         self._added: list[tuple[int, Running]] = []
         self._cancelled: set[int] = set()
+        self._live: set[int] = set()  # sequences that have not ended; some that have, a pass may still be reading
         self._count = 0
         self._tokens: deque[NewToken] = deque()
         self._closed = False
@@ -93,17 +94,18 @@ class OpenJob:
     def is_idle(self) -> bool:
         """Whether there is nothing to do: no sequence runs and none waits."""
         with self._lock:
-            return not self._added and not self._sequences
+            return not self._added and not self._live
 
     def step(self) -> list[NewToken]:
-        """Run one pass with whoever is there; the tokens it has produced, none if there was nothing to do.
+        """Run one pass with whoever is there; the tokens it has produced, none if there was nothing to do. Where passes
+        follow each other without a gap (``JobRun``), the next one has begun when this returns.
 
         After an error the job is closed: no sequence of it goes on.
         """
         self._check_open()
         try:
             self._take_requests()
-            if self._sequences:
+            if self._live:
                 self._run.step()
         except BaseException:
             self._end(*sys.exc_info())
@@ -129,16 +131,18 @@ class OpenJob:
         """What other threads have asked for since the last pass."""
         with self._lock:
             added, self._added = self._added, []
+            self._live.update(number for number, _ in added)
             cancelled, self._cancelled = self._cancelled, set()
         for number, sequence in added:
             self._sequences[number] = sequence
             self._admission.add(number, self._request(sequence))
-        gone = cancelled & self._sequences.keys()
+        gone = cancelled & self._live
         running = {number for number in gone if not self._admission.cancel(number)}
         if running:
             self._run.remove(lambda group: _of(group, running))
         for number in gone:
-            self._sequences.pop(number).finish_reason = CANCELLED
+            self._sequences[number].finish_reason = CANCELLED
+        self._forget_ended()
 
     def _request(self, sequence: Running) -> Request:
         prefix = sequence.prefix if self.capacity.keeps else None
@@ -146,11 +150,16 @@ class OpenJob:
         return Request(len(sequence.prompt), sequence.params.max_tokens, kept=kept)
 
     def _forget_ended(self) -> None:
-        for number in [n for n, s in self._sequences.items() if s.finish_reason]:
-            del self._sequences[number]
+        ended = [number for number, sequence in self._sequences.items() if sequence.finish_reason]
+        with self._lock:
+            self._live.difference_update(ended)
+        used = self._run.in_use()
+        for number in ended:
+            if number not in used:
+                del self._sequences[number]
 
     def _note(self, number: int, sequence: Running, token: int) -> None:
-        """Told by the thread that samples."""
+        """Told by the thread that samples, or by the one that takes steps."""
         self._tokens.append(NewToken(number, token, sequence.finish_reason))
 
     def _check_open(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flexgen_bench.engine.generation import Chosen
 from flexgen_bench.planner.scoring import LOGIT_ROWS
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.prefix_tree import Prediction, PrefixTree
@@ -43,6 +44,21 @@ class PrefixTrees:
             for row in self._trees[i].logit_rows
             if first <= row < last
         ]
+
+    def on_device(self, member: Member) -> bool:
+        """No token is chosen."""
+        return False
+
+    def choose(self, micro_batch: MicroBatch, reduced: Tensor) -> list[Chosen]:
+        """No token is chosen."""
+        return []
+
+    def take(self, micro_batch: MicroBatch, chosen: Sequence[Chosen]) -> None:
+        """No token is chosen."""
+
+    def full(self, group: SequenceGroup, count: int) -> list[int]:
+        """A prefix tree is done with its pass."""
+        return list(group.sequences)
 
     def tree(self, sequence: int) -> PrefixTree:
         return self._trees[sequence]

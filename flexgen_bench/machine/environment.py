@@ -23,6 +23,7 @@ VARIABLES = (
     *(name for named in instructions.LIMITS.values() for name in named),
     instructions.NATIVE_SWITCH,
     instructions.NATIVE_ARCH,
+    instructions.GRAPHS_SWITCH,
     "CUDA_VISIBLE_DEVICES",
     "GOMP_SPINCOUNT",
     "KMP_BLOCKTIME",

@@ -101,7 +101,9 @@ def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = Fals
     """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
     told apart coarsely; keep: keep the times of every simulated step. UserError without rates."""
     cost = StepCost(plan)
-    simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
+    overlap = plan.policy.overlap
+    stay = overlap and plan.job.tokens_stay
+    simulator = Simulator(cost.seconds, overlap, contention(plan.hardware), keep, tokens_stay=stay)
     return _forecast(plan, cost, simulator, points, warm=True)
 
 

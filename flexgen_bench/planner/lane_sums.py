@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from flexgen_bench.core.tiers import Lane, Site
-from flexgen_bench.planner.simulator import Event
+from flexgen_bench.planner.simulator import Event, ends_pass
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -24,6 +24,7 @@ class LaneSums:
 
     def __init__(self, seconds: Callable[[Step], float], overlap: bool, job: ScheduledJob) -> None:
         self._seconds, self._overlap, self._job = seconds, overlap, job
+        self._tokens_stay = overlap and job.tokens_stay
         # A head comes in pieces, of which each makes room for its successor by itself.
         self._streamed = {u.index for u in job.streamed if u.kind is UnitKind.LAYER}
         self.busy_s: defaultdict[Lane, float] = defaultdict(float)
@@ -44,7 +45,7 @@ class LaneSums:
             self.bytes[step.lane] += step.bytes
             done = seconds + max((made.get(buffer, 0.0) for buffer in (*step.reads, *step.writes)), default=0.0)
             made.update(dict.fromkeys(step.writes, done))
-            if step.lane.computes:
+            if ends_pass(step.lane, self._tokens_stay):
                 chain = max(chain, done)
             if step.unit in self._streamed:
                 self._add_buffers(held_s, step, seconds)

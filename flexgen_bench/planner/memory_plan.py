@@ -15,6 +15,7 @@ from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.models.parts import Decoder
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
+from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
@@ -132,6 +133,7 @@ def plan_job(
         device=device,
     )
     kv_slots = all_slot_bytes(job, policy, groups)
+    tokens = sum(kv_slot.size for kv_slot in groups.kv_slots) * TOKEN_BYTES if job.tokens_stay else 0
     moving = staging(job, policy, groups)
     home = dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):
@@ -141,6 +143,7 @@ def plan_job(
         job.site_of(tier): {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
         for tier in hardware.tiers
     }
+    parts[job.site]["tokens"] = tokens
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
     for unit in packed.units:

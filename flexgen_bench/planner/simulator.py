@@ -1,7 +1,8 @@
 """Simulates the steps of a job on lanes: time is computed instead of spent.
 
 The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
-step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before.
+step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before, or when
+they are on the accelerator if they stay there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Simulator:
     """Lanes and their clocks. ``run_pass`` takes a pass's steps and returns when the host has its tokens.
 
     overlap off: one step after the other. contention: what lanes take from each other. keep: whether to keep every
-    step's times in ``events``.
+    step's times in ``events``. tokens_stay: see ``ends_pass``.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Simulator:
         overlap: bool = True,
         contention: Contention | None = None,
         keep: bool = False,
+        tokens_stay: bool = False,
     ) -> None:
+        self._tokens_stay = tokens_stay
         self._seconds, self._overlap, self._contention = seconds, overlap, contention
         self._tracker = DependencyTracker()
         self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {}
@@ -66,8 +69,8 @@ class Simulator:
         self.steps = 0
 
     def run_pass(self, steps: Iterable[Step]) -> float:
-        """Seconds from the submission of a pass until its last step on a compute lane is over. Loads for the next may
-        go on."""
+        """Seconds from the submission of a pass until its last step on a compute lane that the next one waits for is
+        over. Loads for the next may go on."""
         begin, submit = self.now_s, self._tracker.add
         waiting, last, overlap = self._waiting, self._last, self._overlap
         for step in steps:
@@ -82,7 +85,7 @@ class Simulator:
             if not overlap:
                 self._run_until(lane, number)
         for lane, number in last.items():
-            if lane.computes:
+            if ends_pass(lane, self._tokens_stay):
                 self._run_until(lane, number)
         return self.now_s - begin
 
@@ -147,6 +150,12 @@ class Simulator:
             speed = contention(lanes)
             self._speeds[lanes] = speed if any(s != 1 for s in speed.values()) else None
         return self._speeds[lanes]
+
+
+def ends_pass(lane: Lane, tokens_stay: bool) -> bool:
+    """Whether a pass is over only when its last step on this lane is. tokens_stay: the host need not have seen the
+    tokens of one pass before the next one begins."""
+    return lane.of_accelerator and not lane.is_link if tokens_stay else lane.computes
 
 
 def shared_links(lanes: Iterable[Lane]) -> Mapping[Lane, float]:

@@ -18,7 +18,8 @@ hidden(KV slot, chunk, part)     hidden states                                  
 kv(KV slot, layer, part)         keys and values                                      ATTEND, LAYER, STORE_KV, APPEND_KV
 kv_tail(KV slot, layer, part)    the unfinished segment of a cache on disk, in        ATTEND, APPEND_KV
                                  host memory
-tokens(KV slot)                  the next tokens of its sequence group                SAMPLE
+tokens(KV slot)                  the next tokens of its sequence group, where the     SAMPLE, MOVE_TOKENS
+                                 embedding reads them
 -------------------------------  ---------------------------------------------------  -----------------------------
 weights
 weights.site(buffer, piece)      a unit's weights, brought to where they are used     LOAD_WEIGHTS
@@ -31,6 +32,7 @@ qkv, attn(part)                  around the attention                           
 residual                         hidden states before it, for OUTPUT                  PROJECT
 kv_token(part)                   a new token's keys and values on their way home      ATTEND
 logits                           what sampling needs                                  HEAD
+new_tokens                       next tokens on their way across a link               SAMPLE
 ..._host(part), host_logits      the same on the other side of a link                 MOVE_..., STORE_KV
 -------------------------------  ---------------------------------------------------  -----------------------------
 of the cache

@@ -21,6 +21,8 @@ from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 from flexgen_bench.schedule.weights import Blob, WeightStream
 
+TOKEN_BYTES = 8  # of a token's number, as operators take it
+
 
 def pass_steps(
     job: ScheduledJob, weights: WeightStream, micro_batches: Sequence[MicroBatch], is_last: bool
@@ -186,7 +188,7 @@ def _store_after(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iter
 
 
 def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
-    """Logits of the logit rows only; a chunk that ends no prompt has none."""
+    """Logits of the logit rows only; a chunk that ends no prompt has none. Then their next tokens."""
     if not micro_batch.logit_rows:
         return
     logits = micro_batch.buffer("logits")
@@ -200,6 +202,10 @@ def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) ->
         writes=(logits,),
         flops=unit.flops_before * len(micro_batch.logit_rows),
     )
+    tokens = tuple(Buffer("tokens", m.group.kv_slot) for m in micro_batch.members)
+    if micro_batch.samples_on_device:
+        yield from _sampled_on_device(unit, micro_batch, logits, tokens)
+        return
     if unit.site.is_accelerator:
         on_host = micro_batch.buffer("host_logits")
         yield Step(
@@ -212,11 +218,32 @@ def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) ->
             bytes=len(micro_batch.logit_rows) * job.logits_row_bytes,
         )
         logits = on_host
+    new = (micro_batch.buffer("new_tokens"),)
     yield Step(
         unit.site.cpu,
         StepKind.SAMPLE,
         unit.index,
         micro_batch,
         reads=(logits,),
-        writes=tuple(Buffer("tokens", m.group.kv_slot) for m in micro_batch.members),
+        writes=new if job.tokens_stay else tokens,
+    )
+    if job.tokens_stay:
+        moved = len(micro_batch.logit_rows) * TOKEN_BYTES
+        yield Step(unit.site.h2d, StepKind.MOVE_TOKENS, unit.index, micro_batch, reads=new, writes=tokens, bytes=moved)
+
+
+def _sampled_on_device(
+    unit: Unit, micro_batch: MicroBatch, logits: Buffer, tokens: tuple[Buffer, ...]
+) -> Iterator[Step]:
+    """The next pass reads the tokens where they are chosen; the host gets to know them when they have come down to
+    it."""
+    new = micro_batch.buffer("new_tokens")
+    yield Step(unit.site.lane, StepKind.SAMPLE, unit.index, micro_batch, reads=(logits,), writes=(*tokens, new))
+    yield Step(
+        unit.site.d2h,
+        StepKind.MOVE_TOKENS,
+        unit.index,
+        micro_batch,
+        reads=(new,),
+        bytes=len(micro_batch.logit_rows) * TOKEN_BYTES,
     )

@@ -112,7 +112,7 @@ class MicroBatch:
     index: its number in the pass. buffer_index: its staging buffer; prompt_buffer: the one where keys and values of its
     prompts gather (the same for all chunks); first_kv_buffer: of ``num_kv_buffers`` KV staging buffers, the one for its
     first part. chunk: number of the chunk of its prompts. logit_rows: rows whose logits are needed; without any, the
-    head does not run.
+    head does not run. samples_on_device: its next tokens are chosen where the head is computed, and stay there.
     """
 
     index: int
@@ -123,6 +123,7 @@ class MicroBatch:
     num_kv_buffers: int
     logit_rows: tuple[int, ...]
     chunk: int = 0
+    samples_on_device: bool = False
 
     @cached_property
     def token(self) -> int:

@@ -13,6 +13,8 @@ from flexgen_bench.schedule.sequence_group import SequenceGroup
 
 # For a member: which of its rows need logits.
 LogitRows = Callable[[Member], Sequence[int]]
+# For a member: whether an accelerator can choose its next tokens.
+OnDevice = Callable[[Member], bool]
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def form_micro_batches(
     largest: int,
     chunk_len: Callable[[int], int | None],
     logit_rows: LogitRows,
+    on_device: OnDevice,
 ) -> list[MicroBatch]:
     """One pass. Every sequence group that starts is a micro-batch per chunk of its prompts; sequence groups that decode
     share micro-batches of at most ``largest`` sequences. chunk_len: sequence group size -> tokens of each prompt per
-    chunk (None: all)."""
+    chunk (None: all). on_device: asked where tokens stay on the accelerator."""
     formed: list[MicroBatch] = []
     turns = _BufferTurns(job.num_buffers)
 
@@ -80,6 +83,7 @@ def form_micro_batches(
             num_kv_buffers=turns.count,
             logit_rows=tuple(rows),
             chunk=chunk,
+            samples_on_device=job.tokens_stay and all(map(on_device, members)),
         )
         turns.kv_parts += len(micro_batch.kv_parts)
         formed.append(micro_batch)

@@ -104,6 +104,13 @@ class ScheduledJob:
         return self.compute_tier is Tier.GPU
 
     @cached_property
+    def tokens_stay(self) -> bool:
+        """Whether a new token goes from the head to the embedding without the host: both live on the accelerator, which
+        computes all that is between them. Then no pass waits until the host has seen the tokens of the one before."""
+        outer = {unit.tier for unit in (*self.units[:1], *self.units[-1:])}
+        return self.keep_kv and outer == {Tier.GPU} and all(unit.site.is_accelerator for unit in self.units)
+
+    @cached_property
     def streamed(self) -> tuple[Unit, ...]:
         """Units that must be brought to where they are computed in every pass, in order."""
         return tuple(u for u in self.units if u.is_streamed)

@@ -20,7 +20,7 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.schedule.admission import Admission, ClosedAdmission
 from flexgen_bench.schedule.generator import pass_steps
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
-from flexgen_bench.schedule.passes import LogitRows, RunningGroup, chunk_len, form_micro_batches
+from flexgen_bench.schedule.passes import LogitRows, OnDevice, RunningGroup, chunk_len, form_micro_batches
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import SequenceGroups
@@ -47,6 +47,11 @@ def nobody(group: SequenceGroup) -> Collection[int]:
     return ()
 
 
+def always(member: Member) -> bool:
+    """Every sequence is greedy: an accelerator can choose its tokens."""
+    return True
+
+
 def ending(member: Member) -> list[int]:
     """Places in the sequence group of the sequences that get a token from this member: their prompt ends here, or they
     decode."""
@@ -67,13 +72,23 @@ def last_rows(member: Member) -> Sequence[int]:
 class Scheduler:
     """The state of a job between passes: which sequence groups run in which KV slots, and which wait.
 
-    admission: who may start; None for a closed job, that of the plan's requests.
+    admission: who may start; None for a closed job, that of the plan's requests. on_device: of whom an accelerator may
+    choose the tokens.
+
+    Where tokens stay on the accelerator (``ScheduledJob.tokens_stay``), a pass may be scheduled before the one before
+    it is over: ``postprocess()`` right after its steps, and ``remove`` when the host has seen who has ended.
     """
 
     def __init__(
-        self, policy: Policy, plan: Planned, logit_rows: LogitRows = last_rows, admission: Admission | None = None
+        self,
+        policy: Policy,
+        plan: Planned,
+        logit_rows: LogitRows = last_rows,
+        admission: Admission | None = None,
+        on_device: OnDevice = always,
     ) -> None:
-        self._policy, self._job, self._logit_rows = policy, plan.job, logit_rows
+        self._policy, self._job = policy, plan.job
+        self._logit_rows, self._on_device = logit_rows, on_device
         self._kv_slots = range(len(plan.groups.kv_slots))
         self._weights = WeightStream(plan.job)
         self._admission = admission or ClosedAdmission(policy.schedule, plan.groups)
@@ -98,6 +113,7 @@ class Scheduler:
             self._policy.gpu_batch_size,
             lambda size: chunk_len(self._policy, size),
             self._logit_rows,
+            self._on_device,
         )
 
     def admit(self) -> None:

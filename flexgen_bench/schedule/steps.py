@@ -31,7 +31,8 @@ class StepKind(StrEnum):
     LAYER = "layer"  # PROJECT, ATTEND and OUTPUT of a resident micro-batch that decodes, in one
     HEAD = "head"  # hidden -> logits
     MOVE_LOGITS = "move_logits"  # what sampling needs, gpu -> cpu
-    SAMPLE = "sample"  # logits -> next tokens, on the host
+    SAMPLE = "sample"  # logits -> next tokens: where the logits are, or on the host
+    MOVE_TOKENS = "move_tokens"  # next tokens, gpu -> cpu; cpu -> gpu where the host has sampled them
 
 
 class Step(NamedTuple):

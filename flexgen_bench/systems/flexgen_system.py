@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
@@ -113,7 +114,9 @@ class FlexGenSystem(System):
         assert plan is not None
         policy: Policy = self._engine.policy
         lanes: list[Lane] = sorted({lane for r in self._results for lane in r.lanes})
-        notes = () if self._engine.direct_io else ("disk reads go through the page cache: no O_DIRECT",)
+        notes = [] if self._engine.direct_io else ["disk reads go through the page cache: no O_DIRECT"]
+        if self.spec.hardware.accelerator is Accelerator.CUDA:
+            notes.append(self._results[-1].decode_path)
         return SystemReport(
             requested=to_json(policy),
             realised={
@@ -136,7 +139,7 @@ class FlexGenSystem(System):
                 str(lane): sum(r.lanes[lane].busy_s for r in self._results if lane in r.lanes) for lane in lanes
             },
             lowest_tier=str(policy.lowest_tier),
-            notes=notes,
+            notes=tuple(notes),
         )
 
     def timeline(self) -> Timeline:

@@ -36,6 +36,7 @@ COLOURS: dict[str, str] = {
     StepKind.HEAD: "#c58a5c",
     StepKind.MOVE_LOGITS: "#dcc4b3",
     StepKind.SAMPLE: "#909090",
+    StepKind.MOVE_TOKENS: "#b9a795",
 }
 _UNKNOWN = "#bbbbbb"
 

@@ -373,14 +373,14 @@ def test_nothing_of_a_micro_batch_stays_behind(
             [
                 dict(held)
                 for held in (
-                    self._rows,
-                    self._gpu_rows,
+                    self._embedding._rows,
+                    self._embedding._gpu_rows,
                     self._x,
                     self._qkv_host,
                     self._attended,
                     self._attended_host,
-                    self._found,
-                    self._found_host,
+                    self._next._found,
+                    self._next._found_host,
                     self._hidden._staged,
                     self._hidden._host,
                 )

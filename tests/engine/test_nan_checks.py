@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import flexgen_bench.engine.device as device_module
-import flexgen_bench.engine.nan_checks as health_module
+import flexgen_bench.engine.next_tokens as next_tokens_module
 from flexgen_bench.core.errors import NotFinite
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.nan_checks import Health
+from flexgen_bench.engine.next_tokens import NextTokens
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
@@ -30,8 +31,8 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         found.append(tensor)
         return tensor
 
-    monkeypatch.setattr(health_module, "crossing", mark)
-    monkeypatch.setattr(device_module, "crossing", lambda tensor: tensor)
+    for module in (device_module, next_tokens_module):
+        monkeypatch.setattr(module, "crossing", mark)
     return found
 
 
@@ -43,25 +44,49 @@ HEALTH_STEP = Step(Lane.GPU, StepKind.HEAD, 1)
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 
 
-def test_sums_are_marked_before_another_stream_reads_them(marked: list[torch.Tensor]) -> None:
-    """MOVE_LOGITS joins them on the stream of its lane. Unmarked, their memory went back to the stream that computes,
+class Asked:
+    """A consumer that wants the logits as they are."""
+
+    def reduce(self, micro_batch: object, head: object, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def finish(self, micro_batch: object, reduced: torch.Tensor) -> None: ...
+
+
+@pytest.fixture
+def tokens() -> tuple[Health, NextTokens]:
+    health = Health()
+    return health, NextTokens(Device.open(HOST, 1), health, Asked(), None)  # type: ignore[arg-type]
+
+
+def test_sums_are_marked_before_another_stream_reads_them(
+    marked: list[torch.Tensor], tokens: tuple[Health, NextTokens]
+) -> None:
+    """MOVE_LOGITS reads them on the stream of its lane. Unmarked, their memory went back to the stream that computes,
     which could write to it before they were read: finite values were reported as NaN."""
-    health = Health(Device.open(HOST, 1))
+    health, following = tokens
     health.watch(HEALTH_STEP, values(1), values(2))
     health.watch_head(HEALTH_STEP, values(3), values(4))
-    health.move(HEALTH_STEP)
-    assert [tensor.tolist() for tensor in marked] == [[6, 12], [18, 24]]
-    health.judge(HEALTH_STEP)
+    following.head(HEALTH_STEP, lambda x: x, values(5))
+    following.move_logits(HEALTH_STEP)
+    found = [tensor.flatten().tolist() for tensor in marked]
+    assert found[:2] == [[6, 12], [18, 24]]
+    assert [5] * 6 in found
+    following.sample(HEALTH_STEP)
 
 
-def test_a_micro_batch_does_not_take_what_the_next_one_of_its_stage_is_watched_for(marked: list[torch.Tensor]) -> None:
-    """The head of the next micro-batch may have been issued when the host samples from this one's logits. What was
-    watched of it used to be dropped then."""
-    health = Health(Device.open(HOST, 1))
+def test_a_micro_batch_does_not_take_what_the_next_one_of_its_stage_is_watched_for(
+    marked: list[torch.Tensor], tokens: tuple[Health, NextTokens]
+) -> None:
+    """The layers of the next micro-batch, or pass, may have been issued when what this one was watched for is moved and
+    judged. What was watched of it used to be dropped then."""
+    health, following = tokens
     health.watch_head(HEALTH_STEP, values(1), values(1))
-    health.move(HEALTH_STEP)
+    following.head(HEALTH_STEP, lambda x: x, values(1))
     health.watch_head(HEALTH_STEP, values(1), values(torch.nan))
-    health.judge(HEALTH_STEP)
-    health.move(HEALTH_STEP)
+    following.move_logits(HEALTH_STEP)
+    following.sample(HEALTH_STEP)
+    following.head(HEALTH_STEP, lambda x: x, values(1))
+    following.move_logits(HEALTH_STEP)
     with pytest.raises(NotFinite):
-        health.judge(HEALTH_STEP)
+        following.sample(HEALTH_STEP)
