@@ -46,7 +46,7 @@ class StepCost:
 
     def __init__(self, plan: MemoryPlan) -> None:
         model, hardware = plan.model, plan.hardware
-        self._shape, self._packed, self._dtype = model.shape, model.packed, model.dtype
+        self._shape, self._packed, self._dtype = model.shape, model.packed_for(plan.policy), model.dtype
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}

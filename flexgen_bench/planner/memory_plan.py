@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Policy
 from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
-from flexgen_bench.models.parts import Decoder
+from flexgen_bench.models.parts import Decoder, Experts, Layer
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
@@ -42,6 +42,7 @@ class MemoryPlan:
     realised_weights: Mapping[str, float]
     realised_kv_cache: Mapping[str, float]
     realised_activations: Mapping[str, float]
+    realised_experts: Mapping[str, float] | None = None  # where they are placed apart
 
     def total(self, tier: Tier, device: int = 0) -> int:
         """Bytes on a tier of one device."""
@@ -54,7 +55,7 @@ class MemoryPlan:
             tier = site.tier
             need = sum(parts.values())
             # Weights on disk are in the packed store already: they do not take from what is free.
-            stored = parts.get("weights", 0) if tier is Tier.DISK else 0
+            stored = parts.get("weights", 0) + parts.get("experts", 0) if tier is Tier.DISK else 0
             free = available.get(tier)
             limits = (self.hardware.capacity_bytes(tier), None if free is None else free + stored)
             capacity = min((limit for limit in limits if limit is not None), default=None)
@@ -72,15 +73,18 @@ _REMEDY = {
 }
 
 
-def weight_tiers(packed: PackedModel, placement: Placement) -> list[Tier]:
+def unit_tiers(packed: PackedModel, policy: Policy) -> list[Tier]:
     """Where each unit lives. A tied head lives with the embedding, whose token table it reads."""
-    units = packed.units
-    sizes = [units[0].home_bytes + (units[-1].home_bytes if packed.tied else 0)]
-    sizes += [u.home_bytes for u in units[1:-1]]
+    experts = [u.home_bytes for u in packed.units if u.kind is UnitKind.EXPERTS]
+    sweep = [u for u in packed.units if u.kind is not UnitKind.EXPERTS]
+    sizes = [sweep[0].home_bytes + (sweep[-1].home_bytes if packed.tied else 0)]
+    sizes += [u.home_bytes for u in sweep[1:-1]]
     if not packed.tied:
-        sizes.append(units[-1].home_bytes)
-    tiers = place_units(sizes, placement)
-    return [*tiers, tiers[0]] if packed.tied else tiers
+        sizes.append(sweep[-1].home_bytes)
+    tiers = place_units(sizes, policy.weights)
+    if packed.tied:
+        tiers.append(tiers[0])
+    return tiers if policy.experts is None else tiers + place_units(experts, policy.experts)
 
 
 def plan_job(
@@ -95,11 +99,10 @@ def plan_job(
     """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
     logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence);
     ``device``: number of the accelerator that computes (of the host, where there is none)."""
-    shape, dtype, packed = model.shape, model.dtype, model.packed
+    shape, dtype, packed = model.shape, model.dtype, model.packed_for(policy)
     compute = hardware.compute_tier
     decoder = model.decoder
-    for name in ("weights", "kv_cache", "activations"):
-        placement: Placement = getattr(policy, name)
+    for name, placement in policy.placements.items():
         if placement.gpu > 0 and compute is not Tier.GPU:
             raise UserError(
                 f"policy.{name}.gpu",
@@ -107,7 +110,7 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
-    tiers = weight_tiers(packed, policy.weights)
+    tiers = unit_tiers(packed, policy)
     units = tuple(
         _unit(decoder, unit, tier, policy, Site(compute, device))
         for unit, tier in zip(packed.units, tiers, strict=True)
@@ -128,17 +131,23 @@ def plan_job(
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
         keep_kv=groups.lifetime > 1 and not scored_rows,
         dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
-        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units),
+        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units if u.kind is not UnitKind.EXPERTS),
         device=device,
+        routed_row_bytes=max((_routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     moving = staging(job, policy, groups)
-    home = dict.fromkeys(Tier, 0)
+    home, of_experts = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):
-        home[tier] += unit.home_bytes
+        (of_experts if unit.kind is UnitKind.EXPERTS else home)[tier] += unit.home_bytes
     kv, hidden = _homes(job, groups, kv_slots)
     parts: dict[Site, dict[str, int]] = {
-        job.site_of(tier): {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
+        job.site_of(tier): {
+            "weights": home[tier],
+            "experts": of_experts[tier],
+            "kv_cache": kv[tier],
+            "activations": hidden[tier],
+        }
         for tier in hardware.tiers
     }
     _add_buffers(parts, job)
@@ -159,6 +168,7 @@ def plan_job(
         realised_weights=realised(home),
         realised_kv_cache=realised(kv),
         realised_activations=realised(hidden),
+        realised_experts=None if policy.experts is None else realised(of_experts),
     )
 
 
@@ -167,10 +177,16 @@ def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, comput
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
     before, after, window = 2 * unit.num_values, 0, None
+    experts = top_k = 0
     if unit.kind is UnitKind.LAYER:
         layer = decoder.layers[unit.index - 1]
         before, after = layer.flops(unit.num_values)
         window = layer.attention.mod.window
+    elif unit.kind is UnitKind.EXPERTS:
+        part = decoder.layers[unit.companion - 1].mlp
+        assert isinstance(part, Experts), "only mixtures have experts"
+        experts, top_k = part.count, part.router.top_k
+        before, after = 0, 2 * top_k * unit.num_values // experts
     return Unit(
         index=unit.index,
         kind=unit.kind,
@@ -182,7 +198,16 @@ def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, comput
         window=window,
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
+        companion=unit.companion,
+        experts=experts,
+        top_k=top_k,
+        on_demand=experts > 0 and policy.expert_loads is ExpertLoads.TOUCHED,
     )
+
+
+def _routed_row_bytes(layer: Layer, dtype: DType) -> int:
+    """What experts read of a token: its values, and of each of its experts the number (64 bits) and the weight."""
+    return layer.hidden * dtype.bytes + layer.mlp.router.top_k * 12 if isinstance(layer.mlp, Experts) else 0
 
 
 def _homes(
