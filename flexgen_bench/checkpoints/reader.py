@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,21 @@ class Checkpoint:
             self._tensors, self.note = view, view.note
         self._aliases: dict[str, str] = {}
         self._parts: dict[str, tuple[str, int, int]] = {}
+        self._names: frozenset[str] | None = None  # kept: a mixture has tens of thousands, and asks for each
 
     def names(self) -> frozenset[str]:
-        whole = self._tensors.names() - {stored for stored, _, _ in self._parts.values()}
-        return whole | self._aliases.keys() | self._parts.keys()
+        if self._names is None:
+            whole = self._tensors.names() - {stored for stored, _, _ in self._parts.values()}
+            self._names = whole | self._aliases.keys() | self._parts.keys()
+        return self._names
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (torch's name) of a tensor, without reading it."""
         if name in self._parts:
             stored, first, last = self._parts[name]
             shape, dtype = self._tensors.header(stored)
-            return (max(0, min(last, shape[0]) - first), *shape[1:]), dtype
+            rows = math.prod(shape[:-1]) if len(shape) > 2 else shape[0]
+            return (max(0, min(last, rows) - first), *shape[1:][-1:]), dtype
         return self._tensors.header(self._aliases.get(name, name))
 
     def tensor(self, name: str) -> Tensor:
@@ -66,17 +71,18 @@ class Checkpoint:
         file is damaged."""
         if name in self._parts:
             stored, first, last = self._parts[name]
-            return self._tensors.tensor(stored)[first:last]
+            tensor = self._tensors.tensor(stored)
+            return (tensor.flatten(0, -2) if tensor.dim() > 2 else tensor)[first:last]
         return self._tensors.tensor(self._aliases.get(name, name))
 
     def alias(self, name: str, stored: str) -> None:
         """Let a tensor be found under a second name."""
-        self._aliases[name] = stored
+        self._aliases[name], self._names = stored, None
 
     def rename(self, name: str, stored: str, first: int, last: int) -> None:
-        """Let rows ``first .. last-1`` of a tensor be found under another name, and the tensor no more under its
-        own."""
-        self._parts[name] = (stored, first, last)
+        """Let rows ``first .. last-1`` of a tensor be found under another name, and the tensor no more under its own.
+        The matrices of a stack are one below the other."""
+        self._parts[name], self._names = (stored, first, last), None
 
     @property
     def is_as_stored(self) -> bool:

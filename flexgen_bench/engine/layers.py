@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,9 +12,10 @@ from flexgen_bench.core.model import ModelShape
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
-from flexgen_bench.kernels.formula import Traced, trace
-from flexgen_bench.models import formulas
+from flexgen_bench.kernels.formula import Formula, Traced, trace
+from flexgen_bench.models import formulas, parts
 from flexgen_bench.models.family import ModelFamily
+from flexgen_bench.models.parts import Experts
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
 
@@ -34,15 +35,14 @@ class Formulas:
 
     def __init__(self, family: ModelFamily, shape: ModelShape) -> None:
         self.decoder, self.shape = family.decoder(shape), shape
-        self._traced: dict[tuple[object, ...], tuple[Traced | None, Traced | None]] = {}
+        self._traced: dict[tuple[object, ...], Traced | None] = {}
 
     def layer(self, number: int, weights: Mapping[str, Any], lower: bool) -> Layer:
         """Those of the ``number``-th layer, from 0, with these weights. lower: for a device to which every operator is
         a launch."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
-        shapes = {name: tuple(w.shape) for name, w in weights.items()}
         layer = self.decoder.layers[number]
-        key = (lower, layer, *shapes.items())
+        dense, of_experts = formulas.apart(weights)
 
         def project(ops: Any, w: Any, x: Any, tables: Any) -> Any:
             return formulas.project(ops, self.decoder, layer, w, x, tables)
@@ -50,18 +50,63 @@ class Formulas:
         def output(ops: Any, w: Any, x: Any, attended: Any) -> Any:
             return formulas.output(ops, layer, w, x, attended)
 
+        bind = functools.partial(self._bound, (lower, layer))
+        [projected] = bind(project, [dense], ("x", "tables"))
+        if isinstance(layer.mlp, Experts):
+            return Layer(projected, self._mixture(bind, layer, layer.mlp, dense, of_experts))
+        [made] = bind(output, [dense], ("x", "attended"))
+        return Layer(projected, made)
+
+    def _mixture(
+        self,
+        bind: Callable[..., list[Any]],
+        layer: parts.Layer,
+        part: Experts,
+        dense: Mapping[str, Any],
+        of_experts: Sequence[Mapping[str, Any]],
+    ) -> Mixture:
+        """What follows the attention, in pieces that can be traced."""
+
+        def routed(ops: Any, w: Any, x: Any, attended: Any) -> Any:
+            return formulas.routed(ops, layer, w, x, attended)
+
+        def expert(ops: Any, w: Any, x: Any) -> Any:
+            return formulas.mlp(ops, part.expert, w, x)
+
+        def after(ops: Any, w: Any, *given: Any) -> Any:
+            return formulas.after_mlp(ops, layer, w, *given)
+
+        [route] = bind(routed, [dense], ("x", "attended"))
+        [join] = bind(after, [dense], ("x", "out", "shared") if part.shared else ("x", "out"))
+        return Mixture(route, bind(expert, of_experts, ("x",)), join)
+
+    def _bound(
+        self, of: tuple[object, ...], formula: Formula, weights: Sequence[Mapping[str, Any]], inputs: tuple[str, ...]
+    ) -> list[Any]:
+        """A formula with each of these weights, all of the same shapes: as it was traced, or as it is."""
+        shapes = {name: tuple(w.shape) for name, w in weights[0].items()}
+        key = (formula.__name__, *of, *shapes.items())
         if key not in self._traced:
-            self._traced[key] = (
-                trace(project, shapes, ("x", "tables"), lower),
-                trace(output, shapes, ("x", "attended"), lower),
-            )
-        traced_project, traced_output = self._traced[key]
-        return Layer(_bound(project, traced_project, weights), _bound(output, traced_output, weights))
+            self._traced[key] = trace(formula, shapes, inputs, bool(of[0]))
+        traced = self._traced[key]
+        return [functools.partial(formula, ops, w) if traced is None else traced.bind(w) for w in weights]
 
 
-def _bound(formula: Callable[..., Any], traced: Traced | None, weights: Mapping[str, Any]) -> Any:
-    """A formula with its weights: as it was traced, or as it is."""
-    return functools.partial(formula, ops, weights) if traced is None else traced.bind(weights)
+class Mixture:
+    """What follows the attention in a layer with experts: (x, attention's output) -> x. Nothing can be traced through
+    it, since what is called depends on what was chosen."""
+
+    def __init__(
+        self,
+        routed: Callable[[Tensor, Tensor], Any],
+        experts: Sequence[Callable[[Tensor], Tensor]],
+        after: Callable[..., Tensor],
+    ) -> None:
+        self._routed, self._experts, self._after = routed, experts, after
+
+    def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
+        x, read, chosen, shares, *shared = self._routed(x, attended)
+        return self._after(x, ops.through_experts(read, chosen, shares, self._experts), *shared)
 
 
 class Layers:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flexgen_bench.core.errors import unknown_choice
 from flexgen_bench.kernels.eight_bit import linear_in_eighths
+from flexgen_bench.kernels.experts import route, through_experts
 from flexgen_bench.kernels.narrow_linear import (
     CPU_TILE_BYTES,
     DEVICE_TILE_BYTES,
@@ -30,8 +31,10 @@ __all__ = [
     "rms_norm_around_one",
     "rotary_table",
     "rotate",
+    "route",
     "scaled",
     "soft_capped",
+    "through_experts",
 ]
 
 # Without the native kernel, float32 products on a processor with so many rows are faster with the weight as the left
@@ -105,6 +108,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
 }
 
 

@@ -8,10 +8,11 @@ unpacks by looking at the frames of its callers, which then refer to themselves 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexgen_bench.models.parts import MLP, Attention, Decoder, Layer, Norm, NormKind, NormPlace
+from flexgen_bench.models.parts import MLP, Attention, Decoder, Experts, Layer, Norm, NormKind, NormPlace, Scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,62 @@ def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def output(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
-    """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer."""
+    """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer. Of a mixture of
+    experts: ``routed``, ``experts`` and ``after_mlp``, of which the middle one depends on values."""
+    if isinstance(layer.mlp, Experts):
+        dense, of_experts = apart(w)
+        x, read, chosen, shares, *shared = routed(ops, layer, dense, x, attended)
+        each = [functools.partial(mlp, ops, layer.mlp.expert, own) for own in of_experts]
+        return after_mlp(ops, layer, dense, x, ops.through_experts(read, chosen, shares, each), *shared)
+    state = after_attention(ops, layer, w, x, attended)
+    return after_mlp(ops, layer, w, state[0], mlp(ops, layer.mlp, w, state[1]))
+
+
+def apart(w: Weights) -> tuple[Weights, list[dict[str, Any]]]:
+    """A layer's weights: those that every token meets, and of each expert its own, by their names in an MLP."""
+    dense: dict[str, Any] = {}
+    each: dict[int, dict[str, Any]] = {}
+    for name, weight in w.items():
+        if name.startswith("experts."):
+            _, number, own = name.split(".", 2)
+            each.setdefault(int(number), {})[own] = weight
+        else:
+            dense[name] = weight
+    return dense, [each[number] for number in range(len(each))]
+
+
+def routed(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+    """Hidden before the layer (N, hidden) and attention output (N, H * D) -> the residual stream, what experts read
+    (N, hidden), of each token the numbers of its experts and what these weigh (N, top_k), and if there is a shared MLP
+    what it makes."""
+    part = layer.mlp
+    assert isinstance(part, Experts), "a dense layer routes nothing"
+    router = part.router
+    state = after_attention(ops, layer, w, x, attended)
+    read = state[1]
+    chosen = ops.route(
+        read,
+        w["router.weight"],
+        w.get("router.bias"),
+        w.get("router.correction"),
+        router.top_k,
+        sigmoid=router.scoring is Scoring.SIGMOID,
+        renormalised=router.renormalised,
+        scale=router.scale,
+        groups=router.groups,
+        top_groups=router.top_groups,
+    )
+    if part.shared is None:
+        return state[0], read, chosen[0], chosen[1]
+    shared = mlp(ops, part.shared, w, read, "shared.")
+    if part.shared_gate:
+        shared = ops.activation("sigmoid", ops.linear(read, w["shared_gate"])) * shared
+    return state[0], read, chosen[0], chosen[1], shared
+
+
+def after_attention(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden before the layer (N, hidden) and attention output (N, H * D) -> the residual stream, and what the MLP
+    reads."""
     out = ops.linear(attended, w["out.weight"], w.get("out.bias"))
     if layer.attention_out_norm is not None:
         out = norm(ops, layer.attention_out_norm, w, "attention_out_norm", out)
@@ -105,23 +161,34 @@ def output(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> T
         read = norm(ops, layer.attention_norm, w, "attention_norm", read)
     elif before:
         read = norm(ops, layer.mlp_norm, w, "mlp_norm", read)
-    out = mlp(ops, layer.mlp, w, read)
+    return x, read
+
+
+def after_mlp(ops: Any, layer: Layer, w: Weights, x: Tensor, out: Tensor, shared: Tensor | None = None) -> Tensor:
+    """The residual stream, what the MLP or the experts made, and what the shared MLP did (N, hidden) -> hidden after
+    the layer."""
+    if shared is not None:
+        out = out + shared
     if layer.mlp_out_norm is not None:
         out = norm(ops, layer.mlp_out_norm, w, "mlp_out_norm", out)
     x = x + out
-    if not before and layer.mlp_norm is not None:
+    if layer.place is NormPlace.AFTER and layer.mlp_norm is not None:
         x = norm(ops, layer.mlp_norm, w, "mlp_norm", x)
     return x
 
 
-def mlp(ops: Any, part: MLP, w: Weights, x: Tensor) -> Tensor:
-    """(N, hidden) -> (N, hidden)."""
+def mlp(ops: Any, part: MLP, w: Weights, x: Tensor, prefix: str = "") -> Tensor:
+    """(N, hidden) -> (N, hidden). prefix: of the names of its weights."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return ops.linear(x, w[f"{prefix}{name}.weight"], w.get(f"{prefix}{name}.bias"))
+
     if part.gated:
-        both = ops.linear(x, w["gate_up.weight"], w.get("gate_up.bias")).chunk(2, dim=-1)
+        both = linear(x, "gate_up").chunk(2, dim=-1)
         inner = ops.activation(part.activation, both[0]) * both[1]
     else:
-        inner = ops.activation(part.activation, ops.linear(x, w["up.weight"], w.get("up.bias")))
-    return ops.linear(inner, w["down.weight"], w.get("down.bias"))
+        inner = ops.activation(part.activation, linear(x, "up"))
+    return linear(inner, "down")
 
 
 def head(ops: Any, decoder: Decoder, w: Weights, x: Tensor) -> Tensor:

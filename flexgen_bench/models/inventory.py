@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from flexgen_bench.core.model import TensorSpec
-from flexgen_bench.models.parts import Decoder, Layer, Norm, NormKind
+from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer, Norm, NormKind
 
 Sources = tuple[str, ...]
 PartNames = dict[str, str | Sources]
@@ -16,12 +16,17 @@ PartNames = dict[str, str | Sources]
 class PackedTensor:
     """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
 
-    rows: how many rows each source has; empty if all have the same number.
+    rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
+    tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. expert: of which
+    expert of its layer; None: of what every token meets.
     """
 
     spec: TensorSpec
     sources: tuple[str, ...]
     rows: tuple[int, ...] = ()
+    firsts: tuple[int, ...] = ()
+    exact: bool = False
+    expert: int | None = None
 
     @property
     def source_rows(self) -> tuple[int, ...]:
@@ -62,7 +67,10 @@ class Names:
     """What a family's checkpoints call their tensors, without ``.weight`` and ``.bias`` and below one of its prefixes.
 
     layer: by part, below ``<layers>.<number>.``: one tensor, or those that are stacked in this order. Parts:
-    attention_norm, qkv, q_norm, k_norm, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm.
+    attention_norm, qkv, q_norm, k_norm, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm; of a
+    mixture router, router.correction (a tensor's whole name), those of the MLP below ``shared.``, shared_gate, and
+    below ``experts.``: names with ``{}`` for the expert's number, or one of a tensor in which all experts are stacked
+    (a tensor's whole name, with ``_bias`` for biases).
     """
 
     layer: Mapping[str, str | Sources]
@@ -110,7 +118,7 @@ def _table(name: str, shape: tuple[int, int], source: str) -> PackedTensor:
 
 
 def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
-    attention, mlp, hidden = layer.attention, layer.mlp, layer.hidden
+    attention, hidden = layer.attention, layer.hidden
 
     def source(part: str) -> Sources:
         part_names = names.layer[part]
@@ -138,12 +146,62 @@ def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
     yield from linear("out", (hidden,), attention.rows["q"], attention.out_bias)
     yield from norm("attention_out_norm", layer.attention_out_norm, hidden)
     yield from norm("mlp_norm", layer.mlp_norm, hidden)
-    if mlp.gated:
-        yield from linear("gate_up", (mlp.width, mlp.width), hidden, mlp.bias)
-    else:
-        yield from linear("up", (mlp.width,), hidden, mlp.bias)
-    yield from linear("down", (hidden,), mlp.width, mlp.bias)
+    if isinstance(layer.mlp, MLP):
+        for part, rows, inputs, bias in _mlp(layer.mlp, hidden):
+            yield from linear(part, rows, inputs, bias)
     yield from norm("mlp_out_norm", layer.mlp_out_norm, hidden)
+    if isinstance(layer.mlp, Experts):
+        yield from _experts(layer.mlp, hidden, source, linear)
+
+
+def _mlp(mlp: MLP, hidden: int) -> Iterator[tuple[str, tuple[int, ...], int, bool]]:
+    """Its matrices: (part, rows, inputs, whether it has a bias)."""
+    if mlp.gated:
+        yield "gate_up", (mlp.width, mlp.width), hidden, mlp.bias
+    else:
+        yield "up", (mlp.width,), hidden, mlp.bias
+    yield "down", (hidden,), mlp.width, mlp.bias
+
+
+def _experts(
+    part: Experts,
+    hidden: int,
+    source: Callable[[str], Sources],
+    linear: Callable[[str, tuple[int, ...], int, bool], Iterator[PackedTensor]],
+) -> Iterator[PackedTensor]:
+    """Of a mixture: first what every token meets, then expert by expert."""
+    router = part.router
+    for tensor in linear("router", (part.count,), hidden, router.bias):
+        yield replace(tensor, exact=True)
+    if router.correction:
+        yield PackedTensor(TensorSpec("router.correction", (part.count,)), source("router.correction"), exact=True)
+    if part.shared is not None:
+        for name, rows, inputs, bias in _mlp(part.shared, hidden):
+            yield from linear(f"shared.{name}", rows, inputs, bias)
+        if part.shared_gate:
+            spec = TensorSpec("shared_gate", (1, hidden))
+            yield PackedTensor(spec, tuple(f"{s}.weight" for s in source("shared_gate")), exact=True)
+    matrices = [(m[0], source(f"experts.{m[0]}"), *m[1:]) for m in _mlp(part.expert, hidden)]
+    for number in range(part.count):
+        for name, sources, rows, inputs, bias in matrices:
+            yield from _of_expert(number, name, sources, rows, inputs, bias)
+
+
+def _of_expert(
+    number: int, name: str, sources: Sources, rows: tuple[int, ...], inputs: int, bias: bool
+) -> Iterator[PackedTensor]:
+    count = sum(rows)
+    shapes: dict[str, tuple[int, ...]] = {"weight": (count, inputs)}
+    if bias:
+        shapes["bias"] = (count,)
+    for kind, shape in shapes.items():
+        spec = TensorSpec(f"experts.{number}.{name}.{kind}", shape)
+        if "{}" in sources[0]:
+            own = rows if len(sources) > 1 else (count,)
+            yield PackedTensor(spec, tuple(f"{s.format(number)}.{kind}" for s in sources), own, expert=number)
+        else:
+            whole = sources[0] + ("_bias" if kind == "bias" else "")
+            yield PackedTensor(spec, (whole,), (count,), (number * count,), expert=number)
 
 
 def _norm(norm: Norm | None, name: str, source: str, width: int) -> Iterator[PackedTensor]:

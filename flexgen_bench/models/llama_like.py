@@ -9,6 +9,7 @@ tokens) and full_layers (the numbers of the layers without it).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from flexgen_bench.core.errors import UserError
@@ -17,7 +18,7 @@ from flexgen_bench.core.score_mod import ScoreMod
 from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.family import ModelFamily, config_flag, config_number, config_value
 from flexgen_bench.models.inventory import Names, PartNames
-from flexgen_bench.models.parts import MLP, Attention, Decoder, Embedding, Head, Layer, Norm, NormKind, Rotary
+from flexgen_bench.models.parts import MLP, Attention, Decoder, Embedding, Experts, Head, Layer, Norm, NormKind, Rotary
 from flexgen_bench.models.rope import DEFAULT_THETA, Rope, positions_of, rope_of, rotated
 
 _POSITIONS = "max_position_embeddings"
@@ -125,20 +126,32 @@ class LlamaLike(ModelFamily):
         }
 
     def decoder(self, shape: ModelShape) -> Decoder:
-        layers: dict[bool, Layer] = {}  # of those with a window, and of those without
         full = set(shape.options.get("full_layers") or ())
-        windowed = [number not in full for number in range(shape.num_layers)]
-        for has_window in set(windowed):
-            layers[has_window] = self.layer(shape, has_window)
+        kinds: dict[tuple[bool, MLP | Experts], Layer] = {}  # layers of the same parts are one object
+        layers = []
+        for number in range(shape.num_layers):
+            kind = (number not in full, self.mlp(shape, number))
+            if kind not in kinds:
+                kinds[kind] = replace(self.layer(shape, kind[0]), mlp=kind[1])
+            layers.append(kinds[kind])
         return Decoder(
             hidden=shape.hidden_size,
             vocab=shape.vocab_size,
             tied=shape.tied_embeddings,
             embedding=self.embedding(shape),
-            layers=tuple(layers[has_window] for has_window in windowed),
+            layers=tuple(layers),
             head=self.head(shape),
             rotaries=self.rotaries(shape),
         )
+
+    def mlp(self, shape: ModelShape, number: int) -> MLP | Experts:
+        """What the ``number``-th layer has for an MLP."""
+        return self.dense_mlp(shape, shape.ffn_size)
+
+    def dense_mlp(self, shape: ModelShape, width: int) -> MLP:
+        options = shape.options
+        activation = str(options.get("activation", self.activation))
+        return MLP(width, activation, gated=True, bias=bool(options.get("mlp_bias", False)))
 
     def embedding(self, shape: ModelShape) -> Embedding:
         return Embedding(shape.hidden_size)
@@ -168,12 +181,7 @@ class LlamaLike(ModelFamily):
                 rotary=0,
                 mod=ScoreMod(window=options.get("window") if has_window else None),
             ),
-            mlp=MLP(
-                shape.ffn_size,
-                str(options.get("activation", self.activation)),
-                gated=True,
-                bias=bool(options.get("mlp_bias", False)),
-            ),
+            mlp=self.dense_mlp(shape, shape.ffn_size),
             attention_norm=norm,
             mlp_norm=norm,
         )

@@ -60,12 +60,26 @@ class PackedEntry:
 
 
 @dataclass(frozen=True)
+class ExpertBlocks:
+    """Where a layer's experts lie: one block each, one after the other, from ``offset`` bytes of the file to the end of
+    the layer's extent. All blocks have ``num_bytes``, of whole pages, so that any of them can be read alone."""
+
+    count: int
+    offset: int
+    num_bytes: int
+
+    def range(self, expert: int) -> tuple[int, int]:
+        """(offset in the file, bytes) of an expert."""
+        return self.offset + expert * self.num_bytes, self.num_bytes
+
+
+@dataclass(frozen=True)
 class PackedUnit:
     """The extent that one load of a unit reads, and the tensors in it.
 
     home_bytes: what the unit occupies in memory where it lives; a tied head counts with the embedding.
     plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that; () and 0 if nothing
-    in the unit is compressed, so that there is nothing to unpack.
+    in the unit is compressed, so that there is nothing to unpack. experts: those of a mixture, behind all the rest.
     """
 
     index: int
@@ -77,6 +91,12 @@ class PackedUnit:
     num_values: int
     plain_offsets: tuple[int, ...] = ()
     plain_bytes: int = 0
+    experts: ExpertBlocks | None = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of its extent, from its start, what every token meets: all of it but experts."""
+        return self.num_bytes if self.experts is None else self.experts.offset - self.offset
 
 
 @dataclass(frozen=True)
@@ -104,11 +124,12 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Com
     def place(tensors: tuple[PackedTensor, ...], align: int) -> tuple[PackedEntry, ...]:
         nonlocal cursor
         cursor = aligned(cursor, align)
-        placed = []
+        placed: list[PackedEntry] = []
         for tensor in tensors:
-            cursor = aligned(cursor, TENSOR_ALIGN)
+            begins_expert = tensor.expert is not None and (not placed or placed[-1].tensor.expert != tensor.expert)
+            cursor = aligned(cursor, EXTENT_ALIGN if begins_expert else TENSOR_ALIGN)
             is_matrix = len(tensor.spec.shape) == 2 and tensor not in uncompressed
-            kind = compression if is_matrix else None
+            kind = compression if is_matrix and not tensor.exact else None
             if kind is not None and tensor in inventory.vocabulary:
                 kind = kind.of_vocabulary
             entry = _entry(tensor, cursor, dtype, kind)
@@ -133,6 +154,7 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Com
             num_values=sum(e.tensor.spec.num_values for e in entries),
             plain_offsets=offsets,
             plain_bytes=plain_bytes,
+            experts=_expert_blocks(entries),
         )
 
     embed = place(inventory.embed, EXTENT_ALIGN)
@@ -157,6 +179,16 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Com
     return PackedModel(
         tuple(units), (*rest, *tokens), tuple(everything), aligned(cursor, EXTENT_ALIGN), inventory.tied, compression
     )
+
+
+def _expert_blocks(entries: tuple[PackedEntry, ...]) -> ExpertBlocks | None:
+    """Every expert has matrices of the same shapes, and starts on a page of its own."""
+    starts = {e.tensor.expert: e.offset for e in reversed(entries) if e.tensor.expert is not None}
+    if not starts:
+        return None
+    last = entries[-1]
+    size = aligned(last.offset + last.num_bytes - starts[len(starts) - 1], EXTENT_ALIGN)
+    return ExpertBlocks(len(starts), starts[0], size)
 
 
 def _entry(tensor: PackedTensor, offset: int, dtype: DType, compression: Compression | None) -> PackedEntry:

@@ -1,7 +1,5 @@
 """What decoders are made of. A family says which parts its models have (``ModelFamily.decoder``); everything else
 follows from them: tensors (``inventory.py``), formulas (``formulas.py``), FLOP and workspace (here).
-
-A mixture of experts is to be another kind of ``Layer.mlp``.
 """
 
 from __future__ import annotations
@@ -102,6 +100,55 @@ class MLP:
     gated: bool
     bias: bool
 
+    def num_values(self, hidden: int) -> int:
+        """Weights, of a model of this hidden size."""
+        inner = (2 if self.gated else 1) * self.width
+        return (inner + self.width) * hidden + self.bias * (inner + hidden)
+
+
+class Scoring(StrEnum):
+    SOFTMAX = "softmax"  # over all experts (Shazeer et al. 2017)
+    SIGMOID = "sigmoid"  # of each expert for itself (DeepSeek-V3, section 2.1.2)
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token goes to, and what each weighs: the ``top_k`` with the highest scores, weighed with them.
+
+    renormalised: weights are divided by their sum; with a softmax that is the softmax of the chosen logits alone.
+    scale: what weights are multiplied with last. bias: of the logits. correction: a vector that is added to scores to
+    choose by, but not to weigh with. groups, top_groups: experts are chosen from the ``top_groups`` of so many groups
+    of neighbours whose best two add up to most.
+    """
+
+    scoring: Scoring
+    top_k: int
+    renormalised: bool
+    scale: float = 1.0
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of ``count`` experts, each an MLP of its own: every token goes through those that the router chooses.
+
+    shared: an MLP that all tokens go through, too; shared_gate: what it adds is multiplied with the sigmoid of a
+    product with a vector.
+    """
+
+    count: int
+    expert: MLP
+    router: Router
+    shared: MLP | None = None
+    shared_gate: bool = False
+
+    def idle_values(self, hidden: int) -> int:
+        """Weights of the experts that a token does not go through."""
+        return (self.count - self.router.top_k) * self.expert.num_values(hidden)
+
 
 class NormPlace(StrEnum):
     BEFORE = "before"  # what attention and MLP read is normalised
@@ -119,7 +166,7 @@ class Layer:
 
     hidden: int
     attention: Attention
-    mlp: MLP
+    mlp: MLP | Experts
     attention_norm: Norm
     mlp_norm: Norm | None
     place: NormPlace = NormPlace.BEFORE
@@ -128,18 +175,28 @@ class Layer:
     parallel: bool = False
 
     def flops(self, num_values: int) -> tuple[int, int]:
-        """Of one token through the products before and after the attention, of a layer of so many weights: 2 a
-        weight."""
+        """Of one token through the products before and after the attention, of a layer of so many weights: 2 a weight
+        that the token meets."""
         before = 2 * self.hidden * self.attention.qkv
-        return before, 2 * num_values - before
+        return before, 2 * (num_values - self.idle_values) - before
+
+    @property
+    def idle_values(self) -> int:
+        """Weights that a token does not meet."""
+        return self.mlp.idle_values(self.hidden) if isinstance(self.mlp, Experts) else 0
 
     @property
     def temporaries(self) -> int:
         """Values that one token holds at once outside the attention: a projection x, its norm, and q, k, v twice (fused
         and split, or normalised); an MLP x, its norm and up to three of the inner width, and what else is added to
-        x."""
+        x. Of a mixture, whose tokens may all choose the same expert: the sum of what experts make, and a token's row on
+        its way to one and back; scores in float32 and what is made of them."""
         added = sum((self.parallel, self.attention_out_norm is not None))
         project = 2 * self.hidden + 2 * self.attention.qkv
+        if isinstance(self.mlp, Experts):
+            width = max(self.mlp.expert.width, self.mlp.shared.width if self.mlp.shared else 0)
+            routing = 8 * self.mlp.count + 16 * self.mlp.router.top_k + 2 * self.hidden
+            return max(project, (6 + added) * self.hidden + 3 * width + routing)
         return max(project, (3 + added) * self.hidden + 3 * self.mlp.width)
 
 

@@ -46,15 +46,14 @@ def other_sources(own: Inventory, other: Inventory) -> dict[str, tuple[str, int,
     last row). The same weights, which may be stacked there that are apart here."""
     places = {}
     for mine, theirs in zip(_tensors(own), _tensors(other), strict=True):
-        ranges = [
-            (name, stop - rows, stop)
-            for name, rows, stop in zip(theirs.sources, theirs.source_rows, accumulate(theirs.source_rows), strict=True)
-        ]
-        stops = accumulate(mine.source_rows)
-        for source, rows, stop in zip(mine.sources, mine.source_rows, stops, strict=True):
-            name, first, last = next(r for r in ranges if r[1] <= stop - rows and stop <= r[2])
-            if (name, first, last) != (source, stop - rows, stop):
-                places[source] = (name, stop - rows - first, stop - first)
+        stops = list(accumulate(theirs.source_rows))
+        skipped = theirs.firsts or (0,) * len(stops)
+        ranges = list(zip(theirs.sources, theirs.source_rows, stops, skipped, strict=True))
+        for source, rows, stop in zip(mine.sources, mine.source_rows, accumulate(mine.source_rows), strict=True):
+            name, count, last, skip = next(r for r in ranges if r[2] - r[1] <= stop - rows and stop <= r[2])
+            if (name, count) != (source, rows):
+                begin = skip + stop - rows - (last - count)
+                places[source] = (name, begin, begin + rows)
     return places
 
 

@@ -144,6 +144,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         attention_bias=False,
         rope_parameters={"rope_theta": 300.0, "partial_rotary_factor": 1.0},
     ),
+    "mixtral": lambda: _of(
+        "Mixtral",
+        **_ODD | {"num_key_value_heads": 3, "intermediate_size": 44},
+        sliding_window=6,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
     "bloom": lambda: _of("Bloom", hidden_size=60, n_layer=3, n_head=5, vocab_size=VOCAB),
 }
 
