@@ -86,9 +86,7 @@ class Actions:
         )
         self._health = Health(device)
         self._layers = Layers(layer_formulas, weights, plan.job, device)
-        self._experts = PlacedExperts(
-            plan.job, self._layers, weights, self._hidden, device, self._decoder.layers
-        )
+        self._experts = PlacedExperts(plan.job, self._layers, weights, self._hidden, device, self._decoder.layers)
         self._resident = ResidentLayers(
             plan.job,
             self._layers,

@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.models.expert_units import with_experts_apart
 from flexgen_bench.models.packing import PackedModel, pack
-from flexgen_bench.models.parts import Decoder
+from flexgen_bench.models.parts import Decoder, Experts, NormPlace
 from flexgen_bench.models.registry import family
 
 
@@ -24,6 +27,28 @@ class Model:
     def decoder(self) -> Decoder:
         """The parts it is made of. Kept: a search makes hundreds of plans of one model."""
         return family(self.shape.family).decoder(self.shape)
+
+    def packed_for(self, policy: Policy) -> PackedModel:
+        """As a policy places it: with experts as units of their own, if they have a placement of their own. UserError
+        if that cannot be."""
+        return self.packed if policy.experts is None else self._with_experts_apart
+
+    @cached_property
+    def _with_experts_apart(self) -> PackedModel:
+        mixtures = [layer for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
+        if not mixtures:
+            allowed = f"left out (null): {self.shape.name} has no experts"
+            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
+        if any(layer.mlp_out_norm is not None or layer.place is NormPlace.AFTER for layer in mixtures):
+            allowed = f"left out (null): layers of {self.shape.name} normalise what their experts make"
+            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
+        return with_experts_apart(self.packed, self.dtype)
+
+    @property
+    def experts_for_one(self) -> float:
+        """How many experts there are for each that a token goes to; 1 for a model without."""
+        mixtures = [layer.mlp for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
+        return max((part.count / part.router.top_k for part in mixtures), default=1.0)
 
     @staticmethod
     def of(shape: ModelShape, dtype: DType, compression: Compression | None = None) -> Model:

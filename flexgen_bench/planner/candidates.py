@@ -63,7 +63,7 @@ def batch_shapes(space: SearchSpace) -> Iterator[Policy]:
     """Policies without their placements."""
     accelerator = space.job.hardware.compute_tier is Tier.GPU
     sites = list(AttentionSite) if accelerator else [AttentionSite.COMPUTE]
-    idle = space.models[space.lossies[0]].experts_per_token
+    idle = space.models[space.lossies[0]].experts_for_one
     experts = Placement(cpu=1) if idle > 1 else None  # a mixture's are always placed apart: it costs a step
     for block in _blocks(space.largest_block):
         for micro_batch in _micro_batches(block):

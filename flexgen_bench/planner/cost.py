@@ -22,6 +22,7 @@ _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
 # Rates of products are listed by the width h of the layer that was measured (calibrate/matrix.py), whose matrices have
 # 12 h^2 values. A layer of any family is looked up under the width that such a layer with as many weights has.
 _CALIBRATED_MATRICES = 12
+_EXPERT_MATRICES = 3  # of an expert: gate, up and down
 
 
 def rates_of(hardware: HardwareProfile) -> Rates:
@@ -93,6 +94,8 @@ class StepCost:
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
             return self._product(step, site, tier, step.flops)
+        if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
+            return self._experts(step, site, tier)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
@@ -121,6 +124,24 @@ class StepCost:
         arithmetic = flops / site.matrix_rate(number, rows, width)
         values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
+
+    def _experts(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """Products with the experts that so many tokens are expected to touch, each with its share of the tokens. Each
+        is called by itself, with as many operators as a step has elsewhere. What they made elsewhere is added: three
+        times as many bytes as hidden states have, of which two are read."""
+        if step.kind is StepKind.ADD_EXPERTS:
+            return 3 * step.micro_batch.rows * self._job.hidden_row_bytes / site.memory
+        unit, packed = self._job.units[step.unit], self._packed.units[step.unit]
+        touched = unit.touched(step.micro_batch.rows)
+        compression = self._lossy.weights if packed.plain_bytes else None
+        values = packed.num_values / unit.experts  # of one
+        rows = step.micro_batch.rows * unit.top_k / touched
+        number = number_format(self._dtype, compression if tier is Tier.CPU else None)
+        arithmetic = step.flops / site.matrix_rate(number, rows, math.sqrt(values / _EXPERT_MATRICES))
+        reading = touched * values * self._value_bytes(compression) / site.memory
+        # An accelerator unpacks them a tile at a time, before it multiplies.
+        unpacking = touched * values * self._dtype.bytes / site.unpack if compression and tier is Tier.GPU else 0.0
+        return max(arithmetic, reading) + unpacking + touched * site.step
 
     def _value_bytes(self, compression: Compression | None) -> float:
         if compression is None:

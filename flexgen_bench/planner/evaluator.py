@@ -9,8 +9,9 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.forecast import Forecast, forecast
-from flexgen_bench.planner.memory_plan import MemoryPlan, unit_tiers
+from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS as POINTS_OF_A_CHOICE
+from flexgen_bench.planner.planned_units import unit_tiers
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
 from flexgen_bench.schedule.scheduled_job import UnitKind

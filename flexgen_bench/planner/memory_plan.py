@@ -8,22 +8,25 @@ from dataclasses import dataclass, field
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Policy
+from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
-from flexgen_bench.models.packing import PackedModel, PackedUnit
-from flexgen_bench.models.parts import Decoder, Experts, Layer
+from flexgen_bench.models.parts import Decoder
+from flexgen_bench.planner.planned_units import planned_unit, routed_row_bytes, unit_tiers
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
+from flexgen_bench.schedule.experts import are_away
 from flexgen_bench.schedule.passes import chunk_len
-from flexgen_bench.schedule.placement import place_units, realised
-from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
+from flexgen_bench.schedule.placement import realised
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
 # What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in
 # float32.
 KERNEL_BYTES = 16 * 1024 * 1024
+# Of an accelerator's compressed weights that are multiplied with as they are (kernels/narrow_linear.py).
+TILE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -73,20 +76,6 @@ _REMEDY = {
 }
 
 
-def unit_tiers(packed: PackedModel, policy: Policy) -> list[Tier]:
-    """Where each unit lives. A tied head lives with the embedding, whose token table it reads."""
-    experts = [u.home_bytes for u in packed.units if u.kind is UnitKind.EXPERTS]
-    sweep = [u for u in packed.units if u.kind is not UnitKind.EXPERTS]
-    sizes = [sweep[0].home_bytes + (sweep[-1].home_bytes if packed.tied else 0)]
-    sizes += [u.home_bytes for u in sweep[1:-1]]
-    if not packed.tied:
-        sizes.append(sweep[-1].home_bytes)
-    tiers = place_units(sizes, policy.weights)
-    if packed.tied:
-        tiers.append(tiers[0])
-    return tiers if policy.experts is None else tiers + place_units(experts, policy.experts)
-
-
 def plan_job(
     model: Model,
     policy: Policy,
@@ -112,7 +101,7 @@ def plan_job(
             )
     tiers = unit_tiers(packed, policy)
     units = tuple(
-        _unit(decoder, unit, tier, policy, Site(compute, device))
+        planned_unit(decoder, unit, tier, policy, Site(compute, device))
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
@@ -133,7 +122,7 @@ def plan_job(
         dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
         dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units if u.kind is not UnitKind.EXPERTS),
         device=device,
-        routed_row_bytes=max((_routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
+        routed_row_bytes=max((routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     moving = staging(job, policy, groups)
@@ -156,6 +145,7 @@ def plan_job(
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending
+    parts[job.site.host]["expert workspace"] = _away_bytes(job, policy, groups, moving, decoder, dtype.bytes)
     return MemoryPlan(
         model=model,
         policy=policy,
@@ -170,44 +160,6 @@ def plan_job(
         realised_activations=realised(hidden),
         realised_experts=None if policy.experts is None else realised(of_experts),
     )
-
-
-def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
-    # The head, too; of the embedding only rows are moved anyway.
-    stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
-    site = compute.host if stays and tier is not Tier.GPU else compute
-    before, after, window = 2 * unit.num_values, 0, None
-    experts = top_k = 0
-    if unit.kind is UnitKind.LAYER:
-        layer = decoder.layers[unit.index - 1]
-        before, after = layer.flops(unit.num_values)
-        window = layer.attention.mod.window
-    elif unit.kind is UnitKind.EXPERTS:
-        part = decoder.layers[unit.companion - 1].mlp
-        assert isinstance(part, Experts), "only mixtures have experts"
-        experts, top_k = part.count, part.router.top_k
-        before, after = 0, 2 * top_k * unit.num_values // experts
-    return Unit(
-        index=unit.index,
-        kind=unit.kind,
-        tier=tier,
-        load_bytes=unit.num_bytes,
-        site=site,
-        flops_before=before,
-        flops_after=after,
-        window=window,
-        # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
-        unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
-        companion=unit.companion,
-        experts=experts,
-        top_k=top_k,
-        on_demand=experts > 0 and policy.expert_loads is ExpertLoads.TOUCHED,
-    )
-
-
-def _routed_row_bytes(layer: Layer, dtype: DType) -> int:
-    """What experts read of a token: its values, and of each of its experts the number (64 bits) and the weight."""
-    return layer.hidden * dtype.bytes + layer.mlp.router.top_k * 12 if isinstance(layer.mlp, Experts) else 0
 
 
 def _homes(
@@ -265,9 +217,7 @@ def _workspace(
     """
     width = dtype.bytes
     largest = _largest(groups)
-    prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
-    decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
-    tokens = max(prefill, decode)
+    tokens, decode = _rows_at_once(policy, groups)
     per_token = max(layer.temporaries for layer in decoder.kinds)
     # q, k, v of every stage stay until their stage is used again.
     staged = max(2 * layer.attention.qkv for layer in decoder.kinds) + 2 * decoder.hidden
@@ -282,7 +232,36 @@ def _workspace(
         + moving.cpu_attention_buffers * decode * staged * width
         + logits
         + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
+        + _unpacked_experts(job, policy, width)
     )
+
+
+def _rows_at_once(policy: Policy, groups: SequenceGroups) -> tuple[int, int]:
+    """The most rows of a micro-batch, and of one that decodes."""
+    prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in _largest(groups))
+    decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
+    return max(prefill, decode), decode
+
+
+def _unpacked_experts(job: ScheduledJob, policy: Policy, width: int) -> int:
+    """What products with an accelerator's compressed experts unpack at a time: a tile, or all of a small matrix."""
+    if policy.lossy.weights is None:
+        return 0
+    experts = (u for u in job.units if u.kind is UnitKind.EXPERTS and u.site.is_accelerator)
+    return max((min(TILE_BYTES, u.flops_after // (2 * u.top_k) * width) for u in experts), default=0)
+
+
+def _away_bytes(
+    job: ScheduledJob, policy: Policy, groups: SequenceGroups, moving: Staging, decoder: Decoder, width: int
+) -> int:
+    """Of experts that the cpu computes for an accelerator: the temporaries of one micro-batch, and what every stage
+    has been sent and has made."""
+    if not any(are_away(unit, job.experts_of(unit)) for unit in job.sweep):
+        return 0
+    tokens, decode = _rows_at_once(policy, groups)
+    staged = tokens * job.num_buffers + moving.cpu_attention_buffers * decode
+    per_token = max(layer.temporaries for layer in decoder.kinds) * width
+    return tokens * per_token + staged * (job.routed_row_bytes + job.hidden_row_bytes)
 
 
 def _attention_bytes(

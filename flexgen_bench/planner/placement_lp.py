@@ -36,8 +36,8 @@ class PlacementProblem:
     """A batch shape to place.
 
     prefill, decode: costs of the two kinds of pass; decode_passes: how many of the latter a block has. sizes: bytes of
-    each kind (weights, kv_cache, activations, and experts where these are placed apart), all of it; room: bytes that each tier has for them. max_latency_s: of a block; None: any. held: kinds
-    that are on one tier whatever it costs.
+    each kind (weights, kv_cache, activations, and experts where these are placed apart), all of it; room: bytes that
+    each tier has for them. max_latency_s: of a block; None: any. held: kinds that are on one tier whatever it costs.
     """
 
     schedule: Schedule

@@ -84,9 +84,7 @@ def _staggered(halves: Iterable[tuple[Iterator[Step], Iterator[Step]]], behind: 
         yield from second
 
 
-def _begin(
-    job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch
-) -> Iterator[Step]:
+def _begin(job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     """A micro-batch through a layer, up to what ends it."""
     if not is_resident(job, unit, micro_batch):
         yield from _before_attention(job, unit, blob, micro_batch)

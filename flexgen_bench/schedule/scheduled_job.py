@@ -87,7 +87,8 @@ class ScheduledJob:
     """A planned job for the generator.
 
     weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
-    disk when an accelerator computes; as many again for experts that are placed apart. dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
+    disk when an accelerator computes; as many again for experts that are placed apart.
+    dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
     num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
     is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
     their bytes. device: number of the accelerator (of the host, where there is none). units: in the order of their
