@@ -180,7 +180,8 @@ def _without_head(stored: StoredNames, kind: ModelFamily, shape: ModelShape) -> 
 def _check_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape, stored: StoredNames) -> None:
     folder, count = checkpoint.folder, len(stored.found) + len(stored.missing)
     _, head = _vocabulary(kind, shape)
-    unexpected = [n for n in stored.unexpected if not _adds_nothing(checkpoint, n, stored)]
+    further = [n for n in stored.unexpected if kind.is_further(n, checkpoint.config, shape)]
+    unexpected = [n for n in stored.unexpected if n not in set(further) and not _adds_nothing(checkpoint, n, stored)]
     if stored.missing:
         missing = [n if n == head else kind.prefixes[0] + n for n in stored.missing]
         also = f" It holds {shown(unexpected)}, for which there is no place." if unexpected else ""
@@ -193,8 +194,9 @@ def _check_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape, s
             f"{shown(unexpected)}. Leaving them out would change results: correct config.json if it "
             "denies them, or use a checkpoint of this family without them."
         )
-    if stored.other_heads:
-        _log.warning("%s: %s is not used to generate", folder, shown(list(stored.other_heads)))
+    unused = [*stored.other_heads, *further]
+    if unused:
+        _log.warning("%s: %s is not used to generate", folder, shown(unused))
 
 
 def _adds_nothing(checkpoint: Checkpoint, name: str, stored: StoredNames) -> bool:

@@ -35,6 +35,9 @@ class ModelFamily(ABC):
     other_types: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # Entries of a config that change what other families' models compute, and which this one reads.
     reads: ClassVar[Collection[str]] = ()
+    # The entry that says how many layers a checkpoint may hold behind the model's own: they guess at further tokens
+    # (multi-token prediction), and the next one is the same without them.
+    further_layers_key: ClassVar[str | None] = None
 
     @abstractmethod
     def shape_from_config(self, config: Mapping[str, Any], name: str) -> ModelShape:
@@ -51,6 +54,12 @@ class ModelFamily(ABC):
     def inventory(self, shape: ModelShape, names: Names | None = None) -> Inventory:
         """Names, shapes and checkpoint sources of every weight; names: other than the family's own."""
         return inventory_of(self.decoder(shape), names or self.names)
+
+    def is_further(self, name: str, config: Mapping[str, Any], shape: ModelShape) -> bool:
+        """Whether a tensor of a checkpoint belongs to layers behind the model's own."""
+        count = config.get(self.further_layers_key) if self.further_layers_key else None
+        behind = range(shape.num_layers, shape.num_layers + (count if isinstance(count, int) else 0))
+        return any(f".{self.names.layers}.{number}." in f".{name}" for number in behind)
 
     def steady_positions(self, shape: ModelShape) -> int:
         """Up to which length of its sequence the keys of a token depend on what precedes it alone. Of longer ones they

@@ -74,6 +74,7 @@ _GPT = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 _NEOX = {k: v for k, v in _ODD.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 5}
 
 
@@ -151,6 +152,37 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_local_experts=5,
         num_experts_per_tok=2,
     ),
+    "qwen3-moe": lambda: _of("Qwen3Moe", **_ODD | {"num_key_value_heads": 3}, **_EXPERTS, mlp_only_layers=[2]),
+    "qwen3-moe-windows": lambda: _of(
+        "Qwen3Moe",
+        **_ODD,
+        **_EXPERTS | {"num_experts_per_tok": 5, "norm_topk_prob": True},
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+    ),
+    "qwen2-moe": lambda: _of(
+        "Qwen2Moe",
+        **_ODD,
+        **_EXPERTS,
+        shared_expert_intermediate_size=52,
+        decoder_sparse_step=2,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=3,
+    ),
+    "glm4-moe": lambda: _of(
+        "Glm4Moe",
+        **_ODD,
+        **{k: v for k, v in _EXPERTS.items() if k != "num_experts"},
+        n_routed_experts=6,
+        n_group=3,
+        topk_group=2,
+        n_shared_experts=2,
+        routed_scaling_factor=1.6,
+        use_qk_norm=True,
+        attention_bias=True,
+    ),
     "bloom": lambda: _of("Bloom", hidden_size=60, n_layer=3, n_head=5, vocab_size=VOCAB),
 }
 
@@ -164,6 +196,9 @@ def random_model(name: str, seed: int = 0) -> Any:
             is_norm = re.search(r"(norm|ln_1|ln_f)\.weight$", parameter_name)
             around = 1.0 if is_norm and "gemma" not in name else 0.0
             parameter.copy_(torch.randn_like(parameter) * 0.15 + around)
+        for buffer_name, buffer in model.named_buffers():
+            if "correction" in buffer_name:  # so that experts are chosen that do not weigh most
+                buffer.copy_(torch.randn_like(buffer) * 0.5)
     return model.eval()
 
 
