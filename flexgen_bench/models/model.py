@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from flexgen_bench.core.compression import Compression
@@ -11,7 +11,7 @@ from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.models.expert_units import with_experts_apart
 from flexgen_bench.models.packing import PackedModel, pack
-from flexgen_bench.models.parts import Decoder, Experts, NormPlace
+from flexgen_bench.models.parts import Decoder, Experts, Layer, NormPlace
 from flexgen_bench.models.registry import family
 
 
@@ -22,11 +22,13 @@ class Model:
     shape: ModelShape
     dtype: DType
     packed: PackedModel
+    layers: tuple[Layer, ...] = field(default=(), repr=False)  # of a shallow one
 
     @cached_property
     def decoder(self) -> Decoder:
         """The parts it is made of. Kept: a search makes hundreds of plans of one model."""
-        return family(self.shape.family).decoder(self.shape)
+        decoder = family(self.shape.family).decoder(self.shape)
+        return replace(decoder, layers=self.layers) if self.layers else decoder
 
     def packed_for(self, policy: Policy) -> PackedModel:
         """As a policy places it: with experts as units of their own, if they have a placement of their own. UserError
@@ -56,10 +58,15 @@ class Model:
         return Model(shape, dtype, pack(shape, family(shape.family).inventory(shape), dtype, compression))
 
     def shallow(self, layers: int) -> Model:
-        """Its first decoder layers alone (or as it is, if it has no more): what is the same for every layer is found
-        out on few."""
+        """So many of its decoder layers alone (or as it is, if it has no more): what is the same for every layer is
+        found out on few. Its first ones; of a mixture from its first layer with experts on, since before that one
+        there are but a few."""
         if layers >= self.shape.num_layers:
             return self
-        head = replace(self.packed.head, index=layers + 1)
-        units = (*self.packed.units[: layers + 1], head)
-        return Model(replace(self.shape, num_layers=layers), self.dtype, replace(self.packed, units=units))
+        mixed = (number for number, layer in enumerate(self.decoder.layers) if isinstance(layer.mlp, Experts))
+        first = min(next(mixed, 0), self.shape.num_layers - layers)
+        stop, units = first + layers, self.packed.units
+        kept = (units[0], *units[first + 1 : stop + 1], self.packed.head)
+        packed = replace(self.packed, units=tuple(replace(unit, index=place) for place, unit in enumerate(kept)))
+        shape = replace(self.shape, num_layers=layers)
+        return Model(shape, self.dtype, packed, self.decoder.layers[first:stop])

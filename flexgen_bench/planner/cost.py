@@ -78,6 +78,8 @@ class StepCost:
         site = self._sites[tier]
         if step.kind is StepKind.LAYER:
             return self._layer(step, site, tier)
+        if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
+            return self._experts(step, site, tier) + site.step
         return self._work(step, site, tier) + site.step
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
@@ -94,8 +96,6 @@ class StepCost:
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
             return self._product(step, site, tier, step.flops)
-        if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
-            return self._experts(step, site, tier)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
