@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flexgen_bench.core.model import DType
@@ -28,6 +29,7 @@ _RESIDUAL = (
     "fc2.weight",
     "o_proj.weight",
     "down_proj.weight",
+    ".w2.weight",
     "dense.weight",
     "dense_4h_to_h.weight",
     "fc_out.weight",
@@ -63,7 +65,8 @@ def _scale(name: str, shape: tuple[int, ...], num_layers: int) -> tuple[float, f
     return 0.0, std / math.sqrt(2 * num_layers) if name.endswith(_RESIDUAL) else std
 
 
-def first_of(name: str) -> str:
-    """The tensor of the first layer that ``name`` repeats: ``decoder.layers.7.fc1.bias`` ->
+def firsts(expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """For each tensor, that of the first layer with one of this name and shape: ``decoder.layers.7.fc1.bias`` ->
     ``decoder.layers.0.fc1.bias``."""
-    return _LAYER.sub("0", name, count=1)
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    return {name: first.setdefault((_LAYER.sub("*", name, count=1), shape), name) for name, shape in expected.items()}

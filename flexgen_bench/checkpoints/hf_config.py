@@ -12,6 +12,7 @@ from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.models.activations import ACTIVATIONS
 from flexgen_bench.models.registry import family, shape_from_config
+from flexgen_bench.models.stored_names import expected_sources, locate
 
 
 def hf_config(shape: ModelShape, dtype: DType) -> Any:
@@ -28,10 +29,11 @@ def hf_config(shape: ModelShape, dtype: DType) -> Any:
     return config
 
 
-def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint, as transformers itself would build the model.
+def expected_tensors(shape: ModelShape, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint, as transformers itself would build the model of this config.
 
-    A tied head appears once, under the embedding's name.
+    A tied head appears once, under the embedding's name. Experts, which transformers keeps in one tensor, have the
+    names of the family's checkpoints, which it reads, too.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -39,7 +41,21 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    built = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    kind = family(shape.family)
+    own = expected_sources(kind.inventory(shape))
+    stored = locate(own, kind.prefixes, built)
+    if not stored.missing:
+        return built
+    found = set(stored.found.values())
+    return {n: s for n, s in built.items() if n in found} | {kind.prefixes[0] + n: own[n] for n in stored.missing}
+
+
+def single_precision(shape: ModelShape) -> frozenset[str]:
+    """Those of these tensors that are float32 in every checkpoint."""
+    kind = family(shape.family)
+    tensors = (t for layer in kind.inventory(shape).layers for t in layer if t.dtype is DType.FLOAT32)
+    return frozenset(kind.prefixes[0] + source for tensor in tensors for source in tensor.sources)
 
 
 def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:

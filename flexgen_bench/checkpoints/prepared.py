@@ -146,11 +146,13 @@ def _lock(target: Path) -> Iterator[None]:
 
 
 def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progress) -> None:
-    from flexgen_bench.checkpoints.dummy_weights import REPEATED_FROM_BYTES, dummy_tensor, first_of
-    from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config
+    from flexgen_bench.checkpoints.dummy_weights import REPEATED_FROM_BYTES, dummy_tensor, firsts
+    from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config, single_precision
 
     config = hf_config(model.shape, dtype)
-    expected = expected_tensors(config)
+    expected = expected_tensors(model.shape, config)
+
+    single = single_precision(model.shape)
 
     def get(name: str) -> torch.Tensor:
         return dummy_tensor(name, expected[name], dtype, model.shape.num_layers, model.seed)
@@ -158,12 +160,13 @@ def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progres
     if needed_bytes(expected, dtype) < REPEATED_FROM_BYTES:
         with new_folder(target, needed_bytes(expected, dtype)) as folder:
             config.save_pretrained(folder)
-            write_weights(folder, expected, dtype, get, progress)
+            write_weights(folder, expected, dtype, get, progress, single)
         return
-    stored = {name: shape for name, shape in expected.items() if first_of(name) == name}
+    first_of = firsts(expected)
+    stored = {name: shape for name, shape in expected.items() if first_of[name] == name}
     with new_folder(target, needed_bytes(stored, dtype)) as folder:
         config.save_pretrained(folder)
-        write_repeated(folder, expected, dtype, get, first_of, progress)
+        write_repeated(folder, expected, dtype, get, first_of.__getitem__, progress, single)
 
 
 def _convert_gguf(model: ModelSpec, dtype: DType, file: Path, target: Path, progress: Progress) -> None:
@@ -177,7 +180,7 @@ def _convert_gguf(model: ModelSpec, dtype: DType, file: Path, target: Path, prog
     header = read_header(file)
     check_same_model(model.shape, config_from_gguf(header), file)
     config = hf_config(model.shape, dtype)
-    expected = expected_tensors(config)
+    expected = expected_tensors(model.shape, config)
     tensors = GGUFTensors(header, model.shape.num_heads, model.shape.num_kv_heads, dtype)
     tensors.check(expected)
     made = gguf_tokenizer(header, model.shape.max_positions)
@@ -194,7 +197,13 @@ def _convert_gguf(model: ModelSpec, dtype: DType, file: Path, target: Path, prog
 
 
 def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, progress: Progress) -> Path:
-    from flexgen_bench.checkpoints.hf_config import check_same_model, check_same_shape, expected_tensors, hf_config
+    from flexgen_bench.checkpoints.hf_config import (
+        check_same_model,
+        check_same_shape,
+        expected_tensors,
+        hf_config,
+        single_precision,
+    )
     from flexgen_bench.checkpoints.reader import read_config
     from flexgen_bench.checkpoints.source import open_source
     from flexgen_bench.models.stored_names import locate
@@ -204,8 +213,8 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
     check_same_model(model.shape, read_config(folder) | ties, folder)
     with open_source(folder) as source:
         check_same_shape(model.shape, source.shape, folder)
-        expected = expected_tensors(hf_config(model.shape, dtype))
-        if model.weights is WeightSource.PATH and source.is_standard(expected, dtype.value):
+        expected, single = expected_tensors(model.shape, hf_config(model.shape, dtype)), single_precision(model.shape)
+        if model.weights is WeightSource.PATH and source.is_standard(expected, dtype.value, single):
             return folder
         if source.note:
             _log.warning("%s: %s", folder, source.note)
@@ -217,7 +226,7 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
                     _copy(folder / name, made / name)
             config = source.unquantized_config() | {"dtype": dtype.value}
             (made / "config.json").write_text(json.dumps(config, indent=2))
-            write_weights(made, expected, dtype, lambda full: source.tensor(name_of[full]), progress)
+            write_weights(made, expected, dtype, lambda full: source.tensor(name_of[full]), progress, single)
     return target
 
 

@@ -51,15 +51,15 @@ class Source(Closing):
         """A tensor by the family's own name, in the checkpoint's dtype."""
         return self.checkpoint.tensor(self.names[source])
 
-    def is_standard(self, names: Collection[str], dtype: str) -> bool:
-        """Whether every program can read the folder as it is: safetensors of this dtype under exactly these names, and
-        a config that says what the tensors do."""
+    def is_standard(self, names: Collection[str], dtype: str, single: Collection[str] = ()) -> bool:
+        """Whether every program can read the folder as it is: safetensors of this dtype under exactly these names,
+        those in ``single`` of float32, and a config that says what the tensors do."""
         checkpoint = self.checkpoint
         return (
             checkpoint.is_safetensors
             and checkpoint.is_as_stored
             and checkpoint.names() >= set(names)
-            and all(checkpoint.header(name)[1] == dtype for name in names)
+            and all(checkpoint.header(name)[1] == ("float32" if name in single else dtype) for name in names)
             and self._config_is_usual()
         )
 

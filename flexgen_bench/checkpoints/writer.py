@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,21 +33,24 @@ def write_weights(
     dtype: DType,
     get: Callable[[str], torch.Tensor],
     progress: Progress,
+    single: Collection[str] = (),
 ) -> None:
-    """Write every expected tensor as ``dtype``, one after the other; no more than three are in memory."""
-    sizes = {name: math.prod(shape) * dtype.bytes for name, shape in expected.items()}
+    """Write every expected tensor as ``dtype``, those named in ``single`` as float32, one after the other; no more than
+    three are in memory."""
+    dtypes = {name: DType.FLOAT32 if name in single else dtype for name in expected}
+    sizes = {name: math.prod(shape) * dtypes[name].bytes for name, shape in expected.items()}
     shards = plan_shards(sizes)
     total, done = sum(sizes.values()), 0
     where: dict[str, str] = {}
     progress("convert", 0, total)
     with ThreadPoolExecutor(2) as pool:
-        made = _ahead(pool, lambda name: _as(get(name), dtype), expected)
+        made = _ahead(pool, lambda name: _as(get(name), dtypes[name]), expected)
         for number, names in enumerate(shards, 1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             with (folder / file).open("wb") as out:
-                out.write(_shard_header({name: expected[name] for name in names}, dtype))
+                out.write(_shard_header({name: expected[name] for name in names}, dtypes))
                 for name in names:
                     _write_tensor(out, name, next(made), expected[name])
                     done += sizes[name]
@@ -71,7 +74,7 @@ def _ahead(
         yield under_way.popleft().result()
 
 
-def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype: DType) -> bytes:
+def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, DType]) -> bytes:
     """The header of a safetensors file (its format: 8 bytes of length, JSON, the tensors without gaps).
 
     The package itself wants all tensors of a file in memory at once.
@@ -79,8 +82,8 @@ def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype: DType) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.bytes
-        kind = _SAFETENSORS_NAMES[dtype]
+        start, end = end, end + math.prod(shape) * dtypes[name].bytes
+        kind = _SAFETENSORS_NAMES[dtypes[name]]
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
@@ -101,8 +104,10 @@ def write_repeated(
     get: Callable[[str], torch.Tensor],
     first: Callable[[str], str],
     progress: Progress,
+    single: Collection[str] = (),
 ) -> None:
-    """Write every expected tensor as ``dtype``, those with the same ``first`` name as one piece of memory in one file.
+    """Write every expected tensor as ``dtype``, those named in ``single`` as float32, and those with the same ``first``
+    name as one piece of memory in one file.
 
     Only torch's own format can hold a piece of memory under several names.
     """
@@ -112,7 +117,8 @@ def write_repeated(
     unique = list(dict.fromkeys(map(first, expected)))
     total, done, made = sum(sizes[name] for name in unique), 0, {}
     with ThreadPoolExecutor(2) as pool:
-        for name, tensor in zip(unique, pool.map(lambda n: _as(get(n), dtype), unique), strict=True):
+        as_wanted = pool.map(lambda n: _as(get(n), DType.FLOAT32 if n in single else dtype), unique)
+        for name, tensor in zip(unique, as_wanted, strict=True):
             made[name] = tensor
             done += sizes[name]
             progress("convert", done, total)

@@ -283,6 +283,7 @@ def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtyp
             e.tensor.source_rows,
             e.compression,
             e.params_offset if e.compression else 0,
+            e.tensor.dtype,
         )
         for e in packed.entries
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexgen_bench.core.compression import Along
 from flexgen_bench.kernels.output_groups import OutputQuantizedWeight
 from flexgen_bench.kernels.quantization import QuantizedWeight
+from flexgen_bench.memory.weight_store import TORCH_DTYPES
 from flexgen_bench.models.packing import PackedEntry, PackedUnit
 
 # What kernels.ops takes as a weight.
@@ -23,7 +24,7 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype, acti
     shape = entry.tensor.spec.shape
     parts = [memory[offset - base :][:count] for offset, count in entry.parts]
     if entry.compression is None:
-        return parts[0].view(dtype).view(shape)
+        return parts[0].view(_dtype(entry, dtype)).view(shape)
     rows, columns = shape
     if entry.compression.along is Along.OUTPUTS:
         params = parts[1].view(torch.float16).view(-1, 2)
@@ -33,6 +34,11 @@ def view(memory: Tensor, entry: PackedEntry, base: int, dtype: torch.dtype, acti
     params = parts[1].view(torch.float16).view(rows, entry.compression.groups(columns), 2)
     bits = activations if entry.compression.bits == 4 else None
     return QuantizedWeight(codes, params, (rows, columns), entry.compression, dtype, bits)
+
+
+def _dtype(entry: PackedEntry, dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor of a model of this type."""
+    return TORCH_DTYPES[entry.tensor.dtype] if entry.tensor.dtype else dtype
 
 
 def views(
@@ -46,8 +52,8 @@ def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping
     """Where the tensors of a unit go when it is unpacked into ``memory`` (uint8)."""
     tensors = {}
     for entry, offset in zip(unit.entries, unit.plain_offsets, strict=True):
-        spec = entry.tensor.spec
-        flat = memory[offset:][: spec.num_values * dtype.itemsize].view(dtype)
+        spec, own = entry.tensor.spec, _dtype(entry, dtype)
+        flat = memory[offset:][: spec.num_values * own.itemsize].view(own)
         tensors[spec.name] = flat.view(spec.shape)
     return tensors
 

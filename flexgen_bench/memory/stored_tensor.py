@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import Along, Compression
+from flexgen_bench.core.model import DType
 from flexgen_bench.kernels.output_groups import quantize_strips
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.memory.checksum import checksum
@@ -24,7 +25,7 @@ class StoredTensor:
     """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
 
     compression: None, or how its rows are quantized; its codes are at ``offset`` then, its parameters at
-    ``params_offset``.
+    ``params_offset``. dtype: its element type, if not that of the store.
     """
 
     name: str
@@ -35,6 +36,7 @@ class StoredTensor:
     rows: tuple[int, ...]  # rows each source must have
     compression: Compression | None = None
     params_offset: int = 0
+    dtype: DType | None = None
 
 
 def write_tensor(

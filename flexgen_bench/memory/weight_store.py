@@ -242,7 +242,7 @@ def _write_group(fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[
         if is_calibrated(stored.compression):
             weights = [_importance(checkpoint, plan, stored, name) for name in stored.sources]
         sources = _sources(checkpoint, plan, stored)
-        checksums = write_tensor(fd, stored, sources, TORCH_DTYPES[plan.dtype], weights)
+        checksums = write_tensor(fd, stored, sources, TORCH_DTYPES[stored.dtype or plan.dtype], weights)
         sums |= {str(offset): value for offset, value in checksums.items()}
     return sums
 
@@ -252,7 +252,7 @@ def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> I
     for source, rows in zip(stored.sources, stored.rows, strict=True):
         tensor = _find(checkpoint, plan, source)
         _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
-        if plan.dtype is DType.FLOAT16:
+        if (stored.dtype or plan.dtype) is DType.FLOAT16:
             _check_half(tensor, source, checkpoint)
         if stored.compression is not None:
             _check_range(tensor, source, checkpoint)

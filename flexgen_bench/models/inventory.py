@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from flexgen_bench.core.model import TensorSpec
+from flexgen_bench.core.model import DType, TensorSpec
 from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer, Norm, NormKind
 
 Sources = tuple[str, ...]
@@ -17,8 +17,8 @@ class PackedTensor:
     """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
 
     rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
-    tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. expert: of which
-    expert of its layer; None: of what every token meets.
+    tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. dtype: its element
+    type, whatever the model's is. expert: of which expert of its layer; None: of what every token meets.
     """
 
     spec: TensorSpec
@@ -26,12 +26,17 @@ class PackedTensor:
     rows: tuple[int, ...] = ()
     firsts: tuple[int, ...] = ()
     exact: bool = False
+    dtype: DType | None = None
     expert: int | None = None
 
     @property
     def source_rows(self) -> tuple[int, ...]:
         count = len(self.sources)
         return self.rows or (self.spec.shape[0] // count,) * count
+
+    def plain_bytes(self, dtype: DType) -> int:
+        """Uncompressed, of a model of this type."""
+        return self.spec.num_values * (self.dtype or dtype).bytes
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,9 @@ def _experts(
     for tensor in linear("router", (part.count,), hidden, router.bias):
         yield replace(tensor, exact=True)
     if router.correction:
-        yield PackedTensor(TensorSpec("router.correction", (part.count,)), source("router.correction"), exact=True)
+        # Large beside the differences between scores, so that rounding it would change what is chosen.
+        spec = TensorSpec("router.correction", (part.count,))
+        yield PackedTensor(spec, source("router.correction"), dtype=DType.FLOAT32)
     if part.shared is not None:
         for name, rows, inputs, bias in _mlp(part.shared, hidden):
             yield from linear(f"shared.{name}", rows, inputs, bias)

@@ -195,7 +195,7 @@ def _expert_blocks(entries: tuple[PackedEntry, ...]) -> ExpertBlocks | None:
 
 def _entry(tensor: PackedTensor, offset: int, dtype: DType, compression: Compression | None) -> PackedEntry:
     if compression is None:
-        return PackedEntry(tensor, offset, tensor.spec.num_values * dtype.bytes)
+        return PackedEntry(tensor, offset, tensor.plain_bytes(dtype))
     codes, params = _matrix_bytes(tensor, compression)
     return PackedEntry(tensor, offset, aligned(codes, TENSOR_ALIGN) + params, compression)
 
@@ -213,5 +213,5 @@ def unpacked_layout(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tup
     for entry in entries:
         cursor = aligned(cursor, TENSOR_ALIGN)
         offsets.append(cursor)
-        cursor += entry.tensor.spec.num_values * dtype.bytes
+        cursor += entry.tensor.plain_bytes(dtype)
     return tuple(offsets), cursor

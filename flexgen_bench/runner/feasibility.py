@@ -142,12 +142,13 @@ def _packed_bytes(spec: CellSpec, weights: int) -> int:
 
 
 def checkpoint_bytes(model: ModelSpec, dtype: DType) -> int:
-    """Bytes of a model's checkpoint; a large dummy one holds its first layer only."""
+    """Bytes of a model's checkpoint; a large dummy one holds the first layer of each kind only."""
     inventory = family(model.shape.family).inventory(model.shape)
     whole = inventory.num_values * dtype.bytes
     if model.weights is not WeightSource.DUMMY or whole < REPEATED_FROM_BYTES:
         return whole
-    repeated = sum(t.spec.num_values for layer in inventory.layers[1:] for t in layer)
+    kinds = {tuple(t.spec for t in layer): sum(t.spec.num_values for t in layer) for layer in inventory.layers}
+    repeated = sum(t.spec.num_values for layer in inventory.layers for t in layer) - sum(kinds.values())
     return whole - repeated * dtype.bytes
 
 

@@ -134,6 +134,11 @@ def test_every_model_makes_a_cell_that_survives_a_process_border(name: str) -> N
         ("glm-4-9b", 9.4),
         ("glm-4-32b", 32.57),
         ("chatglm3-6b", 6.244),
+        ("mixtral-8x7b", 46.70),
+        ("mixtral-8x22b", 140.62),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3-235b-a22b", 235.09),
+        ("glm-4.5-air", 106.85),
     ],
 )
 def test_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
