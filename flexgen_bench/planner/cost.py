@@ -15,7 +15,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.attention import attend_flops
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
-from flexgen_bench.schedule.scheduled_job import UnitKind
+from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
@@ -79,7 +79,7 @@ class StepCost:
         if step.kind is StepKind.LAYER:
             return self._layer(step, site, tier)
         if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
-            return self._experts(step, site, tier) + site.step
+            return self._apart(step, site, tier) + site.step
         return self._work(step, site, tier) + site.step
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
@@ -87,15 +87,16 @@ class StepCost:
         rates were stated and measured when they were that, so they say nothing yet of what one step for all of them
         costs."""
         unit, micro_batch = self._job.units[step.unit], step.micro_batch
-        halves = (unit.flops_before * micro_batch.rows, unit.flops_after * micro_batch.rows)
-        products = sum(self._product(step, site, tier, flops) for flops in halves)
+        before = self._product(step, site, tier, unit.flops_before * micro_batch.rows)
+        products = before + self._output(step, site, tier)
         parts = micro_batch.kv_parts
         attention = sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
-        return products + attention + (len(halves) + len(parts)) * site.step
+        return products + attention + (2 + len(parts)) * site.step
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
-            return self._product(step, site, tier, step.flops)
+            output = step.kind is StepKind.OUTPUT
+            return self._output(step, site, tier) if output else self._product(step, site, tier, step.flops)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
@@ -119,29 +120,42 @@ class StepCost:
         # An accelerator's compressed weights are unpacked by a step of their own.
         compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
         count = _CALIBRATED_MATRICES if unit.kind is UnitKind.LAYER else 1
-        width = math.sqrt(unit.num_values / count)
+        of_experts = self._job.units[step.unit].experts * self._job.units[step.unit].expert_values
+        width = math.sqrt((unit.num_values - of_experts) / count)
         number = number_format(self._dtype, compression)
         arithmetic = flops / site.matrix_rate(number, rows, width)
         values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
 
-    def _experts(self, step: Step, site: SiteRates, tier: Tier) -> float:
+    def _output(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """A layer behind its attention: of a mixture, what every token meets, and then its experts."""
+        unit, rows = self._job.units[step.unit], step.micro_batch.rows
+        dense = self._product(step, site, tier, (unit.flops_after - unit.expert_flops) * rows)
+        return dense + self._experts(unit, rows, site, tier)
+
+    def _experts(self, unit: Unit, rows: int, site: SiteRates, tier: Tier) -> float:
         """Products with the experts that so many tokens are expected to touch, each with its share of the tokens. Each
-        is called by itself, with as many operators as a step has elsewhere. What they made elsewhere is added: three
-        times as many bytes as hidden states have, of which two are read."""
-        if step.kind is StepKind.ADD_EXPERTS:
-            return 3 * step.micro_batch.rows * self._job.hidden_row_bytes / site.memory
-        unit, packed = self._job.units[step.unit], self._packed.units[step.unit]
-        touched = unit.touched(step.micro_batch.rows)
-        compression = self._lossy.weights if packed.plain_bytes else None
-        values = packed.num_values / unit.experts  # of one
-        rows = step.micro_batch.rows * unit.top_k / touched
+        is called by itself, with as many operators as a step has elsewhere."""
+        if not unit.experts:
+            return 0.0
+        touched = unit.touched(rows)
+        compression = self._lossy.weights if self._packed.units[unit.index].plain_bytes and not unit.unpack else None
         number = number_format(self._dtype, compression if tier is Tier.CPU else None)
-        arithmetic = step.flops / site.matrix_rate(number, rows, math.sqrt(values / _EXPERT_MATRICES))
-        reading = touched * values * self._value_bytes(compression) / site.memory
-        # An accelerator unpacks them a tile at a time, before it multiplies.
-        unpacking = touched * values * self._dtype.bytes / site.unpack if compression and tier is Tier.GPU else 0.0
+        width = math.sqrt(unit.expert_values / _EXPERT_MATRICES)
+        arithmetic = unit.expert_flops * rows / site.matrix_rate(number, rows * unit.top_k / touched, width)
+        values = touched * unit.expert_values
+        reading = values * self._value_bytes(compression) / site.memory
+        # An accelerator unpacks what is compressed a tile at a time, before it multiplies.
+        unpacking = values * self._dtype.bytes / site.unpack if compression and tier is Tier.GPU else 0.0
         return max(arithmetic, reading) + unpacking + touched * site.step
+
+    def _apart(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """A step of experts that are placed apart."""
+        rows = step.micro_batch.rows
+        if step.kind is StepKind.EXPERTS:
+            return self._experts(self._job.units[step.unit], rows, site, tier)
+        # To hidden states: both are read, and one is written.
+        return 3 * rows * self._job.hidden_row_bytes / site.memory
 
     def _value_bytes(self, compression: Compression | None) -> float:
         if compression is None:

@@ -6,7 +6,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import ExpertLoads, Offloaded, Policy
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.packing import PackedModel, PackedUnit
-from flexgen_bench.models.parts import Decoder, Experts, Layer
+from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer
 from flexgen_bench.schedule.placement import place_units
 from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 
@@ -31,17 +31,16 @@ def planned_unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy,
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
     before, after, window = 2 * unit.num_values, 0, None
-    experts = top_k = 0
-    if unit.kind is UnitKind.LAYER:
-        layer = decoder.layers[unit.index - 1]
-        # Where experts are apart, those that a token does not meet are not in the unit to begin with.
+    apart, part = unit.kind is UnitKind.EXPERTS, None
+    if unit.kind.repeats:
+        layer = decoder.layers[(unit.companion if apart else unit.index) - 1]
+        part = layer.mlp if apart or unit.companion < 0 else None
+        # Where experts are apart, those that a token does not meet are not in the layer's unit to begin with.
         before, after = layer.flops(unit.num_values + (layer.idle_values if unit.companion >= 0 else 0))
         window = layer.attention.mod.window
-    elif unit.kind is UnitKind.EXPERTS:
-        part = decoder.layers[unit.companion - 1].mlp
-        assert isinstance(part, Experts), "only mixtures have experts"
-        experts, top_k = part.count, part.router.top_k
-        before, after = 0, 2 * top_k * unit.num_values // experts
+    experts, top_k, values = _of_mixture(part, decoder.hidden)
+    if apart:
+        before, after, window = 0, 2 * top_k * values, None
     return Unit(
         index=unit.index,
         kind=unit.kind,
@@ -53,17 +52,20 @@ def planned_unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy,
         window=window,
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         # (Experts are: each meets few tokens, and those of all units unpacked would be the larger part of a model.)
-        unpack=(
-            policy.lossy.weights is not None
-            and site.is_accelerator
-            and unit.plain_bytes > 0
-            and unit.kind is not UnitKind.EXPERTS
-        ),
+        unpack=(policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0 and not apart),
         companion=unit.companion,
         experts=experts,
         top_k=top_k,
-        on_demand=experts > 0 and policy.expert_loads is ExpertLoads.TOUCHED,
+        expert_values=values,
+        on_demand=apart and policy.expert_loads is ExpertLoads.TOUCHED,
     )
+
+
+def _of_mixture(part: MLP | Experts | None, hidden: int) -> tuple[int, int, int]:
+    """Experts, how many of them a token goes to, and weights of one; zeros for what has none."""
+    if not isinstance(part, Experts):
+        return 0, 0, 0
+    return part.count, part.router.top_k, part.expert.num_values(hidden)
 
 
 def routed_row_bytes(layer: Layer, dtype: DType) -> int:

@@ -33,7 +33,8 @@ class Unit:
     weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
     None: all before it. companion: of a layer, the number of the unit of its experts, where these are placed apart
     (-1: they are not); of experts, that of their layer. experts, top_k: how many experts it has, and how many of them
-    each token is routed to. on_demand: of its experts only those that are touched are loaded, once they are known.
+    each token is routed to; expert_values: weights of one. on_demand: of its experts only those that are touched are
+    loaded, once they are known.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Unit:
     companion: int = -1
     experts: int = 0
     top_k: int = 0
+    expert_values: int = 0
     on_demand: bool = False
 
     @property
@@ -68,6 +70,11 @@ class Unit:
     def expert_bytes(self) -> int:
         """What one expert takes: all take the same."""
         return self.load_bytes // self.experts
+
+    @property
+    def expert_flops(self) -> int:
+        """Of one token through its experts."""
+        return 2 * self.top_k * self.expert_values
 
     def touched(self, rows: int) -> float:
         """How many of its experts so many tokens are expected to be routed to, if routing is uniform."""
