@@ -137,8 +137,10 @@ def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
     if conf.auto:
         return None
     chosen = _same_fields(Policy, conf) | {"lossy": to_lossy(conf.lossy)}
-    for key in ("weights", "kv_cache", "activations"):
+    for key in ("weights", "kv_cache", "activations", "experts"):
         shares = getattr(conf, key)
+        if shares is None:  # experts, with their layers
+            continue
         try:
             chosen[key] = Placement(shares.gpu, shares.cpu, shares.disk)
         except UserError as error:

@@ -118,6 +118,8 @@ class PolicyConf:
     prefill_chunk: int | None = Policy.prefill_chunk
     offloaded: str = Policy.offloaded.value
     lossy: LossyConf = field(default_factory=LossyConf)
+    experts: PlacementConf | None = None
+    expert_loads: str = Policy.expert_loads.value
     max_latency_s: float | None = None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from flexgen_bench.core.codec import from_json
+from flexgen_bench.core.codec import OMITTED, from_json
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.tiers import Tier
@@ -28,10 +28,17 @@ class Schedule(StrEnum):
 
 
 class Offloaded(StrEnum):
-    """Where decoder layers and the head are computed if they do not live on the compute tier."""
+    """Where decoder layers, their experts and the head are computed if they do not live on the compute tier."""
 
     MOVE = "move"  # their weights are moved to the compute device in every pass
     IN_PLACE = "in_place"  # on the cpu, where they lie: for few sequences, where moving is slower
+
+
+class ExpertLoads(StrEnum):
+    """Which experts of a mixture's layer are loaded, where these have a placement of their own."""
+
+    ALL = "all"  # once a pass, ahead of their use, for all micro-batches
+    TOUCHED = "touched"  # those that a micro-batch's tokens have been routed to: for few sequences
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Policy:
     prompts.
     offloaded: whether layers below the compute tier are moved up or computed where they lie.
     lossy: compression and sparse attention. Nothing else here changes a result.
+    experts: placement of the experts of a mixture, apart from the rest of their layers; None: with their layers.
+    expert_loads: all of a layer's experts, or those that are touched.
     prefetch: staging slots for streamed layers; layer i+prefetch-1 loads while layer i computes. At least 1.
     overlap: lanes run concurrently; off is strictly one step after the other (for debugging and comparison).
     attention: where decode attention runs for KV that is not on the compute device.
@@ -98,6 +107,9 @@ class Policy:
     prefill_chunk: int | None = None
     offloaded: Offloaded = Offloaded.MOVE
     lossy: Lossy = EXACT
+    # What was not always there, where it says something: policies without it read and hash as they always did.
+    experts: Placement | None = field(default=None, metadata=OMITTED)
+    expert_loads: ExpertLoads = field(default=ExpertLoads.ALL, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefetch", 1)):
@@ -109,7 +121,12 @@ class Policy:
         chunk = self.prefill_chunk
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise UserError("policy.prefill_chunk", chunk, "an integer of at least 1, or null")
-        choices: dict[str, type[StrEnum]] = {"attention": AttentionSite, "schedule": Schedule, "offloaded": Offloaded}
+        choices: dict[str, type[StrEnum]] = {
+            "attention": AttentionSite,
+            "schedule": Schedule,
+            "offloaded": Offloaded,
+            "expert_loads": ExpertLoads,
+        }
         for name, enum in choices.items():
             value = getattr(self, name)
             if value not in list(enum):
@@ -120,6 +137,16 @@ class Policy:
         for name in ("weights", "kv_cache", "activations"):
             if not isinstance(getattr(self, name), Placement):
                 raise UserError(f"policy.{name}", getattr(self, name), "a Placement")
+        if self.experts is None:
+            if self.expert_loads is not ExpertLoads.ALL:
+                raise UserError(
+                    "policy.expert_loads",
+                    self.expert_loads.value,
+                    "all where experts lie with their layers",
+                    "Give them a placement of their own, as in policy.experts={cpu: 1}.",
+                )
+        elif not isinstance(self.experts, Placement):
+            raise UserError("policy.experts", self.experts, "a Placement, or null")
 
     @property
     def block_size(self) -> int:
@@ -128,7 +155,13 @@ class Policy:
     @property
     def lowest_tier(self) -> Tier:
         """The slowest tier that anything is on."""
-        return max((p.lowest_tier for p in (self.weights, self.kv_cache, self.activations)), key=list(Tier).index)
+        return max((p.lowest_tier for p in self.placements.values()), key=list(Tier).index)
+
+    @property
+    def placements(self) -> dict[str, Placement]:
+        """Where each kind of tensor is, by the name of its field; without experts where these lie with their layers."""
+        placed = {"weights": self.weights, "kv_cache": self.kv_cache, "activations": self.activations}
+        return placed if self.experts is None else placed | {"experts": self.experts}
 
     def mixes_phases(self, prompts: int) -> bool:
         """Whether a job of so many prompts computes some of them while others decode, so that its two phases have no

@@ -20,6 +20,7 @@ from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Formulas, Layers
 from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.next_tokens import NextTokens, Reader, TokenHome
+from flexgen_bench.engine.placed_experts import PlacedExperts
 from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.resident import ResidentLayers, joined
 from flexgen_bench.engine.static_decode import StaticDecode
@@ -100,6 +101,7 @@ class Actions:
         self._embedding = Embedding(
             *(plan.job, self._decoder, weights, self._prompts, device, self._graphs), consumer.tokens, home
         )
+        self._experts = PlacedExperts(plan.job, self._layers, weights, self._hidden, device, self._decoder.layers)
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -112,6 +114,7 @@ class Actions:
             self._value_share,
             self._angles_of,
             weights.sinks,
+            self._leave,
         )
         device.settle()
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
@@ -140,6 +143,11 @@ class Actions:
             StepKind.APPEND_KV: self._cache.append,
             StepKind.OUTPUT: self._output,
             StepKind.LAYER: self._layer_at_once,
+            StepKind.LOAD_EXPERTS: weights.load_experts,
+            StepKind.MOVE_ROUTED: self._experts.move_routed,
+            StepKind.EXPERTS: self._experts.compute,
+            StepKind.MOVE_EXPERTS: self._experts.move_made,
+            StepKind.ADD_EXPERTS: self._experts.add,
             StepKind.HEAD: self._head,
             StepKind.MOVE_LOGITS: self._next.move_logits,
             StepKind.SAMPLE: self._sample,
@@ -149,6 +157,10 @@ class Actions:
     def act(self, step: Step) -> None:
         """Do one step."""
         self._actions[step.kind](step)
+
+    def settled(self, step: Step) -> Step:
+        """A step of touched experts, with the bytes that it really moves."""
+        return self._experts.settled(step)
 
     def _begin_pass(self) -> None:
         """Nothing of the last pass is computed any more: release the hidden states that it has left. On the lane that
@@ -175,13 +187,14 @@ class Actions:
         """Release the job's memory now: actions refer back to this object, so it would linger until collected."""
         self._actions.clear()
         self._layers.clear()
+        self._experts.clear()
         self._resident.begin_pass()
         for held in (self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._angles):
             held.clear()
         self._next.clear()
         self._embedding.clear()
         self._graphs.clear()
-        del self._cache, self._hidden, self._prompts, self._resident
+        del self._cache, self._hidden, self._prompts, self._resident, self._experts
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
@@ -262,7 +275,14 @@ class Actions:
         micro_batch = step.micro_batch
         parts = 1 if micro_batch.is_prefill else len(micro_batch.kv_parts)
         attended = joined([crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)])
-        self._hidden.put(step, self._layers.of(step).output(self._x.pop(step.buffer_index), attended))
+        self._leave(step, self._layers.of(step).output(self._x.pop(step.buffer_index), attended))
+
+    def _leave(self, step: Step, made: Any) -> None:
+        """Hidden states after a layer, or what it leaves for its experts."""
+        if self._job.units[step.unit].companion < 0:
+            self._hidden.put(step, made)
+        else:
+            self._experts.leave(step, made)
 
     # From hidden states to tokens
 

@@ -79,7 +79,8 @@ class Engine:
         self._kept = KeptMemory()
         try:
             activations = policy.lossy.activations
-            self._weights = Weights(store, model.packed, model.dtype, smallest.job, device, self._arenas, activations)
+            packed = model.packed_for(policy)
+            self._weights = Weights(store, packed, model.dtype, smallest.job, device, self._arenas, activations)
         except BaseException as error:
             release_frames(type(error), error, error.__traceback__)
             raise
@@ -268,7 +269,7 @@ class Engine:
                 graphs,
             )
             held.callback(actions.close)
-            executor = Executor(self._device.lane_settings(), policy.overlap)
+            executor = Executor(self._device.lane_settings(), policy.overlap, actions.settled)
             held.callback(executor.close)
             try:
                 yield executor, actions

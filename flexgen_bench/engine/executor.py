@@ -8,13 +8,13 @@ lanes there are says whoever makes an executor; of how many devices does not mat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
-from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, QueuedStep
+from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, QueuedStep, as_it_is
 from flexgen_bench.engine.progress import Aborted, Failure
 from flexgen_bench.engine.stream_lane import Origin, StreamWorker
 from flexgen_bench.engine.timeline import LaneLog, StepBudget
@@ -27,8 +27,11 @@ __all__ = ["Executor", "LaneSettings", "LaneUse"]
 class Executor:
     """Takes steps in program order and keeps every lane as busy as the dependencies allow."""
 
-    def __init__(self, lanes: Mapping[Lane, LaneSettings], overlap: bool = True) -> None:
-        self._failure = Failure()
+    def __init__(
+        self, lanes: Mapping[Lane, LaneSettings], overlap: bool = True, settle: Callable[[Step], Step] = as_it_is
+    ) -> None:
+        """settle: what a step of touched experts really is, once it may begin."""
+        self._failure, self._settle = Failure(), settle
         self._overlap = overlap
         self._tracker = DependencyTracker()
         self._workers = self._make(lanes)
@@ -121,8 +124,8 @@ class Executor:
         for lane, settings in lanes.items():
             log = LaneLog(budget)
             if settings.stream is None:
-                workers[lane] = LaneWorker(lane, settings, self._failure, log)
+                workers[lane] = LaneWorker(lane, settings, self._failure, log, self._settle)
                 continue
             origin = origin or Origin.record(settings.stream)  # one for all: the device has one clock
-            workers[lane] = StreamWorker(lane, settings, self._failure, log, settings.stream, origin)
+            workers[lane] = StreamWorker(lane, settings, self._failure, log, settings.stream, origin, self._settle)
         return workers

@@ -16,9 +16,14 @@ from flexgen_bench.engine.progress import Aborted, Failure, Progress
 from flexgen_bench.engine.step_errors import explain
 from flexgen_bench.engine.throttle import Link, Throttle
 from flexgen_bench.engine.timeline import LaneLog
-from flexgen_bench.schedule.steps import Step
+from flexgen_bench.schedule.steps import Step, StepKind
 
 Action = Callable[[Step], None]
+
+
+def as_it_is(step: Step) -> Step:
+    """Of a step whose bytes were known when it was made."""
+    return step
 
 
 @dataclass
@@ -58,8 +63,15 @@ class QueuedStep:
 class LaneWorker:
     """One lane on the host: its inbox, its thread, how far it has come, and what it did."""
 
-    def __init__(self, lane: Lane, settings: LaneSettings, failure: Failure, log: LaneLog) -> None:
-        self.lane, self.settings, self.log = lane, settings, log
+    def __init__(
+        self,
+        lane: Lane,
+        settings: LaneSettings,
+        failure: Failure,
+        log: LaneLog,
+        settle: Callable[[Step], Step] = as_it_is,
+    ) -> None:
+        self.lane, self.settings, self.log, self._settle = lane, settings, log, settle
         self.use = LaneUse()
         self.progress = Progress(failure)  # steps finished (on a stream: issued)
         self._failure = failure
@@ -160,6 +172,8 @@ class LaneWorker:
                 if self.wait_for(other, number):
                     was_waiting = False
             try:
+                if task.step.kind is StepKind.LOAD_EXPERTS:
+                    task.step = self._settle(task.step)
                 self.run(task, was_waiting)
             except BaseException as error:
                 explain(error, task.step)

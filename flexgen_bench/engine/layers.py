@@ -23,10 +23,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layer(NamedTuple):
-    """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x. See ``models/formulas.py``."""
+    """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x, or what ``formulas.routed``
+    makes, where experts are placed apart. See ``models/formulas.py``."""
 
     project: Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
-    output: Callable[[Tensor, Tensor], Tensor]
+    output: Callable[[Tensor, Tensor], Any]
 
 
 class Formulas:
@@ -57,6 +58,19 @@ class Formulas:
         [made] = bind(output, [dense], ("x", "attended"))
         return Layer(projected, made)
 
+    def experts(self, number: int, weights: Mapping[str, Any], lower: bool) -> list[Callable[[Tensor], Tensor]]:
+        """Those of the ``number``-th layer: each (N, hidden) -> (N, hidden)."""
+        lower = lower and all(isinstance(w, Tensor) for w in weights.values())
+        layer = self.decoder.layers[number]
+        part, of_experts = layer.mlp, formulas.apart(weights)[1]
+        assert isinstance(part, Experts), "a dense layer has no experts"
+        mlp = part.expert
+
+        def expert(ops: Any, w: Any, x: Any) -> Any:
+            return formulas.mlp(ops, mlp, w, x)
+
+        return self._bound((lower, layer), expert, of_experts, ("x",))
+
     def _mixture(
         self,
         bind: Callable[..., list[Any]],
@@ -64,8 +78,8 @@ class Formulas:
         part: Experts,
         dense: Mapping[str, Any],
         of_experts: Sequence[Mapping[str, Any]],
-    ) -> Mixture:
-        """What follows the attention, in pieces that can be traced."""
+    ) -> Callable[[Tensor, Tensor], Any]:
+        """What follows the attention, in pieces that can be traced; without experts, up to them."""
 
         def routed(ops: Any, w: Any, x: Any, attended: Any) -> Any:
             return formulas.routed(ops, layer, w, x, attended)
@@ -76,7 +90,10 @@ class Formulas:
         def after(ops: Any, w: Any, *given: Any) -> Any:
             return formulas.after_mlp(ops, layer, w, *given)
 
+        route: Callable[[Tensor, Tensor], Any]
         [route] = bind(routed, [dense], ("x", "attended"))
+        if not of_experts:
+            return route
         [join] = bind(after, [dense], ("x", "out", "shared") if part.shared else ("x", "out"))
         return Mixture(route, bind(expert, of_experts, ("x",)), join)
 
@@ -115,18 +132,29 @@ class Layers:
     def __init__(self, formulas: Formulas, weights: Weights, job: ScheduledJob, device: Device) -> None:
         self._formulas, self._weights, self._job, self._device = formulas, weights, job, device
         self._bound: dict[tuple[int, int, int], Layer] = {}
+        self._experts: dict[tuple[int, int], list[Callable[[Tensor], Tensor]]] = {}
 
     def of(self, step: Step) -> Layer:
         """The layer of a step, with its weights where the step finds them."""
         try:  # a lookup alone: this is asked for every layer and micro-batch
             return self._bound[step.unit, step.weight_buffer, step.dequantized_buffer]
         except KeyError:
-            site = self._job.units[step.unit].site
-            lower = site.is_accelerator and self._device.launches_kernels
-            layer = self._formulas.layer(step.unit - 1, self._weights.of(step), lower)
+            layer = self._formulas.layer(step.unit - 1, self._weights.of(step), self._lower(step))
             self._bound[step.unit, step.weight_buffer, step.dequantized_buffer] = layer
             return layer
+
+    def experts_of(self, step: Step) -> list[Callable[[Tensor], Tensor]]:
+        """The experts of a step's unit, each in its place, whether it has been loaded or not."""
+        key = step.unit, step.weight_buffer
+        if key not in self._experts:
+            layer = self._job.units[step.unit].companion
+            self._experts[key] = self._formulas.experts(layer - 1, self._weights.of(step), self._lower(step))
+        return self._experts[key]
+
+    def _lower(self, step: Step) -> bool:
+        return self._job.units[step.unit].site.is_accelerator and self._device.launches_kernels
 
     def clear(self) -> None:
         """Let go of the weights."""
         self._bound.clear()
+        self._experts.clear()

@@ -24,7 +24,7 @@ from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
 from flexgen_bench.schedule.micro_batch import MicroBatch
-from flexgen_bench.schedule.scheduled_job import ScheduledJob
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step
 
 
@@ -42,7 +42,7 @@ class DecodePass:
 
 class ResidentLayers:
     """Carries out LAYER steps. angles_of: what a step's layer needs to know of the positions of its rows (N,
-    hidden)."""
+    hidden); leave: takes what a layer makes, where some leave their experts to others."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class ResidentLayers:
         value_share: float,
         angles_of: Callable[[Step, Tensor], Any],
         sinks_of: SinksOf,
+        leave: Callable[[Step, Any], None],
     ) -> None:
         self._job, self._layers, self._hidden = job, layers, hidden
         self._cache, self._form, self._device, self._health = cache, form, device, health
@@ -66,7 +67,8 @@ class ResidentLayers:
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and number in the pass
-        self._last = {unit.site: unit.index for unit in job.units[:-1]}  # layer of a site
+        self._last = {u.site: u.index for u in job.units if u.kind is UnitKind.LAYER}  # layer of a site
+        self._leave = leave if any(u.kind is UnitKind.EXPERTS for u in job.units) else hidden.put
 
     def begin_pass(self) -> None:
         """The micro-batches of the last pass are done with. Also at a job's end: what a pass calls refers back to this
@@ -82,7 +84,7 @@ class ResidentLayers:
             now = self._passes[step.lane, micro_batch.index] = self._begin(step, micro_batch, x)
         layer = self._layers.of(step)
         q, k, v = layer.project(x, now.angles)
-        self._hidden.put(step, layer.output(x, now.attend(step, q, k, v)))
+        self._leave(step, layer.output(x, now.attend(step, q, k, v)))
         if step.unit == now.last and now.cache is not None:
             self._health.watch_cache(step, now.cache.new_sums(), now.cache.units)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from flexgen_bench.core.tiers import Lane
-from flexgen_bench.engine.lane import LaneSettings, LaneWorker, QueuedStep
+from flexgen_bench.engine.lane import LaneSettings, LaneWorker, QueuedStep, as_it_is
 from flexgen_bench.engine.progress import Failure
 from flexgen_bench.engine.timeline import LaneLog
 from flexgen_bench.schedule.steps import Step
@@ -88,8 +89,9 @@ class StreamWorker(LaneWorker):
         log: LaneLog,
         stream: torch.cuda.Stream,
         origin: Origin,
+        settle: Callable[[Step], Step] = as_it_is,
     ) -> None:
-        super().__init__(lane, settings, failure, log)
+        super().__init__(lane, settings, failure, log, settle)
         self._stream, self._origin = stream, origin
         self._issued: dict[int, Issued] = {}  # by number; until they are over and collected
         self._collected = 0

@@ -7,7 +7,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -59,6 +59,9 @@ class Weights:
         self._slots: dict[Tier, list[Tensor]] = {}
         self._dequantized_buffers: list[Tensor] = []
         self._views: dict[tuple[int, int, Tier], Mapping[str, Weight]] = {}
+        # By site and staging buffer: which of a unit's experts it holds, and which are to be loaded next.
+        self._held: dict[tuple[Tier, int], set[int]] = {}
+        self._due: dict[tuple[Tier, int], list[int]] = {}
         self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         try:
             self._load_resident()
@@ -80,15 +83,44 @@ class Weights:
         if step.lane.kind is LaneKind.DISK_READ:
             self._read_unit(step.unit, self._slots[Tier.CPU][step.weight_buffer], start, stop)
             return
+        _copy(self._source(step), self._slots[Tier.GPU][step.weight_buffer], start, stop)
+
+    def settled(self, step: Step, touched: Sequence[int]) -> Step:
+        """LOAD_EXPERTS with the bytes that it really moves: those of the ``touched`` experts that its staging buffer
+        does not hold yet. The first load into a buffer in a pass begins anew. Called by the lane that loads."""
+        blocks = self._packed.units[step.unit].experts
+        assert blocks is not None, "only experts are loaded on demand"
+        buffer = self._buffer_of(step)
+        held = self._held.setdefault(buffer, set())
+        if step.part == 0:
+            held.clear()
+        due = self._due[buffer] = [expert for expert in touched if expert not in held]
+        held.update(due)
+        return step._replace(bytes=len(due) * blocks.num_bytes)
+
+    def load_experts(self, step: Step) -> None:
+        """LOAD_EXPERTS: those that ``settled`` has found, each to its place in the staging buffer."""
+        buffer, unit = self._buffer_of(step), self._packed.units[step.unit]
+        blocks = unit.experts
+        assert blocks is not None, "only experts are loaded on demand"
+        for expert in self._due.pop(buffer):
+            start, stop = expert * blocks.num_bytes, (expert + 1) * blocks.num_bytes
+            if step.lane.kind is LaneKind.DISK_READ:
+                into, own = self._slots[Tier.CPU][step.weight_buffer][start:stop], unit.offset + start
+                entries = [entry for entry in unit.entries if entry.tensor.expert == expert]
+                self._file.read(own, into, self._verification.while_reading(entries, into, own))
+            else:
+                _copy(self._source(step), self._slots[Tier.GPU][step.weight_buffer], start, stop)
+
+    def _buffer_of(self, step: Step) -> tuple[Tier, int]:
+        return step.lane.ends[1], step.weight_buffer
+
+    def _source(self, step: Step) -> Tensor:
+        """A unit in host memory, on its way to an accelerator."""
         if self._tiers[step.unit] is Tier.DISK:
-            source = self._slots[Tier.CPU][step.reads[0].key]
-        else:
-            memory, base = self._resident[step.unit]
-            source = memory[self._packed.units[step.unit].offset - base :]
-        target = self._slots[Tier.GPU][step.weight_buffer]
-        for first in range(start, stop, CHUNK):
-            last = min(first + CHUNK, stop)
-            target[first:last].copy_(source[first:last], non_blocking=True)
+            return self._slots[Tier.CPU][step.reads[0].key]
+        memory, base = self._resident[step.unit]
+        return memory[self._packed.units[step.unit].offset - base :]
 
     def dequantize(self, step: Step) -> None:
         """DEQUANTIZE: all of the step's unit, from its slot or from where it lives, into the step's dequantized
@@ -125,18 +157,19 @@ class Weights:
 
     def _load_resident(self) -> None:
         """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it."""
-        units = self._packed.units
+        units, head = self._packed.units, self._packed.head
         for unit, tier in zip(units, self._tiers, strict=True):
             if tier is Tier.DISK or unit.index in self._resident:
                 continue
             start, stop = unit.offset, unit.offset + unit.num_bytes
             if unit.kind is UnitKind.EMBED:
-                last = units[-1] if self._packed.tied else unit
+                last = head if self._packed.tied else unit
                 tables = self._packed.tables[-1]
                 stop = max(last.offset + last.num_bytes, tables.offset + tables.num_bytes)
                 start = 0
             start, stop = (start // PAGE * PAGE, min(aligned(stop), self._packed.file_bytes))
-            memory = self._arenas.allocate(tier, "weights", stop - start)
+            name = "experts" if unit.kind is UnitKind.EXPERTS else "weights"
+            memory = self._arenas.allocate(tier, name, stop - start)
             on_host = allocate(stop - start) if memory.is_cuda else memory
             inside = [e for e in self._packed.entries if start <= e.offset < stop]
             check = self._verification.while_reading(inside, on_host, start)
@@ -145,7 +178,7 @@ class Weights:
                 memory.copy_(on_host[: stop - start])
             self._resident[unit.index] = (memory, start)
             if unit.kind is UnitKind.EMBED and self._packed.tied:
-                self._resident[units[-1].index] = (memory, start)
+                self._resident[head.index] = (memory, start)
         if self._tiers[0] is Tier.DISK:
             self._verify_tables()
 
@@ -207,3 +240,10 @@ class Weights:
             unit = self._packed.units[index]
             self._plain_views[key] = plain_views(self._dequantized_buffers[buffer], unit, self._dtype)
         return self._plain_views[key]
+
+
+def _copy(source: Tensor, target: Tensor, start: int, stop: int) -> None:
+    """Bytes of a unit to the same place in a staging buffer, in chunks."""
+    for first in range(start, stop, CHUNK):
+        last = min(first + CHUNK, stop)
+        target[first:last].copy_(source[first:last], non_blocking=True)

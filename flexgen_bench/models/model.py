@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from flexgen_bench.core.compression import Compression
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.models.expert_units import with_experts_apart
 from flexgen_bench.models.packing import PackedModel, pack
-from flexgen_bench.models.parts import Decoder
+from flexgen_bench.models.parts import Decoder, Experts, Layer, NormPlace
 from flexgen_bench.models.registry import family
 
 
@@ -19,11 +22,35 @@ class Model:
     shape: ModelShape
     dtype: DType
     packed: PackedModel
+    layers: tuple[Layer, ...] = field(default=(), repr=False)  # of a shallow one
 
     @cached_property
     def decoder(self) -> Decoder:
         """The parts it is made of. Kept: a search makes hundreds of plans of one model."""
-        return family(self.shape.family).decoder(self.shape)
+        decoder = family(self.shape.family).decoder(self.shape)
+        return replace(decoder, layers=self.layers) if self.layers else decoder
+
+    def packed_for(self, policy: Policy) -> PackedModel:
+        """As a policy places it: with experts as units of their own, if they have a placement of their own. UserError
+        if that cannot be."""
+        return self.packed if policy.experts is None else self._with_experts_apart
+
+    @cached_property
+    def _with_experts_apart(self) -> PackedModel:
+        mixtures = [layer for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
+        if not mixtures:
+            allowed = f"left out (null): {self.shape.name} has no experts"
+            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
+        if any(layer.mlp_out_norm is not None or layer.place is NormPlace.AFTER for layer in mixtures):
+            allowed = f"left out (null): layers of {self.shape.name} normalise what their experts make"
+            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
+        return with_experts_apart(self.packed, self.dtype)
+
+    @property
+    def experts_for_one(self) -> float:
+        """How many experts there are for each that a token goes to; 1 for a model without."""
+        mixtures = [layer.mlp for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
+        return max((part.count / part.router.top_k for part in mixtures), default=1.0)
 
     @staticmethod
     def of(shape: ModelShape, dtype: DType, compression: Compression | None = None) -> Model:
@@ -31,10 +58,15 @@ class Model:
         return Model(shape, dtype, pack(shape, family(shape.family).inventory(shape), dtype, compression))
 
     def shallow(self, layers: int) -> Model:
-        """Its first decoder layers alone (or as it is, if it has no more): what is the same for every layer is found
-        out on few."""
+        """So many of its decoder layers alone (or as it is, if it has no more): what is the same for every layer is
+        found out on few. Its first ones; of a mixture from its first layer with experts on, since before that one
+        there are but a few."""
         if layers >= self.shape.num_layers:
             return self
-        head = replace(self.packed.head, index=layers + 1)
-        units = (*self.packed.units[: layers + 1], head)
-        return Model(replace(self.shape, num_layers=layers), self.dtype, replace(self.packed, units=units))
+        mixed = (number for number, layer in enumerate(self.decoder.layers) if isinstance(layer.mlp, Experts))
+        first = min(next(mixed, 0), self.shape.num_layers - layers)
+        stop, units = first + layers, self.packed.units
+        kept = (units[0], *units[first + 1 : stop + 1], self.packed.head)
+        packed = replace(self.packed, units=tuple(replace(unit, index=place) for place, unit in enumerate(kept)))
+        shape = replace(self.shape, num_layers=layers)
+        return Model(shape, self.dtype, packed, self.decoder.layers[first:stop])

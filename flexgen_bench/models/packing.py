@@ -84,6 +84,7 @@ class PackedUnit:
     home_bytes: what the unit occupies in memory where it lives; a tied head counts with the embedding.
     plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that; () and 0 if nothing
     in the unit is compressed, so that there is nothing to unpack. experts: those of a mixture, behind all the rest.
+    companion: of a layer whose experts are a unit of their own, its number, and of these that of their layer; -1: none.
     """
 
     index: int
@@ -96,6 +97,7 @@ class PackedUnit:
     plain_offsets: tuple[int, ...] = ()
     plain_bytes: int = 0
     experts: ExpertBlocks | None = None
+    companion: int = -1
 
     @property
     def dense_bytes(self) -> int:
@@ -126,7 +128,7 @@ class PackedModel:
 
     @property
     def head(self) -> PackedUnit:
-        return self.units[-1]
+        return next(unit for unit in self.units if unit.kind is UnitKind.HEAD)
 
 
 def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Compression | None = None) -> PackedModel:
@@ -156,7 +158,7 @@ def pack(shape: ModelShape, inventory: Inventory, dtype: DType, compression: Com
         index: int, kind: UnitKind, entries: tuple[PackedEntry, ...], start: int, home: int | None = None
     ) -> PackedUnit:
         stop = max((e.offset + e.num_bytes for e in entries), default=start)
-        offsets, plain_bytes = _unpacked(entries, dtype)
+        offsets, plain_bytes = unpacked_layout(entries, dtype)
         num_bytes = aligned(stop - start, EXTENT_ALIGN) if entries else 0
         return PackedUnit(
             index=index,
@@ -217,7 +219,7 @@ def _matrix_bytes(tensor: PackedTensor, compression: Codes) -> tuple[int, int]:
     return compression.matrix_bytes(tensor.source_rows, tensor.spec.shape[1])
 
 
-def _unpacked(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int, ...], int]:
+def unpacked_layout(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int, ...], int]:
     """Where each tensor of a unit lies once all are unpacked, and the bytes in all; nothing if none is compressed."""
     if not any(e.compression for e in entries):
         return (), 0

@@ -7,7 +7,7 @@ all, and layers are alike, so one does.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
+from flexgen_bench.planner.placement_lp import PhaseCost, Seconds, Share
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
@@ -42,24 +42,25 @@ class MicroBatchCost:
 
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    thin, layers = model.shallow(1), model.shape.num_layers
-    base_tier = Tier.CPU
+    thin = model.shallow(1)
+    depth = Counter(unit.kind for unit in model.packed_for(policy).units)
+    kinds, base_tier = tuple(policy.placements), Tier.CPU
 
     def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
-        placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in KINDS}
+        placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in kinds}
         pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
-        each, once = _sums(thin, pure, hardware, request, layers, 0)
+        each, once = _sums(thin, pure, hardware, request, depth, 0)
         if request.gen_len == 1:
             return [each, _NONE, once, _NONE]
         # A decode pass half-way.
         longer = replace(request, prompt_len=request.prompt_len + request.gen_len // 2)
-        later, again = _sums(thin, pure, hardware, longer, layers, 1)
+        later, again = _sums(thin, pure, hardware, longer, depth, 1)
         return [each, later, again, again]
 
     base = phases({})
     vertices = {
         (kind, tier): phases({kind: tier}) if tier is not base_tier else base
-        for kind in KINDS
+        for kind in kinds
         for tier in hardware.tiers
     }
     costs = [_phase(base, vertices, number) for number in range(len(base))]
@@ -76,10 +77,15 @@ def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number:
 
 
 def _sums(
-    model: Model, policy: Policy, hardware: HardwareProfile, request: Request, layers: int, number: int
+    model: Model,
+    policy: Policy,
+    hardware: HardwareProfile,
+    request: Request,
+    depth: Mapping[UnitKind, int],
+    number: int,
 ) -> tuple[Seconds, Seconds]:
-    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count
-    ``layers`` times."""
+    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; each kind of
+    unit counts as often as the whole model has it."""
     # The last pass of a job loads nothing, so what is looked at must not be the last.
     lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
     requests = [lasting] * policy.gpu_batch_size
@@ -92,7 +98,7 @@ def _sums(
         steps = scheduler.steps(scheduler.schedule())
         for step in steps:
             if each == number:
-                times = layers if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
+                times = depth[plan.job.units[step.unit].kind]
                 (shared if step.on_weights else own)[step.lane] += times * cost.seconds(step)
         scheduler.postprocess()
     return own, shared

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.job import Job
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost
 from flexgen_bench.planner.placement_lp import (
-    KINDS,
     PhaseCost,
     PlacementProblem,
     PlacementSolution,
@@ -40,7 +39,10 @@ DISK_GAIN = 0.999  # of a bound with the disk: what is had without it makes it u
 _MUCH = 0.8  # of a bound: what must be left of it once the policy fits
 _TRIES = 10  # of making room for what whole layers and sequences take
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
+# Of a mixture, as many for each expert that a token could go to for one it goes to.
 IN_PLACE_SEQUENCES = 32
+# The same for loading only touched experts: 2 touch 86 % of them.
+FEW_FOR_EXPERTS = 2
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,26 @@ def batch_shapes(space: SearchSpace) -> Iterator[Policy]:
     """Policies without their placements."""
     accelerator = space.job.hardware.compute_tier is Tier.GPU
     sites = list(AttentionSite) if accelerator else [AttentionSite.COMPUTE]
+    idle = space.models[space.lossies[0]].experts_for_one
+    experts = Placement(cpu=1) if idle > 1 else None  # a mixture's are always placed apart: it costs a step
     for block in _blocks(space.largest_block):
         for micro_batch in _micro_batches(block):
             for chunk in _chunks(micro_batch * space.job.prompt_len):
                 for site in sites:
                     for lossy in space.lossies:
                         shape = Policy(
-                            micro_batch, -(-block // micro_batch), attention=site, prefill_chunk=chunk, lossy=lossy
+                            micro_batch,
+                            -(-block // micro_batch),
+                            attention=site,
+                            prefill_chunk=chunk,
+                            lossy=lossy,
+                            experts=experts,
                         )
                         yield shape
-                        if accelerator and block <= IN_PLACE_SEQUENCES:
+                        if accelerator and block <= idle * IN_PLACE_SEQUENCES:
                             yield replace(shape, offloaded=Offloaded.IN_PLACE)
+                        if experts is not None and block <= idle * FEW_FOR_EXPERTS:
+                            yield replace(shape, expert_loads=ExpertLoads.TOUCHED)
                         if _can_be_continuous(space.job, block):
                             yield replace(shape, schedule=Schedule.CONTINUOUS)
 
@@ -194,7 +205,8 @@ class Candidates:
         they are used and no room for moving them is needed."""
         problem = problem or self._problem(shape)
         here = self.space.job.hardware.compute_tier
-        for held in ((), ("weights",), KINDS):
+        kinds = problem.kinds
+        for held in dict.fromkeys(((), ("weights",), tuple(k for k in kinds if k in ("weights", "experts")), kinds)):
             if sum(problem.sizes[kind] for kind in held) > self.space.capacity(here):
                 break
             room = self._room(shape, held)
@@ -223,16 +235,19 @@ class Candidates:
 
     def _sizes(self, shape: Policy) -> dict[str, float]:
         job = self.space.job
-        weights = sum(unit.home_bytes for unit in self.space.models[shape.lossy].packed.units)
+        units = self.space.models[shape.lossy].packed_for(shape).units
+        experts = sum(unit.home_bytes for unit in units if unit.kind is UnitKind.EXPERTS)
         token = kv_token_bytes(job.shape, job.dtype, shape) * job.shape.num_layers
         cached = job.prompt_len + max(0, job.gen_len - 1) if job.gen_len > 1 else 0
         hidden = job.prompt_len * job.shape.hidden_size * job.dtype.bytes
         block = shape.block_size
-        return {
-            "weights": float(weights),
+        sizes = {
+            "weights": float(sum(unit.home_bytes for unit in units) - experts),
             "kv_cache": float(block * cached * token),
             "activations": float(block * hidden),
+            "experts": float(experts),
         }
+        return {kind: sizes[kind] for kind in shape.placements}
 
     def _room(self, shape: Policy, held: tuple[str, ...]) -> dict[Tier, float]:
         """Bytes for what has shares: what the machine has, less staging and workspace, which a single layer's plan
@@ -240,7 +255,7 @@ class Candidates:
         space, hardware = self.space, self.space.job.hardware
         here, tiers = hardware.compute_tier, hardware.tiers
         below = tiers[tiers.index(here) + 1]
-        placed = {kind: Placement.all_on(here if kind in held else below) for kind in KINDS}
+        placed = {kind: Placement.all_on(here if kind in held else below) for kind in shape.placements}
         policy = replace(shape, **placed)  # type: ignore[arg-type]
         if policy not in self._rest:
             plan = space.plan_of(space.models[shape.lossy].shallow(1), policy, shape.block_size)
@@ -248,7 +263,7 @@ class Candidates:
             rest = {}
             for site, parts in plan.bytes.items():
                 tails = parts.get("kv tails", 0) * (space.job.shape.num_layers / layers - 1)
-                rest[site.tier] = sum(b for n, b in parts.items() if n not in KINDS) + tails
+                rest[site.tier] = sum(b for n, b in parts.items() if n not in placed) + tails
             self._rest[policy] = rest
         return {t: space.capacity(t) - self._rest[policy].get(t, 0) for t in tiers}
 
@@ -258,7 +273,7 @@ class Candidates:
 
         def least(phase: PhaseCost, resource: Lane) -> float:
             seconds = on_resource(phase.fixed, resource)
-            for kind in KINDS:
+            for kind in problem.kinds:
                 added = [on_resource(s, resource) for (of, _), s in phase.by_share.items() if of == kind]
                 seconds += min(added)
             return seconds
@@ -281,4 +296,5 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
 
 
 def _way(policy: Policy, uses_disk: bool) -> object:
-    return (policy.schedule, policy.attention, policy.offloaded, policy.lossy, policy.prefetch, uses_disk)
+    sites = (policy.attention, policy.offloaded, policy.expert_loads)
+    return (policy.schedule, *sites, policy.lossy, policy.prefetch, uses_disk)

@@ -15,13 +15,14 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.attention import attend_flops
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
-from flexgen_bench.schedule.scheduled_job import UnitKind
+from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
 _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
 # Rates of products are listed by the width h of the layer that was measured (calibrate/matrix.py), whose matrices have
 # 12 h^2 values. A layer of any family is looked up under the width that such a layer with as many weights has.
 _CALIBRATED_MATRICES = 12
+_EXPERT_MATRICES = 3  # of an expert: gate, up and down
 
 
 def rates_of(hardware: HardwareProfile) -> Rates:
@@ -46,7 +47,7 @@ class StepCost:
 
     def __init__(self, plan: MemoryPlan) -> None:
         model, hardware = plan.model, plan.hardware
-        self._shape, self._packed, self._dtype = model.shape, model.packed, model.dtype
+        self._shape, self._packed, self._dtype = model.shape, model.packed_for(plan.policy), model.dtype
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
@@ -77,6 +78,8 @@ class StepCost:
         site = self._sites[tier]
         if step.kind is StepKind.LAYER:
             return self._layer(step, site, tier)
+        if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
+            return self._apart(step, site, tier) + site.step
         return self._work(step, site, tier) + site.step
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
@@ -84,15 +87,16 @@ class StepCost:
         rates were stated and measured when they were that, so they say nothing yet of what one step for all of them
         costs."""
         unit, micro_batch = self._job.units[step.unit], step.micro_batch
-        halves = (unit.flops_before * micro_batch.rows, unit.flops_after * micro_batch.rows)
-        products = sum(self._product(step, site, tier, flops) for flops in halves)
+        before = self._product(step, site, tier, unit.flops_before * micro_batch.rows)
+        products = before + self._output(step, site, tier)
         parts = micro_batch.kv_parts
         attention = sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
-        return products + attention + (len(halves) + len(parts)) * site.step
+        return products + attention + (2 + len(parts)) * site.step
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
-            return self._product(step, site, tier, step.flops)
+            output = step.kind is StepKind.OUTPUT
+            return self._output(step, site, tier) if output else self._product(step, site, tier, step.flops)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
@@ -116,11 +120,42 @@ class StepCost:
         # An accelerator's compressed weights are unpacked by a step of their own.
         compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
         count = _CALIBRATED_MATRICES if unit.kind is UnitKind.LAYER else 1
-        width = math.sqrt(unit.num_values / count)
+        of_experts = self._job.units[step.unit].experts * self._job.units[step.unit].expert_values
+        width = math.sqrt((unit.num_values - of_experts) / count)
         number = number_format(self._dtype, compression)
         arithmetic = flops / site.matrix_rate(number, rows, width)
         values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
+
+    def _output(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """A layer behind its attention: of a mixture, what every token meets, and then its experts."""
+        unit, rows = self._job.units[step.unit], step.micro_batch.rows
+        dense = self._product(step, site, tier, (unit.flops_after - unit.expert_flops) * rows)
+        return dense + self._experts(unit, rows, site, tier)
+
+    def _experts(self, unit: Unit, rows: int, site: SiteRates, tier: Tier) -> float:
+        """Products with the experts that so many tokens are expected to touch, each with its share of the tokens. Each
+        is called by itself, with as many operators as a step has elsewhere."""
+        if not unit.experts:
+            return 0.0
+        touched = unit.touched(rows)
+        compression = self._lossy.weights if self._packed.units[unit.index].plain_bytes and not unit.unpack else None
+        number = number_format(self._dtype, compression if tier is Tier.CPU else None)
+        width = math.sqrt(unit.expert_values / _EXPERT_MATRICES)
+        arithmetic = unit.expert_flops * rows / site.matrix_rate(number, rows * unit.top_k / touched, width)
+        values = touched * unit.expert_values
+        reading = values * self._value_bytes(compression) / site.memory
+        # An accelerator unpacks what is compressed a tile at a time, before it multiplies.
+        unpacking = values * self._dtype.bytes / site.unpack if compression and tier is Tier.GPU else 0.0
+        return max(arithmetic, reading) + unpacking + touched * site.step
+
+    def _apart(self, step: Step, site: SiteRates, tier: Tier) -> float:
+        """A step of experts that are placed apart."""
+        rows = step.micro_batch.rows
+        if step.kind is StepKind.EXPERTS:
+            return self._experts(self._job.units[step.unit], rows, site, tier)
+        # To hidden states: both are read, and one is written.
+        return 3 * rows * self._job.hidden_row_bytes / site.memory
 
     def _value_bytes(self, compression: Compression | None) -> float:
         if compression is None:

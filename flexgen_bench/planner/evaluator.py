@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.forecast import Forecast, forecast
-from flexgen_bench.planner.memory_plan import MemoryPlan, weight_tiers
+from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS as POINTS_OF_A_CHOICE
+from flexgen_bench.planner.planned_units import unit_tiers
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
+from flexgen_bench.schedule.scheduled_job import UnitKind
 
 # A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have
 # another share of them than it has of all: what is read from it is off by at most this part, or as little as that many
@@ -114,12 +119,13 @@ class Evaluator:
 
     def _like_all(self, plan: MemoryPlan) -> int:
         """How many layers lie on the tiers as all of them do, nearly."""
-        all_of_them = _shares([unit.tier for unit in plan.job.units])
+        policy, least = plan.policy, 1 / plan.model.shape.num_layers
+        all_of_them = _shares(plan.model.packed_for(policy), policy)
 
         def error(few: int) -> float:
-            shares = _shares(weight_tiers(plan.model.shallow(few).packed, plan.policy.weights))
-            least = 1 / plan.model.shape.num_layers
-            return max(abs(shares[t] - all_of_them[t]) / (all_of_them[t] or least) for t in _BELOW)
+            shares = _shares(plan.model.shallow(few).packed_for(policy), policy)
+            below = [(shares.get(key, 0.0), share) for key, share in all_of_them.items() if key[1] in _BELOW]
+            return max(abs(few_of - share) / (share or least) for few_of, share in below)
 
         best = THIN_LAYERS
         for few in range(THIN_LAYERS, 2 * THIN_LAYERS + 1):
@@ -129,7 +135,8 @@ class Evaluator:
         return best
 
 
-def _shares(tiers: list[Tier]) -> dict[Tier, float]:
-    """Of the layers alone, without embedding and head."""
-    layers = tiers[1:-1]
-    return {tier: layers.count(tier) / len(layers) for tier in Tier}
+def _shares(packed: PackedModel, policy: Policy) -> dict[tuple[UnitKind, Tier], float]:
+    """Of the layers, and of their experts where these are placed apart, on each tier."""
+    places = Counter((unit.kind, tier) for unit, tier in zip(packed.units, unit_tiers(packed, policy), strict=True))
+    depth = Counter(unit.kind for unit in packed.units if unit.kind.repeats)
+    return {(kind, tier): places[kind, tier] / depth[kind] for kind in depth for tier in Tier}

@@ -15,7 +15,7 @@ from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
 from flexgen_bench.planner.simulator import Contention, Event, SharedCores, Simulator, shared_links
-from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
 
@@ -180,7 +180,7 @@ def _timed(timer: PassTimer, cost: StepCost, job: ScheduledJob, steps: Iterable[
         for step in steps:
             if not step.on_weights:
                 only_prompts = only_prompts and step.micro_batch.is_prefill
-            if job.units[step.unit].kind is not UnitKind.LAYER:
+            if not job.units[step.unit].kind.repeats:
                 outside_s[step.lane] += cost.seconds(step)
                 outside_bytes[step.lane] += step.bytes
             yield step

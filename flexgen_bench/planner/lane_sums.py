@@ -26,7 +26,7 @@ class LaneSums:
         self._seconds, self._overlap, self._job = seconds, overlap, job
         self._tokens_stay = overlap and job.tokens_stay
         # A head comes in pieces, of which each makes room for its successor by itself.
-        self._streamed = {u.index for u in job.streamed if u.kind is UnitKind.LAYER}
+        self._streamed = {u.index for u in job.streamed if u.kind.repeats}
         self.busy_s: defaultdict[Lane, float] = defaultdict(float)
         self.bytes: defaultdict[Lane, int] = defaultdict(int)
         self.events: list[Event] = []
@@ -37,7 +37,7 @@ class LaneSums:
         lanes: defaultdict[Lane, float] = defaultdict(float)
         made: dict[Buffer, float] = {}  # when, if only what it is made of is waited for
         chain = 0.0
-        held_s: dict[Site, float] = {}
+        held_s: dict[tuple[Site, UnitKind], float] = {}
         for step in steps:
             seconds = self._seconds(step)
             lanes[step.lane] += seconds
@@ -58,11 +58,11 @@ class LaneSums:
         held = max(held_s.values(), default=0.0) / self._job.weight_buffers
         return max(chain, held, *together.values())
 
-    def _add_buffers(self, held_s: dict[Site, float], step: Step, seconds: float) -> None:
+    def _add_buffers(self, held_s: dict[tuple[Site, UnitKind], float], step: Step, seconds: float) -> None:
         """Buffers are held while they are filled, and while their weights move on or are computed with."""
         unit = self._job.units[step.unit]
         held: tuple[Site, ...] = (unit.site,) if step.lane is unit.site.lane else ()
         if step.kind is StepKind.LOAD_WEIGHTS:
             held = tuple(site for site in unit.path if site.tier in step.lane.ends)
         for site in held:
-            held_s[site] = held_s.get(site, 0.0) + seconds
+            held_s[site, unit.kind] = held_s.get((site, unit.kind), 0.0) + seconds

@@ -8,23 +8,26 @@ from dataclasses import dataclass, field
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
-from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.models.parts import Decoder
+from flexgen_bench.planner.planned_units import planned_unit, routed_row_bytes, unit_tiers
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
+from flexgen_bench.schedule.experts import are_away
 from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.passes import chunk_len
-from flexgen_bench.schedule.placement import place_units, realised
-from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
+from flexgen_bench.schedule.placement import realised
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
 # What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in
 # float32.
 KERNEL_BYTES = 16 * 1024 * 1024
+# Of an accelerator's compressed weights that are multiplied with as they are (kernels/narrow_linear.py).
+TILE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class MemoryPlan:
     realised_weights: Mapping[str, float]
     realised_kv_cache: Mapping[str, float]
     realised_activations: Mapping[str, float]
+    realised_experts: Mapping[str, float] | None = None  # where they are placed apart
 
     def total(self, tier: Tier, device: int = 0) -> int:
         """Bytes on a tier of one device."""
@@ -55,7 +59,7 @@ class MemoryPlan:
             tier = site.tier
             need = sum(parts.values())
             # Weights on disk are in the packed store already: they do not take from what is free.
-            stored = parts.get("weights", 0) if tier is Tier.DISK else 0
+            stored = parts.get("weights", 0) + parts.get("experts", 0) if tier is Tier.DISK else 0
             free = available.get(tier)
             limits = (self.hardware.capacity_bytes(tier), None if free is None else free + stored)
             capacity = min((limit for limit in limits if limit is not None), default=None)
@@ -73,17 +77,6 @@ _REMEDY = {
 }
 
 
-def weight_tiers(packed: PackedModel, placement: Placement) -> list[Tier]:
-    """Where each unit lives. A tied head lives with the embedding, whose token table it reads."""
-    units = packed.units
-    sizes = [units[0].home_bytes + (units[-1].home_bytes if packed.tied else 0)]
-    sizes += [u.home_bytes for u in units[1:-1]]
-    if not packed.tied:
-        sizes.append(units[-1].home_bytes)
-    tiers = place_units(sizes, placement)
-    return [*tiers, tiers[0]] if packed.tied else tiers
-
-
 def plan_job(
     model: Model,
     policy: Policy,
@@ -96,11 +89,10 @@ def plan_job(
     """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
     logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence);
     ``device``: number of the accelerator that computes (of the host, where there is none)."""
-    shape, dtype, packed = model.shape, model.dtype, model.packed
+    shape, dtype, packed = model.shape, model.dtype, model.packed_for(policy)
     compute = hardware.compute_tier
     decoder = model.decoder
-    for name in ("weights", "kv_cache", "activations"):
-        placement: Placement = getattr(policy, name)
+    for name, placement in policy.placements.items():
         if placement.gpu > 0 and compute is not Tier.GPU:
             raise UserError(
                 f"policy.{name}.gpu",
@@ -108,9 +100,9 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
-    tiers = weight_tiers(packed, policy.weights)
+    tiers = unit_tiers(packed, policy)
     units = tuple(
-        _unit(decoder, unit, tier, policy, Site(compute, device))
+        planned_unit(decoder, unit, tier, policy, Site(compute, device))
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
@@ -129,18 +121,24 @@ def plan_job(
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
         keep_kv=groups.lifetime > 1 and not scored_rows,
         dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
-        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units),
+        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units if u.kind is not UnitKind.EXPERTS),
         device=device,
+        routed_row_bytes=max((routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     tokens = sum(kv_slot.size for kv_slot in groups.kv_slots) * TOKEN_BYTES if job.tokens_stay else 0
     moving = staging(job, policy, groups)
-    home = dict.fromkeys(Tier, 0)
+    home, of_experts = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):
-        home[tier] += unit.home_bytes
+        (of_experts if unit.kind is UnitKind.EXPERTS else home)[tier] += unit.home_bytes
     kv, hidden = _homes(job, groups, kv_slots)
     parts: dict[Site, dict[str, int]] = {
-        job.site_of(tier): {"weights": home[tier], "kv_cache": kv[tier], "activations": hidden[tier]}
+        job.site_of(tier): {
+            "weights": home[tier],
+            "experts": of_experts[tier],
+            "kv_cache": kv[tier],
+            "activations": hidden[tier],
+        }
         for tier in hardware.tiers
     }
     parts[job.site]["tokens"] = tokens
@@ -153,6 +151,7 @@ def plan_job(
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending
+    parts[job.site.host]["expert workspace"] = _away_bytes(job, policy, groups, moving, decoder, dtype.bytes)
     return MemoryPlan(
         model=model,
         policy=policy,
@@ -165,29 +164,7 @@ def plan_job(
         realised_weights=realised(home),
         realised_kv_cache=realised(kv),
         realised_activations=realised(hidden),
-    )
-
-
-def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
-    # The head, too; of the embedding only rows are moved anyway.
-    stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
-    site = compute.host if stays and tier is not Tier.GPU else compute
-    before, after, window = 2 * unit.num_values, 0, None
-    if unit.kind is UnitKind.LAYER:
-        layer = decoder.layers[unit.index - 1]
-        before, after = layer.flops(unit.num_values)
-        window = layer.attention.mod.window
-    return Unit(
-        index=unit.index,
-        kind=unit.kind,
-        tier=tier,
-        load_bytes=unit.num_bytes,
-        site=site,
-        flops_before=before,
-        flops_after=after,
-        window=window,
-        # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
-        unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
+        realised_experts=None if policy.experts is None else realised(of_experts),
     )
 
 
@@ -246,9 +223,7 @@ def _workspace(
     """
     width = dtype.bytes
     largest = _largest(groups)
-    prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in largest)
-    decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
-    tokens = max(prefill, decode)
+    tokens, decode = _rows_at_once(policy, groups)
     per_token = max(layer.temporaries for layer in decoder.kinds)
     # q, k, v of every stage stay until their stage is used again.
     staged = max(2 * layer.attention.qkv for layer in decoder.kinds) + 2 * decoder.hidden
@@ -263,7 +238,36 @@ def _workspace(
         + moving.cpu_attention_buffers * decode * staged * width
         + logits
         + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
+        + _unpacked_experts(job, policy, width)
     )
+
+
+def _rows_at_once(policy: Policy, groups: SequenceGroups) -> tuple[int, int]:
+    """The most rows of a micro-batch, and of one that decodes."""
+    prefill = max(max(chunk_rows(c, everything(c), chunk_len(policy, c.size))) for c in _largest(groups))
+    decode = min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots))
+    return max(prefill, decode), decode
+
+
+def _unpacked_experts(job: ScheduledJob, policy: Policy, width: int) -> int:
+    """What products with an accelerator's compressed experts unpack at a time: a tile, or all of a small matrix."""
+    if policy.lossy.weights is None:
+        return 0
+    experts = (u for u in job.units if u.kind is UnitKind.EXPERTS and u.site.is_accelerator)
+    return max((min(TILE_BYTES, u.flops_after // (2 * u.top_k) * width) for u in experts), default=0)
+
+
+def _away_bytes(
+    job: ScheduledJob, policy: Policy, groups: SequenceGroups, moving: Staging, decoder: Decoder, width: int
+) -> int:
+    """Of experts that the cpu computes for an accelerator: the temporaries of one micro-batch, and what every stage
+    has been sent and has made."""
+    if not any(are_away(unit, job.experts_of(unit)) for unit in job.sweep):
+        return 0
+    tokens, decode = _rows_at_once(policy, groups)
+    staged = tokens * job.num_buffers + moving.cpu_attention_buffers * decode
+    per_token = max(layer.temporaries for layer in decoder.kinds) * width
+    return tokens * per_token + staged * (job.routed_row_bytes + job.hidden_row_bytes)
 
 
 def _attention_bytes(

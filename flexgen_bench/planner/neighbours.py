@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 
 from flexgen_bench.core.codec import to_json
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.search_space import SearchSpace
 
@@ -25,13 +25,10 @@ def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):
         if 1 <= prefetch <= MOST_BUFFERS:
             yield replace(policy, prefetch=prefetch)
-    for kind, items in (
-        ("weights", space.job.shape.num_layers),
-        ("kv_cache", policy.block_size),
-        ("activations", policy.block_size),
-    ):
-        placement: Placement = getattr(policy, kind)
-        for other in _shifted(space, placement, items):
+    layers, block = space.job.shape.num_layers, policy.block_size
+    items = {"weights": layers, "kv_cache": block, "activations": block, "experts": layers}
+    for kind, placement in policy.placements.items():
+        for other in _shifted(space, placement, items[kind]):
             yield replace(policy, **{kind: other})  # type: ignore[arg-type]
 
 
@@ -82,6 +79,10 @@ def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     if job.hardware.compute_tier is Tier.GPU:
         yield from (replace(policy, attention=a) for a in AttentionSite if a is not policy.attention)
         yield from (replace(policy, offloaded=o) for o in Offloaded if o is not policy.offloaded)
+    if policy.experts is not None:
+        yield from (replace(policy, expert_loads=loads) for loads in ExpertLoads if loads is not policy.expert_loads)
+        if policy.experts == policy.weights:
+            yield replace(policy, experts=None, expert_loads=ExpertLoads.ALL)
     tokens = policy.gpu_batch_size * job.prompt_len
     for chunk in _CHUNKS:
         if chunk != policy.prefill_chunk and (chunk is None or chunk < tokens):

@@ -1,4 +1,4 @@
-"""The placement of weights, KV cache and activations as a linear program, solved by HiGHS.
+"""The placement of weights (experts apart), KV cache and activations as a linear program, solved by HiGHS.
 
 For one shape of the batches everything that a share of a tensor kind on a tier costs is linear: seconds on each lane in
 a prefill and in a decode pass, and bytes on each tier. The paper's program (section 4.3), with costs summed from the
@@ -16,7 +16,6 @@ from typing import Any
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 
-KINDS = ("weights", "kv_cache", "activations")
 # Of placements that take about as long, the one that works least waits least; so much longer than the best counts
 # as the same.
 SLACK = 1.01
@@ -37,8 +36,8 @@ class PlacementProblem:
     """A batch shape to place.
 
     prefill, decode: costs of the two kinds of pass; decode_passes: how many of the latter a block has. sizes: bytes of
-    each kind, all of it; room: bytes that each tier has for them. max_latency_s: of a block; None: any. held: kinds
-    that are on one tier whatever it costs.
+    each kind (weights, kv_cache, activations, and experts where these are placed apart), all of it; room: bytes that
+    each tier has for them. max_latency_s: of a block; None: any. held: kinds that are on one tier whatever it costs.
     """
 
     schedule: Schedule
@@ -53,7 +52,12 @@ class PlacementProblem:
     @property
     def share_names(self) -> list[Share]:
         """The shares, in the order of the program's first variables."""
-        return [(kind, tier) for kind in KINDS for tier in Tier if tier in self.room]
+        return [(kind, tier) for kind in self.kinds for tier in Tier if tier in self.room]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is placed: the names of a policy's placements."""
+        return tuple(self.sizes)
 
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
@@ -108,12 +112,7 @@ class PlacementSolution:
 
     def applied_to(self, policy: Policy) -> Policy:
         """The policy with its tensors placed like this."""
-        return replace(
-            policy,
-            weights=self.placement("weights"),
-            kv_cache=self.placement("kv_cache"),
-            activations=self.placement("activations"),
-        )
+        return replace(policy, **{kind: self.placement(kind) for kind in policy.placements})  # type: ignore[arg-type]
 
 
 def linear_program(problem: PlacementProblem) -> LinearProgram:
@@ -151,7 +150,7 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
     if problem.max_latency_s is not None:
         limit("latency", [0.0] * len(shares), weights, problem.max_latency_s)
     none = (0.0,) * len(times)
-    equal = [tuple(float(kind == of) for of, _ in shares) + none for kind in KINDS]
+    equal = [tuple(float(kind == of) for of, _ in shares) + none for kind in problem.kinds]
     equal += [tuple(float(share == one) for share in shares) + none for one in problem.held.items()]
     return LinearProgram(
         names=(*(f"{kind} on {tier}" for kind, tier in shares), *times),

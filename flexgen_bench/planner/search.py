@@ -218,4 +218,4 @@ def _one_of_each(started: list[Candidate]) -> list[Policy]:
 
 
 def _placement(policy: Policy) -> tuple[Placement, ...]:
-    return policy.weights, policy.kv_cache, policy.activations
+    return tuple(policy.placements.values())

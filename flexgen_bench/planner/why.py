@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.planner.forecast import Forecast
@@ -45,6 +45,7 @@ def way_of_working(policy: Policy) -> object:
         policy.schedule,
         policy.attention,
         policy.offloaded,
+        policy.expert_loads,
         policy.lossy,
         policy.kv_cache.share(Tier.GPU) > _SOME,
         policy.lowest_tier is Tier.DISK,
@@ -91,6 +92,8 @@ def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
     there = f"{_TIERS[here]} of {format_bytes(round(space.capacity(here)))}"
     held = {site.tier: parts.get("weights", 0) for site, parts in plan.bytes.items()}
     yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
+    if policy.experts is not None:
+        yield _of_experts(plan, here)
     cache = {site.tier: parts.get("kv_cache", 0) for site, parts in plan.bytes.items()}
     if sum(cache.values()):
         text = _lies(f"the KV cache of {policy.block_size} sequences", cache, here)
@@ -103,6 +106,16 @@ def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
                 else ", and is moved to the gpu for every token"
             )
         yield text
+
+
+def _of_experts(plan: MemoryPlan, here: Tier) -> str:
+    held = {site.tier: parts.get("experts", 0) for site, parts in plan.bytes.items()}
+    text = _lies("experts", held, here)
+    if held.get(here, 0) == sum(held.values()):
+        return text
+    if plan.policy.offloaded is Offloaded.IN_PLACE:
+        return f"{text}, computed where they lie"
+    return f"{text}, of which those that are touched are loaded" if plan.job.units[-1].on_demand else text
 
 
 def _lies(what: str, held: Mapping[Tier, int], here: Tier) -> str:
@@ -138,10 +151,13 @@ def _differences(policy: Policy, other: Policy) -> Iterator[str]:
     if other.offloaded is not policy.offloaded:
         here = other.offloaded is Offloaded.IN_PLACE
         yield f"offloaded layers {'computed where they lie' if here else 'moved to the gpu'}"
+    if other.expert_loads is not policy.expert_loads:
+        yield f"{'touched' if other.expert_loads is ExpertLoads.TOUCHED else 'all'} experts loaded"
     if other.lossy != policy.lossy:
         yield str(other.lossy)
-    for name, kind in (("weights", "weights"), ("KV cache", "kv_cache")):
-        mine, its = getattr(policy, kind), getattr(other, kind)
+    for name, kind in (("weights", "weights"), ("experts", "experts"), ("KV cache", "kv_cache")):
+        # Experts that have no placement of their own lie with their layers.
+        mine, its = (one.placements.get(kind, one.weights) for one in (policy, other))
         if any(abs(mine.share(tier) - its.share(tier)) > _SHOWS for tier in Tier):
             shares = [f"{its.share(t):.0%} {t}" for t in Tier if its.share(t) > _SHOWS]
             yield f"{name} {' + '.join(shares)}"

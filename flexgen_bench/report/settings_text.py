@@ -9,6 +9,7 @@ from flexgen_bench.core.digits import significant
 
 # Told elsewhere on a card, or too long for a cell.
 _ELSEWHERE = ("policy", "why", "binding", "gains")
+_PLACED = (("weights", "weights"), ("experts", "experts"), ("kv_cache", "KV cache"), ("activations", "hidden"))
 _SHAPE = ("gpu_batch_size", "num_gpu_batches")
 
 
@@ -27,13 +28,15 @@ def policy_text(policy: Any) -> str:
     if not isinstance(policy, Mapping):
         return str(policy)
     parts = [f"{policy.get('gpu_batch_size')}x{policy.get('num_gpu_batches')}"]
-    for key, name in (("weights", "weights"), ("kv_cache", "KV cache"), ("activations", "hidden")):
+    for key, name in _PLACED:
         if isinstance(policy.get(key), Mapping):
             parts.append(f"{name} {placement_text(policy[key])}")
     if policy.get("attention") == "cpu":
         parts.append("attention on the cpu")
     if policy.get("offloaded") == "in_place":
         parts.append("offloaded layers computed in place")
+    if policy.get("expert_loads") == "touched":
+        parts.append("touched experts loaded")
     if policy.get("schedule") not in (None, "block"):
         parts.append(str(policy["schedule"]))
     if policy.get("prefill_chunk"):

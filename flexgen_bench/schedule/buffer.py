@@ -14,7 +14,8 @@ a schedule is of several devices.
 homes
 resident(unit)                   a unit's weights
 hidden(KV slot, chunk, part)     hidden states                                        STORE_HIDDEN; EMBED, OUTPUT,
-                                                                                      LAYER where they live
+                                                                                      LAYER, EXPERTS, ADD_EXPERTS
+                                                                                      where they live
 kv(KV slot, layer, part)         keys and values                                      ATTEND, LAYER, STORE_KV, APPEND_KV
 kv_tail(KV slot, layer, part)    the unfinished segment of a cache on disk, in        ATTEND, APPEND_KV
                                  host memory
@@ -22,14 +23,19 @@ tokens(KV slot)                  the next tokens of its sequence group, where th
                                  embedding reads them
 -------------------------------  ---------------------------------------------------  -----------------------------
 weights
-weights.site(buffer, piece)      a unit's weights, brought to where they are used     LOAD_WEIGHTS
+weights.site(buffer, piece)      a unit's weights, brought to where they are used     LOAD_WEIGHTS; LOAD_EXPERTS
 dequantized(buffer)              the same unpacked                                    DEQUANTIZE
 -------------------------------  ---------------------------------------------------  -----------------------------
 of a micro-batch
 rows, gpu_rows                   gathered embedding rows                              GATHER_ROWS, MOVE_ROWS
-x.site                           hidden states being worked on                        EMBED, LOAD_HIDDEN, OUTPUT, LAYER
+x.site                           hidden states being worked on                        EMBED, LOAD_HIDDEN, OUTPUT,
+                                                                                      LAYER, EXPERTS, ADD_EXPERTS
 qkv, attn(part)                  around the attention                                 PROJECT, ATTEND
-residual                         hidden states before it, for OUTPUT                  PROJECT
+residual                         hidden states before it, for OUTPUT; before experts  PROJECT; OUTPUT, LAYER
+                                 that are placed apart, for what adds to them
+routed                           what experts read, and which of them                 OUTPUT, LAYER
+routed.site, added, added.site   the same where experts are computed away from their  MOVE_ROUTED, EXPERTS,
+                                 layer, and what they make                            MOVE_EXPERTS
 kv_token(part)                   a new token's keys and values on their way home      ATTEND
 logits                           what sampling needs                                  HEAD
 new_tokens                       next tokens on their way across a link               SAMPLE

@@ -10,11 +10,13 @@ next micro-batch run ahead as far as their staging buffers allow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.attention import attend_flops, attention_buffers, attention_steps, cache_homes, is_resident
 from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.experts import add_experts, are_away, expert_steps, state_buffers
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
@@ -41,33 +43,81 @@ def pass_steps(
     for micro_batch in micro_batches:
         (cpu_attended if uses_cpu_attention(job, micro_batch.members) else others).append(micro_batch)
     projected = False  # whether the layer's projections of ``cpu_attended`` were emitted with the layer before
-    for unit, following in zip(job.units, [*job.units[1:], None], strict=True):
+    for unit, following in zip(job.sweep, [*job.sweep[1:], None], strict=True):
         yield from weights.ready(unit)
         blob = weights.where(unit)
         if unit.kind is UnitKind.LAYER:
-            ahead = following is not None and _may_overlap(job, unit, following)
+            experts = job.experts_of(unit)
+            if experts is not None:
+                yield from weights.ready(experts)
+            ahead = following if following is not None and _may_overlap(job, unit, following) else None
             split = cpu_attended if unit.site.is_accelerator else []
             whole = others if split else micro_batches
             if not projected:
                 for micro_batch in split:
                     yield from _before_attention(job, unit, blob, micro_batch)
-            for micro_batch in whole:
-                if is_resident(job, unit, micro_batch):
-                    yield from _layer(job, unit, blob, micro_batch)
-                    continue
-                yield from _before_attention(job, unit, blob, micro_batch)
-                yield from _after_attention(job, unit, blob, micro_batch)
-            projected = bool(split) and ahead
-            for micro_batch in split:
-                yield from _after_attention(job, unit, blob, micro_batch)
-                if projected:
-                    assert following is not None
-                    yield from weights.ready(following)
-                    yield from _before_attention(job, following, weights.where(following), micro_batch)
+            projected = bool(split) and ahead is not None
+            # While experts are computed elsewhere, the next micro-batch is computed here.
+            behind = job.num_buffers - 1 if are_away(unit, experts) else 0
+            yield from _staggered(
+                ((_begin(job, unit, weights, blob, one), _end(job, unit, weights, one, None)) for one in whole), behind
+            )
+            yield from _staggered(
+                ((_resume(job, unit, weights, blob, one), _end(job, unit, weights, one, ahead)) for one in split),
+                behind,
+            )
+            if experts is not None:
+                yield from weights.done(experts)
         else:
             for micro_batch in micro_batches:
                 yield from (_embed if unit.kind is UnitKind.EMBED else _head)(job, unit, blob, micro_batch)
         yield from weights.done(unit)
+
+
+def _staggered(halves: Iterable[tuple[Iterator[Step], Iterator[Step]]], behind: int) -> Iterator[Step]:
+    """First halves, and each one's second half once so many more first halves have followed it."""
+    late: deque[Iterator[Step]] = deque()
+    for first, second in halves:
+        yield from first
+        late.append(second)
+        if len(late) > behind:
+            yield from late.popleft()
+    for second in late:
+        yield from second
+
+
+def _begin(job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
+    """A micro-batch through a layer, up to what ends it."""
+    if not is_resident(job, unit, micro_batch):
+        yield from _before_attention(job, unit, blob, micro_batch)
+        yield from _resume(job, unit, weights, blob, micro_batch)
+        return
+    yield from _layer(job, unit, blob, micro_batch)
+    experts = job.experts_of(unit)
+    if experts is not None:
+        yield from expert_steps(job, unit, experts, weights, micro_batch)
+
+
+def _resume(
+    job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch
+) -> Iterator[Step]:
+    """The same from the attention on."""
+    yield _after_attention(unit, blob, micro_batch)
+    experts = job.experts_of(unit)
+    if experts is not None:
+        yield from expert_steps(job, unit, experts, weights, micro_batch)
+
+
+def _end(
+    job: ScheduledJob, unit: Unit, weights: WeightStream, micro_batch: MicroBatch, ahead: Unit | None
+) -> Iterator[Step]:
+    """What experts made elsewhere, hidden states on their way home, and the projection of the layer ahead, if any."""
+    if are_away(unit, job.experts_of(unit)):
+        yield add_experts(unit, micro_batch)
+    yield from _store_after(job, unit, micro_batch)
+    if ahead is not None:
+        yield from weights.ready(ahead)
+        yield from _before_attention(job, ahead, weights.where(ahead), micro_batch)
 
 
 def uses_cpu_attention(job: ScheduledJob, members: Sequence[Member]) -> bool:
@@ -150,17 +200,21 @@ def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: Mi
     yield from attention_steps(job, unit, micro_batch)
 
 
-def _after_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
-    yield _computed(
+def _after_attention(unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Step:
+    return _computed(
         StepKind.OUTPUT,
         unit,
         blob,
         micro_batch,
         reads=(*attention_buffers(micro_batch), micro_batch.buffer("residual")),
-        writes=working_buffers(unit, micro_batch),
+        writes=_made(unit, micro_batch),
         flops=unit.flops_after * micro_batch.rows,
     )
-    yield from _store_after(job, unit, micro_batch)
+
+
+def _made(unit: Unit, micro_batch: MicroBatch) -> tuple[Buffer, ...]:
+    """What a layer leaves: hidden states, or what its experts are to make them of."""
+    return working_buffers(unit, micro_batch) if unit.companion < 0 else state_buffers(micro_batch)
 
 
 def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
@@ -175,15 +229,14 @@ def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
         blob,
         micro_batch,
         reads=(*hidden, *caches),
-        writes=(*hidden, *caches),
+        writes=(*_made(unit, micro_batch), *caches),
         flops=flops + sum(attend_flops(job, unit, part) for part in micro_batch.kv_parts),
     )
-    yield from _store_after(job, unit, micro_batch)
 
 
 def _store_after(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
     """Hidden states after a layer go home, unless it was the last one and nobody wants logits of them."""
-    if micro_batch.logit_rows or job.units[unit.index + 1].kind is UnitKind.LAYER:
+    if micro_batch.logit_rows or job.sweep[unit.index + 1].kind is UnitKind.LAYER:
         yield from store_hidden(job, unit, micro_batch)
 
 

@@ -35,7 +35,7 @@ def load_hidden(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Itera
         for lower, upper in pairwise(path):
             target = micro_batch.buffer(f"x.{upper.name}")
             yield Step(
-                _link(lower, upper),
+                link(lower, upper),
                 StepKind.LOAD_HIDDEN,
                 unit.index,
                 micro_batch,
@@ -55,7 +55,7 @@ def store_hidden(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iter
             home = lower.tier is part.tier
             target = micro_batch.hidden_homes[part.index] if home else micro_batch.buffer(f"x.{lower.name}")
             yield Step(
-                _link(upper, lower),
+                link(upper, lower),
                 StepKind.STORE_HIDDEN,
                 unit.index,
                 micro_batch,
@@ -67,8 +67,8 @@ def store_hidden(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iter
             source = target
 
 
-def _link(source: Site, target: Site) -> Lane:
-    """The lane from one site to its neighbour."""
+def link(source: Site, target: Site) -> Lane:
+    """The lane from one site to its neighbour, of what is no weight."""
     if source.is_accelerator:
         return source.d2h
     if target.is_accelerator:

@@ -15,7 +15,13 @@ from flexgen_bench.schedule.micro_batch import Part
 class UnitKind(StrEnum):
     EMBED = "embed"
     LAYER = "layer"
+    EXPERTS = "experts"  # of a layer, where they are placed apart from the rest of it
     HEAD = "head"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there are as many as the model is deep."""
+        return self in (UnitKind.LAYER, UnitKind.EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,10 @@ class Unit:
     tier: where it lives; gpu means the accelerator that computes it. site: where it is computed.
     flops_before and flops_after are of one token's matrix products before the attention and after it. unpack: its
     weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
-    None: all before it.
+    None: all before it. companion: of a layer, the number of the unit of its experts, where these are placed apart
+    (-1: they are not); of experts, that of their layer. experts, top_k: how many experts it has, and how many of them
+    each token is routed to; expert_values: weights of one. on_demand: of its experts only those that are touched are
+    loaded, once they are known.
     """
 
     index: int
@@ -37,6 +46,11 @@ class Unit:
     flops_after: int = 0
     unpack: bool = False
     window: int | None = None
+    companion: int = -1
+    experts: int = 0
+    top_k: int = 0
+    expert_values: int = 0
+    on_demand: bool = False
 
     @property
     def path(self) -> tuple[Site, ...]:
@@ -49,8 +63,22 @@ class Unit:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether it must be brought to its site in every pass."""
-        return bool(self.path)
+        """Whether all of it must be brought to its site in every pass."""
+        return bool(self.path) and not self.on_demand
+
+    @property
+    def expert_bytes(self) -> int:
+        """What one expert takes: all take the same."""
+        return self.load_bytes // self.experts
+
+    @property
+    def expert_flops(self) -> int:
+        """Of one token through its experts."""
+        return 2 * self.top_k * self.expert_values
+
+    def touched(self, rows: int) -> float:
+        """How many of its experts so many tokens are expected to be routed to, if routing is uniform."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** rows)
 
 
 @dataclass(frozen=True)
@@ -66,10 +94,12 @@ class ScheduledJob:
     """A planned job for the generator.
 
     weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
-    disk when an accelerator computes. dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
+    disk when an accelerator computes; as many again for experts that are placed apart.
+    dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
     num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
     is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
-    their bytes. device: number of the accelerator (of the host, where there is none).
+    their bytes. device: number of the accelerator (of the host, where there is none). units: in the order of their
+    numbers; ``sweep`` is the order of a pass.
     """
 
     units: tuple[Unit, ...]
@@ -88,6 +118,16 @@ class ScheduledJob:
     dequantized_buffers: int = 0
     dequantized_buffer_bytes: int = 0
     device: int = 0
+    routed_row_bytes: int = 0
+
+    @cached_property
+    def sweep(self) -> tuple[Unit, ...]:
+        """What a pass goes through one after the other: embedding, layers, head. Experts belong to their layers."""
+        return tuple(u for u in self.units if u.kind is not UnitKind.EXPERTS)
+
+    def experts_of(self, unit: Unit) -> Unit | None:
+        """The experts of a layer, where these are placed apart."""
+        return self.units[unit.companion] if unit.companion >= 0 else None
 
     @cached_property
     def site(self) -> Site:
@@ -112,20 +152,22 @@ class ScheduledJob:
 
     @cached_property
     def streamed(self) -> tuple[Unit, ...]:
-        """Units that must be brought to where they are computed in every pass, in order."""
-        return tuple(u for u in self.units if u.is_streamed)
+        """Units that must be brought to where they are computed in every pass, in the order of their use."""
+        used = (u for unit in self.sweep for u in (unit, self.experts_of(unit)) if u is not None)
+        return tuple(u for u in used if u.is_streamed)
 
     @cached_property
     def buffers(self) -> dict[Site, tuple[WeightBuffer, ...]]:
         """Staging buffers of weights on every site where there are any.
 
-        Layers share ``weight_buffers`` of them. The embedding and the head, which are often larger, have one each: it
-        costs no more memory than buffers that hold anything would, and the head can be on its way while every layer
-        buffer is in use.
+        Layers share ``weight_buffers`` of them, and so do experts that are placed apart. The embedding and the head,
+        which are often larger, have one each: it costs no more memory than buffers that hold anything would, and the
+        head can be on its way while every layer buffer is in use. Experts that are loaded on demand have one, too:
+        nobody knows which are needed next before the ones in use have been computed.
         """
         by_site: dict[Site, tuple[WeightBuffer, ...]] = {}
-        for site in sorted({site for u in self.streamed for site in u.path}):
-            passing = [u for u in self.streamed if site in u.path]
+        for site in sorted({site for u in self.units for site in u.path}):
+            passing = [u for u in self.units if site in u.path]
             buffers: list[WeightBuffer] = []
             for kind in UnitKind:
                 largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
@@ -153,7 +195,9 @@ class ScheduledJob:
 
     def buffers_for(self, kind: UnitKind) -> int:
         """Staging buffers that units of a kind share, on one site."""
-        return self.weight_buffers if kind is UnitKind.LAYER else 1
+        if kind is UnitKind.EXPERTS and self.units[-1].on_demand:
+            return 1
+        return self.weight_buffers if kind.repeats else 1
 
     def kv_tier(self, unit: Unit, part: Part) -> Tier:
         """Where a part's cache of this layer lives: never above the site that computes the layer."""

@@ -29,6 +29,11 @@ class StepKind(StrEnum):
     APPEND_KV = "append_kv"  # one token's keys and values into the cpu part of the cache
     OUTPUT = "output"  # attention output -> output projection, MLP -> hidden
     LAYER = "layer"  # PROJECT, ATTEND and OUTPUT of a resident micro-batch that decodes, in one
+    LOAD_EXPERTS = "load_experts"  # of a layer's experts those that a micro-batch touches, one tier up
+    MOVE_ROUTED = "move_routed"  # what experts read, and which of them, to where they are computed
+    EXPERTS = "experts"  # experts placed apart from their layer, after its OUTPUT -> hidden
+    MOVE_EXPERTS = "move_experts"  # what experts made elsewhere, back to their layer
+    ADD_EXPERTS = "add_experts"  # the same -> hidden
     HEAD = "head"  # hidden -> logits
     MOVE_LOGITS = "move_logits"  # what sampling needs, gpu -> cpu
     SAMPLE = "sample"  # logits -> next tokens: where the logits are, or on the host
@@ -38,11 +43,13 @@ class StepKind(StrEnum):
 class Step(NamedTuple):
     """One unit of work. (A tuple: hundreds of thousands are made in a search for a policy.)
 
-    unit: 0 = embedding, 1..L = decoder layers, L+1 = head. micro_batch: the one it belongs to; NO_MICRO_BATCH for steps
-    on a unit's weights, which serve all of them. part: which span of the micro-batch's sequences, -1 for all; of
-    weights, which piece, -1 if they are loaded as one. weight_buffer: staging buffer of the weights (-1: in place).
+    unit: 0 = embedding, 1..L = decoder layers, L+1 = head, beyond that experts that are placed apart. micro_batch: the
+    one it belongs to; NO_MICRO_BATCH for steps on a unit's weights, which serve all of them. part: which span of the
+    micro-batch's sequences, -1 for all; of weights, which piece, -1 if they are loaded as one; of touched experts,
+    which of the pass's loads into their buffer. weight_buffer: staging buffer of the weights (-1: in place).
     dequantized_buffer: that of the unpacked weights, where compressed ones are unpacked by a step of their own (-1:
-    they are not). bytes moved over the lane's link; flops on a compute lane (2 per multiply-add).
+    they are not). bytes moved over the lane's link (of touched experts, as many as may be expected until they are
+    known); flops on a compute lane (2 per multiply-add).
     """
 
     lane: Lane

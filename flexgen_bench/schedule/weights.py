@@ -8,8 +8,17 @@ from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import Site
 from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
+
+
+@dataclass
+class _Demand:
+    """Of experts that are loaded on demand, in the present pass: loads so far, and the rows that these were for."""
+
+    loads: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,8 @@ class WeightStream:
     A load is emitted once everything that uses the unit whose buffer it takes has been, so the derived write-after-read
     dependency is the back-pressure. It does not stop at the end of a pass: while the head computes, the first layers of
     the next pass are already on their way.
+
+    Experts that are loaded on demand are not part of it: of these, ``load_touched`` emits what each micro-batch needs.
     """
 
     def __init__(self, job: ScheduledJob) -> None:
@@ -40,6 +51,7 @@ class WeightStream:
         self._used: dict[tuple[Site, UnitKind], int] = {}  # loads into the buffers of a site and kind
         self._place: dict[tuple[Site, int], int] = {}  # (site, unit) -> buffer of its latest load
         self._buffers: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
+        self._demands: dict[int, _Demand] = {}  # unit -> what was loaded of it in the present pass
         self._unpacked = 0
         self._dequantized: dict[int, int] = {}  # unit -> buffer of the present pass
 
@@ -48,6 +60,7 @@ class WeightStream:
         self._end += len(self._order)
         self._is_last = is_last
         self._dequantized.clear()
+        self._demands.clear()
 
     def ready(self, unit: Unit) -> Iterator[Step]:
         """The steps to emit before the first use of ``unit`` in this pass."""
@@ -74,6 +87,37 @@ class WeightStream:
             return Blob((*packed, Buffer("dequantized", target)), buffer, target)
         return Blob(packed, buffer)
 
+    def load_touched(self, unit: Unit, micro_batch: MicroBatch, routed: Buffer) -> Iterator[Step]:
+        """The steps that bring those of a unit's experts to its site that a micro-batch is ``routed`` to, and that
+        none before it was in this pass. Each expert has its own place in the staging buffer."""
+        demand = self._demands.setdefault(unit.index, _Demand())
+        if not demand.loads:
+            for site in unit.path:
+                self._place[site, unit.index] = self._next_buffer(site, unit.kind)
+        before, after = unit.touched(demand.rows), unit.touched(demand.rows + micro_batch.rows)
+        number, demand.loads, demand.rows = demand.loads, demand.loads + 1, demand.rows + micro_batch.rows
+        source: tuple[Buffer, ...] = (Buffer("resident", unit.index),)
+        for site in unit.path:
+            target = self._touched(unit, site)
+            yield Step(
+                site.h2d_weights if site.is_accelerator else site.disk_read,
+                StepKind.LOAD_EXPERTS,
+                unit.index,
+                micro_batch,
+                number,
+                weight_buffer=self._place[site, unit.index],
+                reads=(*source, routed),
+                writes=target[-1:],
+                bytes=round((after - before) * unit.expert_bytes),
+            )
+            source = target
+
+    def _touched(self, unit: Unit, site: Site) -> tuple[Buffer, ...]:
+        """What was loaded of a unit's experts on a site, one buffer for each load. Whoever uses one of them names all,
+        so that the first load of the next unit waits for it."""
+        name, buffer = f"weights.{site.name}", self._place[site, unit.index]
+        return tuple(Buffer(name, buffer, part=number) for number in range(self._demands[unit.index].loads))
+
     def done(self, unit: Unit) -> Iterator[Step]:
         """The steps to emit after the last use of ``unit`` in this pass: the load that may take its buffer."""
         if unit.index in self._buffers:
@@ -82,6 +126,8 @@ class WeightStream:
             yield from self._fill()
 
     def _packed(self, unit: Unit) -> tuple[tuple[Buffer, ...], int]:
+        if unit.index in self._demands:
+            return self._touched(unit, unit.site), self._place[unit.site, unit.index]
         if unit.index not in self._buffers:
             return (Buffer("resident", unit.index),), -1
         buffer, count = self._buffers[unit.index][0], len(self._job.pieces(unit))

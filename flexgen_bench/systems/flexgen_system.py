@@ -123,6 +123,7 @@ class FlexGenSystem(System):
                 "weights": dict(plan.realised_weights),
                 "kv_cache": dict(plan.realised_kv_cache),
                 "activations": dict(plan.realised_activations),
+                **({} if plan.realised_experts is None else {"experts": dict(plan.realised_experts)}),
                 "bytes": {site.name: dict(parts) for site, parts in plan.bytes.items()},
                 "allocated": {site.name: dict(parts) for site, parts in self._results[-1].allocated.items()},
             },

@@ -15,9 +15,10 @@ from flexgen_bench.trace.passes import find_passes, typical
 from flexgen_bench.trace.runs import TracedRun
 from flexgen_bench.trace.svg import Box, Svg
 
-# Weights blue, KV cache green, hidden states purple, what crosses around the attention cyan, compute warm.
+# Weights blue, KV cache green, hidden states purple, what crosses around attention and experts cyan, compute warm.
 COLOURS: dict[str, str] = {
     StepKind.LOAD_WEIGHTS: "#6fa1e0",
+    StepKind.LOAD_EXPERTS: "#4c7fc4",
     StepKind.DEQUANTIZE: "#b9d2f2",
     StepKind.LOAD_KV: "#4fb882",
     StepKind.STORE_KV: "#86cfa4",
@@ -26,6 +27,8 @@ COLOURS: dict[str, str] = {
     StepKind.STORE_HIDDEN: "#d3bfea",
     StepKind.MOVE_QKV: "#45b8c4",
     StepKind.MOVE_ATTENTION: "#86d3db",
+    StepKind.MOVE_ROUTED: "#2f96a3",
+    StepKind.MOVE_EXPERTS: "#b4e5ea",
     StepKind.GATHER_ROWS: "#7d8a5b",
     StepKind.MOVE_ROWS: "#b6c08f",
     StepKind.EMBED: "#e3c34f",
@@ -33,6 +36,8 @@ COLOURS: dict[str, str] = {
     StepKind.ATTEND: "#e8655d",
     StepKind.OUTPUT: "#f7b267",
     StepKind.LAYER: "#f39a3f",
+    StepKind.EXPERTS: "#d9722e",
+    StepKind.ADD_EXPERTS: "#fbd3a5",
     StepKind.HEAD: "#c58a5c",
     StepKind.MOVE_LOGITS: "#dcc4b3",
     StepKind.SAMPLE: "#909090",
@@ -175,7 +180,7 @@ def _steps(svg: Svg, run: TracedRun, panel: Panel, slices: Sequence[Slice], y: f
         width = max(0.3, end - x - (0.5 if end - x > 2 else 0.0))
         svg.rect((x, y, width, BAR), COLOURS.get(s.kind, _UNKNOWN), tooltip)
         if width >= _LABEL_WIDTH:
-            svg.text((x + width / 2, y + 14), str(s.unit), anchor="middle", size=10)
+            svg.text((x + width / 2, y + 14), str(run.number(s.unit)), anchor="middle", size=10)
 
 
 def _shares(svg: Svg, panel: Panel, slices: Sequence[Slice], y: float) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
+from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.timeline import Slice, Timeline
+from flexgen_bench.models.parts import Experts
+from flexgen_bench.models.registry import family
 from flexgen_bench.store.reader import StoredRecord, read_paths, read_record, record_files
 from flexgen_bench.store.trace import read_trace
 
@@ -39,8 +44,22 @@ class TracedRun:
     def num_layers(self) -> int:
         return int(self.record.spec["model"]["shape"]["num_layers"])
 
+    @cached_property
+    def _mixtures(self) -> list[int]:
+        """The numbers of the layers that have experts."""
+        shape = from_json(ModelShape, self.record.spec["model"]["shape"], "model.shape")
+        layers = enumerate(family(shape.family).decoder(shape).layers, start=1)
+        return [number for number, layer in layers if isinstance(layer.mlp, Experts)]
+
+    def number(self, unit: int) -> int:
+        """A unit's own; of experts that are placed apart, that of their layer."""
+        beyond = unit - self.num_layers - 2
+        return self._mixtures[beyond] if beyond >= 0 else unit
+
     def unit_name(self, unit: int) -> str:
-        """``embedding``, ``layer 3`` (from 1) or ``head``."""
+        """``embedding``, ``layer 3`` (from 1), ``head`` or ``experts of layer 3``."""
+        if unit > self.num_layers + 1:
+            return f"experts of layer {self.number(unit)}"
         return "embedding" if unit == 0 else "head" if unit > self.num_layers else f"layer {unit}"
 
     def slice_name(self, slice_: Slice) -> str:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
-from flexgen_bench.planner.placement_lp import KINDS, LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
+from flexgen_bench.planner.placement_lp import LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
 
 NEAR = 1e-6
+KINDS = ("weights", "experts", "kv_cache", "activations")
 
 
 def eliminated(rows: list[list[Fraction]]) -> list[Fraction] | None:

@@ -18,7 +18,7 @@ from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site
 from flexgen_bench.engine.device import Device
 from flexgen_bench.planner.candidates import Candidates
 from flexgen_bench.planner.lane_sums import LaneSums
-from flexgen_bench.planner.placement_lp import KINDS, PhaseCost
+from flexgen_bench.planner.placement_lp import PhaseCost
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.planner.sensitivity import sensitivity
 from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
@@ -107,7 +107,7 @@ def test_what_bounds_a_batch_shape_adds_up_what_its_lanes_bring_to_a_link() -> N
     """Neither h2d nor h2d_weights takes as long as the gpu; both together take longer."""
     solver, shape = Candidates(A_SPACE), Policy(4, 2)
     seconds = {Lane.H2D: 1.0, Lane.H2D_WEIGHTS: 2.0, Lane.GPU: 2.5}
-    phase = PhaseCost(seconds, {(kind, Tier.GPU): {} for kind in KINDS})
+    phase = PhaseCost(seconds, {(kind, Tier.GPU): {} for kind in ("weights", "kv_cache", "activations")})
     [problem, *_] = solver.problems(shape)
     problem = replace(problem, prefill=phase, decode=phase, decode_passes=3)
     for schedule in Schedule:

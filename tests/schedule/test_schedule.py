@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
@@ -24,11 +24,12 @@ from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_group import KVSlot, Span, start_group
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import Step, StepKind
-from tests.support.shapes import opt_shape
+from tests.support.shapes import mixture_shape, opt_shape
 
 LAYERS = 3
 SHAPE = opt_shape(num_layers=LAYERS)
 MODEL = Model.of(SHAPE, DType.FLOAT32)
+MIXTURE = Model.of(mixture_shape(num_layers=LAYERS), DType.FLOAT32)
 HOST = HardwareProfile("cpu", Accelerator.NONE)
 EMULATED = HardwareProfile("emulated", Accelerator.EMULATED, gpu_memory_bytes=2**30)
 
@@ -44,7 +45,8 @@ class Case:
 
     @property
     def plan(self) -> MemoryPlan:
-        return plan_job(MODEL, self.policy, self.hardware, self.requests)
+        model = MODEL if self.policy.experts is None else MIXTURE
+        return plan_job(model, self.policy, self.hardware, self.requests)
 
 
 @st.composite
@@ -68,6 +70,9 @@ def cases(draw: st.DrawFn) -> Case:
         prefill_chunk=draw(st.sampled_from([None, 1, 3])),
         offloaded=draw(st.sampled_from(Offloaded)),
     )
+    if draw(st.booleans()):
+        experts, loads = draw(placements(hardware.tiers)), draw(st.sampled_from(ExpertLoads))
+        policy = replace(policy, experts=experts, expert_loads=loads)
     lengths = st.tuples(st.integers(1, 5), st.integers(1, 5), st.sampled_from([0, 0, 2, 4]))
     requests = tuple(Request(*r) for r in draw(st.lists(lengths, min_size=1, max_size=9)))
     early = draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(1, 4), max_size=4))
@@ -160,13 +165,16 @@ def test_staged_units_are_loaded_before_use_once_per_pass(case: Case) -> None:
             tier = step.lane.ends[1]
             slots[tier, step.weight_buffer] = step.unit
             loads[step.unit] += tier is unit.site.tier and step.part <= 0
-        elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD):
-            assert (step.weight_buffer >= 0) == (step.unit in loads)
+        elif step.kind is StepKind.LOAD_EXPERTS:
+            slots[step.lane.ends[1], step.weight_buffer] = step.unit
+        elif step.kind in (StepKind.EMBED, StepKind.PROJECT, StepKind.OUTPUT, StepKind.EXPERTS, StepKind.HEAD):
+            assert (step.weight_buffer >= 0) == bool(unit.path)
             if step.weight_buffer >= 0:
                 assert slots[unit.site.tier, step.weight_buffer] == step.unit
     extra = [count - len(passes) for count in loads.values()]
     assert all(count >= 0 for count in extra)
-    assert sum(extra) <= (plan.job.weight_buffers + 1 if case.early else 0)
+    # Of layers, of experts, and the head.
+    assert sum(extra) <= (2 * plan.job.weight_buffers + 1 if case.early else 0)
 
 
 @given(cases())

@@ -46,6 +46,32 @@ def llama_shape(name: str = "llama-tiny", **changes: object) -> ModelShape:
     return _shape(name, "llama", values, options, changes)
 
 
+def mixture_shape(name: str = "mixture-tiny", **changes: object) -> ModelShape:
+    """A small Qwen3 mixture: a dense layer, then 8 experts of which a token goes to 2."""
+    options = {
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-6,
+        "attention_bias": False,
+        "experts": 8,
+        "experts_per_token": 2,
+        "expert_size": 40,
+        "renormalised": True,
+        "dense_layers": [0],
+    }
+    values: dict[str, object] = {
+        "num_layers": 3,
+        "hidden_size": 24,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_size": 80,
+        "vocab_size": 64,
+        "max_positions": 48,
+        "tied_embeddings": False,
+    }
+    return _shape(name, "qwen3_moe", values, options, changes)
+
+
 def _shape(
     name: str, family: str, values: dict[str, object], options: dict[str, object], changes: dict[str, object]
 ) -> ModelShape:

@@ -1,0 +1,73 @@
+"""The units of a plan: where each lives, where it is computed, and what it takes."""
+
+from __future__ import annotations
+
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import ExpertLoads, Offloaded, Policy
+from flexgen_bench.core.tiers import Site, Tier
+from flexgen_bench.models.packing import PackedModel, PackedUnit
+from flexgen_bench.models.parts import MLP, Decoder, Experts, Layer
+from flexgen_bench.schedule.placement import place_units
+from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
+
+
+def unit_tiers(packed: PackedModel, policy: Policy) -> list[Tier]:
+    """Where each unit lives. A tied head lives with the embedding, whose token table it reads."""
+    experts = [u.home_bytes for u in packed.units if u.kind is UnitKind.EXPERTS]
+    sweep = [u for u in packed.units if u.kind is not UnitKind.EXPERTS]
+    sizes = [sweep[0].home_bytes + (sweep[-1].home_bytes if packed.tied else 0)]
+    sizes += [u.home_bytes for u in sweep[1:-1]]
+    if not packed.tied:
+        sizes.append(sweep[-1].home_bytes)
+    tiers = place_units(sizes, policy.weights)
+    if packed.tied:
+        tiers.append(tiers[0])
+    return tiers if policy.experts is None else tiers + place_units(experts, policy.experts)
+
+
+def planned_unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
+    """A unit that lives on a tier, for the generator. compute: the site that computes, unless units stay."""
+    # The head, too; of the embedding only rows are moved anyway.
+    stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
+    site = compute.host if stays and tier is not Tier.GPU else compute
+    before, after, window = 2 * unit.num_values, 0, None
+    apart, part = unit.kind is UnitKind.EXPERTS, None
+    if unit.kind.repeats:
+        layer = decoder.layers[(unit.companion if apart else unit.index) - 1]
+        part = layer.mlp if apart or unit.companion < 0 else None
+        # Where experts are apart, those that a token does not meet are not in the layer's unit to begin with.
+        before, after = layer.flops(unit.num_values + (layer.idle_values if unit.companion >= 0 else 0))
+        window = layer.attention.mod.window
+    experts, top_k, values = _of_mixture(part, decoder.hidden)
+    if apart:
+        before, after, window = 0, 2 * top_k * values, None
+    return Unit(
+        index=unit.index,
+        kind=unit.kind,
+        tier=tier,
+        load_bytes=unit.num_bytes,
+        site=site,
+        flops_before=before,
+        flops_after=after,
+        window=window,
+        # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
+        # (Experts are: each meets few tokens, and those of all units unpacked would be the larger part of a model.)
+        unpack=(policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0 and not apart),
+        companion=unit.companion,
+        experts=experts,
+        top_k=top_k,
+        expert_values=values,
+        on_demand=apart and policy.expert_loads is ExpertLoads.TOUCHED,
+    )
+
+
+def _of_mixture(part: MLP | Experts | None, hidden: int) -> tuple[int, int, int]:
+    """Experts, how many of them a token goes to, and weights of one; zeros for what has none."""
+    if not isinstance(part, Experts):
+        return 0, 0, 0
+    return part.count, part.router.top_k, part.expert.num_values(hidden)
+
+
+def routed_row_bytes(layer: Layer, dtype: DType) -> int:
+    """What experts read of a token: its values, and of each of its experts the number (64 bits) and the weight."""
+    return layer.hidden * dtype.bytes + layer.mlp.router.top_k * 12 if isinstance(layer.mlp, Experts) else 0
