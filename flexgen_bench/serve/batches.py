@@ -158,7 +158,7 @@ class Batches:
                 self._loop.cancel(ticket)
 
     def _submit(self, line: Line, endpoint: str, scanned: Scan, answers: queue.Queue[tuple[Ticket, Event]]) -> Ticket:
-        if line.position in scanned.repeated:
+        if line.is_repeated:
             raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
         request = request_of(line, "", {})
         if request.url != endpoint:
