@@ -144,6 +144,9 @@ def plan_job(
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
     parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
+    if isinstance(requests, Capacity):
+        layers = sum(unit.kind is UnitKind.LAYER for unit in units)
+        parts[job.site]["kept prefixes"] = requests.kept_tokens * groups.token_bytes * layers
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending

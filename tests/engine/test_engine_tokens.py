@@ -174,6 +174,7 @@ def check_allocated_as_planned(result: JobResult, hardware: HardwareProfile) -> 
     planned = {site: dict(parts) for site, parts in result.plan.bytes.items()}
     planned[Site(hardware.compute_tier)].pop("workspace")  # torch's own allocator, within this bound
     planned[Site.CPU].pop("attention workspace", None)
+    planned[Site(hardware.compute_tier)].pop("kept prefixes", None)  # with whoever keeps them
     planned[Site.DISK].pop("weights", None)  # the packed store itself
     allocated = {site: {k: n for k, n in p.items() if n} for site, p in result.allocated.items()}
     assert allocated == {site: parts for site, parts in planned.items() if parts}
