@@ -42,7 +42,7 @@ _EPILOG = "\n".join(
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    return status_of(lambda: _command(arguments), (StoreError, CannotRun))
+    return status_of(lambda: _command(arguments), (StoreError, CannotRun), interrupted="")
 
 
 def _command(arguments: Sequence[str]) -> int:
