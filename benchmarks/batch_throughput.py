@@ -58,7 +58,7 @@ def by_batch(llm: LLM, workload: Iterable[tuple[list[int], int]], folder: Path, 
     rows = in_order(scanned.order(), [path], None)
     plan_text(llm, reader, in_order(scanned.order()[:window], [path], None), scanned, settings)  # chooses the policy
     with OutputFile(out, {}, lines) as output, BatchProgress(lines, 0) as progress:
-        Batch(llm, reader, output, settings, progress, frozenset()).run(rows)
+        Batch(llm, reader, output, settings, progress).run(rows)
         output.restore_order()
     return progress.totals.answer_tokens
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flexgen_bench.core.errors import CannotRun, UserError, unknown_choice
 from flexgen_bench.core.extras import how_to_install
@@ -14,19 +15,24 @@ from flexgen_bench.requests.errors import RequestError
 from flexgen_bench.requests.forms import CHAT, COMPLETIONS, FORMS
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
+# Bytes of a line; a longer one is refused, and read no further than this. A prompt of a million tokens is a tenth.
+MOST_LINE = 64 * 2**20
 _ROWS = 1024  # of a parquet file that are in memory at once
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
 class Line:
     """One line (or row) of the input that asks for something. position: its number over all files, from 0, blank lines
-    counted. file, offset: where it lies; offset is -1 for a row of a table."""
+    counted. raw: bytes of a line; the value of a row. file, offset: where it lies; offset is -1 for a row of a table.
+    is_repeated: whether an earlier line has its custom_id (``Scan`` knows)."""
 
     position: int
-    raw: bytes | str
+    raw: Any
     kind: str
     file: int = 0
     offset: int = -1
+    is_repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,15 @@ def check_inputs(paths: Sequence[Path], column: str | None) -> None:
     """UserError for a file that is not there or of no known kind, CannotRun where what reads it is not installed."""
     for path in paths:
         if path.suffix.lower() not in KINDS:
-            raise UserError("input", str(path), f"a file that ends in one of {', '.join(KINDS)}")
+            action = "Unpack it first." if path.suffix.lower() in _PACKED else ""
+            action = "Write it to a file first: it is read more than once." if _is_pipe(path) else action
+            raise UserError("input", str(path), f"a file that ends in one of {', '.join(KINDS)}", action)
         if not path.is_file():
             raise UserError("input", str(path), "a file that exists")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UserError("input", str(path), f"a file that can be read ({error.strerror})") from error
     tables = [path for path in paths if _kind(path) == "parquet"]
     if tables and column is None:
         names = _parquet(tables[0]).schema_arrow.names
@@ -67,13 +79,24 @@ def lines_of(paths: Sequence[Path], column: str | None = None) -> Iterator[Line]
                 yield Line(position, row, kind, number)
                 position += 1
             continue
-        offset = 0
         with path.open("rb") as file:
-            for raw in file:
+            for offset, raw in _text_lines(file):
                 if raw.strip():
                     yield Line(position, raw, kind, number, offset)
-                offset += len(raw)
                 position += 1
+
+
+def _text_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Where every line begins, and its bytes: of one that is too long, only so many that this is seen. The mark that
+    some editors write at the beginning of a file is not part of its first line."""
+    offset = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    file.seek(offset)
+    while raw := file.readline(MOST_LINE + 1):
+        yield offset, raw
+        offset += len(raw)
+        while len(raw) > MOST_LINE and not raw.endswith(b"\n"):
+            raw = file.readline(MOST_LINE + 1)
+            offset += len(raw)
 
 
 class LineFiles:
@@ -83,11 +106,20 @@ class LineFiles:
         self._kinds = [_kind(path) for path in paths]
         self._files = [None if _kind(path) == "parquet" else path.open("rb") for path in paths]
 
-    def read(self, position: int, file: int, offset: int) -> Line:
+    def read(self, position: int, file: int, offset: int, size: int) -> Line:
+        """size: of the line when it was seen first. UserError if it is not that any more."""
         opened = self._files[file]
         assert opened is not None, "rows of tables are read in order"
         opened.seek(offset)
-        return Line(position, opened.readline(), self._kinds[file], file, offset)
+        raw = opened.readline(MOST_LINE + 1)
+        if len(raw) != size:
+            raise UserError(
+                "input",
+                opened.name,
+                "left as it is while it is answered",
+                f"Its line {position} (from 0) is another one now. Restore the file, or name a new output.",
+            )
+        return Line(position, raw, self._kinds[file], file, offset)
 
     def close(self) -> None:
         for file in self._files:
@@ -101,7 +133,9 @@ def request_of(line: Line, model: str, defaults: dict[str, Any]) -> LineRequest:
     if line.kind == "text":
         return LineRequest(None, COMPLETIONS, {"model": model, "prompt": _decoded(line.raw), **defaults})
     if line.kind == "parquet":
-        return LineRequest(None, COMPLETIONS, {"model": model, "prompt": _decoded(line.raw), **defaults})
+        is_chat = isinstance(line.raw, list) and len(line.raw) > 0 and isinstance(line.raw[0], Mapping)
+        field, url = ("messages", CHAT) if is_chat else ("prompt", COMPLETIONS)
+        return LineRequest(None, url, {"model": model, field: line.raw, **defaults})
     given = object_of(line.raw)
     custom_id = given.get("custom_id")
     if custom_id is not None and not isinstance(custom_id, str):
@@ -141,10 +175,11 @@ def _openai_line(given: dict[str, Any], custom_id: str | None) -> LineRequest:
     return LineRequest(custom_id, str(url), body)
 
 
-def object_of(raw: bytes | str) -> dict[str, Any]:
+def object_of(raw: bytes) -> dict[str, Any]:
     """The JSON object of a line; RequestError for what is none."""
+    text = _decoded(raw)
     try:
-        parsed = json.loads(_decoded(raw))
+        parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The line is no JSON: {error}.", None, "invalid_json_line") from error
     if not isinstance(parsed, dict):
@@ -152,9 +187,9 @@ def object_of(raw: bytes | str) -> dict[str, Any]:
     return parsed
 
 
-def _decoded(raw: bytes | str) -> str:
-    if isinstance(raw, str):
-        return raw
+def _decoded(raw: bytes) -> str:
+    if len(raw) > MOST_LINE:
+        raise RequestError(f"The line is longer than {MOST_LINE} bytes.", None, "line_too_long")
     try:
         return raw.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -163,11 +198,14 @@ def _decoded(raw: bytes | str) -> str:
         ) from error
 
 
-def _rows(path: Path, column: str | None) -> Iterator[str]:
-    """The texts of a column; a row that is null is an empty prompt."""
+def _rows(path: Path, column: str | None) -> Iterator[Any]:
+    """The values of a column: texts, lists of token ids, conversations (or what none of these is: its request is
+    refused)."""
     for batch in _parquet(path).iter_batches(batch_size=_ROWS, columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            # A struct has every field that any row has, those that a row has not as null.
+            is_chat = isinstance(value, list) and all(isinstance(part, Mapping) for part in value)
+            yield [{k: v for k, v in part.items() if v is not None} for part in value] if is_chat else value
 
 
 def _parquet(path: Path) -> Any:
@@ -178,8 +216,12 @@ def _parquet(path: Path) -> Any:
         raise CannotRun(f"Parquet: {how_to_install('pyarrow')}") from error
     try:
         return ParquetFile(path)
-    except ArrowInvalid as error:
+    except (ArrowInvalid, OSError) as error:
         raise UserError("input", str(path), f"a parquet file ({error})") from error
+
+
+def _is_pipe(path: Path) -> bool:
+    return str(path) == "-" or path.is_fifo() or path.is_char_device()
 
 
 def _kind(path: Path) -> str:

@@ -13,12 +13,13 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import CannotRun, UserError
 
 _ID = re.compile(rb'\{"id": "batch_req_(\d+)", ')
 _SYNC_S = 1.0  # answers of at most so many seconds are lost with the machine's power; with the process none is
@@ -30,17 +31,20 @@ class OutputFile:
 
     belongs_to: what the job is (JSON); positions: one more than the largest of its input. Raises UserError for a file
     that has answers of another job, or of none, and for one that another process writes; nothing is changed then.
+    CannotRun where the disk takes no more: what was written before stays.
     """
 
     def __init__(self, path: Path, belongs_to: Mapping[str, Any], positions: int) -> None:
         self.path, self._state = path, path.with_name(f"{path.name}.state.json")
-        self._lock = -1
-        self._claim(belongs_to)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._lock = self._file = -1
         self._offsets = array("q", [_MISSING]) * positions
         self._size, self._synced = 0, time.monotonic()
         self.done = 0
+        self._claim(belongs_to)
         try:
+            with self._disk():
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                _sync_folder(path.parent)
             self._recover()
         except BaseException:
             self.close()
@@ -55,38 +59,65 @@ class OutputFile:
         assert not self.has(position), "answered once"
         head = {"id": f"batch_req_{position:09d}", "custom_id": custom_id}
         data = _line({**head, **answer})
-        self._offsets[position] = self._size
-        self._size += len(data)
-        self.done += 1
-        while data:
-            data = data[os.write(self._file, data) :]
-        if time.monotonic() - self._synced > _SYNC_S:
-            os.fsync(self._file)
-            self._synced = time.monotonic()
+        with self._disk():
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.write(self._file, data[written:])
+            except BaseException:
+                os.ftruncate(self._file, self._size)  # what is there of the line is no answer
+                raise
+            self._offsets[position] = self._size
+            self._size += len(data)
+            self.done += 1
+            if time.monotonic() - self._synced > _SYNC_S:
+                os.fsync(self._file)
+                self._synced = time.monotonic()
 
     def restore_order(self) -> None:
         """Put the answers into the order of the input, all at once: a copy takes the file's place."""
-        offsets = [offset for offset in self._offsets if offset != _MISSING]
-        if all(a < b for a, b in pairwise(offsets)):
+        if all(a < b for a, b in pairwise(self._answered())):
             return
         copy = self.path.with_name(f".{self.path.name}.ordered")
-        with self.path.open("rb") as source, copy.open("wb") as target:
-            for offset in offsets:
-                source.seek(offset)
-                target.write(source.readline())
-            target.flush()
-            os.fsync(target.fileno())
+        try:
+            with self._disk(), self.path.open("rb") as source, copy.open("wb") as target:
+                for offset in self._answered():
+                    source.seek(offset)
+                    target.write(source.readline())
+                target.flush()
+                os.fsync(target.fileno())
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
         os.replace(copy, self.path)
+        _sync_folder(self.path.parent)
+
+    def _answered(self) -> Iterator[int]:
+        """Where the answers lie, in the order of the input."""
+        return (offset for offset in self._offsets if offset != _MISSING)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CannotRun(
+                f"{self.path} cannot be written ({error.strerror}). The {self.done} answers that are in it stay; when "
+                "there is room the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Bring everything to disk."""
-        if self._file >= 0:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        file, self._file = self._file, -1
+        lock, self._lock = self._lock, -1
+        try:
+            if file >= 0:
+                with self._disk():
+                    os.fsync(file)
+        finally:
+            for opened in (file, lock):
+                if opened >= 0:
+                    os.close(opened)
 
     def __enter__(self) -> OutputFile:
         return self
@@ -97,6 +128,9 @@ class OutputFile:
     def _claim(self, belongs_to: Mapping[str, Any]) -> None:
         """Take the file for this job and this process."""
         job = json.loads(json.dumps(belongs_to))
+        if str(self.path) == "-" or (self.path.exists() and not self.path.is_file()):
+            action = "A folder, a pipe or a terminal cannot say later what is answered."
+            raise UserError("--output", str(self.path), "a file", action)
         if self.path.exists() and not self._state.exists() and self.path.stat().st_size:
             raise UserError(
                 "--output",
@@ -122,18 +156,21 @@ class OutputFile:
 
     def _check(self, job: dict[str, Any]) -> None:
         written = os.pread(self._lock, 2**24, 0)
+        has_answers = self.path.exists() and self.path.stat().st_size > 0
+        is_ours, stored_job = not written or written.startswith(b"{"), None
         try:
-            stored_job = json.loads(written) if written.strip() else None
+            stored_job = json.loads(written) if written else None
+            is_ours = is_ours and (stored_job is None or job.keys() == stored_job.keys())
         except ValueError:  # cut by a kill before anything was answered, unless there are answers
-            stored_job = None
-        if stored_job is None:
-            if self.path.exists() and self.path.stat().st_size:
-                raise UserError("--output", str(self.path), "beside a state that can be read", f"{self._state} cannot.")
-            data = json.dumps(job, indent=1).encode()
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, data, 0)
-            os.fsync(self._lock)
+            pass
+        if is_ours and not has_answers:  # nothing that would be lost
+            with self._disk():
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, json.dumps(job, indent=1).encode(), 0)
+                os.fsync(self._lock)
             return
+        if not isinstance(stored_job, dict):
+            raise UserError("--output", str(self.path), "beside a state that can be read", f"{self._state} cannot.")
         for key in sorted(job.keys() | stored_job.keys()):
             if job.get(key) != stored_job.get(key):
                 raise UserError(
@@ -172,3 +209,12 @@ def _line(answer: Mapping[str, Any]) -> bytes:
         return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half of a character in a custom_id: escaped, it can be written
         return json.dumps(answer).encode() + b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the name of a file is on disk, too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -54,19 +54,11 @@ class Waiting:
 
 
 class Batch:
-    """Answers the lines that ``output`` does not have yet. repeated: positions of lines whose name is taken."""
+    """Answers the lines that ``output`` does not have yet."""
 
-    def __init__(
-        self,
-        llm: LLM,
-        reader: Reader,
-        output: OutputFile,
-        settings: Settings,
-        watcher: Watcher,
-        repeated: frozenset[int],
-    ) -> None:
+    def __init__(self, llm: LLM, reader: Reader, output: OutputFile, settings: Settings, watcher: Watcher) -> None:
         self._llm, self._reader, self._writer = llm, reader, Writer(llm.tokenizer)
-        self._output, self._settings, self._watcher, self._repeated = output, settings, watcher, repeated
+        self._output, self._settings, self._watcher = output, settings, watcher
 
     def run(self, lines: Iterator[Line]) -> None:
         """Whatever ends it before its end, the same call with the same lines goes on."""
@@ -87,7 +79,7 @@ class Batch:
     def _read(self, line: Line) -> Waiting | None:
         """What a line asks for; None for a bad one, which is answered with what is wrong with it."""
         try:
-            if line.position in self._repeated:
+            if line.is_repeated:
                 raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
             line_request = request_of(line, self._settings.model, dict(self._settings.defaults))
             # Every request has a random stream of its own, the same in every run.

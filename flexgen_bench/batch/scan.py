@@ -4,8 +4,8 @@ which order to start it."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _SAME_START, _ENOUGH = 256, 32
 # Where it is looked for: of a line that says nothing of the length of its answer, it may be long.
 _UNSTATED = 2**31 - 1
 
-# What is kept of a line: 40 bytes.
+# What is kept of a line: 41 bytes.
 _LINE = np.dtype(
     [
         ("position", "i8"),
@@ -35,6 +35,7 @@ _LINE = np.dtype(
         ("new", "i4"),  # most new tokens
         ("size", "i4"),  # of the line, in bytes
         ("file", "i4"),
+        ("is_repeated", "?"),  # an earlier line has its custom_id
     ]
 )
 Lines = np.ndarray[Any, np.dtype[np.void]]
@@ -42,11 +43,10 @@ Lines = np.ndarray[Any, np.dtype[np.void]]
 
 @dataclass(frozen=True)
 class Scan:
-    """files: name and SHA-256 of each input. repeated: positions of lines whose custom_id an earlier one has.
-    positions: one more than the largest. own_lines: what is known of each line of this shard."""
+    """files: name and SHA-256 of each input. positions: one more than the largest. own_lines: what is known of each
+    line of this shard."""
 
     files: tuple[tuple[str, str], ...]
-    repeated: frozenset[int]
     positions: int
     own_lines: Lines
 
@@ -77,11 +77,12 @@ def scan(paths: Sequence[Path], column: str | None, shard: Shard) -> Scan:
             block = []
     packed.append(np.array(block, dtype=_LINE))
     every = np.concatenate(packed)
-    mine = every[shard.has(every["position"])]
-    if not len(mine):
-        raise UserError("input", ", ".join(map(str, paths)), f"a file with requests in it{shard.words}")
+    del packed
+    if not len(every):
+        raise UserError("input", ", ".join(map(str, paths)), "a file with requests in it")
+    _mark_repeated(every)
     files = tuple((path.name, _sha256(path)) for path in paths)
-    return Scan(files, _repeated(every), int(every["position"].max()) + 1, mine)
+    return Scan(files, int(every["position"][-1]) + 1, every[shard.has(every["position"])])
 
 
 def in_order(lines: Lines, paths: Sequence[Path], column: str | None) -> Iterator[Line]:
@@ -93,7 +94,8 @@ def in_order(lines: Lines, paths: Sequence[Path], column: str | None) -> Iterato
             if row["offset"] < 0:
                 in_tables.append(int(row["position"]))
             else:
-                yield files.read(int(row["position"]), int(row["file"]), int(row["offset"]))
+                line = files.read(int(row["position"]), int(row["file"]), int(row["offset"]), int(row["size"]))
+                yield replace(line, is_repeated=bool(row["is_repeated"]))
     finally:
         files.close()
     table_positions = np.sort(np.array(in_tables, dtype=np.int64))
@@ -115,15 +117,15 @@ def _noted(line: Line) -> tuple[int, ...]:
     new = body.get("max_completion_tokens") or body.get("max_tokens")
     stated = new if type(new) is int and 0 <= new < _UNSTATED else _UNSTATED
     own = _hash(name.encode(errors="surrogatepass"), 8) if isinstance(name, str) else 0
-    size = min(len(line.raw), 2**31 - 1)
-    return line.position, line.offset, own, _hash(_start(line, body), 4), stated, size, line.file
+    size = len(line.raw) if isinstance(line.raw, Sized) else 0
+    return line.position, line.offset, own, _hash(_start(line, body), 4), stated, size, line.file, False
 
 
 def _start(line: Line, body: Mapping[str, Any]) -> bytes:
     """How the prompt of a line starts, whatever form it has."""
-    if line.kind != "jsonl":
-        text = line.raw if isinstance(line.raw, bytes) else line.raw.encode(errors="surrogatepass")
-        return text[:_SAME_START]
+    if line.kind == "text":
+        return bytes(line.raw[:_SAME_START])
+    body = {"prompt": line.raw} if line.kind == "parquet" else body
     prompt, messages = body.get("prompt"), body.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
         prompt = messages[0].get("content")
@@ -135,12 +137,12 @@ def _hash(data: bytes, size: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=size).digest(), "little")
 
 
-def _repeated(every: Lines) -> frozenset[int]:
-    """Positions of all but the first line of those with the same name."""
-    named = every[every["name"] != 0]
-    ordered = named[np.lexsort((named["position"], named["name"]))]
-    same = np.flatnonzero(ordered["name"][1:] == ordered["name"][:-1]) + 1
-    return frozenset(int(position) for position in ordered["position"][same])
+def _mark_repeated(every: Lines) -> None:
+    """All but the first line of those with the same name."""
+    order = np.lexsort((every["position"], every["name"]))
+    names = every["name"][order]
+    same = (names[1:] == names[:-1]) & (names[1:] != 0)
+    every["is_repeated"][order[1:][same]] = True
 
 
 def _check_jsonl(paths: Sequence[Path]) -> None:

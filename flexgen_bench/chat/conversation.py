@@ -46,7 +46,7 @@ def capacity_of(llm: LLM, params: SamplingParams, context: int) -> Capacity:
         raise UserError("context", context, f"from 2 to {llm.shape.max_positions} for {llm.shape.name}")
     if params.max_tokens >= context:
         raise UserError("max_tokens", params.max_tokens, f"below context ({context})", "Raise context=.")
-    return Capacity(1, context - params.max_tokens + 1, params.max_tokens, keeps=True)
+    return Capacity(1, context - params.max_tokens + 1, params.max_tokens, kept_tokens=context)
 
 
 class Conversation:
@@ -125,6 +125,7 @@ class Conversation:
             while not self._job.is_idle:
                 for _, piece in self._job.step():
                     first = first or time.perf_counter() - begin
+                    self._kept = sequence.prefix = None  # it is in the cache now; memory is for one conversation
                     said += piece.text
                     yield piece.text
         finally:

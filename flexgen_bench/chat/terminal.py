@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import threading
@@ -104,7 +105,10 @@ def terminal_reader() -> ReadLine:
 
 
 def pipe_reader() -> ReadLine:
-    """Lines of standard input, without prompts."""
+    """Lines of standard input, without prompts. A line that is no UTF-8 is refused as a turn, and the next one is
+    read."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
     def read(prompt: str) -> str:
         line = sys.stdin.readline()

@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.cli.ending import status_of
 from flexgen_bench.cli.model_words import check_words, divided, number, open_llm, words_help
 from flexgen_bench.core.errors import CannotRun, NotFinite, StoreError, UserError
 from flexgen_bench.core.folders import path_argument
+from flexgen_bench.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.scan import Scan
     from flexgen_bench.batch.shard import Shard
     from flexgen_bench.llm.llm import LLM
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     from flexgen_bench.batch.inputs import check_inputs
+    from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.scan import scan
     from flexgen_bench.batch.shard import Shard
 
@@ -85,49 +89,66 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     shard = Shard.parse(options.shard)
     if options.window is not None and options.window < 1:
         raise UserError("--window", options.window, "at least 1")
+    SamplingParams(**_sampling(words))  # refuses now what every line would be refused for
+    _answer_tokens(words)
     check_inputs(options.input, options.column)
-    if options.output.resolve() in [path.resolve() for path in options.input]:
+    if any(_is_same(options.output, path) for path in options.input):
         raise UserError("--output", str(options.output), "another file than the input")
     scanned = scan(options.input, options.column, shard)
-    with open_llm(words) as llm:
-        return _answer(llm, options, words, scanned, shard)
-
-
-def _answer(llm: LLM, options: argparse.Namespace, words: Mapping[str, str], scanned: Scan, shard: Shard) -> int:
-    from flexgen_bench.batch.output_file import OutputFile
-    from flexgen_bench.batch.plan import SAMPLE, plan_text
-    from flexgen_bench.batch.progress import BatchProgress, summary
-    from flexgen_bench.batch.run import Batch, Settings
-    from flexgen_bench.batch.scan import in_order
-    from flexgen_bench.requests.asked import Limits, Reader
-
-    given = {key: number(words[key]) for key in _SAMPLING if key in words}
-    name = words.get("name", words["model"])
-    window = options.window or _window(scanned.lines)
-    settings = Settings(window, name, {**DEFAULTS, **given})
-    most = llm.shape.max_positions
-    stated = words.get("answer_tokens")
-    limits = Limits(most, _ANSWER_TOKENS if stated is None else _count(stated, "answer_tokens"), choices=window)
-    reader = Reader(llm.tokenizer, llm.shape, (name,), limits)
-
-    rows = scanned.order()
-    every = max(1, len(rows) // SAMPLE)  # for the plan: evenly from first to last
-    sample = in_order(rows[::every], options.input, options.column)
-    print(plan_text(llm, reader, sample, scanned, settings), file=sys.stderr, flush=True)
     if options.plan:
+        with open_llm(words) as llm:
+            Answering(llm, options, words, scanned).tell_plan()
         return 0
+    # The output is looked at before the model is opened, which may take minutes.
     with OutputFile(options.output, _belongs_to(scanned, shard, words, options), scanned.positions) as output:
         if output.done:
             print(f"{output.done} of {scanned.lines} are answered already", file=sys.stderr, flush=True)
-        with BatchProgress(scanned.lines, output.done) as progress:
-            Batch(llm, reader, output, settings, progress, scanned.repeated).run(
-                in_order(rows, options.input, options.column)
-            )
+        if output.done < scanned.lines:
+            with open_llm(words) as llm:
+                Answering(llm, options, words, scanned).run(output)
+        elif not scanned.lines:
+            print(f"no line is{shard.words}: the output is empty", file=sys.stderr)
         if options.order == "input":
             output.restore_order()
-    rates = llm.hardware.rates
-    print(summary(progress, rates.price_per_hour if rates else None), file=sys.stderr)
     return 0
+
+
+class Answering:
+    """A model at work on the lines of a scan."""
+
+    def __init__(self, llm: LLM, options: argparse.Namespace, words: Mapping[str, str], scanned: Scan) -> None:
+        from flexgen_bench.batch.run import Settings
+        from flexgen_bench.requests.asked import Limits, Reader
+
+        name = words.get("name", words["model"])
+        window = options.window or _window(scanned.lines)
+        self._llm, self._options, self._scanned = llm, options, scanned
+        self._settings = Settings(window, name, {**DEFAULTS, **_sampling(words)})
+        limits = Limits(llm.shape.max_positions, _answer_tokens(words), choices=window)
+        self._reader = Reader(llm.tokenizer, llm.shape, (name,), limits)
+        self._rows = scanned.order()
+
+    def tell_plan(self) -> None:
+        from flexgen_bench.batch.plan import SAMPLE, plan_text
+        from flexgen_bench.batch.scan import in_order
+
+        every = max(1, len(self._rows) // SAMPLE)  # evenly from first to last
+        sample = in_order(self._rows[::every], self._options.input, self._options.column)
+        text = plan_text(self._llm, self._reader, sample, self._scanned, self._settings)
+        print(text, file=sys.stderr, flush=True)
+
+    def run(self, output: OutputFile) -> None:
+        from flexgen_bench.batch.progress import BatchProgress, summary
+        from flexgen_bench.batch.run import Batch
+        from flexgen_bench.batch.scan import in_order
+
+        self.tell_plan()
+        options = self._options
+        with BatchProgress(self._scanned.lines, output.done) as progress:
+            batch = Batch(self._llm, self._reader, output, self._settings, progress)
+            batch.run(in_order(self._rows, options.input, options.column))
+        rates = self._llm.hardware.rates
+        print(summary(progress, rates.price_per_hour if rates else None), file=sys.stderr)
 
 
 def _belongs_to(scanned: Scan, shard: Shard, words: Mapping[str, str], options: argparse.Namespace) -> dict[str, Any]:
@@ -142,13 +163,24 @@ def _belongs_to(scanned: Scan, shard: Shard, words: Mapping[str, str], options: 
     }
 
 
+def _is_same(output: Path, path: Path) -> bool:
+    """Also by another name: a link."""
+    return output.exists() and output.samefile(path)
+
+
 def _window(lines: int) -> int:
     """A tenth of the requests, within what is worth it: whole micro-batches."""
     return min(4096, max(2 * _ALIGNED, lines // 10 // _ALIGNED * _ALIGNED))
 
 
-def _count(text: str, field: str) -> int:
-    count = number(text)
+def _sampling(words: Mapping[str, str]) -> dict[str, Any]:
+    """What words say of lines that are bare prompts."""
+    return {key: number(words[key]) for key in _SAMPLING if key in words}
+
+
+def _answer_tokens(words: Mapping[str, str]) -> int:
+    stated = words.get("answer_tokens")
+    count = _ANSWER_TOKENS if stated is None else number(stated)
     if not isinstance(count, int) or count < 1:
-        raise UserError(field, text, "an integer of at least 1")
+        raise UserError("answer_tokens", stated, "an integer of at least 1")
     return count

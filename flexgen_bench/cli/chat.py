@@ -102,7 +102,7 @@ def _expectation(llm: LLM, capacity: Capacity) -> str:
     """What the model takes and how fast it will be, as far as that can be said."""
     from flexgen_bench.schedule.sequence_groups import Request
 
-    plan = llm.plan([capacity.largest])
+    plan = llm.plan(capacity)
     memory = ", ".join(f"{tier} {format_bytes(plan.total(tier))}" for tier in Tier if plan.total(tier))
     said = f"{llm.shape.name}: {memory}; {capacity.prompt_len + capacity.gen_len - 1} tokens of context"
     try:

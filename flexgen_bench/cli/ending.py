@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,9 @@ def status_of(run: Callable[[], int], failures: tuple[type[Exception], ...], int
         return BAD_INPUT
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # who reads has seen enough (``| head``)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be written at the exit
         return FAILED
     except KeyboardInterrupt:
         if interrupted is None:

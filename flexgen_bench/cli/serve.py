@@ -24,6 +24,7 @@ _WHAT = {
     "queue": "more that may wait; others are told to come back (429)",
     "prompt_tokens": "most tokens of a prompt",
     "answer_tokens": "most new tokens of an answer",
+    "kept_tokens": "that stay when their request has ended, for others that begin alike (0: none)",
     "body_bytes": "most bytes of a request",
     "file_bytes": "most bytes of a file for a batch",
     "request_s": "most seconds of an answer, from its arrival",
@@ -41,7 +42,7 @@ _EPILOG = "\n".join(
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    return status_of(lambda: _command(arguments), (StoreError, CannotRun))
+    return status_of(lambda: _command(arguments), (StoreError, CannotRun), interrupted="")
 
 
 def _command(arguments: Sequence[str]) -> int:

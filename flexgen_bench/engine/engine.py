@@ -113,7 +113,7 @@ class Engine:
         Raises DoesNotFit if the capacity has no room. More sequences than a block of the policy has do not run at once:
         the others wait.
         """
-        plan = self.plan(capacity, 4 * self._model.shape.vocab_size)
+        capacity, plan = self.plan_open(capacity)
         self.check_free()
         self._check(plan)
         sequences: dict[int, Running] = {}
@@ -122,17 +122,22 @@ class Engine:
         held = ExitStack()
         executor, actions = held.enter_context(self._job(plan, generation, self.policy, result))
         scheduler = Scheduler(self.policy, plan, generation.logit_rows, admission, generation.on_device)
-        # Beyond its steady positions a model's keys depend on the length of their sequence.
-        longest = capacity.prompt_len + capacity.gen_len - 1
-        keeps = capacity.keeps and can_keep(plan) and longest <= self._family.steady_positions(self._model.shape)
-        prefixes = KeptPrefixes(actions.cache, sequences) if keeps else None
         run = JobRun(
             *(scheduler, plan.job, executor, actions, generation, result),
-            prefixes=prefixes,
+            prefixes=KeptPrefixes(actions.cache, sequences) if capacity.keeps else None,
             overlap=self.policy.overlap,
         )
-        self._open = OpenJob(replace(capacity, keeps=keeps), admission, sequences, run, held, self._give_back, result)
+        self._open = OpenJob(capacity, admission, sequences, run, held, self._give_back, result)
         return self._open
+
+    def plan_open(self, capacity: Capacity) -> tuple[Capacity, MemoryPlan]:
+        """The plan of an open job, and its capacity: without kept tokens where none can be kept."""
+        plan = self.plan(capacity, 4 * self._model.shape.vocab_size)
+        # Beyond its steady positions a model's keys depend on the length of their sequence.
+        longest = capacity.prompt_len + capacity.gen_len - 1
+        if capacity.keeps and not (can_keep(plan) and longest <= self._family.steady_positions(self._model.shape)):
+            return self.plan_open(replace(capacity, kept_tokens=0))
+        return capacity, plan
 
     def score(self, requests: Sequence[ScoreRequest], found: Found, progress: Progress = quiet) -> JobResult:
         """Log-likelihoods of continuations. ``found`` gets each as soon as it is there, from a thread of the engine."""

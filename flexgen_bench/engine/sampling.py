@@ -10,12 +10,18 @@ from torch import Tensor
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.outputs import TokenLogprobs
 
+# Beyond these a temperature is the greedy choice, and a penalty decides alone; float32 would overflow.
+LEAST_TEMPERATURE = 1e-10
+LEAST_PENALTY, MOST_PENALTY = 1e-10, 1e10
+
 
 class Sampler:
     """Chooses the next token of one sequence."""
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], stream: int) -> None:
         self._params = params
+        self._temperature = max(params.temperature, LEAST_TEMPERATURE)
+        self._penalty = min(max(params.repetition_penalty, LEAST_PENALTY), MOST_PENALTY)
         self._seen = set(prompt)
         self._generator: torch.Generator | None = None
         if not params.greedy:
@@ -25,11 +31,11 @@ class Sampler:
         """The next token for logits (vocab,), which are not changed."""
         p = self._params
         if p.repetition_penalty != 1.0:
-            logits = _penalise(logits.float(), self._seen, p.repetition_penalty)
+            logits = _penalise(logits.float(), self._seen, self._penalty)
         if p.greedy:
             token = int(logits.argmax())
         else:
-            probabilities = _filtered(logits.float() / p.temperature, p.top_k, p.top_p)
+            probabilities = _filtered(logits.float() / self._temperature, p.top_k, p.top_p)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._seen.add(token)
         return token

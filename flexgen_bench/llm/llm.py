@@ -257,10 +257,13 @@ class LLM(Closing):
         job = self._engine.for_generation([capacity.largest] * capacity.sequences).open(capacity)
         return OpenRequests(job, self.sequences)
 
-    def plan(self, requests: Sequence[Request]) -> MemoryPlan:
-        """Every byte that a job of generation of these requests would take, under the policy that it would have.
-        Raises DoesNotFit."""
+    def plan(self, requests: Sequence[Request] | Capacity) -> MemoryPlan:
+        """Every byte that a job of generation of these requests would take, or an open one of a capacity, under the
+        policy that it would have. Raises DoesNotFit."""
         self._check_open()
+        if isinstance(requests, Capacity):
+            engine = self._engine.for_generation([requests.largest] * requests.sequences)
+            return engine.plan_open(requests)[1]
         return self._engine.for_generation(requests).plan(requests)
 
     def predicted_seconds(self, requests: Sequence[Request]) -> float:

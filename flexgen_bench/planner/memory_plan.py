@@ -148,6 +148,9 @@ def plan_job(
         for site in job.attends_at(units[unit.index]):
             parts[site]["attention sinks"] = parts[site].get("attention sinks", 0) + unit.sink_bytes
     parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
+    if isinstance(requests, Capacity):
+        layers = sum(unit.kind is UnitKind.LAYER for unit in units)
+        parts[job.site]["kept prefixes"] = requests.kept_tokens * groups.token_bytes * layers
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
         parts[job.site.host]["attention workspace"] = attending

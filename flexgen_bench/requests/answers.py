@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from flexgen_bench.engine.outputs import Output, Piece, TokenLogprobs
@@ -31,10 +32,10 @@ class Writer:
         parsed: ParsedRequest,
         outputs: Sequence[Output],
         of_prompts: Sequence[PromptLogprobs] = (),
-        answer_id: str | None = None,
+        kept_tokens: int | None = None,
     ) -> dict[str, Any]:
         """The whole answer. outputs: one for each of ``parsed.sequences`` (none if it generates nothing); of_prompts:
-        the log-probabilities of their prompts' tokens, where they are asked for."""
+        the log-probabilities of their prompts' tokens, where they are asked for; kept_tokens: see ``usage_of``."""
         make = self._chat_choice if parsed.is_chat else self._completion_choice
         choices = []
         for index, sequence in enumerate(parsed.sequences):
@@ -42,28 +43,36 @@ class Writer:
                 outputs[index] if outputs else Output(sequence.prompt, tuple(parsed.prompts[index]), (), "", "length")
             )
             choices.append(make(parsed, index, output, of_prompts[index] if of_prompts else None))
-        usage = usage_of(parsed, sum(len(output.token_ids) for output in outputs))
+        usage = usage_of(parsed, sum(len(output.token_ids) for output in outputs), kept_tokens)
         kind = "chat.completion" if parsed.is_chat else "text_completion"
-        return self._frame(parsed, kind, answer_id or new_id(parsed), choices) | {"usage": usage}
+        return self._frame(parsed, kind, new_id(parsed), choices) | {"usage": usage}
 
-    def chunk(self, parsed: ParsedRequest, answer_id: str, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
-        """A part of a streamed answer: what is new in one of its choices."""
-        reason = piece.finish_reason or None
+    def chunk(
+        self, parsed: ParsedRequest, answer_id: str, index: int, piece: Piece, place: int | None
+    ) -> dict[str, Any]:
+        """A part of a streamed answer: what is new in one of its choices. place: characters of the tokens before it;
+        None: it is the first of its choice."""
+        is_first, reason = place is None, piece.finish_reason or None
         choice: dict[str, Any] = {"index": index}
         if parsed.is_chat:
             role = {"role": "assistant"} if is_first else {}
             choice["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
         else:
             choice["text"] = piece.text
-        choice["logprobs"] = self._logprobs(parsed, piece.token_ids, piece.logprobs, None)
+        choice["logprobs"] = self._logprobs(parsed, piece.token_ids, piece.logprobs, None, place or 0)
         choice["finish_reason"] = reason
         kind = "chat.completion.chunk" if parsed.is_chat else "text_completion"
-        return self._frame(parsed, kind, answer_id, [choice])
+        usage = {"usage": None} if parsed.include_usage else {}
+        return self._frame(parsed, kind, answer_id, [choice]) | usage
 
-    def usage_chunk(self, parsed: ParsedRequest, answer_id: str, answer_tokens: int) -> dict[str, Any]:
+    def characters(self, token_ids: Sequence[int]) -> int:
+        """Of tokens as log-probabilities show them."""
+        return sum(len(self._shown(token)) for token in token_ids)
+
+    def usage_chunk(self, parsed: ParsedRequest, answer_id: str, usage: dict[str, Any]) -> dict[str, Any]:
         """The last part of a streamed answer, if it is to count tokens."""
         kind = "chat.completion.chunk" if parsed.is_chat else "text_completion"
-        return self._frame(parsed, kind, answer_id, []) | {"usage": usage_of(parsed, answer_tokens)}
+        return self._frame(parsed, kind, answer_id, []) | {"usage": usage}
 
     def _frame(self, parsed: ParsedRequest, kind: str, answer_id: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": answer_id, "object": kind, "created": int(time.time()), "model": parsed.model, "choices": choices}
@@ -91,7 +100,12 @@ class Writer:
         }
 
     def _logprobs(
-        self, parsed: ParsedRequest, ids: Sequence[int], own: Sequence[TokenLogprobs], prompt: PromptLogprobs | None
+        self,
+        parsed: ParsedRequest,
+        ids: Sequence[int],
+        own: Sequence[TokenLogprobs],
+        prompt: PromptLogprobs | None,
+        place: int = 0,
     ) -> dict[str, Any] | None:
         if parsed.logprobs is None:
             return None
@@ -103,10 +117,7 @@ class Writer:
             }
         token_logprobs: list[TokenLogprobs | None] = [*(prompt or ()), *own]
         tokens = [self._shown(i) for i in ids]
-        places, at = [], 0
-        for token in tokens:
-            places.append(at)
-            at += len(token)
+        places = list(accumulate(map(len, tokens), initial=place))[:-1]
         return {
             "tokens": tokens,
             "token_logprobs": [p and p.logprob for p in token_logprobs],
@@ -136,12 +147,15 @@ class Writer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def usage_of(parsed: ParsedRequest, answer_tokens: int) -> dict[str, int]:
-    """Tokens as they are counted for a bill: a prompt once, however many answers it gets."""
+def usage_of(parsed: ParsedRequest, answer_tokens: int, kept_tokens: int | None = None) -> dict[str, Any]:
+    """Tokens as they are counted for a bill: a prompt once, however many answers it gets. kept_tokens: of the prompts,
+    those that an earlier request has computed; None: nobody has kept any."""
     choices = len(parsed.sequences) // parsed.num_prompts
     prompt_tokens = sum(len(prompt) for prompt in parsed.prompts[::choices])
+    details = {} if kept_tokens is None else {"prompt_tokens_details": {"cached_tokens": kept_tokens}}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": answer_tokens,
         "total_tokens": prompt_tokens + answer_tokens,
+        **details,
     }

@@ -51,7 +51,9 @@ def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise UserError(f"{name}.role", role, "a role such as 'system', 'user' or 'assistant'")
-        checked.append({"role": role, "content": _text(message.get("content"), f"{name}.content")})
+        # A template that knows nothing of names takes no notice of one.
+        named = {} if message.get("name") is None else {"name": _text(message["name"], f"{name}.name")}
+        checked.append({"role": role, "content": _text(message.get("content"), f"{name}.content"), **named})
     return checked
 
 

@@ -10,8 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flexgen_bench.requests.errors import RequestError
+
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20
+MOST_STOPS = 16
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -39,7 +42,7 @@ class Form(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -66,13 +69,13 @@ class Form(BaseModel):
         if isinstance(given, dict):
             for name, values in cls.neutral.items():
                 if given.get(name) not in values:
-                    raise ValueError(f"{name} is not implemented: leave it out")
+                    raise RequestError(f"{name} is not implemented: leave it out.", name, "unsupported_parameter")
         return given
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Form:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise RequestError("stream_options needs stream = true.", "stream_options", "invalid_value")
         return self
 
 
@@ -91,9 +94,9 @@ class CompletionForm(Form):
     @model_validator(mode="after")
     def _something_to_do(self) -> CompletionForm:
         if self.prompt == []:
-            raise ValueError("prompt holds no prompt")
+            raise RequestError("prompt = []: must hold a prompt.", "prompt", "invalid_value")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens = 0 asks for nothing without echo: true")
+            raise RequestError("max_tokens = 0 asks for nothing without echo = true.", "max_tokens", "invalid_value")
         return self
 
 
@@ -137,9 +140,10 @@ class ChatForm(Form):
     @model_validator(mode="after")
     def _logprobs_agree(self) -> ChatForm:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise RequestError("top_logprobs needs logprobs = true.", "top_logprobs", "invalid_value")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+            message = "max_tokens and max_completion_tokens differ: give one of them."
+            raise RequestError(message, "max_completion_tokens", "invalid_value")
         return self
 
 

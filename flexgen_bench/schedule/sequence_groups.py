@@ -35,13 +35,18 @@ class Request:
 @dataclass(frozen=True)
 class Capacity:
     """What an open job is planned for, before its requests are known: how many sequences may run at once, and the
-    longest prompt and the most new tokens that one may have. keeps: sequences may go on from what an earlier one has
-    computed."""
+    longest prompt and the most new tokens that one may have. kept_tokens: most tokens, over all sequences that have
+    ended, whose keys and values are kept for others to go on from; 0: none."""
 
     sequences: int
     prompt_len: int
     gen_len: int
-    keeps: bool = False
+    kept_tokens: int = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether sequences may go on from what an earlier one has computed."""
+        return self.kept_tokens > 0
 
     @property
     def largest(self) -> Request:

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from flexgen_bench.requests.answers import Writer, new_id
+from flexgen_bench.requests.answers import Writer, new_id, usage_of
 from flexgen_bench.requests.asked import ParsedRequest
 from flexgen_bench.requests.errors import TIMED_OUT, TOO_MANY, RequestError
-from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Pace, Ticket
+from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Ticket
 from flexgen_bench.serve.metrics import Metrics
+from flexgen_bench.serve.pace import Pace
 from flexgen_bench.serve.settings import ServeSettings
 
 CLIENT_GONE = 499  # as nginx calls it; nobody reads it
@@ -55,7 +56,7 @@ class Answering:
                 if isinstance(event, RequestError):
                     raise event
                 if isinstance(event, Answered):
-                    body = self._writer.body(parsed, event.outputs, event.of_prompts)
+                    body = self._writer.body(parsed, event.outputs, event.of_prompts, event.kept_tokens)
                     self._account(body["usage"], begin)
                     return JSONResponse(body)
                 if not begun:
@@ -68,7 +69,7 @@ class Answering:
     async def _parts(
         self, parsed: ParsedRequest, ticket: Ticket, events: asyncio.Queue[Event], begin: float
     ) -> AsyncIterator[bytes]:
-        answer_id, started = new_id(parsed), set[int]()
+        answer_id, places = new_id(parsed), dict[int, int]()
         try:
             while True:
                 event = await self._next(events, begin)
@@ -79,16 +80,17 @@ class Answering:
                     break
                 assert event is not None
                 choice, piece = event
-                if not started:
+                if not places:
                     self._metrics.first_s.observe(time.monotonic() - begin)
-                if piece.text or piece.finish_reason or parsed.logprobs is not None or choice not in started:
-                    yield _sent(self._writer.chunk(parsed, answer_id, choice, piece, choice not in started))
-                    started.add(choice)
+                place = places.get(choice)
+                if piece.text or piece.finish_reason or parsed.logprobs is not None or place is None:
+                    yield _sent(self._writer.chunk(parsed, answer_id, choice, piece, place))
+                places[choice] = (place or 0) + self._writer.characters(piece.token_ids)
             tokens = sum(len(output.token_ids) for output in event.outputs)
-            usage = self._writer.usage_chunk(parsed, answer_id, tokens)
+            usage = usage_of(parsed, tokens, event.kept_tokens)
             if parsed.include_usage:
-                yield _sent(usage)
-            self._account(usage["usage"], begin)
+                yield _sent(self._writer.usage_chunk(parsed, answer_id, usage))
+            self._account(usage, begin)
             yield b"data: [DONE]\n\n"
         except RequestError as error:
             yield _sent(error.body())
@@ -115,10 +117,11 @@ class Answering:
             raise RequestError(message, None, "timeout", TIMED_OUT)
         return None
 
-    def _account(self, usage: dict[str, int], begin: float) -> None:
+    def _account(self, usage: dict[str, Any], begin: float) -> None:
         self._pace.note(begin)
         self._metrics.request_s.observe(time.monotonic() - begin)
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.kept_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
         self._metrics.answer_tokens.inc(usage["completion_tokens"])
 
 

@@ -13,13 +13,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.requests.answers import Writer
 from flexgen_bench.requests.asked import Limits, ParsedRequest, Reader
-from flexgen_bench.requests.errors import NOT_FOUND, SERVER_ERROR, RequestError
+from flexgen_bench.requests.errors import NOT_FOUND, UNAVAILABLE, RequestError
 from flexgen_bench.requests.forms import CHAT, COMPLETIONS
 from flexgen_bench.schedule.sequence_groups import Capacity
 from flexgen_bench.serve.answering import Answering
@@ -58,10 +59,10 @@ class Parts:
 
 def make_app(llm: LLM, name: str, settings: ServeSettings) -> FastAPI:
     """The server of one model. name: by which requests ask for it. What it needs lives from start-up to shut-down."""
-    capacity = Capacity(settings.sequences, settings.prompt_tokens, settings.answer_tokens)
+    capacity = Capacity(settings.sequences, settings.prompt_tokens, settings.answer_tokens, settings.kept_tokens)
     limits = Limits(settings.prompt_tokens, settings.answer_tokens)
     reader, writer, metrics = LockedReader(llm.tokenizer, llm.shape, (name,), limits), Writer(llm.tokenizer), Metrics()
-    loop = EngineLoop(llm, capacity)
+    loop = EngineLoop(llm, capacity, metrics.passes.inc)
     files = FileStore(settings.state_dir / "files")
     documents = Documents(settings.state_dir / "batches", "batch")
     batches = Batches(documents, files, loop, reader, writer, settings.sequences)
@@ -114,7 +115,7 @@ def _add_routes(app: FastAPI, parts: Parts, name: str, settings: ServeSettings) 
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not parts.loop.is_alive:
-            raise RequestError("The computing thread has ended.", None, "dead", SERVER_ERROR)
+            raise RequestError("The computing thread has ended.", None, "dead", UNAVAILABLE)
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -122,8 +123,7 @@ def _add_routes(app: FastAPI, parts: Parts, name: str, settings: ServeSettings) 
         own = parts.metrics
         own.in_system.set(parts.loop.in_system)
         own.kv_slots.set(parts.loop.kv_slots_in_use)
-        own.passes.set(parts.loop.passes)
-        return Response(own.text(), media_type="text/plain; version=0.0.4")
+        return Response(own.text(), media_type=CONTENT_TYPE)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from flexgen_bench.requests.errors import NOT_FOUND, TOO_LARGE, RequestError, of_validation
+from flexgen_bench.requests.errors import NO_LENGTH, NOT_FOUND, TOO_LARGE, RequestError, of_validation
 from flexgen_bench.requests.forms import FORMS
 from flexgen_bench.serve.batches import Batches
 from flexgen_bench.serve.files import Document, Documents, FileStore
@@ -19,10 +19,12 @@ from flexgen_bench.serve.http_body import json_body
 from flexgen_bench.serve.settings import ServeSettings
 
 _MOST_LISTED = 100
+Limit = Annotated[int, Query(ge=1, le=10_000)]
+Order = Literal["asc", "desc"]
 
 
 class BatchForm(BaseModel):
-    """A new batch. completion_window: OpenAI's is 24h; nothing here depends on it."""
+    """A new batch. completion_window: OpenAI's is always 24h; here any number of hours or days."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input_file_id: str
@@ -37,8 +39,11 @@ def add_batch_routes(
     @app.post("/v1/files")
     async def upload(request: Request) -> Document:
         stated = request.headers.get("content-length", "")
-        if not stated.isdecimal() or int(stated) > settings.file_bytes:
-            message = f"content-length = {stated!r}: a file has at most {settings.file_bytes} bytes."
+        if not stated.isdecimal():
+            message = "A file is sent as a whole, with a Content-Length."
+            raise RequestError(message, "file", "length_required", NO_LENGTH)
+        if int(stated) > settings.file_bytes:
+            message = f"content-length = {stated}: a file has at most {settings.file_bytes} bytes."
             raise RequestError(message, "file", "file_too_large", TOO_LARGE)
         async with request.form(max_files=1, max_fields=10) as form:
             file, purpose = form.get("file"), form.get("purpose")
@@ -52,8 +57,11 @@ def add_batch_routes(
             return files.add(name, file.filename or "input.jsonl", "batch")
 
     @app.get("/v1/files")
-    async def list_files(limit: int = _MOST_LISTED, after: str | None = None) -> dict[str, Any]:
-        return _page(files.documents.all(), limit, after)
+    async def list_files(
+        limit: Limit = _MOST_LISTED, after: str | None = None, order: Order = "desc", purpose: str | None = None
+    ) -> dict[str, Any]:
+        every = [d for d in files.documents.all() if purpose in (None, d["purpose"])]
+        return _page(every if order == "desc" else every[::-1], limit, after)
 
     @app.get("/v1/files/{file_id}")
     async def one_file(file_id: str) -> Document:
@@ -84,7 +92,7 @@ def add_batch_routes(
         return batches.create(form.input_file_id, form.endpoint, form.completion_window, form.metadata)
 
     @app.get("/v1/batches")
-    async def list_batches(limit: int = _MOST_LISTED, after: str | None = None) -> dict[str, Any]:
+    async def list_batches(limit: Limit = _MOST_LISTED, after: str | None = None) -> dict[str, Any]:
         return _page(documents.all(), limit, after)
 
     @app.get("/v1/batches/{batch_id}")
@@ -99,8 +107,10 @@ def add_batch_routes(
 def _page(documents: list[Document], limit: int, after: str | None) -> dict[str, Any]:
     """Some of a list, from behind the one with the id ``after``."""
     names = [document["id"] for document in documents]
-    start = names.index(after) + 1 if after in names else 0
-    part = documents[start : start + max(1, min(limit, _MOST_LISTED))]
+    if after is not None and after not in names:  # from the beginning again, a client would never come to an end
+        raise RequestError(f"after = {after[:80]!r}: is not in the list.", "after", "not_found", NOT_FOUND)
+    start = 0 if after is None else names.index(after) + 1
+    part = documents[start : start + limit]
     return {
         "object": "list",
         "data": part,

@@ -7,25 +7,35 @@ import logging
 import queue
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from flexgen_bench.batch.inputs import Line, custom_id_of, request_of
 from flexgen_bench.batch.output_file import OutputFile
-from flexgen_bench.batch.scan import Scan, in_order, scan
+from flexgen_bench.batch.scan import Lines, Scan, in_order, scan
 from flexgen_bench.batch.shard import Shard
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.requests.answers import Writer
 from flexgen_bench.requests.asked import Reader
-from flexgen_bench.requests.errors import RequestError
+from flexgen_bench.requests.errors import UNAVAILABLE, RequestError
+from flexgen_bench.serve.batch_document import UNDER_WAY, new_batch
 from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Ticket
 from flexgen_bench.serve.files import Document, Documents, FileStore
 
 _log = logging.getLogger("flexgen_bench.serve")
-UNDER_WAY = ("validating", "in_progress", "finalizing", "cancelling")
+_RETRY_S = 30.0  # until a batch whose answers could not be written is tried again
 
 
 class Stopped(Exception):
     """The server goes down: the batch goes on with the next one."""
+
+
+class Ended(Exception):
+    """A batch ends before all of it is answered."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Batches:
@@ -46,26 +56,10 @@ class Batches:
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
 
     def create(self, file_id: str, endpoint: str, window: str, metadata: Any) -> Document:
-        """Queue a batch of a file. RequestError for a file that is not there."""
+        """Queue a batch of a file. window: in hours or days (24h, 7d), after which what is not answered yet is given
+        up. RequestError for a file that is not there."""
         self._files.documents.get(file_id)
-        document: Document = {
-            "id": self._documents.new_id(),
-            "object": "batch",
-            "endpoint": endpoint,
-            "errors": None,
-            "input_file_id": file_id,
-            "completion_window": window,
-            "status": "validating",
-            "output_file_id": None,
-            "error_file_id": None,
-            "created_at": int(time.time()),
-            "in_progress_at": None,
-            "completed_at": None,
-            "failed_at": None,
-            "cancelled_at": None,
-            "request_counts": {"total": 0, "completed": 0, "failed": 0},
-            "metadata": metadata,
-        }
+        document = new_batch(self._documents.new_id(), file_id, endpoint, window, metadata)
         self._documents.put(document)
         self._todo.put(document["id"])
         return document
@@ -76,7 +70,7 @@ class Batches:
             document = self._documents.get(name)
             if document["status"] in UNDER_WAY:
                 self._cancelled.add(name)
-                document["status"] = "cancelling"
+                document |= {"status": "cancelling", "cancelling_at": int(time.time())}
                 self._documents.put(document)
         return document
 
@@ -103,14 +97,19 @@ class Batches:
                 self._work(name)
             except Stopped:
                 return
-            except UserError as error:
+            except (UserError, RequestError) as error:
                 self._fail(name, str(error))
+            except (CannotRun, OSError) as error:  # a full disk, say: what is answered stays, and there will be room
+                _log.warning("batch %s waits: %s", name, error)
+                self._todo.put(name)
+                self._stopping.wait(_RETRY_S)
             except Exception as error:
                 _log.exception("batch %s failed", name)
                 self._fail(name, f"{type(error).__name__}: {error}")
 
     def _work(self, name: str) -> None:
         document = self._documents.get(name)
+        self._files.documents.get(document["input_file_id"])  # deleted meanwhile?
         source = self._files.content(document["input_file_id"])
         scanned = scan([source], None, Shard())
         counts = {"total": scanned.lines, "completed": 0, "failed": 0}
@@ -119,29 +118,33 @@ class Batches:
         with OutputFile(
             path, {"batch": name, "inputs": [sha for _, sha in scanned.files]}, scanned.positions
         ) as output:
-            self._answer_lines(name, document["endpoint"], scanned, output, counts)
+            ended = self._answer_lines(document, scanned, output, counts)
+            self._change(name, finalizing_at=int(time.time()))
             output.restore_order()
-        self._split(name, scanned.lines)
+        self._split(name, scanned.lines, ended)
+        for suffix in (".answers.jsonl", ".answers.jsonl.state.json"):
+            self._documents.path(name, suffix).unlink(missing_ok=True)
 
-    def _answer_lines(
-        self, name: str, endpoint: str, scanned: Scan, output: OutputFile, counts: dict[str, int]
-    ) -> None:
-        """All that are not answered yet. As many are under way as have a place; the next joins as one comes back."""
+    def _answer_lines(self, document: Document, scanned: Scan, output: OutputFile, counts: dict[str, int]) -> str:
+        """All that are not answered yet; the status that the batch has then. As many are under way as have a place; the
+        next joins as one comes back."""
+        name = document["id"]
         answers: queue.Queue[tuple[Ticket, Event]] = queue.Queue()
         under_way: dict[Ticket, tuple[Line, str | None]] = {}
         counts["completed"] = output.done
-        source = self._files.content(self._documents.get(name)["input_file_id"])
-        lines = in_order(scanned.order(), [source], None)
+        source = self._files.content(document["input_file_id"])
+        rows = scanned.order()
         try:
-            for line in lines:
+            for line in in_order(rows, [source], None):
                 if output.has(line.position):
                     continue
+                self._check(document)
                 while sum(t.sequences for t in under_way) >= self._at_once:
                     self._receive(answers, under_way, output)
-                self._check(name)
+                    self._check(document)
                 custom_id = custom_id_of(line)
                 try:
-                    ticket = self._submit(line, endpoint, scanned, answers)
+                    ticket = self._submit(line, document["endpoint"], answers)
                 except RequestError as error:
                     self._refuse(output, line, custom_id, error)
                     continue
@@ -149,16 +152,26 @@ class Batches:
                 if output.done - counts["completed"] >= 100:  # so often is enough for who looks
                     self._change(name, request_counts={**counts, "completed": output.done})
             while under_way:
-                self._check(name)
+                self._check(document)
                 self._receive(answers, under_way, output)
-        except StopIteration:
-            return
+        except Ended as end:
+            if end.status == "expired":
+                self._give_up(output, rows, source)
+            return end.status
         finally:
             for ticket in under_way:
                 self._loop.cancel(ticket)
+        return "completed"
 
-    def _submit(self, line: Line, endpoint: str, scanned: Scan, answers: queue.Queue[tuple[Ticket, Event]]) -> Ticket:
-        if line.position in scanned.repeated:
+    def _give_up(self, output: OutputFile, rows: Lines, source: Path) -> None:
+        """Say of every line that is not answered that its time is over."""
+        error = RequestError("The completion window was over before this was answered.", None, "batch_expired")
+        for line in in_order(rows, [source], None):
+            if not output.has(line.position):
+                self._refuse(output, line, custom_id_of(line), error)
+
+    def _submit(self, line: Line, endpoint: str, answers: queue.Queue[tuple[Ticket, Event]]) -> Ticket:
+        if line.is_repeated:
             raise RequestError("custom_id is that of an earlier line.", "custom_id", "duplicate_custom_id")
         request = request_of(line, "", {})
         if request.url != endpoint:
@@ -191,20 +204,22 @@ class Batches:
             return
         line, custom_id = under_way.pop(ticket)
         if isinstance(event, RequestError):
-            if event.status == 503:  # the server goes down
+            if event.status == UNAVAILABLE:  # the server goes down
                 raise Stopped
             self._refuse(output, line, custom_id, event)
             return
         assert isinstance(event, Answered)
-        body = self._writer.body(ticket.parsed, event.outputs, event.of_prompts)
+        body = self._writer.body(ticket.parsed, event.outputs, event.of_prompts, event.kept_tokens)
         response = {"status_code": 200, "request_id": body["id"], "body": body}
         output.write(line.position, custom_id, {"response": response, "error": None})
 
-    def _check(self, name: str) -> None:
+    def _check(self, document: Document) -> None:
         if self._stopping.is_set():
             raise Stopped
-        if name in self._cancelled:
-            raise StopIteration
+        if document["id"] in self._cancelled:
+            raise Ended("cancelled")
+        if time.time() >= document["expires_at"]:
+            raise Ended("expired")
 
     @staticmethod
     def _refuse(output: OutputFile, line: Line, custom_id: str | None, error: RequestError) -> None:
@@ -212,8 +227,8 @@ class Batches:
         said = {"code": error.code, "message": error.message}
         output.write(line.position, custom_id, {"response": response, "error": said})
 
-    def _split(self, name: str, total: int) -> None:
-        """Answers and errors, a file each, as the API has them."""
+    def _split(self, name: str, total: int, ended: str) -> None:
+        """Answers and errors, a file each, as the API has them. ended: the status that the batch has then."""
         counts = {"total": total, "completed": 0, "failed": 0}
         good_id, good = self._files.new_path()
         bad_id, bad = self._files.new_path()
@@ -237,12 +252,15 @@ class Batches:
             else:
                 path.unlink()
         with self._lock:
-            ended = "cancelled" if name in self._cancelled else "completed"
             self._put(name, status=ended, **{f"{ended}_at": int(time.time())}, **changes)
+            self._cancelled.discard(name)
 
     def _fail(self, name: str, message: str) -> None:
         errors = {"object": "list", "data": [{"code": "batch_failed", "message": message, "param": None, "line": None}]}
-        self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
+        try:
+            self._change(name, status="failed", failed_at=int(time.time()), errors=errors)
+        except OSError:  # the next server finds it under way, and tries again
+            _log.exception("batch %s", name)
 
     def _change(self, name: str, **changes: Any) -> None:
         with self._lock:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.outputs import Output, Piece
 from flexgen_bench.llm.llm import LLM
 from flexgen_bench.llm.open_requests import OpenRequests
 from flexgen_bench.llm.sequences import output_of
 from flexgen_bench.requests.answers import PromptLogprobs
 from flexgen_bench.requests.asked import ParsedRequest
-from flexgen_bench.requests.errors import SERVER_ERROR, RequestError, of_user_error
+from flexgen_bench.requests.errors import SERVER_ERROR, UNAVAILABLE, RequestError, of_user_error
 from flexgen_bench.requests.prompt_logprobs import prompt_logprobs
 from flexgen_bench.schedule.sequence_groups import Capacity
+from flexgen_bench.serve.kept_store import KeptStore
 
 _log = logging.getLogger("flexgen_bench.serve")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """All of a request is there."""
+    """All of a request is there. kept_tokens: of its prompts, those that were not computed again."""
 
     outputs: list[Output]
     of_prompts: list[PromptLogprobs]
+    kept_tokens: int = 0
 
 
 # A part of one of a request's choices, all of the request, or why there is nothing (more).
@@ -43,6 +45,7 @@ class Ticket:
     tell: Callable[[Event], object]
     outputs: dict[int, Output] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
+    kept_tokens: int = 0
     gone: bool = False
 
     @property
@@ -57,8 +60,8 @@ class EngineLoop:
     those that run have ended, all that wait are computed together.
     """
 
-    def __init__(self, llm: LLM, capacity: Capacity) -> None:
-        self._llm, self._capacity = llm, capacity
+    def __init__(self, llm: LLM, capacity: Capacity, on_pass: Callable[[], object] = lambda: None) -> None:
+        self._llm, self._capacity, self._on_pass = llm, capacity, on_pass
         self._change = threading.Condition()
         self._arrived: deque[Ticket] = deque()
         self._cancelled: list[Ticket] = []
@@ -66,10 +69,10 @@ class EngineLoop:
         # Of the computing thread alone.
         self._job: OpenRequests | None = None
         self._running: dict[int, tuple[Ticket, int]] = {}  # by number in the job: whose, and which choice
-        self._sequences: dict[int, object] = {}
+        self._sequences: dict[int, Running] = {}
+        self._kept = KeptStore(capacity.kept_tokens)
         self._to_score: list[Ticket] = []
         self.in_system = 0  # sequences that run or wait
-        self.passes = 0
         self._thread = threading.Thread(target=self._run, name="engine loop", daemon=True)
 
     @property
@@ -86,7 +89,7 @@ class EngineLoop:
         ticket = Ticket(parsed, tell)
         with self._change:
             if self._stopping:
-                raise RequestError("The server is going down.", None, "shutting_down", 503)
+                raise RequestError("The server is going down.", None, "shutting_down", UNAVAILABLE)
             self._arrived.append(ticket)
             self.in_system += ticket.sequences
             self._change.notify()
@@ -155,6 +158,7 @@ class EngineLoop:
             try:
                 started = [job.start(request) for request in ticket.parsed.sequences]
                 for choice, sequence in enumerate(started):
+                    self._go_on(ticket, choice, sequence, job)
                     number = job.add(sequence)
                     ticket.numbers.append(number)
                     self._running[number] = (ticket, choice)
@@ -167,15 +171,17 @@ class EngineLoop:
         if not self._running or self._job is None:
             return
         pieces = self._job.step()
-        self.passes += 1
+        self._on_pass()
         for number, piece in pieces:
             ticket, choice = self._running[number]
             ticket.tell((choice, piece))
+            sequence = self._sequences[number]
+            self._has_begun(sequence)
             if not piece.finish_reason:
                 continue
-            sequence = self._sequences.pop(number)
-            del self._running[number]
-            ticket.outputs[choice] = output_of(ticket.parsed.sequences[choice].prompt, sequence)  # type: ignore[arg-type]
+            del self._running[number], self._sequences[number]
+            self._release(sequence)
+            ticket.outputs[choice] = output_of(ticket.parsed.sequences[choice].prompt, sequence)
             if len(ticket.outputs) == ticket.sequences:
                 outputs = [ticket.outputs[i] for i in range(ticket.sequences)]
                 if ticket.parsed.scores_prompt:
@@ -183,12 +189,37 @@ class EngineLoop:
                 else:
                     self._finish(ticket, outputs, [])
 
+    def _go_on(self, ticket: Ticket, choice: int, sequence: Running, job: OpenRequests) -> None:
+        """From what an earlier request has computed, as far as that goes; and leave the same to later ones."""
+        if not job.capacity.keeps:
+            return
+        is_first = choice % (ticket.sequences // ticket.parsed.num_prompts) == 0
+        sequence.prefix = self._kept.find(sequence.prompt)
+        if is_first and sequence.prefix is not None:
+            ticket.kept_tokens += sequence.prefix.in_common(sequence.prompt)
+        # Of several answers to one prompt the first one's is enough.
+        sequence.keep = is_first and self._kept.reserve(_most_tokens(sequence))
+
+    def _has_begun(self, sequence: Running) -> None:
+        """Its prompt is computed: what was kept of it has been copied."""
+        if sequence.prefix is not None:
+            self._kept.copied(sequence.prefix)
+            sequence.prefix = None
+
+    def _release(self, sequence: Running) -> None:
+        """A sequence leaves."""
+        self._has_begun(sequence)
+        if sequence.keep:
+            self._kept.release(_most_tokens(sequence), sequence.kept)
+        sequence.keep, sequence.kept = False, None
+
     def _score(self) -> None:
         if not self._to_score or self._running:
             return
         if self._job is not None:
             self._job.close()
             self._job = None
+            self._kept.clear()  # their memory was planned with the job
         # Others that wait only for this are computed with them.
         with self._change:
             more = [t for t in self._arrived if t.parsed.scores_prompt and not t.parsed.generates and not t.gone]
@@ -206,7 +237,7 @@ class EngineLoop:
 
     def _finish(self, ticket: Ticket, outputs: list[Output], of_prompts: list[PromptLogprobs]) -> None:
         self._leave(ticket)
-        ticket.tell(Answered(outputs, of_prompts))
+        ticket.tell(Answered(outputs, of_prompts, ticket.kept_tokens))
 
     def _leave(self, ticket: Ticket) -> None:
         """Forget a request, ended or not."""
@@ -216,7 +247,9 @@ class EngineLoop:
         for number in ticket.numbers:
             if self._running.pop(number, None) is not None and self._job is not None:
                 self._job.cancel(number)
-            self._sequences.pop(number, None)
+            sequence = self._sequences.pop(number, None)
+            if sequence is not None:
+                self._release(sequence)
         if ticket in self._to_score:
             self._to_score.remove(ticket)
         with self._change:
@@ -237,7 +270,10 @@ class EngineLoop:
             self._job = None
         lost = {ticket for ticket, _ in self._running.values()} | set(self._to_score)
         self._running.clear()
+        for sequence in self._sequences.values():
+            self._release(sequence)
         self._sequences.clear()
+        self._kept.clear()
         self._to_score = []
         for ticket in lost:
             self._leave(ticket)
@@ -250,15 +286,6 @@ class EngineLoop:
         return self._job
 
 
-class Pace:
-    """How long an answer takes, lately: what a client is told that has to come back."""
-
-    def __init__(self) -> None:
-        self._seconds = 1.0
-
-    def note(self, begin: float) -> None:
-        self._seconds += 0.1 * (time.monotonic() - begin - self._seconds)
-
-    def retry_after(self, waiting: int, at_once: int) -> int:
-        """Whole seconds until about so many waiting ones are done."""
-        return max(1, min(3600, round(self._seconds * waiting / at_once)))
+def _most_tokens(sequence: Running) -> int:
+    """That a sequence may leave."""
+    return len(sequence.prompt) + sequence.params.max_tokens

@@ -37,7 +37,7 @@ class Guard:
 
         if not self._may(scope):
             refusal = RequestError("The key is missing or unknown.", None, "invalid_api_key", UNAUTHORIZED)
-            await JSONResponse(refusal.body(), refusal.status)(scope, receive, noted)
+            await JSONResponse(refusal.body(), refusal.status, {"WWW-Authenticate": "Bearer"})(scope, receive, noted)
         else:
             try:
                 await self._app(scope, receive, noted)

@@ -127,8 +127,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(model: Path) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
+        process.stdin.write(b"\xef\xbb\xbf\xff\xfe\n")  # no text: said, and the next line is read
         process.stdin.write(b"Hi\n")
         process.stdin.flush()
+        assert b"UTF-8" in process.stdout.readline()
         assert process.stdout.read(1)  # the answer has begun
         process.send_signal(signal.SIGINT)
         process.stdin.write(b"/stats\n/quit\n")

@@ -20,7 +20,7 @@ from tests.engine.test_engine_tokens import Reference, check_allocated_as_planne
 from tests.support.tiny_models import EMULATED, HOST, random_prompts
 
 NEW = 5
-CAPACITY = Capacity(2, 60, NEW, keeps=True)
+CAPACITY = Capacity(2, 60, NEW, kept_tokens=4 * (60 + NEW))
 PLAIN = Policy(2, 1, on(Tier.CPU), on(Tier.CPU), on(Tier.CPU))
 
 
@@ -63,12 +63,17 @@ def test_turns_are_those_of_runs_of_their_own(reference: Reference, seed: int, t
             turns.append(now)
             before = list(now)
     check_allocated_as_planned(job.result, hardware)
+    assert job.result.plan is not None
+    planned = job.result.plan.bytes[job.result.plan.job.site].get("kept prefixes", 0)
     for now in turns:
         for one in now:
             alone = to_full_length([one.prompt], one.params)
             engine.generate(alone)
             assert one.new == alone[0].new
             assert (one.kept is not None) == job.capacity.keeps
+            if one.kept is not None:
+                size = sum(tensor.nbytes for layer in one.kept.layers for tensor in layer)
+                assert size * job.capacity.kept_tokens <= planned * len(one.kept.tokens)
     engine.close()
 
 

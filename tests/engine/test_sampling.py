@@ -53,6 +53,18 @@ def test_streams_of_neighbouring_prompts_and_seeds_differ() -> None:
     assert len(set(draws.values())) > 85
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-20, 1.0, 1e20, 1e308])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-20, 1e308])
+def test_extreme_values_choose_a_token(temperature: float, penalty: float) -> None:
+    """A request with a temperature of 1e-300 made the probabilities NaN, and the pass that it shared with others failed
+    for all of them."""
+    logits = torch.tensor([0.0, 40.0, -40.0, 39.0, 0.0])
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty)
+    token = Sampler(params, [0, 2], 0).choose(logits)
+    if temperature < 1 <= penalty:
+        assert token == 1
+
+
 def test_greedy_ignores_the_seed() -> None:
     logits = torch.randn(40)
     chosen = {Sampler(SamplingParams(seed=s), [], s).choose(logits) for s in range(5)}

@@ -122,13 +122,18 @@ def test_prompts_are_scored(client: openai.OpenAI, llm: LLM) -> None:
         ({"prompt": "x" * 301}, openai.BadRequestError, "prompt"),
         ({"max_tokens": 201}, openai.BadRequestError, "max_tokens"),
         ({"prompt": [[]]}, openai.BadRequestError, "prompt"),
-        ({"prompt": []}, openai.BadRequestError, None),
+        ({"prompt": []}, openai.BadRequestError, "prompt"),
         ({"prompt": [1, 999999]}, openai.BadRequestError, "prompt"),
         ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
         ({"n": 0}, openai.BadRequestError, "n"),
         ({"stop": ""}, openai.BadRequestError, "stop"),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
-        ({"frequency_penalty": 0.5}, openai.BadRequestError, None),
+        ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty"),
+        ({"suffix": "x"}, openai.BadRequestError, "suffix"),
+        ({"best_of": 3}, openai.BadRequestError, "best_of"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"logprobs": 99}, openai.BadRequestError, "logprobs"),
         ({"prompt": "x" * 200_000}, openai.APIStatusError, None),
     ],
@@ -141,6 +146,53 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, change: Any, error: Any, 
     assert body["type"] == "invalid_request_error"
     if param:
         assert body["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("reasoning_effort", "low"),
+        ("top_logprobs", 3),
+        ("max_completion_tokens", 3),
+        ("presence_penalty", 1),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        ("messages", [{"role": "user", "content": "x", "tool_calls": []}]),
+    ],
+)
+def test_what_is_not_implemented_is_refused(client: openai.OpenAI, field: str, value: Any) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, field: value}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**body)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"temperature": 1, "repetition_penalty": 1e-300}])
+def test_extreme_values_are_nobody_elses_trouble(server: ServerProcess, values: dict[str, float]) -> None:
+    """They used to fail the pass, and with it every request that shared it (see ``test_sampling``)."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 3, **values}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_log_probabilities_of_a_stream(client: openai.OpenAI) -> None:
+    """Offsets go on from chunk to chunk: each used to begin at 0. Usage is null until the last one."""
+    asked: Any = {"model": "tiny", "prompt": "abc", "max_tokens": 9, "temperature": 0, "logprobs": 1}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    assert whole is not None
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []}
+    usages = []
+    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usages.append(chunk.usage)
+        for choice in chunk.choices:
+            for name in found:
+                found[name] += getattr(choice.logprobs, name)
+    assert found["tokens"] == whole.tokens
+    assert found["text_offset"] == whole.text_offset
+    assert found["token_logprobs"] == pytest.approx(whole.token_logprobs, abs=1e-5)
+    assert usages[-1] is not None
+    assert set(usages[:-1]) == {None}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/batches"])
