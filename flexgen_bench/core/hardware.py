@@ -28,7 +28,8 @@ class Accelerator(StrEnum):
 class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
-    ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
+    ``device_match`` is text that the name of the local GPU must contain, as whole words, for this profile to be
+    measurable here.
     ``links`` maps a kind of lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled
     to these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
