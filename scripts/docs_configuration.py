@@ -137,6 +137,11 @@ MEANS: dict[str, dict[str, str]] = {
         "offloaded": (
             "layers that are not on the accelerator are moved there (`move`), or computed where they lie (`in_place`)"
         ),
+        **{
+            f"experts.{k}": f"a mixture's experts: {v}; `policy.experts` null: with their layers, `{{cpu: 1}}`: apart"
+            for k, v in PLACEMENT.items()
+        },
+        "expert_loads": "of experts placed apart `all` are loaded, or those that are `touched` (few sequences)",
         **{f"lossy.{k}": v for k, v in LOSSY.items()},
         "max_latency_s": "with `auto`: the longest that a block may take from its start to its last token; null: any",
     },

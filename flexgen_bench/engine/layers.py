@@ -62,14 +62,10 @@ class Formulas:
         """Those of the ``number``-th layer: each (N, hidden) -> (N, hidden)."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
         layer = self.decoder.layers[number]
-        part, of_experts = layer.mlp, formulas.apart(weights)[1]
+        part = layer.mlp
         assert isinstance(part, Experts), "a dense layer has no experts"
-        mlp = part.expert
-
-        def expert(ops: Any, w: Any, x: Any) -> Any:
-            return formulas.mlp(ops, mlp, w, x)
-
-        return self._bound((lower, layer), expert, of_experts, ("x",))
+        bind = functools.partial(self._bound, (lower, layer))
+        return self._each(bind, part, formulas.apart(weights)[1])
 
     def _mixture(
         self,
@@ -84,9 +80,6 @@ class Formulas:
         def routed(ops: Any, w: Any, x: Any, attended: Any) -> Any:
             return formulas.routed(ops, layer, w, x, attended)
 
-        def expert(ops: Any, w: Any, x: Any) -> Any:
-            return formulas.mlp(ops, part.expert, w, x)
-
         def after(ops: Any, w: Any, *given: Any) -> Any:
             return formulas.after_mlp(ops, layer, w, *given)
 
@@ -95,7 +88,15 @@ class Formulas:
         if not of_experts:
             return route
         [join] = bind(after, [dense], ("x", "out", "shared") if part.shared else ("x", "out"))
-        return Mixture(route, bind(expert, of_experts, ("x",)), join)
+        return Mixture(route, self._each(bind, part, of_experts), join)
+
+    def _each(
+        self, bind: Callable[..., list[Any]], part: Experts, of_experts: Sequence[Mapping[str, Any]]
+    ) -> list[Callable[[Tensor], Tensor]]:
+        def expert(ops: Any, w: Any, x: Any) -> Any:
+            return formulas.mlp(ops, part.expert, w, x)
+
+        return bind(expert, of_experts, ("x",))
 
     def _bound(
         self, of: tuple[object, ...], formula: Formula, weights: Sequence[Mapping[str, Any]], inputs: tuple[str, ...]

@@ -42,7 +42,7 @@ class DecodePass:
 
 class ResidentLayers:
     """Carries out LAYER steps. angles_of: what a step's layer needs to know of the positions of its rows (N,
-    hidden); leave: takes what a layer makes, where some leave their experts to others."""
+    hidden); leave: takes what a layer makes."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class ResidentLayers:
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and number in the pass
         self._last = {u.site: u.index for u in job.units if u.kind is UnitKind.LAYER}  # layer of a site
-        self._leave = leave if any(u.kind is UnitKind.EXPERTS for u in job.units) else hidden.put
+        self._leave = leave
 
     def begin_pass(self) -> None:
         """The micro-batches of the last pass are done with. Also at a job's end: what a pass calls refers back to this
