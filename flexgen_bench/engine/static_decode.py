@@ -50,9 +50,13 @@ class StaticDecode:
     """A shape of micro-batch: which sequences lie where. The first pass that it is used for is issued as it is and
     makes the tensors that stay; later ones are recorded, piece by piece, and launched.
 
+    SUMS: how many tensors of sums are watched in a pass: of all layers, and of the head.
+
     state: position of every sequence's token, then the place of the new token in each run, both less one: a pass begins
     with counting on.
     """
+
+    SUMS = 2
 
     def __init__(
         self, micro_batch: MicroBatch, cache: KVCache, graphs: Graphs, device: torch.device, dtype: torch.dtype
