@@ -114,7 +114,9 @@ class SiteRates:
     decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV
     head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
-    step: seconds a step takes beside its work (launches, Python, waking up a thread).
+    step: seconds of the host that a step takes beside its work (Python, events, waking up a thread).
+    operator: seconds of the host for each operator that a step issues to an accelerator, launches and Python included;
+    0 where nobody knows. (``planner/issued_operators.py`` says how many there are.)
     torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their
     own; by dtype, width and
         rows; where there are none, as ``matrix`` says.
@@ -133,6 +135,7 @@ class SiteRates:
     attend: Mapping[Format, Seconds] = field(default_factory=dict, metadata=OMITTED)
     attend_sequence: Mapping[Format, Seconds] = field(default_factory=dict, metadata=OMITTED)
     torch_matrix: Products = field(default_factory=dict, metadata=OMITTED)
+    operator: Seconds = field(default=0.0, metadata=OMITTED)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""

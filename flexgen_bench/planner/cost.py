@@ -1,17 +1,23 @@
-"""Seconds of one step: what it computes or moves, over what the machine sustains.
+"""Seconds of one step: what it computes or moves, over what the machine sustains; and what the host takes to issue it.
 
 The only place where steps meet rates. The simulator and the closed form both ask here.
+
+A lane on the host does a step's work itself, after what every step takes (``SiteRates.step``). Work for a CUDA device
+is issued: the host goes on to the next step while the device is still at an earlier one, so a lane is bound by
+whichever of the two is slower.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.issued_operators import IssuedOperators
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.attention import attend_flops
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
@@ -41,6 +47,14 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     return rates
 
 
+class StepTimes(NamedTuple):
+    """Of one step. lane_s: its lane's own (of the device, if it has streams); issue_s: of the host, ahead of it; 0
+    where the lane is a thread of the host."""
+
+    lane_s: float
+    issue_s: float
+
+
 class StepCost:
     """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up."""
 
@@ -50,10 +64,15 @@ class StepCost:
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
-        self._known: dict[tuple[object, ...], float] = {}
+        self._operators = IssuedOperators(plan) if hardware.accelerator is Accelerator.CUDA else None
+        self._known: dict[tuple[object, ...], StepTimes] = {}
 
     def seconds(self, step: Step) -> float:
-        """How long the step keeps its lane busy if nothing else uses what it needs."""
+        """How long the step keeps its lane busy if nothing else uses what it needs, and nothing was issued ahead."""
+        return max(self.times(step))
+
+    def times(self, step: Step) -> StepTimes:
+        """The same, told apart."""
         micro_batch = step.micro_batch
         key = (
             step.kind,
@@ -62,33 +81,41 @@ class StepCost:
             step.flops,
             (step.unit, step.dequantized_buffer)
             if step.on_weights
-            else (micro_batch.rows, len(micro_batch.logit_rows)),
+            else (micro_batch.token == 0, micro_batch.rows, len(micro_batch.logit_rows), len(micro_batch.kv_parts)),
             _attended(step),
         )
-        seconds = self._known.get(key)
-        if seconds is None:
-            seconds = self._known[key] = self._price(step)
-        return seconds
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._price(step)
+        return known
 
-    def _price(self, step: Step) -> float:
-        if step.lane.is_link:
-            return step.bytes / self._link_rates[step.lane.kind] + self._sites[Tier.CPU].step
-        tier = Tier.GPU if step.lane.of_accelerator else Tier.CPU
-        site = self._sites[tier]
-        if step.kind is StepKind.LAYER:
-            return self._layer(step, site, tier)
-        return self._work(step, site, tier) + site.step
+    def _price(self, step: Step) -> StepTimes:
+        lane = step.lane
+        host_step_s = self._sites[Tier.CPU].step
+        if lane.is_link:
+            work_s = step.bytes / self._link_rates[lane.kind]
+        else:
+            tier = Tier.GPU if lane.of_accelerator else Tier.CPU
+            site = self._sites[tier]
+            host_step_s = site.step
+            work_s = (self._layer if step.kind is StepKind.LAYER else self._work)(step, site, tier)
+        if self._operators is None or not lane.of_accelerator:
+            return StepTimes(work_s + self._stands_for(step) * host_step_s, 0.0)
+        operator_s = self._sites[Tier.GPU].operator
+        return StepTimes(work_s, host_step_s + operator_s * self._operators.of(step))
+
+    def _stands_for(self, step: Step) -> int:
+        """A LAYER of a processor costs as many steps as it was when steps were measured: both products, and an
+        attention to each part of the cache."""
+        return 2 + len(step.micro_batch.kv_parts) if step.kind is StepKind.LAYER else 1
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
-        """Both products and the attention to every part of the cache, each with the overhead of a step of its own:
-        rates were stated and measured when they were that, so they say nothing yet of what one step for all of them
-        costs."""
+        """Both products and the attention to every part of the cache."""
         unit, micro_batch = self._job.units[step.unit], step.micro_batch
         halves = (unit.flops_before * micro_batch.rows, unit.flops_after * micro_batch.rows)
         products = sum(self._product(step, site, tier, flops) for flops in halves)
         parts = micro_batch.kv_parts
-        attention = sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
-        return products + attention + (len(halves) + len(parts)) * site.step
+        return products + sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
@@ -157,4 +184,5 @@ def _attended(step: Step) -> tuple[object, ...] | None:
         return True, _longest(micro_batch)
     if step.kind is StepKind.LAYER:
         return micro_batch.attended
-    return False, micro_batch.kv_parts[step.part].rows
+    part = micro_batch.kv_parts[step.part]
+    return False, part.rows, part.tier

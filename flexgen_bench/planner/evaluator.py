@@ -113,11 +113,15 @@ class Evaluator:
         return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
 
     def _like_all(self, plan: MemoryPlan) -> int:
-        """How many layers lie on the tiers as all of them do, nearly."""
+        """How many layers lie on the tiers as all of them do, nearly. All, if a tier that has some would have none of
+        fewer: one layer of many on disk would cost nothing."""
         all_of_them = _shares([unit.tier for unit in plan.job.units])
 
+        def shares_of(few: int) -> dict[Tier, float]:
+            return _shares(weight_tiers(plan.model.shallow(few).packed, plan.policy.weights))
+
         def error(few: int) -> float:
-            shares = _shares(weight_tiers(plan.model.shallow(few).packed, plan.policy.weights))
+            shares = shares_of(few)
             least = 1 / plan.model.shape.num_layers
             return max(abs(shares[t] - all_of_them[t]) / (all_of_them[t] or least) for t in _BELOW)
 
@@ -126,6 +130,9 @@ class Evaluator:
             if error(few) <= SHARE_ERROR:
                 return few
             best = min(best, few, key=error)
+        shares = shares_of(best)
+        if any(all_of_them[tier] and not shares[tier] for tier in _BELOW):
+            return plan.model.shape.num_layers
         return best
 
 

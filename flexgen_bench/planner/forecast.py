@@ -101,14 +101,14 @@ def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = Fals
     """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
     told apart coarsely; keep: keep the times of every simulated step. UserError without rates."""
     cost = StepCost(plan)
-    simulator = Simulator(cost.seconds, plan.policy.overlap, contention(plan.hardware), keep)
+    simulator = Simulator(cost.times, plan.policy.overlap, contention(plan.hardware), keep)
     return _forecast(plan, cost, simulator, points, warm=True)
 
 
 def closed_form(plan: MemoryPlan, *, points: int | None = POINTS) -> Forecast:
     """The same from sums over the steps of each pass (``lane_sums.py``): a bound that nothing but waiting adds to."""
     cost = StepCost(plan)
-    sums = LaneSums(cost.seconds, plan.policy.overlap, plan.job)
+    sums = LaneSums(cost.times, plan.policy.overlap, plan.job)
     return _forecast(plan, cost, sums, points)
 
 
