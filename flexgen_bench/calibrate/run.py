@@ -24,6 +24,7 @@ from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.kernels.native.build import library
 from flexgen_bench.machine.contention import Others
+from flexgen_bench.machine.host import threads_beside_a_gpu
 from flexgen_bench.machine.measured_rates import Calibration, describe
 
 _NATIVE = ("linear", "attention", "quantization", "bandwidth")
@@ -59,13 +60,13 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
     around."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    before, cuda = torch.get_num_threads(), torch.cuda.is_available()
+    computing = threads_beside_a_gpu(threads) if cuda else threads
+    torch.set_num_threads(computing)
     try:
         with torch.inference_mode():
-            host = Site.open(Tier.CPU, threads)
+            host = Site.open(Tier.CPU, computing)
             memory_of_site = _probe_memory(host, effort.cpu)
-            cuda = torch.cuda.is_available()
             probes = [*_site_probes(memory_of_site, effort, effort.cpu)]
             if cuda:
                 gpu = Site.open(Tier.GPU, threads)

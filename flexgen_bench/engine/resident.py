@@ -64,7 +64,7 @@ class ResidentLayers:
         scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
-        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and stage
+        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and micro-batch
         self._last = {unit.site: unit.index for unit in job.units[:-1]}  # layer of a site
 
     def begin_pass(self) -> None:
@@ -76,9 +76,9 @@ class ResidentLayers:
         """LAYER. Whatever is called here is called for every layer and micro-batch: see benchmarks/host_cost.py."""
         x = self._hidden.take(step)
         micro_batch = step.micro_batch
-        now = self._passes.get((step.lane, micro_batch.buffer_index))
+        now = self._passes.get((step.lane, micro_batch.index))
         if now is None or now.micro_batch is not micro_batch:
-            now = self._passes[step.lane, micro_batch.buffer_index] = self._begin(step, micro_batch, x)
+            now = self._passes[step.lane, micro_batch.index] = self._begin(step, micro_batch, x)
         layer = self._layers.of(step)
         q, k, v = layer.project(x, now.angles)
         self._hidden.put(step, layer.output(x, now.attend(step, q, k, v)))

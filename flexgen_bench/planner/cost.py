@@ -79,9 +79,8 @@ class StepCost:
             step.lane,
             step.bytes,
             step.flops,
-            (step.unit, step.dequantized_buffer)
-            if step.on_weights
-            else (micro_batch.token == 0, micro_batch.rows, len(micro_batch.logit_rows), len(micro_batch.kv_parts)),
+            (step.unit, step.dequantized_buffer) if step.on_weights else _work_of(micro_batch),
+            step.unit == 1 and micro_batch.sequences,
             _attended(step),
         )
         known = self._known.get(key)
@@ -168,6 +167,10 @@ class StepCost:
         heads = self._shape.num_heads // self._shape.num_kv_heads
         number = number_format(self._dtype, lossy.kv_cache)
         return site.decode_attention_s(part.rows, read, number, heads)
+
+
+def _work_of(micro_batch: MicroBatch) -> tuple[object, ...]:
+    return micro_batch.token == 0, micro_batch.rows, len(micro_batch.logit_rows), len(micro_batch.kv_parts)
 
 
 def _longest(micro_batch: MicroBatch) -> int:

@@ -13,18 +13,22 @@ from flexgen_bench.models.parts import Decoder, Layer
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.steps import Step, StepKind
 
-# Of a step in a pass over prompts, and over later tokens.
+# In a pass over prompts, and over later tokens.
 _EMBED = (25, 22)
 _EMBED_MOVED = (1, 1)  # of rows that were gathered on the host
 _POSITIONS = 10  # of these, for a table of learned positions
-_PROJECT = (9, 5)
+_HEAD = (11, 8)
+_PROJECT = 4
+# In the first layer of a pass, which makes what all of them share: for later tokens; for prompts, and for each of them.
+_FIRST_PROJECT = 9
+_POSITIONS_OF_PROMPT = 4
 _ROTARY = 9  # more of a projection with rotary positions and the norm that goes with them
 _OUTPUT = 6
 _GATED = 1
-_HEAD = (11, 8)
 # Attention over the first part of a cache, and over every further one: plain, and packed.
 _PROMPT_ATTENTION = {False: (32, 15), True: (154, 28)}
-_FUSED_LAYER = {False: (19, 24), True: (16, 24)}
+_FUSED_LAYER = {False: (16, 10), True: (13, 7)}
+_FIRST_FUSED_LAYER = {False: (34, 23), True: (32, 20)}
 # To one part of a cache in segments: where it is attended to, and moved there.
 _SEGMENTS = {False: (56, 91), True: (192, 254)}
 _STORE_TOKEN = {False: 4, True: 8}
@@ -66,13 +70,17 @@ class IssuedOperators:
         layer = self._decoder.layers[step.unit - 1]
         further = max(0, len(step.micro_batch.kv_parts) - 1)
         if step.kind is StepKind.PROJECT:
-            return _project(layer, later)
+            return _project(layer, self._is_first(step), step.micro_batch.sequences if not later else 0)
         if step.kind is StepKind.OUTPUT:
             return _output(layer) + later * further
         if step.kind is StepKind.LAYER:
-            return self._layer(layer, further)
+            return self._layer(layer, further, self._is_first(step))
         assert step.kind is StepKind.ATTEND, f"a step of kind {step.kind} runs on no lane of an accelerator"
         return self._attend(step, later, further)
+
+    def _is_first(self, step: Step) -> bool:
+        """Whether it makes what a pass' layers share. The only layer of a model stands for all, of which few do."""
+        return step.unit == 1 and len(self._decoder.layers) > 1
 
     def _embed(self, step: Step, later: bool) -> int:
         unit = self._units[step.unit]
@@ -80,11 +88,12 @@ class IssuedOperators:
             return _EMBED_MOVED[later]
         return _EMBED[later] - (0 if self._decoder.embedding.positions else _POSITIONS)
 
-    def _layer(self, layer: Layer, further: int) -> int:
+    def _layer(self, layer: Layer, further: int, is_first: bool) -> int:
         if self._fused:
-            first, each = _FUSED_LAYER[self._packed]
+            first, each = (_FIRST_FUSED_LAYER if is_first else _FUSED_LAYER)[self._packed]
             return first + further * each + _rotary(layer) + _gated(layer)
-        return _project(layer, True) + _output(layer) + (1 + further) * _SEGMENTS[self._packed][False]
+        attended = (1 + further) * _SEGMENTS[self._packed][False]
+        return _project(layer, is_first, 0) + _output(layer) + attended
 
     def _attend(self, step: Step, later: bool, further: int) -> int:
         if not later:
@@ -100,8 +109,8 @@ def _has_plain_attention(decoder: Decoder) -> bool:
     return all(kind.mod.is_none for kind in kinds) and len({kind.scale for kind in kinds}) == 1
 
 
-def _project(layer: Layer, later: bool) -> int:
-    return _PROJECT[later] + _rotary(layer)
+def _project(layer: Layer, is_first: bool, prompts: int) -> int:
+    return (_FIRST_PROJECT + _POSITIONS_OF_PROMPT * prompts if is_first else _PROJECT) + _rotary(layer)
 
 
 def _output(layer: Layer) -> int:
