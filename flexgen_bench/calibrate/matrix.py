@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from flexgen_bench.models.formulas import Weights
 
 FAMILY = "opt"
+_TINY = 64  # wide
 # Of the step that unpacks weights for an accelerator.
 _UNPACKED = (DType.BFLOAT16, Compression(4))
 
@@ -90,6 +91,15 @@ def matrix_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[P
                     _layer(shape, turns.__next__, x, attended),
                     site.settle,
                 )
+
+
+def tiny_layer(memory_of_site: ProbeMemory) -> Callable[[], object]:
+    """A layer that takes no time to compute: what is left is issuing it."""
+    shape, dtype = layer_shape(_TINY), DType.FLOAT16
+    unit = layer_unit(shape, dtype, None)
+    weights = views(memory_of_site.copies(unit.num_bytes)[0], unit, unit.offset, TORCH_DTYPES[dtype])
+    x, attended = (memory_of_site.numbers((1, _TINY), TORCH_DTYPES[dtype]) for _ in range(2))
+    return _layer(shape, lambda: weights, x, attended)
 
 
 def _layer(shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor) -> Callable[[], object]:

@@ -127,10 +127,8 @@ class Simulator:
                     waiting.popleft()
                     seconds, issue_s = self._times(step)
                     if lane.of_accelerator:
-                        issued_s = self.now_s
-                        if issue_s:
-                            issued_s = self._issuable_s(lane, waits, given_s) + issue_s
-                            seconds = max(seconds, issued_s - self.now_s)
+                        issued_s = self._issuable_s(lane, waits, given_s) + issue_s
+                        seconds = max(seconds, issued_s - self.now_s)
                         self._passed_s[lane].append(issued_s)
                     running[lane] = _Running(step, seconds, self.now_s)
 
