@@ -143,7 +143,9 @@ class StepCost:
         compression = self._lossy.weights if tier is Tier.CPU and unit.plain_bytes else None
         count = _CALIBRATED_MATRICES if unit.kind is UnitKind.LAYER else 1
         width = math.sqrt(unit.num_values / count)
-        number = number_format(self._dtype, compression)
+        # The head, and other matrices with a row for each token, are multiplied with what is there.
+        activations = self._lossy.activations if unit.kind is UnitKind.LAYER else None
+        number = number_format(self._dtype, compression, activations)
         arithmetic = flops / site.matrix_rate(number, rows, width)
         values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)

@@ -158,6 +158,20 @@ def test_compressed_weights_are_used_in_place_by_a_processor() -> None:
     assert layer(reading) == pytest.approx(read + 3 * US)
 
 
+def test_products_with_activations_in_8_bits_have_a_rate_of_their_own() -> None:
+    """Predictions took them for products of 4-bit weights with plain activations. The head's are; and machines that
+    were measured before take that rate for all."""
+    quick = {**CPU_SITE.matrix, "float16/4x8": {64: {1: 2e11}}}
+    job = a_job(
+        Policy(4, 1, CPU, CPU, CPU, lossy=Lossy(weights=FOUR_BITS, activations=8)),
+        with_cpu(HOST, replace(CPU_SITE, matrix=quick)),
+    )
+    before = replace(job, hardware=HOST)
+    assert price(job, StepKind.PROJECT) == pytest.approx(2 * 64 * QKV / 2e11 + US)
+    assert price(before, StepKind.PROJECT) == pytest.approx(2 * 64 * QKV / 5e10 + US)
+    assert price(job, StepKind.HEAD, unit=4) == price(before, StepKind.HEAD, unit=4)
+
+
 def test_compressed_weights_are_unpacked_once_by_an_accelerator() -> None:
     """Then products are plain ones, in the plain format."""
     job = a_job(Policy(4, 2, CPU, GPU, GPU, lossy=Lossy(weights=FOUR_BITS)))
