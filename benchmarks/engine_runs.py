@@ -101,7 +101,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measured:
-    """One job. wall_s: all of it. pass_s: seconds of each decode pass of a job of one block (none for other jobs)."""
+    """One job. wall_s: all of it. pass_s: seconds of each decode pass of a job of one block (none for other jobs).
+    prompts, tokens: of every sequence."""
 
     wall_s: float
     prefill_s: float
@@ -111,6 +112,7 @@ class Measured:
     plan: MemoryPlan
     tokens: tuple[tuple[int, ...], ...]
     timeline: Timeline
+    prompts: tuple[tuple[int, ...], ...] = ()
 
     def busy_s(self, lane: Lane) -> float:
         return self.lanes[lane].busy_s if lane in self.lanes else 0.0
@@ -164,6 +166,7 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
         plan=result.plan,
         tokens=tuple(tuple(s.new) for s in sequences),
         timeline=result.timeline,
+        prompts=tuple(map(tuple, prompts)),
     )
 
 

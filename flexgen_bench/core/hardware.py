@@ -34,6 +34,8 @@ class HardwareProfile:
     to these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
+    ``gpu_memory_is_cap``: a larger card is held to ``gpu_memory_bytes`` (``runner/gpu_cap.py``), so what its driver and
+    a process' context take lies outside.
     """
 
     name: str
@@ -45,6 +47,7 @@ class HardwareProfile:
     links: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     rates: Rates | None = field(default=None, metadata=OMITTED)
+    gpu_memory_is_cap: bool = field(default=False, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):

@@ -66,7 +66,7 @@ class ResidentLayers:
         scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
-        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and number in the pass
+        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and micro-batch
         self._last = {u.site: u.index for u in job.units if u.kind is UnitKind.LAYER}  # layer of a site
         self._leave = leave
 

@@ -174,7 +174,8 @@ class StaticDecode:
         """Hidden states (N, hidden) after a layer; its new keys and values are in the cache then."""
         q, k, v = layer.project(x, self.angles)
         outs = [self._attend(number, unit, q, k, v, scale) for number in range(len(self._runs))]
-        return layer.output(x, outs[0] if len(outs) == 1 else torch.cat(outs))
+        made: Tensor = layer.output(x, outs[0] if len(outs) == 1 else torch.cat(outs))
+        return made
 
     def new_sums(self) -> Tensor:
         """(L, 2) float32: of each layer's new keys and values, finite only if all of them are."""
