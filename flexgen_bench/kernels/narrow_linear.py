@@ -80,11 +80,19 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
     """
     native = _native()
     assert native is not None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    job = product(x, weight, bias, y)
+    native.linear(ctypes.byref(job))
+    return y
+
+
+def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, y: Tensor) -> _Product:
+    """The native kernel's job: x (N, in) with contiguous rows, y (N, out) without gaps. Does not keep them alive."""
     outputs, inputs = weight.shape
     assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
     assert x.shape[1] == inputs, (x.shape, weight.shape)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    bias = None if bias is None else bias.contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (outputs,)), bias
     activations = None
     if isinstance(weight, QuantizedWeight):
@@ -92,9 +100,8 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
         matrix = weight.matrix
     else:
         matrix = matrices.plain(weight)
-    y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
     worthwhile = outputs * inputs * (1 + x.shape[0] // 8) // THREAD_VALUES
-    job = _Product(
+    return _Product(
         matrix,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -106,8 +113,6 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
         max(1, min(torch.get_num_threads(), worthwhile)),
         activations or 0,
     )
-    native.linear(ctypes.byref(job))
-    return y
 
 
 def tiled_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
