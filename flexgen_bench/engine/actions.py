@@ -81,10 +81,10 @@ class Actions:
         self._cache = KVCache(plan, self._form, device, arenas, spill)
         self._hidden = HiddenStates(plan, policy, dtype, device, arenas, spill, self._cache.spilled)
         self._prompts = Prompts(
-            plan.job, self._cache, self._form, consumer.tree, self._decoder.layers, self._value_share
+            *(plan.job, self._cache, self._form, consumer.tree, self._decoder.layers, self._value_share), weights.sinks
         )
         self._health = Health(device)
-        self._layers = Layers(layer_formulas, weights, plan.job, device)
+        self._layers = Layers(layer_formulas, weights, plan.job, device, policy.gpu_batch_size)
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -96,6 +96,7 @@ class Actions:
             self._decoder.layers,
             self._value_share,
             self._angles_of,
+            weights.sinks,
         )
         device.settle()
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
@@ -261,6 +262,7 @@ class Actions:
             self._value_share,
             self._cache.live_slots(part),
             attention.mod,
+            self._weights.sinks(step),
         )
         (self._attended_host if for_accelerator else self._attended)[key] = out
 

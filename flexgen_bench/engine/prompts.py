@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.resident_cache import SinksOf
 from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
 from flexgen_bench.kernels.tree_attention import TreeMask, tree_attention
 from flexgen_bench.memory.kv_cache import KVForm, Stored
@@ -34,9 +35,10 @@ class Prompts:
         tree: Callable[[int], PrefixTree | None],
         layers: Sequence[Layer],
         value_share: float,
+        sinks_of: SinksOf,
     ) -> None:
         self._job, self._cache, self._form, self._tree = job, cache, form, tree
-        self._layers, self._value_share = layers, value_share
+        self._layers, self._value_share, self._sinks_of = layers, value_share, sinks_of
         self._masks: dict[int, TreeMask] = {}  # by sequence of the job
 
     def begin_pass(self) -> None:
@@ -75,7 +77,7 @@ class Prompts:
     def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, D), k and v (N, G, D) of all rows of the step's micro-batch -> (N, H * D)."""
         micro_batch, attention = step.micro_batch, self._layers[step.unit - 1].attention
-        member = micro_batch.members[0]
+        member, sinks = micro_batch.members[0], self._sinks_of(step)
         stored = (self._form.encode(k), self._form.encode(v))
         if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
             self._cache.keep_prompt(step, stored)
@@ -84,19 +86,19 @@ class Prompts:
         if member.start == 0 and not member.group.shared:
             lens = [last - first for first, last in member.ranges]
             keys, values = (self._form.decode(x) for x in stored)
-            return prefill_attention(q, keys, values, lens, attention.scale, attention.mod)
+            return prefill_attention(q, keys, values, lens, attention.scale, attention.mod, sinks)
         outs = []
         for part in micro_batch.kv_parts:
             ranges = member.ranges[part.span.start : part.span.stop]
             stop = max(last for _, last in ranges)
             keys, values = self._cache.prompt_so_far(step, part, stop)
             rows = q[part.row : part.stop]
-            outs.append(chunk_attention(rows, keys, values, ranges, attention.scale, attention.mod))
+            outs.append(chunk_attention(rows, keys, values, ranges, attention.scale, attention.mod, sinks))
         return _joined(outs)
 
     def _attend_trees(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
         """The rows of a chunk of each prefix tree over those of all its chunks so far."""
-        member, outs = step.micro_batch.members[0], []
+        member, outs, sinks = step.micro_batch.members[0], [], self._sinks_of(step)
         attention = self._layers[step.unit - 1].attention
         for part in step.micro_batch.kv_parts:
             span = part.span
@@ -123,6 +125,7 @@ class Prompts:
                         attention.scale,
                         self._value_share,
                         attention.mod,
+                        sinks,
                     )
                 )
         return _joined(outs)

@@ -19,7 +19,8 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Layers
 from flexgen_bench.engine.nan_checks import Health
-from flexgen_bench.engine.resident_cache import Attend, ResidentCache
+from flexgen_bench.engine.resident_cache import Attend, ResidentCache, SinksOf
+from flexgen_bench.engine.resident_native import processor_attention
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
@@ -56,11 +57,12 @@ class ResidentLayers:
         decoder_layers: Sequence[parts.Layer],
         value_share: float,
         angles_of: Callable[[Step, Tensor], Any],
+        sinks_of: SinksOf,
     ) -> None:
         self._job, self._layers, self._hidden = job, layers, hidden
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
-        self._value_share, self._angles_of = value_share, angles_of
+        self._value_share, self._angles_of, self._sinks_of = value_share, angles_of, sinks_of
         scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
@@ -79,7 +81,7 @@ class ResidentLayers:
         now = self._passes.get((step.lane, micro_batch.buffer_index))
         if now is None or now.micro_batch is not micro_batch:
             now = self._passes[step.lane, micro_batch.buffer_index] = self._begin(step, micro_batch, x)
-        layer = self._layers.of(step)
+        layer = self._layers.decoding(step, x, now.angles)
         q, k, v = layer.project(x, now.angles)
         self._hidden.put(step, layer.output(x, now.attend(step, q, k, v)))
         if step.unit == now.last and now.cache is not None:
@@ -87,13 +89,15 @@ class ResidentLayers:
 
     def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
         site = self._job.units[step.unit].site
-        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device, x.dtype)
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:
-            attend = cache.attention(self._form, x, self._scale)
+            attend = cache.attention(self._form, x, self._scale, self._sinks_of)
         if attend is None and cache is not None and self._form.compression is None:
-            attend = self._attend_watched_later
+            if x.device.type == "cpu" and self._value_share == 1:
+                attend = processor_attention(cache, self._attentions, x, self._sinks_of)
+            attend = attend or self._attend_watched_later
         watched = cache if attend is not None else None
         attend = attend or self._attend_in_segments
         return DecodePass(micro_batch, self._angles_of(step, x), attend, self._last[site], watched)
@@ -120,6 +124,7 @@ class ResidentLayers:
                     self._value_share,
                     self._cache.live_slots(part),
                     attention.mod,
+                    self._sinks_of(step),
                 )
             )
         return joined(outs)

@@ -6,6 +6,7 @@ S sequences of a run, H query heads, G KV heads, D head dim, L layers, T cached 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.cache import KVCache, slots_of
 from flexgen_bench.kernels.decode import contiguous
 from flexgen_bench.kernels.packed_cache import PackedKernels, packed_kernels
+from flexgen_bench.kernels.score_mod import softmax
+from flexgen_bench.kernels.segments import Padding
 from flexgen_bench.memory.kv_cache import KVForm, Stored
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Step
@@ -28,12 +31,22 @@ from flexgen_bench.schedule.steps import Step
 @dataclass(frozen=True)
 class Run:
     """Sequences that are neighbours in the micro-batch and in a region. rows: theirs in the micro-batch; stored: the
-    cache of all layers, (L, 2, S, G, T, ...) each; mask (S, 1, 1, T): minus infinity where there is no token, zero
-    elsewhere; None if there is one everywhere."""
+    cache of all layers, (L, 2, S, G, T, ...) each; prompt: how many of these T are of the prompt; padding: which of
+    those hold a token; None if all do."""
 
     rows: slice
     stored: Stored
-    mask: Tensor | None
+    prompt: int
+    padding: Padding | None
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(S, 1, 1, T): minus infinity where there is no token, zero elsewhere; None if there is one everywhere."""
+        if self.padding is None:
+            return None
+        sequences, tokens = self.padding.mask.shape[0], self.stored[0].shape[4]
+        mask = torch.zeros(sequences, 1, 1, tokens, dtype=dtype, device=self.padding.mask.device)
+        mask[..., : self.prompt].masked_fill_(~self.padding.mask[:, None, None, :], float("-inf"))
+        return mask
 
 
 class ResidentCache:
@@ -43,9 +56,7 @@ class ResidentCache:
         self.runs, self.units = runs, units
 
     @staticmethod
-    def of(
-        cache: KVCache, micro_batch: MicroBatch, tier: Tier, device: torch.device, dtype: torch.dtype
-    ) -> ResidentCache | None:
+    def of(cache: KVCache, micro_batch: MicroBatch, tier: Tier, device: torch.device) -> ResidentCache | None:
         """None if the cache does not lie in one piece per layer."""
         runs: list[Run] = []
         units: list[int] = []
@@ -59,23 +70,19 @@ class ResidentCache:
             padding = cache.padding(part, device)
             row = part.row
             for start, stop in contiguous(slots_of(part)):
-                mask = None
-                if padding is not None:
-                    mask = torch.zeros(stop - start, 1, 1, tokens, dtype=dtype, device=device)
-                    empty = ~padding.mask[start:stop, None, None, :]
-                    mask[..., :prompt].masked_fill_(empty, float("-inf"))
                 own = tuple(t[:, :, start:stop, :, :tokens] for t in stored)
-                runs.append(Run(slice(row, row + stop - start), own, mask))
+                rows = slice(row, row + stop - start)
+                runs.append(Run(rows, own, prompt, padding and padding.part(start, stop)))
                 row += stop - start
         return ResidentCache(runs, units)
 
-    def attention(self, form: KVForm, x: Tensor, scale: float) -> Attend | None:
+    def attention(self, form: KVForm, x: Tensor, scale: float, sinks: SinksOf) -> Attend | None:
         """Append and attend in a few operators per layer, for queries with the type of x and where it is; None if there
         are no kernels there for such a cache."""
         if form.compression is None:
-            return Attention(self, scale)
+            return Attention(self, scale, sinks)
         kernels = packed_kernels(x.device, form.compression, x.dtype)
-        return None if kernels is None else PackedAttention(self, kernels, form.compression, scale)
+        return None if kernels is None else PackedAttention(self, kernels, form.compression, x.dtype, scale, sinks)
 
     def new_sums(self) -> Tensor:
         """(L, 2) float32: sums over the new token's keys and values, finite only if all of them are. Of a compressed
@@ -86,28 +93,31 @@ class ResidentCache:
 
 # (step, q (S, H, D), k and v (S, G, D)) -> (S, H * D); k and v are appended to the cache.
 Attend = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
+# The attention sinks of a step's layer (H,) float32, where the step attends; None: it has none.
+SinksOf = Callable[[Step], Tensor | None]
 # What a run's attention needs in one layer.
 View = TypeVar("View")
 
 
-class _ByRuns(ABC, Generic[View]):
+class ByRuns(ABC, Generic[View]):
     """Attention of one run after the other. Nearly always there is one."""
 
-    def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]]) -> None:
+    def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]], sinks: SinksOf) -> None:
+        self._sinks = sinks
         runs = [views(run) for run in cache.runs]
         self._rows = [run.rows for run in cache.runs]
         self._of = dict(zip(cache.units, map(list, zip(*runs, strict=True)), strict=True))
 
     def __call__(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, D), k and v (S, G, D) -> (S, H * D)."""
-        views = self._of[step.unit]
+        views, sinks = self._of[step.unit], self._sinks(step)
         if len(views) == 1:
-            return self._attend(views[0], q, k, v)
+            return self._attend(views[0], q, k, v, sinks)
         pairs = zip(self._rows, views, strict=True)
-        return torch.cat([self._attend(view, q[rows], k[rows], v[rows]) for rows, view in pairs])
+        return torch.cat([self._attend(view, q[rows], k[rows], v[rows], sinks) for rows, view in pairs])
 
     @abstractmethod
-    def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: View, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         """Of one run."""
 
 
@@ -115,20 +125,28 @@ class _ByRuns(ABC, Generic[View]):
 _Plain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-class Attention(_ByRuns[_Plain]):
-    """Decode attention with torch's fused kernel. Query heads that share a KV head are that head's queries, so no
-    kernel has to know of grouped heads; a new token sees all that is there."""
+class Attention(ByRuns[_Plain]):
+    """Decode attention with torch's fused kernel, or in a few operators with sinks, which it knows nothing of. Query
+    heads that share a KV head are that head's queries, so no kernel has to know of grouped heads; a new token sees all
+    that is there."""
 
-    def __init__(self, cache: ResidentCache, scale: float) -> None:
-        super().__init__(cache, _plain_views)
+    def __init__(self, cache: ResidentCache, scale: float, sinks: SinksOf) -> None:
+        super().__init__(cache, _plain_views, sinks)
         self._scale = scale
 
-    def _attend(self, view: _Plain, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: _Plain, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         new_k, new_v, keys, values, mask = view
         new_k.copy_(k)
         new_v.copy_(v)
         sequences, groups, _, dim = keys.shape
-        out = F.scaled_dot_product_attention(q.view(sequences, groups, -1, dim), keys, values, mask, scale=self._scale)
+        queries = q.view(sequences, groups, -1, dim)
+        if sinks is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=self._scale)
+        else:
+            scores = torch.matmul(queries * self._scale, keys.transpose(2, 3))
+            scores = scores if mask is None else scores.add_(mask)
+            weights = softmax(scores.view(sequences, -1, 1, scores.shape[-1]), sinks).to(q.dtype)
+            out = torch.matmul(weights.view(scores.shape), values)
         return out.reshape(sequences, -1)
 
 
@@ -139,28 +157,37 @@ def _plain_views(run: Run) -> list[_Plain]:
     by_layer = zip(
         keys[:, :, :, -1].unbind(0), values[:, :, :, -1].unbind(0), keys.unbind(0), values.unbind(0), strict=True
     )
-    return [(*four, run.mask) for four in by_layer]
+    mask = run.mask(keys.dtype)
+    return [(*four, mask) for four in by_layer]
 
 
 # Places of the new codes and parameters (2, S, G, ...), codes and parameters (2, S, G, T, ...), the mask.
 _Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-class PackedAttention(_ByRuns[_Packed]):
+class PackedAttention(ByRuns[_Packed]):
     """Decode attention over a compressed cache with kernels that read it as it is."""
 
-    def __init__(self, cache: ResidentCache, kernels: PackedKernels, compression: Compression, scale: float) -> None:
-        super().__init__(cache, _packed_views)
+    def __init__(
+        self,
+        cache: ResidentCache,
+        kernels: PackedKernels,
+        compression: Compression,
+        dtype: torch.dtype,
+        scale: float,
+        sinks: SinksOf,
+    ) -> None:
+        super().__init__(cache, functools.partial(_packed_views, dtype=dtype), sinks)
         self._append, self._over = kernels
         self._compression, self._scale = compression, scale
 
-    def _attend(self, view: _Packed, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, view: _Packed, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         new_codes, new_params, codes, params, mask = view
         self._append(k, v, new_codes, new_params, self._compression)
-        return self._over(q, codes, params, mask, self._scale, self._compression)
+        return self._over(q, codes, params, mask, sinks, self._scale, self._compression)
 
 
-def _packed_views(run: Run) -> list[_Packed]:
+def _packed_views(run: Run, dtype: torch.dtype) -> list[_Packed]:
     codes, params = run.stored
     by_layer = zip(
         codes[:, :, :, :, -1].unbind(0),
@@ -169,4 +196,5 @@ def _packed_views(run: Run) -> list[_Packed]:
         params.unbind(0),
         strict=True,
     )
-    return [(*four, run.mask) for four in by_layer]
+    mask = run.mask(dtype)
+    return [(*four, mask) for four in by_layer]

@@ -16,13 +16,14 @@ from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.core.units import MIB, PAGE, aligned
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.sinks import Sinks
 from flexgen_bench.engine.table_rows import rows_in_memory, rows_on_disk
 from flexgen_bench.engine.verification import Verification
 from flexgen_bench.engine.weight_views import Weight, plain_views, unpack, view, views
 from flexgen_bench.memory.checksum import checksum
 from flexgen_bench.memory.host import allocate
 from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
-from flexgen_bench.models.packing import PackedModel
+from flexgen_bench.models.packing import PackedEntry, PackedModel
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step
 
@@ -67,6 +68,7 @@ class Weights:
             self._dequantized_buffers += [
                 arenas.allocate(job.compute_tier, "unpacked weights", unpacked) for _ in range(job.dequantized_buffers)
             ]
+            self.sinks = Sinks(packed, job, self._read_tensor, arenas).of
             device.settle()
         except BaseException:
             self.close()
@@ -146,6 +148,16 @@ class Weights:
                 self._resident[units[-1].index] = (memory, start)
         if self._tiers[0] is Tier.DISK:
             self._verify_tables()
+
+    def _read_tensor(self, entry: PackedEntry) -> Tensor:
+        """A plain tensor, from the file."""
+        start = entry.offset // PAGE * PAGE
+        window = allocate(aligned(entry.offset + entry.num_bytes - start))
+        self._file.read(start, window)
+        self._verification.check(entry, window, start)
+        plain = view(window, entry, start, self._dtype)
+        assert isinstance(plain, Tensor), entry
+        return plain
 
     def _verify_tables(self) -> None:
         """Tables on disk are read by single rows later; check them as a whole now."""

@@ -35,6 +35,7 @@ def decode_attention(
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One query token per sequence over a cache that lies in several segments, one after the other in time.
 
@@ -42,10 +43,11 @@ def decode_attention(
     ascending order (None: all S of them); the others are not read. padding: which slots of the first segment hold a
     token (None: all). value_share below 1: of each head, the value row of the last token is used and those with the
     largest weights, together max(1, ceil(value_share * tokens)) of them, with the weights that they have among all
-    tokens (that are in the window). mod: how scores change before the softmax.
+    tokens (that are in the window). mod: how scores change before the softmax. sinks (H,) float32: see
+    ``score_mod.softmax``.
     Softmax in float32. A sequence's result depends on no other one.
     """
-    attended = attend_natively(q, segments, padding, scale, value_share, slots, mod)
+    attended = attend_natively(q, segments, padding, scale, value_share, slots, mod, sinks)
     if attended is None:
-        attended = attend_with_torch(q, segments, padding, scale, value_share, slots, mod)
+        attended = attend_with_torch(q, segments, padding, scale, value_share, slots, mod, sinks)
     return attended

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
-from flexgen_bench.kernels.score_mod import modified
+from flexgen_bench.kernels.score_mod import modified, softmax
 from flexgen_bench.kernels.segments import Padding, Segment
 from flexgen_bench.kernels.value_share import drop_small, kept
 
@@ -24,16 +24,17 @@ def attend_with_torch(
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See ``attention.decode_attention``."""
     if slots is None:
-        return _attend(q, segments, padding, scale, value_share, mod)
+        return _attend(q, segments, padding, scale, value_share, mod, sinks)
     outputs = []
     row = 0
     for start, stop in contiguous(slots):
         part = [segment.part(start, stop) for segment in segments]
         pad = padding and padding.part(start, stop)
-        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share, mod))
+        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share, mod, sinks))
         row += stop - start
     if not outputs:
         return q.new_empty(0, q.shape[1] * q.shape[2])
@@ -41,7 +42,13 @@ def attend_with_torch(
 
 
 def _attend(
-    q: Tensor, segments: Sequence[Segment], padding: Padding | None, scale: float, value_share: float, mod: ScoreMod
+    q: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    scale: float,
+    value_share: float,
+    mod: ScoreMod,
+    sinks: Tensor | None,
 ) -> Tensor:
     """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
     key is read once."""
@@ -63,7 +70,7 @@ def _attend(
         joined = joined.float()
         distances = _distances(segments, padding, q.device)[:, None, None]
         modified(joined.view(sequences, heads, 1, -1), distances, mod)
-    weights = torch.softmax(joined, dim=-1, dtype=torch.float32)
+    weights = softmax(joined.view(sequences, heads, 1, -1), sinks).view(joined.shape)
     if value_share < 1:
         _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)

@@ -56,7 +56,13 @@ class _Product(ctypes.Structure):
 
 
 def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
-    """Whether ``narrow_linear`` can take these and is expected to beat torch on this processor."""
+    """Whether ``narrow_linear`` can take these and is expected to beat a call of torch on this processor."""
+    is_small = isinstance(weight, Tensor) and weight.numel() < SMALLEST_WEIGHT
+    return not is_small and is_fast_here(x, weight)
+
+
+def is_fast_here(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """The same without what calling it from Python takes."""
     if x.device.type != "cpu" or x.dim() != 2 or x.shape[0] == 0 or x.dtype not in matrices.TYPES:
         return False
     native = _native()
@@ -67,7 +73,7 @@ def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
             return True
         return x.shape[0] <= MATRIX_UNIT_ROWS or _beats_torch(native, x.dtype, True)
     fewest, most = FLOAT32_ROWS if x.dtype is torch.float32 else NARROW_ROWS
-    if not fewest <= x.shape[0] <= most or weight.numel() < SMALLEST_WEIGHT:
+    if not isinstance(weight, Tensor) or not fewest <= x.shape[0] <= most:
         return False
     usable = weight.dim() == 2 and weight.stride(1) == 1 and weight.dtype == x.dtype
     return usable and _beats_torch(native, x.dtype, False)

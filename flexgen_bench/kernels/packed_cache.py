@@ -18,11 +18,12 @@ _BITS = (4, 8)
 
 
 class PackedKernels(NamedTuple):
-    """append: (k, v, codes, params, compression); attend: (q, codes, params, mask, scale, compression) -> output. See
+    """append: (k, v, codes, params, compression); attend: (q, codes, params, mask, sinks, scale,
+    compression) -> output. See
     ``packed_triton.py``."""
 
     append: Callable[[Tensor, Tensor, Tensor, Tensor, Compression], None]
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Compression], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, Compression], Tensor]
 
 
 def packed_kernels(device: torch.device, compression: Compression, dtype: torch.dtype) -> PackedKernels | None:
@@ -65,5 +66,5 @@ def _try(kernels: PackedKernels, device: torch.device, compression: Compression,
     codes = torch.zeros(2, 1, 1, 1, compression.code_bytes(dim), dtype=torch.uint8, device=device)
     params = torch.zeros(2, 1, 1, 1, compression.groups(dim), 2, dtype=torch.float16, device=device)
     kernels.append(row, row, codes[:, :, :, 0], params[:, :, :, 0], compression)
-    kernels.attend(row, codes, params, None, 1.0, compression)
+    kernels.attend(row, codes, params, None, None, 1.0, compression)
     torch.cuda.synchronize(device)

@@ -99,6 +99,7 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
     codes,
     params,
     mask,
+    sinks,
     out,
     tokens,
     n,
@@ -117,6 +118,7 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
     mask_sequence,
     out_sequence,
     has_mask: tl.constexpr,
+    has_sinks: tl.constexpr,
     bits: tl.constexpr,
     size: tl.constexpr,
     columns: tl.constexpr,
@@ -175,6 +177,8 @@ def _attend(  # type: ignore[no-untyped-def, unused-ignore]  # noqa: PLR0915
         if bits != 8:
             sum_second = sum_second * kept + tl.sum(weights[:, None] * high, axis=0)
         most = peak
+    if has_sinks:
+        total += tl.exp(tl.load(sinks + head) - most)
     target = out + sequence * out_sequence + head * n
     tl.store(target + first, (sum_first / total).to(out.dtype.element_ty), mask=inside)
     tl.store(target + second, (sum_second / total).to(out.dtype.element_ty), mask=also)
@@ -219,10 +223,16 @@ def append(k: Tensor, v: Tensor, codes: Tensor, params: Tensor, compression: Com
 
 
 def attend(
-    q: Tensor, codes: Tensor, params: Tensor, mask: Tensor | None, scale: float, compression: Compression
+    q: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    compression: Compression,
 ) -> Tensor:
-    """q (S, H, D), codes (2, S, G, T, C), params (2, S, G, T, groups, 2), mask (S, 1, 1, T): added to scores -> (S, H *
-    D)."""
+    """q (S, H, D), codes (2, S, G, T, C), params (2, S, G, T, groups, 2), mask (S, 1, 1, T): added to scores,
+    sinks (H,) float32: see ``score_mod.softmax`` -> (S, H * D)."""
     sequences, heads, n = q.shape
     out = torch.empty(sequences, heads * n, dtype=q.dtype, device=q.device)
     tokens, width = codes.shape[3], codes.shape[4]
@@ -231,6 +241,7 @@ def attend(
         codes,
         params,
         q if mask is None else mask,
+        q if sinks is None else sinks,
         out,
         tokens,
         n,
@@ -243,6 +254,7 @@ def attend(
         0 if mask is None else mask.stride(0),
         out.stride(0),
         has_mask=mask is not None,
+        has_sinks=sinks is not None,
         bits=compression.bits,
         size=compression.group_size,
         columns=triton.next_power_of_2(width),

@@ -1,7 +1,7 @@
 """Attention of prompts: whole ones over themselves, and chunks of them over what came before.
 
 S sequences, N flattened tokens, H query heads, G KV heads, D head dim, P slots for a prompt's tokens. Scores are dot
-products times ``scale``, changed as a ScoreMod says.
+products times ``scale``, changed as a ScoreMod says. sinks (H,) float32: see ``score_mod.softmax``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ Item = TypeVar("Item")
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, mod: ScoreMod = NO_MOD
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each sequence over itself.
 
@@ -33,13 +39,19 @@ def prefill_attention(
     for length, count in _runs(lengths):
         stop = row + length * count
         keys, values = (x[row:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-        outputs.append(_causal(q[row:stop], keys, values, scale, mod))
+        outputs.append(_causal(q[row:stop], keys, values, scale, mod, sinks))
         row = stop
     return _joined(outputs, q)
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[tuple[int, int]], scale: float, mod: ScoreMod = NO_MOD
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Sequence[tuple[int, int]],
+    scale: float,
+    mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a chunk of each prompt over that prompt's tokens so far.
 
@@ -54,19 +66,19 @@ def chunk_attention(
         rows = row + (stop - start) * count
         if stop > start:
             keys, values = (x[sequence : sequence + count, :, :stop] for x in (k, v))
-            outputs.append(_causal(q[row:rows], keys, values, scale, mod))
+            outputs.append(_causal(q[row:rows], keys, values, scale, mod, sinks))
         row, sequence = rows, sequence + count
     return _joined(outputs, q)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mod: ScoreMod) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mod: ScoreMod, sinks: Tensor | None) -> Tensor:
     """q (C * L, H, D), the last L tokens of C sequences; k, v (C, G, T, D), T >= L. Returns (C * L, H * D)."""
     count, _, tokens, _ = k.shape
     rows, heads, dim = q.shape
     length = rows // count
     mod = mod.over(tokens)
-    if not mod.is_none:
-        out = modified_attention(q.reshape(count, length, heads, dim), k, v, mod, scale)
+    if not mod.is_none or sinks is not None:
+        out = modified_attention(q.reshape(count, length, heads, dim), k, v, mod, scale, sinks=sinks)
         return out.view(rows, heads * dim)
     queries = q.view(count, length, heads, dim).transpose(1, 2)
     grouped = heads != k.shape[1]

@@ -1,4 +1,5 @@
-"""Attention whose scores are changed before the softmax (core/score_mod.py), with torch's operators.
+"""Attention whose scores are changed before the softmax (core/score_mod.py), or whose softmax has sinks, with torch's
+operators.
 
 C sequences, L queries and T keys of each, H query heads, G KV heads, D head dim. Positions are of tokens in their
 sequences.
@@ -37,6 +38,18 @@ def modified(scores: Tensor, distances: Tensor, mod: ScoreMod) -> Tensor:
     return scores.masked_fill_(~visible(distances, mod), float("-inf"))
 
 
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """scores (..., H, L, T) -> weights of the keys, float32; with sinks no contiguous tensor.
+
+    sinks (H,) float32: of each head, a score of nothing. It takes part in what exponentials are divided by, so that a
+    head may look at nothing; Xiao et al. 2024, in gpt-oss's form: learned, without a key or a value.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+    column = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores.float(), column), dim=-1).softmax(-1)[..., :-1]
+
+
 def visible(distances: Tensor, mod: ScoreMod) -> Tensor:
     """Where a query sees a key."""
     seen = distances >= 0
@@ -44,7 +57,7 @@ def visible(distances: Tensor, mod: ScoreMod) -> Tensor:
 
 
 def modified_attention(
-    q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod, scale: float, tree: Tree | None = None
+    q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod, scale: float, tree: Tree | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """q (C, L, H, D), k and v (C, G, T, D) -> (C, L, H * D).
 
@@ -69,7 +82,7 @@ def modified_attention(
             mask &= tree.seen[start:stop]
         some = q[:, start:stop].transpose(1, 2)
         keys, values = k[:, :, low:high], v[:, :, low:high]
-        if mod.soft_cap is None and not mod.slopes:
+        if mod.soft_cap is None and not mod.slopes and sinks is None:
             attended = _masked(some, keys, values, mask, scale)
         else:
             folded = some.reshape(count, groups, heads // groups * (stop - start), dim)
@@ -77,7 +90,7 @@ def modified_attention(
             scores = modified(scores.view(count, heads, stop - start, -1), distances, mod)
             if tree is not None:
                 scores.masked_fill_(~mask, float("-inf"))
-            weights = scores.softmax(-1).to(q.dtype).view(count, groups, -1, scores.shape[-1])
+            weights = softmax(scores, sinks).to(q.dtype).view(count, groups, -1, scores.shape[-1])
             attended = torch.matmul(weights, values).view(count, heads, stop - start, dim)
         out[:, start:stop] = attended.transpose(1, 2).reshape(count, stop - start, heads * dim)
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexgen_bench.core.score_mod import NO_MOD, ScoreMod
-from flexgen_bench.kernels.score_mod import Tree, modified, modified_attention, visible
+from flexgen_bench.kernels.score_mod import Tree, modified, modified_attention, softmax, visible
 from flexgen_bench.kernels.value_share import drop_small, kept
 from flexgen_bench.schedule.prefix_tree import Block, PrefixTree
 
@@ -83,13 +83,14 @@ def tree_attention(
     scale: float,
     value_share: float = 1.0,
     mod: ScoreMod = NO_MOD,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """q (N, H, D): rows first .. first + N - 1 of the prefix tree; k, v (at least first + N, G, D): its rows from the
     beginning.
     Returns (N, H * D).
 
     value_share below 1: of a ``decoded`` row, each head uses only the value of the row itself and those with the
-    largest weights (as ``decode_attention`` in kernels/attention.py does).
+    largest weights (as ``decode_attention`` in kernels/attention.py does). sinks (H,): see ``score_mod.softmax``.
     """
     last = first + q.shape[0]
     mod = mod.over(last)
@@ -106,13 +107,13 @@ def tree_attention(
         if decoded or block.before or block.branches or start > block.start:
             seen = mask.of(number, q)[start - block.start : stop - block.start, : keys.shape[0]]
         distances = None
-        if mod.is_none:
+        if mod.is_none and sinks is None:
             out = _attend(queries, keys, values, seen, scale)
         else:
             tree = mask.tree(number, start, stop, q)
             distances = tree.queries[:, None] - tree.keys
             k4, v4 = (x.transpose(0, 1)[None] for x in (keys, values))
-            out = modified_attention(queries[None], k4, v4, mod, scale, tree)[0]
+            out = modified_attention(queries[None], k4, v4, mod, scale, tree, sinks)[0]
         if decoded and seen is not None:
             rows = torch.tensor(decoded, device=q.device)
             out[rows] = _attend_sparsely(
@@ -124,6 +125,7 @@ def tree_attention(
                 value_share,
                 mod,
                 None if distances is None else distances[rows],
+                sinks,
             )
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -158,6 +160,7 @@ def _attend_sparsely(
     value_share: float,
     mod: ScoreMod,
     distances: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The same with few of the value rows. distances (L, T): of each key behind its query, if scores change by them."""
     rows, heads, dim = q.shape
@@ -173,7 +176,7 @@ def _attend_sparsely(
             behind = distances[start : start + piece]
             scores = modified(scores, behind, mod)
             seen = seen.masked_fill(~visible(behind, mod), float("-inf"))
-        weights = (scores + seen.float()).softmax(-1).transpose(0, 1)
+        weights = softmax(scores + seen.float(), sinks).transpose(0, 1)
         shown = (seen == 0).to("cpu")
         counts = shown.sum(1).tolist()
         own = [k.shape[1] - 1 - int(n) for n in shown.flip(1).int().argmax(1)]

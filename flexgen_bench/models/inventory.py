@@ -10,6 +10,7 @@ from flexgen_bench.models.parts import Decoder, Layer, Norm, NormKind
 
 Sources = tuple[str, ...]
 PartNames = dict[str, str | Sources]
+SINKS = "sinks"  # of a layer, by name
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Names:
     """What a family's checkpoints call their tensors, without ``.weight`` and ``.bias`` and below one of its prefixes.
 
     layer: by part, below ``<layers>.<number>.``: one tensor, or those that are stacked in this order. Parts:
-    attention_norm, qkv, q_norm, k_norm, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm.
+    attention_norm, qkv, q_norm, k_norm, sinks, out, attention_out_norm, mlp_norm, gate_up or up, down, mlp_out_norm.
     """
 
     layer: Mapping[str, str | Sources]
@@ -135,6 +136,8 @@ def _layer(layer: Layer, names: Names, prefix: str) -> Iterator[PackedTensor]:
     yield from linear("qkv", tuple(attention.rows.values()), hidden, attention.bias)
     yield from norm("q_norm", attention.qk_norm, attention.head_dim)
     yield from norm("k_norm", attention.qk_norm, attention.head_dim)
+    if attention.sinks:
+        yield PackedTensor(TensorSpec(SINKS, (attention.heads,)), source(SINKS))
     yield from linear("out", (hidden,), attention.rows["q"], attention.out_bias)
     yield from norm("attention_out_norm", layer.attention_out_norm, hidden)
     yield from norm("mlp_norm", layer.mlp_norm, hidden)

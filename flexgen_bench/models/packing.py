@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
-from flexgen_bench.models.inventory import Inventory, PackedTensor
+from flexgen_bench.models.inventory import SINKS, Inventory, PackedTensor
 from flexgen_bench.schedule.scheduled_job import UnitKind
 
 EXTENT_ALIGN = PAGE  # extents start where direct I/O can read
@@ -77,6 +77,16 @@ class PackedUnit:
     num_values: int
     plain_offsets: tuple[int, ...] = ()
     plain_bytes: int = 0
+
+    @property
+    def sinks(self) -> PackedEntry | None:
+        """The attention sinks of a layer, if it has any."""
+        return next((e for e in self.entries if e.tensor.spec.name == SINKS), None)
+
+    @property
+    def sink_bytes(self) -> int:
+        """Of its attention sinks on a site that attends: float32."""
+        return 0 if self.sinks is None else 4 * self.sinks.tensor.spec.num_values
 
 
 @dataclass(frozen=True)

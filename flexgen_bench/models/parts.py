@@ -50,7 +50,8 @@ class Attention:
 
     scale: what scores are multiplied with (Vaswani et al. 2017, section 3.2.1). qk_norm: over each head's values,
     before the rotation.
-    rotary: the number of one in ``Decoder.rotaries``; None: positions are elsewhere.
+    rotary: the number of one in ``Decoder.rotaries``; None: positions are elsewhere. sinks: whether each query head has
+    one (``kernels/score_mod.py``).
     """
 
     heads: int
@@ -64,6 +65,7 @@ class Attention:
     qk_norm: Norm | None = None
     rotary: int | None = None
     mod: ScoreMod = NO_MOD
+    sinks: bool = False
 
     @property
     def rows(self) -> Mapping[str, int]:

@@ -143,6 +143,9 @@ def plan_job(
     }
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
+    for unit in packed.units:
+        for site in job.attends_at(units[unit.index]):
+            parts[site]["attention sinks"] = parts[site].get("attention sinks", 0) + unit.sink_bytes
     parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
@@ -265,23 +268,24 @@ def _attention_bytes(
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed
-    before the softmax, some at a time; keys and values of a compressed cache, unpacked."""
+    before the softmax, or have sinks, some at a time; keys and values of a compressed cache, unpacked."""
     most = 0
     kinds = [layer.attention for layer in decoder.kinds]
     heads = max(attention.heads for attention in kinds)
     kv_values = 2 * max(attention.rows["k"] for attention in kinds)
-    changed = any(not attention.mod.is_none for attention in kinds)
+    changed = any(not attention.mod.is_none or attention.sinks for attention in kinds)
+    joined = 4 * any(attention.sinks for attention in kinds)  # scores beside their sink, in float32
     for group in largest:
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
         mask = rows * prompt if chunk is not None or group.shared or group.kept else 0
         tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
         if job.keep_kv:
-            scores = tokens * heads * ((16 if changed else 8) + 2 * width)
+            scores = tokens * heads * ((16 if changed else 8) + 2 * width + joined)
         if policy.lossy.kv_cache is not None:
             unpacked = tokens * kv_values * width
         if changed:
-            mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width)
+            mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width + joined)
         most = max(most, mask + scores + unpacked)
     return most
 

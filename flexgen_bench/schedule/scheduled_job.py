@@ -161,6 +161,11 @@ class ScheduledJob:
             u.kind is UnitKind.LAYER and u.site.is_accelerator for u in self.units
         )
 
+    def attends_at(self, unit: Unit) -> tuple[Site, ...]:
+        """Where attention of a layer may be computed: with its other steps, and on the host where that is delegated."""
+        delegated = self.attention is AttentionSite.CPU and unit.site.is_accelerator
+        return (unit.site, unit.site.host) if delegated else (unit.site,)
+
     def attends_on_cpu(self, unit: Unit, part: Part) -> bool:
         """Decode attention of this part runs on the cpu although an accelerator computes the rest."""
         return unit.site.is_accelerator and part.tier is not Tier.GPU and self.attention is AttentionSite.CPU

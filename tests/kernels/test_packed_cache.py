@@ -42,7 +42,13 @@ def append(k: Tensor, v: Tensor, codes: Tensor, params: Tensor, compression: Com
 
 
 def attend(
-    q: Tensor, codes: Tensor, params: Tensor, mask: Tensor | None, scale: float, compression: Compression
+    q: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    compression: Compression,
 ) -> Tensor:
     """The same, in float32."""
     segment = PackedSegment(codes, params, compression, q.shape[-1])
@@ -50,7 +56,8 @@ def attend(
     folded = q.float().view(*k.shape[:2], -1, q.shape[-1])
     scores = folded @ k.transpose(2, 3) * scale
     scores = scores if mask is None else scores + mask
-    return (scores.softmax(-1) @ v).to(q.dtype).reshape(q.shape[0], -1)
+    kept = 1.0 if sinks is None else (scores.logsumexp(-1) - sinks.view(scores.shape[1], -1)).sigmoid()[..., None]
+    return (scores.softmax(-1) @ v * kept).to(q.dtype).reshape(q.shape[0], -1)
 
 
 @pytest.fixture
@@ -160,9 +167,10 @@ def test_kernels_say_what_their_reference_says(bits: int, group: int, dim: int, 
     padding = torch.zeros(2, 1, 1, tokens, dtype=dtype)
     padding[1, ..., 3 : tokens - 2] = -torch.inf  # a whole tile, too
     tolerance = {"rtol": 2e-3, "atol": 5e-3} if dtype is torch.float16 else {}
-    for mask in (None, padding):
-        found = interpreted.attend(q, codes, params, mask, dim**-0.5, compression)
-        expected = attend(q, codes, params, mask, dim**-0.5, compression)
+    sinks = torch.tensor([-2.0, 1.0, 4.0, 9.0])
+    for mask, given in ((None, None), (padding, None), (padding, sinks)):
+        found = interpreted.attend(q, codes, params, mask, given, dim**-0.5, compression)
+        expected = attend(q, codes, params, mask, given, dim**-0.5, compression)
         torch.testing.assert_close(found, expected, **tolerance)
     kv[1, 1, 1, 1, dim - 1] = torch.nan
     interpreted.append(kv[0, :, :, 1], kv[1, :, :, 1], *(x[:, :, :, 1] for x in into), compression)

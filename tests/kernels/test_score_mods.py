@@ -1,4 +1,4 @@
-"""ALiBi, windows and soft caps against their definition in float64, in every kind of attention."""
+"""ALiBi, windows, soft caps and sinks against their definition in float64, in every kind of attention."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from flexgen_bench.kernels.value_share import kept
 from flexgen_bench.schedule.prefix_tree import PrefixTree, ScoreRequest, grow
 from tests.kernels.test_attention import TOLERANCE, Case, random_case
 
+Modified = tuple[ScoreMod, Tensor | None]
 
-def mods(heads: int, rng: random.Random) -> list[ScoreMod]:
+
+def mods(heads: int, rng: random.Random) -> list[Modified]:
     slopes, window = alibi_slopes(heads), rng.choice([1, 2, 7, 40, 90])
+    sinks = torch.randn(heads) * 3  # from what no head would notice to what leaves little for the keys
     return [
-        ScoreMod(window=window),
-        ScoreMod(soft_cap=1.5),
-        ScoreMod(slopes=slopes),
-        ScoreMod(window=window, soft_cap=2.0, slopes=slopes),
+        (ScoreMod(window=window), None),
+        (ScoreMod(soft_cap=1.5), None),
+        (ScoreMod(slopes=slopes), None),
+        (ScoreMod(window=window, soft_cap=2.0, slopes=slopes), sinks),
+        (NO_MOD, sinks),
+        (ScoreMod(window=window), sinks),
     ]
 
 
@@ -42,15 +47,18 @@ def changed(scores: Tensor, head: int, mod: ScoreMod) -> Tensor:
     return scores
 
 
-def defined(q: Tensor, k: Tensor, v: Tensor, head: int, scale: float, mod: ScoreMod, share: float) -> Tensor:
+def defined(q: Tensor, k: Tensor, v: Tensor, head: int, scale: float, mods: Modified, share: float) -> Tensor:
     """One query (D) over keys and values (T, D), of which the last are its own."""
-    weights = torch.softmax(changed(k.double() @ q.double() * scale, head, mod), 0)
+    mod, sinks = mods
+    scores = changed(k.double() @ q.double() * scale, head, mod)
+    nothing = torch.tensor([-math.inf if sinks is None else float(sinks[head])], dtype=torch.float64)
+    weights = torch.softmax(torch.cat((scores, nothing)), 0)[:-1]
     others = sorted(range(len(weights) - 1), key=lambda t: (-float(weights[t]), t))
     used = [len(weights) - 1, *others[: kept(share, mod.seen(len(weights))) - 1]]
     return weights[used] @ v[used].double()
 
 
-def decoded(case: Case, mod: ScoreMod, share: float) -> Tensor:
+def decoded(case: Case, mod: Modified, share: float) -> Tensor:
     q, segments, padding, scale, slots = case
     _, heads, dim = q.shape
     keys, values = ([x(torch.float32) for x in (getattr(s, n) for s in segments)] for n in ("keys", "values"))
@@ -79,8 +87,8 @@ def test_decode(seed: int, bits: int | None, path: str) -> None:
     for mod in mods(q.shape[1], rng):
         share = rng.choice([1.0, 0.3])
         if path == "native" and build.library("attention") is not None:
-            assert attend_natively(q, segments, padding, scale, share, slots, mod) is not None
-        out = decode_attention(q, segments, padding, scale, share, slots, mod)
+            assert attend_natively(q, segments, padding, scale, share, slots, *mod) is not None
+        out = decode_attention(q, segments, padding, scale, share, slots, *mod)
         torch.testing.assert_close(out.double(), decoded(case, mod, share), atol=1e-4, rtol=1e-4, msg=str(mod))
 
 
@@ -89,7 +97,7 @@ def test_decode_in_16_bits(dtype: torch.dtype, path: str) -> None:
     case = random_case(3, dtype)
     q, segments, padding, scale, slots = case
     for mod in mods(q.shape[1], random.Random(3)):
-        out = decode_attention(q, segments, padding, scale, slots=slots, mod=mod)
+        out = decode_attention(q, segments, padding, scale, 1.0, slots, *mod)
         expected = decoded(case, mod, 1.0)
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -104,8 +112,13 @@ def test_a_long_cache_is_shared_out(threads: int, path: str) -> None:
     q, before = torch.randn(1, 4, 16), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for mod in (ScoreMod(window=3100), ScoreMod(slopes=alibi_slopes(4)), ScoreMod(window=2500, soft_cap=1.0)):
-            out = decode_attention(q, [PlainSegment(k, v)], None, 0.25, mod=mod)
+        sinks = torch.tensor([-3.0, 0.0, 8.0, 60.0])
+        for mod in (
+            (ScoreMod(window=3100), sinks),
+            (ScoreMod(slopes=alibi_slopes(4)), None),
+            (ScoreMod(window=2500, soft_cap=1.0), None),
+        ):
+            out = decode_attention(q, [PlainSegment(k, v)], None, 0.25, 1.0, None, *mod)
             expected = decoded((q, [PlainSegment(k, v)], None, 0.25, None), mod, 1.0)
             torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
     finally:
@@ -130,16 +143,16 @@ def test_prompts_and_chunks(heads: int, small: bool, monkeypatch: pytest.MonkeyP
                 for a, n in zip([0, 1, 9, 17], lengths, strict=True)
             ]
         )
-        out = prefill_attention(q, k, v, lengths, 0.3, mod)
+        out = prefill_attention(q, k, v, lengths, 0.3, *mod)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
         a, n = 17, 21
         keys, values = (x[a : a + n].transpose(0, 1)[None] for x in (k, v))
         for start, stop in ((0, 4), (4, 11), (11, 21)):
-            part = chunk_attention(q[a + start : a + stop], keys, values, [(start, stop)], 0.3, mod)
+            part = chunk_attention(q[a + start : a + stop], keys, values, [(start, stop)], 0.3, *mod)
             torch.testing.assert_close(part.double(), expected[a + start : a + stop], atol=1e-5, rtol=1e-4)
 
 
-def _prompt(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
+def _prompt(q: Tensor, k: Tensor, v: Tensor, mod: Modified) -> Tensor:
     ratio = q.shape[1] // k.shape[1]
     return torch.stack(
         [
@@ -162,10 +175,10 @@ def test_forests(seed: int, chunk: int, share: float) -> None:
     tree, heads = _tree(seed), 6
     torch.manual_seed(seed)
     q, k, v = (torch.randn(tree.rows, n, 10) for n in (heads, 2, 2))
-    for mod in [NO_MOD, *mods(heads, random.Random(seed))]:
+    for mod in [(NO_MOD, None), *mods(heads, random.Random(seed))]:
         mask = TreeMask(tree)
         out = torch.cat(
-            [tree_attention(q[a : a + chunk], k, v, mask, a, 0.3, share, mod) for a in range(0, tree.rows, chunk)]
+            [tree_attention(q[a : a + chunk], k, v, mask, a, 0.3, share, *mod) for a in range(0, tree.rows, chunk)]
         )
         expected = torch.stack([_row(tree, row, q, k, v, mod, share) for row in range(tree.rows)])
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4, msg=str(mod))
@@ -186,7 +199,7 @@ def _tree(seed: int) -> PrefixTree:
     return found[0]
 
 
-def _row(tree: PrefixTree, row: int, q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod, share: float) -> Tensor:
+def _row(tree: PrefixTree, row: int, q: Tensor, k: Tensor, v: Tensor, mod: Modified, share: float) -> Tensor:
     path = [row]
     while tree.parents[path[0]] >= 0:
         path.insert(0, tree.parents[path[0]])

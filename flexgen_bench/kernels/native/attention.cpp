@@ -35,6 +35,7 @@ struct Job {
   int64_t threads;
   int64_t window;       // the last so many tokens are seen; 0: all
   const float* slopes;  // (heads,): times a token's distance from the last one, taken off its score; null: none
+  const float* sinks;   // (heads,): scores that take part in the sum of the softmax and have no value; null: none
   float scale;
   float soft_cap;  // c * tanh(score / c); 0: none
 };
@@ -59,6 +60,11 @@ Run run_of(const Rows& rows, int64_t sequence, int64_t head, int64_t first, int6
                                             head * rows.param_stride[1] + first * rows.param_stride[2]
                                       : nullptr;
   return {data, params, tokens};
+}
+
+// What a query head's exponentials, taken relative to ``largest``, are divided by.
+float whole(const Job& job, int64_t head, float largest, float total) {
+  return job.sinks ? total + std::exp(job.sinks[head] - largest) : total;
 }
 
 // Calls f(rows, run, tokens before it) for the parts of [start, stop) in each segment.
@@ -292,8 +298,8 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
       to[1] = n ? totals[static_cast<size_t>(r)].second : 0.0f;
       std::copy(found, found + job.dim, to + 2);
     } else {
-      const float scale = n ? 1 / totals[static_cast<size_t>(r)].second : 0.0f;
-      put(job, (first_head + r) * job.dim, found, job.dim, scale);
+      const auto [largest, total] = n ? totals[static_cast<size_t>(r)] : std::pair(0.0f, 1.0f);
+      put(job, (first_head + r) * job.dim, found, job.dim, 1 / whole(job, head * queries + r, largest, total));
     }
   }
 }
@@ -316,6 +322,7 @@ void join_splits(const Job* job) {
       total += weight * part(i)[1];
       for (int64_t d = 0; d < job->dim; d++) out[d] += weight * part(i)[2 + d];
     }
+    total = whole(*job, h % job->heads, largest, total);
     for (int64_t d = 0; d < job->dim; d++) out[d] /= total;
     put(*job, h * job->dim, out, job->dim, 1.0f);
   }

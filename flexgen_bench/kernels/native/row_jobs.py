@@ -135,6 +135,6 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, interleaved: bool) 
 @functools.cache
 def function(native: ctypes.CDLL, name: str) -> Callable[..., Any]:
     """A library's function of one job."""
-    found = getattr(native, name)
-    found.argtypes, found.restype = [ctypes.c_void_p], None
+    found: Callable[..., Any] = getattr(native, name)
+    found.argtypes, found.restype = [ctypes.c_void_p], None  # type: ignore[attr-defined]
     return found

@@ -1,0 +1,41 @@
+"""Attention sinks of all layers, where attention is computed.
+
+They are weights of their layer, a value for each query head. A layer's weights may be on the accelerator alone, or in a
+staging buffer that is used again, when the cpu attends for it: so every site that attends keeps those of all layers, in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexgen_bench.core.tiers import LaneKind, Tier
+from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.models.packing import PackedEntry, PackedModel
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
+from flexgen_bench.schedule.steps import Step
+
+
+class Sinks:
+    """read: a plain tensor of the packed file, in host memory. Allocates what the plan calls attention sinks."""
+
+    def __init__(
+        self, packed: PackedModel, job: ScheduledJob, read: Callable[[PackedEntry], Tensor], arenas: Arenas
+    ) -> None:
+        self._of: dict[tuple[int, Tier], Tensor] = {}
+        for unit in packed.units:
+            if unit.sinks is None:
+                continue
+            values = read(unit.sinks)
+            for site in job.attends_at(job.units[unit.index]):
+                memory = arenas.allocate(site.tier, "attention sinks", unit.sink_bytes).view(torch.float32)
+                self._of[unit.index, site.tier] = memory.copy_(values)
+
+    def of(self, step: Step) -> Tensor | None:
+        """(H,) float32, where the step attends; None: its layer has none."""
+        if not self._of:
+            return None
+        return self._of.get((step.unit, Tier.GPU if step.lane.kind is LaneKind.GPU else Tier.CPU))
