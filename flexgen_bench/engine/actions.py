@@ -93,7 +93,7 @@ class Actions:
         self._health = Health()
         home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
         self._next = NextTokens(device, self._health, consumer, home)
-        self._layers = Layers(layer_formulas, weights, plan.job, device)
+        self._layers = Layers(layer_formulas, weights, plan.job, device, policy.gpu_batch_size)
         self._graphs = DecodeGraphs(
             *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
             self._value_share,

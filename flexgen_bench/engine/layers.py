@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.engine.decode_programs import DecodePrograms
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
@@ -128,12 +129,15 @@ class Mixture:
 
 
 class Layers:
-    """The layers of a job, made at their first use. A formula that cannot be traced is called as it is."""
+    """The layers of a job, made at their first use. A formula that cannot be traced is called as it is. most_rows: of a
+    micro-batch that decodes."""
 
-    def __init__(self, formulas: Formulas, weights: Weights, job: ScheduledJob, device: Device) -> None:
+    def __init__(self, formulas: Formulas, weights: Weights, job: ScheduledJob, device: Device, most_rows: int) -> None:
         self._formulas, self._weights, self._job, self._device = formulas, weights, job, device
         self._bound: dict[tuple[int, int, int], Layer] = {}
         self._experts: dict[tuple[int, int], list[Callable[[Tensor], Tensor]]] = {}
+        self._recorded: dict[tuple[int, int, int, int], Layer] = {}  # and for so many rows
+        self._programs = DecodePrograms(formulas.decoder, most_rows)
 
     def of(self, step: Step) -> Layer:
         """The layer of a step, with its weights where the step finds them."""
@@ -154,8 +158,21 @@ class Layers:
 
     def _lower(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator and self._device.launches_kernels
+    def decoding(self, step: Step, x: Tensor, tables: Any) -> Layer:
+        """The layer of a LAYER step of these hidden states (N, hidden). What it makes of them to project is gone with
+        the next step of its lane."""
+        key = (step.unit, step.weight_buffer, step.dequantized_buffer, x.shape[0])
+        try:
+            return self._recorded[key]
+        except KeyError:
+            layer = self.of(step)
+            if not self._job.units[step.unit].site.is_accelerator:
+                layer = Layer(*self._programs.layer(step.unit - 1, self._weights.of(step), x, tables, *layer))
+            self._recorded[key] = layer
+            return layer
 
     def clear(self) -> None:
         """Let go of the weights."""
         self._bound.clear()
         self._experts.clear()
+        self._recorded.clear()
