@@ -59,7 +59,7 @@ def needs(spec: CellSpec) -> Needs:
 
 def weight_bytes(shape: ModelShape, dtype: DType) -> int:
     """Bytes of all parameters; tied embeddings count once."""
-    return family(shape.family).inventory(shape).num_values * dtype.bytes
+    return family(shape.family).parameters(shape)[0] * dtype.bytes
 
 
 def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Refusal | None:
