@@ -37,6 +37,8 @@ class Formulas:
 
     def __init__(self, family: ModelFamily, shape: ModelShape) -> None:
         self.decoder, self.shape = family.decoder(shape), shape
+        kinds = {layer: number for number, layer in enumerate(self.decoder.kinds)}
+        self._kinds = [kinds[layer] for layer in self.decoder.layers]  # looked up: a layer takes a while to hash
         self._traced: dict[tuple[object, ...], Traced | None] = {}
 
     def layer(self, number: int, weights: Mapping[str, Any], lower: bool) -> Layer:
@@ -44,7 +46,8 @@ class Formulas:
         a launch."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
         layer = self.decoder.layers[number]
-        dense, of_experts = formulas.apart(weights)
+        mixture = isinstance(layer.mlp, Experts)
+        dense, of_experts = formulas.apart(weights) if mixture else (weights, [])
 
         def project(ops: Any, w: Any, x: Any, tables: Any) -> Any:
             return formulas.project(ops, self.decoder, layer, w, x, tables)
@@ -52,7 +55,7 @@ class Formulas:
         def output(ops: Any, w: Any, x: Any, attended: Any) -> Any:
             return formulas.output(ops, layer, w, x, attended)
 
-        bind = functools.partial(self._bound, (lower, layer))
+        bind = functools.partial(self._bound, (lower, self._kinds[number]))
         [projected] = bind(project, [dense], ("x", "tables"))
         if isinstance(layer.mlp, Experts):
             return Layer(projected, self._mixture(bind, layer, layer.mlp, dense, of_experts))
@@ -65,7 +68,7 @@ class Formulas:
         layer = self.decoder.layers[number]
         part = layer.mlp
         assert isinstance(part, Experts), "a dense layer has no experts"
-        bind = functools.partial(self._bound, (lower, layer))
+        bind = functools.partial(self._bound, (lower, self._kinds[number]))
         return self._each(bind, part, formulas.apart(weights)[1])
 
     def _mixture(

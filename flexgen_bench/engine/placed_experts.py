@@ -94,7 +94,7 @@ class PlacedExperts:
             held.clear()
 
     def _put(self, step: Step, layer: int, state: Routed, made: Tensor) -> None:
-        # Without weights: a layer that normalises what its experts make is not taken apart (planner/memory_plan.py).
+        # Without weights: a layer that normalises what its experts make is not taken apart (``Model.packed_for``).
         self._hidden.put(step, formulas.after_mlp(ops, self._parts[layer - 1], {}, state.x, made, state.shared))
 
     def _mover(self, step: Step) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,9 @@ takes in its place (a compressed one): formulas (``formulas.py``) only hand weig
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from flexgen_bench.core.errors import UserError
@@ -56,6 +58,17 @@ class ModelFamily(ABC):
     def inventory(self, shape: ModelShape, names: Names | None = None) -> Inventory:
         """Names, shapes and checkpoint sources of every weight; names: other than the family's own."""
         return inventory_of(self.decoder(shape), names or self.names)
+
+    def parameters(self, shape: ModelShape) -> tuple[int, int]:
+        """Parameters of a model of this shape, a tied table once; and those of them that a token meets, which of a
+        mixture of experts are fewer. Like layers are counted once."""
+        decoder = self.decoder(shape)
+        kinds = decoder.kinds
+        inventory = inventory_of(replace(decoder, layers=kinds), self.names)
+        counts = Counter(decoder.layers)
+        values = [sum(t.spec.num_values for t in layer) for layer in inventory.layers]
+        total = inventory.num_values + sum((counts[k] - 1) * n for k, n in zip(kinds, values, strict=True))
+        return total, total - sum(count * kind.idle_values for kind, count in counts.items())
 
     def is_further(self, name: str, config: Mapping[str, Any], shape: ModelShape) -> bool:
         """Whether a tensor of a checkpoint belongs to layers behind the model's own."""

@@ -30,7 +30,6 @@ _BIAS, _SHARED_SIZE = "qkv_bias", "shared_expert_intermediate_size"
 class QwenMoe(MixtureLike):
     """What both have."""
 
-    expert_size: ClassVar[int | None]
     renormalised = False
     positions = 32768
 
@@ -41,16 +40,12 @@ class QwenMoe(MixtureLike):
             raise UserError(f"config.json: {_DENSE}", listed, "a list of numbers of layers, or null")
         dense = [number for number in range(layers) if number in listed or (number + 1) % step]
         window = window_of(config, 4096) if config_flag(config, "use_sliding_window", False) else None
-        windows = window_options(self.kinds_of(config), layers, window, self.full_layers(config, layers))
+        windows = self.windows(config, layers, window)
         return super().extra_options(config, layers) | {"dense_layers": dense} | windows
 
-    def kinds_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What of a config says which layers have a window."""
-        return {}
-
-    def full_layers(self, config: Mapping[str, Any], layers: int) -> list[int]:
-        """Those without a window in a model that has one, unless the config lists kinds."""
-        return []
+    def windows(self, config: Mapping[str, Any], layers: int, window: int | None) -> dict[str, Any]:
+        """Options that say which layers have this window: all of them."""
+        return window_options({}, layers, window, [])
 
     def config_from_shape(self, shape: ModelShape) -> dict[str, Any]:
         options = shape.options
@@ -92,12 +87,11 @@ class Qwen2Moe(QwenMoe):
             "shared_size": count_of({_SHARED_SIZE: 5632, **config}, _SHARED_SIZE, 1),
         }
 
-    def kinds_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return config
-
-    def full_layers(self, config: Mapping[str, Any], layers: int) -> list[int]:
+    def windows(self, config: Mapping[str, Any], layers: int, window: int | None) -> dict[str, Any]:
+        """Where a config lists no kinds, every other one of the first."""
         first = int(config.get("max_window_layers", 28))
-        return [number for number in range(layers) if number % 2 or number >= first]
+        full = [number for number in range(layers) if number % 2 or number >= first]
+        return window_options(config, layers, window, full)
 
     def config_from_shape(self, shape: ModelShape) -> dict[str, Any]:
         options = shape.options

@@ -169,7 +169,7 @@ class StepCost:
     def _experts(self, unit: Unit, rows: int, site: SiteRates, tier: Tier) -> float:
         """Products with the experts that so many tokens are expected to touch, each with its share of the tokens. Each
         is called by itself, with as many operators as a step has elsewhere."""
-        if not unit.experts:
+        if not unit.experts or not rows:
             return 0.0
         touched = unit.touched(rows)
         compression = self._lossy.weights if self._packed.units[unit.index].plain_bytes and not unit.unpack else None

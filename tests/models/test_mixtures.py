@@ -14,12 +14,13 @@ from test_family_configs import ours
 from test_family_names import NEW_TOKENS, PROMPTS, as_cell, in_transformers, rewritten
 from torch import Tensor
 
+from flexgen_bench.accuracy.run.importance import measure
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.cell import ModelSpec
 from flexgen_bench.core.compression import Compression, Lossy
-from flexgen_bench.core.errors import NotFinite, StoreError
+from flexgen_bench.core.errors import NotFinite, StoreError, UserError
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -164,6 +165,11 @@ def headers(folder: Path) -> set[str]:
     with open_source(folder) as source:
         names = [name for own, name in source.names.items() if "correction" in own]
         return {source.checkpoint.header(name)[1] for name in names}
+
+
+def test_inputs_of_experts_are_not_measured() -> None:
+    with pytest.raises(UserError, match=r"without experts.*scales: mse"):
+        measure(random_model("mixtral"), [[1, 2, 3]])
 
 
 def test_what_is_not_finite_is_reported_by_layer(tmp_path: Path) -> None:

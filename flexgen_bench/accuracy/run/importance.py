@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.engine.added_tokens import AddedTokens
 from flexgen_bench.memory.importance import IMPORTANCE
 
@@ -24,10 +25,14 @@ def measure(model: Any, windows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """The mean square of each input of each linear layer, over all tokens of all windows: parameter name -> (inputs,)
     float32.
 
-    model: a causal model of transformers. Its head, and what it does not reach, are left out.
+    model: a causal model of transformers. Its head, and what it does not reach, are left out. UserError for a mixture
+    of experts, each of which meets tokens of its own.
     """
     import torch
 
+    if any(parameter.dim() > 2 for parameter in model.parameters()):  # of all experts together
+        allowed = "a model without experts: how large the inputs of each are is not measured"
+        raise UserError("model", type(model).__name__, allowed, "Compress its weights with scales: mse.")
     sums: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
 
