@@ -198,7 +198,8 @@ class Actions:
         self._next.clear()
         self._embedding.clear()
         self._graphs.clear()
-        del self._cache, self._hidden, self._prompts, self._resident, self._experts, self._leave
+        del self._cache, self._hidden, self._prompts, self._resident, self._embedding, self._graphs, self._next
+        del self._experts, self._leave
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
