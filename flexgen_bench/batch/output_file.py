@@ -7,6 +7,7 @@ lies ``<name>.state.json``, which says what the answers belong to.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -212,9 +213,12 @@ def _line(answer: Mapping[str, Any]) -> bytes:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that the name of a file is on disk, too."""
+    """So that the name of a file is on disk, too, where a file system can promise that."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(opened)

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from flexgen_bench.core.errors import UserError
 
 # Statuses of HTTP, which lines of a batch carry, too.
-BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, NO_LENGTH, TOO_LARGE, TOO_MANY = 400, 401, 404, 411, 413, 429
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TOO_SLOW = 400, 401, 404, 408
+NO_LENGTH, TOO_LARGE, TOO_MANY = 411, 413, 429
 SERVER_ERROR, UNAVAILABLE, TIMED_OUT = 500, 503, 504
 _SHOWN = 200  # characters of a value that is refused
 

@@ -90,7 +90,7 @@ def _add_routes(app: FastAPI, parts: Parts, name: str, settings: ServeSettings) 
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "flexgen-bench"}
 
     async def answer(url: str, request: Request) -> Response:
-        body = await json_body(request, settings.body_bytes)
+        body = await json_body(request, settings.body_bytes, settings.request_s)
         parsed = await run_in_threadpool(parts.reader.read, url, body, secrets.randbelow(2**31))
         return await parts.answering.answer(parsed, request)
 

@@ -83,7 +83,7 @@ def add_batch_routes(
     @app.post("/v1/batches")
     async def create(request: Request) -> Document:
         try:
-            form = BatchForm.model_validate(await json_body(request, settings.body_bytes))
+            form = BatchForm.model_validate(await json_body(request, settings.body_bytes, settings.request_s))
         except ValidationError as error:
             raise of_validation(error) from error
         if form.endpoint not in FORMS:

@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Sequence
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,6 +42,8 @@ class Guard:
         else:
             try:
                 await self._app(scope, receive, noted)
+            except ClientDisconnect:
+                pass  # in the middle of its body
             except Exception as error:
                 _log.exception("%s %s", scope["method"], scope["path"])
                 if not status:

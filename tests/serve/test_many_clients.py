@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,12 @@ def test_an_answer_that_takes_too_long_is_ended(model: Path, tmp_path: Path) -> 
         assert 504 in statuses
         settled(server)
         assert httpx.post(server.url + URL, json=body(0, max_tokens=1), timeout=60).status_code == 200
+        # One who sends no body, and one who goes away in the middle of it.
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
+            slow.settimeout(60)
+            slow.sendall(f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode())
+            assert b" 408 " in slow.recv(100)
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as gone:
+            gone.sendall(f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        assert httpx.post(server.url + URL, json=body(0, max_tokens=1), timeout=60).status_code == 200
+        assert "Traceback" not in server.log.read_text()

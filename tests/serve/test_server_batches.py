@@ -76,6 +76,14 @@ def test_a_batch(server: ServerProcess, llm: LLM) -> None:
             client.files.content(batch.output_file_id)
 
 
+def answered(path: Path) -> int:
+    """Whole lines of the file that a batch under way is written to."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def test_a_batch_survives_a_kill_and_a_restart(model: Path, llm: LLM, tmp_path: Path) -> None:
     """Killed twice, at moments when some of it is answered; the server that comes next goes on."""
     content, name = lines(150, ignore_eos=True), ""
@@ -87,8 +95,11 @@ def test_a_batch_survives_a_kill_and_a_restart(model: Path, llm: LLM, tmp_path: 
                 found = texts(client, batch.output_file_id)
                 break
             answers = tmp_path / "state" / "batches" / f"{name}.answers.jsonl"
-            before, end = answers.read_bytes().count(b"\n") if answers.exists() else 0, time.monotonic() + 60
-            while not answers.exists() or answers.read_bytes().count(b"\n") < min(before + 20, 140):
+            before, end = answered(answers), time.monotonic() + 200
+            while answered(answers) < min(before + 20, 140):
+                # On a busy machine it may have ended before anybody looked.
+                if client.batches.retrieve(name).status == "completed":
+                    break
                 assert time.monotonic() < end
                 time.sleep(0.005)
             assert server.stop(number) in (0, -signal.SIGKILL), server.log.read_text()
@@ -148,7 +159,7 @@ def test_it_ends_within_the_stated_time(model: Path, tmp_path: Path, number: int
     limits = ("sequences=2", "prompt_tokens=100", "answer_tokens=400", "stop_s=1")
     with serving(model, tmp_path / "state", *limits) as server:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=200) as response:
             next(response.iter_lines())
             assert server.stop(number) in (0, -number)
 
