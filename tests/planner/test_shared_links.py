@@ -96,7 +96,7 @@ def test_who_slows_whom() -> None:
 
 def test_the_closed_form_sums_what_shares_a_link() -> None:
     job = ScheduledJob((), Tier.GPU, AttentionSite.CPU, 2, 2, 1, 1, 1, 1, 1, 1)
-    sums = LaneSums(lambda step: float(step.bytes), True, job)
+    sums = LaneSums(lambda step: StepTimes(step.bytes, 0), True, job)
     assert sums.run_pass([LOAD, move(0), move(1)]) == 120
     assert sums.busy_s[Lane.H2D_WEIGHTS] == 100
 
