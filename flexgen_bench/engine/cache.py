@@ -13,10 +13,12 @@ from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
+from flexgen_bench.memory.kv_ring import RingRegion
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.schedule.kv_layout import KVLayout
 from flexgen_bench.schedule.micro_batch import Part
-from flexgen_bench.schedule.scheduled_job import UnitKind
+from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.steps import Step
 
@@ -43,33 +45,41 @@ class KVCache:
         # One token's K and V, by (staging buffer, part): made by attention, on its way home.
         self._new: dict[tuple[int, int], list[Stored]] = {}
         self._new_host: dict[tuple[int, int], list[Stored]] = {}
-        self._regions: dict[tuple[int, int], KVRegion] = {}  # by sequence group and span
-        self._paddings: dict[tuple[int, int, torch.device], Padding | None] = {}
+        self._regions: dict[tuple[int, int, int | None], KVRegion] = {}  # by sequence group, span and ring
+        # By the same and the device; of rings, with the token that they are of.
+        self._paddings: dict[tuple[int, int, int | None, torch.device], tuple[int, Padding | None]] = {}
 
     def _make_rooms(self, plan: MemoryPlan, arenas: Arenas) -> None:
-        layers = [u for u in plan.job.units if u.kind is UnitKind.LAYER]
         for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
             for number, span in enumerate(kv_slot.kv):
-                size, tail = sizes.kv[number], sizes.tails[number]
+                for ring, layers in plan.job.rings.items():
+                    self._make_room(arenas, kv_slot.index, number, span.tier, layers, sizes.kv[ring][number])
                 if span.tier is Tier.DISK:
-                    arenas.note(Tier.DISK, "kv_cache", size * len(layers))
-                    for unit in layers:
-                        self._offset[kv_slot.index, number, unit.index] = self.spilled
-                        self.spilled += size
+                    layers = tuple(unit for of_ring in plan.job.rings.values() for unit in of_ring)
+                    tail = sizes.tails[number]
                     tails = arenas.allocate(Tier.CPU, "kv tails", tail * len(layers))
                     for place, unit in enumerate(layers):
                         self._tails[kv_slot.index, number, unit.index] = tails[place * tail :][:tail]
-                    continue
-                # Layers computed on the cpu keep their cache there.
-                tiers = [Tier.CPU if span.tier is Tier.CPU else unit.site.tier for unit in layers]
-                for tier in set(tiers):
-                    mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
-                    arena = arenas.allocate(tier, "kv_cache", size * len(mine))
-                    stack = arena[: size * len(mine)].view(len(mine), size)
-                    self._stacks[kv_slot.index, number, tier] = (stack, [u.index for u in mine])
-                    for place, unit in enumerate(mine):
-                        home = arena[place * size :][:size]
-                        self._memory[kv_slot.index, number, unit.index] = home
+
+    def _make_room(
+        self, arenas: Arenas, kv_slot: int, number: int, span: Tier, layers: Sequence[Unit], size: int
+    ) -> None:
+        """Of a span on a tier, for layers whose regions have this size."""
+        if span is Tier.DISK:
+            arenas.note(Tier.DISK, "kv_cache", size * len(layers))
+            for unit in layers:
+                self._offset[kv_slot, number, unit.index] = self.spilled
+                self.spilled += size
+            return
+        # Layers computed on the cpu keep their cache there.
+        tiers = [Tier.CPU if span is Tier.CPU else unit.site.tier for unit in layers]
+        for tier in set(tiers):
+            mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
+            arena = arenas.allocate(tier, "kv_cache", size * len(mine))
+            stack = arena[: size * len(mine)].view(len(mine), size)
+            self._stacks[kv_slot, number, tier] = (stack, [u.index for u in mine])
+            for place, unit in enumerate(mine):
+                self._memory[kv_slot, number, unit.index] = arena[place * size :][:size]
 
     def _make_staging(self, plan: MemoryPlan, arenas: Arenas) -> None:
         sizes, compute = plan.staging, plan.job.compute_tier
@@ -84,41 +94,52 @@ class KVCache:
 
     # Prefill
 
-    def keep_prompt(self, step: Step, k: Sequence[Stored]) -> None:
-        """Lay stored keys and values (rows, G, ...) of a prompt or a chunk of it out per sequence, at home or on the
-        way. Every sequence gets those of the tokens that all share."""
-        for part in step.micro_batch.kv_parts:
-            raw = self._prompt_bytes(step, part)
-            region, member = self._region(part), part.member
-            rows = [tuple(t[part.row : part.stop] for t in stored) for stored in k]
-            ranges = member.ranges[part.span.start : part.span.stop]
-            if member.shared_rows:
-                same = [tuple(t[: member.shared_rows] for t in stored) for stored in k]
-                region.put_shared(raw, member.start, same)
-            if (
-                len(set(ranges)) == 1
-                and part.span.count == region.layout.sequences
-                and (
-                    ranges[0][1] < member.group.prompt_lens[part.span.start]
-                    or ranges[0][1] == region.layout.prompt_tokens
-                )
-            ):
-                region.put_prompts(raw, ranges[0][0], rows)
-                continue
-            cursor = 0
-            for place, (first, last) in enumerate(ranges, start=part.span.start):
-                count = last - first
-                if count:
-                    own = [tuple(t[cursor : cursor + count] for t in stored) for stored in rows]
-                    slot, length = part.group.places[place], part.group.prompt_lens[place]
-                    region.put_prompt(raw, slot, first, own, length)
-                cursor += count
+    def keep_prompt(self, step: Step, part: Part, kv: Sequence[Stored]) -> None:
+        """Lay stored keys and values (rows of the micro-batch, G, ...) of a part's prompts or a chunk of them out per
+        sequence, at home or on the way. Every sequence gets those of the tokens that all share."""
+        raw = self._prompt_bytes(step, part)
+        region, member = self._region(step, part), part.member
+        rows = [tuple(t[part.row : part.stop] for t in stored) for stored in kv]
+        ranges = member.ranges[part.span.start : part.span.stop]
+        if member.shared_rows:
+            same = [tuple(t[: member.shared_rows] for t in stored) for stored in kv]
+            region.put_shared(raw, member.start, same)
+        if (
+            len(set(ranges)) == 1
+            and part.span.count == region.layout.sequences
+            and (
+                ranges[0][1] < member.group.prompt_lens[part.span.start]
+                or ranges[0][1] >= region.layout.filled_by_prompts
+            )
+        ):
+            region.put_prompts(raw, ranges[0][0], rows)
+            return
+        cursor = 0
+        for place, (first, last) in enumerate(ranges, start=part.span.start):
+            count = last - first
+            if count:
+                own = [tuple(t[cursor : cursor + count] for t in stored) for stored in rows]
+                slot, length = part.group.places[place], part.group.prompt_lens[place]
+                region.put_prompt(raw, slot, first, own, length)
+            cursor += count
 
     def prompt_so_far(self, step: Step, part: Part, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (S, G, stop, D) of a part's prompts up to ``stop``, as attention sees them."""
-        stored = self._region(part).prompt(self._prompt_bytes(step, part))
+        stored = self._region(step, part).prompt(self._prompt_bytes(step, part))
         both = self._form.decode(tuple(t[:, :, :, :stop] for t in stored))
         return both[0], both[1]
+
+    def before(self, step: Step, part: Part, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Of a ring: keys and values (S, G, last - first, D) of a part's prompts at these positions, which the chunk
+        that is to be kept next has not overwritten."""
+        region = self._region(step, part)
+        assert isinstance(region, RingRegion)
+        both = self._form.decode(region.recent(self._prompt_bytes(step, part), first, last))
+        return both[0], both[1]
+
+    def ring(self, step: Step, part: Part) -> int | None:
+        """The window, if a part's cache keeps no other tokens of this step's layer; None if it keeps all."""
+        return part.layout(self._job.units[step.unit].ring).ring
 
     def _prompt_bytes(self, step: Step, part: Part) -> Tensor:
         """Where the prompt gathers: its home if that is where the layer is computed, else a staging buffer."""
@@ -132,7 +153,7 @@ class KVCache:
         unit, start = self._job.units[step.unit], 0
         for other in step.micro_batch.kv_parts[: part.index]:
             if not (self._job.keep_kv and self._job.kv_tier(unit, other) is unit.site.tier):
-                start += self._region(other).layout.prompt_bytes
+                start += self._region(step, other).layout.prompt_bytes
         return staging[start:]
 
     # Steps that move
@@ -140,7 +161,7 @@ class KVCache:
     def store(self, step: Step) -> None:
         """STORE_KV: prompt or finished segment to disk, prompt or token from the accelerator to the host."""
         part = _part(step)
-        layout, to_disk = self._region(part).layout, part.tier is Tier.DISK
+        layout, to_disk = self._region(step, part).layout, part.tier is Tier.DISK
         home = _home(step, part)
         if part.token:
             if step.lane.kind is LaneKind.DISK_WRITE:
@@ -165,13 +186,13 @@ class KVCache:
     def _host_prompt(self, step: Step, part: Part) -> Tensor:
         """Only parts on disk pass through here; each has its place after the ones before it."""
         before = (p for p in step.micro_batch.kv_parts[: part.index] if p.tier is Tier.DISK)
-        start = sum(self._region(p).layout.prompt_bytes for p in before)
+        start = sum(self._region(step, p).layout.prompt_bytes for p in before)
         return self._prompts_host[step.micro_batch.prompt_buffer][start:]
 
     def load(self, step: Step) -> None:
         """LOAD_KV: disk -> host slot, or host -> accelerator."""
         part = _part(step)
-        layout, home = self._region(part).layout, _home(step, part)
+        layout, home = self._region(step, part).layout, _home(step, part)
         full, used = layout.full_segments(part.token - 1), layout.used_segments(part.token - 1)
         size = layout.prefix_bytes(full)
         if step.lane.kind is LaneKind.DISK_READ:
@@ -184,7 +205,7 @@ class KVCache:
                 tail = self._tails[home][: layout.segment_bytes]
                 slot[size:][: layout.segment_bytes].copy_(tail, non_blocking=True)
         else:
-            size = layout.prefix_bytes(used)
+            size = layout.moved_bytes(part.token)
             slot[:size].copy_(self._memory[home][:size], non_blocking=True)
 
     def append(self, step: Step) -> None:
@@ -197,7 +218,7 @@ class KVCache:
     def attend_in_memory(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """Append one token's stored k, v (S', G, ...) to a cache in this device's memory; returns all of it."""
         self._append_at_home(step, part, new)
-        region, home, token = self._region(part), _home(step, part), part.token
+        region, home, token = self._region(step, part), _home(step, part), part.token
         if part.tier is not Tier.DISK:
             return region.segments(self._memory[home], token)
         on_disk = region.layout.full_segments(token - 1) * region.layout.segment_tokens
@@ -207,19 +228,19 @@ class KVCache:
 
     def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
-        region, slot = self._region(part), self._slots[part.kv_buffer]
-        region.append(slot, part.token, slots_of(part), new)
+        region, slot = self._region(step, part), self._slots[part.kv_buffer]
+        _append(region, slot, part, new)
         self._new[step.buffer_index, step.part] = list(new)
         return region.segments(slot, part.token)
 
     def all_layers(self, part: Part, tier: Tier) -> tuple[Stored, list[int]] | None:
         """A part's cache of all layers that have it on this tier, each tensor (L, 2, S, G, P + new tokens, ...), and
         their units. None if prompt and generated tokens are no neighbours in it."""
-        region = self._region(part)
-        if not region.layout.is_joined:
+        layout = part.layout()
+        if not layout.is_joined or part.group.rings:
             return None
         raw, units = self._stacks[part.group.kv_slot, part.home, tier]
-        return region.whole(raw), units
+        return KVRegion(layout, self._form).whole(raw), units
 
     def is_moved(self, step: Step, part: Part) -> bool:
         """Whether this ATTEND reads a cache that was moved to an accelerator."""
@@ -228,28 +249,33 @@ class KVCache:
     def live_slots(self, part: Part) -> Sequence[int] | None:
         """Which of the region's sequences are still running; None if all are."""
         slots = slots_of(part)
-        return None if len(slots) == self._region(part).layout.sequences else slots
+        return None if len(slots) == part.layout().sequences else slots
 
-    def padding(self, part: Part, device: torch.device) -> Padding | None:
-        """Which prompt slots hold a token; None if all do."""
-        key = (part.group.index, part.home, device)
-        if key not in self._paddings:
+    def padding(self, part: Part, device: torch.device, ring: int | None = None) -> Padding | None:
+        """Which slots of the prompts' segment hold a token, or of a ring (of the layers that have it); None if all
+        do."""
+        key, token = (part.group.index, part.home, ring, device), part.token if ring is not None else 0
+        known, padding = self._paddings.get(key, (-1, None))
+        if known != token and (known < 0 or padding is not None):  # a ring that is full stays so
             whole = part.group.whole
             span = whole.kv[part.home]
-            lengths = torch.tensor(whole.prompt_lens[span.start : span.stop])
-            tokens = whole.layouts[part.home].prompt_tokens
-            padding = Padding.of(lengths, tokens, torch.device("cpu"))
+            lengths, layout = torch.tensor(whole.prompt_lens[span.start : span.stop]), part.layout(ring)
+            if ring is None:
+                padding = Padding.of(lengths, layout.prompt_tokens, torch.device("cpu"))
+            else:
+                filled = layout.filled(token)
+                padding = Padding.of((lengths + token).clamp(max=filled), filled, torch.device("cpu"), of_all=True)
             if padding is not None and device.type == "cuda":  # without waiting for the device
                 padding = replace(padding, mask=self._device.to_compute(padding.mask))
-            self._paddings[key] = padding
-        return self._paddings[key]
+            self._paddings[key] = token, padding
+        return padding
 
     def homes(self, group: SequenceGroup) -> Iterator[tuple[KVRegion, Tensor]]:
         """Of a group in one span that is kept in memory: its region and the bytes of it, layer after layer."""
         home = next(number for number, span in enumerate(group.kv) if span.count)
-        region = KVRegion(group.layouts[home], self._form)
         for unit in self._job.units:
             if unit.kind is UnitKind.LAYER:
+                region = self._made(group.laid_out(unit.ring)[home])
                 yield region, self._memory[group.kv_slot, home, unit.index]
 
     def forget(self, group: SequenceGroup) -> None:
@@ -260,19 +286,23 @@ class KVCache:
             del self._paddings[padding]
 
     def _append_at_home(self, step: Step, part: Part, new: Sequence[Stored]) -> None:
-        region, home = self._region(part), _home(step, part)
+        region, home = self._region(step, part), _home(step, part)
         if part.tier is Tier.DISK:
             region.append_loose(self._tails[home], part.token, slots_of(part), new)
         else:
-            region.append(self._memory[home], part.token, slots_of(part), new)
+            _append(region, self._memory[home], part, new)
 
-    def _region(self, part: Part) -> KVRegion:
-        key = (part.group.index, part.home)
+    def _region(self, step: Step, part: Part) -> KVRegion:
+        ring = self._job.units[step.unit].ring
+        key = (part.group.index, part.home, ring)
         # Looked up once: a sequence group may be forgotten while its last segments are on their way to disk.
         region = self._regions.get(key)
         if region is None:
-            region = self._regions[key] = KVRegion(part.group.layouts[part.home], self._form)
+            region = self._regions[key] = self._made(part.layout(ring))
         return region
+
+    def _made(self, layout: KVLayout) -> KVRegion:
+        return (KVRegion if layout.ring is None else RingRegion)(layout, self._form)
 
     @property
     def _file(self) -> SpillFile:
@@ -286,6 +316,14 @@ def _part(step: Step) -> Part:
 
 def _home(step: Step, part: Part) -> Home:
     return part.group.kv_slot, part.home, step.unit
+
+
+def _append(region: KVRegion, raw: Tensor, part: Part, new: Sequence[Stored]) -> None:
+    """One token of each of a part's sequences."""
+    if isinstance(region, RingRegion):
+        region.append_at(raw, part.positions, part.token, slots_of(part), new)
+    else:
+        region.append(raw, part.token, slots_of(part), new)
 
 
 def slots_of(part: Part) -> Sequence[int]:

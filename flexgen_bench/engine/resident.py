@@ -108,18 +108,18 @@ class ResidentLayers:
         """The same, where new keys and values of all layers are judged at the end."""
         outs, attention = [], self._attentions[step.unit - 1]
         for part in step.micro_batch.kv_parts:
-            rows = slice(part.row, part.stop)
+            rows, ring = slice(part.row, part.stop), self._cache.ring(step, part)
             new = (self._form.encode(k[rows]), self._form.encode(v[rows]))
             segments = self._cache.attend_in_memory(step, part, new)
             outs.append(
                 decode_attention(
                     q[rows],
                     segments,
-                    self._cache.padding(part, q.device),
+                    self._cache.padding(part, q.device, ring),
                     attention.scale,
                     self._value_share,
                     self._cache.live_slots(part),
-                    attention.mod,
+                    attention.mod if ring is None else attention.mod.unwindowed,
                 )
             )
         return joined(outs)

@@ -55,10 +55,12 @@ def _attend(
         room = q.new_empty(sequences * groups, heads // groups, segment.tokens)
         scores.append(room.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale))
     mod = mod.over(sum(segment.tokens for segment in segments))
-    if padding is not None and mod.is_none:
+    if padding is not None and mod.is_none and not padding.of_all:
         first = scores[0].view(sequences, heads, -1)
         first.masked_fill_(~padding.mask[:, None, :], float("-inf"))
     joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    if padding is not None and mod.is_none and padding.of_all:
+        joined.view(sequences, heads, -1).masked_fill_(~padding.mask[:, None, :], float("-inf"))
     if not mod.is_none:
         joined = joined.float()
         distances = _distances(segments, padding, q.device)[:, None, None]
@@ -81,7 +83,7 @@ def _distances(segments: Sequence[Segment], padding: Padding | None, device: tor
     behind = torch.arange(tokens - 1, -1, -1, device=device)[None]
     if padding is None:
         return behind
-    first = segments[0].tokens
+    first = tokens if padding.of_all else segments[0].tokens
     empty = first - padding.mask.sum(1, keepdim=True)  # slots behind each prompt
     own = (behind[:, :first] - empty).masked_fill_(~padding.mask, -1)
     return torch.cat((own, behind[:, first:].expand(len(own), -1)), dim=1)
@@ -98,7 +100,7 @@ def _use_share(
     sequences, _, tokens = weights.shape
     first = segments[0].tokens
     lengths = [first] * sequences if padding is None else padding.lengths.tolist()
-    later = tokens - first
+    later = 0 if padding is not None and padding.of_all else tokens - first
     last = [tokens - 1 if later else length - 1 for length in lengths]
     drop_small(weights, last, [kept(value_share, mod.seen(n + later)) for n in lengths])
 

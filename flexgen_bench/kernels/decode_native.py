@@ -48,6 +48,7 @@ class _Job(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("totals", ctypes.c_void_p),
         ("keep", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
@@ -87,8 +88,11 @@ def attend_natively(
     if rows == 0:
         return out.to(q.dtype)
     slot_numbers = torch.tensor(range(rows) if slots is None else slots, dtype=torch.int32)
-    lengths = None if padding is None else padding.lengths.to(torch.int32).contiguous()
-    keep = _kept_rows(segments, lengths, slot_numbers, value_share, mod)
+    lengths = totals = None
+    if padding is not None:
+        counts = padding.lengths.to(torch.int32).contiguous()
+        lengths, totals = (None, counts) if padding.of_all else (counts, None)
+    keep = _kept_rows(segments, padding, slot_numbers, value_share, mod)
     kv_heads = segments[0].heads
     tokens = mod.seen(sum(segment.tokens for segment in segments))
     threads, splits = _division(rows * kv_heads, tokens, dim)
@@ -101,6 +105,7 @@ def attend_natively(
         out.data_ptr(),
         slot_numbers.data_ptr(),
         None if lengths is None else lengths.data_ptr(),
+        None if totals is None else totals.data_ptr(),
         None if keep is None else keep.data_ptr(),
         partial.data_ptr() or None,
         rows,
@@ -168,13 +173,13 @@ def _byte_strides(x: Tensor) -> list[int]:
 
 
 def _kept_rows(
-    segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float, mod: ScoreMod
+    segments: Sequence[Segment], padding: Padding | None, slots: Tensor, value_share: float, mod: ScoreMod
 ) -> Tensor | None:
     """(S',) int32: how many value rows of each sequence are used; None if all are."""
     if value_share >= 1:
         return None
-    later = sum(segment.tokens for segment in segments[1:])
-    first = [segments[0].tokens] * len(slots) if lengths is None else lengths[slots].tolist()
+    later = 0 if padding is not None and padding.of_all else sum(segment.tokens for segment in segments[1:])
+    first = [segments[0].tokens] * len(slots) if padding is None else padding.lengths[slots].tolist()
     return torch.tensor([kept(value_share, mod.seen(n + later)) for n in first], dtype=torch.int32)
 
 

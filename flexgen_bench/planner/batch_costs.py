@@ -1,8 +1,8 @@
 """What a micro-batch costs on each lane, by where weights, cache and activations are: summed from the steps of a single
-layer.
+layer of each kind.
 
 Costs are linear in the shares of a placement, so the steps of a few pure placements (all of a kind on one tier) say it
-all, and layers are alike, so one does.
+all, and layers are alike but for what their caches keep, so one of each kind does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import KINDS, PhaseCost, Seconds, Share
+from flexgen_bench.planner.rings import LayerKinds
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
@@ -42,8 +43,8 @@ class MicroBatchCost:
 
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    thin, layers = model.shallow(1), model.shape.num_layers
-    base_tier = Tier.CPU
+    layers = LayerKinds.of(model, policy, request)
+    thin, base_tier = model.shallow(layers.few), Tier.CPU
 
     def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
         placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in KINDS}
@@ -76,10 +77,10 @@ def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number:
 
 
 def _sums(
-    model: Model, policy: Policy, hardware: HardwareProfile, request: Request, layers: int, number: int
+    model: Model, policy: Policy, hardware: HardwareProfile, request: Request, layers: LayerKinds, number: int
 ) -> tuple[Seconds, Seconds]:
-    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; layers count
-    ``layers`` times."""
+    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; a layer counts
+    for all of its kind."""
     # The last pass of a job loads nothing, so what is looked at must not be the last.
     lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
     requests = [lasting] * policy.gpu_batch_size
@@ -92,7 +93,7 @@ def _sums(
         steps = scheduler.steps(scheduler.schedule())
         for step in steps:
             if each == number:
-                times = layers if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
+                times = layers.times(step.unit - 1) if plan.job.units[step.unit].kind is UnitKind.LAYER else 1
                 (shared if step.on_weights else own)[step.lane] += times * cost.seconds(step)
         scheduler.postprocess()
     return own, shared

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
@@ -113,13 +115,15 @@ class Evaluator:
         return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
 
     def _like_all(self, plan: MemoryPlan) -> int:
-        """How many layers lie on the tiers as all of them do, nearly."""
-        all_of_them = _shares([unit.tier for unit in plan.job.units])
+        """How many layers lie on the tiers, and are rings, as all of them do, nearly."""
+        rings = [unit.ring for unit in plan.job.units[1:-1]]
+        all_of_them = _shares([unit.tier for unit in plan.job.units], rings)
 
         def error(few: int) -> float:
-            shares = _shares(weight_tiers(plan.model.shallow(few).packed, plan.policy.weights))
+            tiers = weight_tiers(plan.model.shallow(few).packed, plan.policy.weights)
+            shares = _shares(tiers, rings[:few])
             least = 1 / plan.model.shape.num_layers
-            return max(abs(shares[t] - all_of_them[t]) / (all_of_them[t] or least) for t in _BELOW)
+            return max(abs(shares[t] - share) / (share or least) for t, share in all_of_them.items())
 
         best = THIN_LAYERS
         for few in range(THIN_LAYERS, 2 * THIN_LAYERS + 1):
@@ -129,7 +133,10 @@ class Evaluator:
         return best
 
 
-def _shares(tiers: list[Tier]) -> dict[Tier, float]:
-    """Of the layers alone, without embedding and head."""
+def _shares(tiers: list[Tier], rings: list[int | None]) -> dict[Tier | int, float]:
+    """Of the layers alone, without embedding and head: of those on each tier below, and of the rings of each window."""
     layers = tiers[1:-1]
-    return {tier: layers.count(tier) / len(layers) for tier in Tier}
+    shares: dict[Tier | int, float] = defaultdict(float)
+    shares.update({tier: layers.count(tier) / len(layers) for tier in _BELOW})
+    shares.update({ring: rings.count(ring) / len(rings) for ring in rings if ring is not None})
+    return shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
@@ -14,6 +14,7 @@ from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel, PackedUnit
 from flexgen_bench.models.parts import Decoder
+from flexgen_bench.planner.rings import cached_tokens, gathered_tokens, ring_windows
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import place_units, realised
@@ -107,13 +108,14 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
+    windows = () if scored_rows else ring_windows(decoder, policy)
+    groups = form_groups(shape, dtype, policy, requests, compute, windows)
     tiers = weight_tiers(packed, policy.weights)
     units = tuple(
-        _unit(decoder, unit, tier, policy, Site(compute, device))
+        _unit(decoder, unit, tier, policy, Site(compute, device), groups.rings)
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
-    groups = form_groups(shape, dtype, policy, requests, compute)
     job = ScheduledJob(
         units=units,
         compute_tier=compute,
@@ -162,7 +164,9 @@ def plan_job(
     )
 
 
-def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
+def _unit(
+    decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site, rings: Collection[int]
+) -> Unit:
     # The head, too; of the embedding only rows are moved anyway.
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
@@ -180,6 +184,7 @@ def _unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, comput
         flops_before=before,
         flops_after=after,
         window=window,
+        ring=window if window in rings else None,
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         unpack=policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0,
     )
@@ -190,15 +195,15 @@ def _homes(
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Bytes of KV cache and of hidden states at home, per tier."""
     kv, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
-    layers = [u for u in job.units if u.kind is UnitKind.LAYER]
-    in_place = sum(not u.site.is_accelerator for u in layers)
     for kv_slot, sizes in zip(groups.kv_slots, kv_slots, strict=True):
-        for span, size in zip(kv_slot.kv, sizes.kv, strict=True):
-            if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
-                kv[Tier.GPU] += size * (len(layers) - in_place)
-                kv[Tier.CPU] += size * in_place
-            else:
-                kv[span.tier] += size * len(layers)
+        for ring, layers in job.rings.items():
+            in_place = sum(not u.site.is_accelerator for u in layers)
+            for span, size in zip(kv_slot.kv, sizes.kv[ring], strict=True):
+                if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
+                    kv[Tier.GPU] += size * (len(layers) - in_place)
+                    kv[Tier.CPU] += size * in_place
+                else:
+                    kv[span.tier] += size * len(layers)
         for span, size in zip(kv_slot.hidden, sizes.hidden, strict=True):
             hidden[span.tier] += size
     return kv, hidden
@@ -265,7 +270,8 @@ def _attention_bytes(
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed
-    before the softmax, some at a time; keys and values of a compressed cache, unpacked."""
+    before the softmax, some at a time; keys and values of a compressed cache, unpacked; those of a ring that a chunk
+    attends to, in one piece with its own."""
     most = 0
     kinds = [layer.attention for layer in decoder.kinds]
     heads = max(attention.heads for attention in kinds)
@@ -275,11 +281,14 @@ def _attention_bytes(
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
         mask = rows * prompt if chunk is not None or group.shared or group.kept else 0
-        tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
+        tokens, unpacked, scores = group.size * max(cached_tokens(one, group) for one in kinds), 0, 0
         if job.keep_kv:
             scores = tokens * heads * ((16 if changed else 8) + 2 * width)
         if policy.lossy.kv_cache is not None:
-            unpacked = tokens * kv_values * width
+            unpacked = max(tokens, group.size * prompt) * kv_values * width
+        if mask:
+            gathered = group.size * max(gathered_tokens(one, group, rows) for one in kinds)
+            mask += gathered * kv_values * width * (1 if policy.lossy.kv_cache is None else 2)
         if changed:
             mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width)
         most = max(most, mask + scores + unpacked)

@@ -25,7 +25,7 @@ class Unit:
     tier: where it lives; gpu means the accelerator that computes it. site: where it is computed.
     flops_before and flops_after are of one token's matrix products before the attention and after it. unpack: its
     weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
-    None: all before it.
+    None: all before it. ring: the window, if the cache keeps no other tokens; None: it keeps every one.
     """
 
     index: int
@@ -37,6 +37,7 @@ class Unit:
     flops_after: int = 0
     unpack: bool = False
     window: int | None = None
+    ring: int | None = None
 
     @property
     def path(self) -> tuple[Site, ...]:
@@ -102,6 +103,13 @@ class ScheduledJob:
     @property
     def has_accelerator(self) -> bool:
         return self.compute_tier is Tier.GPU
+
+    @cached_property
+    def rings(self) -> dict[int | None, tuple[Unit, ...]]:
+        """The layers by what their caches keep (``Unit.ring``)."""
+        layers = [unit for unit in self.units if unit.kind is UnitKind.LAYER]
+        kinds = dict.fromkeys(unit.ring for unit in layers)
+        return {ring: tuple(unit for unit in layers if unit.ring == ring) for ring in kinds}
 
     @cached_property
     def streamed(self) -> tuple[Unit, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_bench.config.build import list_models, model_spec
+from flexgen_bench.config.build import model_spec
+from flexgen_bench.config.paths import list_models
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.tiers import Site, Tier

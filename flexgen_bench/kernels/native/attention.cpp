@@ -24,6 +24,7 @@ struct Job {
   float* out;              // (rows, heads, dim)
   const int32_t* slots;    // (rows,): sequence of each row
   const int32_t* lengths;  // (sequences,): tokens in the first segment; null: all
+  const int32_t* totals;   // (sequences,): tokens in all segments, from the first slot on; null: all
   const int32_t* keep;     // (rows,): value rows to use; null: all
   float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
   int64_t rows, heads, kv_heads, dim, segments, splits;
@@ -69,6 +70,7 @@ void over_segments(const Job& job, const Rows* rows, int64_t sequence, int64_t h
 }
 
 int64_t tokens_of(const Job& job, const Rows* rows, int64_t sequence) {
+  if (job.totals) return job.totals[sequence];
   int64_t tokens = job.lengths ? job.lengths[sequence] : rows[0].tokens;
   for (int64_t i = 1; i < job.segments; i++) tokens += rows[i].tokens;
   return tokens;
