@@ -1,0 +1,131 @@
+"""Layers with a window keep its tokens alone, and say what transformers says: generations that go round the ring
+several times, prompts of any lengths beside each other, what is moved, and what is kept for a next turn."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import AttentionSite, Policy
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.kernels.native import build
+from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, random_policy, run, until
+from tests.engine.test_kept_prefix import CAPACITY, NEW, PLAIN, sequence
+from tests.engine.test_kept_prefix import run as take
+from tests.kernels.test_lossy_attention import fake_quantized_cache
+from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_model, random_prompts, save
+
+LENGTHS, NEW_TOKENS = [3, 12, 12, 1, 7, 26], 24
+FOUR_BITS = Compression(4, 8)
+
+
+@pytest.fixture(scope="module", params=["gemma3", "mistral", "phi3"])
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return longer(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def longer(name: str, folder: Path) -> Reference:
+    model, prompts = random_model(name), random_prompts(LENGTHS)
+    weights = PackedWeights.from_checkpoint(save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache")
+    return Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_round_and_round(reference: Reference, seed: int, tmp_path: Path) -> None:
+    """Any policy, while some sequences end early; what the plan counts is what is allocated."""
+    draw = random.Random(f"{reference.weights.shape.family}{seed}")
+    hardware = draw.choice([HOST, EMULATED, EMULATED])
+    policy = random_policy(draw, hardware)
+    stop = {i: t[draw.randrange(NEW_TOKENS)] for i, t in enumerate(reference.tokens) if draw.random() < 0.3}
+    found, result = run(reference, policy, hardware, tmp_path, NEW_TOKENS, stop)
+    assert found == [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)], policy
+    assert result.plan is not None
+    assert result.plan.groups.rings
+    check_allocated_as_planned(result, hardware)
+
+
+@pytest.mark.parametrize("native", ["1", "0"], ids=["native", "torch"])
+def test_prompts_of_all_lengths_in_one_micro_batch(
+    reference: Reference, native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the longest has gone round the ring, the shortest has not filled it: resident, moved, and attended to where
+    it lies."""
+    monkeypatch.setenv(build.SWITCH, native)
+    cpu = on(Tier.CPU)
+    for policy, hardware in (
+        (Policy(6, 1, cpu, cpu, cpu), HOST),
+        (Policy(6, 1, cpu, cpu, cpu, prefill_chunk=18), EMULATED),
+        (Policy(6, 1, cpu, cpu, cpu, attention=AttentionSite.CPU), EMULATED),
+    ):
+        assert run(reference, policy, hardware, tmp_path, NEW_TOKENS)[0] == reference.tokens
+
+
+def test_a_compressed_ring(tmp_path: Path) -> None:
+    """Groups lie along a head's values, so a token that is overwritten takes nobody else's scale with it."""
+    folder = tmp_path / "model"
+    reference = longer("gemma3", folder)
+    expected = greedy_reference(
+        random_model("gemma3"), reference.prompts, NEW_TOKENS, lambda: fake_quantized_cache(FOUR_BITS)
+    )
+    draw = random.Random(1)
+    for hardware in (HOST, EMULATED, EMULATED):
+        policy = random_policy(draw, hardware, Lossy(kv_cache=FOUR_BITS))
+        assert run(reference, policy, hardware, tmp_path, NEW_TOKENS)[0] == expected, policy
+
+
+def test_a_link_carries_the_window_alone(tmp_path: Path) -> None:
+    """Of Mistral every layer has one: a prompt of any length costs what the window holds."""
+    reference = longer("mistral", tmp_path / "model")
+    moved = []
+    for length in (20, 40):
+        same = Reference(reference.weights, random_prompts([length] * 2), [])
+        policy = Policy(2, 1, on(Tier.GPU), on(Tier.CPU), on(Tier.GPU))
+        _, result = run(same, policy, EMULATED, tmp_path, 9)
+        assert result.plan is not None
+        (ring,) = result.plan.groups.rings
+        layout = result.plan.groups.start(0, result.plan.groups.kv_slots[0]).laid_out(ring)[0]
+        assert layout.tokens == ring == 6
+        assert result.lanes[Lane.H2D].bytes == 4 * 8 * layout.region_bytes
+        moved.append(result.lanes[Lane.H2D].bytes)
+    assert moved[0] == moved[1]
+
+
+def test_what_has_left_the_window_is_computed_anew(reference: Reference, tmp_path: Path) -> None:
+    """A kept sequence can be continued from its end, or from the token before it; further back, keys that the window
+    wants have been overwritten, so that nothing of it is used."""
+    engine = reference.weights.engine(PLAIN, Device.open(HOST, 1), tmp_path)
+    prompt = random_prompts([30])[0]
+    with engine.open(CAPACITY) as job:
+        first = sequence(prompt, None)
+        take(job, first)
+        assert first.kept is not None
+        held = (*prompt, *first.new[:-1])
+        assert first.kept.tokens == held
+        # Of a layer with a window, no more than that is kept.
+        assert min(layer[0].shape[2] for layer in first.kept.layers) < 10
+        turns = []
+        for back in (0, 1, 2, 20):
+            turn = sequence([*held[: len(held) - back], 7, 9, 11], first)
+            request = job._request(turn)
+            assert request.kept == (len(held) - back if back < 2 else 0)
+            take(job, turn)
+            turns.append(turn)
+        # A short one has not gone round, so that it can be continued from anywhere.
+        short = sequence(random_prompts([2])[0], None, 2)
+        take(job, short)
+        again = sequence([short.prompt[0], 9, 11], short)
+        assert job._request(again).kept == 1
+        take(job, again)
+    for turn in (*turns, again):
+        alone = to_full_length([turn.prompt], turn.params)
+        engine.generate(alone)
+        assert turn.new == alone[0].new
+        assert len(turn.new) == NEW
+    engine.close()
