@@ -34,8 +34,8 @@ class KVCache:
         self._device = device
         self._spill = spill
         self._memory: dict[Home, Tensor] = {}
-        # All layers of a span on a tier: (L, bytes), and their units in this order.
-        self._stacks: dict[tuple[int, int, Tier], tuple[Tensor, list[int]]] = {}
+        # All layers of a span on a tier whose caches are alike: (L, bytes), and their units in this order.
+        self._stacks: dict[tuple[int, int, Tier, int | None], tuple[Tensor, list[int]]] = {}
         self._offset: dict[Home, int] = {}  # on disk
         self._tails: dict[Home, Tensor] = {}
         self.spilled = 0  # bytes of the spill file in use
@@ -53,7 +53,7 @@ class KVCache:
         for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
             for number, span in enumerate(kv_slot.kv):
                 for ring, layers in plan.job.rings.items():
-                    self._make_room(arenas, kv_slot.index, number, span.tier, layers, sizes.kv[ring][number])
+                    self._make_room(arenas, kv_slot.index, number, span.tier, ring, layers, sizes.kv[ring][number])
                 if span.tier is Tier.DISK:
                     layers = tuple(unit for of_ring in plan.job.rings.values() for unit in of_ring)
                     tail = sizes.tails[number]
@@ -62,9 +62,9 @@ class KVCache:
                         self._tails[kv_slot.index, number, unit.index] = tails[place * tail :][:tail]
 
     def _make_room(
-        self, arenas: Arenas, kv_slot: int, number: int, span: Tier, layers: Sequence[Unit], size: int
+        self, arenas: Arenas, kv_slot: int, number: int, span: Tier, ring: int | None, layers: Sequence[Unit], size: int
     ) -> None:
-        """Of a span on a tier, for layers whose regions have this size."""
+        """Of a span on a tier, for layers whose caches are alike."""
         if span is Tier.DISK:
             arenas.note(Tier.DISK, "kv_cache", size * len(layers))
             for unit in layers:
@@ -77,7 +77,7 @@ class KVCache:
             mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
             arena = arenas.allocate(tier, "kv_cache", size * len(mine))
             stack = arena[: size * len(mine)].view(len(mine), size)
-            self._stacks[kv_slot, number, tier] = (stack, [u.index for u in mine])
+            self._stacks[kv_slot, number, tier, ring] = (stack, [u.index for u in mine])
             for place, unit in enumerate(mine):
                 self._memory[kv_slot, number, unit.index] = arena[place * size :][:size]
 
@@ -139,7 +139,8 @@ class KVCache:
 
     def ring(self, step: Step, part: Part) -> int | None:
         """The window, if a part's cache keeps no other tokens of this step's layer; None if it keeps all."""
-        return part.layout(self._job.units[step.unit].ring).ring
+        ring = self._job.units[step.unit].ring
+        return None if ring is None else part.layout(ring).ring
 
     def _prompt_bytes(self, step: Step, part: Part) -> Tensor:
         """Where the prompt gathers: its home if that is where the layer is computed, else a staging buffer."""
@@ -229,17 +230,20 @@ class KVCache:
     def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
         region, slot = self._region(step, part), self._slots[part.kv_buffer]
-        _append(region, slot, part, new)
+        if isinstance(region, RingRegion):
+            region.append_at(slot, part.positions, part.token, slots_of(part), new)
+        else:
+            region.append(slot, part.token, slots_of(part), new)
         self._new[step.buffer_index, step.part] = list(new)
         return region.segments(slot, part.token)
 
-    def all_layers(self, part: Part, tier: Tier) -> tuple[Stored, list[int]] | None:
-        """A part's cache of all layers that have it on this tier, each tensor (L, 2, S, G, P + new tokens, ...), and
-        their units. None if prompt and generated tokens are no neighbours in it."""
-        layout = part.layout()
-        if not layout.is_joined or part.group.rings:
+    def all_layers(self, part: Part, tier: Tier, ring: int | None = None) -> tuple[Stored, list[int]] | None:
+        """A part's cache of all layers that have it on this tier and keep every token, or such a ring: each tensor (L,
+        2, S, G, tokens, ...), and their units. None if it does not lie in one piece per layer."""
+        layout = part.layout(ring)
+        if not layout.is_joined:
             return None
-        raw, units = self._stacks[part.group.kv_slot, part.home, tier]
+        raw, units = self._stacks[part.member.group.kv_slot, part.home, tier, ring]
         return KVRegion(layout, self._form).whole(raw), units
 
     def is_moved(self, step: Step, part: Part) -> bool:
@@ -254,10 +258,10 @@ class KVCache:
     def padding(self, part: Part, device: torch.device, ring: int | None = None) -> Padding | None:
         """Which slots of the prompts' segment hold a token, or of a ring (of the layers that have it); None if all
         do."""
-        key, token = (part.group.index, part.home, ring, device), part.token if ring is not None else 0
+        key, token = (part.member.group.index, part.home, ring, device), part.token if ring is not None else 0
         known, padding = self._paddings.get(key, (-1, None))
         if known != token and (known < 0 or padding is not None):  # a ring that is full stays so
-            whole = part.group.whole
+            whole = part.member.group.whole
             span = whole.kv[part.home]
             lengths, layout = torch.tensor(whole.prompt_lens[span.start : span.stop]), part.layout(ring)
             if ring is None:
@@ -289,12 +293,14 @@ class KVCache:
         region, home = self._region(step, part), _home(step, part)
         if part.tier is Tier.DISK:
             region.append_loose(self._tails[home], part.token, slots_of(part), new)
+        elif isinstance(region, RingRegion):
+            region.append_at(self._memory[home], part.positions, part.token, slots_of(part), new)
         else:
-            _append(region, self._memory[home], part, new)
+            region.append(self._memory[home], part.token, slots_of(part), new)
 
     def _region(self, step: Step, part: Part) -> KVRegion:
         ring = self._job.units[step.unit].ring
-        key = (part.group.index, part.home, ring)
+        key = (part.member.group.index, part.home, ring)
         # Looked up once: a sequence group may be forgotten while its last segments are on their way to disk.
         region = self._regions.get(key)
         if region is None:
@@ -315,17 +321,9 @@ def _part(step: Step) -> Part:
 
 
 def _home(step: Step, part: Part) -> Home:
-    return part.group.kv_slot, part.home, step.unit
-
-
-def _append(region: KVRegion, raw: Tensor, part: Part, new: Sequence[Stored]) -> None:
-    """One token of each of a part's sequences."""
-    if isinstance(region, RingRegion):
-        region.append_at(raw, part.positions, part.token, slots_of(part), new)
-    else:
-        region.append(raw, part.token, slots_of(part), new)
+    return part.member.group.kv_slot, part.home, step.unit
 
 
 def slots_of(part: Part) -> Sequence[int]:
     """The places in their region of a part's sequences, which are still running."""
-    return part.group.places[part.span.start : part.span.stop]
+    return part.member.group.places[part.span.start : part.span.stop]

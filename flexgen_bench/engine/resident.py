@@ -24,7 +24,7 @@ from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
 from flexgen_bench.schedule.micro_batch import MicroBatch
-from flexgen_bench.schedule.scheduled_job import ScheduledJob
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step
 
 
@@ -61,11 +61,18 @@ class ResidentLayers:
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
         self._value_share, self._angles_of = value_share, angles_of
-        scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
+        # A ring holds nothing that is outside of the window.
+        rings = [unit.ring for unit in job.units if unit.kind is UnitKind.LAYER]
+        mods = [a.mod if ring is None else a.mod.unwindowed for a, ring in zip(self._attentions, rings, strict=True)]
+        scales = {attention.scale for attention in self._attentions}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
-        self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
+        self._scale = scales.pop() if len(scales) == 1 and all(mod.is_none for mod in mods) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and stage
         self._last = {unit.site: unit.index for unit in job.units[:-1]}  # layer of a site
+        self._rings = {
+            site: [ring for ring, layers in job.rings.items() if any(unit.site is site for unit in layers)]
+            for site in self._last
+        }
 
     def begin_pass(self) -> None:
         """The micro-batches of the last pass are done with. Also at a job's end: what a pass calls refers back to this
@@ -87,7 +94,7 @@ class ResidentLayers:
 
     def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
         site = self._job.units[step.unit].site
-        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device, x.dtype)
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, self._rings[site], x.device, x.dtype)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:

@@ -95,7 +95,8 @@ class Part:
 
     def layout(self, ring: int | None = None) -> KVLayout:
         """How its cache lies in its home, of layers whose cache is such a ring."""
-        return self.member.group.laid_out(ring)[self.home]
+        group = self.member.group
+        return (group.layouts if ring is None else group.rings[ring])[self.home]
 
     @cached_property
     def positions(self) -> tuple[int, ...]:

@@ -4,18 +4,26 @@ several times, prompts of any lengths beside each other, what is moved, and what
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.errors import NotFinite
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Policy
+from flexgen_bench.core.policy import AttentionSite, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.engine.layers import Layer, Layers
+from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
+from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, random_policy, run, until
 from tests.engine.test_kept_prefix import CAPACITY, NEW, PLAIN, sequence
 from tests.engine.test_kept_prefix import run as take
@@ -31,8 +39,9 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return longer(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def longer(name: str, folder: Path) -> Reference:
-    model, prompts = random_model(name), random_prompts(LENGTHS)
+def longer(name: str, folder: Path, lengths: Sequence[int] = LENGTHS) -> Reference:
+    """Of a random model, with more new tokens than a window has."""
+    model, prompts = random_model(name), random_prompts(lengths)
     weights = PackedWeights.from_checkpoint(save(model, folder / "ckpt"), DType.FLOAT32, folder / "cache")
     return Reference(weights, prompts, greedy_reference(model, prompts, NEW_TOKENS))
 
@@ -129,3 +138,51 @@ def test_what_has_left_the_window_is_computed_anew(reference: Reference, tmp_pat
         assert turn.new == alone[0].new
         assert len(turn.new) == NEW
     engine.close()
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("alike", [True, False], ids=["equally long", "of all lengths"])
+def test_what_a_gpu_gets(schedule: Schedule, alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of a resident micro-batch need no mask and no window, so that torch's fused attention reads them: called
+    for those that are equally long, but not where there are many lengths. Some sequences end early."""
+    monkeypatch.setattr(Device, "launches_kernels", True)
+    fused: list[int] = []
+    attend = Attention._attend
+
+    def counted(self, view, q, k, v):  # type: ignore[no-untyped-def]
+        fused.append(len(q))
+        return attend(self, view, q, k, v)
+
+    monkeypatch.setattr(Attention, "_attend", counted)
+    lengths = [9] * 6 if alike else LENGTHS
+    reference = longer("gemma3", tmp_path / "model", lengths)
+    stop = {i: ids[3 + 4 * i] for i, ids in enumerate(reference.tokens) if i % 2}
+    expected = [until(ids, stop.get(i)) for i, ids in enumerate(reference.tokens)]
+    policy = Policy(6, 1, *[on(Tier.GPU)] * 3, schedule=schedule)
+    found, result = run(reference, policy, EMULATED, tmp_path, NEW_TOKENS, stop)
+    assert found == expected
+    assert fused
+    assert (max(fused) == 6) is (alike and schedule is Schedule.BLOCK)
+    check_allocated_as_planned(result, EMULATED)
+
+
+@pytest.mark.parametrize("layer_number", [1, 2])
+def test_what_is_not_finite_names_its_layer(layer_number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are judged together at the end of a pass, those with windows and those without apart; the first of all is
+    named, though all layers after it are not finite either."""
+    of = Layers.of
+
+    def poisoned(self: Layers, step: Step) -> Layer:
+        layer = of(self, step)
+
+        def project(x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = layer.project(x, angles)
+            v[0, 0, 0] = torch.inf
+            return q, k, v
+
+        return Layer(project, layer.output) if step.unit == 1 + layer_number and step.token == 3 else layer
+
+    monkeypatch.setattr(Layers, "of", poisoned)
+    reference = longer("gemma3", tmp_path / "model")  # layers 0, 1 and 3 have a window
+    with pytest.raises(NotFinite, match=f"layer {layer_number} has produced values"):
+        run(reference, Policy(6, 1, *[on(Tier.CPU)] * 3), HOST, tmp_path)
