@@ -261,6 +261,7 @@ class Actions:
             self._value_share,
             self._cache.live_slots(part),
             attention.mod if ring is None else attention.mod.unwindowed,
+            part.newest(ring) if self._value_share < 1 else None,
         )
         (self._attended_host if for_accelerator else self._attended)[key] = out
 

@@ -127,6 +127,7 @@ class ResidentLayers:
                     self._value_share,
                     self._cache.live_slots(part),
                     attention.mod if ring is None else attention.mod.unwindowed,
+                    part.newest(ring) if self._value_share < 1 else None,
                 )
             )
         return joined(outs)

@@ -24,16 +24,18 @@ def attend_with_torch(
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    newest: Sequence[int] | None = None,
 ) -> Tensor:
     """See ``attention.decode_attention``."""
     if slots is None:
-        return _attend(q, segments, padding, scale, value_share, mod)
+        return _attend(q, segments, padding, scale, value_share, mod, newest)
     outputs = []
     row = 0
     for start, stop in contiguous(slots):
         part = [segment.part(start, stop) for segment in segments]
         pad = padding and padding.part(start, stop)
-        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share, mod))
+        rows = slice(row, row + stop - start)
+        outputs.append(_attend(q[rows], part, pad, scale, value_share, mod, newest and newest[rows]))
         row += stop - start
     if not outputs:
         return q.new_empty(0, q.shape[1] * q.shape[2])
@@ -41,7 +43,13 @@ def attend_with_torch(
 
 
 def _attend(
-    q: Tensor, segments: Sequence[Segment], padding: Padding | None, scale: float, value_share: float, mod: ScoreMod
+    q: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    scale: float,
+    value_share: float,
+    mod: ScoreMod,
+    newest: Sequence[int] | None,
 ) -> Tensor:
     """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
     key is read once."""
@@ -67,7 +75,7 @@ def _attend(
         modified(joined.view(sequences, heads, 1, -1), distances, mod)
     weights = torch.softmax(joined, dim=-1, dtype=torch.float32)
     if value_share < 1:
-        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod)
+        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod, newest)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)
     out: Tensor | None = None
     for piece, segment in zip(pieces, segments, strict=True):
@@ -90,7 +98,12 @@ def _distances(segments: Sequence[Segment], padding: Padding | None, device: tor
 
 
 def _use_share(
-    weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float, mod: ScoreMod
+    weights: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    value_share: float,
+    mod: ScoreMod,
+    newest: Sequence[int] | None,
 ) -> None:
     """weights (S, H, T over all segments): those of value rows that are not used become 0.
 
@@ -101,7 +114,7 @@ def _use_share(
     first = segments[0].tokens
     lengths = [first] * sequences if padding is None else padding.lengths.tolist()
     later = 0 if padding is not None and padding.of_all else tokens - first
-    last = [tokens - 1 if later else length - 1 for length in lengths]
+    last = newest or [tokens - 1 if later else length - 1 for length in lengths]
     drop_small(weights, last, [kept(value_share, mod.seen(n + later)) for n in lengths])
 
 

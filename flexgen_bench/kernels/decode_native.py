@@ -50,6 +50,7 @@ class _Job(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("totals", ctypes.c_void_p),
         ("keep", ctypes.c_void_p),
+        ("newest", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -72,6 +73,7 @@ def attend_natively(
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    newest: Sequence[int] | None = None,
 ) -> Tensor | None:
     """See ``attention.decode_attention``; None if this cache is not for the native kernel, or there is no library.
 
@@ -93,6 +95,7 @@ def attend_natively(
         counts = padding.lengths.to(torch.int32).contiguous()
         lengths, totals = (None, counts) if padding.of_all else (counts, None)
     keep = _kept_rows(segments, padding, slot_numbers, value_share, mod)
+    last = None if newest is None or keep is None else torch.tensor(newest, dtype=torch.int32)
     kv_heads = segments[0].heads
     tokens = mod.seen(sum(segment.tokens for segment in segments))
     threads, splits = _division(rows * kv_heads, tokens, dim)
@@ -107,6 +110,7 @@ def attend_natively(
         None if lengths is None else lengths.data_ptr(),
         None if totals is None else totals.data_ptr(),
         None if keep is None else keep.data_ptr(),
+        None if last is None else last.data_ptr(),
         partial.data_ptr() or None,
         rows,
         heads,

@@ -43,7 +43,7 @@ class MicroBatchCost:
 
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    layers = LayerKinds.of(model, policy, request)
+    layers = LayerKinds.of(model, request)
     thin, base_tier = model.shallow(layers.few), Tier.CPU
 
     def phases(shares: Mapping[str, Tier]) -> list[Seconds]:

@@ -223,7 +223,7 @@ class Candidates:
         return self._costs[key]
 
     def _kinds(self, shape: Policy) -> LayerKinds:
-        return LayerKinds.of(self.space.models[shape.lossy], shape, self.space.request)
+        return LayerKinds.of(self.space.models[shape.lossy], self.space.request)
 
     def _sizes(self, shape: Policy) -> dict[str, float]:
         job = self.space.job

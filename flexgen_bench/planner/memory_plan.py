@@ -108,7 +108,7 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
-    windows = () if scored_rows else ring_windows(decoder, policy)
+    windows = () if scored_rows else ring_windows(decoder)
     groups = form_groups(shape, dtype, policy, requests, compute, windows)
     tiers = weight_tiers(packed, policy.weights)
     units = tuple(

@@ -6,20 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from flexgen_bench.core.policy import Policy
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.parts import Attention, Decoder
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Request
 
 
-def ring_windows(decoder: Decoder, policy: Policy) -> set[int]:
-    """Windows of layers whose caches may be rings. Not where a score depends on more than which tokens there are: ALiBi
-    wants their distances, and sparse attention always uses the last one's value."""
+def ring_windows(decoder: Decoder) -> set[int]:
+    """Windows of layers whose caches may be rings. Not with ALiBi: distances of tokens are not to be seen in one."""
     mods = [layer.attention.mod for layer in decoder.kinds]
-    if policy.lossy.value_share < 1 or any(mod.slopes for mod in mods):
-        return set()
-    return {mod.window for mod in mods if mod.window is not None}
+    return set() if any(mod.slopes for mod in mods) else {mod.window for mod in mods if mod.window is not None}
 
 
 def cached_tokens(attention: Attention, group: SequenceGroup) -> int:
@@ -44,11 +40,11 @@ class LayerKinds:
     rings: tuple[int | None, ...]
 
     @staticmethod
-    def of(model: Model, policy: Policy, request: Request) -> LayerKinds:
+    def of(model: Model, request: Request) -> LayerKinds:
         windows: set[int] = set()
         if request.gen_len > 1:
             positions = request.prompt_len + request.gen_len - 1
-            windows = {window for window in ring_windows(model.decoder, policy) if window < positions}
+            windows = {window for window in ring_windows(model.decoder) if window < positions}
         of_layers = (layer.attention.mod.window for layer in model.decoder.layers)
         return LayerKinds(tuple(window if window in windows else None for window in of_layers))
 

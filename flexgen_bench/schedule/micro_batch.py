@@ -98,6 +98,10 @@ class Part:
         group = self.member.group
         return (group.layouts if ring is None else group.rings[ring])[self.home]
 
+    def newest(self, ring: int | None) -> tuple[int, ...] | None:
+        """Slots of a ring in which the fed tokens are; None where they come last of all."""
+        return None if ring is None else tuple(position % ring for position in self.positions)
+
     @cached_property
     def positions(self) -> tuple[int, ...]:
         """Of the tokens that are fed, in decode: one of each sequence."""

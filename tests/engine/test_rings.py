@@ -23,6 +23,7 @@ from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.layers import Layer, Layers
 from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
+from flexgen_bench.planner import memory_plan
 from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, random_policy, run, until
 from tests.engine.test_kept_prefix import CAPACITY, NEW, PLAIN, sequence
@@ -87,6 +88,28 @@ def test_a_compressed_ring(tmp_path: Path) -> None:
     for hardware in (HOST, EMULATED, EMULATED):
         policy = random_policy(draw, hardware, Lossy(kv_cache=FOUR_BITS))
         assert run(reference, policy, hardware, tmp_path, NEW_TOKENS)[0] == expected, policy
+
+
+@pytest.mark.parametrize("native", ["1", "0"], ids=["native", "torch"])
+def test_sparse_attention_uses_the_newest_token(native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is always used, wherever in the ring it is: the tokens are those of a cache that holds everything."""
+    monkeypatch.setenv(build.SWITCH, native)
+    reference = longer("mistral", tmp_path / "model")
+    cpu, lossy = on(Tier.CPU), Lossy(value_share=0.4)
+    found = []
+    for windows in ((6,), ()):
+        monkeypatch.setattr(memory_plan, "ring_windows", lambda decoder, windows=windows: set(windows))
+        for policy, hardware in (
+            (Policy(6, 1, cpu, cpu, cpu, lossy=lossy), HOST),
+            (Policy(6, 1, cpu, cpu, cpu, lossy=lossy), EMULATED),
+        ):
+            stop = {0: reference.tokens[0][5]}
+            tokens, result = run(reference, policy, hardware, tmp_path, NEW_TOKENS, stop)
+            assert result.plan is not None
+            assert result.plan.groups.rings == windows
+            found.append(tokens)
+    assert found.count(found[0]) == 4
+    assert found[0] != reference.tokens
 
 
 def test_a_link_carries_the_window_alone(tmp_path: Path) -> None:

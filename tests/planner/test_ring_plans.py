@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flexgen_bench.config.build import model_spec
-from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.score_mod import ScoreMod
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.batch_costs import micro_batch_cost
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
-from flexgen_bench.planner.rings import LayerKinds
+from flexgen_bench.planner.rings import LayerKinds, ring_windows
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
@@ -23,9 +25,9 @@ GEMMA = Model.of(model_spec("gemma-3-1b").shape, DType.FLOAT16)  # 22 of 26 laye
 WINDOW, ROW = 512, 2 * 1 * 256 * 2  # K and V of one KV head of 256 values
 
 
-def planned(prompt: int, new: int, kv: Tier, lossy: Lossy | None = None, model: Model = GEMMA) -> MemoryPlan:
-    policy = Policy(4, 1, Placement.all_on(Tier.CPU), Placement.all_on(kv), lossy=lossy or Lossy())
-    return plan_job(model, policy, accelerator(), [Request(prompt, new)] * 4)
+def planned(prompt: int, new: int, kv: Tier) -> MemoryPlan:
+    policy = Policy(4, 1, Placement.all_on(Tier.CPU), Placement.all_on(kv))
+    return plan_job(GEMMA, policy, accelerator(), [Request(prompt, new)] * 4)
 
 
 def loads(plan: MemoryPlan) -> list[list[Step]]:
@@ -70,8 +72,11 @@ def test_where_no_window_is_left_nothing_changes() -> None:
 
 
 def test_what_wants_more_than_the_tokens_keeps_them_all() -> None:
-    """Sparse attention always uses the last token's value, ALiBi wants distances; a cache on disk is written once."""
-    assert planned(3000, 20, Tier.CPU, Lossy(value_share=0.1)).groups.rings == ()
+    """ALiBi wants their distances; a cache on disk is written once."""
+    layer = GEMMA.decoder.layers[0]
+    sloped = replace(layer, attention=replace(layer.attention, mod=ScoreMod(window=512, slopes=(0.5,) * 4)))
+    assert ring_windows(GEMMA.decoder) == {512}
+    assert ring_windows(replace(GEMMA.decoder, layers=(*GEMMA.decoder.layers, sloped))) == set()
     on_disk = planned(3000, 20, Tier.DISK)
     layers = sum(u.kind is UnitKind.LAYER for u in on_disk.job.units)
     assert on_disk.bytes[Site.DISK]["kv_cache"] >= layers * 3019 * 4 * ROW
@@ -100,11 +105,11 @@ def test_a_micro_batch_costs_what_its_layers_cost() -> None:
     """One layer stood for all: the first one of Gemma 3 has a window, so those without were forgotten."""
     request = Request(4000, 8)
     policy = Policy(4, 1, Placement.all_on(Tier.CPU), Placement.all_on(Tier.CPU))
-    kinds = LayerKinds.of(GEMMA, policy, request)
+    kinds = LayerKinds.of(GEMMA, request)
     assert kinds.few == 6
     assert [kinds.times(n) for n in range(6)] == [22 / 5] * 5 + [4]
     assert kinds.cached(4007) == 22 * 512 + 4 * 4007
-    assert LayerKinds.of(GEMMA, policy, Request(400, 8)).few == 1
+    assert LayerKinds.of(GEMMA, Request(400, 8)).few == 1
     cost = micro_batch_cost(GEMMA, policy, accelerator(), request)
     longer = Request(request.prompt_len + 4, 3)  # a decode pass half-way
     plan = plan_job(GEMMA, policy, accelerator(), [longer] * 4)
