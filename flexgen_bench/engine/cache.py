@@ -11,18 +11,19 @@ from torch import Tensor
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.device import Device, crossing
+from flexgen_bench.engine.kv_rooms import Home, KVRooms
 from flexgen_bench.kernels.attention import Padding
 from flexgen_bench.memory.kv_cache import KVForm, KVRegion, Segment, Stored
+from flexgen_bench.memory.kv_disk_ring import DiskRingRegion
 from flexgen_bench.memory.kv_ring import RingRegion
 from flexgen_bench.memory.spill import SpillFile
 from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.schedule.kv_disk_ring import DiskRing
 from flexgen_bench.schedule.kv_layout import KVLayout
 from flexgen_bench.schedule.micro_batch import Part
-from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
+from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.steps import Step
-
-Home = tuple[int, int, int]  # KV slot, span of the KV slot, layer unit
 
 
 class KVCache:
@@ -33,64 +34,17 @@ class KVCache:
         self._form = form
         self._device = device
         self._spill = spill
-        self._memory: dict[Home, Tensor] = {}
-        # All layers of a span on a tier whose caches are alike: (L, bytes), and their units in this order.
-        self._stacks: dict[tuple[int, int, Tier, int | None], tuple[Tensor, list[int]]] = {}
-        self._offset: dict[Home, int] = {}  # on disk
-        self._tails: dict[Home, Tensor] = {}
-        self.spilled = 0  # bytes of the spill file in use
-        if plan.job.keep_kv:
-            self._make_rooms(plan, arenas)
-        self._make_staging(plan, arenas)
+        rooms = KVRooms(plan, arenas)
+        self._memory, self._stacks, self._offset, self._tails = rooms.memory, rooms.stacks, rooms.offset, rooms.tails
+        self._prompts, self._prompts_host = rooms.prompts, rooms.prompts_host
+        self._slots, self._host_slots = rooms.slots, rooms.host_slots
+        self.spilled = rooms.spilled  # bytes of the spill file in use
         # One token's K and V, by (staging buffer, part): made by attention, on its way home.
         self._new: dict[tuple[int, int], list[Stored]] = {}
         self._new_host: dict[tuple[int, int], list[Stored]] = {}
         self._regions: dict[tuple[int, int, int | None], KVRegion] = {}  # by sequence group, span and ring
         # By the same and the device; of rings, with the token that they are of.
         self._paddings: dict[tuple[int, int, int | None, torch.device], tuple[int, Padding | None]] = {}
-
-    def _make_rooms(self, plan: MemoryPlan, arenas: Arenas) -> None:
-        for kv_slot, sizes in zip(plan.groups.kv_slots, plan.kv_slots, strict=True):
-            for number, span in enumerate(kv_slot.kv):
-                for ring, layers in plan.job.rings.items():
-                    self._make_room(arenas, kv_slot.index, number, span.tier, ring, layers, sizes.kv[ring][number])
-                if span.tier is Tier.DISK:
-                    layers = tuple(unit for of_ring in plan.job.rings.values() for unit in of_ring)
-                    tail = sizes.tails[number]
-                    tails = arenas.allocate(Tier.CPU, "kv tails", tail * len(layers))
-                    for place, unit in enumerate(layers):
-                        self._tails[kv_slot.index, number, unit.index] = tails[place * tail :][:tail]
-
-    def _make_room(
-        self, arenas: Arenas, kv_slot: int, number: int, span: Tier, ring: int | None, layers: Sequence[Unit], size: int
-    ) -> None:
-        """Of a span on a tier, for layers whose caches are alike."""
-        if span is Tier.DISK:
-            arenas.note(Tier.DISK, "kv_cache", size * len(layers))
-            for unit in layers:
-                self._offset[kv_slot, number, unit.index] = self.spilled
-                self.spilled += size
-            return
-        # Layers computed on the cpu keep their cache there.
-        tiers = [Tier.CPU if span is Tier.CPU else unit.site.tier for unit in layers]
-        for tier in set(tiers):
-            mine = [u for u, t in zip(layers, tiers, strict=True) if t is tier]
-            arena = arenas.allocate(tier, "kv_cache", size * len(mine))
-            stack = arena[: size * len(mine)].view(len(mine), size)
-            self._stacks[kv_slot, number, tier, ring] = (stack, [u.index for u in mine])
-            for place, unit in enumerate(mine):
-                self._memory[kv_slot, number, unit.index] = arena[place * size :][:size]
-
-    def _make_staging(self, plan: MemoryPlan, arenas: Arenas) -> None:
-        sizes, compute = plan.staging, plan.job.compute_tier
-
-        def make(tier: Tier, name: str, size: int) -> list[Tensor]:
-            return [arenas.allocate(tier, name, size) for _ in range(sizes.num_buffers if size else 0)]
-
-        self._prompts = {site.tier: make(site.tier, "kv prompts", size) for site, size in sizes.prompt.items()}
-        self._prompts_host = make(Tier.CPU, "kv prompts from accelerator", sizes.prompt_host)
-        self._slots = make(compute, "kv slots", sizes.kv_buffer)
-        self._host_slots = make(Tier.CPU, "kv host slots", sizes.kv_host)
 
     # Prefill
 
@@ -99,6 +53,9 @@ class KVCache:
         sequence, at home or on the way. Every sequence gets those of the tokens that all share."""
         raw = self._prompt_bytes(step, part)
         region, member = self._region(step, part), part.member
+        if isinstance(region, DiskRingRegion):
+            self._keep_by_distance(region, raw, part, kv)
+            return
         rows = [tuple(t[part.row : part.stop] for t in stored) for stored in kv]
         ranges = member.ranges[part.span.start : part.span.stop]
         if member.shared_rows:
@@ -123,6 +80,19 @@ class KVCache:
                 region.put_prompt(raw, slot, first, own, length)
             cursor += count
 
+    def _keep_by_distance(self, region: DiskRingRegion, raw: Tensor, part: Part, kv: Sequence[Stored]) -> None:
+        """The same where prompts lie from their ends on: one by one."""
+        member, group = part.member, part.member.group
+        for place in range(part.span.start, part.span.stop):
+            slot, length = group.places[place], group.prompt_lens[place]
+            if place and member.shared_rows:  # the first has them among its own
+                same = [tuple(t[: member.shared_rows] for t in stored) for stored in kv]
+                region.put_prompt(raw, slot, member.start, same, length)
+            row, stop = (part.row + member.offsets[i] - member.offsets[part.span.start] for i in (place, place + 1))
+            if row < stop:
+                own = [tuple(t[row:stop] for t in stored) for stored in kv]
+                region.put_prompt(raw, slot, member.ranges[place][0], own, length)
+
     def prompt_so_far(self, step: Step, part: Part, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (S, G, stop, D) of a part's prompts up to ``stop``, as attention sees them."""
         stored = self._region(step, part).prompt(self._prompt_bytes(step, part))
@@ -132,9 +102,17 @@ class KVCache:
     def before(self, step: Step, part: Part, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Of a ring: keys and values (S, G, last - first, D) of a part's prompts at these positions, which the chunk
         that is to be kept next has not overwritten."""
-        region = self._region(step, part)
-        assert isinstance(region, RingRegion)
-        both = self._form.decode(region.recent(self._prompt_bytes(step, part), first, last))
+        region, raw = self._region(step, part), self._prompt_bytes(step, part)
+        if isinstance(region, DiskRingRegion):
+            group = part.member.group
+            lens = group.prompt_lens[part.span.start : part.span.stop]
+            # Prompts that have ended are not asked for: anything in their place.
+            each = [region.recent(raw, i, first, last, max(n, last)) for i, n in enumerate(lens)]
+            found = tuple(torch.stack(parts, dim=1) for parts in zip(*each, strict=True))
+        else:
+            assert isinstance(region, RingRegion)
+            found = region.recent(raw, first, last)
+        both = self._form.decode(found)
         return both[0], both[1]
 
     def ring(self, step: Step, part: Part) -> int | None:
@@ -167,7 +145,7 @@ class KVCache:
         if part.token:
             if step.lane.kind is LaneKind.DISK_WRITE:
                 segment = layout.full_segments(part.token) - 1
-                offset = self._offset[home] + layout.prefix_bytes(segment)
+                offset = self._offset[home] + layout.segment_offset(segment)
                 self._file.write(offset, self._tails[home][: layout.segment_bytes])
             else:
                 key = (step.buffer_index, step.part)
@@ -196,6 +174,9 @@ class KVCache:
         layout, home = self._region(step, part).layout, _home(step, part)
         full, used = layout.full_segments(part.token - 1), layout.used_segments(part.token - 1)
         size = layout.prefix_bytes(full)
+        if isinstance(layout, DiskRing):
+            self._load_ring(step, part, layout)
+            return
         if step.lane.kind is LaneKind.DISK_READ:
             self._file.read(self._offset[home], self._host_slots[part.kv_buffer][:size])
             return
@@ -208,6 +189,17 @@ class KVCache:
         else:
             size = layout.moved_bytes(part.token)
             slot[:size].copy_(self._memory[home][:size], non_blocking=True)
+
+    def _load_ring(self, step: Step, part: Part, layout: DiskRing) -> None:
+        home, host = _home(step, part), self._host_slots[part.kv_buffer]
+        for start, stop in layout.extents(part.token):
+            if step.lane.kind is LaneKind.DISK_READ:
+                self._file.read(self._offset[home] + start, host[start:stop])
+            else:
+                self._slots[part.kv_buffer][start:stop].copy_(host[start:stop], non_blocking=True)
+        if step.lane.kind is not LaneKind.DISK_READ and (part.token - 1) % layout.segment_tokens:
+            tail = self._tails[home][: layout.segment_bytes]
+            self._slots[part.kv_buffer][layout.region_bytes :][: layout.segment_bytes].copy_(tail, non_blocking=True)
 
     def append(self, step: Step) -> None:
         """APPEND_KV: a token that came back from the accelerator, into the cache on the host."""
@@ -222,6 +214,8 @@ class KVCache:
         region, home, token = self._region(step, part), _home(step, part), part.token
         if part.tier is not Tier.DISK:
             return region.segments(self._memory[home], token)
+        if isinstance(region, DiskRingRegion):
+            return region.window(self._host_slots[part.kv_buffer], self._tails[home], token)
         on_disk = region.layout.full_segments(token - 1) * region.layout.segment_tokens
         segments = region.segments(self._host_slots[part.kv_buffer], on_disk)
         tail = region.loose_tail(self._tails[home])
@@ -230,11 +224,15 @@ class KVCache:
     def attend_moved(self, step: Step, part: Part, new: Sequence[Stored]) -> list[Segment]:
         """The cache that was moved to the accelerator with the new token, which is also kept for its way home."""
         region, slot = self._region(step, part), self._slots[part.kv_buffer]
+        self._new[step.buffer_index, step.part] = list(new)
+        if isinstance(region, DiskRingRegion):
+            tail = slot[region.layout.region_bytes :]
+            region.append_loose(tail, part.token, slots_of(part), new)
+            return region.window(slot, tail, part.token)
         if isinstance(region, RingRegion):
             region.append_at(slot, part.positions, part.token, slots_of(part), new)
         else:
             region.append(slot, part.token, slots_of(part), new)
-        self._new[step.buffer_index, step.part] = list(new)
         return region.segments(slot, part.token)
 
     def all_layers(self, part: Part, tier: Tier, ring: int | None = None) -> tuple[Stored, list[int]] | None:
@@ -308,6 +306,8 @@ class KVCache:
         return region
 
     def _made(self, layout: KVLayout) -> KVRegion:
+        if isinstance(layout, DiskRing):
+            return DiskRingRegion(layout, self._form)
         return (KVRegion if layout.ring is None else RingRegion)(layout, self._form)
 
     @property

@@ -219,14 +219,15 @@ def _add_buffers(parts: dict[Site, dict[str, int]], job: ScheduledJob) -> None:
 def _add_staging(
     parts: dict[Site, dict[str, int]], job: ScheduledJob, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
 ) -> None:
-    layers = sum(u.kind is UnitKind.LAYER for u in job.units)
     host = job.site.host
     for site, size in moving.prompt.items():
         parts[site]["kv prompts"] = moving.num_buffers * size
     parts[host]["kv prompts from accelerator"] = moving.num_buffers * moving.prompt_host
     parts[job.site]["kv slots"] = moving.num_buffers * moving.kv_buffer
     parts[host]["kv host slots"] = moving.num_buffers * moving.kv_host
-    parts[host]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
+    parts[host]["kv tails"] = sum(
+        len(layers) * sum(kv_slot.tails[ring]) for kv_slot in kv_slots for ring, layers in job.rings.items()
+    )
     parts[host]["activation pages"] = (moving.num_buffers + moving.cpu_attention_buffers) * moving.pages
 
 

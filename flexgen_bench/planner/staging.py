@@ -16,11 +16,11 @@ from flexgen_bench.schedule.sequence_groups import SequenceGroups
 
 @dataclass(frozen=True)
 class KVSlotBytes:
-    """Of one KV slot, per span: KV region (by the layer's ring) and unfinished tail segment (on disk only) of one
-    layer, and hidden states."""
+    """Of one KV slot, per span: KV region and unfinished tail segment (on disk only) of one layer, by the layer's ring,
+    and hidden states."""
 
     kv: Mapping[int | None, tuple[int, ...]]
-    tails: tuple[int, ...]
+    tails: Mapping[int | None, tuple[int, ...]]
     hidden: tuple[int, ...]
 
 
@@ -68,22 +68,23 @@ def all_slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups) ->
 
 def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slot: KVSlot) -> KVSlotBytes:
     """The most that any sequence group needs in this KV slot."""
-    tails, hidden = ([0] * len(spans) for spans in (kv_slot.kv, kv_slot.hidden))
-    kv = {ring: [0] * len(kv_slot.kv) for ring in job.rings}
+    hidden = [0] * len(kv_slot.hidden)
+    kv, tails = ({ring: [0] * len(kv_slot.kv) for ring in job.rings} for _ in range(2))
     for group in groups.possible(kv_slot):
         for ring, sizes in kv.items():
             for place, (span, layout) in enumerate(zip(group.kv, group.laid_out(ring), strict=True)):
                 if span.count and job.keep_kv:
                     sizes[place] = max(sizes[place], layout.region_bytes)
                     if span.tier is Tier.DISK:
-                        tails[place] = max(tails[place], layout.segment_bytes)
+                        tails[ring][place] = max(tails[ring][place], layout.segment_bytes)
         chunk = chunk_len(policy, group.size)
         for place, span in enumerate(group.hidden):
             rows = [n * job.hidden_row_bytes for n in chunk_rows(group, span, chunk)]
             if span.tier is Tier.DISK:
                 rows = [aligned(size) for size in rows]
             hidden[place] = max(hidden[place], sum(rows))
-    return KVSlotBytes({ring: tuple(sizes) for ring, sizes in kv.items()}, tuple(tails), tuple(hidden))
+    by_ring = ({ring: tuple(sizes) for ring, sizes in of.items()} for of in (kv, tails))
+    return KVSlotBytes(*by_ring, tuple(hidden))
 
 
 def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:
@@ -119,7 +120,7 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
                     kv_host = max([kv_host, *(x.region_bytes for x in disk)])
                     away = [x for span, x in pairs if span.tier is not Tier.GPU]
                     if any(unit.site.is_accelerator for unit in layers) and not attends:
-                        kv_buffer = max([kv_buffer, *(x.region_bytes for x in away)])
+                        kv_buffer = max([kv_buffer, *(x.moved_region_bytes for x in away)])
             if any_disk:
                 rows = max(chunk_rows(group, everything(group), chunk))
                 pages = max(pages, aligned(rows * job.hidden_row_bytes) + len(group.hidden) * PAGE)

@@ -213,7 +213,7 @@ def _in_memory(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Par
         part.index,
         reads=(home,),
         writes=(host,),
-        bytes=layout.prefix_bytes(layout.full_segments(part.token - 1)),
+        bytes=layout.read_bytes(part.token),
     )
     return host, (load,)
 

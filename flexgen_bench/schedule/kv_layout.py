@@ -75,6 +75,24 @@ class KVLayout:
         goes to is among it: prompts of other lengths are somewhere else in it."""
         return self.prefix_bytes(self.used_segments(token - 1 if self.ring is None else token))
 
+    @property
+    def moved_region_bytes(self) -> int:
+        """The most that ``moved_bytes`` says."""
+        return self.region_bytes
+
+    def read_bytes(self, token: int) -> int:
+        """What of a cache on disk is read for the ``token``-th new token."""
+        return self.prefix_bytes(self.full_segments(token - 1))
+
+    def segment_offset(self, number: int) -> int:
+        """Where in the region the ``number``-th finished segment of generated tokens goes (from 0)."""
+        return self.prefix_bytes(number)
+
+    def newest_slot(self, position: int) -> int:
+        """Of a ring: which slot, of those that attention reads, holds the token at this position, the last one."""
+        assert self.ring is not None, self
+        return position % self.ring
+
     def filled(self, tokens: int) -> int:
         """Of a ring: slots in use, by the longest sequence, once ``tokens`` new tokens are stored."""
         return min(self.longest + tokens, self.tokens)

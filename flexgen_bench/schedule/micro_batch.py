@@ -100,7 +100,7 @@ class Part:
 
     def newest(self, ring: int | None) -> tuple[int, ...] | None:
         """Slots of a ring in which the fed tokens are; None where they come last of all."""
-        return None if ring is None else tuple(position % ring for position in self.positions)
+        return None if ring is None else tuple(map(self.layout(ring).newest_slot, self.positions))
 
     @cached_property
     def positions(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.schedule.kv_disk_ring import DiskRing
 from flexgen_bench.schedule.kv_layout import KVLayout, ring_layout
 from flexgen_bench.schedule.placement import ShareSpreader, place_sequences
 from flexgen_bench.schedule.sequence_group import KVSlot, SequenceGroup, Span, clipped, start_group
@@ -151,14 +152,19 @@ class SequenceGroups:
 
     def _ring(self, span: Span, window: int, prompt_len: int, gen_len: int, planned: int) -> KVLayout:
         """One span's cache of a window's tokens: where it is moved in segments, unless prompts fill it. Of an open job
-        all requests have the same. On disk it is kept whole: a ring would be written again and again."""
+        all requests have the same."""
+        new = max(gen_len - 1, 0)
+        if span.tier is Tier.DISK and window > 1:
+            worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
+            segment = -(-window // min(max(window // worthwhile, 1), MAX_DISK_SEGMENTS))
+            return DiskRing(span.count, 0, new, segment, self.token_bytes, ring=window, longest=prompt_len)
         if span.tier is Tier.DISK:
             return self._layout(span, prompt_len, gen_len, planned)
         segment = None
         if span.tier is not self.compute:
             is_full = prompt_len >= window and not self.is_open
             segment = window if is_full else -(-window // MAX_DISK_SEGMENTS)
-        return ring_layout(span.count, window, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes)
+        return ring_layout(span.count, window, prompt_len, new, segment, self.token_bytes)
 
 
 def form_groups(

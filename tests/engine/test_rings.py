@@ -24,6 +24,7 @@ from flexgen_bench.engine.layers import Layer, Layers
 from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
 from flexgen_bench.planner import memory_plan
+from flexgen_bench.schedule import sequence_groups
 from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, random_policy, run, until
 from tests.engine.test_kept_prefix import CAPACITY, NEW, PLAIN, sequence
@@ -90,6 +91,23 @@ def test_a_compressed_ring(tmp_path: Path) -> None:
         assert run(reference, policy, hardware, tmp_path, NEW_TOKENS)[0] == expected, policy
 
 
+@pytest.mark.parametrize("segment_bytes", [1, 3000])
+def test_on_disk_segments_replace_each_other(
+    reference: Reference, segment_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny caches are one segment on disk: here they are several, written over those that nobody sees any more."""
+    monkeypatch.setattr(sequence_groups, "DISK_SEGMENT_BYTES", segment_bytes)
+    disk, cpu = on(Tier.DISK), on(Tier.CPU)
+    for policy, hardware in (
+        (Policy(6, 1, cpu, disk, cpu), HOST),
+        (Policy(3, 2, cpu, disk, cpu, prefill_chunk=9), EMULATED),
+        (Policy(2, 2, cpu, disk, cpu, attention=AttentionSite.CPU, schedule=Schedule.CONTINUOUS), EMULATED),
+    ):
+        tokens, result = run(reference, policy, hardware, tmp_path, NEW_TOKENS)
+        assert tokens == reference.tokens
+        check_allocated_as_planned(result, hardware)
+
+
 @pytest.mark.parametrize("native", ["1", "0"], ids=["native", "torch"])
 def test_sparse_attention_uses_the_newest_token(native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is always used, wherever in the ring it is: the tokens are those of a cache that holds everything."""
@@ -102,13 +120,14 @@ def test_sparse_attention_uses_the_newest_token(native: str, tmp_path: Path, mon
         for policy, hardware in (
             (Policy(6, 1, cpu, cpu, cpu, lossy=lossy), HOST),
             (Policy(6, 1, cpu, cpu, cpu, lossy=lossy), EMULATED),
+            (Policy(6, 1, cpu, on(Tier.DISK), cpu, lossy=lossy), HOST),
         ):
             stop = {0: reference.tokens[0][5]}
             tokens, result = run(reference, policy, hardware, tmp_path, NEW_TOKENS, stop)
             assert result.plan is not None
             assert result.plan.groups.rings == windows
             found.append(tokens)
-    assert found.count(found[0]) == 4
+    assert found.count(found[0]) == 6
     assert found[0] != reference.tokens
 
 

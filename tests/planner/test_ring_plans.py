@@ -10,12 +10,11 @@ from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.score_mod import ScoreMod
-from flexgen_bench.core.tiers import Site, Tier
+from flexgen_bench.core.tiers import LaneKind, Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.batch_costs import micro_batch_cost
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.rings import LayerKinds, ring_windows
-from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -71,15 +70,31 @@ def test_where_no_window_is_left_nothing_changes() -> None:
     assert planned(300, 214, Tier.CPU).groups.rings == (512,)
 
 
-def test_what_wants_more_than_the_tokens_keeps_them_all() -> None:
-    """ALiBi wants their distances; a cache on disk is written once."""
+def test_with_alibi_everything_is_kept() -> None:
+    """It wants distances."""
     layer = GEMMA.decoder.layers[0]
     sloped = replace(layer, attention=replace(layer.attention, mod=ScoreMod(window=512, slopes=(0.5,) * 4)))
     assert ring_windows(GEMMA.decoder) == {512}
     assert ring_windows(replace(GEMMA.decoder, layers=(*GEMMA.decoder.layers, sloped))) == set()
-    on_disk = planned(3000, 20, Tier.DISK)
-    layers = sum(u.kind is UnitKind.LAYER for u in on_disk.job.units)
-    assert on_disk.bytes[Site.DISK]["kv_cache"] >= layers * 3019 * 4 * ROW
+
+
+def test_on_disk_a_ring_is_read_and_written_in_whole_segments() -> None:
+    plan = planned(3000, 200, Tier.DISK)
+    in_rings, whole = 22 * WINDOW * 4 * ROW, 4 * (3000 + 199) * 4 * ROW
+    assert plan.bytes[Site.DISK]["kv_cache"] == pytest.approx(in_rings + whole, rel=0.05)
+    units, scheduler = plan.job.units, Scheduler(plan.policy, plan)
+    read = written = 0
+    while not scheduler.is_done:
+        for step in scheduler.steps(scheduler.schedule()):
+            if units[step.unit].ring is not None and step.lane.kind is LaneKind.DISK_READ:
+                assert step.bytes <= WINDOW * 4 * ROW
+                read += step.bytes
+            if units[step.unit].ring is not None and step.lane.kind is LaneKind.DISK_WRITE:
+                written += step.bytes
+        scheduler.postprocess()
+    assert read == 22 * 199 * WINDOW * 4 * ROW
+    # The prompt's last tokens, and each later one once.
+    assert 22 * (WINDOW + 128) * 4 * ROW <= written <= 22 * (WINDOW + 199) * 4 * ROW
 
 
 def test_a_job_that_caches_nothing_has_no_rings() -> None:
