@@ -198,8 +198,8 @@ class KVCache:
             else:
                 self._slots[part.kv_buffer][start:stop].copy_(host[start:stop], non_blocking=True)
         if step.lane.kind is not LaneKind.DISK_READ and (part.token - 1) % layout.segment_tokens:
-            tail = self._tails[home][: layout.segment_bytes]
-            self._slots[part.kv_buffer][layout.region_bytes :][: layout.segment_bytes].copy_(tail, non_blocking=True)
+            tail = self._tails[home][: layout.tail_bytes]
+            self._slots[part.kv_buffer][layout.region_bytes :][: layout.tail_bytes].copy_(tail, non_blocking=True)
 
     def append(self, step: Step) -> None:
         """APPEND_KV: a token that came back from the accelerator, into the cache on the host."""

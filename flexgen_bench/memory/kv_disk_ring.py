@@ -50,7 +50,7 @@ class DiskRingRegion(KVRegion):
         (``tail``) and of what was read."""
         size = self.ring.segment_tokens
         own = (token - 1) % size + 1
-        found = [self.form.segment(tuple(t[:, :, :, size - own :] for t in self.loose_tail(tail)))]
+        found = [self.form.segment(tuple(t[:, :, :, self.ring.tail_tokens - own :] for t in self._tail(tail)))]
         left = self.ring.filled(token) - own
         for segment in self.ring.order(token):
             if left <= 0:
@@ -60,8 +60,11 @@ class DiskRingRegion(KVRegion):
         return found
 
     def append_loose(self, raw: Tensor, token: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
-        place = self.ring.segment_tokens - 1 - (token - 1) % self.ring.segment_tokens
-        self._put(self.loose_tail(raw), place, slots, new)
+        place = self.ring.tail_tokens - 1 - (token - 1) % self.ring.segment_tokens
+        self._put(self._tail(raw), place, slots, new)
+
+    def _tail(self, raw: Tensor) -> Stored:
+        return self.form.views(raw, self.ring.sequences, self.ring.tail_tokens)
 
     def _segment(self, raw: Tensor, segment: int) -> Stored:
         return self.loose_tail(raw[segment * self.ring.segment_bytes :])

@@ -76,15 +76,15 @@ def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slo
                 if span.count and job.keep_kv:
                     sizes[place] = max(sizes[place], layout.region_bytes)
                     if span.tier is Tier.DISK:
-                        tails[ring][place] = max(tails[ring][place], layout.segment_bytes)
+                        tails[ring][place] = max(tails[ring][place], layout.tail_bytes)
         chunk = chunk_len(policy, group.size)
         for place, span in enumerate(group.hidden):
             rows = [n * job.hidden_row_bytes for n in chunk_rows(group, span, chunk)]
             if span.tier is Tier.DISK:
                 rows = [aligned(size) for size in rows]
             hidden[place] = max(hidden[place], sum(rows))
-    by_ring = ({ring: tuple(sizes) for ring, sizes in of.items()} for of in (kv, tails))
-    return KVSlotBytes(*by_ring, tuple(hidden))
+    regions, unfinished = ({ring: tuple(sizes) for ring, sizes in of.items()} for of in (kv, tails))
+    return KVSlotBytes(regions, unfinished, tuple(hidden))
 
 
 def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:

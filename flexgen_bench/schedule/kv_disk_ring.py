@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen_bench.core.units import aligned
 from flexgen_bench.schedule.kv_layout import KVLayout
 
 
@@ -21,7 +22,7 @@ class DiskRing(KVLayout):
     @property
     def segments(self) -> int:
         """With the unfinished one, which has a token at least, they hold the window."""
-        return -(-(self._window - 1) // self.segment_tokens)
+        return max(1, -(-(self._most - 1) // self.segment_tokens))
 
     @property
     def slots_on_disk(self) -> int:
@@ -32,15 +33,24 @@ class DiskRing(KVLayout):
         return self.segments * self.segment_bytes
 
     @property
+    def tail_tokens(self) -> int:
+        """Of the unfinished segment; fewer than of the others, if it is never finished."""
+        return max(1, min(self.segment_tokens, self.new_tokens))
+
+    @property
+    def tail_bytes(self) -> int:
+        return aligned(self.sequences * self.tail_tokens * self.token_bytes, self.align)
+
+    @property
     def moved_region_bytes(self) -> int:
-        return self.region_bytes + self.segment_bytes
+        return self.region_bytes + self.tail_bytes
 
     @property
     def prompt_bytes(self) -> int:
         return self._prompt_segments * self.segment_bytes
 
     def filled(self, tokens: int) -> int:
-        return min(self.longest + tokens, self._window)
+        return min(self.longest + tokens, self._most)
 
     def newest_slot(self, position: int) -> int:
         return 0
@@ -66,13 +76,14 @@ class DiskRing(KVLayout):
 
     def moved_bytes(self, token: int) -> int:
         unfinished = (token - 1) % self.segment_tokens > 0
-        return self.read_bytes(token) + unfinished * self.segment_bytes
+        return self.read_bytes(token) + unfinished * self.tail_bytes
 
     @property
     def _prompt_segments(self) -> int:
         return -(-min(self.longest, self.slots_on_disk) // self.segment_tokens)
 
     @property
-    def _window(self) -> int:
+    def _most(self) -> int:
+        """Tokens that are ever attended to at once."""
         assert self.ring is not None, self
-        return self.ring
+        return min(self.ring, self.longest + self.new_tokens)

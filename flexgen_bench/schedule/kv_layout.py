@@ -59,6 +59,11 @@ class KVLayout:
         return aligned(self.sequences * self.segment_tokens * self.token_bytes, self.align)
 
     @property
+    def tail_bytes(self) -> int:
+        """Of a cache on disk: of the unfinished segment, in host memory."""
+        return self.segment_bytes
+
+    @property
     def num_segments(self) -> int:
         return -(-self.new_tokens // self.segment_tokens) if self.new_tokens else 0
 

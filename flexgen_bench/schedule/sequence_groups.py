@@ -82,7 +82,7 @@ class SequenceGroups:
         gen_len = max(self.requests[i].gen_len for i in own)
         spans, longest = clipped(kv_slot.kv, len(own)), max(lens)
         layouts = tuple(self._layout(span, longest, gen_len, gen_len) for span in spans)
-        rings = {w: tuple(self._ring(span, w, longest, gen_len, gen_len) for span in spans) for w in self.rings}
+        rings = {w: tuple(self._ring(span, w, longest, gen_len) for span in spans) for w in self.rings}
         kept = self.requests[own[0]].kept if len(own) == 1 else 0
         return start_group(index, kv_slot, own, lens, gen_len, layouts, self._shared(own), kept, rings)
 
@@ -93,7 +93,7 @@ class SequenceGroups:
         prompt, new = request.prompt_len, request.gen_len
         spans, planned = kv_slot.kv, self.lifetime
         layouts = tuple(self._layout(span, prompt, new, planned) for span in spans)
-        rings = {w: tuple(self._ring(span, w, prompt, new, planned) for span in spans) for w in self.rings}
+        rings = {w: tuple(self._ring(span, w, prompt, new) for span in spans) for w in self.rings}
         return start_group(number, kv_slot, (number,), (prompt,), new, layouts, kept=request.kept, rings=rings)
 
     def _shared(self, members: Sequence[int]) -> int:
@@ -150,16 +150,14 @@ class SequenceGroups:
         stays = span.tier is self.compute
         return KVLayout(span.count, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes, is_joined=stays)
 
-    def _ring(self, span: Span, window: int, prompt_len: int, gen_len: int, planned: int) -> KVLayout:
-        """One span's cache of a window's tokens: where it is moved in segments, unless prompts fill it. Of an open job
-        all requests have the same."""
+    def _ring(self, span: Span, window: int, prompt_len: int, gen_len: int) -> KVLayout:
+        """One span's cache of a window's tokens: in segments on disk, and where it is moved, unless prompts fill it. Of
+        an open job all requests have the same."""
         new = max(gen_len - 1, 0)
-        if span.tier is Tier.DISK and window > 1:
-            worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
-            segment = -(-window // min(max(window // worthwhile, 1), MAX_DISK_SEGMENTS))
-            return DiskRing(span.count, 0, new, segment, self.token_bytes, ring=window, longest=prompt_len)
         if span.tier is Tier.DISK:
-            return self._layout(span, prompt_len, gen_len, planned)
+            worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
+            written = -(-window // min(max(window // worthwhile, 1), MAX_DISK_SEGMENTS))
+            return DiskRing(span.count, 0, new, written, self.token_bytes, ring=window, longest=prompt_len)
         segment = None
         if span.tier is not self.compute:
             is_full = prompt_len >= window and not self.is_open
