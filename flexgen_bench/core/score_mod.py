@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 # Of prompts, so many scores that are changed before the softmax are held at once, over all heads: 16 MiB in float32.
 SCORES_AT_ONCE = 1 << 22
@@ -25,6 +26,11 @@ class ScoreMod:
     @property
     def is_none(self) -> bool:
         return self.window is None and self.soft_cap is None and not self.slopes
+
+    @cached_property
+    def unwindowed(self) -> ScoreMod:
+        """The same over keys that are all in the window."""
+        return replace(self, window=None)
 
     def over(self, tokens: int) -> ScoreMod:
         """The same for sequences of at most so many tokens: a window that none of them leaves is none."""

@@ -259,16 +259,17 @@ class Actions:
         new = (self._form.encode(k), self._form.encode(v))
         moved = self._cache.is_moved(step, part)
         attend = self._cache.attend_moved if moved else self._cache.attend_in_memory
-        attention = self._layer(step).attention
+        attention, ring = self._layer(step).attention, self._cache.ring(step, part)
         out = decode_attention(
             q,
             attend(step, part, new),
-            self._cache.padding(part, q.device),
+            self._cache.padding(part, q.device, ring),
             attention.scale,
             self._value_share,
             self._cache.live_slots(part),
-            attention.mod,
+            attention.mod if ring is None else attention.mod.unwindowed,
             self._weights.sinks(step),
+            part.newest(ring) if self._value_share < 1 else None,
         )
         (self._attended_host if for_accelerator else self._attended)[key] = out
 

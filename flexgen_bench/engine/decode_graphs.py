@@ -51,7 +51,9 @@ class DecodeGraphs:
     ) -> None:
         attentions = [layer.attention for layer in decoder.layers]
         scales = {attention.scale for attention in attentions}
-        plain = len(scales) == 1 and all(attention.mod.is_none for attention in attentions)
+        plain = len(scales) == 1 and all(a.mod.is_none and not a.sinks for a in attentions)
+        # What a mixture calls depends on what it has chosen.
+        plain = plain and not any(isinstance(layer.mlp, parts.Experts) for layer in decoder.layers)
         self._scale = scales.pop() if len(scales) == 1 else 1.0
         self._can = plain and value_share == 1 and form.compression is None and job.tokens_stay
         self._job, self._graphs, self._layers = job, graphs, layers

@@ -25,15 +25,22 @@ LEAST_SHARED = 8
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens with their keys and values: of each layer (2, G, tokens, ...), in the form in which they are stored."""
+    """Tokens with their keys and values: of each layer (2, G, tokens, ...), the last of them, all where the layer keeps
+    all, in the form in which they are stored.
+
+    least: so many tokens a prompt must begin with; after fewer, a window would want keys that are no longer there. 0:
+    any number.
+    """
 
     tokens: tuple[int, ...]
     layers: tuple[tuple[Tensor, ...], ...]
+    least: int = 0
 
     def in_common(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt need not be computed; its last one always is, for it predicts the next."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False)))
-        return min(same, len(prompt) - 1)
+        found = min(same, len(prompt) - 1)
+        return found if found >= self.least else 0
 
 
 class Chosen(NamedTuple):

@@ -47,13 +47,17 @@ class KeptPrefixes:
             tuple(t.clone() for t in region.fed(raw, place, len(sequence.prompt), fed))
             for region, raw in self.cache.homes(group)
         )
-        return KeptTokens((*sequence.prompt, *sequence.new[:fed]), layers)
+        tokens = (*sequence.prompt, *sequence.new[:fed])
+        # What has been overwritten in a ring is wanted again by all but the last of these, and what follows on them.
+        complete = all(stored[0].shape[2] == len(tokens) for stored in layers)
+        return KeptTokens(tokens, layers, 0 if complete else len(tokens) - 1)
 
     def _restore(self, group: SequenceGroup) -> None:
         prefix = self.sequences[group.sequences[0]].prefix
         assert prefix is not None, "its request was made with it"
         for (region, raw), layer in zip(self.cache.homes(group), prefix.layers, strict=True):
-            region.put_kept(raw, 0, tuple(t[:, :, : group.kept] for t in layer))
+            first = len(prefix.tokens) - layer[0].shape[2]
+            region.put_kept(raw, 0, tuple(t[:, :, : group.kept - first] for t in layer), first)
         if torch.cuda.is_available():  # lanes have streams of their own
             torch.cuda.synchronize()
 

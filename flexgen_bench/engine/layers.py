@@ -161,6 +161,7 @@ class Layers:
 
     def _lower(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator and self._device.launches_kernels
+
     def decoding(self, step: Step, x: Tensor, tables: Any) -> Layer:
         """The layer of a LAYER step of these hidden states (N, hidden). What it makes of them to project is gone with
         the next step of its lane."""

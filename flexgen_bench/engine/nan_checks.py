@@ -74,6 +74,8 @@ class Health:
 
 
 def _judge(sums: list[float], places: list[Place]) -> None:
-    for value, (unit, name) in zip(sums, places, strict=True):
-        if value - value != 0:  # infinite or NaN
-            raise NotFinite(None if name == _LOGITS else unit - 1, name)
+    # Infinite or NaN. Layers with caches of one kind are watched before those of another.
+    found = [place for value, place in zip(sums, places, strict=True) if value - value != 0]
+    if found:
+        unit, name = min(found, key=lambda place: place[0])
+        raise NotFinite(None if name == _LOGITS else unit - 1, name)

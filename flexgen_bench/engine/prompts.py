@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from flexgen_bench.kernels.attention import chunk_attention, prefill_attention
 from flexgen_bench.kernels.tree_attention import TreeMask, tree_attention
 from flexgen_bench.memory.kv_cache import KVForm, Stored
 from flexgen_bench.models.parts import Layer
-from flexgen_bench.schedule.micro_batch import MicroBatch
+from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.prefix_tree import PrefixTree
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
@@ -79,22 +80,57 @@ class Prompts:
         micro_batch, attention = step.micro_batch, self._layers[step.unit - 1].attention
         member, sinks = micro_batch.members[0], self._sinks_of(step)
         stored = (self._form.encode(k), self._form.encode(v))
-        if self._job.keep_kv or member.start > 0 or not member.is_last_chunk:
-            self._cache.keep_prompt(step, stored)
+        keeps = self._job.keep_kv or member.start > 0 or not member.is_last_chunk
+        from_cache = member.start > 0 or member.group.shared > 0
+        for part in micro_batch.kv_parts if keeps else ():
+            # What a chunk overwrites in a ring is what it attends to.
+            if not from_cache or self._cache.ring(step, part) is None:
+                self._cache.keep_prompt(step, part, stored)
         if self._tree(member.group.sequences[0]) is not None:
             return self._attend_trees(step, q, stored)
-        if member.start == 0 and not member.group.shared:
+        if not from_cache:
             lens = [last - first for first, last in member.ranges]
             keys, values = (self._form.decode(x) for x in stored)
             return prefill_attention(q, keys, values, lens, attention.scale, attention.mod, sinks)
         outs = []
         for part in micro_batch.kv_parts:
+            ring = self._cache.ring(step, part)
+            if ring is not None:
+                outs.append(self._attend_in_ring(step, part, q, stored, ring))
+                self._cache.keep_prompt(step, part, stored)
+                continue
             ranges = member.ranges[part.span.start : part.span.stop]
             stop = max(last for _, last in ranges)
             keys, values = self._cache.prompt_so_far(step, part, stop)
             rows = q[part.row : part.stop]
             outs.append(chunk_attention(rows, keys, values, ranges, attention.scale, attention.mod, sinks))
         return _joined(outs)
+
+    def _attend_in_ring(self, step: Step, part: Part, q: Tensor, stored: Sequence[Stored], ring: int) -> Tensor:
+        """A chunk of a part's prompts over the window's tokens before it, and its own: what all prompts share, which is
+        computed with the first, and theirs."""
+        member, attention = part.member, self._layers[step.unit - 1].attention
+        since = max(0, member.start - ring + 1)
+        before = self._cache.before(step, part, since, member.start) if since < member.start else ()
+        same, own = (
+            [self._form.decode(tuple(t[a:b] for t in x)).transpose(0, 1) for x in stored]  # (G, T, D)
+            for a, b in ((0, member.shared_rows), (part.row, part.stop))
+        )
+        outs, row, sequence = [], 0, 0
+        for (first, last), run in groupby(member.ranges[part.span.start : part.span.stop]):
+            count, length = len(list(run)), last - first
+            stop = row + count * length
+            if length:
+                pieces = [[x[sequence : sequence + count]] for x in before] or [[], []]
+                for i, mine in enumerate(pieces):
+                    if first > member.start:
+                        mine.append(same[i].expand(count, *same[i].shape))
+                    mine.append(own[i][:, row:stop].unflatten(1, (count, length)).transpose(0, 1))
+                keys, values = (torch.cat(mine, dim=2) for mine in pieces)
+                queries, ranges = q[part.row + row : part.row + stop], [(first - since, last - since)] * count
+                outs.append(chunk_attention(queries, keys, values, ranges, attention.scale, attention.mod))
+            row, sequence = stop, sequence + count
+        return _joined(outs) if outs else q.new_empty(0, q.shape[1] * q.shape[2])
 
     def _attend_trees(self, step: Step, q: Tensor, stored: Sequence[Stored]) -> Tensor:
         """The rows of a chunk of each prefix tree over those of all its chunks so far."""

@@ -64,11 +64,20 @@ class ResidentLayers:
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
         self._value_share, self._angles_of, self._sinks_of = value_share, angles_of, sinks_of
-        scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
+        # A ring holds nothing that is outside of the window.
+        units = [unit for unit in job.units if unit.kind is UnitKind.LAYER]
+        self._mods = [
+            a.mod if unit.ring is None else a.mod.unwindowed for a, unit in zip(self._attentions, units, strict=True)
+        ]
+        scales = {attention.scale for attention in self._attentions}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
-        self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
+        self._scale = scales.pop() if len(scales) == 1 and all(mod.is_none for mod in self._mods) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and micro-batch
-        self._last = {u.site: u.index for u in job.units if u.kind is UnitKind.LAYER}  # layer of a site
+        self._last = {unit.site: unit.index for unit in units}  # layer of a site
+        self._rings = {
+            site: [ring for ring, alike in job.rings.items() if any(unit.site is site for unit in alike)]
+            for site in self._last
+        }
         self._leave = leave
 
     def begin_pass(self) -> None:
@@ -91,14 +100,14 @@ class ResidentLayers:
 
     def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
         site = self._job.units[step.unit].site
-        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device)
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, self._rings[site], x.device)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:
             attend = cache.attention(self._form, x, self._scale, self._sinks_of)
         if attend is None and cache is not None and self._form.compression is None:
             if x.device.type == "cpu" and self._value_share == 1:
-                attend = processor_attention(cache, self._attentions, x, self._sinks_of)
+                attend = processor_attention(cache, self._attentions, self._mods, x, self._sinks_of)
             attend = attend or self._attend_watched_later
         watched = cache if attend is not None else None
         attend = attend or self._attend_in_segments
@@ -114,19 +123,20 @@ class ResidentLayers:
         """The same, where new keys and values of all layers are judged at the end."""
         outs, attention = [], self._attentions[step.unit - 1]
         for part in step.micro_batch.kv_parts:
-            rows = slice(part.row, part.stop)
+            rows, ring = slice(part.row, part.stop), self._cache.ring(step, part)
             new = (self._form.encode(k[rows]), self._form.encode(v[rows]))
             segments = self._cache.attend_in_memory(step, part, new)
             outs.append(
                 decode_attention(
                     q[rows],
                     segments,
-                    self._cache.padding(part, q.device),
+                    self._cache.padding(part, q.device, ring),
                     attention.scale,
                     self._value_share,
                     self._cache.live_slots(part),
-                    attention.mod,
+                    self._mods[step.unit - 1],
                     self._sinks_of(step),
+                    part.newest(ring) if self._value_share < 1 else None,
                 )
             )
         return joined(outs)

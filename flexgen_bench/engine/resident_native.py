@@ -5,12 +5,13 @@ S sequences of a run, H query heads, G KV heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.score_mod import ScoreMod
 from flexgen_bench.engine.resident_cache import ByRuns, ResidentCache, Run, SinksOf
 from flexgen_bench.kernels.decode_native import NativeAttention, prepared
 from flexgen_bench.kernels.segments import PlainSegment
@@ -25,10 +26,11 @@ class ProcessorAttention(ByRuns[NativeAttention]):
 
 
 def processor_attention(
-    cache: ResidentCache, attentions: Sequence[Attention], x: Tensor, sinks: SinksOf
+    cache: ResidentCache, attentions: Sequence[Attention], mods: Sequence[ScoreMod], x: Tensor, sinks: SinksOf
 ) -> ProcessorAttention | None:
-    """For queries with the type of x. attentions: of every decoder layer. None if there is no native kernel."""
-    views = partial(_views, of=lambda unit: attentions[unit - 1], units=cache.units, dtype=x.dtype)
+    """For queries with the type of x. attentions, mods: of every decoder layer, and what its cache leaves to do. None
+    if there is no native kernel."""
+    views = partial(_views, attentions=attentions, mods=mods, dtype=x.dtype)
     try:
         return ProcessorAttention(cache, views, sinks)
     except _NotNative:
@@ -39,21 +41,26 @@ class _NotNative(Exception):
     """No kernel for this."""
 
 
-def _views(run: Run, of: Callable[[int], Attention], units: Sequence[int], dtype: torch.dtype) -> list[NativeAttention]:
+def _views(
+    run: Run, attentions: Sequence[Attention], mods: Sequence[ScoreMod], dtype: torch.dtype
+) -> list[NativeAttention]:
     (stored,) = run.stored
-    return [_ready(run, cached, of(unit), dtype) for cached, unit in zip(stored.unbind(0), units, strict=True)]
+    return [
+        _ready(run, cached, attentions[unit - 1], mods[unit - 1], dtype)
+        for cached, unit in zip(stored.unbind(0), run.units, strict=True)
+    ]
 
 
-def _ready(run: Run, cached: Tensor, attention: Attention, dtype: torch.dtype) -> NativeAttention:
+def _ready(run: Run, cached: Tensor, attention: Attention, mod: ScoreMod, dtype: torch.dtype) -> NativeAttention:
     """One layer's cache (2, S, G, T, D)."""
     keys, values = cached.unbind(0)
-    segments, lengths = [PlainSegment(keys, values)], None
-    if run.padding is not None:  # the prompts end before the first new token
-        lengths = run.padding.lengths
-        halves = [t.split((run.prompt, t.shape[2] - run.prompt), 2) for t in (keys, values)]
-        segments = [PlainSegment(k, v) for k, v in zip(*halves, strict=True)]
+    segments, place = [PlainSegment(keys, values)], run.newest
+    if run.padding is not None:  # prompts end before the first new token
+        prompt = run.padding.mask.shape[1]
+        halves = [t.split((prompt, t.shape[2] - prompt), 2) for t in (keys, values)]
+        segments, place = [PlainSegment(k, v) for k, v in zip(*halves, strict=True)], place - prompt
     shape = (keys.shape[0], attention.heads, attention.head_dim)
-    ready = prepared(shape, dtype, segments, lengths, attention.scale, mod=attention.mod)
+    ready = prepared(shape, dtype, segments, run.padding, attention.scale, mod=mod, place=place)
     if ready is None:
         raise _NotNative
     return ready

@@ -36,18 +36,21 @@ def decode_attention(
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
     sinks: Tensor | None = None,
+    newest: Sequence[int] | None = None,
 ) -> Tensor:
-    """One query token per sequence over a cache that lies in several segments, one after the other in time.
+    """One query token per sequence over a cache that lies in several segments, one after the other in time; without
+    distances in ``mod`` in any order.
 
     q (S', H, D); returns (S', H * D). slots: which of the segments' sequences q's rows belong to, S' of them in
     ascending order (None: all S of them); the others are not read. padding: which slots of the first segment hold a
     token (None: all). value_share below 1: of each head, the value row of the last token is used and those with the
     largest weights, together max(1, ceil(value_share * tokens)) of them, with the weights that they have among all
     tokens (that are in the window). mod: how scores change before the softmax. sinks (H,) float32: see
-    ``score_mod.softmax``.
+    ``score_mod.softmax``. newest: of each of q's rows, which slot, counted through all segments, holds the last token
+    (None: the last one).
     Softmax in float32. A sequence's result depends on no other one.
     """
-    attended = attend_natively(q, segments, padding, scale, value_share, slots, mod, sinks)
+    attended = attend_natively(q, segments, padding, scale, value_share, slots, mod, sinks, newest)
     if attended is None:
-        attended = attend_with_torch(q, segments, padding, scale, value_share, slots, mod, sinks)
+        attended = attend_with_torch(q, segments, padding, scale, value_share, slots, mod, sinks, newest)
     return attended

@@ -25,16 +25,18 @@ def attend_with_torch(
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
     sinks: Tensor | None = None,
+    newest: Sequence[int] | None = None,
 ) -> Tensor:
     """See ``attention.decode_attention``."""
     if slots is None:
-        return _attend(q, segments, padding, scale, value_share, mod, sinks)
+        return _attend(q, segments, padding, scale, value_share, mod, sinks, newest)
     outputs = []
     row = 0
     for start, stop in contiguous(slots):
         part = [segment.part(start, stop) for segment in segments]
         pad = padding and padding.part(start, stop)
-        outputs.append(_attend(q[row : row + stop - start], part, pad, scale, value_share, mod, sinks))
+        rows = slice(row, row + stop - start)
+        outputs.append(_attend(q[rows], part, pad, scale, value_share, mod, sinks, newest and newest[rows]))
         row += stop - start
     if not outputs:
         return q.new_empty(0, q.shape[1] * q.shape[2])
@@ -49,6 +51,7 @@ def _attend(
     value_share: float,
     mod: ScoreMod,
     sinks: Tensor | None,
+    newest: Sequence[int] | None,
 ) -> Tensor:
     """All sequences of the segments. Query heads that share a KV head are rows of one matrix product, so that every
     key is read once."""
@@ -62,17 +65,19 @@ def _attend(
         room = q.new_empty(sequences * groups, heads // groups, segment.tokens)
         scores.append(room.baddbmm_(folded, keys.transpose(1, 2), beta=0, alpha=scale))
     mod = mod.over(sum(segment.tokens for segment in segments))
-    if padding is not None and mod.is_none:
+    if padding is not None and mod.is_none and not padding.of_all:
         first = scores[0].view(sequences, heads, -1)
         first.masked_fill_(~padding.mask[:, None, :], float("-inf"))
     joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    if padding is not None and mod.is_none and padding.of_all:
+        joined.view(sequences, heads, -1).masked_fill_(~padding.mask[:, None, :], float("-inf"))
     if not mod.is_none:
         joined = joined.float()
         distances = _distances(segments, padding, q.device)[:, None, None]
         modified(joined.view(sequences, heads, 1, -1), distances, mod)
     weights = softmax(joined.view(sequences, heads, 1, -1), sinks).view(joined.shape)
     if value_share < 1:
-        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod)
+        _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod, newest)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)
     out: Tensor | None = None
     for piece, segment in zip(pieces, segments, strict=True):
@@ -88,14 +93,19 @@ def _distances(segments: Sequence[Segment], padding: Padding | None, device: tor
     behind = torch.arange(tokens - 1, -1, -1, device=device)[None]
     if padding is None:
         return behind
-    first = segments[0].tokens
+    first = tokens if padding.of_all else segments[0].tokens
     empty = first - padding.mask.sum(1, keepdim=True)  # slots behind each prompt
     own = (behind[:, :first] - empty).masked_fill_(~padding.mask, -1)
     return torch.cat((own, behind[:, first:].expand(len(own), -1)), dim=1)
 
 
 def _use_share(
-    weights: Tensor, segments: Sequence[Segment], padding: Padding | None, value_share: float, mod: ScoreMod
+    weights: Tensor,
+    segments: Sequence[Segment],
+    padding: Padding | None,
+    value_share: float,
+    mod: ScoreMod,
+    newest: Sequence[int] | None,
 ) -> None:
     """weights (S, H, T over all segments): those of value rows that are not used become 0.
 
@@ -105,8 +115,8 @@ def _use_share(
     sequences, _, tokens = weights.shape
     first = segments[0].tokens
     lengths = [first] * sequences if padding is None else padding.lengths.tolist()
-    later = tokens - first
-    last = [tokens - 1 if later else length - 1 for length in lengths]
+    later = 0 if padding is not None and padding.of_all else tokens - first
+    last = newest or [tokens - 1 if later else length - 1 for length in lengths]
     drop_small(weights, last, [kept(value_share, mod.seen(n + later)) for n in lengths])
 
 

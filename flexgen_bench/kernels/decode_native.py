@@ -52,7 +52,9 @@ class _Job(ctypes.Structure):
         ("new_v", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("totals", ctypes.c_void_p),
         ("keep", ctypes.c_void_p),
+        ("newest", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -63,6 +65,7 @@ class _Job(ctypes.Structure):
         ("q_row", ctypes.c_int64),
         ("k_row", ctypes.c_int64),
         ("v_row", ctypes.c_int64),
+        ("place", ctypes.c_int64),
         ("type", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("window", ctypes.c_int64),
@@ -80,7 +83,7 @@ class NativeAttention:
         self._attend, self._job, self._kept_alive = _declared(native).attend, job, kept_alive
 
     def __call__(self, q: Tensor, new: tuple[Tensor, Tensor] | None = None, sinks: Tensor | None = None) -> Tensor:
-        """q (S', H, D) -> (S', H * D). new: keys and values (S', G, D) to write to the cache first, as its last token;
+        """q (S', H, D) -> (S', H * D). new: keys and values (S', G, D) to write to their place in the cache first;
         plain, of its type. sinks (H,) float32."""
         job, q = self._job, _with_whole_rows(q)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
@@ -102,6 +105,7 @@ def attend_natively(
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
     sinks: Tensor | None = None,
+    newest: Sequence[int] | None = None,
 ) -> Tensor | None:
     """See ``attention.decode_attention``; None if this cache is not for the native kernel, or there is no library.
 
@@ -109,8 +113,7 @@ def attend_natively(
     """
     if q.device.type != "cpu":
         return None
-    lengths = None if padding is None else padding.lengths
-    attend = prepared(q.shape, q.dtype, segments, lengths, scale, value_share, slots, mod)
+    attend = prepared(q.shape, q.dtype, segments, padding, scale, value_share, slots, mod, newest)
     return None if attend is None else attend(q, sinks=sinks)
 
 
@@ -118,14 +121,16 @@ def prepared(
     shape: Sequence[int],
     dtype: torch.dtype,
     segments: Sequence[Segment],
-    lengths: Tensor | None,
+    padding: Padding | None,
     scale: float,
     value_share: float = 1.0,
     slots: Sequence[int] | None = None,
     mod: ScoreMod = NO_MOD,
+    newest: Sequence[int] | None = None,
+    place: int | None = None,
 ) -> NativeAttention | None:
-    """Attention of queries of this shape, (S', H, D), and type. lengths (S,) int32: tokens of the first segment; None:
-    all of it. For the rest see ``attend_natively``."""
+    """Attention of queries of this shape, (S', H, D), and type. place: of a new token in the last segment; None: the
+    last one. For the rest see ``attend_natively``."""
     if dtype not in _KINDS or not all(map(_is_readable, segments)):
         return None
     native = library("attention")
@@ -133,8 +138,12 @@ def prepared(
         return None
     rows, heads, dim = shape
     slot_numbers = torch.tensor(range(rows) if slots is None else slots, dtype=torch.int32)
-    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-    keep = _kept_rows(segments, lengths, slot_numbers, value_share, mod)
+    lengths = totals = None
+    if padding is not None:
+        counts = padding.lengths.to(torch.int32).contiguous()
+        lengths, totals = (None, counts) if padding.of_all else (counts, None)
+    keep = _kept_rows(segments, padding, slot_numbers, value_share, mod)
+    last = None if newest is None or keep is None else torch.tensor(newest, dtype=torch.int32)
     kv_heads = segments[0].heads
     tokens = mod.seen(sum(segment.tokens for segment in segments))
     threads, splits = _division(rows * kv_heads, tokens, dim)
@@ -148,13 +157,16 @@ def prepared(
         values=values,
         slots=slot_numbers.data_ptr(),
         lengths=None if lengths is None else lengths.data_ptr(),
+        totals=None if totals is None else totals.data_ptr(),
         keep=None if keep is None else keep.data_ptr(),
+        newest=None if last is None else last.data_ptr(),
         partial=partial.data_ptr() or None,
         rows=rows,
         heads=heads,
         kv_heads=kv_heads,
         dim=dim,
         segments=len(segments),
+        place=segments[-1].tokens - 1 if place is None else place,
         splits=splits,
         type=_KINDS[dtype],
         threads=threads,
@@ -163,7 +175,8 @@ def prepared(
         scale=scale,
         soft_cap=mod.soft_cap or 0.0,
     )
-    return NativeAttention(native, job, (keys, values, slot_numbers, lengths, keep, partial, slopes, segments))
+    kept_alive = (keys, values, slot_numbers, lengths, totals, keep, last, partial, slopes, segments)
+    return NativeAttention(native, job, kept_alive)
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:
@@ -217,13 +230,13 @@ def _byte_strides(x: Tensor) -> list[int]:
 
 
 def _kept_rows(
-    segments: Sequence[Segment], lengths: Tensor | None, slots: Tensor, value_share: float, mod: ScoreMod
+    segments: Sequence[Segment], padding: Padding | None, slots: Tensor, value_share: float, mod: ScoreMod
 ) -> Tensor | None:
     """(S',) int32: how many value rows of each sequence are used; None if all are."""
     if value_share >= 1:
         return None
-    later = sum(segment.tokens for segment in segments[1:])
-    first = [segments[0].tokens] * len(slots) if lengths is None else lengths[slots].tolist()
+    later = 0 if padding is not None and padding.of_all else sum(segment.tokens for segment in segments[1:])
+    first = [segments[0].tokens] * len(slots) if padding is None else padding.lengths[slots].tolist()
     return torch.tensor([kept(value_share, mod.seen(n + later)) for n in first], dtype=torch.int32)
 
 

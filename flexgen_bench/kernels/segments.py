@@ -96,18 +96,20 @@ class Padding:
 
     lengths (S,) int32 on the host; mask (S, T) bool on the compute device, True where there is a token. The same,
     twice: neither has to be fetched from the other's memory. Other slots may hold any finite numbers.
+    of_all: of the slots of all segments, counted through, instead.
     """
 
     lengths: Tensor
     mask: Tensor
+    of_all: bool = False
 
     @staticmethod
-    def of(lengths: Tensor, tokens: int, device: torch.device) -> Padding | None:
+    def of(lengths: Tensor, tokens: int, device: torch.device, of_all: bool = False) -> Padding | None:
         """Of prompts of these lengths (S,) in slots for ``tokens``; None if all slots are full."""
         lengths = lengths.to("cpu", torch.int32)
         mask = torch.arange(tokens, dtype=torch.int32)[None, :] < lengths[:, None]
-        return None if bool(mask.all()) else Padding(lengths, mask.to(device))
+        return None if bool(mask.all()) else Padding(lengths, mask.to(device), of_all)
 
     def part(self, start: int, stop: int) -> Padding:
         """The same of some sequences."""
-        return Padding(self.lengths[start:stop], self.mask[start:stop])
+        return Padding(self.lengths[start:stop], self.mask[start:stop], self.of_all)

@@ -140,10 +140,10 @@ class KVRegion:
             segments.append(tuple(t[:, slot, :, :used] for t in self.tail(raw, number)))
         return tuple(torch.cat(parts, dim=2) for parts in zip(*segments, strict=True))
 
-    def put_kept(self, raw: Tensor, slot: int, kept: Stored) -> None:
-        """Write what ``fed`` gave, (2, G, tokens, ...), as the first tokens of one sequence's prompt."""
+    def put_kept(self, raw: Tensor, slot: int, kept: Stored, first: int) -> None:
+        """Write what ``fed`` gave, (2, G, tokens, ...), as the tokens from ``first`` on of one sequence's prompt."""
         for target, source in zip(self.prompt(raw), kept, strict=True):
-            target[:, slot, :, : source.shape[2]] = source
+            target[:, slot, :, first : first + source.shape[2]] = source
 
     def _put(self, segment: Stored, place: int, slots: Sequence[int], new: Sequence[Stored]) -> None:
         every = len(slots) == self.layout.sequences

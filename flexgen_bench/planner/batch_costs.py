@@ -1,8 +1,8 @@
 """What a micro-batch costs on each lane, by where weights, cache and activations are: summed from the steps of a single
-layer.
+layer of each kind.
 
 Costs are linear in the shares of a placement, so the steps of a few pure placements (all of a kind on one tier) say it
-all, and layers are alike, so one does.
+all, and layers are alike but for what their caches keep, so one of each kind does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
 from flexgen_bench.planner.placement_lp import PhaseCost, Seconds, Share
-from flexgen_bench.schedule.scheduled_job import UnitKind
+from flexgen_bench.planner.rings import LayerKinds
+from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 
@@ -40,11 +41,25 @@ class MicroBatchCost:
         return (_sum(self.prefill_once, self.prefill, batches), _sum(self.decode_once, self.decode, batches))
 
 
+@dataclass(frozen=True)
+class _Depth:
+    """For how many units of a whole model one of a shallow one stands. counts: units of the whole, of each kind."""
+
+    layers: LayerKinds
+    counts: Mapping[UnitKind, int]
+
+    def times(self, unit: Unit) -> float:
+        if unit.kind is UnitKind.EXPERTS:  # not every layer may have some
+            return self.layers.times(unit.companion - 1) * self.counts[unit.kind] / self.counts[UnitKind.LAYER]
+        return self.layers.times(unit.index - 1) if unit.kind is UnitKind.LAYER else 1
+
+
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    thin = model.shallow(1)
-    depth = Counter(unit.kind for unit in model.packed_for(policy).units)
-    kinds, base_tier = tuple(policy.placements), Tier.CPU
+    layers = LayerKinds.of(model, request)
+    thin, base_tier = model.shallow(layers.few), Tier.CPU
+    depth = _Depth(layers, Counter(unit.kind for unit in model.packed_for(policy).units))
+    kinds = tuple(policy.placements)
 
     def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
         placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in kinds}
@@ -77,15 +92,10 @@ def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number:
 
 
 def _sums(
-    model: Model,
-    policy: Policy,
-    hardware: HardwareProfile,
-    request: Request,
-    depth: Mapping[UnitKind, int],
-    number: int,
+    model: Model, policy: Policy, hardware: HardwareProfile, request: Request, depth: _Depth, number: int
 ) -> tuple[Seconds, Seconds]:
-    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; each kind of
-    unit counts as often as the whole model has it."""
+    """Per lane, the seconds of a micro-batch in the ``number``-th pass, and of what the pass pays once; each unit
+    counts as often as the whole model has its like."""
     # The last pass of a job loads nothing, so what is looked at must not be the last.
     lasting = request if request.gen_len == 1 else replace(request, gen_len=3)
     requests = [lasting] * policy.gpu_batch_size
@@ -98,7 +108,7 @@ def _sums(
         steps = scheduler.steps(scheduler.schedule())
         for step in steps:
             if each == number:
-                times = depth[plan.job.units[step.unit].kind]
+                times = depth.times(plan.job.units[step.unit])
                 (shared if step.on_weights else own)[step.lane] += times * cost.seconds(step)
         scheduler.postprocess()
     return own, shared

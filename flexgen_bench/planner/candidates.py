@@ -23,6 +23,7 @@ from flexgen_bench.planner.placement_lp import (
     on_resource,
     solve,
 )
+from flexgen_bench.planner.rings import LayerKinds
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.sequence_groups import kv_token_bytes
@@ -233,12 +234,15 @@ class Candidates:
             self._costs[key] = micro_batch_cost(space.models[shape.lossy], key, space.job.hardware, space.request)
         return self._costs[key]
 
+    def _kinds(self, shape: Policy) -> LayerKinds:
+        return LayerKinds.of(self.space.models[shape.lossy], self.space.request)
+
     def _sizes(self, shape: Policy) -> dict[str, float]:
         job = self.space.job
         units = self.space.models[shape.lossy].packed_for(shape).units
         experts = sum(unit.home_bytes for unit in units if unit.kind is UnitKind.EXPERTS)
-        token = kv_token_bytes(job.shape, job.dtype, shape) * job.shape.num_layers
-        cached = job.prompt_len + max(0, job.gen_len - 1) if job.gen_len > 1 else 0
+        token = kv_token_bytes(job.shape, job.dtype, shape)
+        cached = self._kinds(shape).cached(job.prompt_len + job.gen_len - 1) if job.gen_len > 1 else 0
         hidden = job.prompt_len * job.shape.hidden_size * job.dtype.bytes
         block = shape.block_size
         sizes = {
@@ -258,7 +262,8 @@ class Candidates:
         placed = {kind: Placement.all_on(here if kind in held else below) for kind in shape.placements}
         policy = replace(shape, **placed)  # type: ignore[arg-type]
         if policy not in self._rest:
-            plan = space.plan_of(space.models[shape.lossy].shallow(1), policy, shape.block_size)
+            few = self._kinds(shape).few
+            plan = space.plan_of(space.models[shape.lossy].shallow(few), policy, shape.block_size)
             layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.units)
             rest = {}
             for site, parts in plan.bytes.items():

@@ -138,7 +138,7 @@ class StepCost:
             return len(step.micro_batch.logit_rows) * self._job.logits_row_bytes / site.memory
         if step.kind is StepKind.APPEND_KV:
             part = step.micro_batch.kv_parts[step.part]
-            return part.rows * part.group.layouts[part.home].token_bytes / site.memory
+            return part.rows * part.layout().token_bytes / site.memory
         raise AssertionError(f"a step of kind {step.kind} runs on no compute lane")
 
     def _product(self, step: Step, site: SiteRates, tier: Tier, flops: int) -> float:
@@ -207,7 +207,7 @@ class StepCost:
         tokens = flops / self._job.attention_flops_per_pair
         lossy = self._lossy
         # All of K, and the wanted share of V.
-        read = tokens * part.group.layouts[part.home].token_bytes * (1 + lossy.value_share) / 2
+        read = tokens * part.layout().token_bytes * (1 + lossy.value_share) / 2
         heads = self._shape.num_heads // self._shape.num_kv_heads
         number = number_format(self._dtype, lossy.kv_cache)
         return site.decode_attention_s(part.rows, read, number, heads)

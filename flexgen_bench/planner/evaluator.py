@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
@@ -119,18 +120,20 @@ class Evaluator:
         return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
 
     def _like_all(self, plan: MemoryPlan) -> int:
-        """How many layers lie on the tiers as all of them do, nearly. All, if a tier that has some would have none of
-        fewer: one layer of many on disk would cost nothing."""
+        """How many layers lie on the tiers, and are rings, as all of them do, nearly. All, if a tier that has some
+        would have none of fewer: one layer of many on disk would cost nothing."""
         policy, least = plan.policy, 1 / plan.model.shape.num_layers
-        all_of_them = _shares(plan.model.packed_for(policy), policy)
-        below = [key for key in all_of_them if key[1] in _BELOW]
+        rings = [unit.ring for unit in plan.job.units if unit.kind is UnitKind.LAYER]
 
-        def shares_of(few: int) -> Mapping[tuple[UnitKind, Tier], float]:
-            return defaultdict(float, _shares(plan.model.shallow(few).packed_for(policy), policy))
+        def shares_of(model: Model, rings: Sequence[int | None]) -> Mapping[_Part, float]:
+            return _shares(model.packed_for(policy), policy, rings)
+
+        all_of_them = shares_of(plan.model, rings)
+        below = [part for part in all_of_them if not isinstance(part, tuple) or part[1] in _BELOW]
 
         def error(few: int) -> float:
-            shares = shares_of(few)
-            errors = [abs(shares[key] - all_of_them[key]) / (all_of_them[key] or least) for key in below]
+            shares = shares_of(plan.model.shallow(few), rings[:few])
+            errors = [abs(shares[part] - all_of_them[part]) / (all_of_them[part] or least) for part in below]
             return max(errors)
 
         best = THIN_LAYERS
@@ -138,14 +141,22 @@ class Evaluator:
             if error(few) <= SHARE_ERROR:
                 return few
             best = min(best, few, key=error)
-        shares = shares_of(best)
+        shares = shares_of(plan.model.shallow(best), rings[:best])
         if any(all_of_them[key] and not shares[key] for key in below):
             return plan.model.shape.num_layers
         return best
 
 
-def _shares(packed: PackedModel, policy: Policy) -> dict[tuple[UnitKind, Tier], float]:
-    """Of the layers, and of their experts where these are placed apart, on each tier."""
+# What has a share of the layers: those of a kind of unit on a tier, or the rings of a window.
+_Part = tuple[UnitKind, Tier] | int
+
+
+def _shares(packed: PackedModel, policy: Policy, rings: Sequence[int | None]) -> Mapping[_Part, float]:
+    """Of the layers, and of their experts where these are placed apart, on each tier; of layers, the rings of each
+    window."""
     places = Counter((unit.kind, tier) for unit, tier in zip(packed.units, unit_tiers(packed, policy), strict=True))
     depth = Counter(unit.kind for unit in packed.units if unit.kind.repeats)
-    return {(kind, tier): places[kind, tier] / depth[kind] for kind in depth for tier in Tier}
+    shares: defaultdict[_Part, float] = defaultdict(float)
+    shares.update({(kind, tier): places[kind, tier] / depth[kind] for kind in depth for tier in Tier})
+    shares.update({ring: rings.count(ring) / len(rings) for ring in rings if ring is not None})
+    return shares

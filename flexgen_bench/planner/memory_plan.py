@@ -14,6 +14,7 @@ from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.parts import Decoder
 from flexgen_bench.planner.planned_units import planned_unit, routed_row_bytes, unit_tiers
+from flexgen_bench.planner.rings import cached_tokens, gathered_tokens, ring_windows
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.experts import are_away
 from flexgen_bench.schedule.generator import TOKEN_BYTES
@@ -100,13 +101,14 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
+    windows = () if scored_rows else ring_windows(decoder)
+    groups = form_groups(shape, dtype, policy, requests, compute, windows)
     tiers = unit_tiers(packed, policy)
     units = tuple(
-        planned_unit(decoder, unit, tier, policy, Site(compute, device))
+        planned_unit(decoder, unit, tier, policy, Site(compute, device), groups.rings)
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
-    groups = form_groups(shape, dtype, policy, requests, compute)
     job = ScheduledJob(
         units=units,
         compute_tier=compute,
@@ -176,15 +178,15 @@ def _homes(
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Bytes of KV cache and of hidden states at home, per tier."""
     kv, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
-    layers = [u for u in job.units if u.kind is UnitKind.LAYER]
-    in_place = sum(not u.site.is_accelerator for u in layers)
     for kv_slot, sizes in zip(groups.kv_slots, kv_slots, strict=True):
-        for span, size in zip(kv_slot.kv, sizes.kv, strict=True):
-            if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
-                kv[Tier.GPU] += size * (len(layers) - in_place)
-                kv[Tier.CPU] += size * in_place
-            else:
-                kv[span.tier] += size * len(layers)
+        for ring, layers in job.rings.items():
+            in_place = sum(not u.site.is_accelerator for u in layers)
+            for span, size in zip(kv_slot.kv, sizes.kv[ring], strict=True):
+                if span.tier is Tier.GPU:  # layers computed on the cpu keep their cache there
+                    kv[Tier.GPU] += size * (len(layers) - in_place)
+                    kv[Tier.CPU] += size * in_place
+                else:
+                    kv[span.tier] += size * len(layers)
         for span, size in zip(kv_slot.hidden, sizes.hidden, strict=True):
             hidden[span.tier] += size
     return kv, hidden
@@ -200,14 +202,15 @@ def _add_buffers(parts: dict[Site, dict[str, int]], job: ScheduledJob) -> None:
 def _add_staging(
     parts: dict[Site, dict[str, int]], job: ScheduledJob, moving: Staging, kv_slots: tuple[KVSlotBytes, ...]
 ) -> None:
-    layers = sum(u.kind is UnitKind.LAYER for u in job.units)
     host = job.site.host
     for site, size in moving.prompt.items():
         parts[site]["kv prompts"] = moving.num_buffers * size
     parts[host]["kv prompts from accelerator"] = moving.num_buffers * moving.prompt_host
     parts[job.site]["kv slots"] = moving.num_buffers * moving.kv_buffer
     parts[host]["kv host slots"] = moving.num_buffers * moving.kv_host
-    parts[host]["kv tails"] = layers * sum(sum(kv_slot.tails) for kv_slot in kv_slots)
+    parts[host]["kv tails"] = sum(
+        len(layers) * sum(kv_slot.tails[ring]) for kv_slot in kv_slots for ring, layers in job.rings.items()
+    )
     parts[host]["activation pages"] = (moving.num_buffers + moving.cpu_attention_buffers) * moving.pages
 
 
@@ -278,7 +281,8 @@ def _attention_bytes(
 ) -> int:
     """Temporaries of one sequence group's attention: scores of a decode step in float32 and the dtype, twice; the mask
     of a prompt's last chunk, or of what follows on what prompts share or have kept; scores of a prompt that are changed
-    before the softmax, or have sinks, some at a time; keys and values of a compressed cache, unpacked."""
+    before the softmax, or have sinks, some at a time; keys and values of a compressed cache, unpacked; those of a ring
+    that a chunk attends to, in one piece with its own."""
     most = 0
     kinds = [layer.attention for layer in decoder.kinds]
     heads = max(attention.heads for attention in kinds)
@@ -289,11 +293,14 @@ def _attention_bytes(
         prompt, chunk = max(group.prompt_lens), chunk_len(policy, group.size)
         rows = prompt if chunk is None else min(chunk, prompt)
         mask = rows * prompt if chunk is not None or group.shared or group.kept else 0
-        tokens, unpacked, scores = group.size * (prompt + group.gen_len), 0, 0
+        tokens, unpacked, scores = group.size * max(cached_tokens(one, group) for one in kinds), 0, 0
         if job.keep_kv:
             scores = tokens * heads * ((16 if changed else 8) + 2 * width + joined)
         if policy.lossy.kv_cache is not None:
-            unpacked = tokens * kv_values * width
+            unpacked = max(tokens, group.size * prompt) * kv_values * width
+        if mask:
+            gathered = group.size * max(gathered_tokens(one, group, rows) for one in kinds)
+            mask += gathered * kv_values * width * (1 if policy.lossy.kv_cache is None else 2)
         if changed:
             mask += min(SCORES_AT_ONCE, sum(group.prompt_lens) * prompt * heads) * (12 + width + joined)
         most = max(most, mask + scores + unpacked)

@@ -102,7 +102,8 @@ def _has_tail(member: Member) -> bool:
     group, token = member.group, member.token
     return token > 0 and any(
         span.tier is Tier.DISK and span.count and layout.num_segments and token % layout.segment_tokens == 0
-        for span, layout in zip(group.kv, group.layouts, strict=True)
+        for layouts in (group.layouts, *group.rings.values())
+        for span, layout in zip(group.kv, layouts, strict=True)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import ExpertLoads, Offloaded, Policy
 from flexgen_bench.core.tiers import Site, Tier
@@ -25,8 +27,11 @@ def unit_tiers(packed: PackedModel, policy: Policy) -> list[Tier]:
     return tiers if policy.experts is None else tiers + place_units(experts, policy.experts)
 
 
-def planned_unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site) -> Unit:
-    """A unit that lives on a tier, for the generator. compute: the site that computes, unless units stay."""
+def planned_unit(
+    decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy, compute: Site, rings: Collection[int]
+) -> Unit:
+    """A unit that lives on a tier, for the generator. compute: the site that computes, unless units stay; rings:
+    windows of which caches keep no more."""
     # The head, too; of the embedding only rows are moved anyway.
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
@@ -50,6 +55,7 @@ def planned_unit(decoder: Decoder, unit: PackedUnit, tier: Tier, policy: Policy,
         flops_before=before,
         flops_after=after,
         window=window,
+        ring=window if window in rings else None,
         # A processor unpacks tile by tile inside a product; an accelerator once for all micro-batches.
         # (Experts are: each meets few tokens, and those of all units unpacked would be the larger part of a model.)
         unpack=(policy.lossy.weights is not None and site.is_accelerator and unit.plain_bytes > 0 and not apart),

@@ -16,11 +16,11 @@ from flexgen_bench.schedule.sequence_groups import SequenceGroups
 
 @dataclass(frozen=True)
 class KVSlotBytes:
-    """Of one KV slot, per span: KV region and unfinished tail segment (on disk only) of one layer, and hidden
-    states."""
+    """Of one KV slot, per span: KV region and unfinished tail segment (on disk only) of one layer, by the layer's ring,
+    and hidden states."""
 
-    kv: tuple[int, ...]
-    tails: tuple[int, ...]
+    kv: Mapping[int | None, tuple[int, ...]]
+    tails: Mapping[int | None, tuple[int, ...]]
     hidden: tuple[int, ...]
 
 
@@ -68,20 +68,23 @@ def all_slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups) ->
 
 def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slot: KVSlot) -> KVSlotBytes:
     """The most that any sequence group needs in this KV slot."""
-    kv, tails, hidden = ([0] * len(spans) for spans in (kv_slot.kv, kv_slot.kv, kv_slot.hidden))
+    hidden = [0] * len(kv_slot.hidden)
+    kv, tails = ({ring: [0] * len(kv_slot.kv) for ring in job.rings} for _ in range(2))
     for group in groups.possible(kv_slot):
-        for place, (span, layout) in enumerate(zip(group.kv, group.layouts, strict=True)):
-            if span.count and job.keep_kv:
-                kv[place] = max(kv[place], layout.region_bytes)
-                if span.tier is Tier.DISK:
-                    tails[place] = max(tails[place], layout.segment_bytes)
+        for ring, sizes in kv.items():
+            for place, (span, layout) in enumerate(zip(group.kv, group.laid_out(ring), strict=True)):
+                if span.count and job.keep_kv:
+                    sizes[place] = max(sizes[place], layout.region_bytes)
+                    if span.tier is Tier.DISK:
+                        tails[ring][place] = max(tails[ring][place], layout.tail_bytes)
         chunk = chunk_len(policy, group.size)
         for place, span in enumerate(group.hidden):
-            sizes = [n * job.hidden_row_bytes for n in chunk_rows(group, span, chunk)]
+            rows = [n * job.hidden_row_bytes for n in chunk_rows(group, span, chunk)]
             if span.tier is Tier.DISK:
-                sizes = [aligned(size) for size in sizes]
-            hidden[place] = max(hidden[place], sum(sizes))
-    return KVSlotBytes(tuple(kv), tuple(tails), tuple(hidden))
+                rows = [aligned(size) for size in rows]
+            hidden[place] = max(hidden[place], sum(rows))
+    regions, unfinished = ({ring: tuple(sizes) for ring, sizes in of.items()} for of in (kv, tails))
+    return KVSlotBytes(regions, unfinished, tuple(hidden))
 
 
 def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:
@@ -96,27 +99,28 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
         for group in groups.possible(kv_slot):
             chunk = chunk_len(policy, group.size)
             chunked = len(chunk_rows(group, everything(group), chunk)) > 1
-            pairs = [(s, x) for s, x in zip(group.kv, group.layouts, strict=True) if s.count]
-            for site in sites:
-                staged = sum(
-                    layout.prompt_bytes
-                    for span, layout in pairs
-                    if (
-                        job.keep_kv
-                        and span.tier is not site.tier
-                        and not (site.tier is Tier.CPU and span.tier is Tier.GPU)
+            for ring, layers in job.rings.items():
+                pairs = [(s, x) for s, x in zip(group.kv, group.laid_out(ring), strict=True) if s.count]
+                for site in {unit.site for unit in layers}:
+                    staged = sum(
+                        layout.prompt_bytes
+                        for span, layout in pairs
+                        if (
+                            job.keep_kv
+                            and span.tier is not site.tier
+                            and not (site.tier is Tier.CPU and span.tier is Tier.GPU)
+                        )
+                        or (not job.keep_kv and chunked)
                     )
-                    or (not job.keep_kv and chunked)
-                )
-                prompt[site] = max(prompt[site], staged)
-            if job.keep_kv:
-                disk = [layout for span, layout in pairs if span.tier is Tier.DISK]
-                if on_accelerator:
-                    prompt_host = max(prompt_host, sum(x.prompt_bytes for x in disk))
-                kv_host = max([kv_host, *(x.region_bytes for x in disk)])
-                away = [x for span, x in pairs if span.tier is not Tier.GPU]
-                if on_accelerator and not attends:
-                    kv_buffer = max([kv_buffer, *(x.region_bytes for x in away)])
+                    prompt[site] = max(prompt[site], staged)
+                if job.keep_kv:
+                    disk = [layout for span, layout in pairs if span.tier is Tier.DISK]
+                    if on_accelerator:
+                        prompt_host = max(prompt_host, sum(x.prompt_bytes for x in disk))
+                    kv_host = max([kv_host, *(x.region_bytes for x in disk)])
+                    away = [x for span, x in pairs if span.tier is not Tier.GPU]
+                    if any(unit.site.is_accelerator for unit in layers) and not attends:
+                        kv_buffer = max([kv_buffer, *(x.moved_region_bytes for x in away)])
             if any_disk:
                 rows = max(chunk_rows(group, everything(group), chunk))
                 pages = max(pages, aligned(rows * job.hidden_row_bytes) + len(group.hidden) * PAGE)

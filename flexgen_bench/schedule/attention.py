@@ -80,7 +80,7 @@ def _prefill(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator
 
 
 def _store_prompt(unit: Unit, micro_batch: MicroBatch, part: Part, source: Buffer) -> Iterator[Step]:
-    moved = part.group.layouts[part.home].prompt_bytes
+    moved = part.layout(unit.ring).prompt_bytes
     if part.tier is Tier.DISK and unit.site.is_accelerator:
         staged = Buffer("kv_new_host", micro_batch.prompt_buffer)
         yield Step(
@@ -112,7 +112,7 @@ def _staged(unit: Unit, micro_batch: MicroBatch) -> Buffer:
 
 
 def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
-    layout, token = part.group.layouts[part.home], part.token
+    layout = part.layout(unit.ring)
     cache, load = _in_memory(job, unit, micro_batch, part)
     yield from load
     appendix = _appendix(unit, part)
@@ -128,7 +128,7 @@ def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part
             part.index,
             reads=(cache, appendix),
             writes=(moving,),
-            bytes=layout.prefix_bytes(layout.used_segments(token - 1)),
+            bytes=layout.moved_bytes(part.token),
         )
         cache = moving
     new = micro_batch.buffer("kv_token", part.index)
@@ -203,7 +203,7 @@ def _in_memory(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Par
     home = _home(unit, part)
     if part.tier is not Tier.DISK:
         return home, ()
-    layout = part.group.layouts[part.home]
+    layout = part.layout(unit.ring)
     host = Buffer("kv_host", part.kv_buffer)
     load = Step(
         unit.site.disk_read,
@@ -213,14 +213,14 @@ def _in_memory(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Par
         part.index,
         reads=(home,),
         writes=(host,),
-        bytes=layout.prefix_bytes(layout.full_segments(part.token - 1)),
+        bytes=layout.read_bytes(part.token),
     )
     return host, (load,)
 
 
 def _flush(unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
     """A tail segment of a cache on disk is written once, when it is complete, if more tokens are to attend to it."""
-    layout = part.group.layouts[part.home]
+    layout = part.layout(unit.ring)
     is_complete = part.token % layout.segment_tokens == 0
     if part.tier is Tier.DISK and is_complete and part.token < layout.new_tokens:
         yield Step(

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.buffer import Buffer
+from flexgen_bench.schedule.kv_layout import KVLayout
 from flexgen_bench.schedule.sequence_group import SequenceGroup, Span
 
 
@@ -91,6 +92,20 @@ class Part:
     @property
     def rows(self) -> int:
         return self.stop - self.row
+
+    def layout(self, ring: int | None = None) -> KVLayout:
+        """How its cache lies in its home, of layers whose cache is such a ring."""
+        group = self.member.group
+        return (group.layouts if ring is None else group.rings[ring])[self.home]
+
+    def newest(self, ring: int | None) -> tuple[int, ...] | None:
+        """Slots of a ring in which the fed tokens are; None where they come last of all."""
+        return None if ring is None else tuple(map(self.layout(ring).newest_slot, self.positions))
+
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Of the tokens that are fed, in decode: one of each sequence."""
+        return tuple(n + self.token - 1 for n in self.group.prompt_lens[self.span.start : self.span.stop])
 
     def pairs(self, window: int | None = None) -> int:
         """Pairs of a decoded token and one it attends to, itself among them; a window lets it see no more than so

@@ -31,10 +31,10 @@ class Unit:
     tier: where it lives; gpu means the accelerator that computes it. site: where it is computed.
     flops_before and flops_after are of one token's matrix products before the attention and after it. unpack: its
     weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
-    None: all before it. companion: of a layer, the number of the unit of its experts, where these are placed apart
-    (-1: they are not); of experts, that of their layer. experts, top_k: how many experts it has, and how many of them
-    each token is routed to; expert_values: weights of one. on_demand: of its experts only those that are touched are
-    loaded, once they are known.
+    None: all before it. ring: the window, if the cache keeps no other tokens; None: it keeps every one. companion: of a
+    layer, the number of the unit of its experts, where these are placed apart (-1: they are not); of experts, that of
+    their layer. experts, top_k: how many experts it has, and how many of them each token is routed to; expert_values:
+    weights of one. on_demand: of its experts only those that are touched are loaded, once they are known.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Unit:
     flops_after: int = 0
     unpack: bool = False
     window: int | None = None
+    ring: int | None = None
     companion: int = -1
     experts: int = 0
     top_k: int = 0
@@ -147,8 +148,15 @@ class ScheduledJob:
     def tokens_stay(self) -> bool:
         """Whether a new token goes from the head to the embedding without the host: both live on the accelerator, which
         computes all that is between them. Then no pass waits until the host has seen the tokens of the one before."""
-        outer = {unit.tier for unit in (*self.units[:1], *self.units[-1:])}
+        outer = {unit.tier for unit in self.units if unit.kind in (UnitKind.EMBED, UnitKind.HEAD)}
         return self.keep_kv and outer == {Tier.GPU} and all(unit.site.is_accelerator for unit in self.units)
+
+    @cached_property
+    def rings(self) -> dict[int | None, tuple[Unit, ...]]:
+        """The layers by what their caches keep (``Unit.ring``)."""
+        layers = [unit for unit in self.units if unit.kind is UnitKind.LAYER]
+        kinds = dict.fromkeys(unit.ring for unit in layers)
+        return {ring: tuple(unit for unit in layers if unit.ring == ring) for ring in kinds}
 
     @cached_property
     def streamed(self) -> tuple[Unit, ...]:

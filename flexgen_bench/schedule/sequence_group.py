@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.kv_layout import KVLayout
@@ -42,7 +42,8 @@ class SequenceGroup:
 
     index: number of the sequence group in the job; sequences: their numbers in the job; prompt_lens: tokens of each;
     gen_len: most new tokens of any of them. kv, hidden: which of them are in which span of the KV slot (a span may be
-    empty). layouts: how each KV span lies in its home; places: each sequence's place in its KV span's home. shared:
+    empty). layouts: how each KV span lies in its home, of layers that keep every token; rings: the same of layers that
+    keep a window's tokens, by window; places: each sequence's place in its KV span's home. shared:
     leading prompt tokens that all of them have in common, computed once, with the first sequence; fewer than the
     shortest prompt has. kept: leading prompt tokens of its only sequence that are in the cache before it starts.
     origin: the sequence group as it was when it started, if sequences have left since.
@@ -60,6 +61,7 @@ class SequenceGroup:
     shared: int = 0
     kept: int = 0
     origin: SequenceGroup | None = None
+    rings: Mapping[int, tuple[KVLayout, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def size(self) -> int:
@@ -69,6 +71,10 @@ class SequenceGroup:
     def whole(self) -> SequenceGroup:
         """The sequence group as it started."""
         return self.origin or self
+
+    def laid_out(self, ring: int | None) -> tuple[KVLayout, ...]:
+        """How each KV span lies in its home, of layers whose cache is such a ring."""
+        return self.layouts if ring is None else self.rings[ring]
 
     def without(self, ended: Collection[int]) -> SequenceGroup:
         """This sequence group after the sequences with these job numbers have left."""
@@ -93,12 +99,24 @@ def start_group(
     layouts: tuple[KVLayout, ...],
     shared: int = 0,
     kept: int = 0,
+    rings: Mapping[int, tuple[KVLayout, ...]] | None = None,
 ) -> SequenceGroup:
     """A sequence group that moves into a KV slot; it may have fewer sequences than there is room for."""
     kv, hidden = clipped(kv_slot.kv, len(sequences)), clipped(kv_slot.hidden, len(sequences))
     places = tuple(place - span.start for span in kv for place in range(span.start, span.stop))
     return SequenceGroup(
-        index, kv_slot.index, sequences, prompt_lens, gen_len, kv, hidden, layouts, places, shared, kept
+        index,
+        kv_slot.index,
+        sequences,
+        prompt_lens,
+        gen_len,
+        kv,
+        hidden,
+        layouts,
+        places,
+        shared,
+        kept,
+        rings=rings or {},
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.schedule.kv_layout import KVLayout
+from flexgen_bench.schedule.kv_disk_ring import DiskRing
+from flexgen_bench.schedule.kv_layout import KVLayout, ring_layout
 from flexgen_bench.schedule.placement import ShareSpreader, place_sequences
 from flexgen_bench.schedule.sequence_group import KVSlot, SequenceGroup, Span, clipped, start_group
 
@@ -66,7 +67,9 @@ def worst_of(requests: Sequence[Request]) -> Request:
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """Which sequences start together (``members``, in the order they start), and the KV slots there are for them."""
+    """Which sequences start together (``members``, in the order they start), and the KV slots there are for them.
+
+    rings: windows of layers whose caches keep the window's tokens alone. is_open: made for a capacity."""
 
     requests: tuple[Request, ...]
     members: tuple[tuple[int, ...], ...]
@@ -74,23 +77,29 @@ class SequenceGroups:
     token_bytes: int  # K and V of one token in one layer, as stored
     compute: Tier
     by_slot: bool  # the n-th group moves into KV slot n modulo KV slots (block schedule); otherwise into any
+    rings: tuple[int, ...] = ()
+    is_open: bool = False
 
     def start(self, index: int, kv_slot: KVSlot) -> SequenceGroup:
         """The sequence group of a group that moves into a KV slot."""
         own = self.members[index]
         lens = tuple(self.requests[i].prompt_len for i in own)
         gen_len = max(self.requests[i].gen_len for i in own)
-        layouts = tuple(self._layout(span, max(lens), gen_len, gen_len) for span in clipped(kv_slot.kv, len(own)))
+        spans, longest = clipped(kv_slot.kv, len(own)), max(lens)
+        layouts = tuple(self._layout(span, longest, gen_len, gen_len) for span in spans)
+        rings = {w: tuple(self._ring(span, w, longest, gen_len) for span in spans) for w in self.rings}
         kept = self.requests[own[0]].kept if len(own) == 1 else 0
-        return start_group(index, kv_slot, own, lens, gen_len, layouts, self._shared(own), kept)
+        return start_group(index, kv_slot, own, lens, gen_len, layouts, self._shared(own), kept, rings)
 
     def start_request(self, number: int, request: Request, kv_slot: KVSlot) -> SequenceGroup:
         """The sequence group of one request of an open job. Its cache is laid out in segments of the capacity's size,
         so that it needs no more than the KV slot was planned for: shorter segments, each rounded up to whole pages,
         might."""
         prompt, new = request.prompt_len, request.gen_len
-        layouts = tuple(self._layout(span, prompt, new, self.lifetime) for span in kv_slot.kv)
-        return start_group(number, kv_slot, (number,), (prompt,), new, layouts, kept=request.kept)
+        spans, planned = kv_slot.kv, self.lifetime
+        layouts = tuple(self._layout(span, prompt, new, planned) for span in spans)
+        rings = {w: tuple(self._ring(span, w, prompt, new) for span in spans) for w in self.rings}
+        return start_group(number, kv_slot, (number,), (prompt,), new, layouts, kept=request.kept, rings=rings)
 
     def _shared(self, members: Sequence[int]) -> int:
         """Prompt tokens that sequences of the job share. Their keys and values are read back from the cache, so there
@@ -146,9 +155,28 @@ class SequenceGroups:
         stays = span.tier is self.compute
         return KVLayout(span.count, prompt_len, max(gen_len - 1, 0), segment, self.token_bytes, is_joined=stays)
 
+    def _ring(self, span: Span, window: int, prompt_len: int, gen_len: int) -> KVLayout:
+        """One span's cache of a window's tokens: in segments on disk, and where it is moved, unless prompts fill it. Of
+        an open job all requests have the same."""
+        new = max(gen_len - 1, 0)
+        if span.tier is Tier.DISK:
+            worthwhile = -(-DISK_SEGMENT_BYTES // (max(span.count, 1) * self.token_bytes))
+            written = -(-window // min(max(window // worthwhile, 1), MAX_DISK_SEGMENTS))
+            return DiskRing(span.count, 0, new, written, self.token_bytes, ring=window, longest=prompt_len)
+        segment = None
+        if span.tier is not self.compute:
+            is_full = prompt_len >= window and not self.is_open
+            segment = window if is_full else -(-window // MAX_DISK_SEGMENTS)
+        return ring_layout(span.count, window, prompt_len, new, segment, self.token_bytes)
+
 
 def form_groups(
-    shape: ModelShape, dtype: DType, policy: Policy, demand: Sequence[Request] | Capacity, compute: Tier
+    shape: ModelShape,
+    dtype: DType,
+    policy: Policy,
+    demand: Sequence[Request] | Capacity,
+    compute: Tier,
+    windows: Collection[int] = (),
 ) -> SequenceGroups:
     """Cut a job into sequence groups; prompts of similar length start together.
 
@@ -156,6 +184,8 @@ def form_groups(
     block's sequences are spread evenly over the passes that a sequence lives; several sequence groups share a
     micro-batch when they decode. Open jobs (a capacity instead of requests): every sequence is a sequence group, which
     moves into any KV slot.
+
+    windows: of layers whose caches may keep the window's tokens alone; where no sequence leaves it, they keep all.
     """
     continuous = policy.schedule is Schedule.CONTINUOUS
     if isinstance(demand, Capacity):
@@ -176,8 +206,23 @@ def form_groups(
         KVSlot(index, place_sequences(own, kv), place_sequences(own, hidden)) for index, own in enumerate(sizes)
     )
     return SequenceGroups(
-        tuple(requests), groups, kv_slots, kv_token_bytes(shape, dtype, policy), compute, not continuous
+        tuple(requests),
+        groups,
+        kv_slots,
+        kv_token_bytes(shape, dtype, policy),
+        compute,
+        not continuous,
+        _left(windows, requests, groups),
+        isinstance(demand, Capacity),
     )
+
+
+def _left(windows: Collection[int], requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The windows that a sequence leaves, if anything is cached at all."""
+    if not windows or max(r.gen_len for r in requests) == 1:
+        return ()
+    longest = max(max(requests[i].prompt_len for i in g) + max(requests[i].gen_len for i in g) - 1 for g in groups)
+    return tuple(sorted(window for window in windows if window < longest))
 
 
 def _starting(block: int, lifetime: int) -> int:

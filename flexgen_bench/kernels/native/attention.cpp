@@ -24,13 +24,16 @@ struct Job {
   const void* q;           // (rows, heads, dim), q_row values from one row to the next
   void* out;               // (rows, heads, dim) without gaps, of q's type
   const Rows *keys, *values;  // the segments of each
-  const void *new_k, *new_v;  // (rows, kv_heads, dim), of the cache's type: written to it as the last token first; null: it is there
+  const void *new_k, *new_v;  // (rows, kv_heads, dim), of the cache's type: written to it first; null: they are there
   const int32_t* slots;    // (rows,): sequence of each row
   const int32_t* lengths;  // (sequences,): tokens in the first segment; null: all
+  const int32_t* totals;   // (sequences,): tokens in all segments, from the first slot on; null: all
   const int32_t* keep;     // (rows,): value rows to use; null: all
+  const int32_t* newest;   // (rows,): which token is the last in time; null: the last in order
   float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
   int64_t rows, heads, kv_heads, dim, segments, splits;
   int64_t q_row, k_row, v_row;  // values from one row to the next
+  int64_t place;        // of the new token in the last segment
   int64_t type;         // of q, as of a cache
   int64_t threads;
   int64_t window;       // the last so many tokens are seen; 0: all
@@ -81,6 +84,7 @@ void over_segments(const Job& job, const Rows* rows, int64_t sequence, int64_t h
 }
 
 int64_t tokens_of(const Job& job, const Rows* rows, int64_t sequence) {
+  if (job.totals) return job.totals[sequence];
   int64_t tokens = job.lengths ? job.lengths[sequence] : rows[0].tokens;
   for (int64_t i = 1; i < job.segments; i++) tokens += rows[i].tokens;
   return tokens;
@@ -169,40 +173,40 @@ int64_t count_from(const int32_t* bits, int64_t n, int32_t least) {
   return found;
 }
 
-// The last token and the keep - 1 others of largest weight, of equal ones the earlier, in ascending order. Weights lie in 0..1,
+// The newest token and the keep - 1 others of largest weight, of equal ones the earlier, in ascending order. Weights lie in 0..1,
 // where the bits of floats are ordered as they are: the smallest that stays is found by halving the range, one vectorised count
 // each time, several times as fast as a partial sort.
-void choose(const float* weights, int64_t n, int64_t keep, Scratch& scratch) {
-  const int64_t others = n - 1, wanted = keep - 1;
+void choose(const float* weights, int64_t n, int64_t keep, int64_t newest, Scratch& scratch) {
+  constexpr int32_t most = 0x3f800001;  // the bits of 1.0, plus 1
   auto& bits = scratch.bits;
-  bits.resize(static_cast<size_t>(others));
-  std::memcpy(bits.data(), weights, static_cast<size_t>(others) * sizeof(float));
-  int32_t least = 0, beyond = 0x3f800001;  // the bits of 1.0, plus 1
-  for (int64_t found = others; found != wanted && beyond - least > 1;) {
+  bits.resize(static_cast<size_t>(n));
+  std::memcpy(bits.data(), weights, static_cast<size_t>(n) * sizeof(float));
+  bits[static_cast<size_t>(newest)] = most;
+  int32_t least = 0, beyond = most + 1;
+  for (int64_t found = n; found != keep && beyond - least > 1;) {
     const int32_t middle = least + (beyond - least) / 2;
-    const int64_t count = count_from(bits.data(), others, middle);
-    if (count >= wanted) least = middle, found = count;
+    const int64_t count = count_from(bits.data(), n, middle);
+    if (count >= keep) least = middle, found = count;
     else beyond = middle;
   }
-  int64_t equal = wanted - count_from(bits.data(), others, least + 1);  // how many that are exactly the smallest
+  int64_t equal = keep - count_from(bits.data(), n, least + 1);  // how many that are exactly the smallest
   auto& chosen = scratch.chosen;
   chosen.resize(static_cast<size_t>(n));
   size_t kept = 0;
-  for (int64_t i = 0; i < others && kept < static_cast<size_t>(wanted); i++) {
+  for (int64_t i = 0; i < n && kept < static_cast<size_t>(keep); i++) {
     const int32_t weight = bits[static_cast<size_t>(i)];
     chosen[kept] = static_cast<int32_t>(i);
     kept += weight > least || (weight == least && equal-- > 0);
   }
-  chosen[kept++] = static_cast<int32_t>(others);
   chosen.resize(kept);
 }
 
 // acc += weights times values, of the chosen rows of each query only, of the n from start on.
 void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t head, int64_t start, int64_t n,
-                int64_t keep, const Shape& shape, Scratch& scratch, int64_t ld) {
+                int64_t keep, int64_t newest, const Shape& shape, Scratch& scratch, int64_t ld) {
   for (int r = 0; r < shape.queries; r++) {
     const float* weights = scratch.scores.get() + r * ld;
-    choose(weights, n, keep, scratch);
+    choose(weights, n, keep, newest, scratch);
     auto next = scratch.chosen.begin();
     const auto end = scratch.chosen.end();
     over_segments(job, values, sequence, head, start, start + n, [&](const Rows& rows, const Run& run, int64_t before) {
@@ -238,13 +242,13 @@ void put(const Job& job, int64_t to, const float* from, int64_t n, float scale) 
   });
 }
 
-// The new token's keys or values go to where the last token of each row lies.
+// The new token's keys or values go to their place in each row's cache.
 void append(const Job& job, const Rows* rows, const void* from, int64_t from_row) {
   const Rows& last = rows[job.segments - 1];
   const int64_t row_bytes = job.dim * bits_of(last.kind) / 8, step = from_row * bits_of(last.kind) / 8;
   for (int64_t i = 0; i < job.rows * job.kv_heads; i++) {
     const int64_t row = i / job.kv_heads, head = i % job.kv_heads;
-    uint8_t* const to = const_cast<uint8_t*>(last.data) + job.slots[row] * last.stride[0] + head * last.stride[1] + (last.tokens - 1) * last.stride[2];
+    uint8_t* const to = const_cast<uint8_t*>(last.data) + job.slots[row] * last.stride[0] + head * last.stride[1] + job.place * last.stride[2];
     std::memcpy(to, static_cast<const uint8_t*>(from) + row * step + head * row_bytes, static_cast<size_t>(row_bytes));
   }
 }
@@ -284,7 +288,8 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
     totals.push_back(exponentials(x, n, changed ? 1.0f : job.scale));
   }
   if (job.keep && job.keep[row] < n)
-    add_chosen(job, values, sequence, head, start, n, job.keep[row], shape, scratch, ld);
+    add_chosen(job, values, sequence, head, start, n, job.keep[row], job.newest ? job.newest[row] : n - 1, shape,
+               scratch, ld);
   else
     over_segments(job, values, sequence, head, start, stop, [&](const Rows& rows, const Run& run, int64_t before) {
       add_run(rows, run, shape, scratch, scores + before, ld);
