@@ -115,6 +115,9 @@ class DecodeGraphs:
             following += 1
         is_last = self._job.units[following].kind is not UnitKind.LAYER
 
+        if not all(self._layers.of(one).is_fixed for one in covered):  # told in the first pass, which is not recorded
+            self._graphs.refuse("a layer's formula looks at values")
+
         def work() -> None:
             x = shape.kept("x")
             for one in covered:

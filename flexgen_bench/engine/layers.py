@@ -22,10 +22,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layer(NamedTuple):
-    """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x. See ``models/formulas.py``."""
+    """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x. See ``models/formulas.py``.
+
+    is_fixed: which operators they are does not depend on values.
+    """
 
     project: Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
     output: Callable[[Tensor, Tensor], Tensor]
+    is_fixed: bool = True
 
 
 class Formulas:
@@ -56,7 +60,8 @@ class Formulas:
                 trace(output, shapes, ("x", "attended"), lower),
             )
         traced_project, traced_output = self._traced[key]
-        return Layer(_bound(project, traced_project, weights), _bound(output, traced_output, weights))
+        is_fixed = traced_project is not None and traced_output is not None
+        return Layer(_bound(project, traced_project, weights), _bound(output, traced_output, weights), is_fixed)
 
 
 def _bound(formula: Callable[..., Any], traced: Traced | None, weights: Mapping[str, Any]) -> Any:

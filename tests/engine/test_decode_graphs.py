@@ -14,7 +14,8 @@ from flexgen_bench.core.instructions import NATIVE_SWITCH
 from flexgen_bench.core.policy import Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.engine import decode_graphs, graphs, static_decode
+from flexgen_bench.engine import decode_graphs, graphs, layers, static_decode
+from flexgen_bench.engine import engine as engine_module
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.job_run import JobResult
@@ -182,11 +183,20 @@ def test_who_is_not_resident_decodes_as_ever(
     assert not captured or not captured[0].recorded
 
 
+def test_a_formula_that_looks_at_values_is_not_recorded(
+    reference: Reference, captured: list[FakeCapture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It cannot be traced either (``kernels/formula.py``)."""
+    monkeypatch.setattr(layers, "trace", lambda *_: None)
+    tokens, result = run(reference, Policy(4, 2, GPU, GPU, GPU), EMULATED, tmp_path)
+    assert tokens == reference.tokens
+    assert "looks at values" in result.decode_path
+    assert not captured[0].recorded
+
+
 def test_no_graphs_without_room(
     reference: Reference, captured: list[FakeCapture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from flexgen_bench.engine import engine as engine_module
-
     monkeypatch.setattr(engine_module, "graph_bytes", lambda plan: 2**60)
     tokens, result = run(reference, Policy(4, 2, GPU, GPU, GPU), EMULATED, tmp_path)
     assert tokens == reference.tokens
