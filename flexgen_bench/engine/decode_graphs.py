@@ -51,14 +51,15 @@ class DecodeGraphs:
     ) -> None:
         attentions = [layer.attention for layer in decoder.layers]
         scales = {attention.scale for attention in attentions}
-        plain = len(scales) == 1 and all(attention.mod.is_none for attention in attentions)
-        self._scale = scales.pop() if len(scales) == 1 else 1.0
+        # Sinks, where attention has them, are no part of what a recorded layer computes.
+        plain = not any(getattr(attention, "sinks", False) or not attention.mod.is_none for attention in attentions)
+        self._scale = min(scales)  # one, or nothing is recorded
         self._job, self._graphs, self._layers = job, graphs, layers
         self._cache, self._form, self._prompts, self._device = cache, form, prompts, device
         self._seen: Counter[object] = Counter()
         self._shapes: dict[object, StaticDecode] = {}
         self.now: dict[int, tuple[MicroBatch, StaticDecode]] = {}
-        if not (plain and value_share == 1 and form.compression is None):
+        if not (plain and len(scales) == 1 and value_share == 1 and form.compression is None):
             graphs.refuse("the cache is compressed, values are left out, or scores are changed before the softmax")
 
     def begin_pass(self) -> None:
