@@ -80,7 +80,6 @@ class Actions:
     ) -> None:
         self._decoder = layer_formulas.decoder
         self._job, self._weights, self._device = plan.job, weights, device
-        self._consumer = consumer
         self._value_share = policy.lossy.value_share
         self._form = KVForm(
             layer_formulas.shape.num_kv_heads, layer_formulas.shape.head_dim, dtype, policy.lossy.kv_cache
@@ -119,6 +118,7 @@ class Actions:
             self._angles_of,
             weights.sinks,
             self._leave,
+            self._graphs,
         )
         device.settle()
         # What passes between steps of a micro-batch, by its stage (and part). The step that is the last to use
@@ -146,7 +146,7 @@ class Actions:
             StepKind.STORE_KV: self._cache.store,
             StepKind.APPEND_KV: self._cache.append,
             StepKind.OUTPUT: self._output,
-            StepKind.LAYER: self._layer_at_once,
+            StepKind.LAYER: self._resident.run,
             StepKind.LOAD_EXPERTS: weights.load_experts,
             StepKind.MOVE_ROUTED: self._experts.move_routed,
             StepKind.EXPERTS: self._experts.compute,
@@ -210,10 +210,6 @@ class Actions:
         self._hidden.put(step, self._embedding.embed(step))
 
     # A decoder layer
-
-    def _layer_at_once(self, step: Step) -> None:
-        if not self._graphs.layer(step):
-            self._resident.run(step)
 
     def _project(self, step: Step) -> None:
         x = self._x[step.buffer_index] = self._hidden.take(step)

@@ -35,7 +35,7 @@ _REMEMBERED = 4096  # shapes that have come, at most
 
 
 class DecodeGraphs:
-    """graphs: of the job; scale: of the scores of all layers, None where they differ or scores are changed."""
+    """graphs: of the job. now: the micro-batches of the present pass that have a shape, by their number in it."""
 
     def __init__(
         self,
@@ -51,32 +51,33 @@ class DecodeGraphs:
     ) -> None:
         attentions = [layer.attention for layer in decoder.layers]
         scales = {attention.scale for attention in attentions}
-        plain = len(scales) == 1 and all(a.mod.is_none and not a.sinks for a in attentions)
-        # What a mixture calls depends on what it has chosen.
+        # Sinks are no part of what a recorded layer computes; and what a mixture calls depends on what it has chosen.
+        plain = all(attention.mod.is_none and not attention.sinks for attention in attentions)
         plain = plain and not any(isinstance(layer.mlp, parts.Experts) for layer in decoder.layers)
-        self._scale = scales.pop() if len(scales) == 1 else 1.0
-        self._can = plain and value_share == 1 and form.compression is None and job.tokens_stay
+        self._scale = min(scales)  # one, or nothing is recorded
         self._job, self._graphs, self._layers = job, graphs, layers
         self._cache, self._form, self._prompts, self._device = cache, form, prompts, device
         self._seen: Counter[object] = Counter()
         self._shapes: dict[object, StaticDecode] = {}
-        self._now: dict[int, tuple[MicroBatch, StaticDecode]] = {}  # by number in the pass
+        self.now: dict[int, tuple[MicroBatch, StaticDecode]] = {}
+        if not (plain and len(scales) == 1 and value_share == 1 and form.compression is None):
+            graphs.refuse("the cache is compressed, values are left out, or scores are changed before the softmax")
 
     def begin_pass(self) -> None:
         """All pieces of the last pass are issued."""
-        for _, shape in self._now.values():
+        for _, shape in self.now.values():
             shape.end_pass()
-        self._now.clear()
+        self.now.clear()
 
     def clear(self) -> None:
         """The job is over, and nothing of it is running."""
-        self._now.clear()
+        self.now.clear()
         self._shapes.clear()
 
     def begin(self, step: Step) -> StaticDecode | None:
         """EMBED: the shape that this micro-batch's pass is issued by; None: as it is."""
         micro_batch = step.micro_batch
-        if not self._graphs.is_on or not self._can or not self._is_resident(micro_batch):
+        if not self._graphs.is_on or not self._is_resident(micro_batch):
             return None
         places = tuple((part.home, part.group.kv_slot, slots_of(part)) for part in micro_batch.kv_parts)
         layouts = tuple(part.group.layouts[part.home] for part in micro_batch.kv_parts)
@@ -92,14 +93,14 @@ class DecodeGraphs:
         shape = self._shapes.get(full_key)
         if shape is None:
             shape = self._shapes[full_key] = self._made(micro_batch)
-        self._now[micro_batch.index] = (micro_batch, shape)
+        self.now[micro_batch.index] = (micro_batch, shape)
         to_device: Callable[[Tensor], Tensor] = self._device.to_compute
         shape.bind(micro_batch, self._prompts.positions(micro_batch), to_device)
         return shape
 
     def of(self, step: Step) -> StaticDecode | None:
         """The shape that ``begin`` gave the step's micro-batch for this pass."""
-        micro_batch, shape = self._now.get(step.micro_batch_index, (None, None))
+        micro_batch, shape = self.now.get(step.micro_batch_index, (None, None))
         return shape if micro_batch is step.micro_batch else None
 
     def layer(self, step: Step) -> bool:
@@ -115,6 +116,9 @@ class DecodeGraphs:
             covered.append(step._replace(unit=following, weight_buffer=-1, dequantized_buffer=-1))
             following += 1
         is_last = self._job.units[following].kind is not UnitKind.LAYER
+
+        if not all(self._layers.of(one).is_fixed for one in covered):  # told in the first pass, which is not recorded
+            self._graphs.refuse("a layer's formula looks at values")
 
         def work() -> None:
             x = shape.kept("x")
@@ -139,7 +143,7 @@ class DecodeGraphs:
     def _made(self, micro_batch: MicroBatch) -> StaticDecode:
         if len(self._shapes) >= MAX_SHAPES:
             self._graphs.settle()
-            used = [shape for _, shape in self._now.values()]
+            used = [shape for _, shape in self.now.values()]
             oldest = next(key for key, shape in self._shapes.items() if shape not in used)
             del self._shapes[oldest]
         dtype: torch.dtype = self._form.dtype

@@ -71,7 +71,13 @@ class Graphs:
     def path(self) -> str:
         if self.is_on and self.recorded:
             return f"decode passes: {self.recorded} CUDA graphs, launched {self.replayed} times"
-        return f"decode passes: every operator is launched ({self._reason or 'no shape came often enough'})"
+        reason = self._reason or "nothing that is resident came often enough"
+        return f"decode passes: every operator is launched ({reason})"
+
+    def refuse(self, reason: str) -> None:
+        """Nothing is to be recorded, for this reason, unless there was one before."""
+        if self._capture is not None:
+            self._capture, self._reason = None, reason
 
     def record(self, work: Work) -> Work | None:
         """What does ``work`` again; None if it cannot be recorded, and nothing will be from now on."""

@@ -25,10 +25,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 class Layer(NamedTuple):
     """project: (x, tables of angles) -> q, k, v; output: (x, attention's output) -> x, or what ``formulas.routed``
-    makes, where experts are placed apart. See ``models/formulas.py``."""
+    makes, where experts are placed apart. See ``models/formulas.py``.
+
+    is_fixed: which operators they are does not depend on values.
+    """
 
     project: Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
     output: Callable[[Tensor, Tensor], Any]
+    is_fixed: bool = True
 
 
 class Formulas:
@@ -58,9 +62,10 @@ class Formulas:
         bind = functools.partial(self._bound, (lower, self._kinds[number]))
         [projected] = bind(project, [dense], ("x", "tables"))
         if isinstance(layer.mlp, Experts):
-            return Layer(projected, self._mixture(bind, layer, layer.mlp, dense, of_experts))
+            return Layer(projected, self._mixture(bind, layer, layer.mlp, dense, of_experts), is_fixed=False)
         [made] = bind(output, [dense], ("x", "attended"))
-        return Layer(projected, made)
+        is_called = [made.func is formula for made, formula in ((projected, project), (made, output))]
+        return Layer(projected, made, not any(is_called))
 
     def experts(self, number: int, weights: Mapping[str, Any], lower: bool) -> list[Callable[[Tensor], Tensor]]:
         """Those of the ``number``-th layer: each (N, hidden) -> (N, hidden)."""
@@ -171,7 +176,8 @@ class Layers:
         except KeyError:
             layer = self.of(step)
             if not self._job.units[step.unit].site.is_accelerator:
-                layer = Layer(*self._programs.layer(step.unit - 1, self._weights.of(step), x, tables, *layer))
+                both = (layer.project, layer.output)
+                layer = Layer(*self._programs.layer(step.unit - 1, self._weights.of(step), x, tables, *both))
             self._recorded[key] = layer
             return layer
 

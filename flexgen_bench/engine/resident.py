@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.cache import KVCache
+from flexgen_bench.engine.decode_graphs import DecodeGraphs
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Layers
@@ -59,7 +60,9 @@ class ResidentLayers:
         angles_of: Callable[[Step, Tensor], Any],
         sinks_of: SinksOf,
         leave: Callable[[Step, Any], None],
+        graphs: DecodeGraphs,
     ) -> None:
+        self._graphs = graphs
         self._job, self._layers, self._hidden = job, layers, hidden
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
@@ -87,6 +90,8 @@ class ResidentLayers:
 
     def run(self, step: Step) -> None:
         """LAYER. Whatever is called here is called for every layer and micro-batch: see benchmarks/host_cost.py."""
+        if self._graphs.now and self._graphs.layer(step):
+            return
         x = self._hidden.take(step)
         micro_batch = step.micro_batch
         now = self._passes.get((step.lane, micro_batch.index))
