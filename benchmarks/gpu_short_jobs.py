@@ -16,7 +16,7 @@ from flexgen_bench.core.tiers import Tier
 
 GPU, CPU = Placement.all_on(Tier.GPU), Placement.all_on(Tier.CPU)
 FOUR = Compression(4)
-# What the planner finds for 64 prompts of 512 + 32 tokens on conf/gpu/h100-16gb.yaml (SIMULATED 634 tokens/s).
+# What the planner finds for 64 prompts of 512 + 32 tokens on conf/gpu/h100-16gb.yaml (SIMULATED 625 tokens/s).
 RESIDENT = Policy(7, 1, GPU, GPU, GPU, prefill_chunk=896)
 ATTENDED = Policy(16, 2, GPU, CPU, GPU, attention=AttentionSite.CPU, prefill_chunk=4096)
 # Streamed weights, the cache attended to where it lies: of two micro-batches, one is computed while the cpu attends.
