@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.outputs import Output, Piece
 from flexgen_bench.llm.llm import LLM
@@ -154,18 +154,22 @@ class EngineLoop:
                 else:
                     self._finish(ticket, [], [])
                 continue
-            job = self._open()
             try:
+                job = self._open()
                 started = [job.start(request) for request in ticket.parsed.sequences]
                 for choice, sequence in enumerate(started):
-                    self._go_on(ticket, choice, sequence, job)
                     number = job.add(sequence)
                     ticket.numbers.append(number)
                     self._running[number] = (ticket, choice)
                     self._sequences[number] = sequence
-            except UserError as error:
+                    self._go_on(ticket, choice, sequence, job)
+            except Exception as error:
                 self._leave(ticket)
-                ticket.tell(of_user_error(error))
+                if isinstance(error, UserError) and not isinstance(error, DoesNotFit):
+                    ticket.tell(of_user_error(error))
+                else:
+                    _log.exception("a request could not start")
+                    ticket.tell(_failed("This could not be started", error))
 
     def _step(self) -> None:
         if not self._running or self._job is None:
@@ -277,13 +281,16 @@ class EngineLoop:
         self._to_score = []
         for ticket in lost:
             self._leave(ticket)
-            message = f"The pass that computed this failed: {type(error).__name__}: {error}"
-            ticket.tell(RequestError(message, None, "engine_error", SERVER_ERROR))
+            ticket.tell(_failed("The pass that computed this failed", error))
 
     def _open(self) -> OpenRequests:
         if self._job is None:
             self._job = self._llm.open(self._capacity)
         return self._job
+
+
+def _failed(what: str, error: Exception) -> RequestError:
+    return RequestError(f"{what}: {type(error).__name__}: {error}", None, "engine_error", SERVER_ERROR)
 
 
 def _most_tokens(sequence: Running) -> int:

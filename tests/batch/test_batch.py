@@ -207,6 +207,10 @@ def test_the_plan_is_said_and_nothing_done(model: Path, tmp_path: Path, capsys: 
         ({"words": ["--shard", "4/3"]}, "--shard"),
         ({"words": ["--column", "q"]}, "--column"),
         ({"words": ["--window", "0"]}, "--window"),
+        ({"words": ["memory=lots"]}, "memory"),
+        ({"words": ["memory=1MiB"]}, "within the capacity of"),  # Python alone takes more: nothing is left
+        ({"words": ["temperature=hot"]}, "temperature"),
+        ({"words": ["answer_tokens=0"]}, "answer_tokens"),
         ({"output": "in.jsonl"}, "--output"),
         ({"output": "missing/out.jsonl"}, "--output"),
         ({"text": "a,b\n" * 30}, "JSONL"),
