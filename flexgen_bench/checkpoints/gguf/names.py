@@ -22,27 +22,28 @@ class RowOrder(StrEnum):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a file has a tensor of transformers. names: ggml's; several are stacked along dimension 1, which is the
-    rows of one expert. order: of its rows, of so many ``heads``. added: what the file's values have on top. is_vector:
-    whether it is a matrix of one row, of which the file has that row."""
+    """Where a file has a tensor of transformers. name: ggml's. expert: of several that are stacked there, which.
+    order: of its rows, of so many ``heads``. added: what the file's values have on top. is_vector: whether it is a
+    matrix of one row, of which the file has that row."""
 
-    names: tuple[str, ...]
-    is_vector: bool = False
+    name: str
+    expert: int | None = None
     order: RowOrder = RowOrder.SAME
     heads: int = 0
     added: float = 0.0
+    is_vector: bool = False
 
 
 @dataclass(frozen=True)
 class Architecture:
     """name: ``general.architecture``, and the namespace of its keys. once, layer: transformers' names without
-    ``.weight`` and ``.bias``, to ggml's. query, key: the parts whose rows are in ``order``, of so many query or key
-    heads. around_one: whether norms are stored with the 1 that transformers adds to them.
-    of_config: tensors that are part of the config, which says what they mean. reads: keys that only it has."""
+    ``.weight`` and ``.bias``, to ggml's, ``{}`` for the number of an expert. query, key: the parts whose rows are in
+    ``order``, of so many query or key heads. around_one: whether norms are stored with the 1 that transformers adds to
+    them. of_config: tensors that are part of the config, which says what they mean. reads: keys that only it has."""
 
     name: str
     once: Mapping[str, str]
-    layer: Mapping[str, str | tuple[str, ...]]
+    layer: Mapping[str, str]
     layers: str = "model.layers"
     order: RowOrder = RowOrder.SAME
     query: str = ""
@@ -54,31 +55,34 @@ class Architecture:
     def stored(self, name: str, heads: int, kv_heads: int) -> Stored:
         """Where the tensor is that transformers calls ``name``."""
         stem, _, ending = name.rpartition(".")
-        if ending not in ("weight", "bias"):  # experts have none
-            stem, ending = name, "weight"
         added = 1.0 if self.around_one and stem.endswith("norm") else 0.0
         if stem in self.once:
-            return Stored((f"{self.once[stem]}.{ending}",), added=added)
+            return Stored(f"{self.once[stem]}.{ending}", added=added)
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", stem)
-        part = match[2] if match else ""
+        whole = match[2] if match else ""
+        expert = _EXPERT.search(whole)
+        part = _EXPERT.sub(".experts.{}.", whole)
         if match is None or part not in self.layer:
             raise StoreError(f"{name} has no place in GGUF files of {self.name} models.")
-        parts = self.layer[part]
-        names = tuple(f"blk.{match[1]}.{p}.{ending}" for p in ((parts,) if isinstance(parts, str) else parts))
-        counts = {self.query: heads, self.key: kv_heads}
-        if part in counts and self.order is not RowOrder.SAME:
-            return Stored(names, order=self.order, heads=counts[part])
-        return Stored(names, part in _VECTORS, added=added)
+        counts = {self.query: heads, self.key: kv_heads} if self.order is not RowOrder.SAME else {}
+        return Stored(
+            f"blk.{match[1]}.{self.layer[part]}.{ending}",
+            None if expert is None else int(expert[1]),
+            self.order if part in counts else RowOrder.SAME,
+            counts.get(part, 0),
+            added,
+            part in _VECTORS,
+        )
 
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _VECTORS = ("mlp.shared_expert_gate",)
 # Factors of the rotary frequencies.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
-_Parts = dict[str, str | tuple[str, ...]]
 _ONCE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LLAMA: _Parts = {
+_LLAMA = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -91,23 +95,30 @@ _LLAMA: _Parts = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_EXPERTS: _Parts = {
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": "ffn_down_exps",
+_MIXTRAL = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+    "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
 }
-_SHARED: _Parts = {
+_QWEN_MOE = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.{}.gate_proj": "ffn_gate_exps",
+    "mlp.experts.{}.down_proj": "ffn_down_exps",
+    "mlp.experts.{}.up_proj": "ffn_up_exps",
+}
+_SHARED = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
-_PHI3: _Parts = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
+_PHI3 = {name: part for name, part in _LLAMA.items() if not name.startswith("mlp.")} | {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_GEMMA: _Parts = _LLAMA | {
+_GEMMA = _LLAMA | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -123,7 +134,7 @@ ARCHITECTURES = {
         Architecture(
             "llama",
             _ONCE,
-            _LLAMA | _EXPERTS,
+            _LLAMA | _MIXTRAL,
             order=RowOrder.PAIRS,
             query="self_attn.q_proj",
             key="self_attn.k_proj",
@@ -133,9 +144,9 @@ ARCHITECTURES = {
         Architecture("qwen2", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
         Architecture("qwen3", _ONCE, _LLAMA, of_config=(ROPE_FACTORS,)),
         Architecture(
-            "qwen2moe", _ONCE, _LLAMA | _EXPERTS | _SHARED, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS
+            "qwen2moe", _ONCE, _LLAMA | _QWEN_MOE | _SHARED, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS
         ),
-        Architecture("qwen3moe", _ONCE, _LLAMA | _EXPERTS, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS),
+        Architecture("qwen3moe", _ONCE, _LLAMA | _QWEN_MOE, of_config=(ROPE_FACTORS,), reads=_COUNTS | _WIDTHS),
         Architecture("phi3", _ONCE, _PHI3, of_config=(LONG_FACTORS, SHORT_FACTORS)),
         Architecture(
             "gemma2",

@@ -42,7 +42,7 @@ class GGUFTensors:
         quantization that cannot be read, and tensors that lie behind the end of the file.
         """
         header = self._header
-        needed = {name: shape for one, whole in expected.items() for name, shape in _parts(self._stored(one), whole)}
+        needed = self._needed(expected)
         missing = [name for name in needed if name not in header.tensors]
         if missing:
             raise StoreError(
@@ -69,25 +69,34 @@ class GGUFTensors:
         import torch
 
         stored = self._stored(name)
-        parts = [self._read(self._header.tensors[one], stored.added) for one in stored.names]
-        made = parts[0][None] if stored.is_vector else parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        info = self._header.tensors[stored.name]
+        shape = info.shape if stored.expert is None else info.shape[1:]
+        made = torch.empty(shape, dtype=getattr(torch, self._dtype.value))
+        rows = made.view(-1, shape[-1])
+        first = len(rows) * (stored.expert or 0)
+        start = 0
+        for piece in _pieces(info, first, len(rows)):
+            values = piece - piece.dtype.type(stored.added) if stored.added else piece
+            rows[start : start + len(piece)] = torch.from_numpy(values)
+            self._check_range(info, rows[start : start + len(piece)], piece)
+            start += len(piece)
+        if stored.is_vector:
+            return made[None]
         if stored.order is RowOrder.PAIRS:
             return _halves(made, stored.heads)
         return _by_head(made, stored.heads) if stored.order is RowOrder.BY_KIND else made
 
-    def _read(self, info: TensorInfo, added: float) -> torch.Tensor:
-        """A tensor of the file less what was ``added`` to it."""
-        import torch
-
-        made = torch.empty(info.shape, dtype=getattr(torch, self._dtype.value))
-        rows = made.view(-1, info.shape[-1])
-        start = 0
-        for piece in _pieces(info):
-            values = piece - piece.dtype.type(added) if added else piece
-            rows[start : start + len(piece)] = torch.from_numpy(values)
-            self._check_range(info, rows[start : start + len(piece)], piece)
-            start += len(piece)
-        return made
+    def _needed(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the file's tensors that these are in: experts are stacked."""
+        needed: dict[str, tuple[int, ...]] = {}
+        for one, shape in expected.items():
+            stored = self._stored(one)
+            if stored.expert is None:
+                needed[stored.name] = shape[1:] if stored.is_vector else shape
+            else:
+                count = max(stored.expert + 1, needed.get(stored.name, (0,))[0])
+                needed[stored.name] = (count, *shape)
+        return needed
 
     def _check_range(self, info: TensorInfo, made: torch.Tensor, piece: np.ndarray[Any, Any]) -> None:
         import numpy as np
@@ -122,25 +131,26 @@ def check_readable(header: GGUFHeader) -> None:
         _try_kind(first)
 
 
-def _pieces(info: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
-    """The rows of a tensor (along its last dimension) in order, in float32, a few megabytes at a time."""
+def _pieces(info: TensorInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray[Any, Any]]:
+    """``count`` rows of a tensor (along its last dimension; None: all) in order, in float32, a few megabytes at a
+    time."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    row_bytes, num_rows = _row_bytes(info), _num_rows(info)
+    row_bytes, num_rows = _row_bytes(info), _num_rows(info) if count is None else count
     at_once = max(1, _PIECE_BYTES // (4 * info.shape[-1]))
     with info.file.open("rb") as file:
-        file.seek(info.offset)
+        file.seek(info.offset + start * row_bytes)
         for first in range(0, num_rows, at_once):
-            count = min(at_once, num_rows - first)
-            raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
-            if raw.size != count * row_bytes:
+            now = min(at_once, num_rows - first)
+            raw = np.fromfile(file, dtype=np.uint8, count=now * row_bytes)
+            if raw.size != now * row_bytes:
                 raise StoreError(f"{info.file} ends inside tensor {info.name}. Fetch it again.")
             # Scales of a damaged file; the engine checks what it computes.
             with np.errstate(over="ignore", invalid="ignore"):
-                values = dequantize(raw.reshape(count, row_bytes), GGMLQuantizationType(info.kind))
-            yield np.ascontiguousarray(values).reshape(count, info.shape[-1])
+                values = dequantize(raw.reshape(now, row_bytes), GGMLQuantizationType(info.kind))
+            yield np.ascontiguousarray(values).reshape(now, info.shape[-1])
 
 
 def _num_rows(info: TensorInfo) -> int:
@@ -205,14 +215,6 @@ def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """The rows of queries, keys and values, which ggml has one kind after the other, head by head."""
     kinds = rows.view(3, heads, rows.shape[0] // heads // 3, *rows.shape[1:])
     return kinds.swapaxes(0, 1).reshape(rows.shape)
-
-
-def _parts(stored: Stored, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Each tensor of the file that one of this shape is made of, with its own shape."""
-    if len(stored.names) == 1:
-        return [(stored.names[0], shape[1:] if stored.is_vector else shape)]
-    first, stacked, *rest = shape
-    return [(name, (first, stacked // len(stored.names), *rest)) for name in stored.names]
 
 
 def _some(names: list[str]) -> str:
