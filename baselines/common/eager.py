@@ -33,10 +33,11 @@ class EagerCompute:
     score_passes: float
     decode_attention_share: float
 
-    def product(self, rows: float, values: float, width: float) -> float:
-        """``rows`` rows times a matrix of ``values`` values: bound by arithmetic, or by reading the matrix."""
+    def product(self, rows: float, values: float, width: float, read: float | None = None) -> float:
+        """``rows`` rows times a matrix of ``values`` values: bound by arithmetic, or by reading the matrix. read:
+        values that are read, if more."""
         flops = 2 * rows * values / self.site.torch_matrix_rate(self.size.dtype, rows, width)
-        return max(flops, self.size.bytes_of(values) / self.site.memory)
+        return max(flops, self.size.bytes_of(values if read is None else read) / self.site.memory)
 
     def attention_products(self, rows: float) -> float:
         """Q, K, V and output projections."""
@@ -44,7 +45,8 @@ class EagerCompute:
 
     def mlp_products(self, rows: float) -> float:
         width = math.sqrt(self.size.shape.hidden_size * self.size.shape.ffn_size)
-        return self.product(rows, self.size.mlp_values, width)
+        met, read = self.size.mlp_values_met(rows)
+        return self.product(rows, met, width, read)
 
     def head_products(self, rows: float) -> float:
         return self.product(rows, self.size.table_values, math.sqrt(self.size.table_values))
@@ -56,7 +58,7 @@ class EagerCompute:
 
     def mlp_elementwise(self, rows: float) -> float:
         shape = self.size.shape
-        values = rows * (5 * shape.hidden_size + FFN_PASSES * shape.ffn_size)
+        values = rows * (5 * shape.hidden_size + FFN_PASSES * self.size.inner_width)
         return self.size.bytes_of(values) / self.site.memory
 
     def prefill_attention(self, batch: float, tokens: int) -> float:

@@ -115,7 +115,7 @@ class HFModel:
         hidden = size.bytes_of(tokens * shape.hidden_size)
         scores = size.bytes_of(SCORE_TENSORS * batch * shape.num_heads * self.prompt_len**2)
         logits = size.bytes_of(tokens * shape.vocab_size)
-        up = size.bytes_of(tokens * shape.ffn_size)
+        up = size.bytes_of(tokens * size.inner_width)
         prompt = max(scores + HIDDEN_TENSORS * hidden, logits + 2 * hidden, 2 * up + 3 * hidden)
         first = self.cache_bytes(batch, self.prompt_len) * fragmentation
         last = 2 * self.cache_bytes(batch, self.prompt_len + self.gen_len) * fragmentation

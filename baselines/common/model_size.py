@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.models.parts import Experts, Layer
 from flexgen_bench.models.registry import family
 
 
@@ -24,10 +25,38 @@ class ModelSize:
 
     @cached_property
     def mlp_values(self) -> int:
-        """The other matrices of one layer (two in OPT, three in gated families)."""
-        layer = family(self.shape.family).inventory(self.shape).layers[0]
-        matrices = sum(t.spec.num_values for t in layer if len(t.spec.shape) > 1)
-        return matrices - self.attention_values
+        """The other matrices of one layer (two in OPT, three in gated families, and those of all experts), of layers
+        that differ the mean."""
+        layers = family(self.shape.family).inventory(self.shape).layers
+        matrices = sum(t.spec.num_values for layer in layers for t in layer if len(t.spec.shape) > 1)
+        return matrices // len(layers) - self.attention_values
+
+    def mlp_values_met(self, tokens: float) -> tuple[float, float]:
+        """Of ``mlp_values`` those that a token is multiplied with, and those that any of ``tokens`` is, if each expert
+        is as likely as another: E (1 - (1 - k/E)^n) of a layer's E experts, k for a token."""
+        idle = unread = 0.0
+        for layer in self._layers:
+            if isinstance(layer.mlp, Experts):
+                share = layer.mlp.router.top_k / layer.mlp.count
+                idle += layer.idle_values
+                unread += layer.mlp.count * layer.mlp.expert.num_values(layer.hidden) * (1 - share) ** tokens
+        count = len(self._layers)
+        return self.mlp_values - idle / count, self.mlp_values - unread / count
+
+    @cached_property
+    def inner_width(self) -> int:
+        """Of what a token is turned into between an MLP's matrices, in all its experts."""
+        widths = [
+            layer.mlp.expert.width * layer.mlp.router.top_k + (layer.mlp.shared.width if layer.mlp.shared else 0)
+            if isinstance(layer.mlp, Experts)
+            else layer.mlp.width
+            for layer in self._layers
+        ]
+        return max(widths)
+
+    @cached_property
+    def _layers(self) -> tuple[Layer, ...]:
+        return family(self.shape.family).decoder(self.shape).layers
 
     @property
     def table_values(self) -> int:
@@ -51,7 +80,10 @@ class ModelSize:
 
     @property
     def largest_matrix_bytes(self) -> int:
-        return self.shape.hidden_size * self.shape.ffn_size * self.dtype.bytes
+        """transformers keeps one matrix of all experts of a layer in one tensor, gates and what they gate together."""
+        experts = (layer.mlp for layer in self._layers if isinstance(layer.mlp, Experts))
+        stacks = (e.count * (2 if e.expert.gated else 1) * e.expert.width for e in experts)
+        return self.shape.hidden_size * max(self.shape.ffn_size, *stacks, 0) * self.dtype.bytes
 
     def bytes_of(self, values: float) -> float:
         return values * self.dtype.bytes

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from flexgen_bench.checkpoints.quantized.packed_names import BLOCKS, SCALES
+from flexgen_bench.core.microscaling import EXPONENT_BIAS, MXFP4
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.units import GB
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 # Values generated at a time, so that a large matrix is never held in float32.
 _CHUNK = 2**22
+_CODES_STD = 2.9  # of random codes of MXFP4
 _STD = 0.02  # the standard deviation OPT and Llama are initialised with
 # From this size on every layer has the numbers of the first one, and the checkpoint holds them once: OPT-175B takes 5
 # GB of disk instead of 350. Speed does not depend on the values, and whoever loads it still needs memory for every
@@ -33,6 +36,8 @@ _RESIDUAL = (
     "dense.weight",
     "dense_4h_to_h.weight",
     "fc_out.weight",
+    "experts.down_proj",
+    f"experts.down_proj{SCALES}",
 )
 _NORM = re.compile(r"(norm|\.ln_1|\.ln_f)\.weight$")
 
@@ -47,6 +52,11 @@ def dummy_tensor(name: str, shape: tuple[int, ...], dtype: DType, num_layers: in
 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if name.endswith(BLOCKS):
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if name.endswith(SCALES):
+        _, std = _scale(name, (*shape[:-1], shape[-1] * MXFP4.group_size), num_layers)
+        return torch.full(shape, EXPONENT_BIAS + round(math.log2(std / _CODES_STD)), dtype=torch.uint8)
     mean, std = _scale(name, shape, num_layers)
     tensor = torch.empty(shape, dtype=getattr(torch, dtype.value))
     flat = tensor.view(-1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen_bench.checkpoints.quantized.packed_names import is_packed_part, packed_shapes
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.model import DType, ModelShape
@@ -33,7 +34,7 @@ def expected_tensors(shape: ModelShape, config: Any) -> dict[str, tuple[int, ...
     """Names and shapes of the tensors of a checkpoint, as transformers itself would build the model of this config.
 
     A tied head appears once, under the embedding's name. Experts, which transformers keeps in one tensor, have the
-    names of the family's checkpoints, which it reads, too.
+    names of the family's checkpoints, which it reads, too; or are in stacks, packed as the shape says.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -41,21 +42,26 @@ def expected_tensors(shape: ModelShape, config: Any) -> dict[str, tuple[int, ...
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    built = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    built: dict[str, tuple[int, ...]] = {}
     kind = family(shape.family)
+    for name, tensor in model.named_parameters():
+        is_packed = shape.options.get("packing") and name.endswith(kind.transposed)
+        built |= packed_shapes(name, tuple(tensor.shape)) if is_packed else {name: tuple(tensor.shape)}
     own = expected_sources(kind.inventory(shape))
     stored = locate(own, kind.prefixes, built)
-    if not stored.missing:
+    if not stored.missing or kind.transposed:
         return built
     found = set(stored.found.values())
     return {n: s for n, s in built.items() if n in found} | {kind.prefixes[0] + n: own[n] for n in stored.missing}
 
 
-def single_precision(shape: ModelShape) -> frozenset[str]:
-    """Those of these tensors that are float32 in every checkpoint."""
+def other_types(shape: ModelShape, expected: Iterable[str]) -> dict[str, str]:
+    """Those of these tensors whose element type is the same in every checkpoint, with torch's name of it."""
     kind = family(shape.family)
     tensors = (t for layer in kind.inventory(shape).layers for t in layer if t.dtype is DType.FLOAT32)
-    return frozenset(kind.prefixes[0] + source for tensor in tensors for source in tensor.sources)
+    single = {kind.prefixes[0] + source: "float32" for tensor in tensors for source in tensor.sources}
+    codes = {name: "uint8" for name in expected if shape.options.get("packing") and is_packed_part(name)}
+    return single | codes
 
 
 def check_same_model(shape: ModelShape, config: Mapping[str, Any], where: Path) -> None:

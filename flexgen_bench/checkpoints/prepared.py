@@ -147,26 +147,25 @@ def _lock(target: Path) -> Iterator[None]:
 
 def _write_dummy(model: ModelSpec, dtype: DType, target: Path, progress: Progress) -> None:
     from flexgen_bench.checkpoints.dummy_weights import REPEATED_FROM_BYTES, dummy_tensor, firsts
-    from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config, single_precision
+    from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config, other_types
 
     config = hf_config(model.shape, dtype)
     expected = expected_tensors(model.shape, config)
-
-    single = single_precision(model.shape)
+    others = other_types(model.shape, expected)
 
     def get(name: str) -> torch.Tensor:
         return dummy_tensor(name, expected[name], dtype, model.shape.num_layers, model.seed)
 
-    if needed_bytes(expected, dtype) < REPEATED_FROM_BYTES:
-        with new_folder(target, needed_bytes(expected, dtype)) as folder:
+    if needed_bytes(expected, dtype, others) < REPEATED_FROM_BYTES:
+        with new_folder(target, needed_bytes(expected, dtype, others)) as folder:
             config.save_pretrained(folder)
-            write_weights(folder, expected, dtype, get, progress, single)
+            write_weights(folder, expected, dtype, get, progress, others)
         return
     first_of = firsts(expected)
     stored = {name: shape for name, shape in expected.items() if first_of[name] == name}
-    with new_folder(target, needed_bytes(stored, dtype)) as folder:
+    with new_folder(target, needed_bytes(stored, dtype, others)) as folder:
         config.save_pretrained(folder)
-        write_repeated(folder, expected, dtype, get, first_of.__getitem__, progress, single)
+        write_repeated(folder, expected, dtype, get, first_of.__getitem__, progress, others)
 
 
 def _convert_gguf(model: ModelSpec, dtype: DType, file: Path, target: Path, progress: Progress) -> None:
@@ -202,7 +201,7 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
         check_same_shape,
         expected_tensors,
         hf_config,
-        single_precision,
+        other_types,
     )
     from flexgen_bench.checkpoints.reader import read_config
     from flexgen_bench.checkpoints.source import open_source
@@ -213,8 +212,9 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
     check_same_model(model.shape, read_config(folder) | ties, folder)
     with open_source(folder) as source:
         check_same_shape(model.shape, source.shape, folder)
-        expected, single = expected_tensors(model.shape, hf_config(model.shape, dtype)), single_precision(model.shape)
-        if model.weights is WeightSource.PATH and source.is_standard(expected, dtype.value, single):
+        expected = expected_tensors(model.shape, hf_config(model.shape, dtype))
+        others = other_types(model.shape, expected)
+        if model.weights is WeightSource.PATH and source.is_standard(expected, dtype.value, others):
             return folder
         if source.note:
             _log.warning("%s: %s", folder, source.note)
@@ -224,9 +224,13 @@ def _convert_folder(model: ModelSpec, dtype: DType, folder: Path, target: Path, 
             for name in _TOKENIZER_FILES:
                 if (folder / name).is_file():
                     _copy(folder / name, made / name)
-            config = source.unquantized_config() | {"dtype": dtype.value}
+            config = source.written_config() | {"dtype": dtype.value}
             (made / "config.json").write_text(json.dumps(config, indent=2))
-            write_weights(made, expected, dtype, lambda full: source.tensor(name_of[full]), progress, single)
+
+            def get(full: str) -> torch.Tensor:
+                return source.tensor(name_of[full]) if full in name_of else source.checkpoint.stored.tensor(full)
+
+            write_weights(made, expected, dtype, get, progress, others)
     return target
 
 

@@ -132,9 +132,14 @@ class Checkpoint:
         return blocks, scales
 
     @property
-    def is_as_stored(self) -> bool:
-        """Whether every tensor is in the files under the name that it has here."""
-        return self.quantization is None and not self._aliases and not self._parts
+    def stored(self) -> Tensors:
+        """The tensors as they are in the files, under their names there."""
+        return self._files
+
+    @property
+    def keeps_packing(self) -> bool:
+        """Whether weights are quantized in a way that they keep."""
+        return isinstance(self._tensors, Microscaled)
 
     @property
     def own_dtype(self) -> str:

@@ -51,21 +51,23 @@ class Source(Closing):
         """A tensor by the family's own name, in the checkpoint's dtype."""
         return self.checkpoint.tensor(self.names[source])
 
-    def is_standard(self, names: Collection[str], dtype: str, single: Collection[str] = ()) -> bool:
+    def is_standard(self, names: Collection[str], dtype: str, others: Mapping[str, str]) -> bool:
         """Whether every program can read the folder as it is: safetensors of this dtype under exactly these names,
-        those in ``single`` of float32, and a config that says what the tensors do."""
+        ``others`` as they say by name, and a config that says what the tensors do."""
         checkpoint = self.checkpoint
         return (
             checkpoint.is_safetensors
-            and checkpoint.is_as_stored
-            and checkpoint.names() >= set(names)
-            and all(checkpoint.header(name)[1] == ("float32" if name in single else dtype) for name in names)
+            and (checkpoint.quantization is None or checkpoint.keeps_packing)
+            and checkpoint.stored.names() >= set(names)
+            and all(checkpoint.stored.header(name)[1] == others.get(name, dtype) for name in names)
             and self._config_is_usual()
         )
 
-    def unquantized_config(self) -> dict[str, Any]:
-        """config.json for these tensors once they are written as plain numbers, under the full names."""
-        left_out = ("torch_dtype", "quantization_config", "compression_config", "quantization")
+    def written_config(self) -> dict[str, Any]:
+        """config.json for these tensors once they are written under the full names: as plain numbers, but for those
+        that keep their packing."""
+        quantized = ("quantization_config", "compression_config", "quantization")
+        left_out = ("torch_dtype", *(() if self.checkpoint.keeps_packing else quantized))
         config = {k: v for k, v in self.checkpoint.config.items() if k not in left_out}
         if str(config.get("model_type")).lower() in self.family.other_types:
             tokens = {k: v for k, v in config.items() if k.endswith("_token_id")}

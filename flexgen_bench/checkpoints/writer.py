@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 400 * 10**6
 MANIFEST = "flexgen_bench.json"
-_SAFETENSORS_NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
+# Element types by torch's name: safetensors' name, and bytes.
+_TYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "uint8": ("U8", 1)}
 
 
 def write_weights(
@@ -33,24 +34,24 @@ def write_weights(
     dtype: DType,
     get: Callable[[str], torch.Tensor],
     progress: Progress,
-    single: Collection[str] = (),
+    others: Mapping[str, str] = {},
 ) -> None:
-    """Write every expected tensor as ``dtype``, those named in ``single`` as float32, one after the other; no more than
-    three are in memory."""
-    dtypes = {name: DType.FLOAT32 if name in single else dtype for name in expected}
-    sizes = {name: math.prod(shape) * dtypes[name].bytes for name, shape in expected.items()}
+    """Write every expected tensor as ``dtype``, ``others`` as they say by name, one after the other; no more than three
+    are in memory."""
+    types = {name: others.get(name, dtype.value) for name in expected}
+    sizes = {name: math.prod(shape) * _TYPES[types[name]][1] for name, shape in expected.items()}
     shards = plan_shards(sizes)
     total, done = sum(sizes.values()), 0
     where: dict[str, str] = {}
     progress("convert", 0, total)
     with ThreadPoolExecutor(2) as pool:
-        made = _ahead(pool, lambda name: _as(get(name), dtypes[name]), expected)
+        made = _ahead(pool, lambda name: _as(get(name), types[name]), expected)
         for number, names in enumerate(shards, 1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             with (folder / file).open("wb") as out:
-                out.write(_shard_header({name: expected[name] for name in names}, dtypes))
+                out.write(_shard_header({name: expected[name] for name in names}, types))
                 for name in names:
                     _write_tensor(out, name, next(made), expected[name])
                     done += sizes[name]
@@ -74,7 +75,7 @@ def _ahead(
         yield under_way.popleft().result()
 
 
-def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, DType]) -> bytes:
+def _shard_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> bytes:
     """The header of a safetensors file (its format: 8 bytes of length, JSON, the tensors without gaps).
 
     The package itself wants all tensors of a file in memory at once.
@@ -82,8 +83,8 @@ def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, DT
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtypes[name].bytes
-        kind = _SAFETENSORS_NAMES[dtypes[name]]
+        kind, num_bytes = _TYPES[types[name]]
+        start, end = end, end + math.prod(shape) * num_bytes
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
@@ -104,20 +105,21 @@ def write_repeated(
     get: Callable[[str], torch.Tensor],
     first: Callable[[str], str],
     progress: Progress,
-    single: Collection[str] = (),
+    others: Mapping[str, str] = {},
 ) -> None:
-    """Write every expected tensor as ``dtype``, those named in ``single`` as float32, and those with the same ``first``
-    name as one piece of memory in one file.
+    """Write every expected tensor as ``dtype``, ``others`` as they say by name, and those with the same ``first`` name
+    as one piece of memory in one file.
 
     Only torch's own format can hold a piece of memory under several names.
     """
     import torch
 
-    sizes = {name: math.prod(shape) * dtype.bytes for name, shape in expected.items()}
+    types = {name: others.get(name, dtype.value) for name in expected}
+    sizes = {name: math.prod(shape) * _TYPES[types[name]][1] for name, shape in expected.items()}
     unique = list(dict.fromkeys(map(first, expected)))
     total, done, made = sum(sizes[name] for name in unique), 0, {}
     with ThreadPoolExecutor(2) as pool:
-        as_wanted = pool.map(lambda n: _as(get(n), DType.FLOAT32 if n in single else dtype), unique)
+        as_wanted = pool.map(lambda n: _as(get(n), types[n]), unique)
         for name, tensor in zip(unique, as_wanted, strict=True):
             made[name] = tensor
             done += sizes[name]
@@ -128,12 +130,12 @@ def write_repeated(
     torch.save(tensors, folder / "pytorch_model.bin")
 
 
-def _as(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
+def _as(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     import torch
 
-    made = tensor.to(getattr(torch, dtype.value)).contiguous()
-    limit = torch.finfo(made.dtype).max
-    if dtype is DType.FLOAT16 and tensor.dtype is not torch.float16 and float(tensor.abs().max()) > limit:
+    made = tensor.to(getattr(torch, kind)).contiguous()
+    limit = torch.finfo(torch.float16).max
+    if kind == "float16" and tensor.dtype is not torch.float16 and float(tensor.abs().max()) > limit:
         raise StoreError(
             f"the checkpoint holds values beyond {limit:g}, the largest of float16. Use dtype=bfloat16 or float32."
         )
@@ -208,6 +210,6 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def needed_bytes(expected: Mapping[str, Sequence[int]], dtype: DType) -> int:
+def needed_bytes(expected: Mapping[str, Sequence[int]], dtype: DType, others: Mapping[str, str] = {}) -> int:
     """Bytes of a checkpoint's weights."""
-    return sum(math.prod(shape) for shape in expected.values()) * dtype.bytes
+    return sum(math.prod(shape) * _TYPES[others.get(name, dtype.value)][1] for name, shape in expected.items())

@@ -52,21 +52,30 @@ def views(
     return {e.tensor.spec.name: view(memory, e, base, dtype, activations) for e in unit.entries}
 
 
-def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """Where the tensors of a unit go when it is unpacked into ``memory`` (uint8)."""
-    tensors = {}
+def plain_views(memory: Tensor, unit: PackedUnit, dtype: torch.dtype) -> Mapping[str, Weight]:
+    """Where the tensors of a unit go when it is unpacked into ``memory`` (uint8). What its checkpoint has packed stays
+    so."""
+    tensors: dict[str, Weight] = {}
     for entry, offset in zip(unit.entries, unit.plain_offsets, strict=True):
+        if entry.tensor.packing is not None:
+            tensors[entry.tensor.spec.name] = view(memory[offset:], entry, entry.offset, dtype)
+            continue
         spec, own = entry.tensor.spec, _dtype(entry, dtype)
         flat = memory[offset:][: spec.num_values * own.itemsize].view(own)
         tensors[spec.name] = flat.view(spec.shape)
     return tensors
 
 
-def unpack(packed: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> None:
+def unpack(packed: Mapping[str, Weight], plain: Mapping[str, Weight]) -> None:
     """Fill ``plain`` with all of a unit, so that whoever uses it needs the packed bytes no longer."""
     for name, out in plain.items():
         weight = packed[name]
-        if isinstance(weight, Tensor):
-            out.copy_(weight, non_blocking=True)
-        else:
+        if isinstance(out, Tensor) and not isinstance(weight, Tensor):
             weight.rows(0, weight.shape[0], out.dtype, out)
+        else:
+            for to, of in zip(_memory_of(out), _memory_of(weight), strict=True):
+                to.copy_(of, non_blocking=True)
+
+
+def _memory_of(weight: Weight) -> tuple[Tensor, ...]:
+    return (weight,) if isinstance(weight, Tensor) else (weight.codes, weight.params)

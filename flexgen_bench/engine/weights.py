@@ -62,7 +62,7 @@ class Weights:
         # By site and staging buffer: which of a unit's experts it holds, and which are to be loaded next.
         self._held: dict[tuple[Tier, int], set[int]] = {}
         self._due: dict[tuple[Tier, int], list[int]] = {}
-        self._plain_views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        self._plain_views: dict[tuple[int, int], Mapping[str, Weight]] = {}
         try:
             self._load_resident()
             for site, buffers in job.buffers.items():
@@ -130,8 +130,8 @@ class Weights:
     def of(self, step: Step) -> Mapping[str, Weight]:
         """The tensors of the step's unit by name, where the unit is computed.
 
-        In its dequantized buffer, if it names one: only plain tensors then. Else in place or in its slot, where
-        compressed ones are compressed.
+        In its dequantized buffer, if it names one: only plain tensors then, and what its checkpoint has packed. Else in
+        place or in its slot, where compressed ones are compressed.
         """
         if step.dequantized_buffer >= 0:
             return self._unpacked(step.unit, step.dequantized_buffer)
@@ -234,7 +234,7 @@ class Weights:
         memory, base = self._resident[index]
         return views(memory, unit, base, self._dtype, self._activations)
 
-    def _unpacked(self, index: int, buffer: int) -> Mapping[str, Tensor]:
+    def _unpacked(self, index: int, buffer: int) -> Mapping[str, Weight]:
         key = (index, buffer)
         if key not in self._plain_views:
             unit = self._packed.units[index]

@@ -33,6 +33,12 @@ class PackedTensor:
     dtype: DType | None = None
     expert: int | None = None
 
+    def num_bytes(self, dtype: DType) -> int:
+        """In a checkpoint of this type."""
+        if self.packing is not None:
+            return sum(self.packing.matrix_bytes(self.source_rows, self.spec.shape[1]))
+        return self.spec.num_values * (self.dtype or dtype).bytes
+
     @property
     def source_rows(self) -> tuple[int, ...]:
         count = len(self.sources)
@@ -67,8 +73,16 @@ class Inventory:
     @property
     def num_values(self) -> int:
         """Parameters of the model; a tied table counts once."""
-        units = (self.tables, self.embed, *self.layers, self.head)
-        return sum(t.spec.num_values for unit in units for t in unit)
+        return sum(t.spec.num_values for t in self._tensors)
+
+    def num_bytes(self, dtype: DType) -> int:
+        """Of a checkpoint of this type."""
+        return sum(t.num_bytes(dtype) for t in self._tensors)
+
+    @property
+    def _tensors(self) -> Iterator[PackedTensor]:
+        for unit in (self.tables, self.embed, *self.layers, self.head):
+            yield from unit
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ class PackedUnit:
     """The extent that one load of a unit reads, and the tensors in it.
 
     home_bytes: what the unit occupies in memory where it lives; a tied head counts with the embedding.
-    plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that; () and 0 if nothing
-    in the unit is compressed, so that there is nothing to unpack. experts: those of a mixture, behind all the rest.
-    companion: of a layer whose experts are a unit of their own, its number, and of these that of their layer; -1: none.
+    plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that, in which what the
+    checkpoint has packed still is; () and 0 if nothing else in the unit is compressed, so that there is nothing to
+    unpack. experts: those of a mixture, behind all the rest. companion: of a layer whose experts are a unit of their
+    own, its number, and of these that of their layer; -1: none.
     """
 
     index: int
@@ -221,11 +222,11 @@ def _matrix_bytes(tensor: PackedTensor, compression: Codes) -> tuple[int, int]:
 
 def unpacked_layout(entries: tuple[PackedEntry, ...], dtype: DType) -> tuple[tuple[int, ...], int]:
     """Where each tensor of a unit lies once all are unpacked, and the bytes in all; nothing if none is compressed."""
-    if not any(e.compression for e in entries):
+    if not any(isinstance(e.compression, Compression) for e in entries):
         return (), 0
     offsets, cursor = [], 0
     for entry in entries:
         cursor = aligned(cursor, TENSOR_ALIGN)
         offsets.append(cursor)
-        cursor += entry.tensor.plain_bytes(dtype)
+        cursor += entry.num_bytes if entry.tensor.packing else entry.tensor.plain_bytes(dtype)
     return tuple(offsets), cursor

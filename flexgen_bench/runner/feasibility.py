@@ -58,8 +58,8 @@ def needs(spec: CellSpec) -> Needs:
 
 
 def weight_bytes(shape: ModelShape, dtype: DType) -> int:
-    """Bytes of all parameters; tied embeddings count once."""
-    return family(shape.family).inventory(shape).num_values * dtype.bytes
+    """Bytes of all parameters as a checkpoint has them; tied embeddings count once."""
+    return family(shape.family).inventory(shape).num_bytes(dtype)
 
 
 def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Refusal | None:

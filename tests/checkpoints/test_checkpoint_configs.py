@@ -117,7 +117,7 @@ def test_a_bare_decoder(name: str, part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "architectures"),
         ({"architectures": 5}, "architectures"),
         ({"model_type": "mistral"}, "model_type"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type"),

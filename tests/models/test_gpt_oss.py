@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexgen_bench.checkpoints.prepared import prepare_checkpoint
+from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.config.build import model_spec
+from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.microscaling import MXFP4
@@ -26,6 +29,7 @@ from flexgen_bench.kernels.quantization import fake_quantize
 from flexgen_bench.models.model import Model
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, run
 from tests.kernels.test_microscaling import stack
+from tests.support.shapes import no_progress
 from tests.support.tiny_models import EMULATED, HOST, VOCAB, greedy_reference, random_prompts, save
 
 PROMPTS = random_prompts([1, 30, 9, 9, 5])
@@ -166,6 +170,25 @@ def test_resident_layers_of_an_accelerator(tmp_path: Path, monkeypatch: pytest.M
         for layer in model.model.layers:
             layer.self_attn.sinks.fill_(-100.0)
     assert greedy_reference(model, PROMPTS, 9) != same.tokens, "sinks count"
+
+
+@pytest.mark.parametrize("source", ["dummy", "as it is", "in another type"])
+def test_cells_keep_what_is_packed(published: Published, source: str, tmp_path: Path) -> None:
+    """Every system is given MXFP4, and transformers reads there what this engine does."""
+    from transformers import AutoModelForCausalLM
+
+    with open_source(published.folder) as opened:
+        shape = opened.shape
+    kind = WeightSource.DUMMY if source == "dummy" else WeightSource.PATH
+    spec = ModelSpec(shape, kind, "" if source == "dummy" else str(published.folder))
+    dtype = DType.BFLOAT16 if source == "in another type" else DType.FLOAT32
+    folder = prepare_checkpoint(spec, dtype, tmp_path, no_progress)
+    assert (folder == published.folder) is (source == "as it is")
+    weights = PackedWeights.from_checkpoint(folder, DType.FLOAT32, tmp_path / "cache")
+    assert matrices_of_experts(weights) == 2 * EXPERTS * 2
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    same = Reference(weights, PROMPTS, greedy_reference(model, PROMPTS, 9))
+    assert run(same, Policy(3, 2), HOST, tmp_path)[0] == same.tokens
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexgen_bench.checkpoints.quantized.packed_names import BLOCKS, SCALES
 from flexgen_bench.checkpoints.tensors import Tensors
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.microscaling import EXPONENT_BIAS, MXFP4
 from flexgen_bench.kernels.microscaling import repacked
 from flexgen_bench.kernels.quantization import dequantize
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
 _NOT_A_NUMBER = 255  # of an E8M0 scale
 # With these 6 is a number yet: 6 * 2^(252 - 127) in float32 and bfloat16, 6 * 2^(140 - 127) in float16.
 LARGEST_SCALE, LARGEST_HALF_SCALE = 252, 140
@@ -29,7 +29,7 @@ class Microscaled:
     def __init__(self, stored: Tensors, config: Mapping[str, Any], where: Path) -> None:
         self._stored, self._where = stored, where
         names = stored.names()
-        self._packed = {name.removesuffix(_BLOCKS) for name in names if name.endswith(_BLOCKS)}
+        self._packed = {name.removesuffix(BLOCKS) for name in names if name.endswith(BLOCKS)}
         if not self._packed:
             raise StoreError(
                 f"{where}: the quantization config says mxfp4, but no tensor is quantized like this. Remove the entry "
@@ -37,7 +37,7 @@ class Microscaled:
             )
         for name in sorted(self._packed):
             self._check(name)
-        parts = {name + end for name in self._packed for end in (_BLOCKS, _SCALES)}
+        parts = {name + end for name in self._packed for end in (BLOCKS, SCALES)}
         self._names = frozenset(names - parts | self._packed)
 
     note = ""  # nothing is changed
@@ -48,7 +48,7 @@ class Microscaled:
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._packed:
             return self._stored.header(name)
-        count, outputs, groups = self._stored.header(name + _SCALES)[0]
+        count, outputs, groups = self._stored.header(name + SCALES)[0]
         return (count, groups * MXFP4.group_size, outputs), "float32"
 
     def tensor(self, name: str) -> Tensor:
@@ -64,12 +64,12 @@ class Microscaled:
         """Blocks and scales of a stack; None for what is no such stack. StoreError for scales that are no number."""
         if name not in self._packed:
             return None
-        return self._stored.tensor(name + _BLOCKS), self._stored.tensor(name + _SCALES)
+        return self._stored.tensor(name + BLOCKS), self._stored.tensor(name + SCALES)
 
     def _check(self, name: str) -> None:
-        if name + _SCALES not in self._stored.names():
-            raise StoreError(f"{self._where}: {name + _BLOCKS} is in MXFP4, and {name + _SCALES} is missing.")
-        (blocks, kind), (scales, scale_kind) = (self._stored.header(name + end) for end in (_BLOCKS, _SCALES))
+        if name + SCALES not in self._stored.names():
+            raise StoreError(f"{self._where}: {name + BLOCKS} is in MXFP4, and {name + SCALES} is missing.")
+        (blocks, kind), (scales, scale_kind) = (self._stored.header(name + end) for end in (BLOCKS, SCALES))
         if (kind, scale_kind) != ("uint8", "uint8") or len(scales) != 3 or blocks != (*scales, MXFP4.group_size // 2):
             raise StoreError(
                 f"{self._where}: {name} in MXFP4 has blocks {kind} {blocks} and scales {scale_kind} {scales}; expected "
