@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from flexgen_bench.core.codec import OMITTED, inlined
-from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
 
@@ -96,7 +96,7 @@ FlopsTable = Annotated[Mapping[Size, Flops], _entries]
 Products = Annotated[Mapping[Format, Annotated[Mapping[Size, FlopsTable], _entries]], _with_plain_format]
 
 
-def number_format(dtype: DType, compression: Compression | None = None) -> str:
+def number_format(dtype: DType, compression: Codes | None = None) -> str:
     """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in
     bfloat16."""
     return str(dtype) if compression is None else f"{dtype}/{compression.bits}"

@@ -20,6 +20,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.graphs import Graphs
 from flexgen_bench.engine.layers import Layers
 from flexgen_bench.engine.prompts import Prompts
+from flexgen_bench.engine.resident_cache import SinksOf
 from flexgen_bench.engine.static_decode import StaticDecode, reach
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
@@ -48,13 +49,16 @@ class DecodeGraphs:
         device: Device,
         decoder: parts.Decoder,
         value_share: float,
+        sinks_of: SinksOf,
     ) -> None:
         attentions = [layer.attention for layer in decoder.layers]
         scales = {attention.scale for attention in attentions}
         plain = len(scales) == 1 and all(attention.mod.is_none for attention in attentions)
         self._scale = scales.pop() if len(scales) == 1 else 1.0
-        self._can = plain and value_share == 1 and form.compression is None and job.tokens_stay
-        self._job, self._graphs, self._layers = job, graphs, layers
+        # What is called in a mixture depends on what its router has chosen.
+        is_mixture = any(isinstance(layer.mlp, parts.Experts) for layer in decoder.kinds)
+        self._can = plain and value_share == 1 and form.compression is None and job.tokens_stay and not is_mixture
+        self._job, self._graphs, self._layers, self._sinks_of = job, graphs, layers, sinks_of
         self._cache, self._form, self._prompts, self._device = cache, form, prompts, device
         self._seen: Counter[object] = Counter()
         self._shapes: dict[object, StaticDecode] = {}
@@ -117,7 +121,7 @@ class DecodeGraphs:
         def work() -> None:
             x = shape.kept("x")
             for one in covered:
-                x = shape.layer(one.unit, self._layers.of(one), x, self._scale)
+                x = shape.layer(one.unit, self._layers.of(one), x, self._scale, self._sinks_of(one))
             shape.keep("x", x)
             if is_last:
                 shape.keep("sums", shape.new_sums())

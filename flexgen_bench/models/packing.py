@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_bench.core.compression import Compression
-from flexgen_bench.core.microscaling import Codes
+from flexgen_bench.core.microscaling import Codes, Microscaling
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.models.inventory import SINKS, Inventory, PackedTensor
@@ -104,6 +104,11 @@ class PackedUnit:
     def dense_bytes(self) -> int:
         """Of its extent, from its start, what every token meets: all of it but experts."""
         return self.num_bytes if self.experts is None else self.experts.offset - self.offset
+
+    @property
+    def packing(self) -> Microscaling | None:
+        """Of its experts, as the checkpoint has them."""
+        return next((e.tensor.packing for e in self.entries if e.tensor.packing is not None), None)
 
     @property
     def sinks(self) -> PackedEntry | None:
