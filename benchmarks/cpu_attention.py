@@ -33,7 +33,6 @@ from flexgen_bench.core.units import GB, MIB
 from flexgen_bench.kernels.attention import PackedSegment, PlainSegment, Segment, decode_attention
 from flexgen_bench.kernels.decode import attend_with_torch
 from flexgen_bench.kernels.native.build import library
-from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.machine.environment import cpu_model
 
@@ -117,16 +116,12 @@ def read_rate(buffer: Tensor, turn: int) -> float:
 
 
 def read_all(buffer: Tensor, streams: int, ahead: int) -> float:
-    """bytes/s of reading a buffer of whole MiB once, in as many pieces as torch has threads."""
+    """bytes/s of reading a buffer of whole MiB once, on as many threads as torch has."""
     native = library("bandwidth")
     assert native is not None, "this benchmark needs a C++ compiler"
-    native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-
-    def read(start: int, stop: int) -> None:
-        native.read_bytes(buffer.data_ptr() + start * MIB, (stop - start) * MIB, streams, ahead)
-
+    native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
     begin = time.perf_counter()
-    share(buffer.numel() // MIB, read)
+    native.read_bytes(buffer.data_ptr(), buffer.numel(), streams, ahead, torch.get_num_threads())
     return buffer.numel() / (time.perf_counter() - begin)
 
 

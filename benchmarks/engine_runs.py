@@ -49,11 +49,16 @@ def emulated(h2d: float = UNTHROTTLED, d2h: float = UNTHROTTLED) -> HardwareProf
 
 def dummy_weights(options: Options, compression: Compression | None = None) -> PackedWeights:
     """The benchmark's model in bfloat16, made and packed at first use and kept in the cache."""
+    return dummy_weights_of(model_spec(options.model), options, compression)
+
+
+def dummy_weights_of(model: ModelSpec, options: Options, compression: Compression | None = None) -> PackedWeights:
+    """The same of any model."""
 
     def show_progress(what: str, done: int, total: int) -> None:
         print(f"\r{what}: {done / GB:.2f} of {total / GB:.2f} GB", end="", flush=True)
 
-    folder = prepare_checkpoint(model_spec(options.model), DType.BFLOAT16, options.cache, show_progress)
+    folder = prepare_checkpoint(model, DType.BFLOAT16, options.cache, show_progress)
     packing: Mapping[str, Any] = {"compression": compression} if compression else {}
     return PackedWeights.from_checkpoint(folder, DType.BFLOAT16, options.cache, **packing)
 
@@ -96,7 +101,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measured:
-    """One job. wall_s: all of it. pass_s: seconds of each decode pass of a job of one block (none for other jobs)."""
+    """One job. wall_s: all of it. pass_s: seconds of each decode pass of a job of one block (none for other jobs).
+    prompts, tokens: of every sequence."""
 
     wall_s: float
     prefill_s: float
@@ -106,6 +112,7 @@ class Measured:
     plan: MemoryPlan
     tokens: tuple[tuple[int, ...], ...]
     timeline: Timeline
+    prompts: tuple[tuple[int, ...], ...] = ()
 
     def busy_s(self, lane: Lane) -> float:
         return self.lanes[lane].busy_s if lane in self.lanes else 0.0
@@ -159,6 +166,7 @@ def run(made: Engine, shape: Shape, vocab_size: int = 50_000, seed: int = 0) -> 
         plan=result.plan,
         tokens=tuple(tuple(s.new) for s in sequences),
         timeline=result.timeline,
+        prompts=tuple(map(tuple, prompts)),
     )
 
 
@@ -182,7 +190,7 @@ def lane_lines(measured: Measured, title: str) -> list[str]:
             continue
         moved = f", {use.bytes / GB:.2f} GB" if use.bytes else ""
         rate = f" at {use.bytes / use.busy_s / GB:.2f} GB/s" if use.bytes and use.busy_s else ""
-        lines.append(f"  {lane:<11} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}")
+        lines.append(f"  {lane.name:<11} busy {use.busy_s:6.2f} s ({use.busy_s / measured.wall_s:4.0%}){moved}{rate}")
     idle = measured.wall_s - measured.busy_s(measured.busiest)
     lines.append(f"  the busiest lane, {measured.busiest}, was idle for {idle:.2f} s")
     return lines

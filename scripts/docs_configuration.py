@@ -103,6 +103,8 @@ MEANS: dict[str, dict[str, str]] = {
             "host memory, page cache included; null: what is there. On this machine it is a cap for every system"
         ),
         "disk": "room for offloaded files; null: what is free",
+        "gpu_memory_is_cap": "the card is larger and held to `gpu_memory`: what its driver and a process' context take "
+        "is outside of it",
         "device_match": "part of the device's name, for a profile that is one card's",
         "links": "bytes per second of `disk_read`, `disk_write`, `h2d`, `d2h`",
         "rates": "what the machine sustains (`core/rates.py` has the units); without, it cannot be simulated",
@@ -137,6 +139,11 @@ MEANS: dict[str, dict[str, str]] = {
         "offloaded": (
             "layers that are not on the accelerator are moved there (`move`), or computed where they lie (`in_place`)"
         ),
+        **{
+            f"experts.{k}": f"a mixture's experts: {v}; `policy.experts` null: with their layers, `{{cpu: 1}}`: apart"
+            for k, v in PLACEMENT.items()
+        },
+        "expert_loads": "of experts placed apart `all` are loaded, or those that are `touched` (few sequences)",
         **{f"lossy.{k}": v for k, v in LOSSY.items()},
         "max_latency_s": "with `auto`: the longest that a block may take from its start to its last token; null: any",
     },

@@ -1,5 +1,9 @@
 """Run the checks that need a CUDA device, step by step:
-``scripts/gpu_check.sh [--list] [--again] [--for S] [step ...]``.
+``scripts/gpu_check.sh [--budget S [--quick]] [--list] [--again] [--for S] [step ...]``.
+
+``--budget S``: a short stay. Steps of another list, those that teach most first, that together take no more than S
+seconds: the rest is left out from its end. Policies are stated, nothing is searched for or calibrated, and what all of
+them find is in one file. ``--quick``: the same with tiny models on the emulated accelerator.
 
 Each step is a process with a time limit; what it finds is in its own record as soon as it ends, and how it ended is
 noted in results/benchmarks/gpu_check/steps.json. Steps that ended well are not run again, so the command can be given
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,13 +41,40 @@ TAIL_LINES = 12
 @dataclass(frozen=True)
 class Step:
     """One step. ``command`` follows the Python that runs this script. ``is_cell``: it ends with the command line's JSON
-    document, whose statuses say how it went."""
+    document, whose statuses say how it went. ``expected_s``: what it takes if nothing is wrong; 0: nobody said."""
 
     name: str
     what: str
     command: tuple[str, ...]
     limit_s: float
     is_cell: bool = False
+    expected_s: float = 0
+
+
+# Of a short stay: name, what it shows, seconds it is expected to take, seconds at most.
+SHORT = (
+    ("layer", "12 resident layers of OPT-6.7B, eager and as graphs: launches, where the time goes", 60, 120),
+    ("threads", "attention on the processor with all cores, and with 2 and 4 left to the lanes", 60, 120),
+    ("resident", "OPT-6.7B, everything resident, 7 sequences", 60, 150),
+    ("original", "FlexGen 0.1.8 on OPT-6.7B in batches of 2 and larger", 90, 180),
+    ("4bit", "OPT-6.7B, weights in 4 bits and resident", 70, 150),
+    ("30b", "OPT-30B, 48 prompts, weights streamed", 170, 300),
+    ("tokens", "tokens equal to those of transformers, under four policies", 60, 120),
+    ("175b", "OPT-175B in 4 bits, 12 of its 96 layers (PROJECTED)", 100, 200),
+)
+
+
+def short_steps(results: Path, quick: bool) -> list[Step]:
+    """Of a short stay, those that teach most first. Two files: the environment, and what the others find."""
+    out = results / "benchmarks/gpu_check"
+    environment = ("scripts/gpu_environment.py", "--out", str(out / "environment.json"))
+    what = "the GPU, its driver and link, torch, memory, disk, which packages are there"
+    steps = [] if quick else [Step("environment", what, environment, 120, expected_s=45)]
+    for name, shows, expected_s, limit_s in SHORT:
+        words = ["benchmarks/gpu_short.py", name, "--out", str(out / "short.json")]
+        words += ["--quick", "--cache", str(results / "cache")] if quick else []
+        steps.append(Step(f"short:{name}", shows, tuple(words), limit_s, expected_s=1 if quick else expected_s))
+    return steps
 
 
 def all_steps(results: Path) -> list[Step]:
@@ -188,18 +219,26 @@ def run(
     *,
     again: bool = False,
     for_s: float | None = None,
+    budget_s: float | None = None,
     runner: Callable[[Step, Path], dict[str, Any]] = run_step,
 ) -> int:
     """Run what is not done; returns the exit status. With ``for_s`` no step starts that could end after so many
-    seconds."""
+    seconds. With ``budget_s`` steps end by then, and the first that would not is left out with all that follow."""
     start = time.monotonic()
-    for step in steps:
+    for listed in steps:
+        step = listed
         if notes.is_done(step) and not again:
             print(f"==> {step.name}: done before ({notes.entries[step.name]['why']})")
             continue
         if for_s is not None and time.monotonic() - start + step.limit_s > for_s:
             print(f"==> {step.name}: not started, it may take {step.limit_s:.0f} s")
             continue
+        if budget_s is not None:
+            left_s = budget_s - (time.monotonic() - start)
+            if left_s < step.expected_s:
+                print(f"==> {step.name}: left out with what follows, {left_s:.0f} s are left")
+                break
+            step = replace(step, limit_s=min(step.limit_s, left_s))
         print(f"==> {step.name}: {step.what}", flush=True)
         entry = runner(step, logs / f"{step.name.replace(':', '-')}.log")
         notes.write(step, entry)
@@ -227,10 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="S",
         help="start no step that could end later than S seconds from now",
     )
+    parser.add_argument("--budget", type=float, dest="budget_s", metavar="S", help="a short stay of S seconds")
+    parser.add_argument("--quick", action="store_true", help="a short stay with tiny models and no GPU")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
     folder = options.results.absolute() / "benchmarks" / "gpu_check"
-    steps, notes = all_steps(options.results.absolute()), Notes(folder / "steps.json")
+    results = options.results.absolute()
+    short = options.budget_s is not None or options.quick
+    steps = short_steps(results, options.quick) if short else all_steps(results)
+    notes = Notes(folder / "steps.json")
     unknown = sorted(set(options.step) - {step.name for step in steps})
     if unknown:
         known = ", ".join(step.name for step in steps)
@@ -243,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{'done' if notes.is_done(step) else 'open':5} {step.name} (at most {step.limit_s:.0f} s): {step.what}"
             )
         return 0
-    return run(chosen, notes, ROOT / ".cache" / "gpu-check", again=options.again, for_s=options.for_s)
+    logs = ROOT / ".cache" / "gpu-check"
+    return run(chosen, notes, logs, again=options.again, for_s=options.for_s, budget_s=options.budget_s)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Everything that needs a CUDA device, in steps of under ten minutes: scripts/gpu_check.sh [--list] [step ...]
+# What teaches most in a stay of so many seconds: scripts/gpu_check.sh --budget 840
 # The Python that runs it (PYTHON=..., else python3) needs torch with CUDA, transformers and accelerate, and no network.
 # WHEELS=FOLDER brings what else there is to install: wheels go into a folder of their own, never into that Python.
 # See docs/notes/gpu_check.md.

@@ -3,6 +3,7 @@ bytes."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,10 @@ class Constants:
     kv_disk_share: float
     step_launches: float
     network: float
+
+
+# Where only bytes are asked about.
+NO_CONSTANTS = Constants(*[math.nan] * 8)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from baselines.common.machine import largest_that_fits
 from baselines.flexgen_original.block import RELAY_BYTES, Block
 from baselines.flexgen_original.placement import LayerKind
 from flexgen_bench.core.tiers import Tier
 
 Parts = dict[str, float]
+# What its authors ran on the GPU alone was as large as fits (7, 76, 196: Tables 17 and 18), elsewhere at most 160.
+LARGEST_GPU_BATCH = 256
 _REMEDY = {
     Tier.GPU: "Lower system.options.gpu_batch_size, or move shares of system.options.percent to cpu.",
     Tier.CPU: "Lower the block, move shares to disk, or set system.options.pin_weight=false.",
@@ -28,6 +33,16 @@ def check(block: Block) -> dict[Tier, Parts]:
     for tier, named in parts.items():
         block.machine.check(tier, named, _REMEDY[tier])
     return parts
+
+
+def in_largest_batches(block: Block, most: int = LARGEST_GPU_BATCH) -> Block:
+    """The same placement and number of batches, with as many sequences (``most`` at most) in each as fit. Raises
+    DoesNotFit if not even one does."""
+
+    def sized(size: int) -> Block:
+        return replace(block, settings=replace(block.settings, gpu_batch_size=size))
+
+    return sized(largest_that_fits(lambda size: check(sized(size)), most))
 
 
 def _gpu(block: Block) -> Parts:

@@ -24,8 +24,7 @@ _CACHE_ALONE = ("opt-30b",)
 # Weights on gpu and on cpu, in percent.
 _WEIGHTS = ((100, 0), (50, 50), (20, 80), (0, 100), (0, 75), (0, 50), (0, 25), (0, 0))
 # The authors' own search takes fewer than 20 GPU batches of a multiple of 4 sequences (paper, section 4.3); and batches
-# of 1 and 2. What they ran on the GPU alone was as large as fits (7, 76, 196: Tables 17 and 18), elsewhere at most 160.
-_LARGEST_GPU_BATCH = 256
+# of 1 and 2.
 _GPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 _NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 
@@ -33,6 +32,7 @@ _NUM_GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 19)
 # Where settings come from.
 PUBLISHED = "settings: as published for this job"
 GIVEN = "settings: as asked for"
+LARGER = "settings: as published for this job, in the largest batches that fit"
 SEARCHED = "settings: the best of a search, as nothing is published for exactly this job"
 
 
@@ -61,6 +61,12 @@ def choose(block: Block, job: Job, options: Mapping[str, Any]) -> tuple[Outcome,
     """
     known = published(job)
     given = {k: v for k, v in options.items() if v is not None}
+    if given.get("gpu_batch_size") == settings.LARGEST:
+        del given["gpu_batch_size"]
+        if known is None and "percent" not in given:
+            return _best(block, job, given), SEARCHED
+        chosen = settings.overlaid(known or settings.DEFAULT, given, job.lossy)
+        return in_largest_batches(replace(block, settings=chosen), job), LARGER if not given else GIVEN
     if known is not None:
         chosen = limited(settings.overlaid(known, given, job.lossy), job)
         try:
@@ -72,6 +78,13 @@ def choose(block: Block, job: Job, options: Mapping[str, Any]) -> tuple[Outcome,
         chosen = settings.overlaid(settings.DEFAULT, given, job.lossy)
         return outcome(replace(block, settings=limited(chosen, job))), GIVEN
     return _best(block, job, given), SEARCHED
+
+
+def in_largest_batches(block: Block, job: Job) -> Outcome:
+    """Of a block's settings, in as large batches as fit. Raises DoesNotFit."""
+    most = memory.LARGEST_GPU_BATCH if job.num_prompts is None else max(1, job.num_prompts // job.num_gpus)
+    largest = memory.in_largest_batches(block, min(most, memory.LARGEST_GPU_BATCH))
+    return outcome(replace(largest, settings=limited(largest.settings, job)))
 
 
 def limited(chosen: Settings, job: Job) -> Settings:
@@ -140,7 +153,7 @@ def _gpu_batch_sizes(block: Block, given: Mapping[str, Any]) -> list[int]:
         memory.check(replace(block, settings=settings))
 
     try:
-        largest = largest_that_fits(check, _LARGEST_GPU_BATCH)
+        largest = largest_that_fits(check, memory.LARGEST_GPU_BATCH)
     except DoesNotFit:
         return [1]  # which says what is missing
     return sorted({*(size for size in _GPU_BATCH_SIZES if size < largest), largest})

@@ -14,6 +14,8 @@ from typing import Any
 from flexgen_bench.core.compression import Along, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError
 
+# Of gpu_batch_size: as many sequences as fit.
+LARGEST = "largest"
 # The only compression it has. Its groups of weights lie along outputs; a cell may say so, or leave the layout to the
 # system.
 COMPRESSION = Compression(bits=4, group_size=64)
@@ -39,7 +41,8 @@ class Settings:
         for name in ("gpu_batch_size", "num_gpu_batches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"system.options.{name}", value, "an integer of at least 1")
+                allowed = f"an integer of at least 1{', or largest' if name == 'gpu_batch_size' else ''}"
+                raise UserError(f"system.options.{name}", value, allowed)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):

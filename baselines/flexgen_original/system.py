@@ -16,7 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from baselines.common.machine import Machine
+from baselines.common.model_size import ModelSize
 from baselines.flexgen_original import package, settings
+from baselines.flexgen_original.block import NO_CONSTANTS, Block
+from baselines.flexgen_original.memory import LARGEST_GPU_BATCH, in_largest_batches
+from baselines.flexgen_original.settings import Settings
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun
@@ -51,7 +56,19 @@ class FlexGenOriginal(System):
             raise CannotRun("the original FlexGen is measured with its own dummy weights; weights=dummy")
         if spec.dtype is not DType.FLOAT16:
             raise CannotRun(f"the original FlexGen computes in float16, not in {spec.dtype}")
-        self._chosen = settings.choose(spec.model.shape.name, spec.system_options, spec.lossy)
+        self._chosen = self._choose()
+
+    def _choose(self) -> Settings:
+        spec, options = self.spec, dict(self.spec.system_options)
+        largest = options.get("gpu_batch_size") == settings.LARGEST
+        if largest:
+            del options["gpu_batch_size"]
+        chosen = settings.choose(spec.model.shape.name, options, spec.lossy)
+        if not largest:
+            return chosen
+        size, work = ModelSize(spec.model.shape, spec.dtype), spec.workload
+        block = Block(chosen, size, Machine(spec.hardware), NO_CONSTANTS, work.prompt_len, work.gen_len)
+        return in_largest_batches(block, min(LARGEST_GPU_BATCH, work.num_prompts)).settings
 
     def is_prepared(self) -> bool:
         return package.is_installed(self.files.cache)

@@ -1,4 +1,4 @@
-"""Ray Data: a column of prompts answered in batches by an actor that holds the model (pip install ray[data])."""
+"""Ray Data: prompts answered in batches by an actor that holds the model (pip install 'flexgen-bench[ray]')."""
 
 import sys
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from flexgen_bench.models.formulas import Weights
 
 FAMILY = "opt"
+_TINY = 64  # wide
+# The format that is also multiplied with numbers in so many bits (``Lossy.activations``, on processors).
+IN_EIGHTHS, _BITS = (DType.BFLOAT16, Compression(4)), 8
 # Of the step that unpacks weights for an accelerator.
 _UNPACKED = (DType.BFLOAT16, Compression(4))
 
@@ -73,15 +76,15 @@ def largest_layer(effort: SiteEffort, limit: int) -> int:
 def matrix_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[Probe]:
     """``<tier>.matrix.<format>.<width>.<rows>``. A layer too large for the room is left out."""
     site = memory_of_site.site
-    for dtype, compression in effort.matrix:
-        number = number_format(dtype, compression)
+    for dtype, compression, activations in _formats(effort):
+        number = number_format(dtype, compression, activations)
         for width in effort.widths:
             shape = layer_shape(width)
             unit = layer_unit(shape, dtype, compression)
             copies = memory_of_site.copies(unit.num_bytes)
             if not copies:
                 continue
-            turns = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype]) for c in copies])
+            turns = cycle([views(c, unit, unit.offset, TORCH_DTYPES[dtype], activations) for c in copies])
             for rows in effort.rows:
                 x, attended = (memory_of_site.numbers((rows, width), TORCH_DTYPES[dtype]) for _ in range(2))
                 yield Probe(
@@ -90,6 +93,23 @@ def matrix_probes(memory_of_site: ProbeMemory, effort: SiteEffort) -> Iterator[P
                     _layer(shape, turns.__next__, x, attended),
                     site.settle,
                 )
+
+
+def _formats(effort: SiteEffort) -> Iterator[tuple[DType, Compression | None, int | None]]:
+    """Of products, and of those whose other factor is quantized to so many bits, too."""
+    for dtype, compression in effort.matrix:
+        yield dtype, compression, None
+        if (dtype, compression) == IN_EIGHTHS:
+            yield dtype, compression, _BITS
+
+
+def tiny_layer(memory_of_site: ProbeMemory) -> Callable[[], object]:
+    """A layer that takes no time to compute: what is left is issuing it."""
+    shape, dtype = layer_shape(_TINY), DType.FLOAT16
+    unit = layer_unit(shape, dtype, None)
+    weights = views(memory_of_site.copies(unit.num_bytes)[0], unit, unit.offset, TORCH_DTYPES[dtype])
+    x, attended = (memory_of_site.numbers((1, _TINY), TORCH_DTYPES[dtype]) for _ in range(2))
+    return _layer(shape, lambda: weights, x, attended)
 
 
 def _layer(shape: ModelShape, weights: Callable[[], Weights], x: Tensor, attended: Tensor) -> Callable[[], object]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from flexgen_bench.calibrate.site import ProbeMemory
 from flexgen_bench.calibrate.stable import Probe
-from flexgen_bench.core.units import MIB, PAGE
+from flexgen_bench.core.units import MIB
 from flexgen_bench.kernels.native.build import library
-from flexgen_bench.kernels.native.threads import share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,16 +37,14 @@ def _summed(piece: Tensor) -> object:
 def _fastest_loop(native: object, turns: Iterator[Tensor]) -> Callable[[Tensor], object]:
     import ctypes
 
+    import torch
+
     assert isinstance(native, ctypes.CDLL)
-    native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+    native.read_bytes.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
 
     def loop(streams: int, ahead: int) -> Callable[[Tensor], object]:
         def read(piece: Tensor) -> None:
-            def part(start: int, stop: int) -> None:
-                at = piece.data_ptr() + start * PAGE
-                native.read_bytes(at, (stop - start) * PAGE, streams, ahead)
-
-            share(piece.numel() // PAGE, part)
+            native.read_bytes(piece.data_ptr(), piece.numel(), streams, ahead, torch.get_num_threads())
 
         return read
 

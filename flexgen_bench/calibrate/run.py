@@ -18,14 +18,17 @@ from flexgen_bench.calibrate.matrix import largest_layer, matrix_probes, torch_p
 from flexgen_bench.calibrate.reading import memory_probe
 from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Probe, Reading, RoundProgress, measure
-from flexgen_bench.calibrate.steps import step_probe
+from flexgen_bench.calibrate.steps import operator_probe, step_probe
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.kernels.native.build import library
 from flexgen_bench.machine.contention import Others
+from flexgen_bench.machine.host import threads_beside_a_gpu
 from flexgen_bench.machine.measured_rates import Calibration, describe
 
+# What a call of attention takes beside reading is its host's, on a GPU, and counted by operators.
+_OF_THE_HOST = (f"{Tier.GPU}.attend.", f"{Tier.GPU}.attend_sequence.")
 _NATIVE = ("linear", "attention", "quantization", "bandwidth")
 
 
@@ -59,13 +62,13 @@ def open_probes(effort: Effort, threads: int, disk_dir: Path) -> Iterator[tuple[
     around."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    before, cuda = torch.get_num_threads(), torch.cuda.is_available()
+    computing = threads_beside_a_gpu(threads) if cuda else threads
+    torch.set_num_threads(computing)
     try:
         with torch.inference_mode():
-            host = Site.open(Tier.CPU, threads)
+            host = Site.open(Tier.CPU, computing)
             memory_of_site = _probe_memory(host, effort.cpu)
-            cuda = torch.cuda.is_available()
             probes = [*_site_probes(memory_of_site, effort, effort.cpu)]
             if cuda:
                 gpu = Site.open(Tier.GPU, threads)
@@ -87,6 +90,8 @@ def _probe_memory(site: Site, effort: SiteEffort) -> ProbeMemory:
 def _site_probes(memory_of_site: ProbeMemory, effort: Effort, of_site: SiteEffort) -> Iterator[Probe]:
     yield memory_probe(memory_of_site)
     yield step_probe(memory_of_site.site, effort)
+    if memory_of_site.site.tier is Tier.GPU:
+        yield operator_probe(memory_of_site)
     yield unpack_probe(memory_of_site, of_site)
     yield from matrix_probes(memory_of_site, of_site)
     yield from torch_probes(memory_of_site, of_site)
@@ -117,7 +122,7 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
     data: dict[str, Any] = {}
     spread: dict[str, float] = {}
     for name, reading in readings.items():
-        if name.startswith(f"{ALSO}."):
+        if name.startswith((f"{ALSO}.", *_OF_THE_HOST)):
             continue
         *path, last = name.split(".")
         place = data
@@ -129,11 +134,11 @@ def rates_from(readings: Mapping[str, Reading]) -> Rates:
 
 
 def _constant(name: str, reading: Reading, readings: Mapping[str, Reading]) -> float:
-    """A reading as the constant of its name: a step's is the time it takes, the others are rates; what attention takes
+    """A reading as the constant of its name: of a step or operator the time it takes, else a rate; what attention takes
     beside reading its cache is told apart."""
     tier, _, what = name.partition(".")
     kind, _, number = what.partition(".")
-    if kind == "step":
+    if kind in ("step", "operator"):
         return 1 / reading.rate
     if kind == "decode_attention":
         return _attention(tier, number.rpartition(".")[0], reading, readings).rate

@@ -1,9 +1,14 @@
-"""What a step costs beside its work: the real executor driven through a real job whose actions do nothing."""
+"""What a step costs beside its work: the real executor driven through a real job whose actions do nothing; and what an
+operator costs the host that issues it to an accelerator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flexgen_bench.calibrate.effort import Effort
-from flexgen_bench.calibrate.site import Site
+from flexgen_bench.calibrate.matrix import tiny_layer
+from flexgen_bench.calibrate.site import ProbeMemory, Site
 from flexgen_bench.calibrate.stable import Probe
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
@@ -24,6 +29,30 @@ def step_probe(site: Site, effort: Effort) -> Probe:
     """``<tier>.step``: steps per second of a whole job, generating them included. (In ``Rates`` its inverse.)"""
     counted = _run(site, effort.step_passes)
     return Probe(f"{site.tier}.step", counted, lambda: _run(site, effort.step_passes))
+
+
+def operator_probe(memory_of_site: ProbeMemory) -> Probe:
+    """``<tier>.operator``: operators per second of layers too small to keep a device busy, issued one after the other.
+    (In ``Rates`` its inverse.)"""
+    site, layer = memory_of_site.site, tiny_layer(memory_of_site)
+    return Probe(f"{site.tier}.operator", _operators(layer), layer, site.settle)
+
+
+def _operators(call: Callable[[], object]) -> int:
+    """How many a call issues."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting() as mode:  # type: ignore[no-untyped-call]
+        call()
+    number: int = mode.number
+    return number
 
 
 def _scheduler(hardware: HardwareProfile, passes: int) -> tuple[Scheduler, ScheduledJob]:

@@ -64,7 +64,7 @@ def _rest(readings: Readings) -> Table:
         if "matrix." in name or "_attention." in name:
             continue
         star = "" if reading.stable else "*"
-        if name.endswith(".step"):
+        if name.endswith((".step", ".operator")):
             rate = f"{1e6 / reading.rate:.1f} us"
         elif ".attend" in name:
             rate = f"{1e6 * reading.seconds:.1f} us"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flexgen_bench.accuracy.run.arguments import lm_options
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.parsing import parse_bytes
 
 if TYPE_CHECKING:
     from flexgen_bench.core.progress import Progress
@@ -18,6 +21,7 @@ SHORT = {"smollm2": "smollm2-135m"}
 WORDS = {
     "model": "a name from conf/model, a checkpoint folder, a .gguf file or a hub id; smollm2 is a small one to try",
     "gpu": "a name from conf/gpu (default: auto)",
+    "memory": "most host memory of the whole process, e.g. 4GiB; layers that have no room stay on disk",
     "policy": "a name from conf/policy; default: chosen for the work",
     "dtype": "float32, bfloat16 or float16; default: the checkpoint's own",
     "threads": "of computing; default: all cores",
@@ -59,7 +63,7 @@ def open_llm(words: Mapping[str, str], progress: Progress | None = None) -> LLM:
     """The model that words name; weights are downloaded and converted if need be, and ``progress`` is told."""
     from flexgen_bench.llm.llm import LLM
 
-    given: dict[str, Any] = {key: number(value) for key, value in words.items() if key in WORDS}
+    given: dict[str, Any] = {key: number(value) for key, value in words.items() if key in WORDS and key != "memory"}
     given["model"] = SHORT.get(words["model"], words["model"])
     if "threads" in given and not isinstance(given["threads"], int):
         raise UserError("threads", words["threads"], "an integer of at least 1")
@@ -67,13 +71,20 @@ def open_llm(words: Mapping[str, str], progress: Progress | None = None) -> LLM:
     return LLM(
         options["model"],
         policy=options["policy"],
-        gpu=options["gpu"],
+        gpu=options["gpu"] if "memory" not in words else _capped(options["gpu"], words["memory"]),
         dtype=options["dtype"],
         threads=options["threads"],
         cache_dir=options["cache_dir"],
         lossy=options["lossy"],
         progress=progress,
     )
+
+
+def _capped(hardware: HardwareProfile, memory: str) -> HardwareProfile:
+    """A machine of which no more than this is used."""
+    most = parse_bytes(memory, "memory")
+    stated = hardware.cpu_memory_bytes
+    return replace(hardware, cpu_memory_bytes=most if stated is None else min(most, stated))
 
 
 def number(text: str) -> int | float | str:

@@ -117,6 +117,7 @@ def _hardware(conf: GpuConf) -> HardwareProfile:
         cpu_memory_bytes=sizes["cpu_memory"],
         disk_bytes=sizes["disk"],
         device_match=match,
+        gpu_memory_is_cap=conf.gpu_memory_is_cap,
         links=conf.links,
         sources=conf.sources,
         rates=None if conf.rates is None else from_json(Rates, conf.rates, "gpu.rates"),

@@ -47,6 +47,7 @@ class ModelConf:
 class GpuConf:
     """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has.
 
+    gpu_memory_is_cap: a larger card is held to gpu_memory, so what its driver and a process' context take is outside.
     rates: see core.rates.Rates. workload, dtype: what is asked of this machine where the command line names none.
     """
 
@@ -55,6 +56,7 @@ class GpuConf:
     gpu_memory: Any = None
     cpu_memory: Any = None
     disk: Any = None
+    gpu_memory_is_cap: bool = HardwareProfile.gpu_memory_is_cap
     device_match: str = HardwareProfile.device_match
     links: dict[str, float] = field(default_factory=dict)
     rates: dict[str, Any] | None = None

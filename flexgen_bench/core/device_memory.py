@@ -30,12 +30,10 @@ def gpu_room(free: int, cap: int | None, reserved: int) -> int:
 
 
 def process_bytes(hardware: HardwareProfile) -> int:
-    """Of a profile's GPU memory, what the driver and a process' context take; none where there is no such device.
-
-    A run under a cap of torch's allocator (``runner/gpu_cap.py``) has both outside of its cap: a simulation of a card
-    that is held to a part of its memory has that much less than the run.
-    """
-    return DRIVER_BYTES + CONTEXT_BYTES if hardware.accelerator is Accelerator.CUDA else 0
+    """Of a profile's GPU memory, what the driver and a process' context take; none where there is no such device, and
+    none of a cap on torch's allocator (``runner/gpu_cap.py``), outside of which both are."""
+    has_context = hardware.accelerator is Accelerator.CUDA and not hardware.gpu_memory_is_cap
+    return DRIVER_BYTES + CONTEXT_BYTES if has_context else 0
 
 
 def job_bytes(hardware: HardwareProfile) -> int | None:

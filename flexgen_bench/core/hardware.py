@@ -28,11 +28,14 @@ class Accelerator(StrEnum):
 class HardwareProfile:
     """Capacities in bytes (None: whatever the local machine has) and link bandwidths in bytes/s.
 
-    ``device_match`` is text that the name of the local GPU must contain for this profile to be measurable here.
+    ``device_match`` is text that the name of the local GPU must contain, as whole words, for this profile to be
+    measurable here.
     ``links`` maps a kind of lane to bytes/s (pinned memory, direct disk I/O); an emulated accelerator's are throttled
     to these. Lanes that share a link (``Lane.link``) share its bandwidth, stated once.
     ``rates`` is what the machine is known to sustain; None if nobody has measured or looked it up. It decides no
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
+    ``gpu_memory_is_cap``: a larger card is held to ``gpu_memory_bytes`` (``runner/gpu_cap.py``), so what its driver and
+    a process' context take lies outside.
     """
 
     name: str
@@ -44,6 +47,7 @@ class HardwareProfile:
     links: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     rates: Rates | None = field(default=None, metadata=OMITTED)
+    gpu_memory_is_cap: bool = field(default=False, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from flexgen_bench.core.codec import OMITTED, inlined
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType
@@ -54,8 +55,8 @@ def _size(value: Any, at: str) -> int:
 
 def _format(name: Any, at: str) -> str:
     dtype, slash, bits = str(name).partition("/")
-    if dtype not in list(DType) or (slash and bits not in ("3", "4", "8")):
-        raise UserError(at, name, "a dtype such as float16, or one with bits such as float16/4")
+    if dtype not in list(DType) or (slash and bits not in ("3", "4", "8", "4x8")):
+        raise UserError(at, name, "a dtype such as float16, or one with bits such as float16/4 (4x8: times 8 bits)")
     return str(name)
 
 
@@ -96,10 +97,13 @@ FlopsTable = Annotated[Mapping[Size, Flops], _entries]
 Products = Annotated[Mapping[Format, Annotated[Mapping[Size, FlopsTable], _entries]], _with_plain_format]
 
 
-def number_format(dtype: DType, compression: Codes | None = None) -> str:
+def number_format(dtype: DType, codes: Codes | None = None, activations: int | None = None) -> str:
     """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in
-    bfloat16."""
-    return str(dtype) if compression is None else f"{dtype}/{compression.bits}"
+    bfloat16; ``bfloat16/4x8`` where what they are multiplied with is quantized to 8 bits (``Lossy.activations``)."""
+    if codes is None:
+        return str(dtype)
+    is_even = activations is not None and isinstance(codes, Compression) and codes.bits == 4
+    return f"{dtype}/{codes.bits}{f'x{activations}' if is_even else ''}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class SiteRates:
     decode_attention: bytes/s of KV cache that decode attention gets through, by number format and by query heads per KV
     head.
     unpack: bytes/s of plain weights that come out of unpacking compressed ones.
-    step: seconds a step takes beside its work (launches, Python, waking up a thread).
+    step: seconds of the host that a step takes beside its work (Python, events, waking up a thread).
+    operator: seconds of the host for each operator that a step issues to an accelerator, launches and Python included;
+    0 where nobody knows. (``planner/issued_operators.py`` says how many there are.)
     torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their
     own; by dtype, width and
         rows; where there are none, as ``matrix`` says.
@@ -133,6 +139,7 @@ class SiteRates:
     attend: Mapping[Format, Seconds] = field(default_factory=dict, metadata=OMITTED)
     attend_sequence: Mapping[Format, Seconds] = field(default_factory=dict, metadata=OMITTED)
     torch_matrix: Products = field(default_factory=dict, metadata=OMITTED)
+    operator: Seconds = field(default=0.0, metadata=OMITTED)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""
@@ -193,12 +200,16 @@ def _nearest(number: str, known: Mapping[str, Any]) -> str:
         return number
     dtype, _, bits = number.partition("/")
 
-    def distance(other: str) -> tuple[bool, bool, int]:
+    def width(stored: str) -> int:
+        return int(stored.partition("x")[0] or 16)
+
+    def distance(other: str) -> tuple[bool, bool, int, bool]:
         its_dtype, _, its_bits = other.partition("/")
         return (
             bool(bits) != bool(its_bits),
             DType(dtype).bytes != DType(its_dtype).bytes,
-            abs(int(bits or 16) - int(its_bits or 16)),
+            abs(width(bits) - width(its_bits)),
+            ("x" in bits) != ("x" in its_bits),
         )
 
     return min(known, key=distance)

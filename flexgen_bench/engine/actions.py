@@ -93,7 +93,7 @@ class Actions:
         self._health = Health()
         home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
         self._next = NextTokens(device, self._health, consumer, home)
-        self._layers = Layers(layer_formulas, weights, plan.job, device)
+        self._layers = Layers(layer_formulas, weights, plan.job, device, policy.gpu_batch_size)
         self._graphs = DecodeGraphs(
             *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
             self._value_share,
@@ -102,7 +102,11 @@ class Actions:
         self._embedding = Embedding(
             *(plan.job, self._decoder, weights, self._prompts, device, self._graphs), consumer.tokens, home
         )
-        self._experts = PlacedExperts(plan.job, self._layers, weights, self._hidden, device, self._decoder.layers)
+        experts = self._experts = PlacedExperts(
+            plan.job, self._layers, weights, self._hidden, device, self._decoder.layers
+        )
+        # Takes what a layer makes: hidden states, or what it leaves for its experts.
+        self._leave = experts.leave if any(u.companion >= 0 for u in plan.job.units) else self._hidden.put
         self._resident = ResidentLayers(
             plan.job,
             self._layers,
@@ -195,7 +199,7 @@ class Actions:
         self._next.clear()
         self._embedding.clear()
         self._graphs.clear()
-        del self._cache, self._hidden, self._prompts, self._resident, self._experts
+        del self._cache, self._hidden, self._prompts, self._resident, self._experts, self._leave
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
@@ -277,13 +281,6 @@ class Actions:
         parts = 1 if micro_batch.is_prefill else len(micro_batch.kv_parts)
         attended = joined([crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)])
         self._leave(step, self._layers.of(step).output(self._x.pop(step.buffer_index), attended))
-
-    def _leave(self, step: Step, made: Any) -> None:
-        """Hidden states after a layer, or what it leaves for its experts."""
-        if self._job.units[step.unit].companion < 0:
-            self._hidden.put(step, made)
-        else:
-            self._experts.leave(step, made)
 
     # From hidden states to tokens
 

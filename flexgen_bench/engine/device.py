@@ -16,6 +16,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.engine.throttle import Link
+from flexgen_bench.machine.host import threads_beside_a_gpu
 from flexgen_bench.memory import host
 
 
@@ -82,11 +83,12 @@ class Device:
     def lane_settings(self) -> dict[Lane, LaneSettings]:
         """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
         throttled = self._throttled()
+        computing = threads_beside_a_gpu(self.threads) if self.is_cuda else self.threads
         # The order of rows in pictures: what computes comes last, the accelerator after the host.
         lanes = sorted(self.hardware.lanes, key=lambda lane: lane.kind is LaneKind.GPU)
         return {
             lane: LaneSettings(
-                threads=self.threads if lane.computes else 1,
+                threads=computing if lane.computes else 1,
                 link=throttled.get(lane.link),
                 stream=_stream(lane) if self.is_cuda and lane.of_accelerator else None,
             )

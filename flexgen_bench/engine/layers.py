@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.engine.decode_programs import DecodePrograms
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels import ops
@@ -62,14 +63,10 @@ class Formulas:
         """Those of the ``number``-th layer: each (N, hidden) -> (N, hidden)."""
         lower = lower and all(isinstance(w, Tensor) for w in weights.values())
         layer = self.decoder.layers[number]
-        part, of_experts = layer.mlp, formulas.apart(weights)[1]
+        part = layer.mlp
         assert isinstance(part, Experts), "a dense layer has no experts"
-        mlp = part.expert
-
-        def expert(ops: Any, w: Any, x: Any) -> Any:
-            return formulas.mlp(ops, mlp, w, x)
-
-        return self._bound((lower, layer), expert, of_experts, ("x",))
+        bind = functools.partial(self._bound, (lower, layer))
+        return self._each(bind, part, formulas.apart(weights)[1])
 
     def _mixture(
         self,
@@ -84,9 +81,6 @@ class Formulas:
         def routed(ops: Any, w: Any, x: Any, attended: Any) -> Any:
             return formulas.routed(ops, layer, w, x, attended)
 
-        def expert(ops: Any, w: Any, x: Any) -> Any:
-            return formulas.mlp(ops, part.expert, w, x)
-
         def after(ops: Any, w: Any, *given: Any) -> Any:
             return formulas.after_mlp(ops, layer, w, *given)
 
@@ -95,7 +89,15 @@ class Formulas:
         if not of_experts:
             return route
         [join] = bind(after, [dense], ("x", "out", "shared") if part.shared else ("x", "out"))
-        return Mixture(route, bind(expert, of_experts, ("x",)), join)
+        return Mixture(route, self._each(bind, part, of_experts), join)
+
+    def _each(
+        self, bind: Callable[..., list[Any]], part: Experts, of_experts: Sequence[Mapping[str, Any]]
+    ) -> list[Callable[[Tensor], Tensor]]:
+        def expert(ops: Any, w: Any, x: Any) -> Any:
+            return formulas.mlp(ops, part.expert, w, x)
+
+        return bind(expert, of_experts, ("x",))
 
     def _bound(
         self, of: tuple[object, ...], formula: Formula, weights: Sequence[Mapping[str, Any]], inputs: tuple[str, ...]
@@ -127,12 +129,15 @@ class Mixture:
 
 
 class Layers:
-    """The layers of a job, made at their first use. A formula that cannot be traced is called as it is."""
+    """The layers of a job, made at their first use. A formula that cannot be traced is called as it is. most_rows: of a
+    micro-batch that decodes."""
 
-    def __init__(self, formulas: Formulas, weights: Weights, job: ScheduledJob, device: Device) -> None:
+    def __init__(self, formulas: Formulas, weights: Weights, job: ScheduledJob, device: Device, most_rows: int) -> None:
         self._formulas, self._weights, self._job, self._device = formulas, weights, job, device
         self._bound: dict[tuple[int, int, int], Layer] = {}
         self._experts: dict[tuple[int, int], list[Callable[[Tensor], Tensor]]] = {}
+        self._recorded: dict[tuple[int, int, int, int], Layer] = {}  # and for so many rows
+        self._programs = DecodePrograms(formulas.decoder, most_rows)
 
     def of(self, step: Step) -> Layer:
         """The layer of a step, with its weights where the step finds them."""
@@ -154,7 +159,21 @@ class Layers:
     def _lower(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator and self._device.launches_kernels
 
+    def decoding(self, step: Step, x: Tensor, tables: Any) -> Layer:
+        """The layer of a LAYER step of these hidden states (N, hidden). What it makes of them to project is gone with
+        the next step of its lane."""
+        key = (step.unit, step.weight_buffer, step.dequantized_buffer, x.shape[0])
+        try:
+            return self._recorded[key]
+        except KeyError:
+            layer = self.of(step)
+            if not self._job.units[step.unit].site.is_accelerator:
+                layer = Layer(*self._programs.layer(step.unit - 1, self._weights.of(step), x, tables, *layer))
+            self._recorded[key] = layer
+            return layer
+
     def clear(self) -> None:
         """Let go of the weights."""
         self._bound.clear()
         self._experts.clear()
+        self._recorded.clear()

@@ -156,10 +156,7 @@ class NextTokens:
             if shape is None:
                 both = self._settle(self.home.where(step), tokens, watched)
             else:
-                where = shape.where
-                assert where is not None
-                shape.run("sample", lambda: _kept(shape, self._settle(where, tokens, watched)))
-                both = shape.kept("both")
+                both, watched = self._settle_static(shape, tokens, watched)
             self._new[number] = Arriving(both, len(tokens), watched)
             return
         if number in self._found_host:
@@ -180,6 +177,19 @@ class NextTokens:
         assert self.home is not None
         self.home.put(where, tokens)
         return torch.cat([tokens.double(), *(one.sums.double() for one in watched)])
+
+    def _settle_static(
+        self, shape: StaticDecode, tokens: Tensor, watched: list[Watched]
+    ) -> tuple[Tensor, list[Watched]]:
+        """The same as a piece of a shape: of what was watched, the last are its own sums, which stay where they are.
+        Others are those of prompts' chunks that had no logits, and are there once."""
+        where, own, others = shape.where, watched[-shape.SUMS :], watched[: -shape.SUMS]
+        assert where is not None
+        shape.run("sample", lambda: _kept(shape, self._settle(where, tokens, own)))
+        both = shape.kept("both")
+        if others:
+            both = torch.cat([both, *(one.sums.double() for one in others)])
+        return both, [*own, *others]
 
     def move_tokens(self, step: Step) -> None:
         """MOVE_TOKENS: those that the accelerator has chosen to the host, those of the host to where they are read."""
@@ -205,4 +215,4 @@ class NextTokens:
 
 
 def _kept(shape: StaticDecode, both: Tensor) -> None:
-    shape.keep("both", both)
+    shape.keep("both", both)  # a function without a value

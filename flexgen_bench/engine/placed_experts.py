@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -48,9 +48,12 @@ class PlacedExperts:
         self._made: dict[int, Tensor] = {}
         self._returned: dict[int, Tensor] = {}
 
-    def leave(self, step: Step, state: Sequence[Tensor]) -> None:
-        """OUTPUT or LAYER has come as far as the experts."""
-        self._left[step.buffer_index] = Routed(*state)
+    def leave(self, step: Step, made: Any) -> None:
+        """What OUTPUT or LAYER makes: hidden states, or what its experts are to make them of."""
+        if self._job.units[step.unit].companion < 0:
+            self._hidden.put(step, made)
+        else:
+            self._left[step.buffer_index] = Routed(*made)
 
     def settled(self, step: Step) -> Step:
         """LOAD_EXPERTS, with the bytes of the experts that its micro-batch has been routed to. Waits for the routing

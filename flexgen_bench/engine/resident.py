@@ -20,6 +20,7 @@ from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.layers import Layers
 from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.resident_cache import Attend, ResidentCache, SinksOf
+from flexgen_bench.engine.resident_native import processor_attention
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
@@ -42,7 +43,7 @@ class DecodePass:
 
 class ResidentLayers:
     """Carries out LAYER steps. angles_of: what a step's layer needs to know of the positions of its rows (N,
-    hidden); leave: takes what a layer makes, where some leave their experts to others."""
+    hidden); leave: takes what a layer makes."""
 
     def __init__(
         self,
@@ -66,9 +67,9 @@ class ResidentLayers:
         scales = {attention.scale for attention in self._attentions if attention.mod.is_none}
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(a.mod.is_none for a in self._attentions) else None
-        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and number in the pass
+        self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and micro-batch
         self._last = {u.site: u.index for u in job.units if u.kind is UnitKind.LAYER}  # layer of a site
-        self._leave = leave if any(u.kind is UnitKind.EXPERTS for u in job.units) else hidden.put
+        self._leave = leave
 
     def begin_pass(self) -> None:
         """The micro-batches of the last pass are done with. Also at a job's end: what a pass calls refers back to this
@@ -82,7 +83,7 @@ class ResidentLayers:
         now = self._passes.get((step.lane, micro_batch.index))
         if now is None or now.micro_batch is not micro_batch:
             now = self._passes[step.lane, micro_batch.index] = self._begin(step, micro_batch, x)
-        layer = self._layers.of(step)
+        layer = self._layers.decoding(step, x, now.angles)
         q, k, v = layer.project(x, now.angles)
         self._leave(step, layer.output(x, now.attend(step, q, k, v)))
         if step.unit == now.last and now.cache is not None:
@@ -90,13 +91,15 @@ class ResidentLayers:
 
     def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
         site = self._job.units[step.unit].site
-        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device, x.dtype)
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, x.device)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:
             attend = cache.attention(self._form, x, self._scale, self._sinks_of)
         if attend is None and cache is not None and self._form.compression is None:
-            attend = self._attend_watched_later
+            if x.device.type == "cpu" and self._value_share == 1:
+                attend = processor_attention(cache, self._attentions, x, self._sinks_of)
+            attend = attend or self._attend_watched_later
         watched = cache if attend is not None else None
         attend = attend or self._attend_in_segments
         return DecodePass(micro_batch, self._angles_of(step, x), attend, self._last[site], watched)

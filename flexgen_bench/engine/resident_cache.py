@@ -6,6 +6,7 @@ S sequences of a run, H query heads, G KV heads, D head dim, L layers, T cached 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flexgen_bench.engine.cache import KVCache, slots_of
 from flexgen_bench.kernels.decode import contiguous
 from flexgen_bench.kernels.packed_cache import PackedKernels, packed_kernels
 from flexgen_bench.kernels.score_mod import softmax
+from flexgen_bench.kernels.segments import Padding
 from flexgen_bench.memory.kv_cache import KVForm, Stored
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.steps import Step
@@ -29,12 +31,22 @@ from flexgen_bench.schedule.steps import Step
 @dataclass(frozen=True)
 class Run:
     """Sequences that are neighbours in the micro-batch and in a region. rows: theirs in the micro-batch; stored: the
-    cache of all layers, (L, 2, S, G, T, ...) each; mask (S, 1, 1, T): minus infinity where there is no token, zero
-    elsewhere; None if there is one everywhere."""
+    cache of all layers, (L, 2, S, G, T, ...) each; prompt: how many of these T are of the prompt; padding: which of
+    those hold a token; None if all do."""
 
     rows: slice
     stored: Stored
-    mask: Tensor | None
+    prompt: int
+    padding: Padding | None
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(S, 1, 1, T): minus infinity where there is no token, zero elsewhere; None if there is one everywhere."""
+        if self.padding is None:
+            return None
+        sequences, tokens = self.padding.mask.shape[0], self.stored[0].shape[4]
+        mask = torch.zeros(sequences, 1, 1, tokens, dtype=dtype, device=self.padding.mask.device)
+        mask[..., : self.prompt].masked_fill_(~self.padding.mask[:, None, None, :], float("-inf"))
+        return mask
 
 
 class ResidentCache:
@@ -44,9 +56,7 @@ class ResidentCache:
         self.runs, self.units = runs, units
 
     @staticmethod
-    def of(
-        cache: KVCache, micro_batch: MicroBatch, tier: Tier, device: torch.device, dtype: torch.dtype
-    ) -> ResidentCache | None:
+    def of(cache: KVCache, micro_batch: MicroBatch, tier: Tier, device: torch.device) -> ResidentCache | None:
         """None if the cache does not lie in one piece per layer."""
         runs: list[Run] = []
         units: list[int] = []
@@ -60,13 +70,9 @@ class ResidentCache:
             padding = cache.padding(part, device)
             row = part.row
             for start, stop in contiguous(slots_of(part)):
-                mask = None
-                if padding is not None:
-                    mask = torch.zeros(stop - start, 1, 1, tokens, dtype=dtype, device=device)
-                    empty = ~padding.mask[start:stop, None, None, :]
-                    mask[..., :prompt].masked_fill_(empty, float("-inf"))
                 own = tuple(t[:, :, start:stop, :, :tokens] for t in stored)
-                runs.append(Run(slice(row, row + stop - start), own, mask))
+                rows = slice(row, row + stop - start)
+                runs.append(Run(rows, own, prompt, padding and padding.part(start, stop)))
                 row += stop - start
         return ResidentCache(runs, units)
 
@@ -76,7 +82,7 @@ class ResidentCache:
         if form.compression is None:
             return Attention(self, scale, sinks)
         kernels = packed_kernels(x.device, form.compression, x.dtype)
-        return None if kernels is None else PackedAttention(self, kernels, form.compression, scale, sinks)
+        return None if kernels is None else PackedAttention(self, kernels, form.compression, x.dtype, scale, sinks)
 
     def new_sums(self) -> Tensor:
         """(L, 2) float32: sums over the new token's keys and values, finite only if all of them are. Of a compressed
@@ -93,7 +99,7 @@ SinksOf = Callable[[Step], Tensor | None]
 View = TypeVar("View")
 
 
-class _ByRuns(ABC, Generic[View]):
+class ByRuns(ABC, Generic[View]):
     """Attention of one run after the other. Nearly always there is one."""
 
     def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]], sinks: SinksOf) -> None:
@@ -137,7 +143,7 @@ def attended(
 _Plain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-class Attention(_ByRuns[_Plain]):
+class Attention(ByRuns[_Plain]):
     """Decode attention over plain numbers (``attended``); a new token sees all that is there."""
 
     def __init__(self, cache: ResidentCache, scale: float, sinks: SinksOf) -> None:
@@ -158,20 +164,27 @@ def _plain_views(run: Run) -> list[_Plain]:
     by_layer = zip(
         keys[:, :, :, -1].unbind(0), values[:, :, :, -1].unbind(0), keys.unbind(0), values.unbind(0), strict=True
     )
-    return [(*four, run.mask) for four in by_layer]
+    mask = run.mask(keys.dtype)
+    return [(*four, mask) for four in by_layer]
 
 
 # Places of the new codes and parameters (2, S, G, ...), codes and parameters (2, S, G, T, ...), the mask.
 _Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-class PackedAttention(_ByRuns[_Packed]):
+class PackedAttention(ByRuns[_Packed]):
     """Decode attention over a compressed cache with kernels that read it as it is."""
 
     def __init__(
-        self, cache: ResidentCache, kernels: PackedKernels, compression: Compression, scale: float, sinks: SinksOf
+        self,
+        cache: ResidentCache,
+        kernels: PackedKernels,
+        compression: Compression,
+        dtype: torch.dtype,
+        scale: float,
+        sinks: SinksOf,
     ) -> None:
-        super().__init__(cache, _packed_views, sinks)
+        super().__init__(cache, functools.partial(_packed_views, dtype=dtype), sinks)
         self._append, self._over = kernels
         self._compression, self._scale = compression, scale
 
@@ -181,7 +194,7 @@ class PackedAttention(_ByRuns[_Packed]):
         return self._over(q, codes, params, mask, sinks, self._scale, self._compression)
 
 
-def _packed_views(run: Run) -> list[_Packed]:
+def _packed_views(run: Run, dtype: torch.dtype) -> list[_Packed]:
     codes, params = run.stored
     by_layer = zip(
         codes[:, :, :, :, -1].unbind(0),
@@ -190,4 +203,5 @@ def _packed_views(run: Run) -> list[_Packed]:
         params.unbind(0),
         strict=True,
     )
-    return [(*four, run.mask) for four in by_layer]
+    mask = run.mask(dtype)
+    return [(*four, mask) for four in by_layer]

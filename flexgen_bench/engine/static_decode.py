@@ -50,9 +50,13 @@ class StaticDecode:
     """A shape of micro-batch: which sequences lie where. The first pass that it is used for is issued as it is and
     makes the tensors that stay; later ones are recorded, piece by piece, and launched.
 
+    SUMS: how many tensors of sums are watched in a pass: of all layers, and of the head.
+
     state: position of every sequence's token, then the place of the new token in each run, both less one: a pass begins
     with counting on.
     """
+
+    SUMS = 2
 
     def __init__(
         self, micro_batch: MicroBatch, cache: KVCache, graphs: Graphs, device: torch.device, dtype: torch.dtype
@@ -170,8 +174,8 @@ class StaticDecode:
         """Hidden states (N, hidden) after a layer; its new keys and values are in the cache then."""
         q, k, v = layer.project(x, self.angles)
         outs = [self._attend(number, unit, q, k, v, scale, sinks) for number in range(len(self._runs))]
-        hidden: Tensor = layer.output(x, outs[0] if len(outs) == 1 else torch.cat(outs))
-        return hidden
+        made: Tensor = layer.output(x, outs[0] if len(outs) == 1 else torch.cat(outs))
+        return made
 
     def new_sums(self) -> Tensor:
         """(L, 2) float32: of each layer's new keys and values, finite only if all of them are."""

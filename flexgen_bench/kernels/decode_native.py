@@ -46,6 +46,10 @@ class _Job(ctypes.Structure):
     _fields_ = (
         ("q", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("keys", ctypes.POINTER(_Rows)),
+        ("values", ctypes.POINTER(_Rows)),
+        ("new_k", ctypes.c_void_p),
+        ("new_v", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("keep", ctypes.c_void_p),
@@ -56,12 +60,37 @@ class _Job(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("segments", ctypes.c_int64),
         ("splits", ctypes.c_int64),
+        ("q_row", ctypes.c_int64),
+        ("k_row", ctypes.c_int64),
+        ("v_row", ctypes.c_int64),
+        ("type", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("slopes", ctypes.c_void_p),
         ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
     )
+
+
+class NativeAttention:
+    """Attention of some rows over one cache, made ready by ``prepared``, to be called with queries."""
+
+    def __init__(self, native: ctypes.CDLL, job: _Job, kept_alive: Sequence[object]) -> None:
+        self._attend, self._job, self._kept_alive = _declared(native).attend, job, kept_alive
+
+    def __call__(self, q: Tensor, new: tuple[Tensor, Tensor] | None = None, sinks: Tensor | None = None) -> Tensor:
+        """q (S', H, D) -> (S', H * D). new: keys and values (S', G, D) to write to the cache first, as its last token;
+        plain, of its type. sinks (H,) float32."""
+        job, q = self._job, _with_whole_rows(q)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
+        job.q, job.q_row, job.out = q.data_ptr(), q.stride(0), out.data_ptr()
+        if new is not None:
+            k, v = map(_with_whole_rows, new)
+            job.new_k, job.new_v, job.k_row, job.v_row = k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0)
+        job.sinks = None if sinks is None else sinks.data_ptr()
+        self._attend(ctypes.byref(job))
+        return out
 
 
 def attend_natively(
@@ -78,57 +107,74 @@ def attend_natively(
 
     Products are summed in float32 whatever the types of q and cache, and nothing is rounded before the result is.
     """
-    if q.device.type != "cpu" or q.dtype not in _KINDS or not all(map(_is_readable, segments)):
+    if q.device.type != "cpu":
+        return None
+    lengths = None if padding is None else padding.lengths
+    attend = prepared(q.shape, q.dtype, segments, lengths, scale, value_share, slots, mod)
+    return None if attend is None else attend(q, sinks=sinks)
+
+
+def prepared(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    segments: Sequence[Segment],
+    lengths: Tensor | None,
+    scale: float,
+    value_share: float = 1.0,
+    slots: Sequence[int] | None = None,
+    mod: ScoreMod = NO_MOD,
+) -> NativeAttention | None:
+    """Attention of queries of this shape, (S', H, D), and type. lengths (S,) int32: tokens of the first segment; None:
+    all of it. For the rest see ``attend_natively``."""
+    if dtype not in _KINDS or not all(map(_is_readable, segments)):
         return None
     native = library("attention")
     if native is None:
         return None
-    rows, heads, dim = q.shape
-    queries = q.to(torch.float32).contiguous()
-    out = torch.empty(rows, heads * dim)
-    if rows == 0:
-        return out.to(q.dtype)
+    rows, heads, dim = shape
     slot_numbers = torch.tensor(range(rows) if slots is None else slots, dtype=torch.int32)
-    lengths = None if padding is None else padding.lengths.to(torch.int32).contiguous()
+    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
     keep = _kept_rows(segments, lengths, slot_numbers, value_share, mod)
     kv_heads = segments[0].heads
     tokens = mod.seen(sum(segment.tokens for segment in segments))
     threads, splits = _division(rows * kv_heads, tokens, dim)
-    slopes = slopes_of(mod.slopes, q.device).data_ptr() if mod.slopes else None
+    slopes = slopes_of(mod.slopes, torch.device("cpu")) if mod.slopes else None
     if keep is not None:
         splits = 1  # which rows are used depends on the weights of all tokens
     partial = torch.empty(rows * heads * splits * (dim + 2) if splits > 1 else 0)
-    job = _Job(
-        queries.data_ptr(),
-        out.data_ptr(),
-        slot_numbers.data_ptr(),
-        None if lengths is None else lengths.data_ptr(),
-        None if keep is None else keep.data_ptr(),
-        partial.data_ptr() or None,
-        rows,
-        heads,
-        kv_heads,
-        dim,
-        len(segments),
-        splits,
-        mod.window or 0,
-        slopes,
-        None if sinks is None else sinks.data_ptr(),
-        scale,
-        mod.soft_cap or 0.0,
-    )
     keys, values = ((_Rows * len(segments))(*(_rows(s, i) for s in segments)) for i in (0, 1))
+    job = _Job(
+        keys=keys,
+        values=values,
+        slots=slot_numbers.data_ptr(),
+        lengths=None if lengths is None else lengths.data_ptr(),
+        keep=None if keep is None else keep.data_ptr(),
+        partial=partial.data_ptr() or None,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        segments=len(segments),
+        splits=splits,
+        type=_KINDS[dtype],
+        threads=threads,
+        window=mod.window or 0,
+        slopes=None if slopes is None else slopes.data_ptr(),
+        scale=scale,
+        soft_cap=mod.soft_cap or 0.0,
+    )
+    return NativeAttention(native, job, (keys, values, slot_numbers, lengths, keep, partial, slopes, segments))
 
-    _declared(native).attend(ctypes.byref(job), keys, values, threads)
-    return out.to(q.dtype)
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """(S, H, D) with the heads of a row one after the other."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 @functools.cache
 def _declared(native: ctypes.CDLL) -> ctypes.CDLL:
     """Argument types, once per library."""
-    pointer = ctypes.c_void_p
-    native.attend.argtypes = [pointer, pointer, pointer, ctypes.c_int64]
-    native.attend.restype = None
+    native.attend.argtypes, native.attend.restype = [ctypes.c_void_p], None
     return native
 
 

@@ -56,7 +56,13 @@ class _Product(ctypes.Structure):
 
 
 def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
-    """Whether ``narrow_linear`` can take these and is expected to beat torch on this processor."""
+    """Whether ``narrow_linear`` can take these and is expected to beat a call of torch on this processor."""
+    is_small = isinstance(weight, Tensor) and weight.numel() < SMALLEST_WEIGHT
+    return not is_small and is_fast_here(x, weight)
+
+
+def is_fast_here(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """The same without what calling it from Python takes."""
     if x.device.type != "cpu" or x.dim() != 2 or x.shape[0] == 0 or x.dtype not in matrices.TYPES:
         return False
     native = _native()
@@ -67,7 +73,7 @@ def is_faster(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
             return True
         return x.shape[0] <= MATRIX_UNIT_ROWS or _beats_torch(native, x.dtype, True)
     fewest, most = FLOAT32_ROWS if x.dtype is torch.float32 else NARROW_ROWS
-    if not fewest <= x.shape[0] <= most or weight.numel() < SMALLEST_WEIGHT:
+    if not isinstance(weight, Tensor) or not fewest <= x.shape[0] <= most:
         return False
     usable = weight.dim() == 2 and weight.stride(1) == 1 and weight.dtype == x.dtype
     return usable and _beats_torch(native, x.dtype, False)
@@ -80,11 +86,19 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
     """
     native = _native()
     assert native is not None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    job = product(x, weight, bias, y)
+    native.linear(ctypes.byref(job))
+    return y
+
+
+def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, y: Tensor) -> _Product:
+    """The native kernel's job: x (N, in) with contiguous rows, y (N, out) without gaps. Does not keep them alive."""
     outputs, inputs = weight.shape
     assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
     assert x.shape[1] == inputs, (x.shape, weight.shape)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    bias = None if bias is None else bias.contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (outputs,)), bias
     activations = None
     if isinstance(weight, QuantizedWeight):
@@ -92,9 +106,8 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
         matrix = weight.matrix
     else:
         matrix = matrices.plain(weight)
-    y = torch.empty((x.shape[0], outputs), dtype=x.dtype)
     worthwhile = outputs * inputs * (1 + x.shape[0] // 8) // THREAD_VALUES
-    job = _Product(
+    return _Product(
         matrix,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -106,8 +119,6 @@ def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
         max(1, min(torch.get_num_threads(), worthwhile)),
         activations or 0,
     )
-    native.linear(ctypes.byref(job))
-    return y
 
 
 def tiled_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

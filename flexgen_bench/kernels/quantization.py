@@ -39,7 +39,6 @@ from flexgen_bench.core.microscaling import Codes, Microscaling
 from flexgen_bench.kernels import microscaling
 from flexgen_bench.kernels.native import matrices
 from flexgen_bench.kernels.native.build import library
-from flexgen_bench.kernels.native.threads import share
 from flexgen_bench.kernels.scale_search import least_squares
 
 # Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound
@@ -183,12 +182,9 @@ def _is_for_native(x: Tensor, compression: Compression) -> bool:
 
 
 def _in_threads(work: Callable[..., None], rows: int, n: int, *arguments: object) -> None:
-    """``work(*arguments, start, stop)`` over rows of n values."""
-    share(
-        rows,
-        lambda start, stop: work(*arguments, ctypes.c_int64(start), ctypes.c_int64(stop)),
-        at_least=-(-THREAD_VALUES // n),
-    )
+    """``work(*arguments, rows, threads)`` for rows of n values: few of them are no work for a second thread."""
+    threads = max(1, min(torch.get_num_threads(), rows * n // THREAD_VALUES))
+    work(*arguments, ctypes.c_int64(rows), ctypes.c_int64(threads))
 
 
 @functools.cache

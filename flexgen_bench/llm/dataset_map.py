@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.outputs import GenerationRequest, Output
@@ -39,6 +41,8 @@ def map_column(llm: Answers, dataset: Any, column: str, params: SamplingParams |
 
 
 def _prompt(llm: Answers, row: Any, field: str) -> str | list[int]:
+    if isinstance(row, np.ndarray):  # what pandas makes of a list in a parquet file, also of one of messages
+        row = row.tolist()
     is_conversation = isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], Mapping)
     return encode_chat(llm.tokenizer, row, field) if is_conversation else llm.tokenizer.encode(row, field)
 

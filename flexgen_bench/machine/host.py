@@ -94,3 +94,14 @@ def _all() -> int:
 def physical_cores() -> int:
     """Physical cores this process may use: the default thread count."""
     return max(1, min(psutil.cpu_count(logical=False) or _all(), logical_cores()))
+
+
+# Of cores, what the lanes that issue to a GPU get for themselves, on machines with more than a few.
+_ISSUING, _FEW = 2, 4
+
+
+def threads_beside_a_gpu(threads: int) -> int:
+    """Of ``threads`` that may compute, those that the cpu lane takes while other lanes issue work to a GPU: they need
+    cores, or the GPU waits for them. Cores that are idle anyway count."""
+    cores = physical_cores() if threads <= physical_cores() else logical_cores()
+    return threads - max(0, _ISSUING - (cores - threads)) if cores > _FEW else threads

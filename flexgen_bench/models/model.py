@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType, ModelShape
@@ -33,17 +34,18 @@ class Model:
     def packed_for(self, policy: Policy) -> PackedModel:
         """As a policy places it: with experts as units of their own, if they have a placement of their own. UserError
         if that cannot be."""
-        return self.packed if policy.experts is None else self._with_experts_apart
+        if policy.experts is None:
+            return self.packed
+        mixtures = [layer for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
+        normalised = any(layer.mlp_out_norm is not None or layer.place is NormPlace.AFTER for layer in mixtures)
+        if normalised or not mixtures:
+            why = "layers that normalise what their experts make" if normalised else "no experts"
+            allowed = f"left out (null): {self.shape.name} has {why}"
+            raise UserError("policy.experts", to_json(policy.experts), allowed, "Place its layers with policy.weights.")
+        return self._with_experts_apart
 
     @cached_property
     def _with_experts_apart(self) -> PackedModel:
-        mixtures = [layer for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
-        if not mixtures:
-            allowed = f"left out (null): {self.shape.name} has no experts"
-            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
-        if any(layer.mlp_out_norm is not None or layer.place is NormPlace.AFTER for layer in mixtures):
-            allowed = f"left out (null): layers of {self.shape.name} normalise what their experts make"
-            raise UserError("policy.experts", "a placement", allowed, "Place its layers with policy.weights.")
         return with_experts_apart(self.packed, self.dtype)
 
     @property

@@ -1,17 +1,23 @@
-"""Seconds of one step: what it computes or moves, over what the machine sustains.
+"""Seconds of one step: what it computes or moves, over what the machine sustains; and what the host takes to issue it.
 
 The only place where steps meet rates. The simulator and the closed form both ask here.
+
+A lane on the host does a step's work itself, after what every step takes (``SiteRates.step``). Work for a CUDA device
+is issued: the host goes on to the next step while the device is still at an earlier one, so a lane is bound by
+whichever of the two is slower.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.issued_operators import IssuedOperators
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.schedule.attention import attend_flops
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
@@ -42,6 +48,14 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     return rates
 
 
+class StepTimes(NamedTuple):
+    """Of one step. lane_s: its lane's own (of the device, if it has streams); issue_s: of the host, ahead of it; 0
+    where the lane is a thread of the host."""
+
+    lane_s: float
+    issue_s: float
+
+
 class StepCost:
     """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up."""
 
@@ -51,47 +65,64 @@ class StepCost:
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
-        self._known: dict[tuple[object, ...], float] = {}
+        self._operators = IssuedOperators(plan) if hardware.accelerator is Accelerator.CUDA else None
+        self._known: dict[tuple[object, ...], StepTimes] = {}
 
     def seconds(self, step: Step) -> float:
-        """How long the step keeps its lane busy if nothing else uses what it needs."""
+        """How long the step keeps its lane busy if nothing else uses what it needs, and nothing was issued ahead."""
+        return max(self.times(step))
+
+    def times(self, step: Step) -> StepTimes:
+        """The same, told apart."""
         micro_batch = step.micro_batch
         key = (
             step.kind,
             step.lane,
             step.bytes,
             step.flops,
-            (step.unit, step.dequantized_buffer)
-            if step.on_weights
-            else (micro_batch.rows, len(micro_batch.logit_rows)),
+            (step.unit, step.dequantized_buffer) if step.on_weights else _work_of(micro_batch),
+            step.unit == 1 and micro_batch.sequences,
             _attended(step),
         )
-        seconds = self._known.get(key)
-        if seconds is None:
-            seconds = self._known[key] = self._price(step)
-        return seconds
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._price(step)
+        return known
 
-    def _price(self, step: Step) -> float:
-        if step.lane.is_link:
-            return step.bytes / self._link_rates[step.lane.kind] + self._sites[Tier.CPU].step
-        tier = Tier.GPU if step.lane.of_accelerator else Tier.CPU
-        site = self._sites[tier]
+    def _price(self, step: Step) -> StepTimes:
+        lane = step.lane
+        host_step_s = self._sites[Tier.CPU].step
+        if lane.is_link:
+            work_s = step.bytes / self._link_rates[lane.kind]
+        else:
+            tier = Tier.GPU if lane.of_accelerator else Tier.CPU
+            site = self._sites[tier]
+            host_step_s = site.step
+            work_s = self._computed(step, site, tier)
+        if self._operators is None or not lane.of_accelerator:
+            return StepTimes(work_s + self._stands_for(step) * host_step_s, 0.0)
+        operator_s = self._sites[Tier.GPU].operator
+        return StepTimes(work_s, host_step_s + operator_s * self._operators.of(step))
+
+    def _stands_for(self, step: Step) -> int:
+        """A LAYER of a processor costs as many steps as it was when steps were measured: both products, and an
+        attention to each part of the cache."""
+        return 2 + len(step.micro_batch.kv_parts) if step.kind is StepKind.LAYER else 1
+
+    def _computed(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind is StepKind.LAYER:
             return self._layer(step, site, tier)
         if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
-            return self._apart(step, site, tier) + site.step
-        return self._work(step, site, tier) + site.step
+            return self._apart(step, site, tier)
+        return self._work(step, site, tier)
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
-        """Both products and the attention to every part of the cache, each with the overhead of a step of its own:
-        rates were stated and measured when they were that, so they say nothing yet of what one step for all of them
-        costs."""
+        """Both products and the attention to every part of the cache."""
         unit, micro_batch = self._job.units[step.unit], step.micro_batch
         before = self._product(step, site, tier, unit.flops_before * micro_batch.rows)
         products = before + self._output(step, site, tier)
         parts = micro_batch.kv_parts
-        attention = sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
-        return products + attention + (2 + len(parts)) * site.step
+        return products + sum(self._decode_attention(part, attend_flops(self._job, unit, part), site) for part in parts)
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
@@ -122,7 +153,9 @@ class StepCost:
         count = _CALIBRATED_MATRICES if unit.kind is UnitKind.LAYER else 1
         of_experts = self._job.units[step.unit].experts * self._job.units[step.unit].expert_values
         width = math.sqrt((unit.num_values - of_experts) / count)
-        number = number_format(self._dtype, compression)
+        # The head, and other matrices with a row for each token, are multiplied with what is there.
+        activations = self._lossy.activations if unit.kind is UnitKind.LAYER else None
+        number = number_format(self._dtype, compression, activations)
         arithmetic = flops / site.matrix_rate(number, rows, width)
         values = flops / (2 * rows)
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
@@ -149,7 +182,9 @@ class StepCost:
         reading = values * self._value_bytes(codes) / site.memory
         # An accelerator unpacks what is compressed a tile at a time, before it multiplies.
         unpacking = values * self._dtype.bytes / site.unpack if codes and tier is Tier.GPU else 0.0
-        return max(arithmetic, reading) + unpacking + touched * site.step
+        # On a device with streams the host has that to issue (issued_operators.py).
+        calls = 0.0 if tier is Tier.GPU and self._operators is not None else touched * site.step
+        return max(arithmetic, reading) + unpacking + calls
 
     def _apart(self, step: Step, site: SiteRates, tier: Tier) -> float:
         """A step of experts that are placed apart."""
@@ -180,6 +215,10 @@ class StepCost:
         return site.decode_attention_s(part.rows, read, number, heads)
 
 
+def _work_of(micro_batch: MicroBatch) -> tuple[object, ...]:
+    return micro_batch.token == 0, micro_batch.rows, len(micro_batch.logit_rows), len(micro_batch.kv_parts)
+
+
 def _longest(micro_batch: MicroBatch) -> int:
     return max(max(m.group.prompt_lens) for m in micro_batch.members)
 
@@ -194,4 +233,5 @@ def _attended(step: Step) -> tuple[object, ...] | None:
         return True, _longest(micro_batch)
     if step.kind is StepKind.LAYER:
         return micro_batch.attended
-    return False, micro_batch.kv_parts[step.part].rows
+    part = micro_batch.kv_parts[step.part]
+    return False, part.rows, part.tier

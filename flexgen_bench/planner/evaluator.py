@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.policy import Policy
@@ -118,20 +119,28 @@ class Evaluator:
         return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
 
     def _like_all(self, plan: MemoryPlan) -> int:
-        """How many layers lie on the tiers as all of them do, nearly."""
+        """How many layers lie on the tiers as all of them do, nearly. All, if a tier that has some would have none of
+        fewer: one layer of many on disk would cost nothing."""
         policy, least = plan.policy, 1 / plan.model.shape.num_layers
         all_of_them = _shares(plan.model.packed_for(policy), policy)
+        below = [key for key in all_of_them if key[1] in _BELOW]
+
+        def shares_of(few: int) -> Mapping[tuple[UnitKind, Tier], float]:
+            return defaultdict(float, _shares(plan.model.shallow(few).packed_for(policy), policy))
 
         def error(few: int) -> float:
-            shares = _shares(plan.model.shallow(few).packed_for(policy), policy)
-            below = [(shares.get(key, 0.0), share) for key, share in all_of_them.items() if key[1] in _BELOW]
-            return max(abs(few_of - share) / (share or least) for few_of, share in below)
+            shares = shares_of(few)
+            errors = [abs(shares[key] - all_of_them[key]) / (all_of_them[key] or least) for key in below]
+            return max(errors)
 
         best = THIN_LAYERS
         for few in range(THIN_LAYERS, 2 * THIN_LAYERS + 1):
             if error(few) <= SHARE_ERROR:
                 return few
             best = min(best, few, key=error)
+        shares = shares_of(best)
+        if any(all_of_them[key] and not shares[key] for key in below):
+            return plan.model.shape.num_layers
         return best
 
 

@@ -103,14 +103,14 @@ def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = Fals
     cost = StepCost(plan)
     overlap = plan.policy.overlap
     stay = overlap and plan.job.tokens_stay
-    simulator = Simulator(cost.seconds, overlap, contention(plan.hardware), keep, tokens_stay=stay)
+    simulator = Simulator(cost.times, overlap, contention(plan.hardware), keep, tokens_stay=stay)
     return _forecast(plan, cost, simulator, points, warm=True)
 
 
 def closed_form(plan: MemoryPlan, *, points: int | None = POINTS) -> Forecast:
     """The same from sums over the steps of each pass (``lane_sums.py``): a bound that nothing but waiting adds to."""
     cost = StepCost(plan)
-    sums = LaneSums(cost.seconds, plan.policy.overlap, plan.job)
+    sums = LaneSums(cost.times, plan.policy.overlap, plan.job)
     return _forecast(plan, cost, sums, points)
 
 

@@ -9,6 +9,7 @@ from itertools import permutations
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.planner.resident_policies import SMALLEST_CHUNK
 from flexgen_bench.planner.search_space import SearchSpace
 
 _STEPS = (0.25, 0.05)  # shares that are moved between tiers at once, besides a single layer or sequence
@@ -84,12 +85,21 @@ def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
         if policy.experts == policy.weights:
             yield replace(policy, experts=None, expert_loads=ExpertLoads.ALL)
     tokens = policy.gpu_batch_size * job.prompt_len
-    for chunk in _CHUNKS:
+    for chunk in _chunks(policy.prefill_chunk):
         if chunk != policy.prefill_chunk and (chunk is None or chunk < tokens):
             yield replace(policy, prefill_chunk=chunk)
     for lossy in space.lossies:
         if lossy != policy.lossy:
             yield replace(policy, lossy=lossy)
+
+
+def _chunks(chunk: int | None) -> Iterator[int | None]:
+    """Other chunks; of small ones half and twice as much, too, as they are where memory is tight."""
+    yield from _CHUNKS
+    if chunk is not None and chunk < 2 * min(filter(None, _CHUNKS)):
+        yield 2 * chunk
+        if chunk >= 2 * SMALLEST_CHUNK:
+            yield chunk // 2
 
 
 def _shifted(space: SearchSpace, placement: Placement, items: int) -> Iterator[Placement]:

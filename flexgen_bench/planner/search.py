@@ -6,7 +6,7 @@ simulated.
    it.
 2. The candidates of the highest bounds of every way of working are made real policies (whole layers, whole sequences,
    the memory plan's exact bytes) and run on simulated lanes (``evaluator.py``), until none is left whose bound is above
-   what has been reached.
+   what has been reached. Beside them, what lies on the accelerator altogether (``resident_policies.py``).
 3. From the best of them, one choice at a time is changed as long as that helps (``neighbours.py``); from the policy of
    the heuristic that needs no rates (``default_policy.py``), too, if that is better still.
 """
@@ -25,6 +25,7 @@ from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.evaluator import Evaluator
 from flexgen_bench.planner.neighbours import fine_neighbours, neighbours
 from flexgen_bench.planner.progress import report
+from flexgen_bench.planner.resident_policies import resident_policies
 from flexgen_bench.planner.search_space import SearchSpace
 
 OF_A_KIND = 4  # candidates of each way of working that are looked at closer, at most
@@ -58,7 +59,7 @@ class Search:
         """Raises DoesNotFit, of the most modest policy there is, if nothing fits; UserError if nothing keeps to the
         latency."""
         started = self._started()
-        starts = _one_of_each(started)
+        starts = [*_one_of_each(started), *resident_policies(self.space)]
         best = max(starts, key=self.tok_per_s, default=None)
         if best is None or not self.tok_per_s(best):
             best, starts = self._modest(), []

@@ -1,8 +1,14 @@
 """Simulates the steps of a job on lanes: time is computed instead of spent.
 
 The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
+The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
 step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before, or when
 they are on the accelerator if they stay there.
+
+A lane of a device with streams has a thread of the host that issues its steps, as far ahead as there are any: a step
+ends when its work is done, and not before it has been issued. The thread issues one after the other, and a step when
+those of other streams that it waits for have been issued and those of the host are over. (That such threads hold each
+other up in the interpreter is not simulated.)
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flexgen_bench.core.tiers import Lane, LaneKind
+from flexgen_bench.planner.cost import StepTimes
 from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
 from flexgen_bench.schedule.steps import Step
 
@@ -36,6 +43,9 @@ class _Running:
     begin_s: float
 
 
+_Queue = deque[tuple[Step, Dependencies, float]]  # with the time at which the step was handed over
+
+
 class Simulator:
     """Lanes and their clocks. ``run_pass`` takes a pass's steps and returns when the host has its tokens.
 
@@ -45,17 +55,20 @@ class Simulator:
 
     def __init__(
         self,
-        seconds: Callable[[Step], float],
+        times: Callable[[Step], StepTimes],
         overlap: bool = True,
         contention: Contention | None = None,
         keep: bool = False,
         tokens_stay: bool = False,
     ) -> None:
         self._tokens_stay = tokens_stay
-        self._seconds, self._overlap, self._contention = seconds, overlap, contention
+        self._times, self._overlap, self._contention = times, overlap, contention
         self._tracker = DependencyTracker()
-        self._waiting: dict[Lane, deque[tuple[Step, Dependencies]]] = {}
-        self._lanes: list[tuple[Lane, deque[tuple[Step, Dependencies]]]] = []  # the same, in the order of lanes
+        self._waiting: dict[Lane, _Queue] = {}
+        self._lanes: list[tuple[Lane, _Queue]] = []  # the same, in the order of lanes
+        # Of every step of a lane, when one of a stream that waits for it may be issued: at its end, or, on a stream
+        # itself, once it has been issued.
+        self._passed_s: defaultdict[Lane, list[float]] = defaultdict(list)
         self._running: dict[Lane, _Running] = {}
         # What contention has said, asked once, by the lanes that have work; None: all go undisturbed.
         self._speeds: dict[tuple[Lane, ...], Mapping[Lane, float] | None] = {}
@@ -79,7 +92,7 @@ class Simulator:
             queue = waiting.get(lane)
             if queue is None:
                 queue = self._add_lane(lane)
-            queue.append((step, waits))
+            queue.append((step, waits, self.now_s))
             last[lane] = number
             self.steps += 1
             if not overlap:
@@ -94,7 +107,7 @@ class Simulator:
         for lane, number in self._last.items():
             self._run_until(lane, number)
 
-    def _add_lane(self, lane: Lane) -> deque[tuple[Step, Dependencies]]:
+    def _add_lane(self, lane: Lane) -> _Queue:
         self._waiting[lane] = deque()
         self._lanes = sorted(self._waiting.items(), key=lambda one: one[0])
         return self._waiting[lane]
@@ -110,13 +123,27 @@ class Simulator:
         done, running = self._done, self._running
         for lane, waiting in self._lanes:
             if waiting and lane not in running:
-                step, waits = waiting[0]
+                step, waits, given_s = waiting[0]
                 for other, n in waits.items():
                     if done[other] < n:
                         break
                 else:
                     waiting.popleft()
-                    running[lane] = _Running(step, self._seconds(step), self.now_s)
+                    seconds, issue_s = self._times(step)
+                    if lane.of_accelerator:
+                        issued_s = self._issuable_s(lane, waits, given_s) + issue_s
+                        seconds = max(seconds, issued_s - self.now_s)
+                        self._passed_s[lane].append(issued_s)
+                    running[lane] = _Running(step, seconds, self.now_s)
+
+    def _issuable_s(self, lane: Lane, waits: Dependencies, given_s: float) -> float:
+        """When the lane's thread could begin to issue a step that waits for others."""
+        passed = self._passed_s
+        earlier = passed[lane]
+        begin_s = max(given_s, earlier[-1]) if earlier else given_s
+        for other, number in waits.items():
+            begin_s = max(begin_s, passed[other][number - 1])
+        return begin_s
 
     def _advance(self) -> None:
         """To the next end of a step."""
@@ -138,6 +165,8 @@ class Simulator:
                 self._done[lane] += 1
                 self.busy_s[lane] += self.now_s - one.begin_s
                 self.bytes[lane] += one.step.bytes
+                if not lane.of_accelerator:
+                    self._passed_s[lane].append(self.now_s)
                 if self._kept:
                     self.events.append(Event(one.step, one.begin_s, self.now_s))
                 ended = [lane] if ended is None else [*ended, lane]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def machine_reasons(hardware: HardwareProfile) -> list[str]:
 
 def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
     gpus = machine.local_gpus()
-    matching = [gpu for gpu in gpus if hardware.device_match.lower() in gpu.name.lower()]
+    words = re.compile(rf"(?<!\w){re.escape(hardware.device_match)}(?!\w)", re.IGNORECASE)  # an L40 is no L4
+    matching = [gpu for gpu in gpus if words.search(gpu.name)]
     if not gpus:
         named = f" whose name contains {hardware.device_match!r}" if hardware.device_match else ""
         return [f"there is no NVIDIA GPU{named} here"]

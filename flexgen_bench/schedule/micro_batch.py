@@ -139,6 +139,10 @@ class MicroBatch:
         """Rows of hidden states: one per token computed."""
         return sum(member.offsets[-1] for member in self.members)
 
+    @cached_property
+    def sequences(self) -> int:
+        return sum(member.group.size for member in self.members)
+
     def prompt_pairs(self, window: int | None = None) -> int:
         """Pairs of a prompt token computed here and one it attends to: token t attends to t + 1, or to as many as the
         window has."""

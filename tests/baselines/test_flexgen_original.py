@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from baselines.flexgen_original import driver, package
+from baselines.flexgen_original.predictor import FlexGenOriginalPredictor
 from baselines.flexgen_original.settings import DEFAULT, PUBLISHED, Settings, choose
 from baselines.flexgen_original.system import MODELS, FlexGenOriginal
-from flexgen_bench.config.build import model_spec
+from flexgen_bench.config.build import hardware_profile, model_spec
 from flexgen_bench.core.cell import CellSpec, ModelSpec, WeightSource
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.systems.contract import ModelFiles
+from tests.conftest import ROOT
 from tests.support.shapes import opt_shape
 
 CUDA = HardwareProfile("gpu16", Accelerator.CUDA, gpu_memory_bytes=16 * 10**9)
@@ -247,3 +251,22 @@ def test_nothing_of_the_original_is_imported_by_the_system() -> None:
         sys.exit(any(name in sys.modules for name in ("flexgen", "torch", "transformers")))
     """)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_it_is_compared_at_the_largest_batch_that_fits_too() -> None:
+    """Its published batch of 2 is what fits a T4; on a card that is held to the same memory by a cap, with its context
+    outside, more sequences do, and they share every reading of the weights."""
+    hardware = hardware_profile("h100-16gb")
+    constants = yaml.safe_load((ROOT / "conf/system/flexgen_original.yaml").read_text())["constants"]
+    job = Job(model_spec("opt-6.7b").shape, DType.FLOAT16, hardware, 512, 32)
+    found = {
+        size: FlexGenOriginalPredictor(constants, {"gpu_batch_size": size}).predict(job)
+        for size in (None, 4, "largest")
+    }
+    published, four, largest = found.values()
+    assert published.settings["gpu_batch_size"] == 2
+    assert largest.settings["gpu_batch_size"] >= 4
+    assert published.tok_per_s < four.tok_per_s <= largest.tok_per_s
+    assert any("the largest batches that fit" in note for note in published.notes)
+    assert largest.bytes["gpu"] <= hardware.gpu_memory_bytes
+    assert not any("times as fast" in note for note in largest.notes)

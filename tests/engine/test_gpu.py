@@ -18,12 +18,15 @@ import pytest
 import torch
 
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.instructions import GRAPHS_SWITCH
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import MIB
+from flexgen_bench.engine import static_decode
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.memory import host
+from flexgen_bench.planner.graph_memory import graph_bytes
 from tests.engine.test_engine_tokens import GPU_MIXES, NEW_TOKENS, Reference, on, reference_of, run
 from tests.engine.test_engine_tokens import reference as reference  # noqa: PLC0414  (a fixture)
 from tests.engine.test_shared_prompts import prompts_with
@@ -53,6 +56,21 @@ def test_tokens(
 ) -> None:
     policy = Policy(2, 3, everything, everything, everything, attention=attention, overlap=overlap)
     assert run(reference, policy, CUDA, tmp_path)[0] == reference.tokens
+
+
+@pytest.mark.parametrize("batches", [(7, 1), (3, 3)], ids=["one micro-batch", "several"])
+@pytest.mark.parametrize("weights", [on(Tier.GPU), Placement(gpu=0.5, cpu=0.5)], ids=["resident", "half moved"])
+def test_decode_passes_are_launched_as_graphs(
+    reference: Reference, weights: Placement, batches: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded while other lanes copy and allocate, in several lengths."""
+    decoder = reference.weights.family.decoder(reference.weights.shape)
+    if any(not layer.attention.mod.is_none for layer in decoder.layers):
+        pytest.skip("scores are changed: not recorded")
+    monkeypatch.setattr(static_decode, "REACH", 8)
+    tokens, result = run(reference, Policy(*batches, weights, on(Tier.GPU), on(Tier.GPU)), CUDA, tmp_path)
+    assert tokens == reference.tokens
+    assert "CUDA graphs, launched" in result.decode_path, result.decode_path
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -127,7 +145,8 @@ def test_no_more_memory_than_planned(attention: AttentionSite, kv: Placement, tm
     torch.cuda.reset_peak_memory_stats()
     _, result = run(sized, policy, CUDA, tmp_path)
     assert result.plan is not None
-    planned, used = result.plan.total(Tier.GPU), torch.cuda.max_memory_allocated() - before
+    planned = result.plan.total(Tier.GPU) + graph_bytes(result.plan)
+    used = torch.cuda.max_memory_allocated() - before
     assert used <= planned * 1.05 + WORKSPACES, f"{used / MIB:.0f} MiB of {planned / MIB:.0f} planned"
 
 
@@ -169,10 +188,12 @@ def runtime_events(reference: Reference, policy: Policy, folder: Path, tokens: i
 @pytest.mark.parametrize("attention", AttentionSite)
 @pytest.mark.parametrize("everything", GPU_MIXES[:4], ids=MIX_NAMES[:4])
 def test_a_pass_neither_copies_pageable_memory_nor_waits_for_the_device(
-    everything: Placement, attention: AttentionSite, tmp_path: Path
+    everything: Placement, attention: AttentionSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs of different lengths differ by passes alone: what grows with the length happens inside a pass. A copy from
-    or to pageable memory makes the issuing thread wait, a synchronisation every lane."""
+    or to pageable memory makes the issuing thread wait, a synchronisation every lane. (Recording a graph takes memory,
+    once.)"""
+    monkeypatch.setenv(GRAPHS_SWITCH, "0")
     model = random_model("opt")
     prompts = random_prompts([9, 5, 12, 7])
     weights = PackedWeights.from_checkpoint(save(model, tmp_path / "ckpt"), DType.FLOAT32, tmp_path / "cache")

@@ -84,10 +84,9 @@ def test_what_is_not_finite_in_decode_names_its_layer(
     """Nothing in the prompts is. Resident layers are judged together, at the end of a pass, and the first of them is
     named."""
     monkeypatch.setattr(Device, "launches_kernels", issues)
-    of = Layers.of
+    of, decoding = Layers.of, Layers.decoding
 
-    def poisoned(self: Layers, step: Step) -> Layer:
-        layer = of(self, step)
+    def poisoned(step: Step, layer: Layer) -> Layer:
         if step.unit != 2 or step.token != 3:
             return layer
 
@@ -98,7 +97,14 @@ def test_what_is_not_finite_in_decode_names_its_layer(
 
         return Layer(project, layer.output)
 
-    monkeypatch.setattr(Layers, "of", poisoned)
+    def poisoned_of(self: Layers, step: Step) -> Layer:
+        return poisoned(step, of(self, step))
+
+    def poisoned_decoding(self: Layers, step: Step, x: Tensor, tables: Any) -> Layer:
+        return poisoned(step, decoding(self, step, x, tables))
+
+    monkeypatch.setattr(Layers, "of", poisoned_of)
+    monkeypatch.setattr(Layers, "decoding", poisoned_decoding)
     near = on(hardware.compute_tier)
     with pytest.raises(NotFinite, match="layer 1 has produced values"):
         run(reference, Policy(3, 2, near, near, near), hardware, tmp_path)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.next_tokens import NextTokens
+from flexgen_bench.schedule.micro_batch import NO_MICRO_BATCH
 from flexgen_bench.schedule.steps import Step, StepKind
 
 
@@ -90,3 +95,60 @@ def test_a_micro_batch_does_not_take_what_the_next_one_of_its_stage_is_watched_f
     following.move_logits(HEALTH_STEP)
     with pytest.raises(NotFinite):
         following.sample(HEALTH_STEP)
+
+
+class Shape:
+    """Stands in for ``StaticDecode``: what is kept lies where it was first."""
+
+    SUMS = 2
+    where = slice(0, 2)
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+        self._work: Callable[[], None] | None = None
+
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        self._work = self._work or work  # as it was recorded
+        self._work()
+
+    def keep(self, name: str, value: torch.Tensor) -> None:
+        self._kept.setdefault(name, torch.empty_like(value)).copy_(value)
+
+    def kept(self, name: str) -> torch.Tensor:
+        return self._kept[name]
+
+
+class Home:
+    def put(self, where: slice, tokens: torch.Tensor) -> None: ...
+
+
+def test_chunks_without_logits_are_judged_with_a_recorded_pass(marked: list[torch.Tensor]) -> None:
+    """Sums of a chunk wait for the next head of its stage. They are no part of what was recorded for that one."""
+    health = Health()
+    sampled: list[list[int]] = []
+
+    class Told(Asked):
+        def choose(self, micro_batch: object, reduced: torch.Tensor) -> list[int]:
+            sampled.append(reduced.tolist())
+            return []
+
+        def take(self, micro_batch: object, chosen: object) -> None: ...
+
+    following = NextTokens(Device.open(HOST, 1), health, Told(), Home())  # type: ignore[arg-type]
+    micro_batch = replace(NO_MICRO_BATCH, samples_on_device=True)
+    step, shape = Step(Lane.GPU, StepKind.HEAD, 2, micro_batch), Shape()
+    sums = values(1).flatten()[:4], values(1).flatten()[:2]
+    for chunk in (None, 1.0, torch.nan):
+        if chunk is not None:
+            health.watch(step, values(chunk), values(1))
+        health.watch_cache(step, sums[0].view(2, 2), [1, 2])
+        health.watch_sums(step, sums[1])
+        following.chosen(step, torch.tensor([7, 8]))
+        following.sample(step, shape)  # type: ignore[arg-type]
+        following.move_tokens(step)
+        if chunk is not None and math.isnan(chunk):
+            with pytest.raises(NotFinite):
+                following.take([micro_batch])
+        else:
+            following.take([micro_batch])
+    assert sampled == [[7, 8], [7, 8]]

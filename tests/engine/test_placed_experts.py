@@ -17,6 +17,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.schedule.scheduled_job import UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -170,6 +171,21 @@ def test_compressed_experts_stay_packed_on_the_link(
     blocks = [unit.experts for unit in weights.packed.units if unit.experts is not None]
     most = sum(one.count * one.num_bytes for one in blocks) * NEW_TOKENS
     assert 0 < result.lanes[Lane.H2D_WEIGHTS].bytes <= most
+
+
+def test_scoring_is_the_same(sparse: Reference, tmp_path: Path) -> None:
+    """Without a cache, with rows of logits for every token."""
+    found = []
+    for policy in (
+        Policy(2, 1, CPU, GPU, GPU, prefill_chunk=4),
+        Policy(2, 1, GPU, GPU, GPU, experts=CPU, expert_loads=TOUCHED, prefill_chunk=4),
+    ):
+        engine = sparse.weights.engine(policy, Device.open(EMULATED, 1), tmp_path)
+        try:
+            found.append(engine.log_probabilities([[5, 9, 7, 3], [8, 2]]))
+        finally:
+            engine.close()
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
 
 
 def test_a_model_without_experts_has_none_to_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ be."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,17 @@ SHAPES: dict[str, Callable[[], ModelShape]] = {
     "opt, norms without weights": lambda: opt_shape(norm_affine=False),
     "llama": llama_shape,
     "llama, biases": lambda: llama_shape(attention_bias=True, mlp_bias=True),
+    "experts": lambda: mixture("mixtral"),
+    "experts, dense layers": lambda: mixture("qwen3_moe", dense_layers=[0]),
+    "experts beside an MLP": lambda: mixture("glm4_moe", shared_size=20),
+    "experts beside a gated MLP": lambda: mixture("qwen2_moe", shared_size=20),
 }
+
+
+def mixture(kind: str, **options: Any) -> ModelShape:
+    """Llama's shape with experts."""
+    counts = {"experts": 5, "experts_per_token": 2, "expert_size": 28, "renormalised": False, "norm_eps": 1e-6}
+    return replace(llama_shape(), family=kind, options=counts | options)
 
 
 def layer_weights(shape: ModelShape) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from flexgen_bench.kernels import narrow_linear, ops
+from flexgen_bench.core.compression import Compression
+from flexgen_bench.kernels import narrow_linear, ops, quantization
 from flexgen_bench.kernels.narrow_linear import narrow_linear as product
 from flexgen_bench.kernels.native.build import library
+from flexgen_bench.machine import host
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,29 @@ def test_a_forked_process_computes() -> None:
         child.kill()
     assert child.exitcode == 0
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_quantizing_gives_the_same_bits_on_any_number_of_threads(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is handed over once, and helpers take pieces of its rows: odd numbers of them, and groups that are not
+    full."""
+    compression, x = Compression(bits, 64), torch.randn(1001, 200)
+    found = []
+    for least in (1, 1 << 30):  # three threads, and one
+        monkeypatch.setattr(quantization, "THREAD_VALUES", least)
+        codes, params = quantization.quantize(x, compression)
+        found.append((codes, params, quantization.dequantize(codes, params, 200, compression, torch.float16)))
+    assert all(torch.equal(several, one) for several, one in zip(*found, strict=True))
+
+
+def test_cores_are_left_to_the_lanes_that_issue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 attention threads on 16 cores made every step that was issued to the GPU take two to fifteen times as long.
+    What is idle anyway is left to them, and of few cores nothing is given away."""
+    cases = (((16, 16), 16, 14), ((16, 16), 15, 14), ((16, 16), 8, 8), ((8, 16), 8, 6), ((8, 16), 16, 14))
+    for (physical, logical), threads, left in (*cases, ((4, 8), 4, 4), ((2, 2), 2, 2)):
+        monkeypatch.setattr(host, "physical_cores", lambda cores=physical: cores)
+        monkeypatch.setattr(host, "logical_cores", lambda cores=logical: cores)
+        assert host.threads_beside_a_gpu(threads) == left, (physical, logical, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

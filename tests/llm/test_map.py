@@ -55,7 +55,11 @@ def test_other_kinds_of_datasets(llm: LLM, expected: list[str]) -> None:
 def test_rows_may_be_conversations_or_ids(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     params = SamplingParams(max_tokens=4)
+    import numpy as np
+
+    as_read_from_parquet = pd.DataFrame({"q": [np.array(messages, dtype=object), np.array([5, 6])]})
     found = llm.map([{"q": messages}, {"q": [5, 6]}], "q", params)
+    assert list(llm.map(as_read_from_parquet, "q", params)["answer"]) == [row["answer"] for row in found]
     assert [row["answer"] for row in found] == [
         llm.chat(messages, params)[0].text,
         llm.generate([5, 6], params)[0].text,

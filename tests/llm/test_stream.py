@@ -9,15 +9,22 @@ import pytest
 
 from flexgen_bench import LLM, Piece, SamplingParams
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.tiers import Tier
+from tests.support.tiny_models import EMULATED
 from tests.support.tiny_text_models import text_model
 
 PROMPT = "Once upon a time"
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+@pytest.fixture(scope="module", params=["cpu", "emulated"])
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """On a processor, and where tokens stay on the accelerator: the next pass is under way when a piece comes."""
     folder = tmp_path_factory.mktemp("stream")
-    with LLM(text_model(folder / "ckpt", "llama"), cache_dir=folder / "cache", threads=1, gpu="cpu") as made:
+    everything = Placement.all_on(Tier.GPU)
+    policy = Policy(4, 1, everything, everything, everything) if request.param == "emulated" else None
+    checkpoint, gpu = text_model(folder / "ckpt", "llama"), EMULATED if policy else "cpu"
+    with LLM(checkpoint, cache_dir=folder / "cache", threads=1, gpu=gpu, policy=policy) as made:
         yield made
 
 

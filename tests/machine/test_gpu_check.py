@@ -111,14 +111,14 @@ def test_a_step_is_a_process_with_a_log_and_an_end(tmp_path: Path) -> None:
     assert entry["seconds"] < 30
 
 
-def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
+def shell(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", str(ROOT / "scripts/gpu_check.sh"), *arguments],
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=timeout,
     )
 
 
@@ -168,3 +168,47 @@ def test_rates_can_be_tried_out_without_a_gpu(tmp_path: Path) -> None:
         row["what"] for row in found["rows"]
     }
     assert all(row["slowest"] <= row["median"] <= row["fastest"] for row in found["rows"])
+
+
+def test_a_short_stay_ends_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What teaches most comes first, and what is left out is left out from the end; a step that is not done in time is
+    stopped. 675 s and a part of OPT-175B are what fifteen minutes hold, start included."""
+    steps = check.short_steps(tmp_path, quick=False)
+    assert [step.name for step in steps][:2] == ["environment", "short:layer"]
+    assert sum(step.expected_s for step in steps) < 840 - 100
+    clock, ran = [0.0], []
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+
+    def runner(step: Any, log: Path) -> dict[str, Any]:
+        ran.append(step)
+        clock[0] += step.expected_s
+        return {"done": True, "why": "ok"}
+
+    notes = check.Notes(tmp_path / "steps.json")
+    assert check.run(steps, notes, tmp_path, budget_s=200, runner=runner) == 1
+    assert ran == [check.replace(step, limit_s=limit) for step, limit in zip(steps[:3], (120, 120, 95), strict=True)]
+    assert check.run(steps, notes, tmp_path, budget_s=840, runner=runner) == 0
+    assert [step.name for step in ran] == [step.name for step in steps]
+    files = {word for step in steps for word in step.command if word.startswith(str(tmp_path))}
+    assert len(files) + 1 <= 8  # with the notes
+
+
+def test_a_step_of_a_short_stay_without_a_gpu(tmp_path: Path) -> None:
+    (step,) = (one for one in check.short_steps(tmp_path, quick=True) if one.name == "short:175b")
+    assert check.run_step(step, tmp_path / "log")["why"] == "ok", (tmp_path / "log").read_text()
+    found = json.loads((tmp_path / "benchmarks/gpu_check/short.json").read_text())["175b"]
+    assert found["evidence"] == "EMULATED"
+    assert found["projected"]["evidence"] == "PROJECTED"
+    assert found["tok_per_s"] > found["projected"]["tok_per_s"] > 0
+    assert found["predicted"]["tok_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_whole_short_stay_can_be_tried_out_without_a_gpu(tmp_path: Path) -> None:
+    ended = shell("--budget", "840", "--quick", "--results", str(tmp_path), timeout=500)
+    assert ended.returncode == 0, ended.stdout
+    found = json.loads((tmp_path / "benchmarks/gpu_check/short.json").read_text())
+    assert list(found) == ["layer", "threads", "resident", "original", "4bit", "30b", "tokens", "175b"]
+    assert found["original"]["2"].startswith("skipped: the original FlexGen needs a CUDA device")
+    assert all(one["same"] == one["of"] for one in found["tokens"]["policies"].values())
+    assert shell("--budget", "840", "--quick", "--results", str(tmp_path)).stdout.count("done before") == 8

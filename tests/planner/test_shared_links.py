@@ -17,6 +17,7 @@ from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site, Tier
 from flexgen_bench.engine.device import Device
 from flexgen_bench.planner.candidates import Candidates
+from flexgen_bench.planner.cost import StepTimes
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.placement_lp import PhaseCost
 from flexgen_bench.planner.search_space import SearchSpace
@@ -68,7 +69,7 @@ def test_lanes_of_an_emulated_accelerator_share_the_links_that_are_throttled() -
 
 def test_a_simulated_transfer_passes_a_load_at_half_the_bandwidth_each() -> None:
     use = Step(Lane.GPU, StepKind.OUTPUT, 1, reads=(Buffer("weights"), *(Buffer("attn", n) for n in (0, 1))))
-    simulator = Simulator(lambda step: float(step.bytes), contention=shared_links, keep=True)
+    simulator = Simulator(lambda step: StepTimes(step.bytes, 0), contention=shared_links, keep=True)
     simulator.run_pass([LOAD, move(0), move(1), use])
     assert [(e.step.lane, e.begin_s, e.end_s) for e in simulator.events[:3]] == [
         (Lane.H2D, 0.0, pytest.approx(20.0)),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.rates import SiteRates
 from flexgen_bench.core.tiers import Lane, LaneKind, Site
-from flexgen_bench.planner.cost import StepCost
+from flexgen_bench.planner.cost import StepCost, StepTimes
 from flexgen_bench.planner.forecast import contention
 from flexgen_bench.planner.simulator import Contention, SharedCores, Simulator
 from flexgen_bench.schedule.buffer import Buffer
@@ -53,9 +53,11 @@ def waits_for(steps: Sequence[Step], overlap: bool) -> list[list[int]]:
 
 
 def brute_force(
-    passes: Sequence[Sequence[Step]], seconds: Callable[[Step], float], overlap: bool, speeds: Contention | None
+    passes: Sequence[Sequence[Step]], times: Callable[[Step], StepTimes], overlap: bool, speeds: Contention | None
 ) -> Played:
-    """The same lanes in exact numbers, everything looked at again at every event."""
+    """The same lanes in exact numbers, everything looked at again at every event. A step of a stream is issued once it
+    is handed over (with its pass, or when the one before has ended), the one before it on its lane is issued, and what
+    it waits for is issued on a stream, or over on the host."""
     steps = [step for one in passes for step in one]
     of_pass = [number for number, one in enumerate(passes) for _ in one]
     waits = waits_for(steps, overlap)
@@ -63,6 +65,7 @@ def brute_force(
     begins: dict[int, Fraction] = {}
     ends: dict[int, Fraction] = {}
     left: dict[int, Fraction] = {}
+    issued: dict[int, Fraction] = {}
     over: list[Fraction] = []
 
     def let_passes_begin() -> None:
@@ -75,7 +78,15 @@ def brute_force(
         let_passes_begin()
         for n, step in enumerate(steps):
             if n not in begins and of_pass[n] <= len(over) and all(m in ends for m in waits[n]):
-                begins[n], left[n] = now, Fraction(seconds(step))
+                taken = times(step)
+                begins[n], left[n] = now, Fraction(taken.lane_s)
+                given = over[of_pass[n] - 1] if of_pass[n] else Fraction(0)
+                if not overlap and n:
+                    given = max(given, ends[n - 1])
+                before = [issued[m] if steps[m].lane.of_accelerator else ends[m] for m in waits[n]]
+                issued[n] = max(given, *before, Fraction(0)) + Fraction(taken.issue_s)
+                if step.lane.of_accelerator:
+                    left[n] = max(left[n], issued[n] - now)
         running = {steps[n].lane: n for n in left}
         assert len(running) == len(left), "two steps on a lane"
         speed = dict.fromkeys(running, Fraction(1))
@@ -93,15 +104,15 @@ def brute_force(
 
 
 def assert_same(
-    passes: Sequence[Sequence[Step]], seconds: Callable[[Step], float], overlap: bool, speeds: Contention | None
+    passes: Sequence[Sequence[Step]], times_of: Callable[[Step], StepTimes], overlap: bool, speeds: Contention | None
 ) -> Simulator:
-    simulator = Simulator(seconds, overlap, speeds, keep=True)
+    simulator = Simulator(times_of, overlap, speeds, keep=True)
     clock = []
     for steps in passes:
         simulator.run_pass(steps)
         clock.append(simulator.now_s)
     simulator.drain()
-    exact = brute_force(passes, seconds, overlap, speeds)
+    exact = brute_force(passes, times_of, overlap, speeds)
     steps = [step for one in passes for step in one]
     times = {id(e.step): e for e in simulator.events}
     assert len(times) == len(steps) == simulator.steps
@@ -127,15 +138,19 @@ class SharedLink:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> list[list[Step]]:
-    """Steps that read and write a few buffers, on any lanes, cut into passes. unit: what it takes, in seconds."""
+    """Steps that read and write a few buffers, on any lanes, cut into passes. unit: what it takes, in seconds; flops:
+    what issuing it takes."""
     lanes = st.sampled_from(Site.GPU.lanes)
     buffers = st.lists(st.integers(0, 4), max_size=2).map(
         lambda keys: tuple(Buffer("b", key) for key in dict.fromkeys(keys))
     )
     step = st.builds(
-        lambda lane, takes, reads, writes: Step(lane, StepKind.PROJECT, takes, reads=reads, writes=writes),
+        lambda lane, takes, issue, reads, writes: Step(
+            lane, StepKind.PROJECT, takes, reads=reads, writes=writes, flops=issue
+        ),
         lanes,
         st.integers(0, 5),
+        st.integers(0, 3),
         buffers,
         buffers,
     )
@@ -159,7 +174,10 @@ def graphs(draw: st.DrawFn) -> list[list[Step]]:
 def test_any_graph_of_steps_takes_as_long_as_brute_force_says(
     passes: list[list[Step]], overlap: bool, speeds: Contention | None
 ) -> None:
-    assert_same(passes, lambda step: float(step.unit), overlap, speeds)
+    def times(step: Step) -> StepTimes:
+        return StepTimes(float(step.unit), float(step.flops) if step.lane.of_accelerator else 0.0)
+
+    assert_same(passes, times, overlap, speeds)
 
 
 @given(jobs(most_sequences=4, longest=3))
@@ -167,7 +185,7 @@ def test_any_graph_of_steps_takes_as_long_as_brute_force_says(
 def test_real_jobs_take_as_long_as_brute_force_says(job: PlannedJob) -> None:
     plan = job.plan
     passes = list(job.passes(plan))
-    assert_same(passes, StepCost(plan).seconds, job.policy.overlap, contention(job.hardware))
+    assert_same(passes, StepCost(plan).times, job.policy.overlap, contention(job.hardware))
 
 
 @given(jobs())
@@ -179,7 +197,7 @@ def test_lanes_keep_their_order_and_steps_wait(job: PlannedJob) -> None:
     passes = list(job.passes(plan))
     steps = [step for one in passes for step in one]
     cost = StepCost(plan)
-    simulator = Simulator(cost.seconds, job.policy.overlap, contention(job.hardware), keep=True)
+    simulator = Simulator(cost.times, job.policy.overlap, contention(job.hardware), keep=True)
     times = [simulator.run_pass(one) for one in passes]
     total = simulator.now_s
     simulator.drain()
@@ -194,7 +212,7 @@ def test_lanes_keep_their_order_and_steps_wait(job: PlannedJob) -> None:
         assert simulator.busy_s[lane] == pytest.approx(sum(e.end_s - e.begin_s for e in events))
         assert simulator.busy_s[lane] <= simulator.now_s + near
         assert simulator.bytes[lane] == sum(s.bytes for s in steps if s.lane is lane)
-        least = sum(cost.seconds(s) for s in steps if s.lane is lane)
+        least = sum(cost.times(s).lane_s for s in steps if s.lane is lane)
         assert simulator.busy_s[lane] >= least - near
     event = {id(e.step): e for e in simulator.events}
     tracker = DependencyTracker()
@@ -281,7 +299,7 @@ def test_lanes_of_an_emulated_machine_share_its_cores() -> None:
         Step(Lane.CPU, StepKind.ATTEND, 2),
         Step(Lane.H2D, StepKind.LOAD_KV, 2),
     )
-    simulator = Simulator(lambda step: float(step.unit), contention=cores, keep=True)
+    simulator = Simulator(lambda step: StepTimes(step.unit, 0), contention=cores, keep=True)
     # Till 2 the link copies and the lanes go at 3/8 each; till 4.5 at 1/2; then the longer one has 4 left for itself.
     assert simulator.run_pass(apart) == pytest.approx(8.5)
     ends = {event.step.lane: event.end_s for event in simulator.events}
@@ -291,13 +309,39 @@ def test_lanes_of_an_emulated_machine_share_its_cores() -> None:
 def test_a_pass_is_over_when_the_host_has_its_tokens() -> None:
     """A write that nobody waits for goes on beside the next pass; what it holds is not overwritten."""
     page = Buffer("page")
-    simulator = Simulator(lambda step: float(step.unit), keep=True)
+    simulator = Simulator(lambda step: StepTimes(step.unit, 0), keep=True)
     write = Step(Lane.DISK_WRITE, StepKind.STORE_KV, 10, reads=(page,))
     assert simulator.run_pass([Step(Lane.CPU, StepKind.ATTEND, 1, writes=(page,)), write]) == 1
     assert simulator.run_pass([Step(Lane.CPU, StepKind.ATTEND, 2)]) == 2
     assert simulator.run_pass([Step(Lane.CPU, StepKind.ATTEND, 3, writes=(page,))]) == 11
     assert simulator.events[2].begin_s == 1
     assert simulator.events[3].begin_s == 11
+
+
+def test_a_stream_runs_behind_what_is_issued_ahead() -> None:
+    """Issuing a step takes 2 s. While the device works at a long one two short ones are issued behind it and take their
+    own time; after it, each takes as long as it is issued. In the next pass the device waits for the first of them, as
+    the host had to see what the last one made."""
+    on_gpu = [Step(Lane.GPU, StepKind.LAYER, takes) for takes in (6, 1, 1, 1)]
+    simulator = Simulator(lambda step: StepTimes(step.unit, 2), keep=True)
+    assert simulator.run_pass(on_gpu) == 9
+    assert [event.end_s for event in simulator.events] == [6, 7, 8, 9]
+    short = [Step(Lane.GPU, StepKind.LAYER, 1) for _ in range(3)]
+    assert simulator.run_pass(short) == 6
+    assert simulator.busy_s[Lane.GPU] == 15
+
+
+def test_a_step_is_not_issued_before_the_host_has_what_it_needs() -> None:
+    """The cpu attends for 3 s. What brings its result up is issued then, and the output behind it while it is moved."""
+    host, up = Buffer("attn_host"), Buffer("attn")
+    steps = [
+        Step(Lane.CPU, StepKind.ATTEND, 3, writes=(host,)),
+        Step(Lane.H2D, StepKind.MOVE_ATTENTION, 4, reads=(host,), writes=(up,)),
+        Step(Lane.GPU, StepKind.OUTPUT, 1, reads=(up,)),
+    ]
+    simulator = Simulator(lambda step: StepTimes(step.unit, 2.0 * step.lane.of_accelerator), keep=True)
+    assert simulator.run_pass(steps) == 8
+    assert [event.end_s for event in simulator.events] == [3, 7, 8]
 
 
 def test_a_busy_accelerator_hides_the_loads_of_weights() -> None:
@@ -315,6 +359,6 @@ def test_a_busy_accelerator_hides_the_loads_of_weights() -> None:
     steps = [step for number in range(6) for step in layer(number)]
     half_seconds = {True: 6 * 2 + 1, False: 6 * 3}
     for overlap, expected in half_seconds.items():
-        simulator = Simulator(lambda step: step.unit / 2, overlap)
+        simulator = Simulator(lambda step: StepTimes(step.unit / 2, 0), overlap)
         assert simulator.run_pass(steps) == pytest.approx(expected / 2)
         assert simulator.busy_s[Lane.CPU] == pytest.approx(6)

@@ -87,6 +87,19 @@ def test_the_same_model_here_where_the_disk_holds_it(tmp_path: Path, monkeypatch
     assert explain(spec("model=opt-30b", "weights=hub"), tmp_path, KNOWN) is None
 
 
+@pytest.mark.parametrize(("name", "matches"), [("NVIDIA L4", True), ("NVIDIA L40", False), ("NVIDIA L40S", False)])
+def test_a_card_is_known_by_whole_words(
+    name: str, matches: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of a name is another card's: an L40 was an L4, a T400 a T4."""
+    gpu(monkeypatch, name, 48 * GIB)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 256 * GIB)
+    refusal = explain(spec("model=opt-125m", "gpu=l4"), tmp_path, KNOWN)
+    assert (refusal is None) is matches
+    if refusal is not None:
+        assert "no NVIDIA GPU whose name contains 'L4'" in refusal.text
+
+
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     text = refused(spec("model=opt-175b", "weights=path", f"location={tmp_path}"), tmp_path)
     assert "need 650.45 GiB of free disk" in text

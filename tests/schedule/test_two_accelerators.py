@@ -17,6 +17,7 @@ from flexgen_bench.core.tiers import Lane, LaneKind, Site, Tier
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.engine.throttle import Link
+from flexgen_bench.planner.cost import StepTimes
 from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
@@ -57,6 +58,10 @@ def pipeline() -> Iterator[Step]:
         yield Step(SECOND.cpu, StepKind.SAMPLE, 2, who, reads=(there,), writes=(tokens,))
 
 
+def times(step: Step) -> StepTimes:
+    return StepTimes(SECONDS[step.lane.kind], 0)
+
+
 def test_dependencies_name_the_lane_of_the_right_device() -> None:
     tracker = DependencyTracker()
     waits = [tracker.add(step)[1] for step in pipeline()]
@@ -71,7 +76,7 @@ def test_dependencies_name_the_lane_of_the_right_device() -> None:
 
 
 def test_the_simulator_fills_the_pipeline() -> None:
-    simulator = Simulator(lambda step: SECONDS[step.lane.kind], contention=shared_links, keep=True)
+    simulator = Simulator(times, contention=shared_links, keep=True)
     seconds = simulator.run_pass(pipeline())
     simulator.drain()
     # Filling it takes a step on the first accelerator and two transfers; then the second one is busy to the end.
@@ -79,9 +84,9 @@ def test_the_simulator_fills_the_pipeline() -> None:
     assert simulator.busy_s[FIRST.lane] == simulator.busy_s[SECOND.lane] == pytest.approx(3 * MICRO_BATCHES)
     assert simulator.bytes[FIRST.d2h] == simulator.bytes[SECOND.h2d] == 1000 * MICRO_BATCHES
     assert set(simulator.busy_s) == {FIRST.lane, FIRST.d2h, SECOND.h2d, SECOND.lane, Lane.CPU}
-    assert Simulator(lambda step: SECONDS[step.lane.kind], overlap=False).run_pass(pipeline()) == pytest.approx(
-        MICRO_BATCHES * (3 + 1 + 1 + 3 + 0.5)
-    )
+    assert Simulator(lambda step: StepTimes(SECONDS[step.lane.kind], 0), overlap=False).run_pass(
+        pipeline()
+    ) == pytest.approx(MICRO_BATCHES * (3 + 1 + 1 + 3 + 0.5))
 
 
 def test_the_closed_form_is_the_slowest_lane_of_either_device() -> None:

@@ -74,7 +74,7 @@ _GPT = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
-_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_MIXTURE = {"num_hidden_layers": 3, "num_experts_per_tok": 3}
 _NEOX = {k: v for k, v in _ODD.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 5}
 
 
@@ -147,16 +147,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "mixtral": lambda: _of(
         "Mixtral",
-        **_ODD | {"num_key_value_heads": 3, "intermediate_size": 44},
+        **_ODD | _MIXTURE | {"num_key_value_heads": 3, "intermediate_size": 44},
         sliding_window=6,
         num_local_experts=5,
-        num_experts_per_tok=2,
     ),
     "gpt-oss": lambda: _of(
         "GptOss",
-        **_ODD | {"intermediate_size": 44},
+        **_ODD | _MIXTURE | {"intermediate_size": 44},
         num_local_experts=5,
-        num_experts_per_tok=2,
         sliding_window=5,
         swiglu_limit=0.6,
         rope_parameters={
@@ -167,30 +165,33 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "original_max_position_embeddings": 16,
         },
     ),
-    "qwen3-moe": lambda: _of("Qwen3Moe", **_ODD | {"num_key_value_heads": 3}, **_EXPERTS, mlp_only_layers=[2]),
-    "qwen3-moe-windows": lambda: _of(
+    "qwen3-moe": lambda: _of(
         "Qwen3Moe",
-        **_ODD,
-        **_EXPERTS | {"num_experts_per_tok": 5, "norm_topk_prob": True},
+        **_ODD | _MIXTURE | {"num_key_value_heads": 3},
+        num_experts=6,
+        moe_intermediate_size=20,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
         use_sliding_window=True,
         sliding_window=5,
         attention_bias=True,
     ),
     "qwen2-moe": lambda: _of(
         "Qwen2Moe",
-        **_ODD,
-        **_EXPERTS,
+        **_ODD | _MIXTURE,
+        num_experts=6,
+        moe_intermediate_size=20,
         shared_expert_intermediate_size=52,
         decoder_sparse_step=2,
         use_sliding_window=True,
         sliding_window=7,
-        max_window_layers=3,
+        max_window_layers=2,
     ),
     "glm4-moe": lambda: _of(
         "Glm4Moe",
-        **_ODD,
-        **{k: v for k, v in _EXPERTS.items() if k != "num_experts"},
+        **_ODD | _MIXTURE,
         n_routed_experts=6,
+        moe_intermediate_size=20,
         n_group=3,
         topk_group=2,
         n_shared_experts=2,

@@ -13,6 +13,7 @@
 
 #include "packed_rows.h"
 #include "row_kernels.h"
+#include "scalars.h"
 #include "threads.h"
 
 namespace {
@@ -20,13 +21,18 @@ namespace {
 constexpr int ROWS_AHEAD = 16;  // rows that are prefetched where they do not follow each other
 
 struct Job {
-  const float* q;          // (rows, heads, dim)
-  float* out;              // (rows, heads, dim)
+  const void* q;           // (rows, heads, dim), q_row values from one row to the next
+  void* out;               // (rows, heads, dim) without gaps, of q's type
+  const Rows *keys, *values;  // the segments of each
+  const void *new_k, *new_v;  // (rows, kv_heads, dim), of the cache's type: written to it as the last token first; null: it is there
   const int32_t* slots;    // (rows,): sequence of each row
   const int32_t* lengths;  // (sequences,): tokens in the first segment; null: all
   const int32_t* keep;     // (rows,): value rows to use; null: all
   float* partial;          // (rows, kv_heads, splits, R, dim + 2); null if splits is 1
   int64_t rows, heads, kv_heads, dim, segments, splits;
+  int64_t q_row, k_row, v_row;  // values from one row to the next
+  int64_t type;         // of q, as of a cache
+  int64_t threads;
   int64_t window;       // the last so many tokens are seen; 0: all
   const float* slopes;  // (heads,): times a token's distance from the last one, taken off its score; null: none
   const float* sinks;   // (heads,): scores that take part in the sum of the softmax and have no value; null: none
@@ -37,7 +43,7 @@ struct Job {
 // What one thread needs for one KV head of one sequence.
 struct Scratch {
   Queries queries;
-  Buffer scores, acc, tile;
+  Buffer q, scores, acc, tile;
   std::vector<int32_t> bits, chosen;
 };
 
@@ -216,6 +222,33 @@ void add_chosen(const Job& job, const Rows* values, int64_t sequence, int64_t he
   }
 }
 
+// f.template operator()<T>() for the type of q.
+template <class F>
+void with_type(const Job& job, F f) {
+  if (job.type == FLOAT32) return f.template operator()<float>();
+  if (job.type == BFLOAT16) return f.template operator()<bfloat>();
+  f.template operator()<_Float16>();
+}
+
+// Values of a result from place `to` on.
+void put(const Job& job, int64_t to, const float* from, int64_t n, float scale) {
+  with_type(job, [&]<class T>() {
+    T* out = static_cast<T*>(job.out) + to;
+    for (int64_t d = 0; d < n; d++) out[d] = narrow<T>(from[d] * scale);
+  });
+}
+
+// The new token's keys or values go to where the last token of each row lies.
+void append(const Job& job, const Rows* rows, const void* from, int64_t from_row) {
+  const Rows& last = rows[job.segments - 1];
+  const int64_t row_bytes = job.dim * bits_of(last.kind) / 8, step = from_row * bits_of(last.kind) / 8;
+  for (int64_t i = 0; i < job.rows * job.kv_heads; i++) {
+    const int64_t row = i / job.kv_heads, head = i % job.kv_heads;
+    uint8_t* const to = const_cast<uint8_t*>(last.data) + job.slots[row] * last.stride[0] + head * last.stride[1] + (last.tokens - 1) * last.stride[2];
+    std::memcpy(to, static_cast<const uint8_t*>(from) + row * step + head * row_bytes, static_cast<size_t>(row_bytes));
+  }
+}
+
 void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t item, Scratch& scratch) {
   const int64_t split = item % job.splits, pair = item / job.splits;
   const int64_t row = pair / job.kv_heads, head = pair % job.kv_heads;
@@ -227,7 +260,11 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
   const int64_t n = stop - start, ld = (n + L - 1) / L * L + L;
   const int64_t first_head = row * job.heads + head * queries;
 
-  scratch.queries.set(job.q + first_head * job.dim, shape);
+  float* q = scratch.q.get(queries * job.dim);
+  with_type(job, [&]<class T>() {
+    widen_all(static_cast<const T*>(job.q) + row * job.q_row + head * queries * job.dim, queries * job.dim, q);
+  });
+  scratch.queries.set(q, shape);
   float* acc = scratch.acc.get(queries * shape.padded);
   std::fill(acc, acc + queries * shape.padded, 0.0f);
   float* scores = scratch.scores.get(queries * ld + L);  // room for the last vector of the last query
@@ -262,9 +299,7 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
       std::copy(found, found + job.dim, to + 2);
     } else {
       const auto [largest, total] = n ? totals[static_cast<size_t>(r)] : std::pair(0.0f, 1.0f);
-      const float scale = 1 / whole(job, head * queries + r, largest, total);
-      float* to = job.out + (first_head + r) * job.dim;
-      for (int64_t d = 0; d < job.dim; d++) to[d] = found[d] * scale;
+      put(job, (first_head + r) * job.dim, found, job.dim, 1 / whole(job, head * queries + r, largest, total));
     }
   }
 }
@@ -272,6 +307,7 @@ void attend_one(const Job& job, const Rows* keys, const Rows* values, int64_t it
 // Joins what the splits of each head found.
 void join_splits(const Job* job) {
   const int64_t queries = job->heads / job->kv_heads, width = job->dim + 2;
+  std::vector<float> joined(static_cast<size_t>(job->dim));
   for (int64_t h = 0; h < job->rows * job->heads; h++) {
     const int64_t pair = h / queries, r = h % queries;
     const auto part = [&](int64_t split) {
@@ -279,7 +315,7 @@ void join_splits(const Job* job) {
     };
     float largest = part(0)[0], total = 0;
     for (int64_t i = 1; i < job->splits; i++) largest = std::max(largest, part(i)[0]);
-    float* out = job->out + h * job->dim;
+    float* out = joined.data();
     std::fill(out, out + job->dim, 0.0f);
     for (int64_t i = 0; i < job->splits; i++) {
       const float weight = part(i)[1] > 0 ? std::exp(part(i)[0] - largest) : 0.0f;
@@ -288,18 +324,20 @@ void join_splits(const Job* job) {
     }
     total = whole(*job, h % job->heads, largest, total);
     for (int64_t d = 0; d < job->dim; d++) out[d] /= total;
+    put(*job, h * job->dim, out, job->dim, 1.0f);
   }
 }
 
 }  // namespace
 
-// All of a job, on up to so many threads.
-extern "C" void attend(const Job* job, const Rows* keys, const Rows* values, int64_t threads) {
+// All of a job.
+extern "C" void attend(const Job* job) {
+  if (job->new_k) append(*job, job->keys, job->new_k, job->k_row), append(*job, job->values, job->new_v, job->v_row);
   Pieces pieces(job->rows * job->kv_heads * job->splits, 1);
   const auto work = [&] {
     static thread_local Scratch scratch;
-    pieces.take([&](int64_t item, int64_t) { attend_one(*job, keys, values, item, scratch); });
+    pieces.take([&](int64_t item, int64_t) { attend_one(*job, job->keys, job->values, item, scratch); });
   };
-  Crew::ours().run(threads, work);
+  Crew::ours().run(job->threads, work);
   if (job->splits > 1) join_splits(job);
 }

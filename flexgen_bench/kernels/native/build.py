@@ -23,7 +23,7 @@ from flexgen_bench.core.instructions import native_arch
 
 FOLDER = Path(__file__).parent
 # No -ffast-math: with it the linker adds start-up code that makes the whole process flush small numbers to zero.
-# No OpenMP runtime: torch brings its own, and threads are shared out in native/threads.py.
+# No OpenMP runtime: torch brings its own, and threads wait in native/threads.h.
 FLAGS = (
     "-O3",
     "-std=gnu++20",

@@ -3,8 +3,11 @@
 #include <vector>
 
 #include "numbers.h"
+#include "threads.h"
 
 namespace {
+
+constexpr int64_t PIECE_VALUES = 1 << 16;  // what a thread takes at once
 
 template <class T>
 void dequantize_rows(const Matrix& w, T* out, int64_t start, int64_t stop) {
@@ -92,22 +95,34 @@ void quantize_rows(const Matrix& from, const Matrix& to, int64_t start, int64_t 
     }
 }
 
-}  // namespace
-
-// Rows start .. stop of plain values into the codes and parameters of ``to``, a line through the ends of each group.
-extern "C" void quantize(const Matrix* from, const Matrix* to, int64_t start, int64_t stop) {
-    switch (from->type) {
-        case FLOAT32: return quantize_rows<float>(*from, *to, start, stop);
-        case BFLOAT16: return quantize_rows<bfloat>(*from, *to, start, stop);
-        default: return quantize_rows<_Float16>(*from, *to, start, stop);
-    }
+// part(start, stop) over all rows, on up to so many threads.
+template <class F>
+void share(int64_t rows, int64_t columns, int64_t threads, F part) {
+    Pieces pieces(rows, std::max<int64_t>(1, PIECE_VALUES / std::max<int64_t>(1, columns)));
+    const auto work = [&] { pieces.take(part); };
+    Crew::ours().run(threads, work);
 }
 
-// Rows start .. stop of w into out (rows, columns), contiguous, of type w.type.
-extern "C" void dequantize(const Matrix* w, void* out, int64_t start, int64_t stop) {
-    switch (w->type) {
-        case FLOAT32: return dequantize_rows(*w, static_cast<float*>(out), start, stop);
-        case BFLOAT16: return dequantize_rows(*w, static_cast<bfloat*>(out), start, stop);
-        default: return dequantize_rows(*w, static_cast<_Float16*>(out), start, stop);
-    }
+}  // namespace
+
+// All rows of plain values into the codes and parameters of ``to``, a line through the ends of each group.
+extern "C" void quantize(const Matrix* from, const Matrix* to, int64_t rows, int64_t threads) {
+    share(rows, to->columns, threads, [&](int64_t start, int64_t stop) {
+        switch (from->type) {
+            case FLOAT32: return quantize_rows<float>(*from, *to, start, stop);
+            case BFLOAT16: return quantize_rows<bfloat>(*from, *to, start, stop);
+            default: return quantize_rows<_Float16>(*from, *to, start, stop);
+        }
+    });
+}
+
+// All rows of w into out (rows, columns), contiguous, of type w.type.
+extern "C" void dequantize(const Matrix* w, void* out, int64_t rows, int64_t threads) {
+    share(rows, w->columns, threads, [&](int64_t start, int64_t stop) {
+        switch (w->type) {
+            case FLOAT32: return dequantize_rows(*w, static_cast<float*>(out), start, stop);
+            case BFLOAT16: return dequantize_rows(*w, static_cast<bfloat*>(out), start, stop);
+            default: return dequantize_rows(*w, static_cast<_Float16*>(out), start, stop);
+        }
+    });
 }
