@@ -45,11 +45,9 @@ class Part:
     def of(self, tensor: Tensor) -> Tensor:
         """The part of the stored tensor."""
         tensor = tensor.mT if self.transposed else tensor
-        return (
-            self.of_rows(tensor, tensor.shape[-self.dims])
-            if tensor.ndim > self.dims
-            else tensor[self.first : self.last]
-        )
+        if tensor.ndim == self.dims:
+            return tensor[self.first : self.last]
+        return self.of_rows(tensor, tensor.shape[-self.dims])
 
     def of_rows(self, stack: Tensor, rows: int) -> Tensor:
         """The part of a stack of so many rows each; it lies within one of them, so that nothing else is copied."""

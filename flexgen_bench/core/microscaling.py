@@ -34,6 +34,10 @@ class Microscaling:
         """Bytes of a row's codes."""
         return row // 2
 
+    def row_bytes(self, row: int) -> int:
+        """Bytes of a row: codes and scales."""
+        return self.code_bytes(row) + self.groups(row)
+
     def matrix_bytes(self, blocks: Sequence[int], columns: int) -> tuple[int, int]:
         """Bytes of all codes and of all parameters of a matrix (out, in = ``columns``) made of blocks of so many
         rows."""

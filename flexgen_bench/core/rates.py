@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from flexgen_bench.core.codec import OMITTED, inlined
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError, unknown_choice
+from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
 
@@ -96,13 +97,13 @@ FlopsTable = Annotated[Mapping[Size, Flops], _entries]
 Products = Annotated[Mapping[Format, Annotated[Mapping[Size, FlopsTable], _entries]], _with_plain_format]
 
 
-def number_format(dtype: DType, compression: Compression | None = None, activations: int | None = None) -> str:
+def number_format(dtype: DType, codes: Codes | None = None, activations: int | None = None) -> str:
     """The name rates are listed under: ``bfloat16``, or ``bfloat16/4`` for numbers kept in 4 bits and computed with in
     bfloat16; ``bfloat16/4x8`` where what they are multiplied with is quantized to 8 bits (``Lossy.activations``)."""
-    if compression is None:
+    if codes is None:
         return str(dtype)
-    times = f"x{activations}" if activations is not None and compression.bits == 4 else ""
-    return f"{dtype}/{compression.bits}{times}"
+    is_even = activations is not None and isinstance(codes, Compression) and codes.bits == 4
+    return f"{dtype}/{codes.bits}{f'x{activations}' if is_even else ''}"
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class Actions:
         self._graphs = DecodeGraphs(
             *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
             self._value_share,
+            weights.sinks,
         )
         self._embedding = Embedding(
             *(plan.job, self._decoder, weights, self._prompts, device, self._graphs), consumer.tokens, home

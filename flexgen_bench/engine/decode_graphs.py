@@ -20,6 +20,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.graphs import Graphs
 from flexgen_bench.engine.layers import Layers
 from flexgen_bench.engine.prompts import Prompts
+from flexgen_bench.engine.resident_cache import SinksOf
 from flexgen_bench.engine.static_decode import StaticDecode, reach
 from flexgen_bench.memory.kv_cache import KVForm
 from flexgen_bench.models import parts
@@ -48,14 +49,15 @@ class DecodeGraphs:
         device: Device,
         decoder: parts.Decoder,
         value_share: float,
+        sinks_of: SinksOf,
     ) -> None:
         attentions = [layer.attention for layer in decoder.layers]
         scales = {attention.scale for attention in attentions}
-        # Sinks are no part of what a recorded layer computes; and what a mixture calls depends on what it has chosen.
-        plain = all(attention.mod.is_none and not attention.sinks for attention in attentions)
-        plain = plain and not any(isinstance(layer.mlp, parts.Experts) for layer in decoder.layers)
+        # What is called in a mixture depends on what its router has chosen.
+        plain = all(attention.mod.is_none for attention in attentions)
+        plain = plain and not any(isinstance(layer.mlp, parts.Experts) for layer in decoder.kinds)
         self._scale = min(scales)  # one, or nothing is recorded
-        self._job, self._graphs, self._layers = job, graphs, layers
+        self._job, self._graphs, self._layers, self._sinks_of = job, graphs, layers, sinks_of
         self._cache, self._form, self._prompts, self._device = cache, form, prompts, device
         self._seen: Counter[object] = Counter()
         self._shapes: dict[object, StaticDecode] = {}
@@ -123,7 +125,7 @@ class DecodeGraphs:
         def work() -> None:
             x = shape.kept("x")
             for one in covered:
-                x = shape.layer(one.unit, self._layers.of(one), x, self._scale)
+                x = shape.layer(one.unit, self._layers.of(one), x, self._scale, self._sinks_of(one))
             shape.keep("x", x)
             if is_last:
                 shape.keep("sums", shape.new_sums())

@@ -158,14 +158,30 @@ class ByRuns(ABC, Generic[View]):
         """Of one run."""
 
 
+def attended(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """q (S, H, D), keys and values (S, G, T, D), mask (S, 1, 1, T), added to scores, sinks (H,) -> (S, H * D): with
+    torch's fused kernel, or in a few operators with sinks, which it knows nothing of. Query heads that share a KV head
+    are that head's queries, so no kernel has to know of grouped heads."""
+    sequences, groups, _, dim = keys.shape
+    queries = q.view(sequences, groups, -1, dim)
+    if sinks is None:
+        out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    else:
+        scores = torch.matmul(queries * scale, keys.transpose(2, 3))
+        scores = scores if mask is None else scores.add_(mask)
+        weights = softmax(scores.view(sequences, -1, 1, scores.shape[-1]), sinks).to(q.dtype)
+        out = torch.matmul(weights.view(scores.shape), values)
+    return out.reshape(sequences, -1)
+
+
 # Places of the new key and value (S, G, D), keys and values (S, G, T, D), the mask.
 _Plain = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Attention(ByRuns[_Plain]):
-    """Decode attention with torch's fused kernel, or in a few operators with sinks, which it knows nothing of. Query
-    heads that share a KV head are that head's queries, so no kernel has to know of grouped heads; a new token sees all
-    that is there."""
+    """Decode attention over plain numbers (``attended``); a new token sees all that is there."""
 
     def __init__(self, cache: ResidentCache, scale: float, sinks: SinksOf) -> None:
         super().__init__(cache, _plain_views, sinks)
@@ -175,16 +191,7 @@ class Attention(ByRuns[_Plain]):
         new_k, new_v, keys, values, mask = view
         new_k.copy_(k)
         new_v.copy_(v)
-        sequences, groups, _, dim = keys.shape
-        queries = q.view(sequences, groups, -1, dim)
-        if sinks is None:
-            out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=self._scale)
-        else:
-            scores = torch.matmul(queries * self._scale, keys.transpose(2, 3))
-            scores = scores if mask is None else scores.add_(mask)
-            weights = softmax(scores.view(sequences, -1, 1, scores.shape[-1]), sinks).to(q.dtype)
-            out = torch.matmul(weights.view(scores.shape), values)
-        return out.reshape(sequences, -1)
+        return attended(q, keys, values, mask, self._scale, sinks)
 
 
 def _plain_views(run: Run) -> list[_Plain]:

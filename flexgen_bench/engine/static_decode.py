@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flexgen_bench.engine.cache import KVCache, slots_of
 from flexgen_bench.engine.graphs import Graphs, Work
 from flexgen_bench.engine.layers import Layer
+from flexgen_bench.engine.resident_cache import attended
 from flexgen_bench.kernels.decode import contiguous
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.sequence_group import SequenceGroup
@@ -170,10 +170,10 @@ class StaticDecode:
             for number, (cos, sin) in enumerate(angles)
         )
 
-    def layer(self, unit: int, layer: Layer, x: Tensor, scale: float) -> Tensor:
+    def layer(self, unit: int, layer: Layer, x: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
         """Hidden states (N, hidden) after a layer; its new keys and values are in the cache then."""
         q, k, v = layer.project(x, self.angles)
-        outs = [self._attend(number, unit, q, k, v, scale) for number in range(len(self._runs))]
+        outs = [self._attend(number, unit, q, k, v, scale, sinks) for number in range(len(self._runs))]
         made: Tensor = layer.output(x, outs[0] if len(outs) == 1 else torch.cat(outs))
         return made
 
@@ -189,13 +189,12 @@ class StaticDecode:
         """(1,) the place of the new token in a run."""
         return self._state[self._rows + number : self._rows + number + 1]
 
-    def _attend(self, number: int, unit: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _attend(
+        self, number: int, unit: int, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         """As ``resident_cache.Attention``, over all places."""
         run, cursor = self._runs[number], self._cursor(number)
         keys, values, rows = run.keys[unit], run.values[unit], run.rows
         keys.index_copy_(2, cursor, k[rows].unsqueeze(2))
         values.index_copy_(2, cursor, v[rows].unsqueeze(2))
-        count, groups, _, dim = keys.shape
-        queries = q[rows].view(count, groups, -1, dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, self.kept(f"mask {number}"), scale=scale)
-        return out.reshape(count, -1)
+        return attended(q[rows], keys, values, self.kept(f"mask {number}"), scale, sinks)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_bench.core.compression import Compression
-from flexgen_bench.core.microscaling import Codes
+from flexgen_bench.core.microscaling import Codes, Microscaling
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.models.inventory import SINKS, Inventory, PackedTensor
@@ -84,8 +84,8 @@ class PackedUnit:
     home_bytes: what the unit occupies in memory where it lives; a tied head counts with the embedding.
     plain_offsets, plain_bytes: where each entry lies in the unpacked unit, and the bytes of that, in which what the
     checkpoint has packed still is; () and 0 if nothing else in the unit is compressed, so that there is nothing to
-    unpack. experts: those of a mixture, behind all the rest.
-    companion: of a layer whose experts are a unit of their own, its number, and of these that of their layer; -1: none.
+    unpack. experts: those of a mixture, behind all the rest. companion: of a layer whose experts are a unit of their
+    own, its number, and of these that of their layer; -1: none.
     """
 
     index: int
@@ -104,6 +104,11 @@ class PackedUnit:
     def dense_bytes(self) -> int:
         """Of its extent, from its start, what every token meets: all of it but experts."""
         return self.num_bytes if self.experts is None else self.experts.offset - self.offset
+
+    @property
+    def packing(self) -> Microscaling | None:
+        """Of its experts, as the checkpoint has them."""
+        return next((e.tensor.packing for e in self.entries if e.tensor.packing is not None), None)
 
     @property
     def sinks(self) -> PackedEntry | None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.issued_operators import IssuedOperators
@@ -172,14 +172,16 @@ class StepCost:
         if not unit.experts or not rows:
             return 0.0
         touched = unit.touched(rows)
-        compression = self._lossy.weights if self._packed.units[unit.index].plain_bytes and not unit.unpack else None
-        number = number_format(self._dtype, compression if tier is Tier.CPU else None)
+        packed = self._packed.units[unit.index]
+        lossy = self._lossy.weights if packed.plain_bytes and not unit.unpack else None
+        codes = packed.packing or lossy
+        number = number_format(self._dtype, codes if tier is Tier.CPU else None)
         width = math.sqrt(unit.expert_values / _EXPERT_MATRICES)
         arithmetic = unit.expert_flops * rows / site.matrix_rate(number, rows * unit.top_k / touched, width)
         values = touched * unit.expert_values
-        reading = values * self._value_bytes(compression) / site.memory
+        reading = values * self._value_bytes(codes) / site.memory
         # An accelerator unpacks what is compressed a tile at a time, before it multiplies.
-        unpacking = values * self._dtype.bytes / site.unpack if compression and tier is Tier.GPU else 0.0
+        unpacking = values * self._dtype.bytes / site.unpack if codes and tier is Tier.GPU else 0.0
         # On a device with streams the host has that to issue (issued_operators.py).
         calls = 0.0 if tier is Tier.GPU and self._operators is not None else touched * site.step
         return max(arithmetic, reading) + unpacking + calls
@@ -192,10 +194,10 @@ class StepCost:
         # To hidden states: both are read, and one is written.
         return 3 * rows * self._job.hidden_row_bytes / site.memory
 
-    def _value_bytes(self, compression: Compression | None) -> float:
-        if compression is None:
+    def _value_bytes(self, codes: Codes | None) -> float:
+        if codes is None:
             return self._dtype.bytes
-        return compression.row_bytes(compression.group_size) / compression.group_size
+        return codes.row_bytes(codes.group_size) / codes.group_size
 
     def _attention(self, step: Step, site: SiteRates) -> float:
         micro_batch = step.micro_batch

@@ -48,6 +48,7 @@ _OTHERS = {
     StepKind.LOAD_KV: 3,
     StepKind.MOVE_ATTENTION: 1,
     StepKind.MOVE_LOGITS: 2,
+    StepKind.SAMPLE: 2,
     StepKind.MOVE_TOKENS: 2,
     StepKind.LOAD_EXPERTS: 4,
     StepKind.MOVE_ROUTED: 6,
@@ -74,6 +75,8 @@ class IssuedOperators:
         of_any = {StepKind.HEAD: _HEAD[later], StepKind.STORE_KV: _STORE_TOKEN[self._packed and later]}
         if step.kind in of_any:
             return of_any[step.kind]
+        if step.kind is StepKind.EXPERTS:
+            return self._experts(step)
         return self._embed(step, later) if step.kind is StepKind.EMBED else self._of_a_layer(step, later)
 
     def _of_a_layer(self, step: Step, later: bool) -> int:
@@ -81,8 +84,6 @@ class IssuedOperators:
         further = max(0, len(step.micro_batch.kv_parts) - 1)
         if step.kind is StepKind.PROJECT:
             return _project(layer, self._is_first(step), step.micro_batch.sequences if not later else 0)
-        if step.kind is StepKind.EXPERTS:
-            return self._experts(step)
         if step.kind is StepKind.OUTPUT:
             return self._output(step) + later * further
         if step.kind is StepKind.LAYER:

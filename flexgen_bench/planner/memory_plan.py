@@ -12,6 +12,7 @@ from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.models.parts import Decoder
 from flexgen_bench.planner.planned_units import planned_unit, routed_row_bytes, unit_tiers
 from flexgen_bench.planner.rings import cached_tokens, gathered_tokens, ring_windows
@@ -20,7 +21,7 @@ from flexgen_bench.schedule.experts import are_away
 from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import realised
-from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
+from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
 
@@ -149,7 +150,8 @@ def plan_job(
     for unit in packed.units:
         for site in job.attends_at(units[unit.index]):
             parts[site]["attention sinks"] = parts[site].get("attention sinks", 0) + unit.sink_bytes
-    parts[job.site]["workspace"] = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
+    workspace = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
+    parts[job.site]["workspace"] = workspace + _unpacked_experts(job, packed, policy, dtype.bytes)
     if isinstance(requests, Capacity):
         layers = sum(unit.kind is UnitKind.LAYER for unit in units)
         parts[job.site]["kept prefixes"] = requests.kept_tokens * groups.token_bytes * layers
@@ -244,7 +246,6 @@ def _workspace(
         + moving.cpu_attention_buffers * decode * staged * width
         + logits
         + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
-        + _unpacked_experts(job, policy, width)
     )
 
 
@@ -255,12 +256,15 @@ def _rows_at_once(policy: Policy, groups: SequenceGroups) -> tuple[int, int]:
     return max(prefill, decode), decode
 
 
-def _unpacked_experts(job: ScheduledJob, policy: Policy, width: int) -> int:
+def _unpacked_experts(job: ScheduledJob, packed: PackedModel, policy: Policy, width: int) -> int:
     """What products with an accelerator's compressed experts unpack at a time: a tile, or all of a small matrix."""
-    if policy.lossy.weights is None:
-        return 0
-    experts = (u for u in job.units if u.kind is UnitKind.EXPERTS and u.site.is_accelerator)
-    return max((min(TILE_BYTES, u.flops_after // (2 * u.top_k) * width) for u in experts), default=0)
+
+    def are_codes(unit: Unit) -> bool:
+        apart = unit.kind is UnitKind.EXPERTS and policy.lossy.weights is not None
+        return apart or packed.units[unit.index].packing is not None
+
+    experts = (u for u in job.units if u.experts and u.site.is_accelerator and are_codes(u))
+    return max((min(TILE_BYTES, u.expert_values * width) for u in experts), default=0)
 
 
 def _away_bytes(

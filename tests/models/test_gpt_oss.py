@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.microscaling import MXFP4
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Policy
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Policy
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
 from flexgen_bench.kernels.quantization import fake_quantize
 from flexgen_bench.models.model import Model
+from flexgen_bench.planner.cost import StepCost
+from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
+from flexgen_bench.schedule.steps import StepKind
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, run
 from tests.kernels.test_microscaling import stack
+from tests.support.planner_machines import GPU_SITE, accelerator
 from tests.support.shapes import no_progress
 from tests.support.tiny_models import EMULATED, HOST, VOCAB, greedy_reference, random_prompts, save
 
@@ -131,6 +137,38 @@ def test_tokens_of_streamed_layers(reference: Reference, offloaded: Offloaded, t
     found, result = run(reference, policy, EMULATED, tmp_path)
     assert found == reference.tokens
     check_allocated_as_planned(result, EMULATED)
+
+
+@pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK])
+@pytest.mark.parametrize("loads", ExpertLoads)
+def test_experts_apart(reference: Reference, tier: Tier, loads: ExpertLoads, tmp_path: Path) -> None:
+    """Packed on every link; what is not touched stays."""
+    for policy in (
+        Policy(2, 3, on(Tier.GPU), on(Tier.CPU), experts=on(tier), expert_loads=loads),
+        Policy(1, 3, on(Tier.GPU), on(Tier.GPU), experts=on(tier), expert_loads=loads, offloaded=Offloaded.IN_PLACE),
+    ):
+        found, result = run(reference, policy, EMULATED, tmp_path)
+        assert found == reference.tokens
+        check_allocated_as_planned(result, EMULATED)
+
+
+def test_unpacking_is_planned_and_priced() -> None:
+    """An accelerator unpacks an expert whenever it is used, and reads it packed; nobody unpacks plain ones."""
+    shape, policy = model_spec("gpt-oss-20b").shape, Policy(4, 1, on(Tier.CPU), on(Tier.GPU), on(Tier.GPU))
+    workspaces, seconds = [], []
+    for packing in ("mxfp4", None):
+        model = Model.of(replace(shape, options=dict(shape.options) | {"packing": packing}), DType.BFLOAT16)
+        plan = plan_job(model, policy, accelerator(), [Request(64, 4)] * 4)
+        workspaces.append(plan.bytes[Site.GPU]["workspace"])
+        scheduler = Scheduler(policy, plan)
+        scheduler.steps(scheduler.schedule())
+        scheduler.postprocess()
+        step = next(s for s in scheduler.steps(scheduler.schedule()) if s.unit == 1 and s.kind is StepKind.LAYER)
+        seconds.append(StepCost(plan).seconds(step))
+    one = 3 * 2880**2 + 3 * 2880
+    assert workspaces[0] - workspaces[1] == 2 * one
+    values, site = plan.job.units[1].touched(4) * one, GPU_SITE
+    assert seconds[0] - seconds[1] == pytest.approx(values * (2 / site.unpack - (2 - 17 / 32) / site.memory), rel=1e-3)
 
 
 def test_compression_is_of_the_others(published: Published, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ class Microscaled:
     """The tensors of a checkpoint with stacks in MXFP4 under the names, and with the values, that transformers has them
     under: (E, in, out). What is stored is to be had as it is, too."""
 
+    note = ""  # how weights were read: as they are
+
     def __init__(self, stored: Tensors, config: Mapping[str, Any], where: Path) -> None:
         self._stored, self._where = stored, where
         names = stored.names()
@@ -39,8 +41,6 @@ class Microscaled:
             self._check(name)
         parts = {name + end for name in self._packed for end in (BLOCKS, SCALES)}
         self._names = frozenset(names - parts | self._packed)
-
-    note = ""  # nothing is changed
 
     def names(self) -> frozenset[str]:
         return self._names
