@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from common import Bar, Report, median, options
-from host_counts import CASES, Counts, count, tiny_llama, tiny_opt
+from host_counts import CASES, MIXTURES, Counts, count, tiny_llama, tiny_mixture, tiny_opt
 from null_device import IssueTime, issue_time
 
 from flexgen_bench.core.status import Evidence
@@ -33,6 +33,7 @@ def main() -> int:
         folder = Path(name)
         counted = {case: count(CASES[case], tiny_opt(), folder) for case in CASES}
         counted["resident Llama"] = count(CASES["resident"], tiny_llama(), folder)
+        counted |= {case: count(MIXTURES[case], tiny_mixture(), folder) for case in MIXTURES}
         timed: dict[str, list[IssueTime]] = {case: [] for case in CASES}
         for _ in range(opts.rounds):  # interleaved
             for case, times in timed.items():
