@@ -124,7 +124,7 @@ def _use_other_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShap
     untied = replace(shape, tied_embeddings=False)
     own, names = kind.inventory(untied), checkpoint.names()
     missing = set(locate(expected_sources(own), kind.prefixes, names).missing)
-    for other in kind.other_names:
+    for other in kind.other_names if missing else ():
         elsewhere = other_sources(own, kind.inventory(untied, other))
         needed_names = {elsewhere[source][0] for source in missing if source in elsewhere}
         stored_name_of = locate(needed_names, kind.other_prefixes, names).found
@@ -160,7 +160,7 @@ def _is_tied(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape) -> bo
 
 def _vocabulary(kind: ModelFamily, shape: ModelShape) -> tuple[str, str]:
     """The family's own names of the token table and of a head of its own."""
-    tokens, *heads = kind.inventory(replace(shape, tied_embeddings=False)).vocabulary
+    tokens, *heads = kind.inventory(replace(shape, tied_embeddings=False, num_layers=1)).vocabulary
     return tokens.sources[0], heads[0].sources[0]
 
 
@@ -180,8 +180,8 @@ def _without_head(stored: StoredNames, kind: ModelFamily, shape: ModelShape) -> 
 def _check_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape, stored: StoredNames) -> None:
     folder, count = checkpoint.folder, len(stored.found) + len(stored.missing)
     _, head = _vocabulary(kind, shape)
-    further = [n for n in stored.unexpected if kind.is_further(n, checkpoint.config, shape)]
-    unexpected = [n for n in stored.unexpected if n not in set(further) and not _adds_nothing(checkpoint, n, stored)]
+    further = {n for n in stored.unexpected if kind.is_further(n, checkpoint.config, shape)}
+    unexpected = [n for n in stored.unexpected if n not in further and not _adds_nothing(checkpoint, n, stored)]
     if stored.missing:
         missing = [n if n == head else kind.prefixes[0] + n for n in stored.missing]
         also = f" It holds {shown(unexpected)}, for which there is no place." if unexpected else ""
@@ -194,7 +194,7 @@ def _check_names(checkpoint: Checkpoint, kind: ModelFamily, shape: ModelShape, s
             f"{shown(unexpected)}. Leaving them out would change results: correct config.json if it "
             "denies them, or use a checkpoint of this family without them."
         )
-    unused = [*stored.other_heads, *further]
+    unused = [*stored.other_heads, *sorted(further)]
     if unused:
         _log.warning("%s: %s is not used to generate", folder, shown(unused))
 

@@ -93,7 +93,7 @@ def _heads(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def output(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
     """Hidden before the layer (N, hidden) and attention output (N, H * D) -> hidden after the layer. Of a mixture of
-    experts: ``routed``, ``experts`` and ``after_mlp``, of which the middle one depends on values."""
+    experts: ``routed``, ``ops.through_experts`` and ``after_mlp``, of which the middle one depends on values."""
     if isinstance(layer.mlp, Experts):
         dense, of_experts = apart(w)
         x, read, chosen, shares, *shared = routed(ops, layer, dense, x, attended)
