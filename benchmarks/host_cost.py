@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from common import Bar, Report, median, options
-from host_counts import CASES, Counts, count, tiny_llama, tiny_opt
+from host_counts import CASES, MIXTURES, Counts, count, tiny_llama, tiny_mixture, tiny_opt
 from null_device import IssueTime, issue_time
 from pass_counts import count_pass
 
@@ -35,6 +35,7 @@ def main() -> int:
         folder = Path(name)
         counted = {case: count(CASES[case], tiny_opt(), folder) for case in CASES}
         counted["resident Llama"] = count(CASES["resident"], tiny_llama(), folder)
+        counted |= {case: count(MIXTURES[case], tiny_mixture(), folder) for case in MIXTURES}
         passes = {case: [count_pass(CASES[case], folder, graphs) for graphs in (False, True)] for case in CASES}
         timed: dict[str, list[IssueTime]] = {case: [] for case in CASES}
         for _ in range(opts.rounds):  # interleaved

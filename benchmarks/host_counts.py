@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.instructions import NATIVE_SWITCH
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.engine import lane as lane_module
@@ -97,6 +97,11 @@ OF_A_LAYER = frozenset(
         StepKind.APPEND_KV,
         StepKind.MOVE_QKV,
         StepKind.MOVE_ATTENTION,
+        StepKind.LOAD_EXPERTS,
+        StepKind.MOVE_ROUTED,
+        StepKind.EXPERTS,
+        StepKind.MOVE_EXPERTS,
+        StepKind.ADD_EXPERTS,
         StepKind.LOAD_HIDDEN,
         StepKind.STORE_HIDDEN,
     }
@@ -126,6 +131,12 @@ CASES: dict[str, Case] = {
     "half of the KV, attended by the cpu": _case(kv_cache=HALF, attention=AttentionSite.CPU),
     "4-bit weights": _case(lossy=Lossy(weights=FOUR)),
     "4-bit KV": _case(lossy=Lossy(kv_cache=FOUR)),
+}
+# Of a mixture, whose layers are one step (two with their experts apart) and a call of every expert that is touched.
+MIXTURES: dict[str, Case] = {
+    "mixture, resident": _case(),
+    "mixture, experts moved": _case(experts=CPU),
+    "mixture, experts in place": _case(experts=CPU, offloaded=Offloaded.IN_PLACE),
 }
 
 
@@ -173,6 +184,12 @@ def tiny_llama() -> ModelShape:
         max_positions=256,
         tied_embeddings=True,
     )
+
+
+def tiny_mixture() -> ModelShape:
+    """The Llama with four experts, of which a token goes to two."""
+    options = {"experts": 4, "experts_per_token": 2}
+    return replace(tiny_llama(), name="host-cost-mixture", family="mixtral", options=options)
 
 
 def count(case: Case, shape: ModelShape, folder: Path) -> dict[str, Counts]:

@@ -49,6 +49,17 @@ def test_no_layer_with_rotary_positions_costs_more_than_it_did(folder: Path) -> 
     check(host_counts.count(host_counts.CASES["resident"], host_counts.tiny_llama(), folder), LLAMA)
 
 
+def test_experts_apart_cost_a_step_and_no_operators(folder: Path) -> None:
+    counts = [
+        host_counts.count(host_counts.MIXTURES[f"mixture, {case}"], host_counts.tiny_mixture(), folder)["decode"]
+        for case in ("resident", "experts moved")
+    ]
+    whole, apart = (one.per_layer for one in counts)
+    assert (whole["steps"], apart["steps"]) == (1, 2)
+    assert apart["operators"] <= whole["operators"] + 0.5
+    assert apart["calls"] <= whole["calls"] + 12
+
+
 def check(found: dict[str, host_counts.Counts], limits: tuple[tuple[int, ...], ...]) -> None:
     for phase, most in zip(("prefill", "decode"), limits, strict=True):
         counted = found[phase].per_layer
