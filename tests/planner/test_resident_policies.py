@@ -11,7 +11,7 @@ from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.device_memory import job_bytes
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.engine_predictor import EnginePredictor
 from flexgen_bench.planner.evaluator import Evaluator
@@ -66,6 +66,7 @@ def test_a_layer_of_many_on_disk_is_not_nothing() -> None:
     job = replace(JOB, shape=model_spec("opt-30b").shape, num_prompts=144)
     evaluator = Evaluator(space_of(job))
     one = 1 / 48
-    on_disk = Policy(36, 2, Placement(gpu=one, cpu=1 - 2 * one, disk=one), CPU, CPU, prefetch=3)
-    without = replace(on_disk, weights=Placement(gpu=one, cpu=1 - one))
-    assert evaluator.tok_per_s(on_disk) < evaluator.tok_per_s(without)
+    weights, cache = Placement(gpu=2 * one, cpu=1 - 3 * one, disk=one), Placement(gpu=0.034, cpu=0.966)
+    on_disk = Policy(36, 2, weights, cache, CPU, 3, attention=AttentionSite.CPU, prefill_chunk=8192)
+    without = replace(on_disk, weights=Placement(gpu=2 * one, cpu=1 - 2 * one))
+    assert 0 < evaluator.tok_per_s(on_disk) < 0.95 * evaluator.tok_per_s(without)
