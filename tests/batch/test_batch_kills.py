@@ -31,33 +31,15 @@ def comparable_answers(path: Path) -> list[Any]:
     return comparable
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_kills_lose_nothing(kills: int, tmp_path: Path) -> None:
-    model = text_model(tmp_path / "ckpt", "llama")
-    lines = [
-        {"prompt": f"prompt {n}", "max_tokens": 1 + n % 9, "temperature": n % 2, "n": 1 + n % 2, "ignore_eos": True}
-        for n in range(LINES)
-    ]
-    lines[17] = {"nothing": 1}
-    source = tmp_path / "in.jsonl"
+def lose_nothing(words: list[str], lines: list[dict[str, Any]], kills: int, folder: Path) -> None:
+    """Kill a batch of these lines so often, each time at another moment, and compare with one that was left alone."""
+    source = folder / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = [f"model={model}", "gpu=cpu", "threads=1", f"cache_dir={tmp_path / 'cache'}", "--window", "16"]
-    undisturbed = tmp_path / "undisturbed.jsonl"
+    undisturbed, out = folder / "undisturbed.jsonl", folder / "out.jsonl"
     assert batch.main([str(source), "-o", str(undisturbed), *words]) == 0
-
-    out = tmp_path / "out.jsonl"
+    program = [sys.executable, "-m", "tests.support.batch_kills", str(len(lines)), str(kills)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.support.batch_kills",
-            str(LINES),
-            str(kills),
-            str(source),
-            "-o",
-            str(out),
-            *words,
-        ],
+        [*program, str(source), "-o", str(out), *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -69,5 +51,33 @@ def test_kills_lose_nothing(kills: int, tmp_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] >= kills
     assert comparable_answers(out) == comparable_answers(undisturbed)
-    for earlier in tmp_path.glob("*.out.jsonl"):
+    for earlier in folder.glob("*.out.jsonl"):
         assert sorted(comparable_answers(earlier), key=lambda a: a["id"]) == comparable_answers(undisturbed)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+def test_kills_lose_nothing(kills: int, tmp_path: Path) -> None:
+    model = text_model(tmp_path / "ckpt", "llama")
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"prompt {n}", "max_tokens": 1 + n % 9, "temperature": n % 2, "n": 1 + n % 2, "ignore_eos": True}
+        for n in range(LINES)
+    ]
+    lines[17] = {"nothing": 1}
+    words = [f"model={model}", "gpu=cpu", "threads=1", f"cache_dir={tmp_path / 'cache'}", "--window", "16"]
+    lose_nothing(words, lines, kills, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_kills_of_a_trained_model(smollm2: tuple[object, Path], shared_cache: Path, tmp_path: Path) -> None:
+    """Conversations and prompts, greedy and sampled, whose answers end by themselves."""
+    starts = ["Once upon a time there was", "The capital of France is", "def fib(n):", "Q: What is 2+2?\nA:"]
+    lines: list[dict[str, Any]] = []
+    for n in range(120):
+        common = {"max_tokens": 2 + n % 7, "temperature": 0.7 * (n % 2)}
+        text = f"{starts[n % 4]} {n}"
+        lines.append(
+            {"messages": [{"role": "user", "content": text}], **common} if n % 3 == 0 else {"prompt": text, **common}
+        )
+    words = [f"model={smollm2[1]}", "gpu=cpu", "threads=1", "dtype=float32", f"cache_dir={shared_cache}"]
+    lose_nothing([*words, "--window", "16"], lines, 100, tmp_path)
