@@ -67,6 +67,7 @@ class ResidentLayers:
         self._cache, self._form, self._device, self._health = cache, form, device, health
         self._attentions = [layer.attention for layer in decoder_layers]
         self._value_share, self._angles_of, self._sinks_of = value_share, angles_of, sinks_of
+        self._has_sinks = any(attention.sinks for attention in self._attentions)
         # A ring holds nothing that is outside of the window.
         units = [unit for unit in job.units if unit.kind is UnitKind.LAYER]
         self._mods = [
@@ -105,7 +106,7 @@ class ResidentLayers:
 
     def _begin(self, step: Step, micro_batch: MicroBatch, x: Tensor) -> DecodePass:
         site = self._job.units[step.unit].site
-        cache = ResidentCache.of(self._cache, micro_batch, site.tier, self._rings[site], x.device)
+        cache = ResidentCache.of(self._cache, micro_batch, site.tier, self._rings[site], x.device, self._has_sinks)
         attend: Attend | None = None
         launches = site.is_accelerator and self._device.launches_kernels
         if cache is not None and launches and self._value_share == 1 and self._scale is not None:

@@ -57,14 +57,19 @@ class Run:
 
 class ResidentCache:
     """All runs of a micro-batch, those of the same layers one after the other. units: the layers, in the order in which
-    the runs have them. is_split: there are many runs where sequences of any lengths would be one."""
+    the runs have them. is_split: there are many runs where sequences of any lengths would be one. has_sinks: any layer."""
 
-    def __init__(self, runs: Sequence[Run], units: Sequence[int], is_split: bool) -> None:
-        self.runs, self.units, self._is_split = runs, units, is_split
+    def __init__(self, runs: Sequence[Run], units: Sequence[int], is_split: bool, has_sinks: bool) -> None:
+        self.runs, self.units, self._is_split, self.has_sinks = runs, units, is_split, has_sinks
 
     @staticmethod
     def of(
-        cache: KVCache, micro_batch: MicroBatch, tier: Tier, rings: Iterable[int | None], device: torch.device
+        cache: KVCache,
+        micro_batch: MicroBatch,
+        tier: Tier,
+        rings: Iterable[int | None],
+        device: torch.device,
+        has_sinks: bool = False,
     ) -> ResidentCache | None:
         """rings: what caches of layers on the tier keep, a window's tokens or (None) all. None if the cache does not
         lie in one piece per layer."""
@@ -83,7 +88,7 @@ class ResidentCache:
                     is_split |= len(own) > MOST_RUNS * len(contiguous(slots_of(part)))
                     runs += own
             units += runs[-1].units
-        return ResidentCache(runs, units, is_split)
+        return ResidentCache(runs, units, is_split, has_sinks)
 
     def attention(self, form: KVForm, x: Tensor, scale: float, sinks: SinksOf) -> Attend | None:
         """Append and attend in a few operators per layer, for queries with the type of x and where it is; None if there
@@ -140,7 +145,7 @@ class ByRuns(ABC, Generic[View]):
     """Attention of one run after the other. Nearly always there is one."""
 
     def __init__(self, cache: ResidentCache, views: Callable[[Run], Sequence[View]], sinks: SinksOf) -> None:
-        self._sinks = sinks
+        self._sinks = sinks if cache.has_sinks else None
         self._of: dict[int, list[tuple[slice, View]]] = {unit: [] for unit in cache.units}
         for run in cache.runs:
             for unit, view in zip(run.units, views(run), strict=True):
@@ -148,7 +153,7 @@ class ByRuns(ABC, Generic[View]):
 
     def __call__(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (S, H, D), k and v (S, G, D) -> (S, H * D)."""
-        views, sinks = self._of[step.unit], self._sinks(step)
+        views, sinks = self._of[step.unit], self._sinks and self._sinks(step)
         if len(views) == 1:
             return self._attend(views[0][1], q, k, v, sinks)
         return torch.cat([self._attend(view, q[rows], k[rows], v[rows], sinks) for rows, view in views])

@@ -75,7 +75,10 @@ def _attend(
         joined = joined.float()
         distances = _distances(segments, padding, q.device)[:, None, None]
         modified(joined.view(sequences, heads, 1, -1), distances, mod)
-    weights = softmax(joined.view(sequences, heads, 1, -1), sinks).view(joined.shape)
+    if sinks is None:
+        weights = torch.softmax(joined, dim=-1, dtype=torch.float32)
+    else:
+        weights = softmax(joined.view(sequences, heads, 1, -1), sinks).view(joined.shape)
     if value_share < 1:
         _use_share(weights.view(sequences, heads, -1), segments, padding, value_share, mod, newest)
     pieces = torch.split(weights.to(q.dtype), [segment.tokens for segment in segments], dim=-1)

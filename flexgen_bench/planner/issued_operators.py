@@ -48,7 +48,7 @@ _OTHERS = {
     StepKind.LOAD_KV: 3,
     StepKind.MOVE_ATTENTION: 1,
     StepKind.MOVE_LOGITS: 2,
-    StepKind.SAMPLE: 2,
+    StepKind.SAMPLE: 4,
     StepKind.MOVE_TOKENS: 2,
     StepKind.LOAD_EXPERTS: 4,
     StepKind.MOVE_ROUTED: 6,
