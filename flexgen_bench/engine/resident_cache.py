@@ -57,7 +57,8 @@ class Run:
 
 class ResidentCache:
     """All runs of a micro-batch, those of the same layers one after the other. units: the layers, in the order in which
-    the runs have them. is_split: there are many runs where sequences of any lengths would be one. has_sinks: any layer."""
+    the runs have them. is_split: there are many runs where sequences of any lengths would be one. has_sinks: of any
+    layer."""
 
     def __init__(self, runs: Sequence[Run], units: Sequence[int], is_split: bool, has_sinks: bool) -> None:
         self.runs, self.units, self._is_split, self.has_sinks = runs, units, is_split, has_sinks
