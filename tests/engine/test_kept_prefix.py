@@ -24,7 +24,7 @@ CAPACITY = Capacity(2, 60, NEW, kept_tokens=4 * (60 + NEW))
 PLAIN = Policy(2, 1, on(Tier.CPU), on(Tier.CPU), on(Tier.CPU))
 
 
-@pytest.fixture(scope="module", params=["llama-scaled-rope", "opt-no-bias", "gemma3", "mistral"])
+@pytest.fixture(scope="module", params=["llama-scaled-rope", "opt-no-bias", "gemma3"])
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return reference_of(request.param, random_prompts([12]), tmp_path_factory.mktemp(request.param))
 
