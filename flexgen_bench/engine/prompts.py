@@ -109,7 +109,7 @@ class Prompts:
     def _attend_in_ring(self, step: Step, part: Part, q: Tensor, stored: Sequence[Stored], ring: int) -> Tensor:
         """A chunk of a part's prompts over the window's tokens before it, and its own: what all prompts share, which is
         computed with the first, and theirs."""
-        member, attention = part.member, self._layers[step.unit - 1].attention
+        member, attention, sinks = part.member, self._layers[step.unit - 1].attention, self._sinks_of(step)
         since = max(0, member.start - ring + 1)
         before = self._cache.before(step, part, since, member.start) if since < member.start else ()
         same, own = (
@@ -128,7 +128,7 @@ class Prompts:
                     mine.append(own[i][:, row:stop].unflatten(1, (count, length)).transpose(0, 1))
                 keys, values = (torch.cat(mine, dim=2) for mine in pieces)
                 queries, ranges = q[part.row + row : part.row + stop], [(first - since, last - since)] * count
-                outs.append(chunk_attention(queries, keys, values, ranges, attention.scale, attention.mod))
+                outs.append(chunk_attention(queries, keys, values, ranges, attention.scale, attention.mod, sinks))
             row, sequence = stop, sequence + count
         return _joined(outs) if outs else q.new_empty(0, q.shape[1] * q.shape[2])
 
