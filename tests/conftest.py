@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 
 # A shell starts what it puts into the background with SIGINT ignored, Python leaves it so, and every process started
 # from here inherits it: tests that interrupt something would wait for ever.
@@ -36,11 +37,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that take minutes run where they are asked for: a hundred kills once took all the time that a check had."""
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="minutes; run with -m slow"))
+    """Tests that take minutes run where they are asked for: a hundred kills once took all the time that a check had. Of
+    a large matrix, so does all but every n-th test; these are others for each of its rows."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    counts: Counter[int] = Counter()
+    for item in items:
+        thinned = item.get_closest_marker("one_in")
+        if thinned is not None:
+            counts[thinned.args[0]] += 1
+        if "slow" in item.keywords or (thinned is not None and counts[thinned.args[0]] % thinned.args[0]):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m 'slow or one_in'"))
 
 
 @pytest.fixture(scope="session")

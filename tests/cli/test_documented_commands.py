@@ -83,6 +83,14 @@ TABLE: dict[str, How] = {
     "scripts/gpu_check.sh --for 590": How(skip=GPU),
     "scripts/gpu_check.sh --again rates": How(skip=GPU),
     "WHEELS=wheels scripts/gpu_check.sh": How(skip=GPU),
+    "WHEELS=wheels scripts/gpu_check.sh --budget 840": How(skip=GPU),
+    "scripts/gpu_check.sh --budget 840 --quick": How(skip="tests/machine/test_gpu_check.py runs it"),
+    # docs/notes/recast.md
+    "python scripts/recast_smollm2.py mixtral /tmp/recast-mixtral --experts 4": How(
+        skip="tests/models/test_recast_weights.py recasts"
+    ),
+    "python -m flexgen_bench accuracy model=/tmp/recast-mixtral tasks=[lambada,copying_lookup] mode=w4 limit=12 "
+    "dtype=bfloat16": How(skip="takes minutes, on a model that another command makes"),
     "pip wheel --no-deps -w wheels 'hydra-core>=1.3.5,<1.4' 'omegaconf>=2.3,<2.4' 'antlr4-python3-runtime==4.9.3' "
     "deepspeed hjson flexgen==0.1.8 attrs": How(skip="downloads and builds wheels for another machine"),
     "pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels "

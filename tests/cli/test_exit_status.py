@@ -82,7 +82,9 @@ def test_rivals_that_fail_are_recorded_shown_and_warned_of(run) -> None:  # type
     assert "5 cells, nothing left to run" in again.stderr
 
 
-@pytest.mark.parametrize("subject", ["raising", "crashing", "short"])
+@pytest.mark.parametrize(
+    "subject", ["raising", *(pytest.param(s, marks=pytest.mark.slow) for s in ("crashing", "short"))]
+)
 def test_ours_that_fails_is_the_status(run, subject: str) -> None:  # type: ignore[no-untyped-def]
     done, told = run("suite=mine", "measure.time_limit_s=8", subject=subject)
     assert done.returncode == 1
@@ -90,6 +92,7 @@ def test_ours_that_fails_is_the_status(run, subject: str) -> None:  # type: igno
     assert f"warning: {subject}" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rival_asked_for_alone_is_the_status(run) -> None:  # type: ignore[no-untyped-def]
     for extra in ([], ["suite=mine"]):
         done, told = run("model=opt-4m", "weights=dummy", "workload=tiny", "gpu=cpu", "system=raising", *extra)

@@ -453,7 +453,7 @@ def test_a_default_of_a_core_type_is_the_default_of_its_key(core: Any, schema: A
             assert keys[f.name].default in (f.default, str(f.default) or None), f.name
 
 
-@pytest.mark.parametrize("suite", ["default", "gpu16"])
+@pytest.mark.parametrize("suite", [pytest.param("default", marks=pytest.mark.slow), "gpu16"])
 def test_cells_of_a_group_are_what_each_would_be_alone(suite: str) -> None:
     """What they have in common is composed once."""
     together = cells(f"suite={suite}", suite=suite)

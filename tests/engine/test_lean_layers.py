@@ -4,22 +4,19 @@ transformers."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flexgen_bench.core.errors import NotFinite
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.layers import Layer, Layers
 from flexgen_bench.engine.resident_cache import Attention
-from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import LENGTHS, Reference, on, reference_of, run, until
 from tests.engine.test_engine_tokens import reference as reference  # noqa: PLC0414  (a fixture)
+from tests.support.poisoned_layers import Projected, poison
 from tests.support.tiny_models import EMULATED, HOST, random_prompts
 
 GPU, CPU, HALF = on(Tier.GPU), on(Tier.CPU), Placement(gpu=0.5, cpu=0.5)
@@ -84,27 +81,11 @@ def test_what_is_not_finite_in_decode_names_its_layer(
     """Nothing in the prompts is. Resident layers are judged together, at the end of a pass, and the first of them is
     named."""
     monkeypatch.setattr(Device, "launches_kernels", issues)
-    of, decoding = Layers.of, Layers.decoding
 
-    def poisoned(step: Step, layer: Layer) -> Layer:
-        if step.unit != 2 or step.token != 3:
-            return layer
+    def spoil(made: Projected) -> None:
+        made[2][0, 0, 0] = torch.inf
 
-        def project(x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = layer.project(x, angles)
-            v[0, 0, 0] = torch.inf
-            return q, k, v
-
-        return Layer(project, layer.output)
-
-    def poisoned_of(self: Layers, step: Step) -> Layer:
-        return poisoned(step, of(self, step))
-
-    def poisoned_decoding(self: Layers, step: Step, x: Tensor, tables: Any) -> Layer:
-        return poisoned(step, decoding(self, step, x, tables))
-
-    monkeypatch.setattr(Layers, "of", poisoned_of)
-    monkeypatch.setattr(Layers, "decoding", poisoned_decoding)
+    poison(monkeypatch, lambda step: step.unit == 2 and step.token == 3, spoil)
     near = on(hardware.compute_tier)
     with pytest.raises(NotFinite, match="layer 1 has produced values"):
         run(reference, Policy(3, 2, near, near, near), hardware, tmp_path)

@@ -245,6 +245,7 @@ def print_growth_over_failing_jobs(folder: Path) -> None:
     print(after - before, plan.bytes[Site.CPU]["kv_cache"])
 
 
+@pytest.mark.slow
 def test_the_resident_set_does_not_grow_from_failure_to_failure(tmp_path: Path) -> None:
     """Without the garbage collector's help. The C library is told to give memory back: what it keeps for later, in
     a heap for every thread, is up to 100 MiB more or less, after good jobs as after bad ones."""

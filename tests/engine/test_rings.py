@@ -6,11 +6,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import NotFinite
@@ -20,17 +18,16 @@ from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.generation import to_full_length
-from flexgen_bench.engine.layers import Layer, Layers
 from flexgen_bench.engine.resident_cache import Attention
 from flexgen_bench.kernels.native import build
 from flexgen_bench.planner import memory_plan
 from flexgen_bench.schedule import sequence_groups
-from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import Reference, check_allocated_as_planned, on, random_policy, run, until
 from tests.engine.test_kept_prefix import CAPACITY, NEW, PLAIN, sequence
 from tests.engine.test_kept_prefix import run as take
 from tests.kernels.test_lossy_attention import fake_quantized_cache
 from tests.kernels.test_packed_cache import fused as fused  # noqa: PLC0414  (a fixture)
+from tests.support.poisoned_layers import Projected, poison
 from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_model, random_prompts, save
 
 LENGTHS, NEW_TOKENS = [3, 12, 12, 1, 7, 26], 24
@@ -192,9 +189,9 @@ def test_what_a_gpu_gets(schedule: Schedule, alike: bool, tmp_path: Path, monkey
     fused: list[int] = []
     attend = Attention._attend
 
-    def counted(self, view, q, k, v):  # type: ignore[no-untyped-def]
+    def counted(self, view, q, *rest):  # type: ignore[no-untyped-def]
         fused.append(len(q))
-        return attend(self, view, q, k, v)
+        return attend(self, view, q, *rest)
 
     monkeypatch.setattr(Attention, "_attend", counted)
     lengths = [9] * 6 if alike else LENGTHS
@@ -224,19 +221,11 @@ def test_kernels_for_a_compressed_cache_read_rings(tmp_path: Path, fused: list[C
 def test_what_is_not_finite_names_its_layer(layer_number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are judged together at the end of a pass, those with windows and those without apart; the first of all is
     named, though all layers after it are not finite either."""
-    of = Layers.of
 
-    def poisoned(self: Layers, step: Step) -> Layer:
-        layer = of(self, step)
+    def spoil(made: Projected) -> None:
+        made[2][0, 0, 0] = torch.inf
 
-        def project(x: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = layer.project(x, angles)
-            v[0, 0, 0] = torch.inf
-            return q, k, v
-
-        return Layer(project, layer.output) if step.unit == 1 + layer_number and step.token == 3 else layer
-
-    monkeypatch.setattr(Layers, "of", poisoned)
+    poison(monkeypatch, lambda step: step.unit == 1 + layer_number and step.token == 3, spoil)
     reference = longer("gemma3", tmp_path / "model")  # layers 0, 1 and 3 have a window
     with pytest.raises(NotFinite, match=f"layer {layer_number} has produced values"):
         run(reference, Policy(6, 1, *[on(Tier.CPU)] * 3), HOST, tmp_path)

@@ -19,12 +19,11 @@ from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine import resident_cache
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.layers import Layer, Layers
 from flexgen_bench.kernels.packed_cache import PackedKernels, packed_kernels
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.kernels.segments import PackedSegment
-from flexgen_bench.schedule.steps import Step
 from tests.engine.test_engine_tokens import LENGTHS, on, reference_of, run, until
+from tests.support.poisoned_layers import Projected, poison
 from tests.support.tiny_models import EMULATED, random_prompts
 
 GPU = on(Tier.GPU)
@@ -107,19 +106,11 @@ def test_what_is_not_finite_shows_in_the_parameters(
 ) -> None:
     """Infinite keys saturate when they are quantized: the codes alone would not tell."""
     reference = reference_of("opt", random_prompts([5, 5]), tmp_path)
-    of = Layers.of
 
-    def poisoned(self: Layers, step: Step) -> Layer:
-        layer = of(self, step)
+    def spoil(made: Projected) -> None:
+        made[1][0, 0, 0] = torch.inf
 
-        def project(x: Tensor, angles: object) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = layer.project(x, angles)
-            k[0, 0, 0] = torch.inf
-            return q, k, v
-
-        return Layer(project, layer.output) if step.unit == 3 and step.token == 2 else layer
-
-    monkeypatch.setattr(Layers, "of", poisoned)
+    poison(monkeypatch, lambda step: step.unit == 3 and step.token == 2, spoil)
     policy = Policy(2, 1, GPU, GPU, GPU, lossy=Lossy(kv_cache=Compression(4, 16)))
     with pytest.raises(NotFinite, match="layer 2 has produced keys"):
         run(reference, policy, EMULATED, tmp_path)

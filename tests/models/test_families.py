@@ -42,6 +42,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return reference_of(request.param, random_prompts(LENGTHS), tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("attention", AttentionSite)
 @pytest.mark.parametrize("kv", GPU_MIXES, ids=["gpu", "cpu", "disk", "thirds", "gpu+disk"])
 def test_the_cache_on_any_tier(reference: Reference, kv: Any, attention: AttentionSite, tmp_path: Path) -> None:
@@ -49,6 +50,7 @@ def test_the_cache_on_any_tier(reference: Reference, kv: Any, attention: Attenti
     assert run(reference, policy, EMULATED, tmp_path)[0] == reference.tokens
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kv", HOST_MIXES, ids=["cpu", "disk", "mixed"])
 @pytest.mark.parametrize("native", ["1", "0"], ids=["native", "torch"])
 def test_without_accelerator(
@@ -59,6 +61,7 @@ def test_without_accelerator(
     assert run(reference, policy, HOST, tmp_path)[0] == reference.tokens
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("seed", range(5))
 def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
     """Some sequences end early; what the plan counts is what is allocated."""

@@ -197,7 +197,7 @@ def test_where_two_staging_slots_have_no_room(name: str) -> None:
     assert simulated(of, found.policy) >= 0.98 * speed, best
 
 
-@pytest.mark.parametrize("gen_len", [24, 33])
+@pytest.mark.parametrize("gen_len", [24, pytest.param(33, marks=pytest.mark.slow)])
 def test_answers_of_any_length(gen_len: int) -> None:
     """What a continuous block holds was a whole number of sequences per pass for 32 tokens and 192 sequences; for
     others it was a sixth below policies like these. Simulated, OPT-30B on a T4."""
@@ -217,6 +217,7 @@ def test_answers_of_any_length(gen_len: int) -> None:
     assert search.tok_per_s(found.policy) >= 0.98 * search.tok_per_s(rival) > 0
 
 
+@pytest.mark.slow
 def test_a_deep_models_block_is_divided_as_is_best_on_all_layers() -> None:
     """OPT-66B ended as 48x2 on the T4, judged by 12 of its layers; on all 64, 96x1 is 3 % faster."""
     spec = model_spec("opt-66b")
@@ -320,7 +321,7 @@ def test_a_latency_bound_is_kept() -> None:
         Search(space_of(MACHINES["tight"], max_latency_s=1e-6)).run()
 
 
-@pytest.mark.parametrize("name", ["tight", "link", "host"])
+@pytest.mark.parametrize("name", ["tight", *(pytest.param(n, marks=pytest.mark.slow) for n in ("link", "host"))])
 def test_more_never_makes_it_slower(name: str) -> None:
     """Twice a memory or a bandwidth: no more than 2 % lost."""
     hardware, base = MACHINES[name], choice(name).tok_per_s

@@ -46,6 +46,7 @@ def run(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is of x86-64")
+@pytest.mark.slow
 def test_a_cell_under_avx2_alone(tmp_path: Path, shared_cache: Path) -> None:
     """On such a processor ``make bench`` ended with an error. It computes in float32 there, and as everywhere."""
     if here() is Level.BASELINE:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flexgen_bench.engine.generation import Chosen
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.scheduler import ending, last_rows
@@ -58,6 +59,10 @@ class Forced:
         chosen = logits.log_softmax(-1).gather(1, targets[:, None])
         return torch.cat([chosen, (logits.argmax(-1) == targets).float()[:, None]], dim=1)
 
+    def on_device(self, member: Member) -> bool:
+        """Probabilities go to the host."""
+        return False
+
     def finish(self, work: MicroBatch, reduced: Tensor) -> None:
         for row, (member, i) in enumerate(self._ending(work)):
             at, request = self._position(member, i), self._requests[i]
@@ -65,12 +70,23 @@ class Forced:
             if at >= request.start:
                 self.results[i].append((float(reduced[row, 0]), bool(reduced[row, 1])))
 
+    def choose(self, work: MicroBatch, reduced: Tensor) -> list[Chosen]:
+        """No token is chosen: the next ones are known."""
+        return []
+
+    def take(self, work: MicroBatch, chosen: Sequence[Chosen]) -> None:
+        """Nothing was chosen."""
+
     def tree(self, sequence: int) -> None:
         """Prompts are plain sequences."""
 
     def ended(self, group: SequenceGroup) -> list[int]:
         """Sequences whose last token has been predicted."""
         return [i for i in group.sequences if self._next[i] >= len(self._requests[i].tokens)]
+
+    def full(self, group: SequenceGroup, count: int) -> list[int]:
+        """Sequences that need no token after so many."""
+        return [i for i in group.sequences if self._prompts[i] + count >= len(self._requests[i].tokens)]
 
     def _ending(self, work: MicroBatch) -> list[tuple[Member, int]]:
         return [(m, m.group.sequences[place]) for m in work.members for place in ending(m)]
