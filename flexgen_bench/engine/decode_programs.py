@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexgen_bench.kernels.program import MOST_ROWS, Buffers, Program, record
+from flexgen_bench.kernels.program import Buffers, Program, record
 from flexgen_bench.models import formulas
 from flexgen_bench.models.parts import Decoder
 
@@ -28,7 +28,7 @@ class DecodePrograms:
     ) -> tuple[Project, Output]:
         """The formulas of the ``number``-th layer, from 0, for hidden states like x (N, hidden): as programs, or as
         they are given where they cannot be one. What ``project`` returns is gone with the next call."""
-        if x.shape[0] > MOST_ROWS or x.device.type != "cpu":
+        if x.shape[0] > self._buffers.rows or x.device.type != "cpu":
             return project, output
         decoder, layer = self._decoder, self._decoder.layers[number]
         projecting = record(

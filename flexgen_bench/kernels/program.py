@@ -33,16 +33,16 @@ class Buffers:
     when the next is called."""
 
     def __init__(self, rows: int) -> None:
-        self._rows = min(rows, MOST_ROWS)
+        self.rows = min(rows, MOST_ROWS)  # at most
         self._made: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def get(self, number: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The number-th buffer of a program, (N, ...)."""
         rows, *rest = shape
-        assert rows <= self._rows, (rows, self._rows)
+        assert rows <= self.rows, (rows, self.rows)
         key = (number, tuple(rest), dtype)
         if key not in self._made:
-            self._made[key] = torch.zeros(self._rows, *rest, dtype=dtype)
+            self._made[key] = torch.zeros(self.rows, *rest, dtype=dtype)
         return self._made[key][:rows]
 
 
