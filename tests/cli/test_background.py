@@ -26,6 +26,7 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_tests_that_interrupt_pass_in_the_background(name: str) -> None:
     """``make test &`` in a script waited for ever: the search that was to be interrupted slept on."""

@@ -55,7 +55,7 @@ TABLE: dict[str, How] = {
         swap={"python -m": BATCH}, says="1 answered"
     ),
     "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2 --plan": How(
-        swap={"python -m": BATCH}, says="1 requests"
+        swap={"python -m": BATCH}, says="1 requests", slow=True
     ),
     "python -m flexgen_bench batch requests.jsonl -o part-2.jsonl model=smollm2 --shard 2/8": How(
         swap={"python -m": BATCH}, says="shard 2/8"
@@ -99,7 +99,7 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench suite=gpu16 cell=opt-30b": How(PLAN, status=(0, 1, 2), says="opt-30b"),
     # README, docs/guides/plan.md
     "python -m flexgen_bench model=opt-30b gpu=t4": How("system=accelerate", says="SIMULATED", as_printed=True),
-    "python -m flexgen_bench plan model=opt-1.3b system=flexgen": How(says="policy"),
+    "python -m flexgen_bench plan model=opt-1.3b system=flexgen": How(says="policy", slow=True),
     # docs/guides/measure.md, checkpoints.md, calibrate.md, paper_tables.md, reference/command_line.md
     "python -m flexgen_bench --version": How(says="flexgen-bench "),
     "python -m flexgen_bench calibrate --quick": How("--help", says="about 20 seconds", as_printed=True),
@@ -268,6 +268,7 @@ def test_long_command(command: str, place: Path, request: pytest.FixtureRequest)
 PYTHON = [block for block in blocks() if block.language == "python"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.file)
 def test_python(block: object, place: Path, tmp_path: Path) -> None:
     """With a small model in place of OPT-1.3B, and a folder that everybody can write to."""

@@ -179,6 +179,7 @@ def test_every_system_names_a_module_and_defaults_that_are_allowed(name: str) ->
         assert importlib.util.find_spec(target.partition(":")[0]) is not None
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", GROUPS["suite"])
 def test_every_suite_is_made_of_cells_that_compose(name: str) -> None:
     found = cells(f"suite={name}", suite=name)

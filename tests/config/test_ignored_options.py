@@ -74,6 +74,7 @@ def cells(overrides: tuple[str, ...], cache: Path) -> tuple[Cell, ...]:
     return found
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("overrides", "key"), IGNORED, ids=lambda x: " ".join(x) if isinstance(x, tuple) else x)
 def test_what_would_be_ignored_is_refused(overrides: tuple[str, ...], key: str, tmp_path: Path) -> None:
     """It was dropped in silence, and what came out was taken for something else."""
@@ -86,6 +87,7 @@ def test_what_would_be_ignored_is_refused(overrides: tuple[str, ...], key: str, 
     assert error.action
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("overrides", HONOURED, ids=" ".join)
 def test_what_means_something_is_taken(overrides: tuple[str, ...], tmp_path: Path) -> None:
     assert cells(overrides, tmp_path)

@@ -117,6 +117,7 @@ def on(tier: Tier) -> Placement:
     return Placement.all_on(tier)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("hardware", "weights"),
     [
@@ -138,6 +139,7 @@ def test_tokens_are_those_of_fake_quantized_weights(
     assert found == reference.tokens
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("seed", range(4))
 def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
     rng = random.Random(f"{reference.weights.shape.family}{reference.weights.packed}{seed}")

@@ -156,6 +156,7 @@ def random_policy(rng: random.Random, hardware: HardwareProfile, lossy: Lossy = 
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("seed", range(14))
 def test_random_policies(reference: Reference, seed: int, tmp_path: Path) -> None:
     """Weights, cache and activations placed independently, odd batch shapes, any prefetch depth, schedule and chunking;
@@ -191,6 +192,7 @@ def test_one_new_token_needs_no_cache(reference: Reference, hardware: HardwarePr
     assert not any("kv" in part for parts in result.plan.bytes.values() for part in parts)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kv", [on(Tier.GPU), on(Tier.CPU), on(Tier.DISK), Placement(0.4, 0.3, 0.3)])
 @pytest.mark.parametrize("attention", AttentionSite)
 def test_sequences_that_stop_early_leave_and_the_others_go_on(
@@ -257,6 +259,7 @@ def test_sampled_tokens_depend_on_the_seed_alone(
     assert found[0] == found[1]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("chunk", [None, 1, 5, 64])
 @pytest.mark.parametrize("schedule", Schedule)
 def test_scores_do_not_depend_on_chunks(

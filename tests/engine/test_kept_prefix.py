@@ -43,6 +43,7 @@ def run(job: OpenJob, *sequences: Running) -> None:
         job.step()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("seed", range(16))
 def test_turns_are_those_of_runs_of_their_own(reference: Reference, seed: int, tmp_path: Path) -> None:
     """Any policy, also those whose caches lie where nothing is kept; prompts that go on, go back or go elsewhere."""

@@ -34,6 +34,7 @@ from tests.support.failing_hardware import DISK, HOST, NEW_TOKENS, RIGS, Leftove
 pytest_plugins = "tests.support.failure_fixtures"
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("after", [0, 3, 17])
 @pytest.mark.parametrize(
     ("error", "tier"),
@@ -168,6 +169,7 @@ class Memory:
         monkeypatch.setattr(host, "_Region", Counted)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("when", ["load_weights", "load_kv", "attend", "output", "sample", "callback", "construction"])
 @pytest.mark.parametrize("rig", RIGS)
 def test_memory_is_back_before_the_error_is_forgotten(

@@ -111,6 +111,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("seed", range(25))
 def test_decode_equals_the_definition(seed: int, dtype: torch.dtype, path: str) -> None:
@@ -121,6 +122,7 @@ def test_decode_equals_the_definition(seed: int, dtype: torch.dtype, path: str) 
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("seed", range(20))
 def test_decode_of_a_packed_cache(seed: int, bits: int, path: str) -> None:
@@ -131,6 +133,7 @@ def test_decode_of_a_packed_cache(seed: int, bits: int, path: str) -> None:
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("seed", range(100, 112))
 def test_share_of_the_values(seed: int, share: float, path: str) -> None:

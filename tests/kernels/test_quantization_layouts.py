@@ -39,6 +39,7 @@ def quantized(weight: torch.Tensor, compression: Compression) -> torch.Tensor:
     return kind.of(weight, compression).dequantize()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kind", ["normal", "outliers", "constant"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("along", Along)
@@ -103,6 +104,7 @@ def test_a_large_matrix_is_unpacked_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 # Searched scales
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("along", Along)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "constant"])

@@ -98,6 +98,7 @@ def theirs(folder: Path) -> list[list[int]] | str:
         return "no"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["llama-scaled-rope", "opt", *sorted(FAMILIES)])
 def test_every_entry(name: str, tmp_path: Path) -> None:
     """What transformers does not read (most entries may not be null there) may be read here."""
