@@ -74,7 +74,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(run, tmp_path: Path) 
         (["system=vllm"], "error: system = 'vllm': must be one of accelerate, deepspeed"),
         (["modle=opt-125m"], "Did you mean 'model'?"),
         (["model=opt-125m", "policy=half-disk", "policy.weights.disk=1"], "sum to 1.5"),
-        (["-m", "model=opt-125m", "workload.prompt_len=8,5000"], "2048 positions"),
+        pytest.param(["-m", "model=opt-125m", "workload.prompt_len=8,5000"], "2048 positions", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(run, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]

@@ -52,7 +52,7 @@ BATCH = 'echo \'{"prompt": "Two and two", "max_tokens": 3}\' > requests.jsonl; r
 TABLE: dict[str, How] = {
     # docs/guides
     "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2": How(
-        swap={"python -m": BATCH}, says="1 answered"
+        swap={"python -m": BATCH}, says="1 answered", slow=True
     ),
     "python -m flexgen_bench batch requests.jsonl -o answers.jsonl model=smollm2 --plan": How(
         swap={"python -m": BATCH}, says="1 requests", slow=True
