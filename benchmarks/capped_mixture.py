@@ -12,9 +12,7 @@ together.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from typing import Any
 
 from common import Bar, Options, Report, median
 from mixture_gguf import write_mixture_gguf
+from workers import Worker, answer, worker
 
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.paths import default_cache_dir
@@ -54,8 +53,14 @@ LIMIT = 2.0
 class Capped:
     """A system's process and its group."""
 
-    process: subprocess.Popen[str]
+    worker: Worker
     group: MemoryGroup
+
+    def ask(self) -> Mapping[str, Any]:
+        try:
+            return self.worker.ask()
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: {self.group.result()}") from error
 
 
 class Ours:
@@ -101,60 +106,21 @@ def gguf_of(folder: Path, opts: Options) -> Path:
 
 
 def serve(name: str, folder: Path, opts: Options) -> None:
-    """A worker: a line comes in for each turn, a line with what was measured goes out."""
+    """A worker, which does the same in every turn."""
     system = Ours(folder, opts) if name == "ours" else LlamaCppMixture(folder, opts)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(system.run()), flush=True)
+    answer(lambda _: system.run())
 
 
 @contextmanager
-def worker(name: str, folder: Path, cap_bytes: int, opts: Options) -> Iterator[Capped]:
-    """llama.cpp's OpenMP threads wait as they do by default, ours as this project sets them."""
-    environment = dict(os.environ)
-    if name != "ours":
-        environment = {k: v for k, v in environment.items() if not k.startswith("OMP_")}
+def capped(name: str, folder: Path, cap_bytes: int, opts: Options) -> Iterator[Capped]:
     command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), "--threads", str(opts.threads)]
     command += ["--cache", str(opts.cache), *(["--quick"] if opts.quick else [])]
     group = create_group(cap_bytes, f"flexgen-mixture-{name}-{os.getpid()}")
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=group.join,  # noqa: PLW1509  (this process has one thread)
-    )
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == "ready":
-                break
-        else:
-            raise RuntimeError(f"{name} did not start under {format_bytes(cap_bytes)}")
-        yield Capped(process, group)
+        with worker(f"{name} under {format_bytes(cap_bytes)}", command, name == "ours", group.join) as started:
+            yield Capped(started, group)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
         group.remove()
-
-
-def ask(capped: Capped) -> Mapping[str, Any]:
-    stdin, stdout = capped.process.stdin, capped.process.stdout
-    assert stdin is not None
-    assert stdout is not None
-    stdin.write("go\n")
-    stdin.flush()
-    line = stdout.readline()
-    if not line:
-        raise RuntimeError(f"a system ended in its turn: {capped.group.result()}")
-    measured: Mapping[str, Any] = json.loads(line)
-    return measured
 
 
 def forget(*files: Path) -> None:
@@ -196,9 +162,9 @@ def main() -> int:
     report = Report("a capped mixture", Evidence.MEASURED, opts)
     report.settings = {"prompt": PROMPT, "new": NEW, "sequences": MANY, "cap_bytes": cap, "weight_bytes": weights}
     report.settings["shape"] = to_json(shape)
-    with worker("ours", folder, cap, opts) as ours, worker("llama.cpp", folder, cap, opts) as theirs:
+    with capped("ours", folder, cap, opts) as ours, capped("llama.cpp", folder, cap, opts) as theirs:
         for number in range(opts.rounds):
-            turn = {"ours": ask(ours), "llama.cpp": ask(theirs)}
+            turn = {"ours": ours.ask(), "llama.cpp": theirs.ask()}
             report.rounds.append(turn)
             print(
                 f"round {number + 1}: " + ", ".join(f"{n} {rate(m):.2f} tokens/s" for n, m in turn.items()), flush=True

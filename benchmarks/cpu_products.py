@@ -14,17 +14,15 @@ What follows from it is in docs/notes/cpu_products.md.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from common import Bar, Options, Report, median
 from llama_cpp_runs import LlamaCpp, write_gguf
+from workers import Worker, answer, worker
 
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.codec import to_json
@@ -120,7 +118,7 @@ class Memory:
 
 
 def serve(name: str, opts: Options) -> None:
-    """A worker: a line with a number of sequences comes in, a line with what was measured goes out."""
+    """A worker, which is asked with a number of sequences."""
     shape = QUICK if opts.quick else SHAPE
     made: Any
     if name == "dram":
@@ -129,63 +127,36 @@ def serve(name: str, opts: Options) -> None:
         made = Ours(shape, OURS[name], opts)
     else:
         made = Theirs(shape, THEIRS[name], opts)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        sequences = int(line)
+
+    def measure(sequences: str) -> Mapping[str, Any]:
         if name == "dram":
-            measured: dict[str, Any] = {"bytes_per_s": made.rate()}
-        else:
-            wall, steps = made.run(sequences, PROMPT, NEW)
-            measured = {"wall_s": wall, "step_s": list(steps), "bytes": getattr(made, "weight_bytes", 0)}
-        print(json.dumps(measured), flush=True)
+            return {"bytes_per_s": made.rate()}
+        wall, steps = made.run(int(sequences), PROMPT, NEW)
+        return {"wall_s": wall, "step_s": list(steps), "bytes": getattr(made, "weight_bytes", 0)}
+
+    answer(measure)
 
 
-@contextmanager
-def worker(name: str, opts: Options) -> Iterator[subprocess.Popen[str]]:
-    """llama.cpp's OpenMP threads wait as they do by default, ours as this project sets them."""
-    environment = dict(os.environ)
-    if name in THEIRS:
-        environment = {k: v for k, v in environment.items() if not k.startswith("OMP_")}
+def loaded(name: str, opts: Options) -> AbstractContextManager[Worker]:
     command = [sys.executable, __file__, "--worker", name, "--threads", str(opts.threads)]
     command += ["--cache", str(opts.cache), *(["--quick"] if opts.quick else [])]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == "ready":
-                break
-        else:
-            raise RuntimeError(f"{name} did not start")
-        yield process
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(timeout=60)
+    return worker(name, command, name not in THEIRS)
 
 
-def ask(process: subprocess.Popen[str], sequences: int) -> Mapping[str, Any]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(f"{sequences}\n")
-    process.stdin.flush()
-    measured: Mapping[str, Any] = json.loads(process.stdout.readline())
-    return measured
-
-
-def turn(workers: Mapping[str, subprocess.Popen[str]], many: bool) -> dict[str, Any]:
+def turn(workers: Mapping[str, Worker], many: bool) -> dict[str, Any]:
     """One round: every system's figures."""
     figures: dict[str, Any] = {name: {} for name in workers}
     rates = []
     for _ in range(ONES):
         for name, process in workers.items():
             if name == "dram":
-                rates.append(ask(process, 0)["bytes_per_s"])
+                rates.append(process.ask(0)["bytes_per_s"])
             else:
-                figures[name].setdefault("one", []).append(ask(process, 1))
+                figures[name].setdefault("one", []).append(process.ask(1))
     figures["dram"] = median(rates)
     for name, process in workers.items():
         if many and name != "dram":
-            figures[name]["many"] = ask(process, MANY)
+            figures[name]["many"] = process.ask(MANY)
     return figures
 
 
@@ -262,7 +233,7 @@ def main() -> int:
     report.settings = {"prompt": PROMPT, "new": NEW, "shape": to_json(QUICK if opts.quick else SHAPE)}
     with ExitStack() as stack:
         names = ["dram", *given.systems]
-        workers = {name: stack.enter_context(worker(name, opts)) for name in names}
+        workers = {name: stack.enter_context(loaded(name, opts)) for name in names}
         for _ in range(opts.rounds):
             report.rounds.append(turn(workers, not given.only_one))
             print("\n".join(bars_so_far(report.rounds)), flush=True)

@@ -42,20 +42,8 @@ def write_gguf(shape: ModelShape, kind: str, target: Path) -> Path:
         return target
     import gguf
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = target.with_suffix(".part")
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(written, "llama")
-    writer.add_block_count(shape.num_layers)
-    writer.add_context_length(shape.max_positions)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.ffn_size)
-    writer.add_head_count(shape.num_heads)
-    writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_tokenizer_model("none")
+    writer = gguf_writer(target, shape, 1e-5)
 
     def matrix(name: str, rows: int, columns: int, kind: str) -> None:
         raw = gguf.GGMLQuantizationType[kind]
@@ -80,11 +68,39 @@ def write_gguf(shape: ModelShape, kind: str, target: Path) -> Path:
     writer.add_tensor("output_norm.weight", np.ones(h, np.float32))
     if not shape.tied_embeddings:
         matrix("output", shape.vocab_size, h, "Q6_K" if kind == "Q4_0" else kind)
+    return finish_gguf(writer, target)
+
+
+def gguf_writer(target: Path, shape: ModelShape, norm_eps: float, **how: Any) -> Any:
+    """A writer of a file of Llama's form without a tokenizer, beside where it is to be; ``how``: see the package."""
+    import gguf
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(_unfinished(target), "llama", **how)
+    writer.add_block_count(shape.num_layers)
+    writer.add_context_length(shape.max_positions)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.ffn_size)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_layer_norm_rms_eps(norm_eps)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_tokenizer_model("none")
+    return writer
+
+
+def finish_gguf(writer: Any, target: Path) -> Path:
+    """What the writer holds, as the file that it was opened for."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return written.rename(target)
+    return _unfinished(target).rename(target)
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_suffix(".part")
 
 
 def _random(rng: np.random.Generator, rows: int, columns: int, kind: str) -> Any:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from llama_cpp_runs import finish_gguf, gguf_writer
 from torch import Tensor
 
 from flexgen_bench.checkpoints.source import Source, open_source
@@ -24,12 +24,12 @@ def write_mixture_gguf(folder: Path, target: Path) -> Path:
         return target
     import gguf
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = target.with_suffix(".part")
     with open_source(folder) as source:
         shape = source.shape
-        writer = gguf.GGUFWriter(written, "llama", use_temp_file=True)
-        _keys(writer, shape)
+        writer = gguf_writer(target, shape, float(shape.options["norm_eps"]), use_temp_file=True)
+        writer.add_rope_freq_base(float(shape.options["rope_theta"]))
+        writer.add_expert_count(int(shape.options["experts"]))
+        writer.add_expert_used_count(int(shape.options["experts_per_token"]))
 
         def add(name: str, tensor: Tensor, wide: bool = False) -> None:
             """wide: in float32."""
@@ -45,27 +45,7 @@ def write_mixture_gguf(folder: Path, target: Path) -> Path:
         for number in range(shape.num_layers):
             for name, tensor, wide in _layer(source, number, shape):
                 add(f"blk.{number}.{name}", tensor, wide)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return written.rename(target)
-
-
-def _keys(writer: Any, shape: ModelShape) -> None:
-    writer.add_block_count(shape.num_layers)
-    writer.add_context_length(shape.max_positions)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.ffn_size)
-    writer.add_head_count(shape.num_heads)
-    writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_layer_norm_rms_eps(float(shape.options["norm_eps"]))
-    writer.add_rope_freq_base(float(shape.options["rope_theta"]))
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_expert_count(int(shape.options["experts"]))
-    writer.add_expert_used_count(int(shape.options["experts_per_token"]))
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("none")
+        return finish_gguf(writer, target)
 
 
 def _layer(source: Source, number: int, shape: ModelShape) -> Sequence[tuple[str, Tensor, bool]]:
