@@ -14,6 +14,7 @@ from torch import Tensor
 from flexgen_bench.core.score_mod import ScoreMod
 from flexgen_bench.engine.resident_cache import ByRuns, ResidentCache, Run, SinksOf
 from flexgen_bench.kernels.decode_native import NativeAttention, prepared
+from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.segments import PlainSegment
 from flexgen_bench.models.parts import Attention
 
@@ -30,15 +31,9 @@ def processor_attention(
 ) -> ProcessorAttention | None:
     """For queries with the type of x. attentions, mods: of every decoder layer, and what its cache leaves to do. None
     if there is no native kernel."""
-    views = partial(_views, attentions=attentions, mods=mods, dtype=x.dtype)
-    try:
-        return ProcessorAttention(cache, views, sinks)
-    except _NotNative:
+    if library("attention") is None:
         return None
-
-
-class _NotNative(Exception):
-    """No kernel for this."""
+    return ProcessorAttention(cache, partial(_views, attentions=attentions, mods=mods, dtype=x.dtype), sinks)
 
 
 def _views(
@@ -61,6 +56,5 @@ def _ready(run: Run, cached: Tensor, attention: Attention, mod: ScoreMod, dtype:
         segments, place = [PlainSegment(k, v) for k, v in zip(*halves, strict=True)], place - prompt
     shape = (keys.shape[0], attention.heads, attention.head_dim)
     ready = prepared(shape, dtype, segments, run.padding, attention.scale, mod=mod, place=place)
-    if ready is None:
-        raise _NotNative
+    assert ready is not None, "a plain cache in host memory is what the kernel reads"
     return ready
