@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import statistics
@@ -35,6 +34,7 @@ from flexgen_bench.config.paths import conf_dir, default_cache_dir
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.instructions import GRAPHS_SWITCH
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.status import Evidence
 from flexgen_bench.core.units import GIB
@@ -44,8 +44,6 @@ from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
 
 PROFILE = "h100-16gb"  # whose predictions stand beside what is measured
-GRAPHS = "flexgen_bench.engine.graphs"
-GRAPHS_SWITCH = "FLEXGEN_GRAPHS"
 Found = dict[str, Any]
 
 
@@ -127,9 +125,6 @@ def layer(here: Here) -> Found:
     weights = here.weights(job)
     with switched(GRAPHS_SWITCH, "0"):
         found["eager"] = measured(here, job, weights) | _profile(here, job, weights)
-    if importlib.util.find_spec(GRAPHS) is None:
-        print("graphed: skipped, this engine has no graphs")
-        return found | {"graphed": "skipped: this engine has no graphs"}
     with switched(GRAPHS_SWITCH, "1"):
         found["graphed"] = measured(here, job, weights) | _profile(here, job, weights)
     return found
