@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "an HTTP server in the form of the OpenAI API",
     "trace": "what every lane did in a recorded run",
     "report": "rebuild tables, pages and the paper's tables from the records",
+    "compare": "whether B is better or worse than A: commits, folders, records; measured again in turns if asked",
     "calibrate": "measure what this machine sustains",
     "fetch": "put trained models and data of accuracy tasks into the cache",
     "accuracy": "what compression costs a model, on tasks",

@@ -125,6 +125,15 @@ TABLE: dict[str, How] = {
     ),
     "python -m flexgen_bench trace latest": How(says="trace.json"),
     "python -m flexgen_bench trace f3869f1cd3c4138b": How(says="MEASURED"),
+    # docs/guides/compare.md
+    "python -m flexgen_bench compare A B": How(swap={"A B": "results results"}, says="95 % intervals"),
+    "python -m flexgen_bench compare main HEAD": How(skip="tests/compare makes two commits to compare"),
+    "python -m flexgen_bench compare results other-machine/results": How(
+        swap={"other-machine/": ""}, says="A: results"
+    ),
+    "python -m flexgen_bench compare one.json other.json": How(skip="tests/compare compares two records"),
+    "python -m flexgen_bench compare main HEAD --rerun 5": How(skip="measures for minutes"),
+    "python -m flexgen_bench compare main . --rerun 5 -- suite=tiny system=flexgen": How(skip="measures for minutes"),
     # docs/guides/accuracy.md, docs/notes/accuracy*.md
     "pip install -c constraints.txt -e '.[accuracy]'": How(skip="installs; the environment of the tests was made so"),
     "pip install -e '.[accuracy]'": How(skip="installs; the environment of the tests was made so"),
