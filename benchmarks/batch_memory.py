@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from flexgen_bench.batch.output_file import OutputFile
 from flexgen_bench.batch.scan import in_order, scan
-from flexgen_bench.batch.shard import Shard
+from flexgen_bench.core.shard import Shard
 
 Made = TypeVar("Made")
 

@@ -23,7 +23,7 @@ from flexgen_bench.batch.plan import plan_text
 from flexgen_bench.batch.progress import BatchProgress
 from flexgen_bench.batch.run import Batch, Settings
 from flexgen_bench.batch.scan import in_order, scan
-from flexgen_bench.batch.shard import Shard
+from flexgen_bench.core.shard import Shard
 from flexgen_bench.requests.asked import Limits, Reader
 
 

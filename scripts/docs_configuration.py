@@ -49,6 +49,7 @@ GROUPS = {
 }
 TOP = {
     "cell": "with a suite: only its cells of this name",
+    "shard": "with a suite: `i/n`, the i-th of n parts of its cells, for n machines",
     "weights": "where weights come from: `dummy`, `package`, `hub` or `path`; null: the model's own default",
     "location": (
         "with `weights=path` the checkpoint folder or `.gguf` file; otherwise in place of the hub id or package name"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from flexgen_bench.batch.inputs import KINDS, Line, LineFiles, lines_of, object_of
-from flexgen_bench.batch.shard import Shard
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.shard import Shard
 from flexgen_bench.requests.errors import RequestError
 
 # A file of which none of so many lines is JSON is no JSONL.

@@ -5,9 +5,6 @@ Hydra composes; this module decides what it composes, and says in our words what
 
 from __future__ import annotations
 
-import itertools
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from flexgen_bench.cells.local import Local, Unmeasured
+from flexgen_bench.cells.words import key_of, merged
 from flexgen_bench.checkpoints.hf_config import check_same_shape
 from flexgen_bench.checkpoints.shape_of_weights import shape_at
 from flexgen_bench.config.build import FASTEST, cell_spec, shape_of, system_model
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.ignored_options import refuse_ignored
-from flexgen_bench.config.overrides import MULTIRUN, readable
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.schema import AppConf, CellGroupConf, SystemConf
 from flexgen_bench.config.typed import app_conf, typed_conf
@@ -30,33 +27,11 @@ from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import expanded, is_gguf
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.core.shard import Shard
 
 CONFIG_NAME = "config"
-# What Hydra reads as text, and so as the name of a file.
-_NAME = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_./][A-Za-z0-9_./-]*|[0-9]+[A-Za-z_./-][A-Za-z0-9_./-]*")
-# Functions of Hydra that make several values of a group.
-_SWEEP = re.compile(r"(?:choice|glob|shuffle|sort|tag)\(")
-# Beginnings of a place on the disk, which is no name of a file in conf.
-_PLACES = ("/", "~", ".")
-_OPTIONAL = ("system", "suite")
-# Hydra's own, whose value is the next word.
-_OPTIONS_WITH_VALUE = (
-    "--cfg",
-    "-c",
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--experimental-rerun",
-    "--info",
-    "-i",
-    "--package",
-    "-p",
-)
 # What a command line says about the run, and not about a cell.
-_NOT_OF_THE_CELL = ("suite", "system", "cell", "rerun", "dry_run", "json")
+_NOT_OF_THE_CELL = ("suite", "system", "cell", "shard", "rerun", "dry_run", "json")
 
 
 @dataclass(frozen=True)
@@ -84,6 +59,10 @@ def plan(
             raise UserError(
                 "cell", conf.cell, "given with a suite, whose cells have names", "Add suite=..., or leave cell out."
             )
+        if conf.shard is not None:
+            raise UserError(
+                "shard", conf.shard, "given with a suite, whose cells are divided", "Add suite=..., or leave shard out."
+            )
         names = [conf.system.name] if conf.system else system_names()
         of_machine = {"workload": conf.gpu.workload, "dtype": conf.gpu.dtype}
         usual = [f"{key}={value}" for key, value in of_machine.items() if value]
@@ -96,10 +75,21 @@ def plan(
     groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
     if not groups:
         raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
+    groups = _in_shard(groups, conf.shard)
     cells = [cell for group in groups for cell in _cells(group, overrides, local, systems, suite)]
     if not cells:
         raise UserError("suite", suite, "a suite that holds cells for the system asked for")
     return Plan(suite, tuple(cells))
+
+
+def _in_shard(groups: list[CellGroupConf], text: str | None) -> list[CellGroupConf]:
+    """The cells that are this machine's part. Whole ones: systems are compared on one machine. Raises UserError."""
+    if text is None:
+        return groups
+    shard = Shard.parse(text, "shard", "=")
+    if shard.count > len(groups):
+        raise UserError("shard", text, f"at most {len(groups)} parts: so many cells there are to divide")
+    return [group for position, group in enumerate(groups) if shard.has(position)]
 
 
 def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
@@ -109,16 +99,6 @@ def suite_of(conf: AppConf, overrides: Sequence[str], suite: str) -> str:
     return "" if one_by_one else suite
 
 
-def prepared(arguments: Sequence[str]) -> list[str]:
-    """A command line as Hydra must have it: paths quoted, no null groups, overrides behind options. Raises UserError
-    for what it could not take."""
-    check_groups(arguments)
-    options = {w for before, w in itertools.pairwise(arguments) if before in _OPTIONS_WITH_VALUE}
-    several = any(word in MULTIRUN for word in arguments)
-    words = readable(without_null_groups(arguments), AppConf, several=several, skip=tuple(options))
-    return overrides_last(words)
-
-
 def command_cells(overrides: Sequence[str]) -> tuple[Cell, ...]:
     """The cells of a command line that names a model, for callers that do not come through it. Raises UserError.
 
@@ -126,58 +106,6 @@ def command_cells(overrides: Sequence[str]) -> tuple[Cell, ...]:
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return plan(composed(overrides), overrides, "").cells
-
-
-def check_groups(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would not take as the name of a group's file: a bare number, a list, an empty name.
-
-    ``model=a,b`` (several names for --multirun) passes; ``system=null`` means every system.
-    """
-    for argument in arguments:
-        _, equals, value = argument.partition("=")
-        key = key_of(argument)
-        folder = conf_dir() / key
-        optional = value == "null" and key in _OPTIONAL
-        if not (equals and key and folder.is_dir()) or optional or _SWEEP.match(value):
-            continue
-        known = [path.stem for path in folder.glob("*.yaml")]
-        for name in value.split(","):
-            if name not in known and (not _NAME.fullmatch(name) or name.startswith(_PLACES)):
-                raise _no_choice(key, value, known)
-
-
-def _no_choice(key: str, name: str, known: Sequence[str]) -> UserError:
-    error = unknown_choice(key, name, known)
-    if key != "model" or not (name.startswith(_PLACES) or is_gguf(name)):
-        return error
-    place = shlex.quote(f"location={name}")
-    return UserError(key, name, error.allowed, f"A checkpoint of your own: weights=path {place}")
-
-
-def without_null_groups(arguments: Sequence[str]) -> list[str]:
-    """Hydra takes no null for a group's choice: every system is the default, and a suite is taken out."""
-    dropped = {"system=null": [], "suite=null": ["~suite"]}
-    return [word for argument in arguments for word in dropped.get(argument, [argument])]
-
-
-def overrides_last(arguments: Sequence[str]) -> list[str]:
-    """The same with overrides behind options, in their order: Hydra's parser knows no overrides on both sides of
-    ``--config-dir``. An option whose value is missing stays last, so that it is told."""
-    if arguments and arguments[-1] in _OPTIONS_WITH_VALUE:
-        return [*overrides_last(arguments[:-1]), arguments[-1]]
-    before: list[str] = []
-    overrides: list[str] = []
-    previous = ""
-    for word in arguments:
-        is_override = not word.startswith("-") and previous not in _OPTIONS_WITH_VALUE
-        (overrides if is_override else before).append(word)
-        previous = word
-    return before + overrides
-
-
-def key_of(override: str) -> str:
-    """``+gpu.cpu_memory=2GiB`` -> ``gpu.cpu_memory``."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 def system_names() -> list[str]:
@@ -319,12 +247,6 @@ def _shape_of_weights(conf: AppConf, keys: frozenset[str]) -> ModelShape | None:
     except StoreError as error:
         raise UserError("location", conf.location, f"a model that can be read ({error})") from error
     return None if is_named else shape
-
-
-def merged(first: Sequence[str], then: Sequence[str]) -> list[str]:
-    """``first``, with what ``then`` sets again left out (Hydra refuses a group chosen twice), and ``then``."""
-    again = {key_of(line) for line in then}
-    return [line for line in first if key_of(line) not in again] + list(then)
 
 
 def composed(overrides: Sequence[str]) -> AppConf:

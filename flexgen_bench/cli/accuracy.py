@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from flexgen_bench.accuracy.run.modes import list_modes, load_mode
 from flexgen_bench.accuracy.run.needs import check_installed
 from flexgen_bench.accuracy.run.options import AccuracyConf, Request, to_request
-from flexgen_bench.cells.compose import check_groups, composed_as
+from flexgen_bench.cells.compose import composed_as
+from flexgen_bench.cells.words import check_groups
 from flexgen_bench.cli.ending import FAILED, status_of
 from flexgen_bench.config.overrides import quoted, readable, text_of
 from flexgen_bench.config.paths import list_models

@@ -21,7 +21,7 @@ from flexgen_bench.core.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.scan import Scan
-    from flexgen_bench.batch.shard import Shard
+    from flexgen_bench.core.shard import Shard
     from flexgen_bench.llm.llm import LLM
 
 # Of lines that are bare prompts: what SamplingParams has, which is greedy where OpenAI's form is not.
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     from flexgen_bench.batch.inputs import check_inputs
     from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.scan import scan
-    from flexgen_bench.batch.shard import Shard
+    from flexgen_bench.core.shard import Shard
 
     check_words(words, (*_SAMPLING, "name", "answer_tokens"))
     shard = Shard.parse(options.shard)

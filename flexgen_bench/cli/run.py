@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from flexgen_bench.cells.compose import CONFIG_NAME, Plan, plan, prepared, suite_of
+from flexgen_bench.cells.compose import CONFIG_NAME, Plan, plan, suite_of
 from flexgen_bench.cells.expected_time import Expected
 from flexgen_bench.cells.local_rates import LocalRates
 from flexgen_bench.cells.this_machine import ThisMachine
+from flexgen_bench.cells.words import key_of, prepared
 from flexgen_bench.cells.work import Work, divide, published_tables
 from flexgen_bench.cli.ending import BAD_INPUT, FAILED, INTERRUPTED
+from flexgen_bench.cli.sweeps import Elsewhere
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.paths import conf_dir, default_cache_dir
@@ -68,6 +70,19 @@ class Outcome:
     unfit: bool = False  # in a dry run: something has no room
     json: bool | None = None  # whether the line of JSON is wanted; None: where it is no person who reads
 
+    def add(self, other: Outcome) -> None:
+        """Take over what a run in another process has left."""
+        self.records += other.records
+        self.simulated += other.simulated
+        self.why |= other.why
+        self.explanations |= other.explanations
+        self.bad_input |= other.bad_input
+        self.broken |= other.broken
+        self.tolerated |= other.tolerated
+        self.is_plan |= other.is_plan
+        self.unfit |= other.unfit
+        self.json = other.json
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; the exit status."""
@@ -75,7 +90,14 @@ def main(arguments: Sequence[str]) -> int:
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of exiting
 
+    elsewhere = Elsewhere()
+
     def run_composed(composed: Any) -> None:
+        if elsewhere.is_away:  # a launcher's process
+            own = Outcome()
+            _guarded(own, traceback_wanted, composed)
+            elsewhere.hand_in(own)
+            return
         outcome.running = True
         _guarded(outcome, traceback_wanted, composed)
         outcome.running = False
@@ -83,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
     try:
         sys.argv[1:] = prepared(arguments)
-        app(run_composed)()
+        _swept(app(run_composed), arguments, elsewhere, outcome)
     except UserError as error:
         return _complain(error)
     except NOT_COMPOSED as error:
@@ -99,6 +121,23 @@ def main(arguments: Sequence[str]) -> int:
     if not (outcome.records or outcome.simulated):  # --cfg and the like
         return FAILED if outcome.broken else 0
     return _judged(outcome, _summary(outcome))
+
+
+def _swept(start: Callable[[], Any], arguments: Sequence[str], elsewhere: Elsewhere, outcome: Outcome) -> None:
+    """Start Hydra's application, and gather what its launcher's processes have left. One that is lost leaves nothing,
+    and the launcher ends with an error of its own kind: the others stand."""
+    try:
+        start()
+    except Exception as error:
+        launched = any(key_of(word) == "hydra/launcher" for word in arguments)
+        if not launched or isinstance(error, (UserError, *NOT_COMPOSED)):
+            raise
+        outcome.broken = True
+        lines = str(error).strip().splitlines() or ["no reason"]
+        _tell(f"error: a run was lost: {type(error).__name__}: {lines[0]}. The same command runs what is missing.")
+    finally:
+        for left in elsewhere.gather():
+            outcome.add(left)
 
 
 def _judged(outcome: Outcome, records: Sequence[Record]) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
-from flexgen_bench.report.rows import machine_of
 from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.store.reader import StoredRecord
 from flexgen_bench.store.writer import suite_folder

@@ -307,6 +307,7 @@ class AppConf:
     tracker: TrackerConf = field(default_factory=TrackerConf)
     suite: SuiteConf | None = None
     cell: str | None = None
+    shard: str | None = None
     weights: str | None = None
     location: str | None = None
     dtype: str = "bfloat16"

@@ -79,6 +79,8 @@ def heading(row: Row) -> str:
     ]
     if row.threads:
         parts.append(f"{row.threads} thread{'s' if row.threads > 1 else ''}")
+    if row.machine:
+        parts.append(f"on {row.machine}")
     return "; ".join(parts)
 
 
@@ -101,10 +103,6 @@ def legend(rows: Sequence[Row]) -> list[str]:
     """What the signs in these rows mean; only of signs that occur."""
     kinds = {r.generation.interval for r in rows if r.generation is not None}
     marks = [f"({MARKS[e]}) = {e.value}" for e in Evidence if MARKS[e] and _occurs(e, rows)]
-    machines: dict[str, set[str]] = {}
-    for row in rows:
-        if row.generation is not None:
-            machines.setdefault(row.group, set()).add(row.machine)
     lines = {
         "Generation tok/s = generated tokens / (prefill + decode time) over all repetitions.": True,
         f"range = slowest to fastest repetition (fewer than {BOOTSTRAP_LEAST_N} repetitions).": IntervalKind.RANGE
@@ -126,9 +124,6 @@ def legend(rows: Sequence[Row]) -> list[str]:
         "Predicted = from the machine's constants and a model of the system; nothing measured in the run is in "
         "it.": any(r.predicted is not None for r in rows),
         f"{', '.join(marks)}; figures without a mark are MEASURED.": bool(marks),
-        "Rows of one table come from different machines: none is marked fastest.": any(
-            len(names) > 1 for names in machines.values()
-        ),
     }
     return [line for line, occurs in lines.items() if occurs]
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.report.cells import STATUS_WORDS, one_line
-from flexgen_bench.report.rows import Row, machine_of
+from flexgen_bench.report.rows import Row
 from flexgen_bench.report.table import by_group, escape, to_markdown
 from flexgen_bench.store.reader import Problem
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen_bench.core.digits import settled
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.metrics import DECODE, GENERATION, PREFILL, Summary, bytes_per_s, summarise
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Lane, Tier
-from flexgen_bench.core.units import format_bytes
 from flexgen_bench.report.same_tokens import Agreement, compare_group, lossy_of
 from flexgen_bench.store.reader import StoredRecord
 
@@ -94,10 +94,12 @@ class Row:
 
 
 def build_rows(records: Sequence[StoredRecord]) -> list[Row]:
-    """One row per record, no record left out: groups together, fastest first, failures last."""
+    """One row per record, no record left out: groups together, fastest first, failures last. What two machines measured
+    makes two groups."""
     by_group: dict[str, list[StoredRecord]] = {}
     for stored in records:
-        by_group.setdefault(group_key(stored.record), []).append(stored)
+        group = json.dumps([group_key(stored.record), machine_of(stored.record.environment)])
+        by_group.setdefault(group, []).append(stored)
     rows: list[Row] = []
     for group, members in by_group.items():
         agreements = compare_group([s.record for s in members])
@@ -113,23 +115,6 @@ def group_key(record: Record) -> str:
     known = ("sources", "rates")
     hardware = {k: v for k, v in _mapping(spec.get("hardware")).items() if k not in known}
     return json.dumps([*parts, hardware], sort_keys=True)
-
-
-def machine_of(environment: Mapping[str, Any]) -> str:
-    """The kind of machine a record was measured on, as far as its environment tells; never a host name."""
-    cpu, memory = _mapping(environment.get("cpu")), _mapping(environment.get("memory"))
-    gpus = environment.get("gpus")
-    parts = [str(_mapping(gpu).get("name")) for gpu in (gpus if isinstance(gpus, list) else [])]
-    if cpu.get("model"):
-        parts.append(str(cpu["model"]))
-    if cpu.get("usable_cores"):
-        parts.append(f"{cpu['usable_cores']} usable cores")
-    if cpu.get("limited_to"):
-        parts.append(f"instructions limited to {cpu['limited_to']}")
-    total = _count(memory.get("total_bytes"))
-    if total is not None:
-        parts.append(f"{format_bytes(total)} of memory")
-    return ", ".join(parts)
 
 
 def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
@@ -212,14 +197,13 @@ def kernel_read_bytes(record: Record) -> int | None:
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
-    """Mark the fastest row, where "fastest" means something: OK, MEASURED, exact, one machine, more than one such
-    row."""
+    """Mark the fastest row, where "fastest" means something: OK, MEASURED, exact, more than one such row."""
     fair = [
         r
         for r in rows
         if r.status is Status.OK and r.evidence is Evidence.MEASURED and r.generation is not None and not r.lossy
     ]
-    if len(fair) < 2 or len({r.machine for r in fair}) > 1:
+    if len(fair) < 2:
         return rows
     best = max(fair, key=_speed)
     return [replace(r, best=r is best) for r in rows]

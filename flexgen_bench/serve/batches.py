@@ -13,8 +13,8 @@ from typing import Any
 from flexgen_bench.batch.inputs import Line, custom_id_of, request_of
 from flexgen_bench.batch.output_file import OutputFile
 from flexgen_bench.batch.scan import Lines, Scan, in_order, scan
-from flexgen_bench.batch.shard import Shard
 from flexgen_bench.core.errors import CannotRun, UserError
+from flexgen_bench.core.shard import Shard
 from flexgen_bench.requests.answers import Writer
 from flexgen_bench.requests.asked import Reader
 from flexgen_bench.requests.errors import UNAVAILABLE, RequestError

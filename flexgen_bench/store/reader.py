@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
 from flexgen_bench.store.schema import decode, parse_utc
 from flexgen_bench.store.writer import suite_folder
@@ -67,15 +68,17 @@ def read_paths(paths: Iterable[Path]) -> tuple[list[StoredRecord], list[Problem]
 
 
 def read_all(results_dir: Path) -> tuple[list[StoredRecord], list[Problem]]:
-    """The newest record of every spec in every suite, and the files that could not be used.
+    """The newest record of every spec in every suite on every kind of machine, and the files that could not be used.
 
-    Suites are kept apart: the same cell may stand in two of them, and each has its own table. An absent folder holds no
-    records. Raises StoreError if ``results_dir`` cannot be listed.
+    Suites are kept apart: the same cell may stand in two of them, and each has its own table. So are machines: records
+    of several are collected by copying their folders into one. An absent folder holds no records. Raises StoreError if
+    ``results_dir`` cannot be listed.
     """
     records, problems = read_paths(record_files(Path(results_dir)))
-    newest: dict[tuple[str, str], StoredRecord] = {}
+    newest: dict[tuple[str, str, str], StoredRecord] = {}
     for stored in sorted(records, key=lambda s: s.age):
-        newest[suite_folder(stored.record.suite), stored.record.spec_hash] = stored
+        machine = machine_of(stored.record.environment)
+        newest[suite_folder(stored.record.suite), stored.record.spec_hash, machine] = stored
     return sorted(newest.values(), key=lambda s: s.path), problems
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Slice
 from flexgen_bench.core.units import format_seconds
-from flexgen_bench.report.rows import machine_of
 from flexgen_bench.schedule.steps import StepKind
 from flexgen_bench.trace.axis import ticks
 from flexgen_bench.trace.passes import find_passes, typical

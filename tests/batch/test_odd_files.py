@@ -14,9 +14,9 @@ from flexgen_bench.batch import inputs
 from flexgen_bench.batch.inputs import Line, check_inputs, custom_id_of, request_of
 from flexgen_bench.batch.output_file import OutputFile
 from flexgen_bench.batch.scan import in_order, scan
-from flexgen_bench.batch.shard import Shard
 from flexgen_bench.cli import batch
 from flexgen_bench.core.errors import CannotRun, UserError
+from flexgen_bench.core.shard import Shard
 from flexgen_bench.requests.errors import RequestError
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.documented import ROOT, blocks, commands
 
+SLURM = "needs a SLURM cluster; tests/cli/test_launchers.py runs another launcher"
 GPU = "needs a CUDA device"
 
 
@@ -125,6 +126,14 @@ TABLE: dict[str, How] = {
     ),
     "python -m flexgen_bench trace latest": How(says="trace.json"),
     "python -m flexgen_bench trace f3869f1cd3c4138b": How(says="MEASURED"),
+    # docs/guides/hosts.md
+    "python -m flexgen_bench suite=default shard=1/2": How(PLAN, status=(0, 1), says="smollm2"),
+    "python -m flexgen_bench suite=default shard=2/2": How(PLAN, status=(0, 1), says="opt-1.3b"),
+    "pip install 'flexgen-bench[launchers]'": How(skip="installs; the environment of the tests was made so"),
+    "python -m flexgen_bench -m model=opt-1.3b,opt-6.7b hydra/launcher=submitit_slurm hydra.sweep.dir=sweeps "
+    "hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 hydra.launcher.timeout_min=120": How(skip=SLURM),
+    "python -m flexgen_bench -m suite=default shard=1/2,2/2 hydra/launcher=submitit_slurm hydra.sweep.dir=sweeps "
+    "hydra.launcher.exclusive=true": How(skip=SLURM),
     # docs/guides/compare.md
     "python -m flexgen_bench compare A B": How(swap={"A B": "results results"}, says="95 % intervals"),
     "python -m flexgen_bench compare main HEAD": How(skip="tests/compare makes two commits to compare"),

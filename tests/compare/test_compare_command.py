@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.record_factory import make_record
 
 from flexgen_bench.cli.compare import main
 from flexgen_bench.store.writer import to_bytes, write_record
+from tests.support.record_factory import make_record
 
 
 def write(folder: Path, *times: tuple[float, float], system: str = "flexgen", run: int = 0) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.record_factory import make_record, make_spec
 
 from flexgen_bench.compare.pairs import match
 from flexgen_bench.compare.ratio import paired, unpaired
@@ -17,6 +16,7 @@ from flexgen_bench.core.metrics import GENERATION
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.store.reader import StoredRecord
+from tests.support.record_factory import make_record, make_spec
 
 METRIC = GENERATION
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from flexgen_bench.cells.compose import composed, merged, plan, without_null_groups
+from flexgen_bench.cells.compose import composed, plan
+from flexgen_bench.cells.words import merged, without_null_groups
 from flexgen_bench.config.build import cell_spec, model_spec
 from flexgen_bench.config.paths import conf_dir, list_models
 from flexgen_bench.config.schema import (
@@ -463,3 +464,27 @@ def test_cells_of_a_group_are_what_each_would_be_alone(suite: str) -> None:
         (alone,) = cells(f"suite={suite}", f"cell={cell.name}", f"system={cell.spec.system}", suite=suite)
         assert alone.spec == cell.spec
         assert alone.model == cell.model
+
+
+def test_parts_of_a_suite_make_the_whole_and_keep_systems_together() -> None:
+    """Systems are compared on one machine, so a cell is never cut between two."""
+    whole = cells("suite=default", suite="default")
+    parts = [cells("suite=default", f"shard={i}/2", suite="default") for i in (1, 2)]
+    assert sorted((c.name, c.spec.spec_hash) for part in parts for c in part) == sorted(
+        (c.name, c.spec.spec_hash) for c in whole
+    )
+    assert all({c.name for c in part} == {part[0].name} for part in parts)
+    assert not any("shard" in c.command for part in parts for c in part)
+
+
+@pytest.mark.parametrize(
+    ("words", "suite", "says"),
+    [
+        (["suite=default", "shard=3/2"], "default", "written i/n"),
+        (["suite=default", "shard=1/99"], "default", "at most"),
+        (["model=opt-125m", "shard=1/2"], "", "given with a suite"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(words: list[str], suite: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        cells(*words, suite=suite)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flexgen_bench.accuracy.run.options import AccuracyConf
-from flexgen_bench.cells.compose import check_groups, composed, plan, prepared
+from flexgen_bench.cells.compose import composed, plan
+from flexgen_bench.cells.words import check_groups, prepared
 from flexgen_bench.cli.accuracy import main as accuracy
 from flexgen_bench.config.overrides import is_text, quoted, readable, text_of
 from flexgen_bench.config.paths import conf_dir

@@ -11,8 +11,8 @@ import pytest
 
 from flexgen_bench.core import instructions
 from flexgen_bench.core.instructions import Level, level_of, limited_to, native_arch, usable
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.machine import measured_rates as store
-from flexgen_bench.report.rows import machine_of
 
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ZEN3 = "fpu sse2 avx avx2 fma f16c"

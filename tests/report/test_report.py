@@ -100,6 +100,9 @@ def test_failures_stay_in_the_table_with_their_reason() -> None:
     assert rows[0].system == "flexgen"
 
 
+OTHER = {"cpu": {"model": "Another"}}
+
+
 def test_only_ok_measured_rows_of_one_group_and_machine_compete() -> None:
     slow, fast = [(4.0, 4.0)], [(1.0, 1.0)]
     rows = by_system(
@@ -112,10 +115,12 @@ def test_only_ok_measured_rows_of_one_group_and_machine_compete() -> None:
         )
     )
     assert [name for name, row in rows.items() if row.best] == ["slow"]
-    moved = make_record("b", fast, environment={"cpu": {"model": "Another"}})
-    mixed = rows_of(make_record("a", slow), moved)
-    assert not any(row.best for row in mixed)
-    assert "different machines" in to_markdown(mixed)
+    moved = [make_record(name, times, environment=OTHER) for name, times in (("c", fast), ("d", slow))]
+    mixed = rows_of(make_record("a", slow), make_record("b", [(5.0, 5.0)]), *moved)
+    assert {name for name, row in by_system(mixed).items() if row.best} == {"a", "c"}
+    text = to_markdown(mixed)
+    assert "on Some CPU, 2 usable cores" in text
+    assert "on Another" in text
     assert not rows_of(make_record("alone"))[0].best
 
 

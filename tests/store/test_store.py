@@ -234,6 +234,7 @@ def test_read_all_takes_the_newest_and_lists_the_damaged(tmp_path: Path) -> None
     newest = write_record(make_record(run=2, reason="new"), tmp_path)
     other = write_record(make_record("accelerate"), tmp_path)
     elsewhere = write_record(make_record(suite="disk"), tmp_path)
+    other_machine = write_record(make_record(run=0, environment={"cpu": {"model": "Another"}}), tmp_path)
     damaged = tmp_path / "default" / "x--y--z--0--1.json"
     damaged.write_text('{"half": ')
     impossible = encode(make_record("accelerate", run=3))
@@ -242,7 +243,7 @@ def test_read_all_takes_the_newest_and_lists_the_damaged(tmp_path: Path) -> None
     backwards.write_text(json.dumps(impossible))
     (tmp_path / "default" / ".x.json.123.tmp").write_text("{")
     found, problems = read_all(tmp_path)
-    assert {s.path for s in found} == {newest, other, elsewhere}
+    assert {s.path for s in found} == {newest, other, elsewhere, other_machine}
     assert [p.path for p in problems] == [damaged, backwards]
     assert str(damaged) in problems[0].message
     assert "samples[0].prefill_s" in problems[1].message
