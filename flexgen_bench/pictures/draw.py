@@ -36,6 +36,10 @@ MOST_LABELS = 12  # of points in one panel; more would cover each other
 WIDE = 30.0
 
 
+class CannotDraw(UserError):
+    """What draws is not installed."""
+
+
 @dataclass(frozen=True)
 class _Style:
     colour: str
@@ -45,7 +49,7 @@ class _Style:
 
 
 def svg(picture: Picture) -> str:
-    """Raises UserError with the command that installs matplotlib where it is missing."""
+    """Raises CannotDraw with the command that installs matplotlib where it is missing."""
     matplotlib = _matplotlib()
     settings = {
         "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
@@ -66,7 +70,7 @@ def _matplotlib() -> Any:
         import matplotlib.lines
         import matplotlib.ticker
     except ImportError as error:
-        raise UserError("picture", "svg", "drawn with matplotlib", how_to_install("matplotlib")) from error
+        raise CannotDraw("picture", "svg", "drawn with matplotlib", how_to_install("matplotlib")) from error
     return matplotlib
 
 
