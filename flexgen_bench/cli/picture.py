@@ -11,6 +11,7 @@ from pathlib import Path
 from flexgen_bench.cli.ending import FAILED, status_of
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import make_writable, path_argument
+from flexgen_bench.pictures.build import systems_of
 from flexgen_bench.pictures.draw import svg
 from flexgen_bench.pictures.gallery import NAMES, Wanted, picture_json, pictures
 from flexgen_bench.pictures.gather import gather
@@ -67,7 +68,8 @@ def _written(made: Sequence[Picture], out: Path) -> list[Path]:
             f"a folder, since there are {len(made)} pictures",
             f"Or ask for one with --machine, --model, --workload:\n  {names}",
         )
-    return [_write(_file(out, one.key), svg(one)) for one in made]
+    systems = systems_of(made)
+    return [_write(_file(out, one.key), svg(one, systems)) for one in made]
 
 
 def _file(out: Path, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flexgen_bench.pictures.draw import svg
@@ -25,7 +25,13 @@ def build_pictures(material: Material, results_dir: Path, out: Path, write: Writ
 
 
 def write_pictures(chosen: Sequence[Picture], out: Path, write: Write) -> list[Path]:
-    return [write(out / f"{picture.key}.svg", svg(picture)) for picture in chosen]
+    """``<key>.svg`` of each. A system has one colour in all of them."""
+    systems = systems_of(chosen)
+    return [write(out / f"{picture.key}.svg", svg(picture, systems)) for picture in chosen]
+
+
+def systems_of(chosen: Iterable[Picture]) -> list[str]:
+    return sorted({one.system for picture in chosen for panel in picture.panels for one in panel.series})
 
 
 def _index(found: Mapping[str, Found], material: Material, results_dir: Path) -> str:

@@ -13,7 +13,8 @@ from flexgen_bench.core.digits import significant
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.status import Evidence
-from flexgen_bench.pictures.picture import Axis, Guide, Panel, Picture, Point, Series
+from flexgen_bench.pictures.labels import Box, placed
+from flexgen_bench.pictures.picture import Better, Guide, Panel, Picture, Point, Series
 
 # Told apart without seeing red and green apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,13 +28,18 @@ FILLS = {
     Evidence.QUOTED: "top",
 }
 GREY = "#555555"
+# Along the axis: those of the vertical one are turned with its text.
+ARROWS = {Better.HIGHER: " → better", Better.LOWER: " ← better", Better.NEITHER: ""}
+FACTS = ("model", "workload", "machine", "hardware")
 # Inches, and points of text.
 WIDTH, LEFT, RIGHT, PANEL, GAP = 3.5, 0.62, 0.12, 2.2, 0.62
-BODY, SMALL, LINE = 7.0, 6.0, 0.118
-COLUMNS, COLUMNS_TITLE = 78, 56  # letters in a line of small and of bold text
-MOST_LABELS = 12  # of points in one panel; more would cover each other
-# Where the ends of a logarithmic axis are at least so far apart, ticks at 1, 2 and 5 would be too close.
-WIDE = 30.0
+BODY, SMALL, TINY, LINE = 7.0, 6.0, 5.0, 0.118
+# Letters in a line of small text, of bold text, of the legend and beside an axis.
+COLUMNS, COLUMNS_TITLE, COLUMNS_LEGEND, COLUMNS_X, COLUMNS_Y = 76, 52, 56, 50, 42
+MOST_LABELS = 40  # of points in one panel; in a crowd they say nothing
+# Between the ends of a logarithmic axis there are ticks at powers of ten, at 1, 2 and 5 below WIDE, at even steps below
+# NARROW.
+WIDE, NARROW = 30.0, 3.0
 
 
 class CannotDraw(UserError):
@@ -48,8 +54,10 @@ class _Style:
     dashed: bool
 
 
-def svg(picture: Picture) -> str:
-    """Raises CannotDraw with the command that installs matplotlib where it is missing."""
+def svg(picture: Picture, systems: Sequence[str] = ()) -> str:
+    """systems: in the order that gives them their colours, so that a system has one colour in several pictures.
+
+    Raises CannotDraw with the command that installs matplotlib where it is missing."""
     matplotlib = _matplotlib()
     settings = {
         "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
@@ -60,7 +68,7 @@ def svg(picture: Picture) -> str:
         "path.simplify": False,
     }
     with matplotlib.rc_context(settings):
-        return _figure(picture, matplotlib)
+        return _figure(picture, systems, matplotlib)
 
 
 def _matplotlib() -> Any:
@@ -74,23 +82,25 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _figure(picture: Picture, matplotlib: Any) -> str:
-    styles = _styles([one for panel in picture.panels for one in panel.series])
+def _figure(picture: Picture, systems: Sequence[str], matplotlib: Any) -> str:
+    styles = _styles([one for panel in picture.panels for one in panel.series], systems)
+    same = {label for panel in picture.panels for one in panel.series for p in one.points if (label := p.label)}
+    is_told = len(same) > 1  # what all points say is said once
     entries = list(_legend(picture, styles))
     title = textwrap.wrap(picture.title, COLUMNS_TITLE)
-    facts = _wrapped(f"{value}." for value in picture.facts.values())
-    notes = _wrapped(picture.notes)
+    facts = textwrap.wrap(". ".join(picture.facts[name] for name in FACTS) + ".", COLUMNS)
+    notes = _wrapped([*([] if is_told else [f"All points: {one}." for one in same]), *picture.notes])
     above = LINE * (len(title) * 1.25 + len(facts)) + 0.12
     below = LINE * (len(entries) * 1.2 + len(notes)) + 0.2
     height = above + below + len(picture.panels) * (PANEL + GAP)
-    figure = matplotlib.figure.Figure(figsize=(WIDTH, height))
+    figure = matplotlib.figure.Figure(figsize=(WIDTH, height), dpi=72)  # a pixel is a point
     _lines(figure, title, height - 0.08, height, size=BODY + 1.5, weight="bold", step=LINE * 1.25)
     _lines(figure, facts, height - 0.1 - LINE * 1.25 * len(title), height, size=SMALL, colour=GREY)
     bottom = height - above
     for panel in picture.panels:
         bottom -= PANEL
         box = (LEFT / WIDTH, bottom / height, (WIDTH - LEFT - RIGHT) / WIDTH, (PANEL - 0.12) / height)
-        _panel(figure.add_axes(box), panel, styles, matplotlib)
+        _panel(figure.add_axes(box), panel, styles, is_told, matplotlib)
         bottom -= GAP
     top = bottom + GAP - 0.44
     for number, (label, handle) in enumerate(entries):
@@ -129,9 +139,9 @@ def _wrapped(sentences: Iterable[str]) -> list[str]:
     return [line for sentence in sentences for line in textwrap.wrap(sentence, COLUMNS)]
 
 
-def _styles(series: Sequence[Series]) -> dict[tuple[str, str, str, Evidence], _Style]:
+def _styles(series: Sequence[Series], systems: Sequence[str]) -> dict[tuple[str, str, str, Evidence], _Style]:
     """Colours by system, shapes by what else a series is of: compression, machine."""
-    systems = list(dict.fromkeys(one.system for one in sorted(series, key=lambda s: s.system)))
+    systems = list(dict.fromkeys((*systems, *sorted(one.system for one in series))))
     kinds = list(dict.fromkeys(sorted((one.lossy, one.of) for one in series)))
     return {
         _key(one): _Style(
@@ -172,7 +182,7 @@ def _legend(picture: Picture, styles: Any) -> Iterator[tuple[str, dict[str, Any]
         for number, guide in enumerate(panel.guides):
             shown.setdefault(guide.label, _guide_marks(guide, number))
     for label, handle in shown.items():
-        first, *more = textwrap.wrap(label, COLUMNS - 14)
+        first, *more = textwrap.wrap(label, COLUMNS_LEGEND)
         yield first, handle
         for line in more:
             yield f"  {line}", {"linestyle": "none"}
@@ -181,10 +191,11 @@ def _legend(picture: Picture, styles: Any) -> Iterator[tuple[str, dict[str, Any]
 def _guide_marks(guide: Guide, number: int) -> dict[str, Any]:
     if len(guide.points) == 1:
         return {"color": GREY, "marker": "+", "markersize": 8, "linestyle": "none"}
-    return {"color": GREY, "linestyle": (":", "-.")[number % 2], "linewidth": 0.9}
+    drawn = {"color": GREY, "linestyle": (":", "-.")[number % 2], "linewidth": 0.9}
+    return {**drawn, "drawstyle": "steps-post"} if guide.stepped else drawn
 
 
-def _panel(axes: Any, panel: Panel, styles: Any, matplotlib: Any) -> None:
+def _panel(axes: Any, panel: Panel, styles: Any, is_told: bool, matplotlib: Any) -> None:
     for number, guide in enumerate(panel.guides):
         axes.plot(*zip(*guide.points, strict=True), zorder=1, **_guide_marks(guide, number))
     for one in panel.series:
@@ -196,9 +207,11 @@ def _panel(axes: Any, panel: Panel, styles: Any, matplotlib: Any) -> None:
         axes.plot(xs, ys, linestyle=line, zorder=3, **_marks(style))
     _scale(axes, panel, matplotlib)
     _failed(axes, panel, styles)
-    _label_points(axes, panel)
-    axes.set_xlabel(f"{panel.x.text}{_arrow(panel.x, '→', '←')}", size=BODY, labelpad=2)
-    axes.set_ylabel(f"{panel.y.text}{_arrow(panel.y, '→', '←')}", size=BODY, labelpad=2)
+    if is_told:
+        _label_points(axes, panel)
+    for name, axis, columns in (("x", panel.x, COLUMNS_X), ("y", panel.y, COLUMNS_Y)):
+        lines = textwrap.wrap(f"{axis.text}{ARROWS[axis.better]}", columns)
+        getattr(axes, f"set_{name}label")("\n".join(lines), size=BODY, labelpad=2)
     axes.tick_params(labelsize=SMALL, width=0.5, length=2.5, pad=2)
     axes.grid(which="major", linewidth=0.35, color="#dddddd")
     axes.set_axisbelow(True)
@@ -206,10 +219,6 @@ def _panel(axes: Any, panel: Panel, styles: Any, matplotlib: Any) -> None:
         axes.spines[side].set_visible(False)
     if panel.title:
         axes.set_title(panel.title, size=BODY, weight="bold", pad=2, loc="left")
-
-
-def _arrow(axis: Axis, higher: str, lower: str) -> str:
-    return {"higher": f" {higher} better", "lower": f" {lower} better", "": ""}[axis.better.value]
 
 
 def _ranges(axes: Any, p: Point, colour: str) -> None:
@@ -239,10 +248,10 @@ def _scale(axes: Any, panel: Panel, matplotlib: Any) -> None:
         getattr(axes, f"set_{which}lim")(low, high)
         ticks = getattr(axes, f"{which}axis")
         if log:
-            steps = (1, 2, 5) if high / low < WIDE else (1,)
-            steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high / low < 4 else steps
-            ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
             ticks.set_minor_locator(matplotlib.ticker.NullLocator())
+        if log and high / low >= NARROW:
+            steps = (1, 2, 5) if high / low < WIDE else (1,)
+            ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
         else:
             ticks.set_major_locator(matplotlib.ticker.MaxNLocator(6))
         ticks.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: significant(value, 4)))
@@ -271,17 +280,9 @@ def _label_points(axes: Any, panel: Panel) -> None:
     points = [p for one in panel.series for p in one.points if p.label]
     if len(points) > MOST_LABELS:
         return
-    low, high = axes.get_xlim()
-    middle = (low + high) / 2 if axes.get_xscale() == "linear" else (low * high) ** 0.5
-    for p in points:
-        right = p.x > middle
-        axes.annotate(
-            p.label,
-            (p.x, p.y),
-            xytext=(-5 if right else 5, 3),
-            textcoords="offset points",
-            size=5,
-            color=GREY,
-            ha="right" if right else "left",
-            zorder=4,
-        )
+    places = axes.transData.transform([(p.x, p.y) for p in points]) if points else ()
+    named = [(p.label, float(x), float(y)) for p, (x, y) in zip(points, places, strict=True)]
+    area = axes.get_window_extent()
+    for label in placed(named, TINY, Box(area.x0, area.y0, area.x1, area.y1)):
+        at = axes.transData.inverted().transform((label.x, label.y))
+        axes.text(*map(float, at), label.text, size=TINY, color=GREY, va="baseline", zorder=4)

@@ -93,4 +93,4 @@ def _fronts(series: Sequence[Series], kind: Evidence) -> list[Guide]:
     lines = [(f"front of exact results, {kind.value}", exact)]
     if every != exact:
         lines.append((f"front with compressed ones, {kind.value}", every))
-    return [Guide(label, tuple((p.x, p.y) for p in points)) for label, points in lines if len(points) > 1]
+    return [Guide(label, tuple((p.x, p.y) for p in points), stepped=True) for label, points in lines if len(points) > 1]

@@ -47,11 +47,11 @@ def _picture(facet: Facet, tier: str, name: str) -> Picture:
     series = [_with_failures(one, capped, tier) for one in series_of(fastest, lambda r: _point(r, tier), joined=True)]
     series += _only_failures(series, capped, tier)
     weights = capped[0].weight_bytes or 0
-    x = Axis(f"{name}, of the {format_bytes(weights)} of uncompressed weights", "%", log=True)
+    x = Axis(f"{name}, of the {format_bytes(weights)} of uncompressed weights", "%")
     notes = [
         *evidence_note(series),
         *([f"Where a system ran several times under a cap, its fastest run ({slower} left out)."] if slower else []),
-        *(["x = ended without a result."] if any(one.failures for one in series) else []),
+        *(["× = ended without a result."] if any(one.failures for one in series) else []),
     ]
     uncapped = len(facet.runs) - len(capped)
     if uncapped:

@@ -87,10 +87,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Guide:
-    """A line (or a single place) to read the points by: a front, a diagonal."""
+    """A line (or a single place) to read the points by: a front, a diagonal. stepped: between two of its points it
+    keeps the height of the first."""
 
     label: str
     points: Sequence[tuple[float, float]]
+    stepped: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.pictures.facets import evidence_note, grouped, key_of, series_of
 from flexgen_bench.pictures.gather import Material
-from flexgen_bench.pictures.picture import Axis, Better, Found, Guide, Panel, Picture, Point, point
+from flexgen_bench.pictures.picture import Axis, Found, Guide, Panel, Picture, Point, point
 from flexgen_bench.pictures.run import Run
 
 NAME = "predicted-measured"
 _RAN = (Evidence.MEASURED, Evidence.EMULATED)
-X = Axis("measured generation throughput", "tokens/s", log=True, better=Better.HIGHER)
-Y = Axis("predicted from the machine's constants", "tokens/s", log=True, better=Better.HIGHER)
+X = Axis("measured generation throughput", "tokens/s", log=True)
+Y = Axis("predicted from the machine's constants", "tokens/s", log=True)
 
 
 def predicted_measured(material: Material) -> Found:

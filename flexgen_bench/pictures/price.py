@@ -17,8 +17,8 @@ MILLION, HOUR = 1e6, 3600
 Y = Axis("generation throughput", "tokens/s", log=True, better=Better.HIGHER)
 # Panel, its axis, and the seconds of a token.
 _SIDES: tuple[tuple[str, str, Callable[[Run], Quantity | None]], ...] = (
-    ("Input", "cost of a million prompt tokens (prefill)", lambda run: run.input_s),
-    ("Output", "cost of a million generated tokens (decoding)", lambda run: run.output_s),
+    ("Input", "price of a million prompt tokens", lambda run: run.input_s),
+    ("Output", "price of a million generated tokens", lambda run: run.output_s),
 )
 
 

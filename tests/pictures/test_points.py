@@ -1,4 +1,4 @@
-"""Points of pictures are the records' numbers; what is not comparable is not in one picture; what is missing is named."""
+"""Points are the records' numbers; what cannot be compared is not in one picture; what is missing is named."""
 
 from __future__ import annotations
 
