@@ -101,24 +101,27 @@ def _workload(workload: Mapping[str, Any]) -> str:
 
 
 def _times(record: Record) -> dict[str, Quantity | None]:
-    """Latencies, and seconds for each token."""
-    times = {
-        "first_token_s": _quantity(record, "first_token_s"),
-        "later_token_s": _quantity(record, "time_per_later_token_s"),
-        "block_s": None,
-        "input_s": _inverse(_quantity(record, "prefill_tok_per_s")),
-        "output_s": None,
+    """Latencies, and seconds for each token, as ``core.metrics`` defines them: every repetition has as many tokens and
+    batches, so each is a phase's seconds divided by a number."""
+    sizes = {(s.prompt_tokens, s.generated_tokens, s.decode_tokens) for s in record.samples}
+    if len(sizes) != 1:
+        return {}
+    ((prompt_tokens, generated, decoded),) = sizes
+    sequences = generated - decoded
+    batches = math.ceil(sequences / record.batch_size) if record.batch_size else 0
+    prefill, decode = _quantity(record, "prefill_s"), _quantity(record, "decode_s")
+    return {
+        "block_s": _each(_quantity(record, "total_s"), batches),
+        "first_token_s": _each(prefill, batches),
+        "later_token_s": _each(decode, batches * decoded / sequences if sequences > 0 else 0),
+        "input_s": _each(prefill, prompt_tokens),
+        "output_s": _each(decode, generated),
     }
-    first = next(iter(record.samples), None)
-    if first is None:
-        return times
-    sequences = first.generated_tokens - first.decode_tokens
-    total, decode = _quantity(record, "total_s"), _quantity(record, "decode_s")
-    if total is not None and record.batch_size and sequences > 0:
-        times["block_s"] = total.times(1 / math.ceil(sequences / record.batch_size))
-    if decode is not None and decode.value > 0 and first.generated_tokens > 0:
-        times["output_s"] = decode.times(1 / first.generated_tokens)
-    return times
+
+
+def _each(seconds: Quantity | None, count: float) -> Quantity | None:
+    """None where there is nothing to divide, or it takes no time."""
+    return seconds.times(1 / count) if seconds is not None and seconds.value > 0 and count > 0 else None
 
 
 def _quantity(record: Record, metric: str) -> Quantity | None:
@@ -129,12 +132,6 @@ def _quantity(record: Record, metric: str) -> Quantity | None:
 
 def _range(summary: Summary) -> tuple[float, float] | None:
     return None if summary.n == 1 else (summary.low, summary.high)
-
-
-def _inverse(rate: Quantity | None) -> Quantity | None:
-    if rate is None:
-        return None
-    return Quantity(1 / rate.value, None if rate.range is None else (1 / rate.range[1], 1 / rate.range[0]))
 
 
 def _positive(value: Any) -> float | None:
