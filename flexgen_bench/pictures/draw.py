@@ -5,38 +5,25 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flexgen_bench.core.digits import significant
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.extras import how_to_install
-from flexgen_bench.core.status import Evidence
 from flexgen_bench.pictures.labels import Box, placed
-from flexgen_bench.pictures.picture import Better, Guide, Panel, Picture, Point, Series
+from flexgen_bench.pictures.picture import Better, Panel, Picture, Point
+from flexgen_bench.pictures.style import GREY, Styles, guide_marks, key_of, marks, styles_of
 
-# Told apart without seeing red and green apart (Okabe and Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-# How much of a marker is filled.
-FILLS = {
-    Evidence.MEASURED: "full",
-    Evidence.EMULATED: "left",
-    Evidence.PROJECTED: "bottom",
-    Evidence.SIMULATED: "none",
-    Evidence.QUOTED: "top",
-}
-GREY = "#555555"
 # Along the axis: those of the vertical one are turned with its text.
 ARROWS = {Better.HIGHER: " → better", Better.LOWER: " ← better", Better.NEITHER: ""}
-FACTS = ("model", "workload", "machine", "hardware")
 # Inches, and points of text.
 WIDTH, LEFT, RIGHT, PANEL, GAP = 3.5, 0.62, 0.12, 2.2, 0.62
 BODY, SMALL, TINY, LINE = 7.0, 6.0, 5.0, 0.118
 # Letters in a line of small text, of bold text, of the legend and beside an axis.
-COLUMNS, COLUMNS_TITLE, COLUMNS_LEGEND, COLUMNS_X, COLUMNS_Y = 76, 52, 56, 50, 42
-MOST_LABELS = 40  # of points in one panel; in a crowd they say nothing
+COLUMNS, COLUMNS_TITLE, COLUMNS_LEGEND, COLUMNS_X, COLUMNS_Y = 72, 52, 56, 58, 42
+MOST_LABELS = 12  # of points in one panel; in a crowd they say nothing
 # Between the ends of a logarithmic axis there are ticks at powers of ten, at 1, 2 and 5 below WIDE, at even steps below
 # NARROW.
 WIDE, NARROW = 30.0, 3.0
@@ -44,14 +31,6 @@ WIDE, NARROW = 30.0, 3.0
 
 class CannotDraw(UserError):
     """What draws is not installed."""
-
-
-@dataclass(frozen=True)
-class _Style:
-    colour: str
-    marker: str
-    fill: str
-    dashed: bool
 
 
 def svg(picture: Picture, systems: Sequence[str] = ()) -> str:
@@ -66,8 +45,11 @@ def svg(picture: Picture, systems: Sequence[str] = ()) -> str:
         "font.size": BODY,
         "axes.linewidth": 0.6,
         "path.simplify": False,
+        "text.parse_math": False,  # a dollar is a dollar
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Of letters that matplotlib's font lacks it knows no width; the reader's font draws them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         return _figure(picture, systems, matplotlib)
 
 
@@ -83,13 +65,16 @@ def _matplotlib() -> Any:
 
 
 def _figure(picture: Picture, systems: Sequence[str], matplotlib: Any) -> str:
-    styles = _styles([one for panel in picture.panels for one in panel.series], systems)
+    styles = styles_of([one for panel in picture.panels for one in panel.series], systems)
     same = {label for panel in picture.panels for one in panel.series for p in one.points if (label := p.label)}
     is_told = len(same) > 1  # what all points say is said once
     entries = list(_legend(picture, styles))
-    title = textwrap.wrap(picture.title, COLUMNS_TITLE)
-    facts = textwrap.wrap(". ".join(picture.facts[name] for name in FACTS) + ".", COLUMNS)
-    notes = _wrapped([*([] if is_told else [f"All points: {one}." for one in same]), *picture.notes])
+    title = _wrapped(picture.title, COLUMNS_TITLE)
+    known = picture.facts
+    shared = f"{known['model']}. {known['workload']}. {known['machine']}; hardware {known['hardware']}."
+    facts = _wrapped(shared, COLUMNS)
+    sentences = [*([] if is_told else [f"All points: {one}." for one in same]), *picture.notes]
+    notes = [line for sentence in sentences for line in _wrapped(sentence, COLUMNS)]
     above = LINE * (len(title) * 1.25 + len(facts)) + 0.12
     below = LINE * (len(entries) * 1.2 + len(notes)) + 0.2
     height = above + below + len(picture.panels) * (PANEL + GAP)
@@ -112,7 +97,7 @@ def _figure(picture: Picture, systems: Sequence[str], matplotlib: Any) -> str:
         figure.add_artist(matplotlib.lines.Line2D([0.075], [y], transform=figure.transFigure, **marker))
         figure.text(0.13, y, label, size=BODY, va="center_baseline")
     _lines(figure, notes, top - LINE * 1.2 * len(entries) - 0.06, height, size=SMALL, colour=GREY)
-    summary = f"{picture.title}: {'; '.join(picture.facts.values())}"
+    summary = _clean(f"{picture.title}: {'; '.join(picture.facts.values())}")
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "flexgen-bench", "Title": summary})
     return out.getvalue()
@@ -135,82 +120,49 @@ def _lines(
         figure.text(0.02, y, line, size=size, weight=weight, color=colour, va="top")
 
 
-def _wrapped(sentences: Iterable[str]) -> list[str]:
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, COLUMNS)]
+def _wrapped(text: str, columns: int) -> list[str]:
+    return textwrap.wrap(_clean(text), columns)
 
 
-def _styles(series: Sequence[Series], systems: Sequence[str]) -> dict[tuple[str, str, str, Evidence], _Style]:
-    """Colours by system, shapes by what else a series is of: compression, machine."""
-    systems = list(dict.fromkeys((*systems, *sorted(one.system for one in series))))
-    kinds = list(dict.fromkeys(sorted((one.lossy, one.of) for one in series)))
-    return {
-        _key(one): _Style(
-            COLOURS[systems.index(one.system) % len(COLOURS)],
-            MARKERS[kinds.index((one.lossy, one.of)) % len(MARKERS)],
-            FILLS[one.evidence],
-            bool(one.lossy),
-        )
-        for one in series
-    }
+def _clean(text: str) -> str:
+    """Without what XML cannot hold: names and reasons in records come from anywhere."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _key(one: Series) -> tuple[str, str, str, Evidence]:
-    return one.system, one.lossy, one.of, one.evidence
-
-
-def _marks(style: _Style) -> dict[str, Any]:
-    return {
-        "color": style.colour,
-        "marker": style.marker,
-        "fillstyle": style.fill,
-        "markerfacecoloralt": "white",
-        "markersize": 5,
-        "markeredgewidth": 0.9,
-        "linewidth": 1.1,
-    }
-
-
-def _legend(picture: Picture, styles: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _legend(picture: Picture, styles: Styles) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each series once, whatever panels it is in, then the guides."""
     shown: dict[str, dict[str, Any]] = {}
     for panel in picture.panels:
         for one in panel.series:
-            style = styles[_key(one)]
+            style = styles[key_of(one)]
             line = ("--" if style.dashed else "-") if one.joined else "none"
-            shown.setdefault(f"{one.label}: {one.evidence.value}", {**_marks(style), "linestyle": line})
+            shown.setdefault(f"{one.label}: {one.evidence.value}", {**marks(style), "linestyle": line})
     for panel in picture.panels:
         for number, guide in enumerate(panel.guides):
-            shown.setdefault(guide.label, _guide_marks(guide, number))
+            shown.setdefault(guide.label, guide_marks(guide, number))
     for label, handle in shown.items():
-        first, *more = textwrap.wrap(label, COLUMNS_LEGEND)
+        first, *more = _wrapped(label, COLUMNS_LEGEND)
         yield first, handle
         for line in more:
             yield f"  {line}", {"linestyle": "none"}
 
 
-def _guide_marks(guide: Guide, number: int) -> dict[str, Any]:
-    if len(guide.points) == 1:
-        return {"color": GREY, "marker": "+", "markersize": 8, "linestyle": "none"}
-    drawn = {"color": GREY, "linestyle": (":", "-.")[number % 2], "linewidth": 0.9}
-    return {**drawn, "drawstyle": "steps-post"} if guide.stepped else drawn
-
-
-def _panel(axes: Any, panel: Panel, styles: Any, is_told: bool, matplotlib: Any) -> None:
+def _panel(axes: Any, panel: Panel, styles: Styles, is_told: bool, matplotlib: Any) -> None:
     for number, guide in enumerate(panel.guides):
-        axes.plot(*zip(*guide.points, strict=True), zorder=1, **_guide_marks(guide, number))
+        axes.plot(*zip(*guide.points, strict=True), zorder=1, **guide_marks(guide, number))
     for one in panel.series:
-        style = styles[_key(one)]
+        style = styles[key_of(one)]
         line = ("--" if style.dashed else "-") if one.joined else "none"
         xs, ys = [p.x for p in one.points], [p.y for p in one.points]
         for p in one.points:
             _ranges(axes, p, style.colour)
-        axes.plot(xs, ys, linestyle=line, zorder=3, **_marks(style))
+        axes.plot(xs, ys, linestyle=line, zorder=3, **marks(style))
     _scale(axes, panel, matplotlib)
     _failed(axes, panel, styles)
     if is_told:
         _label_points(axes, panel)
     for name, axis, columns in (("x", panel.x, COLUMNS_X), ("y", panel.y, COLUMNS_Y)):
-        lines = textwrap.wrap(f"{axis.text}{ARROWS[axis.better]}", columns)
+        lines = _wrapped(f"{axis.text}{ARROWS[axis.better]}", columns)
         getattr(axes, f"set_{name}label")("\n".join(lines), size=BODY, labelpad=2)
     axes.tick_params(labelsize=SMALL, width=0.5, length=2.5, pad=2)
     axes.grid(which="major", linewidth=0.35, color="#dddddd")
@@ -218,7 +170,7 @@ def _panel(axes: Any, panel: Panel, styles: Any, is_told: bool, matplotlib: Any)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if panel.title:
-        axes.set_title(panel.title, size=BODY, weight="bold", pad=2, loc="left")
+        axes.set_title(_clean(panel.title), size=BODY, weight="bold", pad=2, loc="left")
 
 
 def _ranges(axes: Any, p: Point, colour: str) -> None:
@@ -242,8 +194,9 @@ def _scale(axes: Any, panel: Panel, matplotlib: Any) -> None:
             room = max((high / low) ** 0.08, 1.1)
             low, high = low / room, high * room
         else:
-            room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-            low, high = (0.0 if low >= 0 else low - room), high + room
+            begin = min(low, 0.0)
+            room = 0.08 * (high - begin) or 1.0
+            low, high = (begin - room if begin < 0 else begin), high + room
         getattr(axes, f"set_{which}scale")("log" if log else "linear")
         getattr(axes, f"set_{which}lim")(low, high)
         ticks = getattr(axes, f"{which}axis")
@@ -253,11 +206,11 @@ def _scale(axes: Any, panel: Panel, matplotlib: Any) -> None:
             steps = (1, 2, 5) if high / low < WIDE else (1,)
             ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
         else:
-            ticks.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+            ticks.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
         ticks.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: significant(value, 4)))
 
 
-def _failed(axes: Any, panel: Panel, styles: Any) -> None:
+def _failed(axes: Any, panel: Panel, styles: Styles) -> None:
     """A cross for each at the foot of the panel, those of one place beside each other."""
     taken: dict[float, int] = {}
     for one in panel.series:
@@ -269,7 +222,7 @@ def _failed(axes: Any, panel: Panel, styles: Any) -> None:
                 xycoords=("data", "axes fraction"),
                 xytext=(6 * (place - 1), 4),
                 textcoords="offset points",
-                color=styles[_key(one)].colour,
+                color=styles[key_of(one)].colour,
                 size=9,
                 weight="bold",
                 ha="center",
@@ -281,7 +234,7 @@ def _label_points(axes: Any, panel: Panel) -> None:
     if len(points) > MOST_LABELS:
         return
     places = axes.transData.transform([(p.x, p.y) for p in points]) if points else ()
-    named = [(p.label, float(x), float(y)) for p, (x, y) in zip(points, places, strict=True)]
+    named = [(_clean(p.label), float(x), float(y)) for p, (x, y) in zip(points, places, strict=True)]
     area = axes.get_window_extent()
     for label in placed(named, TINY, Box(area.x0, area.y0, area.x1, area.y1)):
         at = axes.transData.inverted().transform((label.x, label.y))

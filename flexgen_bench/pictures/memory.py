@@ -15,7 +15,7 @@ from flexgen_bench.pictures.run import Run
 
 NAME = "memory"
 TIERS = {"cpu": "host memory", "gpu": "gpu memory"}
-Y = Axis("generation throughput", "tokens/s", better=Better.HIGHER)
+Y = Axis("generation throughput", "tokens/s", log=True, better=Better.HIGHER)
 
 
 def memory(material: Material) -> Found:
@@ -47,7 +47,7 @@ def _picture(facet: Facet, tier: str, name: str) -> Picture:
     series = [_with_failures(one, capped, tier) for one in series_of(fastest, lambda r: _point(r, tier), joined=True)]
     series += _only_failures(series, capped, tier)
     weights = capped[0].weight_bytes or 0
-    x = Axis(f"{name}, of the {format_bytes(weights)} of uncompressed weights", "%")
+    x = Axis(f"{name}, share of {format_bytes(weights)} of weights", "%")
     notes = [
         *evidence_note(series),
         *([f"Where a system ran several times under a cap, its fastest run ({slower} left out)."] if slower else []),

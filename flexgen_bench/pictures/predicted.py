@@ -37,7 +37,8 @@ def predicted_measured(material: Material) -> Found:
 
 
 def _picture(machine: str, hardware: str, runs: Sequence[Run], without: int) -> Picture:
-    series = series_of(runs, _point)
+    parts = _telling(runs)
+    series = series_of(runs, lambda run: _point(run, parts))
     ends = [value for one in series for p in one.points for value in (p.x, p.y)]
     line = Guide("predicted = measured", ((min(ends), min(ends)), (max(ends), max(ends))))
     facts = {
@@ -57,13 +58,30 @@ def _picture(machine: str, hardware: str, runs: Sequence[Run], without: int) -> 
     return Picture(NAME, key, "Predicted against measured", facts, (Panel("", X, Y, series, (line,)),), notes)
 
 
-def _point(run: Run) -> Point | None:
+def _point(run: Run, parts: Sequence[int]) -> Point | None:
     if run.throughput is None or run.predicted is None:
         return None
-    caps = (("host", run.cpu_cap), ("gpu", run.gpu_cap))
-    words = [run.setting.model, run.workload, *(f"{name} {format_bytes(cap)}" for name, cap in caps if cap)]
-    label = ", ".join([*words, run.batch_words] if run.batch_words else words)
+    label = ", ".join(word for i in parts if (word := _words(run)[i]))
     return point(run.throughput.value, run.predicted, label, run.source, x_range=run.throughput.range, y_range=None)
+
+
+def _words(run: Run) -> tuple[str, ...]:
+    """What tells one run of a machine from another, the most telling first."""
+    caps = (("host", run.cpu_cap), ("gpu", run.gpu_cap))
+    held = (f"{name} {format_bytes(cap)}" if cap else "" for name, cap in caps)
+    return (run.setting.model, run.workload, run.setting.dtype, *held, run.batch_words)
+
+
+def _telling(runs: Sequence[Run]) -> list[int]:
+    """Of the words those that tell runs apart which the ones before do not."""
+    chosen: list[int] = []
+    groups = 1
+    for i in range(len(_words(runs[0]))):
+        finer = len({tuple(_words(run)[j] for j in (*chosen, i)) for run in runs})
+        if finer > groups:
+            chosen.append(i)
+            groups = finer
+    return chosen
 
 
 def _percent(share: float) -> str:

@@ -36,7 +36,8 @@ def price(material: Material) -> Found:
         if not priced:
             missing.append(f"{what}: {advice}")
             continue
-        panels = [_panel(priced, *side) for side in _SIDES]
+        several = len({_machine(run) for run in priced}) > 1
+        panels = [_panel(priced, several, *side) for side in _SIDES]
         if not all(panel.series for panel in panels):
             missing.append(
                 f"{what}: no run with a price tells prefill and decoding apart (phases overlap, or it has failed); "
@@ -59,7 +60,6 @@ def _picture(facet: Facet, panels: Sequence[Panel], unpriced: str) -> Picture:
     notes = [
         "Input costs the price times the seconds of prefill for each prompt token, output the price times the seconds "
         "of decoding for each generated token; both together are the bill.",
-        *(["Several machines: each name says which."] if len(machines) > 1 else []),
         *evidence_note(series),
         *([unpriced] if unpriced else []),
         *not_shown(facet.runs, why),
@@ -68,7 +68,9 @@ def _picture(facet: Facet, panels: Sequence[Panel], unpriced: str) -> Picture:
     return Picture(NAME, facet.key(NAME), title, facts, panels, notes)
 
 
-def _panel(runs: Sequence[Run], title: str, axis: str, seconds: Callable[[Run], Quantity | None]) -> Panel:
+def _panel(
+    runs: Sequence[Run], several: bool, title: str, axis: str, seconds: Callable[[Run], Quantity | None]
+) -> Panel:
     def at(run: Run) -> Point | None:
         each, y = seconds(run), run.throughput
         if each is None or y is None or run.price_per_hour is None:
@@ -77,7 +79,7 @@ def _panel(runs: Sequence[Run], title: str, axis: str, seconds: Callable[[Run], 
         return point(x.value, y.value, run.batch_words, run.source, x_range=x.range, y_range=y.range)
 
     x = Axis(axis, "USD", log=True, better=Better.LOWER)
-    return Panel(title, x, Y, series_of(runs, at, of=_machine))
+    return Panel(title, x, Y, series_of(runs, at, of=lambda run: _machine(run) if several else ""))
 
 
 def _machine(run: Run) -> str:
@@ -87,7 +89,7 @@ def _machine(run: Run) -> str:
 
 
 def _prices(runs: Sequence[Run]) -> list[str]:
-    found = {(run.hardware, run.price_per_hour or 0.0, run.price_source) for run in runs}
+    found = {(_machine(run), run.price_per_hour or 0.0, run.price_source) for run in runs}
     return [
         f"{name} at {significant(usd, 4)} USD an hour{f' ({source})' if source else ''}"
         for name, usd, source in sorted(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flexgen_bench.cli.main import main
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.pictures.draw import CannotDraw, svg
 from flexgen_bench.pictures.picture import Axis, Better, Failure, Guide, Panel, Picture, Series, Source, point
+from flexgen_bench.pictures.style import COLOURS, styles_of
 from flexgen_bench.store.writer import write_record
 from tests.support.record_factory import make_record
 
@@ -73,6 +75,22 @@ def test_one_point_and_none_at_all_are_drawn() -> None:
     dead = Series("b", "", Evidence.MEASURED, (), failures=(Failure(50.0, "oom", "", SOURCE),))
     assert "a: MEASURED" in texts(svg(picture(one)))
     assert "b: MEASURED" in texts(svg(picture(dead, log=False)))
+
+
+def test_texts_from_anywhere_are_drawn() -> None:
+    """Dollars are no formulas, and what XML cannot hold does not end the drawing."""
+    strange = "a $x_{$ 模型 <b>&amp;\x1b[0m\ud800"
+    one = Series(strange, strange, Evidence.MEASURED, (point(3, 5, strange, SOURCE, x_range=None, y_range=None),))
+    shown = replace(picture(one), title=strange, facts=dict.fromkeys(picture().facts, strange), notes=(strange,))
+    read = texts(svg(shown))
+    assert "a $x_{$ 模型 <b>&amp; [0m" in read
+
+
+def test_more_systems_than_colours_are_told_apart() -> None:
+    many = [Series(f"s{i}", lossy, kind, ()) for i in range(9) for lossy in ("", "4-bit") for kind in Evidence]
+    assert len(set(styles_of(many, ()).values())) == len(many)
+    first, *_ = styles_of(many[:1], ["another", "s0"]).values()
+    assert first.colour == COLOURS[1], "as in the other pictures"
 
 
 def test_without_matplotlib_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,8 +175,8 @@ class TestPrice:
         """3.6 USD an hour is a thousandth of a dollar a second."""
         record = make_record("a", [(2.0, 3.0)])
         picture = the("price", of(record, prices={"cpu": 3.6}))
-        ((x_in, y),) = points(picture, 0)["a, cpu, host memory 2.00 GiB: MEASURED"]
-        ((x_out, same_y),) = points(picture, 1)["a, cpu, host memory 2.00 GiB: MEASURED"]
+        ((x_in, y),) = points(picture, 0)["a: MEASURED"]
+        ((x_out, same_y),) = points(picture, 1)["a: MEASURED"]
         assert x_in / 1e6 * 32 + x_out / 1e6 * 16 == pytest.approx(5 * 0.001)
         assert (x_in, y, same_y) == (pytest.approx(2 * 0.001 / 32 * 1e6), pytest.approx(16 / 5), y)
 
@@ -184,7 +184,7 @@ class TestPrice:
         box = make_record(spec=make_spec("a", hardware=machine(name="box")))
         picture = the("price", of(make_record("a"), box, prices={"cpu": 1.0, "box": 2.0}))
         assert len(points(picture)) == 2
-        assert "box at 2 USD an hour" in picture.facts["hardware"]
+        assert "box, host memory 2.00 GiB at 2 USD an hour" in picture.facts["hardware"]
         assert [one.of.partition(",")[0] for one in picture.panels[0].series] == ["box", "cpu"]
 
     def test_a_machine_without_a_price_is_named(self) -> None:
@@ -202,7 +202,14 @@ class TestPredictedMeasured:
         assert picture.panels[0].guides[0].points == ((8, 8), (10, 10))
         assert "Not shown: 1 runs without a prediction." in picture.notes
         assert "25 % at the median" in picture.notes[0]
-        assert picture.panels[0].series[0].points[0].label == "tiny, 8-4, host 2.00 GiB, batch 2"
+
+    def test_labels_are_what_tells_runs_apart(self) -> None:
+        """Two of one model and workload differ by their cap alone; the third by its workload, whatever its cap."""
+        workload = replace(make_spec("a").workload, name="9-4", prompt_len=9)
+        specs = [make_spec("a"), make_spec("a", hardware=machine(GIB)), make_spec("a", workload=workload)]
+        picture = the("predicted-measured", of(*(make_record(spec=s, prediction={"tok_per_s": 1.0}) for s in specs)))
+        labels = sorted(p.label for p in picture.panels[0].series[0].points)
+        assert labels == ["8-4, host 1.00 GiB", "8-4, host 2.00 GiB", "9-4, host 2.00 GiB"]
 
     def test_records_without_predictions_are_counted(self) -> None:
         found = pictures("predicted-measured", of(make_record("a"), make_record("b")))
