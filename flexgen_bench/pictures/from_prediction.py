@@ -47,11 +47,11 @@ def run_of_prediction(row: Mapping[str, Any], file: str, prices: Mapping[str, fl
     )
 
 
-def _figures(row: Mapping[str, Any]) -> dict[str, Quantity | None]:
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     prompts, new, batch = int(row["num_prompts"]), int(row["gen_len"]), int(row["batch_size"])
     blocks = max(1, -(-prompts // batch))
     prefill_s, decode_s = row["prefill_s"], row["decode_s"]  # None where phases overlap
-    figures: dict[str, Quantity | None] = {
+    figures = {
         "throughput": Quantity(float(row["tok_per_s"])),
         "block_s": Quantity(float(row["block_latency_s"])),
     }

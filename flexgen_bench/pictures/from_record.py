@@ -100,7 +100,7 @@ def _workload(workload: Mapping[str, Any]) -> str:
     )
 
 
-def _times(record: Record) -> dict[str, Quantity | None]:
+def _times(record: Record) -> dict[str, Any]:
     """Latencies, and seconds for each token, as ``core.metrics`` defines them: every repetition has as many tokens and
     batches, so each is a phase's seconds divided by a number."""
     sizes = {(s.prompt_tokens, s.generated_tokens, s.decode_tokens) for s in record.samples}
