@@ -16,6 +16,10 @@ from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.processes import cores
 from flexgen_bench.paper.build import build_paper
+from flexgen_bench.pictures.build import FOLDER as PICTURES_FOLDER
+from flexgen_bench.pictures.build import build_pictures
+from flexgen_bench.pictures.draw import CannotDraw
+from flexgen_bench.pictures.gather import material
 from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
 from flexgen_bench.report.accuracy.build import build_accuracy
 from flexgen_bench.report.accuracy.links import accuracy_lines
@@ -30,8 +34,8 @@ _MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
 
 
 def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) -> list[Path]:
-    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, ``index.md``, and the pages of accuracy; returns the
-    paths.
+    """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, ``index.md``, the pages of accuracy and all
+    pictures (none where matplotlib is not installed, which standard error says); returns the paths.
 
     Raises UserError if ``results_dir`` is no folder or a suite is called index, StoreError if it cannot be listed.
     """
@@ -45,8 +49,17 @@ def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) 
         page = suite_page(suite, rows, mine, results_dir, linked)
         written.append(_write(out / f"{suite}.md", page))
         written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
+    records = [row.stored for rows in suites.values() for row in rows]
+    try:
+        everything = material(records, accuracy, problems, results_dir)
+        drawn = build_pictures(everything, results_dir, out / PICTURES_FOLDER, _write)
+    except CannotDraw as error:
+        drawn = []
+        print(f"no pictures: {error}", file=sys.stderr)
     accuracy_page = f"{ACCURACY_FOLDER}/index.md" if accuracy else ""
-    index = index_page(dict(suites), problems, results_dir, accuracy_page)
+    pictures_page = f"{PICTURES_FOLDER}/index.md" if drawn else ""
+    index = index_page(dict(suites), problems, results_dir, accuracy_page, pictures_page)
+    written += drawn
     written.append(_write(out / "index.md", index))
     return written
 

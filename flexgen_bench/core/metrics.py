@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import LinkUse, Metric, Record, Sample
@@ -176,14 +178,23 @@ def _pooled(parts: Sequence[tuple[float, float]]) -> float:
     return math.fsum(top for top, _ in parts) / math.fsum(bottom for _, bottom in parts)
 
 
+@cache
+def _draws(repetitions: int) -> Mapping[tuple[int, ...], int]:
+    """Which repetitions resamples take, and how many resamples take these: the same for every record of so many. Whole
+    repetitions are drawn, not steps: the steps of one generation are not independent."""
+    source = random.Random(_BOOTSTRAP_SEED)
+    drawn = (source.choices(range(repetitions), k=repetitions) for _ in range(BOOTSTRAP_RESAMPLES))
+    return Counter(tuple(sorted(indices)) for indices in drawn)
+
+
 def _interval(parts: Sequence[tuple[float, float]]) -> tuple[float, float, IntervalKind]:
     rates = [top / bottom for top, bottom in parts]
     if len(parts) < BOOTSTRAP_LEAST_N:
         kind = IntervalKind.SINGLE if len(parts) == 1 else IntervalKind.RANGE
         return min(rates), max(rates), kind
-    # Whole repetitions are drawn, not steps: the steps of one generation are not independent.
-    source = random.Random(_BOOTSTRAP_SEED)
-    pooled = [_pooled(source.choices(parts, k=len(parts))) for _ in range(BOOTSTRAP_RESAMPLES)]
+    # Sums are exact (fsum), so what is drawn in another order has the same value and is computed once.
+    values = sorted((_pooled([parts[i] for i in draw]), count) for draw, count in _draws(len(parts)).items())
+    pooled = [value for value, count in values for _ in range(count)]
     tail = (1 - BOOTSTRAP_CONFIDENCE) / 2
     cuts = statistics.quantiles(pooled, n=round(1 / tail), method="inclusive")
     return cuts[0], cuts[-1], IntervalKind.BOOTSTRAP

@@ -45,10 +45,14 @@ def suite_page(
 
 
 def index_page(
-    suites: dict[str, Sequence[Row]], problems: Sequence[Problem], results_dir: Path, accuracy: str = ""
+    suites: dict[str, Sequence[Row]],
+    problems: Sequence[Problem],
+    results_dir: Path,
+    accuracy: str = "",
+    pictures: str = "",
 ) -> str:
-    """All suites with how their cells ended, where accuracy is told (``accuracy``, a page), and every file that could
-    not be used."""
+    """All suites with how their cells ended, where accuracy is told and pictures are (``accuracy``, ``pictures``:
+    pages), and every file that could not be used."""
     lines = ["# Reports", "", "Built from the records alone by `python -m flexgen_bench.report`.", ""]
     if suites:
         lines += ["| Suite | Cells | Ended | Evidence | Measured until |", "|---|---|---|---|---|"]
@@ -66,6 +70,8 @@ def index_page(
         lines.append(f"| {' | '.join(cells)} |")
     if accuracy:
         lines += ["", f"What compression costs in accuracy: [accuracy]({accuracy})."]
+    if pictures:
+        lines += ["", f"Speed against latency, memory, price, accuracy and prediction: [pictures]({pictures})."]
     lines += ["", *problem_lines(problems, results_dir)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -10,6 +10,8 @@ from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence
+from flexgen_bench.core.tiers import Tier
+from flexgen_bench.models.registry import family
 from flexgen_bench.published.comparison import published_for
 from flexgen_bench.report.prediction_table import model_error, speed_up
 
@@ -25,9 +27,13 @@ def row_json(row: Simulated, tables: Path) -> dict[str, Any]:
         "model": job.shape.name,
         "dtype": job.dtype.value,
         "hardware": row.hardware.name,
+        "capacity_bytes_by_tier": {tier.value: row.hardware.capacity_bytes(tier) for tier in Tier},
+        "price_per_hour": None if row.hardware.rates is None else row.hardware.rates.price_per_hour,
+        "weight_bytes": family(job.shape.family).inventory(job.shape).num_bytes(job.dtype),
         "workload": row.spec.workload.name,
         "prompt_len": job.prompt_len,
         "gen_len": job.gen_len,
+        "prompts_asked_for": job.num_prompts,
         "policy_asked_for": None if policy is None else to_json(policy),
         "spec_hash": row.spec.spec_hash,
         "status": row.status.value,

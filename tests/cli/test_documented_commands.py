@@ -125,6 +125,7 @@ TABLE: dict[str, How] = {
         ONE, swap={"location=/my/checkpoint": "'location=my checkpoint'"}, status=(0, 1), says="llama-2-7b"
     ),
     "python -m flexgen_bench trace latest": How(says="trace.json"),
+    "python -m flexgen_bench picture all": How(swap={"all": "memory"}, says="pictures/memory--opt-1.3b"),
     "python -m flexgen_bench trace f3869f1cd3c4138b": How(says="MEASURED"),
     # docs/guides/hosts.md
     "python -m flexgen_bench suite=default shard=1/2": How(PLAN, status=(0, 1), says="smollm2"),

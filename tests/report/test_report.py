@@ -216,8 +216,9 @@ def test_reports_are_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     assert main([str(tmp_path / "results"), str(first), *NO_PAPER]) == 0
     here = os.path.relpath(tmp_path)
     assert main([f"{here}/results", f"{here}/second", *NO_PAPER]) == 0
-    names = sorted(os.listdir(first))
-    assert names == ["default.csv", "default.md", "disk.csv", "disk.md", "index.md"]
+    assert sorted(os.listdir(first)) == ["default.csv", "default.md", "disk.csv", "disk.md", "index.md", "pictures"]
+    names = sorted(str(path.relative_to(first)) for path in first.rglob("*.*"))
+    assert len([name for name in names if name.endswith(".svg")]) == 3, "three latencies of one setting"
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
         assert str(tmp_path) not in (first / name).read_text()

@@ -1,0 +1,1 @@
+"""Pictures made from records alone: points first, drawing apart (docs/notes/pictures.md)."""
