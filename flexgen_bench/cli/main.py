@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "an HTTP server in the form of the OpenAI API",
     "trace": "what every lane did in a recorded run",
+    "page": "every record in one folder that a browser opens from disk, or live while a suite runs",
     "report": "rebuild tables, pages and the paper's tables from the records",
     "calibrate": "measure what this machine sustains",
     "fetch": "put trained models and data of accuracy tasks into the cache",

@@ -94,6 +94,19 @@ def build_paper(
     return written, errors
 
 
+def known_tables(
+    records: Sequence[StoredRecord], results_dir: Path, shipped: Path
+) -> tuple[list[PaperTable], list[UserError]]:
+    """Every table with what is known without asking anybody: printed values, records, and predictions that are kept in
+    ``results_dir`` or ``shipped`` (others stand as pending). And what is wrong with other tables."""
+    recorded, _ = usable(records)
+    kept = {**_known(shipped), **_known(results_dir / FILE)}
+    simulations = Simulations(configured_systems(), list_models(), kept)
+    scores = Scores(read_accuracy(results_dir).tasks, results_dir)
+    tables, errors = _tables(list_tables(None), None, Sources(simulations, recorded, results_dir, scores))
+    return [table for table, _ in tables], errors
+
+
 def _tables(
     names: Sequence[str], own: Path | None, sources: Sources
 ) -> tuple[list[tuple[PaperTable, dict[str, str]]], list[UserError]]:

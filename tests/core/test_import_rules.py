@@ -39,6 +39,7 @@ RANKS = (
     "paper",
     "trackers",
     "trace",
+    "page",
     "cells",
     "cli",
 )
@@ -54,13 +55,14 @@ TORCH_FREE = (
     "paper",
     "trackers",
     "trace",
+    "page",
     "machine",
 )
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers"}
 # Rooms of tensors. Everywhere else these are imported where they are used, so that starting stays quick.
 MAY_IMPORT_HEAVY = ("kernels", "checkpoints", "memory", "engine")
 # Figures come from records alone, whatever has been run to get them.
-OF_RECORDS = ("store", "report", "paper", "trace")
+OF_RECORDS = ("store", "report", "paper", "trace", "page")
 LONGEST = 350
 BASELINES = sorted(p.name for p in (ROOT / "baselines").iterdir() if (p / "__init__.py").is_file())
 
