@@ -1,5 +1,5 @@
-"""``python -m flexgen_bench page``: every record in one folder that a browser opens from disk; with --live, while a suite
-runs."""
+"""``python -m flexgen_bench page``: every record in one folder that a browser opens from disk; with --live, while a
+suite runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from flexgen_bench.page.live import serve
 
-    serve(builder, options.port, print)
+    serve(builder, options.port, lambda text: print(text, flush=True))
     return 0
 
 

@@ -17,7 +17,7 @@ from flexgen_bench.page.detail import detail, shared
 from flexgen_bench.page.gather import Gatherer, PageRow
 from flexgen_bench.page.lanes import lanes
 from flexgen_bench.page.papers import paper_tables
-from flexgen_bench.page.pictures import pictures
+from flexgen_bench.page.pictures import compact, document
 from flexgen_bench.page.scripts import script, write_text
 
 ASSETS = Path(__file__).with_name("assets")
@@ -61,7 +61,7 @@ class PageBuilder:
         self.tell(f"{len(rows)} records" + (f", {len(broken)} that cannot be used" if broken else ""))
         accuracy = gather_accuracy(self.gatherer.folders)
         losses = accuracy.losses(rows)
-        traces = {place: name for place, name in self._write_lanes(rows)}
+        traces = dict(self._write_lanes(rows))
         files = {
             f"cells-{place}.js": [
                 detail(of, losses.get(of.row.stored.record.run_id, ()), traces.get(first + i, ""))
@@ -76,7 +76,7 @@ class PageBuilder:
         unusable = sorted([*broken, *accuracy.broken], key=lambda b: b.file)
         small = {
             "rows": self._overview(rows, len(unusable)),
-            "pictures": pictures(rows, losses),
+            "pictures": compact(document(rows, losses), rows),
             "broken": [{"file": b.file, "message": b.message} for b in unusable],
             "accuracy": accuracy.tables(),
             "papers": self._papers(rows),
@@ -131,4 +131,3 @@ class PageBuilder:
             ours = path.name.partition("-")[0] in ("cells", "lanes")
             if ours and path.name not in written:
                 path.unlink(missing_ok=True)
-

@@ -83,9 +83,7 @@ def _panel(
     name: str, first: float, last: float, begin: float, steps: dict[str, list[Slice]], kinds: Sequence[str]
 ) -> dict[str, Any]:
     """first, last: the span on the timeline's clock; the page gets times since the span began."""
-    inside = {
-        lane: [s for s in of_lane if s.end_s > first and s.begin_s < last] for lane, of_lane in steps.items()
-    }
+    inside = {lane: [s for s in of_lane if s.end_s > first and s.begin_s < last] for lane, of_lane in steps.items()}
     exact = sum(map(len, inside.values())) <= _MOST_STEPS
     places = {kind: place for place, kind in enumerate(kinds)}
     draw = _exact if exact else _shares
@@ -100,11 +98,11 @@ def _panel(
 
 def _exact(steps: Sequence[Slice], first: float, last: float, places: dict[str, int]) -> list[list[float]]:
     """[kind, begin in s, seconds, unit, micro-batch] of every step, cut at the span's ends."""
-    return [
-        [places[s.kind], _us(max(s.begin_s, first) - first), _us(min(s.end_s, last) - max(s.begin_s, first))]
-        + [s.unit, s.micro_batch_index]
-        for s in steps
-    ]
+    def row(s: Slice) -> list[float]:
+        begin, end = max(s.begin_s, first), min(s.end_s, last)
+        return [places[s.kind], _us(begin - first), _us(end - begin), s.unit, s.micro_batch_index]
+
+    return [row(s) for s in steps]
 
 
 def _shares(steps: Sequence[Slice], first: float, last: float, places: dict[str, int]) -> list[list[float]]:

@@ -57,7 +57,7 @@ page.sure = (cell) => {
   else if (cell.tokens !== "-") lines.push(`Tokens: ${cell.tokens}.`);
   if (figure && cell.prediction.tok_per_s) {
     const off = cell.prediction.tok_per_s / figure.value - 1;
-    lines.push(`Predicted ${page.number(cell.prediction.tok_per_s)} tok/s (SIMULATED), ${off < 0 ? "−" : "+"}${page.percent(Math.abs(off))} of what came.`);
+    lines.push(`Predicted ${page.number(cell.prediction.tok_per_s)} tok/s (SIMULATED), ${page.percent(Math.abs(off))} ${off < 0 ? "below" : "above"} that.`);
   }
   return page.el("span", {}, page.evidence(cell.evidence), " ", lines.join(" "));
 };
@@ -83,14 +83,16 @@ page.figures = (cell) => {
     one.name.replaceAll("_", " ").replace("tok per s", "throughput"), page.el("b", {}, page.number(one.value)), one.unit, page.number(one.low), page.number(one.high), one.interval, ...one.samples.map(page.number)])),
   page.el("p", { class: "quiet" }, `${page.count(cell.warmups, "warm-up")} apart from these; weights in place after ${page.seconds(cell.load_s)}.`),
   cell.tuning.length ? page.table("Batch sizes that were tried", ["Batch|", "tok/s|", "Why not"], cell.tuning.map((one) => [one.batch_size, page.number(one.tok_per_s), one.reason])) : null,
-  cell.prediction.status ? page.table("Prediction (SIMULATED)", ["What", "Says"], page.flat(cell.prediction, "").map(([name, value]) => [name.replaceAll("_", " "), value])) : null];
+  cell.prediction.status ? page.table("Prediction (SIMULATED)", ["What", "Says"], Object.entries(cell.prediction).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "number" ? page.number(value) : page.plain(value)])) : null];
 };
 
 page.shares = (of) => (of && typeof of === "object" && !Array.isArray(of)
   ? Object.entries(of).filter(([, share]) => share).map(([tier, share]) => `${tier} ${page.percent(share)}`).join(", ") || "–" : page.plain(of));
 
 page.policyTable = (cell) => {
-  const names = [...new Set([...Object.keys(cell.requested), ...Object.keys(cell.realised)])];
+  const first = ["weights", "experts", "kv_cache", "activations", "gpu_batch_size", "num_gpu_batches"];
+  const all = [...new Set([...Object.keys(cell.requested), ...Object.keys(cell.realised)])];
+  const names = [...first.filter((name) => all.includes(name)), ...all.filter((name) => !first.includes(name))];
   if (!names.length) return page.el("p", { class: "empty" }, "The system reports no policy.");
   return page.table("Policy", ["Setting", "Asked for", "Realised", "Predicted for"], names.map((name) => [
     name.replaceAll("_", " "), page.setting(cell.requested[name]), page.setting(cell.realised[name]), page.setting((cell.predicted_policy || {})[name])]));
@@ -120,7 +122,7 @@ page.accuracyOf = (cell) => page.table("What compression costs", ["Mode", "Mean 
 
 page.outputs = (cell) => [
   cell.outputs.texts.map((text, place) => page.el("blockquote", {}, page.el("span", { class: "quiet" }, cell.outputs.prompts[place] || ""), text)),
-  cell.outputs.sha256 ? page.el("p", { class: "quiet" }, `SHA-256 of all tokens: ${cell.outputs.sha256}`) : null];
+  cell.outputs.sha256 ? page.el("p", { class: "quiet long" }, `SHA-256 of all tokens: ${cell.outputs.sha256}`) : null];
 
 page.settingsOf = (cell) => [
   page.table("Run", ["What", "Says"], [["Record", cell.file], ["Run", cell.run_id], ["Cell (hash of its spec)", cell.spec_hash], ["Began", cell.started], ["Ended", cell.ended]]),

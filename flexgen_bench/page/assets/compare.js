@@ -1,5 +1,6 @@
 // Two runs side by side, down to lanes and settings. A line that differs says so with a sign.
 "use strict";
+const WORDED = ["Policy", "Settings", "Machine and software"]; // what stands there is seldom a figure
 page.compareView = async (main) => {
   const { el, records, state } = page;
   const rows = [state.a, state.b].map((id) => records.rowOf.get(id));
@@ -61,7 +62,7 @@ page.compared = (cells) => {
   };
   const of = (build) => both(cells.map(build));
   return [
-    ["Figures", of((c) => c.metrics.map((one) => [`${one.name.replaceAll("_", " ")}, ${one.unit}`, page.number(one.value)]))],
+    ["Figures", of((c) => c.metrics.map((one) => [one.name.replaceAll("_", " "), page.number(one.value)]))],
     ["Policy", of((c) => [...Object.entries(c.requested).map(([name, value]) => [name.replaceAll("_", " "), page.plain(page.setting(value))]), ...Object.entries(c.realised).map(([name, value]) => [`realised ${name.replaceAll("_", " ")}`, page.plain(page.setting(value))])])],
     ["Memory", of((c) => [...c.memory.flatMap((one) => [[`${one.tier} planned`, page.bytes(one.planned)], [`${one.tier} peak`, page.bytes(one.peak)], [`${one.tier} limit`, page.bytes(one.limit)]]), ...c.purposes.map((one) => [`${one.tier}: ${one.purpose}`, page.bytes(one.bytes)])])],
     ["Links", of((c) => c.links.flatMap((one) => [[`${one.lane} moved`, page.bytes(one.bytes)], [`${one.lane} GB/s while busy`, page.number(one.rate && one.rate / 1e9)]]))],
@@ -76,7 +77,7 @@ page.compareTable = (title, lines, only) => {
   const shown = only ? lines.filter(([, a, b]) => a !== b) : lines;
   if (!lines.length) return null;
   if (!shown.length) return page.section(title, el("p", { class: "quiet" }, "The same in both."));
-  return page.section(title, page.table(title, ["What", "A|", "B|", "B/A|", "Differs"], shown.map(([name, a, b]) => [
+  return page.section(title, page.table(title, WORDED.includes(title) ? ["What", "A", "B", "B/A|", "Differs"] : ["What", "A|", "B|", "B/A|", "Differs"], shown.map(([name, a, b]) => [
     name, a, b, page.ratio(a, b), a === b ? "" : el("span", { class: "differs" }, "≠", el("span", { class: "hidden" }, " differs"))]), { class: "compared" }));
 };
 

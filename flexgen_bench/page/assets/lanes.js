@@ -55,7 +55,7 @@ page.drawLanes = (view) => {
   const style = getComputedStyle(canvas);
   pen.scale(sharp, sharp);
   pen.font = `12px ${style.fontFamily}`;
-  const span = width - LEFT - 8;
+  const span = width - LEFT - 28;
   view.span = span;
   lanes.forEach((lane, place) => {
     const top = ROW * place + 3, tall = ROW - 6;

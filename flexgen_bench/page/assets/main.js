@@ -22,7 +22,6 @@ page.show = () => {
   page.state = page.stateOf(location.hash);
   const { state, records } = page;
   const main = document.getElementById("main");
-  const begun = performance.now();
   const selected = records.select(state.chosen, state.q);
   const filtered = FILTERED.includes(state.view);
   document.getElementById("filters").hidden = !filtered;
@@ -39,7 +38,7 @@ page.show = () => {
   const draw = page.views[state.view] || page.recordsView;
   const moved = before && (before.view !== state.view || before.run !== state.run);
   const done = () => {
-    page.took = performance.now() - begun; // what benchmarks/page_speed.py reads
+    requestAnimationFrame(() => setTimeout(() => { page.painted = performance.now(); })); // benchmarks/page_speed.py reads it
     document.body.dataset.shown = state.view;
     const again = focus && document.querySelector(`[data-focus="${CSS.escape(focus)}"]:not(:disabled)`);
     if (moved) { window.scrollTo(0, 0); if (!again) main.focus({ preventScroll: true }); }

@@ -4,7 +4,7 @@ page.ROWS_A_PAGE = 100;
 page.COLUMNS = [
   { name: "system", title: "System", draw: (r, row) => page.el("a", { href: page.cellLink(row), class: "run" }, r.label(row)) },
   { name: "tok", title: "Generation tok/s", figure: true, down: true, draw: (r, row) => page.speed(r, row) },
-  { name: "evidence", title: "Evidence", draw: (r, row) => page.evidence(r.get("evidence", row)) },
+  { name: "evidence", title: "Evidence", draw: (r, row) => (r.get("status", row) === "ok" ? page.evidence(r.get("evidence", row)) : "–") },
   { name: "policy", title: "Policy", wide: true, draw: (r, row) => r.get("policy", row) || "–" },
   { name: "predicted", title: "Predicted tok/s", figure: true, down: true, draw: (r, row) => page.predicted(r.get("predicted", row)) },
   { name: "decode", title: "Decode tok/s", figure: true, down: true },

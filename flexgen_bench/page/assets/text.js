@@ -10,7 +10,7 @@ page.el = (tag, attributes, ...children) => {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 };
 
@@ -24,6 +24,9 @@ page.number = (value) => {
   for (const [least, decimals] of [[10, 1], [1, 2], [0.1, 3], [0.01, 4]]) if (size >= least) return value.toFixed(decimals);
   return value === 0 ? "0" : value.toPrecision(3);
 };
+
+// The same without zeros at the end, for the ticks of an axis.
+page.tick = (value) => String(Number(value.toPrecision(3)));
 
 page.bytes = (count) => {
   if (count === null || count === undefined) return "–";
