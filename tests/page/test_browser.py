@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from flexgen_bench.page.build import PageBuilder
 from flexgen_bench.page.gather import Gatherer
 from flexgen_bench.page.live import open_server
+from flexgen_bench.store.running import RunningCell, RunningSuite, write_running
+from flexgen_bench.store.writer import write_record
 from tests.support.browser import Browser, open_browser
 from tests.support.page_records import HOSTILE, break_files, write_results
+from tests.support.record_factory import make_record
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +223,35 @@ def test_broken_files_are_counted_everywhere_and_listed(browser: Browser, addres
     browser.run("document.querySelectorAll('.pager button')[3].click()")
     browser.wait_for("broken")
     assert "schema version 99" in browser.text()
+
+
+def test_a_running_suite_is_shown_and_its_records_appear(browser: Browser, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write_record(make_record("flexgen"), results)
+    cells = (
+        RunningCell("ok", "flexgen tiny", 60, 55, "run0"),
+        RunningCell("failed", "deepspeed tiny", 30, 2, reason="it broke"),
+        RunningCell("running", "accelerate tiny", 30),
+        RunningCell(expected_s=20),
+    )
+    suite = RunningSuite(os.getpid(), "default", "2026-01-01T00:00:00", cells, "running", "repetition 1 of 3", "decode", 40)
+    write_running(suite, results)
+    builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, has_tables=False)
+    builder.build()
+    with open_server(builder, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        browser.open(f"http://127.0.0.1:{server.server_address[1]}/#live", "live")
+        browser.until(lambda: "default: 2 of 4 done, 1 failed" in browser.text())
+        for words in ("about 40.0 s left", "repetition 1 of 3", "it broke", "3.00", "(not begun)"):
+            assert words in browser.text()
+        browser.run("document.querySelector('#live a').focus()")
+        write_record(make_record("accelerate", run=1), results)
+        browser.until(lambda: "2 records of" in browser.text())
+        assert browser.run("return document.activeElement.dataset.focus") == "live run0", "drawing anew keeps the focus"
+        browser.leave()
+        server.shutdown()
+        thread.join(10)
 
 
 def test_dark_and_light_can_be_read(browser: Browser, on_disk: str) -> None:

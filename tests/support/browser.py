@@ -59,6 +59,10 @@ class Browser:
         self._driver.get(address)
         self.wait_for(view)
 
+    def leave(self) -> None:
+        """Go away from the page, so that it asks its server no more."""
+        self._driver.get("about:blank")
+
     def wait_for(self, view: str) -> None:
         self.until(lambda: self.run("return document.body && document.body.dataset.shown") == view)
 

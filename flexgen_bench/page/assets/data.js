@@ -20,11 +20,17 @@ page.load = (name) => {
   return page.waiting.get(name);
 };
 
-// Forget what was read, when a live page has newer files.
-page.forget = (edition) => {
+// Forget what was read, when a live page has newer files. Should they not be there yet, the next look asks again.
+page.forget = async (edition) => {
+  const before = page.edition;
   page.edition = edition;
   page.read.clear();
-  return page.load("rows");
+  try {
+    return await page.load("rows");
+  } catch (error) {
+    page.edition = before;
+    throw error;
+  }
 };
 
 // A library that only pictures need.

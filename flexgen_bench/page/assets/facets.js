@@ -2,7 +2,7 @@
 "use strict";
 page.drawFacets = (panel) => {
   const { el, records } = page;
-  const search = el("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
+  const search = el("input", { type: "search", id: "search", "data-focus": "search", autocomplete: "off", spellcheck: "false" });
   let timer = 0;
   search.addEventListener("input", () => {
     clearTimeout(timer);

@@ -28,7 +28,7 @@ page.follow = async () => {
     wrong = `No answer: ${error.message}. The server may have been stopped.`;
   }
   const place = document.getElementById("live");
-  if (place) place.replaceChildren(wrong ? page.el("p", { class: "warnings" }, wrong) : page.liveBody(page.liveState));
+  if (place) page.keepFocus(() => place.replaceChildren(wrong ? page.el("p", { class: "warnings" }, wrong) : page.liveBody(page.liveState)));
   setTimeout(page.follow, EVERY_MS);
 };
 
@@ -55,5 +55,5 @@ page.liveSuite = (suite) => {
 page.liveResult = ({ run, reason, skipped }) => {
   const row = page.records.rowOf.get(run);
   if (row === undefined) return reason || null;
-  return page.el("span", {}, page.el("a", { href: page.cellLink(row) }, page.speed(page.records, row)), skipped ? page.el("small", {}, "measured before") : null);
+  return page.el("span", {}, page.el("a", { href: page.cellLink(row), "data-focus": `live ${run}` }, page.speed(page.records, row)), skipped ? page.el("small", {}, "measured before") : null);
 };

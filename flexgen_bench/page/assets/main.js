@@ -12,8 +12,23 @@ page.start = (overview) => {
     const count = name === "broken" && overview.broken ? el("span", { class: "count" }, ` ${overview.broken}`) : null;
     return el("li", {}, el("a", { "data-view": name, "data-focus": `view ${name}` }, title, count));
   }));
-  page.showCounts = page.drawFacets(document.getElementById("filters"));
-  page.show();
+  page.keepFocus(() => {
+    page.showCounts = page.drawFacets(document.getElementById("filters"));
+    page.show();
+  });
+};
+
+// Draw something anew; what had the focus, by its data-focus, gets it again.
+page.keepFocus = (draw) => {
+  const key = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.focus : "";
+  draw();
+  page.giveFocus(key);
+};
+
+page.giveFocus = (key) => {
+  const found = key && document.querySelector(`[data-focus="${CSS.escape(key)}"]:not(:disabled)`);
+  if (found && found !== document.activeElement) found.focus({ preventScroll: true });
+  return Boolean(found);
 };
 
 page.show = () => {
@@ -40,9 +55,9 @@ page.show = () => {
   const done = () => {
     requestAnimationFrame(() => setTimeout(() => { page.painted = performance.now(); })); // benchmarks/page_speed.py reads it
     document.body.dataset.shown = state.view;
-    const again = focus && document.querySelector(`[data-focus="${CSS.escape(focus)}"]:not(:disabled)`);
-    if (moved) { window.scrollTo(0, 0); if (!again) main.focus({ preventScroll: true }); }
-    if (again) again.focus({ preventScroll: true });
+    const again = page.giveFocus(focus);
+    if (moved) window.scrollTo(0, 0);
+    if (moved && !again) main.focus({ preventScroll: true });
     const heading = main.querySelector("h2");
     document.title = `${heading ? heading.textContent : "Records"} – flexgen-bench`;
   };
