@@ -98,6 +98,7 @@ def _panel(
 
 def _exact(steps: Sequence[Slice], first: float, last: float, places: dict[str, int]) -> list[list[float]]:
     """[kind, begin in s, seconds, unit, micro-batch] of every step, cut at the span's ends."""
+
     def row(s: Slice) -> list[float]:
         begin, end = max(s.begin_s, first), min(s.end_s, last)
         return [places[s.kind], _us(begin - first), _us(end - begin), s.unit, s.micro_batch_index]

@@ -24,16 +24,19 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass
 class Live:
-    """Builds the page anew as records come, and tells what suites do. edition: how often the data has changed."""
+    """Builds the page anew as records come, and tells what suites do. edition: how often the data has changed; problem:
+    why the last records are not on the page."""
 
     builder: PageBuilder
     edition: int = 0
+    problem: str = ""
     _stamp: Any = None
     _looked_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _building: threading.Thread | None = None
 
     def state(self) -> dict[str, Any]:
-        """What ``live.json`` holds. Raises StoreError if folders cannot be listed or data cannot be written."""
+        """What ``live.json`` holds. Raises StoreError if folders cannot be listed."""
         with self._lock:  # several readers ask at once; one of them looks
             now = time.monotonic()
             if self._stamp is None or now - self._looked_s >= _LOOK_EVERY_S:
@@ -41,16 +44,26 @@ class Live:
                 self._look()
         folders = self.builder.gatherer.folders
         suites = [to_json(suite) for folder in folders for suite in read_running(folder)]
-        return {"edition": self.edition, "suites": suites}
+        return {"edition": self.edition, "suites": suites, "problem": self.problem}
 
     def _look(self) -> None:
         """Records are never changed once they are there, so their names tell of every change."""
         stamp = [path for folder in self.builder.gatherer.folders for path in record_files(folder)]
         if self._stamp is None:  # as built
             self._stamp = stamp
-        elif stamp != self._stamp:
-            self.builder.write_data()
+        elif stamp != self._stamp and (self._building is None or not self._building.is_alive()):
             self._stamp = stamp
+            self._building = threading.Thread(target=self._build, daemon=True)
+            self._building.start()
+
+    def _build(self) -> None:
+        """Answers go on meanwhile: thousands of records take a while."""
+        try:
+            self.builder.write_data()
+        except StoreError as error:
+            self.problem = str(error)
+        else:
+            self.problem = ""
             self.edition += 1
 
 

@@ -234,7 +234,9 @@ def test_a_running_suite_is_shown_and_its_records_appear(browser: Browser, tmp_p
         RunningCell("running", "accelerate tiny", 30),
         RunningCell(expected_s=20),
     )
-    suite = RunningSuite(os.getpid(), "default", "2026-01-01T00:00:00", cells, "running", "repetition 1 of 3", "decode", 40)
+    suite = RunningSuite(
+        os.getpid(), "default", "2026-01-01T00:00:00", cells, "running", "repetition 1 of 3", "decode", 40
+    )
     write_running(suite, results)
     builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, has_tables=False)
     builder.build()

@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_written_stops_no_suite(results: Path, capsys: pyt
 
 def test_new_records_make_a_new_edition(results: Path, port: int) -> None:
     first = state(port)
-    assert first == {"edition": 0, "suites": []}
+    assert first == {"edition": 0, "suites": [], "problem": ""}
     write_record(make_record("accelerate", run=1), results)
     for _ in range(400):
         if state(port)["edition"] == 1:

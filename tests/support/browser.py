@@ -1,4 +1,4 @@
-"""A real browser for tests of the page: Debian's chromium, driven by selenium, offline and with nothing of the user's."""
+"""A real browser for tests of the page: Debian's chromium, driven by selenium, with nothing of the user's."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ page.cell = async (row) => {
   const each = page.records.cellsAFile;
   const file = await page.load(`cells-${Math.floor(row / each)}`);
   const cell = file.cells[row % each];
+  if (!cell || !page.records.get("id", row).startsWith(cell.run_id)) throw new Error("There are newer records than this page has read. Load it again.");
   const whole = (part) => Object.fromEntries(Object.entries(part).map(([name, place]) => [name, file.values[place]]));
   return { ...cell, row, settings: whole(cell.settings), environment: whole(cell.environment) };
 };

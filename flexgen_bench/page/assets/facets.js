@@ -8,7 +8,8 @@ page.drawFacets = (panel) => {
     clearTimeout(timer);
     timer = setTimeout(() => page.go({ q: search.value, at: "" }, true), 60);
   });
-  const groups = records.facets.map(([name, title]) => {
+  const worthwhile = ([name]) => records.columns[name].values.length > 1 || ["system", "evidence"].includes(name);
+  const groups = page.FACETS.filter(worthwhile).map(([name, title]) => {
     const inputs = records.columns[name].values.map((value) => {
       const input = el("input", { type: "checkbox" });
       input.addEventListener("change", () => page.choose(name, value, input.checked));

@@ -32,10 +32,10 @@ page.follow = async () => {
   setTimeout(page.follow, EVERY_MS);
 };
 
-page.liveBody = ({ suites }) => {
+page.liveBody = ({ suites, problem }) => {
   const { el } = page;
   if (!suites.length) return el("p", { class: "empty" }, "No suite is running on these results. This page will show one as soon as it begins.");
-  return el("div", {}, suites.map(page.liveSuite));
+  return el("div", {}, problem ? el("p", { class: "warnings" }, problem) : null, suites.map(page.liveSuite));
 };
 
 page.liveSuite = (suite) => {

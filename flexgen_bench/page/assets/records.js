@@ -14,8 +14,6 @@ page.Records = class {
     this.cellsAFile = overview.cells_a_file;
     this.size = this.columns.id.at.length;
     this.rowOf = new Map(Array.from({ length: this.size }, (_, row) => [this.get("id", row), row]));
-    this.facets = page.FACETS.filter(([name]) => this.columns[name].values.length > 1 || ["system", "evidence"].includes(name));
-    this.texts = null;
   }
 
   // A row's value: text, a number, or null.
@@ -32,7 +30,7 @@ page.Records = class {
   // {rows, counts}: rows that have one of the chosen values of every facet and all words; and for every facet how many
   // rows each of its values would have beside what is chosen in the others.
   select(chosen, words) {
-    const facets = this.facets.map(([name]) => {
+    const facets = page.FACETS.map(([name]) => {
       const column = this.columns[name];
       const wanted = chosen[name] && chosen[name].length ? chosen[name] : null;
       const allowed = wanted && column.values.map((value) => wanted.includes(value));
