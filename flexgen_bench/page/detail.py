@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flexgen_bench.core.codec import to_json
-from flexgen_bench.core.metrics import bytes_per_s, metrics, summaries
-from flexgen_bench.core.record import Record
+from flexgen_bench.core.metrics import bytes_per_s, metrics, phases_overlap, summaries
+from flexgen_bench.core.record import Record, SystemReport
 from flexgen_bench.page.gather import PageRow
 from flexgen_bench.page.policy_words import busy_shares, chosen_by, policy_of, why
 from flexgen_bench.report.cells import one_line
@@ -23,7 +24,8 @@ def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> di
     """What the page knows of a cell beyond its row. accuracy: what its compression costs; lanes: the file with its
     lanes, or ""."""
     record, row = of.row.stored.record, of.row
-    values = metrics(record)
+    timed = _without_policy(record)
+    values = metrics(timed)
     return {
         "file": of.file,
         "run_id": record.run_id,
@@ -42,14 +44,14 @@ def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> di
         "metrics": [
             {"name": name, "value": s.value, "low": s.low, "high": s.high, "unit": s.unit, "interval": s.interval.value}
             | {"samples": list(values[name].samples)}
-            for name, s in summaries(record).items()
+            for name, s in summaries(timed).items()
         ],
         "repetitions": len(record.samples),
         "warmups": len(record.warmup_samples),
         "batch_size": record.batch_size,
         "load_s": record.load_s,
         "tuning": to_json(tuple(record.tuning)),
-        "requested": to_json(record.report.requested),
+        "requested": record.report.requested,
         "realised": _realised(record),
         "memory": _memory(record, row.memory),
         "purposes": _purposes(record),
@@ -60,13 +62,19 @@ def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> di
         "lanes": _lanes(record),
         "lanes_file": lanes,
         "prediction": {k: v for k, v in record.prediction.items() if k != "policy"},
-        "predicted_policy": to_json(record.prediction.get("policy")),
+        "predicted_policy": record.prediction.get("policy"),
         "accuracy": list(accuracy),
         "warnings": warnings(of),
         "outputs": _outputs(record),
         "settings": _without_long(record.spec),
-        "environment": to_json(record.environment),
+        "environment": record.environment,
     }
+
+
+def _without_policy(record: Record) -> Record:
+    """The record as its metrics need it. Each of them reads the policy, to know whether phases overlap; here that is
+    asked once: sixteen times a record takes as long as reading it."""
+    return record if phases_overlap(record) else replace(record, report=SystemReport())
 
 
 def warnings(of: PageRow) -> list[str]:
@@ -90,7 +98,7 @@ def warnings(of: PageRow) -> list[str]:
 
 def _realised(record: Record) -> dict[str, Any]:
     """What the allocator did, without the bytes, which stand with the memory."""
-    return {k: v for k, v in to_json(record.report.realised).items() if k not in ("bytes", "allocated")}
+    return {k: v for k, v in record.report.realised.items() if k not in ("bytes", "allocated")}
 
 
 def _memory(record: Record, memory: Memory) -> list[dict[str, Any]]:
@@ -150,8 +158,8 @@ def _outputs(record: Record) -> dict[str, Any]:
 def _without_long(spec: Mapping[str, Any]) -> dict[str, Any]:
     hardware = spec.get("hardware")
     if not isinstance(hardware, Mapping):
-        return dict(to_json(spec))
-    return dict(to_json(spec)) | {"hardware": {k: v for k, v in to_json(hardware).items() if k not in _LONG}}
+        return dict(spec)
+    return {**spec, "hardware": {k: v for k, v in hardware.items() if k not in _LONG}}
 
 
 def shared(details: Sequence[dict[str, Any]]) -> dict[str, Any]:

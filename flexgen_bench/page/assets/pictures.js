@@ -28,7 +28,7 @@ page.picturesView = async (main, selected) => {
   }
   const panels = picture.panels.map((panel) => page.panel(picture, panel));
   main.replaceChildren(el("h2", {}, picture.title), tabs, shown.length > 1 ? page.pictureChoice(shown, picture) : page.facts(picture),
-    ...panels.map(({ figure }) => figure), ...picture.notes.map((text) => el("p", { class: "quiet" }, text)), ...panels.map(({ panel }) => page.pointTable(picture, panel)));
+    ...panels.map(({ figure }) => figure), ...picture.notes.map((text) => el("p", { class: "quiet" }, text)), ...panels.flatMap(({ panel }) => [page.failures(panel), page.pointTable(picture, panel)]).filter(Boolean));
   page.drawn = panels.map(({ panel, canvas, told }) => page.draw(Chart, canvas, told, panel));
 };
 
@@ -38,7 +38,7 @@ page.filtered = (picture, inside) => {
   const panels = picture.panels.map((panel) => ({ ...panel, series: panel.series.map((one) => {
     const points = one.points.filter(([row]) => row < 0 || inside.has(row));
     count += points.length;
-    return { ...one, points };
+    return { ...one, points, failures: one.failures.filter(([row]) => row < 0 || inside.has(row)) };
   }).filter(({ points }) => points.length) })).filter(({ series }) => series.length);
   return { ...picture, panels, count };
 };
@@ -159,6 +159,13 @@ page.nextPoint = (event, chart, told, panel) => {
   chart.tooltip.setActiveElements([chart.told], { x: 0, y: 0 });
   chart.update("none");
   page.tellPoint(told, panel, chart.told.point);
+};
+
+// Runs that gave no number where others did.
+page.failures = (panel) => {
+  const lines = panel.series.flatMap(({ label, failures }) => failures.map(([row, x, status, reason]) => page.el("li", {},
+    row >= 0 ? page.el("a", { href: page.cellLink(row) }, label) : label, ` at ${page.number(x)} ${panel.x.unit}: `, page.status(status), ` ${reason}`)));
+  return lines.length ? page.el("ul", {}, lines) : null;
 };
 
 page.allPoints = (panel) => panel.series.flatMap(({ system, evidence, points }) => points.map(([row, x, y, , , low, high, label]) => ({ row, x, y, low, high, label, system, evidence })));

@@ -1,6 +1,6 @@
 // The table of runs: a page of rows at a time, in groups that may be compared unless a column gives the order.
 "use strict";
-page.ROWS_A_PAGE = 100;
+page.ROWS_A_PAGE = 50;
 page.COLUMNS = [
   { name: "system", title: "System", draw: (r, row) => page.el("a", { href: page.cellLink(row), class: "run" }, r.label(row)) },
   { name: "tok", title: "Generation tok/s", figure: true, down: true, draw: (r, row) => page.speed(r, row) },
