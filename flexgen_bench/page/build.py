@@ -13,8 +13,8 @@ from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.page.accuracy import gather_accuracy
 from flexgen_bench.page.columns import columns, last_ended
-from flexgen_bench.page.detail import detail, shared
-from flexgen_bench.page.gather import Gatherer, PageRow
+from flexgen_bench.page.detail import shared, whole_or_problem
+from flexgen_bench.page.gather import Broken, Gatherer, PageRow
 from flexgen_bench.page.lanes import lanes
 from flexgen_bench.page.papers import paper_tables
 from flexgen_bench.page.pictures import compact, document
@@ -62,17 +62,15 @@ class PageBuilder:
         accuracy = gather_accuracy(self.gatherer.folders)
         losses = accuracy.losses(rows)
         traces = dict(self._write_lanes(rows))
-        files = {
-            f"cells-{place}.js": [
-                detail(of, losses.get(of.row.stored.record.run_id, ()), traces.get(first + i, ""))
-                for i, of in enumerate(rows[first : first + CELLS_A_FILE])
-            ]
-            for place, first in enumerate(range(0, len(rows), CELLS_A_FILE))
-        }
         written = {*traces.values()}
-        for name, details in files.items():
-            self._write(name, shared(details))
-            written.add(name)
+        for place, first in enumerate(range(0, len(rows), CELLS_A_FILE)):
+            few = enumerate(rows[first : first + CELLS_A_FILE], start=first)
+            details = [
+                whole_or_problem(of, losses.get(of.row.stored.record.run_id, ()), traces.get(at, "")) for at, of in few
+            ]
+            broken += [Broken(one["file"], one["problem"]) for one in details if "problem" in one]
+            self._write(f"cells-{place}.js", shared(details))
+            written.add(f"cells-{place}.js")
         unusable = sorted([*broken, *accuracy.broken], key=lambda b: b.file)
         small = {
             "rows": self._overview(rows, len(unusable)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -108,5 +109,7 @@ def _text(values: Sequence[str]) -> dict[str, Any]:
 
 def _number(value: float | int | None) -> float | int | None:
     if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
         return float(f"{value:.{_DIGITS}g}")
     return value

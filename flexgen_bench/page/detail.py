@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.metrics import bytes_per_s, metrics, phases_overlap, summaries
 from flexgen_bench.core.record import Record, SystemReport
-from flexgen_bench.page.gather import PageRow
+from flexgen_bench.page.gather import ODD, PageRow, error_text
 from flexgen_bench.page.policy_words import busy_shares, chosen_by, policy_of, why
 from flexgen_bench.report.cells import one_line
 from flexgen_bench.report.rows import Memory
@@ -18,6 +19,17 @@ from flexgen_bench.report.rows import Memory
 _LONG = ("rates", "sources")
 _TEXTS, _CHARACTERS = 3, 400
 _LONGEST = 4000
+
+
+def whole_or_problem(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> dict[str, Any]:
+    """``detail``, or of a record that holds something odd its file and ``problem``: its row stands in the table."""
+    try:
+        found = detail(of, accuracy, lanes)
+        json.dumps(found, allow_nan=False)
+    except ODD as error:
+        problem = f"is in the table, and cannot be shown in full ({error_text(error)}). Measure the cell again."
+        return {"file": of.file, "run_id": of.row.stored.record.run_id, "problem": problem}
+    return found
 
 
 def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> dict[str, Any]:
@@ -175,8 +187,6 @@ def shared(details: Sequence[dict[str, Any]]) -> dict[str, Any]:
             values.append(value)
         return places[key]
 
-    cells = [
-        one | {part: {k: place(v) for k, v in one[part].items()} for part in ("settings", "environment")}
-        for one in details
-    ]
+    parts = ("settings", "environment")
+    cells = [one | {p: {k: place(v) for k, v in one[p].items()} for p in parts if p in one} for one in details]
     return {"values": values, "cells": cells}

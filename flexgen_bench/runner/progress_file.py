@@ -17,7 +17,15 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.runner.display import Meter
 from flexgen_bench.runner.events import Display
 from flexgen_bench.store.reader import read_record
-from flexgen_bench.store.running import FINISHED, RUNNING, RunningCell, RunningSuite, forget_ended, write_running
+from flexgen_bench.store.running import (
+    FINISHED,
+    RUNNING,
+    WAITING,
+    RunningCell,
+    RunningSuite,
+    forget_ended,
+    write_running,
+)
 
 _INTERVAL_S = 1.0  # progress is written at most this often: it must not slow the cell down
 
@@ -89,7 +97,7 @@ class ProgressFile(Closing):
 
     def _left_s(self) -> float | None:
         """Of all that is not done; None where some of it is not known."""
-        waiting = [c.expected_s for c in self._cells if c.state not in (RUNNING,) and not c.run and c.took_s is None]
+        waiting = [c.expected_s for c in self._cells if c.state == WAITING]
         running = [c for c in self._cells if c.state == RUNNING]
         if any(c.expected_s is None for c in running) or None in waiting:
             return None

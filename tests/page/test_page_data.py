@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,30 @@ def test_broken_files_are_named_and_hide_nothing(results: Path, tmp_path: Path) 
     assert "not a record" in messages["other-0.json"]
     assert "cannot read" in messages["bytes-0.json"]
     assert not any(one["message"].startswith(one["file"]) for one in broken)
+
+
+def test_odd_records_hide_nothing(results: Path, tmp_path: Path) -> None:
+    """Their free parts may hold anything: one whose spec is of no cell once ended the page."""
+    whole = make_record()
+    odd: list[dict[str, Any]] = [
+        {"spec": {}},
+        {"spec": {**whole.spec, "lossy": "much"}},
+        {"spec": {**whole.spec, "model": "opt", "workload": ["x"], "hardware": 3}},
+        {"report": replace(whole.report, requested={"weights": {"cpu": "all"}, "gpu_batch_size": []})},
+        {"prediction": {"tok_per_s": "fast", "policy": 7}, "environment": {"cpu": "x", "code": "y", "gpus": 4}},
+        {"outputs": {"texts": 5, "prompts": {"a": 1}}, "validity": {"x": False}, "memory_cap": {"peak_bytes": "z"}},
+    ]
+    for number, changes in enumerate(odd):
+        write_record(make_record(run=number, **changes, suite="odd"), results)
+    infinite = json.loads(next((results / "odd").iterdir()).read_text(encoding="utf-8")) | {"spec_hash": "infinite"}
+    text = json.dumps(infinite).replace('"realised": {}', '"realised": {"weights": 1e999}')
+    (results / "odd" / "infinite.json").write_text(text, encoding="utf-8")
+    page = build(results, tmp_path / "page")
+    shown, broken = column(page, "suite"), data(page, "broken")
+    assert shown.count("default") == 7
+    assert shown.count("odd") + len({b["file"] for b in broken}) >= len(odd)
+    assert any("UserError" in b["message"] for b in broken)
+    assert any(b["file"].endswith("infinite.json") for b in broken)
 
 
 def test_a_folder_of_broken_files_alone_is_a_page(tmp_path: Path) -> None:

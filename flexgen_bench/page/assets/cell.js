@@ -8,6 +8,10 @@ page.cellView = async (main) => {
     return;
   }
   const cell = await page.cell(row);
+  if (cell.problem) {
+    main.replaceChildren(el("h2", {}, records.label(row)), el("p", { class: "warnings" }, `${cell.file}: ${cell.problem}`));
+    return;
+  }
   const parts = [
     el("p", {}, el("a", { href: page.link({ view: "records", run: "" }) }, "← Records")),
     el("h2", {}, `${records.label(row)} · ${records.get("model", row)} · ${records.get("workload", row)}`),

@@ -9,6 +9,8 @@ page.compareView = async (main) => {
     return;
   }
   const cells = await Promise.all(rows.map(page.cell));
+  const odd = cells.find(({ problem }) => problem);
+  if (odd) throw new Error(`${odd.file}: ${odd.problem}`);
   const only = state.differences !== "all";
   const box = el("input", { type: "checkbox", "data-focus": "only" });
   box.checked = only;

@@ -51,6 +51,7 @@ page.cell = async (row) => {
   const file = await page.load(`cells-${Math.floor(row / each)}`);
   const cell = file.cells[row % each];
   if (!cell || !page.records.get("id", row).startsWith(cell.run_id)) throw new Error("There are newer records than this page has read. Load it again.");
+  if (cell.problem) return { ...cell, row, accuracy: [] };
   const whole = (part) => Object.fromEntries(Object.entries(part).map(([name, place]) => [name, file.values[place]]));
   return { ...cell, row, settings: whole(cell.settings), environment: whole(cell.environment) };
 };
