@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(results: Path, out: Path) -> None:
     begun = time.monotonic()
-    PageBuilder(Gatherer([results]), out, print, has_tables=False).build()
+    PageBuilder(Gatherer([results]), out, print, tables=()).build()
     print(f"built in {time.monotonic() - begun:.1f} s, {_size(out) / 1e6:.0f} MB")
 
 

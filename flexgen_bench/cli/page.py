@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.live and not 0 <= options.port < 65536:
         raise UserError("--port", options.port, "0 (any that is free) to 65535")
     gatherer = Gatherer(list(dict.fromkeys(options.results_dir)) or [Path("results")])
-    builder = PageBuilder(gatherer, options.out, _tell, has_tables=not options.no_tables)
+    builder = PageBuilder(gatherer, options.out, _tell, tables=() if options.tables == ["none"] else options.tables)
     page = builder.build()
     if not options.live:
         print(page)
@@ -53,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         "results_dir", nargs="*", type=path_argument, help="folders of records (default: results), each with its suites"
     )
     parser.add_argument("--out", type=path_argument, default=Path("page"), help="folder to write (default: page)")
-    parser.add_argument("--no-tables", action="store_true", help="without the papers' tables")
+    parser.add_argument(
+        "--tables",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        help="of the papers' tables only these, e.g. t2,t4 (default: all; none: none)",
+    )
     parser.add_argument(
         "--live", action="store_true", help="serve the page to this machine alone, and show what a running suite does"
     )

@@ -31,13 +31,13 @@ CELLS_A_FILE = 25
 class PageBuilder:
     """Builds a page of results folders, and builds it anew as they change.
 
-    tell: gets a line now and then while it works. has_tables: whether the papers' tables are on it.
+    tell: gets a line now and then while it works. tables: names of the papers' tables on it (None: all).
     """
 
     gatherer: Gatherer
     out: Path
     tell: Callable[[str], None] = print
-    has_tables: bool = True
+    tables: Sequence[str] | None = None
     _lanes: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     def build(self) -> Path:
@@ -96,12 +96,12 @@ class PageBuilder:
         }
 
     def _papers(self, rows: Sequence[PageRow]) -> dict[str, Any]:
-        if not self.has_tables:
-            return {"legend": [], "tables": [], "errors": ["left out with --no-tables"]}
+        if self.tables is not None and not self.tables:
+            return {"legend": [], "tables": [], "errors": ["They are left out (--tables)."]}
         # Of one folder, as reports are: a table's values would else come from two without saying so.
         first = self.gatherer.folders[0]
         newest = [r.row.stored for r in rows if r.newest and r.folder == str(first)]
-        return paper_tables(newest, first)
+        return paper_tables(newest, first, self.tables)
 
     def _write_lanes(self, rows: Sequence[PageRow]) -> Iterator[tuple[int, str]]:
         """(row, name of its file) of every traced run."""

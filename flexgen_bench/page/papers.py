@@ -17,9 +17,10 @@ from flexgen_bench.store.reader import StoredRecord
 _PENDING = "pending = nobody has predicted it yet: python -m flexgen_bench report does."
 
 
-def paper_tables(records: Sequence[StoredRecord], results_dir: Path) -> dict[str, Any]:
-    """Every table by what is known; nothing is predicted for it. Tables that cannot be are named with what is wrong."""
-    tables, errors = known_tables(records, results_dir, shipped_predictions())
+def paper_tables(records: Sequence[StoredRecord], results_dir: Path, names: Sequence[str] | None) -> dict[str, Any]:
+    """The tables ``names`` (None: all) by what is known; nothing is predicted for them. Tables that cannot be are named
+    with what is wrong."""
+    tables, errors = known_tables(records, results_dir, shipped_predictions(), names)
     return {"legend": [*LEGEND, _PENDING], "tables": [_table(t) for t in tables], "errors": [str(e) for e in errors]}
 
 

@@ -105,9 +105,9 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench calibrate --quick": How("--help", says="about 20 seconds", as_printed=True),
     "python -m flexgen_bench calibrate": How("--help", says="about 20 seconds"),
     "python -m flexgen_bench calibrate --out conf-of-mine/gpu/box.yaml": How("--help", says="FILE.yaml"),
-    "python -m flexgen_bench page": How("--no-tables", says="page/index.html"),
+    "python -m flexgen_bench page": How("--tables none", says="page/index.html"),
     "python -m flexgen_bench page results ~/h100/results --out shown": How(
-        "--no-tables", swap={"~/h100/results ": ""}, says="shown/index.html"
+        "--tables none", swap={"~/h100/results ": ""}, says="shown/index.html"
     ),
     "python -m flexgen_bench page --live": How("--help", says="127.0.0.1"),
     "python -m flexgen_bench report --tables t2,t4 --no-simulation": How(says="reports/paper"),

@@ -43,7 +43,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port(results: Path, tmp_path: Path) -> Iterator[int]:
-    builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, has_tables=False)
+    builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, tables=())
     builder.build()
     with open_server(builder, 0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -142,6 +142,6 @@ def test_only_this_machine_by_its_name_is_answered(port: int, results: Path, tmp
     assert get(port, "/index.html", host="evil.example")[0] == 403
     assert get(port, "/data/")[0] == 404
     assert get(port, "/../results/default")[0] == 404
-    builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, has_tables=False)
+    builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, tables=())
     with pytest.raises(UserError, match="--port"):
         open_server(builder, port)

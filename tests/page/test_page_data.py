@@ -24,7 +24,7 @@ CALL = re.compile(r"page\.data\((\"[^\"]*\"),'(.*)'\);\n", re.DOTALL)
 
 
 def build(results: Path, out: Path, *more: Path) -> Path:
-    return PageBuilder(Gatherer([results, *more]), out, lambda _: None, has_tables=False).build().parent
+    return PageBuilder(Gatherer([results, *more]), out, lambda _: None, tables=()).build().parent
 
 
 def data(page: Path, name: str) -> Any:
@@ -126,7 +126,7 @@ def test_odd_records_hide_nothing(results: Path, tmp_path: Path) -> None:
         {"outputs": {"texts": 5, "prompts": {"a": 1}}, "validity": {"x": False}, "memory_cap": {"peak_bytes": "z"}},
     ]
     for number, changes in enumerate(odd):
-        write_record(make_record(run=number, **changes, suite="odd"), results)
+        write_record(replace(make_record(run=number), **changes, suite="odd"), results)
     infinite = json.loads(next((results / "odd").iterdir()).read_text(encoding="utf-8")) | {"spec_hash": "infinite"}
     text = json.dumps(infinite).replace('"realised": {}', '"realised": {"weights": 1e999}')
     (results / "odd" / "infinite.json").write_text(text, encoding="utf-8")
