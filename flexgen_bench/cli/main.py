@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "an HTTP server in the form of the OpenAI API",
     "trace": "what every lane did in a recorded run",
     "picture": "draw what records say: speed against latency, memory, price, accuracy, prediction",
+    "page": "every record in one folder that a browser opens from disk, or live while a suite runs",
     "report": "rebuild tables, pages and the paper's tables from the records",
     "compare": "whether B is better or worse than A: commits, folders, records; measured again in turns if asked",
     "calibrate": "measure what this machine sustains",

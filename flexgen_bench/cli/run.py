@@ -217,6 +217,7 @@ def _plan(run_plan: Plan, results: Path, cache: Path, rates: LocalRates, outcome
 
 def _measure(conf: AppConf, divided_cells: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
     from flexgen_bench.runner.display import ProgressDisplay
+    from flexgen_bench.runner.progress_file import ProgressFile
     from flexgen_bench.runner.suite import run_suite
     from flexgen_bench.store.reader import read_record
     from flexgen_bench.trackers.registry import make_tracker
@@ -229,7 +230,7 @@ def _measure(conf: AppConf, divided_cells: Work, suite: str, results: Path, cach
         outcome.records.append(path)
         tracker.log_record(read_record(path), path)
 
-    with ProgressDisplay() as display:
+    with ProgressDisplay() as shown, ProgressFile(shown, results, suite) as display:
         paths = run_suite(
             divided_cells.measure,
             suite=suite,

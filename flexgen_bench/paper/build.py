@@ -94,6 +94,21 @@ def build_paper(
     return written, errors
 
 
+def known_tables(
+    records: Sequence[StoredRecord], results_dir: Path, shipped: Path, names: Sequence[str] | None = None
+) -> tuple[list[PaperTable], list[UserError]]:
+    """The tables ``names`` (None: all) with what is known without asking anybody: printed values, records, and
+    predictions that are kept in ``results_dir`` or ``shipped`` (others stand as pending). And what is wrong with other
+    tables."""
+    recorded, _ = usable(records)
+    kept = {**_known(shipped), **_known(results_dir / FILE)}
+    simulations = Simulations(configured_systems(), list_models(), kept)
+    scores = Scores(read_accuracy(results_dir).tasks, results_dir)
+    chosen = list_tables(None) if names is None else list(dict.fromkeys(names))
+    tables, errors = _tables(chosen, None, Sources(simulations, recorded, results_dir, scores))
+    return [table for table, _ in tables], errors
+
+
 def _tables(
     names: Sequence[str], own: Path | None, sources: Sources
 ) -> tuple[list[tuple[PaperTable, dict[str, str]]], list[UserError]]:

@@ -106,6 +106,11 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench calibrate --quick": How("--help", says="about 20 seconds", as_printed=True),
     "python -m flexgen_bench calibrate": How("--help", says="about 20 seconds"),
     "python -m flexgen_bench calibrate --out conf-of-mine/gpu/box.yaml": How("--help", says="FILE.yaml"),
+    "python -m flexgen_bench page": How("--tables none", says="page/index.html"),
+    "python -m flexgen_bench page results ~/h100/results --out shown": How(
+        "--tables none", swap={"~/h100/results ": ""}, says="shown/index.html"
+    ),
+    "python -m flexgen_bench page --live": How("--help", says="127.0.0.1"),
     "python -m flexgen_bench report --tables t2,t4 --no-simulation": How(says="reports/paper"),
     "python -m flexgen_bench --help": How(says="Typical commands"),
     "python -m flexgen_bench model=opt-1.3b workload=512-32": How(ONE, says="512 + 32 tokens"),

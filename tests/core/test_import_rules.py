@@ -41,6 +41,7 @@ RANKS = (
     "trackers",
     "trace",
     "pictures",
+    "page",
     "cells",
     "cli",
 )
@@ -58,13 +59,14 @@ TORCH_FREE = (
     "trackers",
     "trace",
     "pictures",
+    "page",
     "machine",
 )
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers"}
 # Rooms of tensors. Everywhere else these are imported where they are used, so that starting stays quick.
 MAY_IMPORT_HEAVY = ("kernels", "checkpoints", "memory", "engine")
 # Figures come from records alone, whatever has been run to get them.
-OF_RECORDS = ("store", "report", "paper", "trace", "pictures")
+OF_RECORDS = ("store", "report", "paper", "trace", "pictures", "page")
 LONGEST = 350
 BASELINES = sorted(p.name for p in (ROOT / "baselines").iterdir() if (p / "__init__.py").is_file())
 

@@ -21,20 +21,20 @@ def accuracy_lines(rows: Sequence[Row], outcomes: Sequence[ModelOutcome], folder
 
 def _line(row: Row, outcomes: Sequence[ModelOutcome], folder: str) -> str:
     name = f"- {escape(row.model)}, {escape(row.label)}: "
-    evaluated = _find(row, outcomes)
-    if evaluated is None:
+    found = evaluated(row, outcomes)
+    if found is None:
         return (
             f"{name}not evaluated yet: `python -m flexgen_bench.accuracy model={row.model} mode=...` (--help lists "
             "the modes)"
         )
-    outcome, mode = evaluated
+    outcome, mode = found
     change = points_interval(mode.comparison.score) if mode.comparison else "-"
     what = f"mean change {change} points, {verdict_text(mode)} within {outcome.margins}"
     link = f"[mode {escape(mode.mode)}]({folder}/{page_name(outcome)}.md)"
     return f"{name}{link}: {escape(what)} (MEASURED, {escape(mode.subject.dtype)})"
 
 
-def _find(row: Row, outcomes: Sequence[ModelOutcome]) -> tuple[ModelOutcome, ModeOutcome] | None:
+def evaluated(row: Row, outcomes: Sequence[ModelOutcome]) -> tuple[ModelOutcome, ModeOutcome] | None:
     """The same model, system and change; of several dtypes the row's own."""
     lossy = lossy_of(row.stored.record)
     matching = [
