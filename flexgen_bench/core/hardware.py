@@ -36,6 +36,8 @@ class HardwareProfile:
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
     ``gpu_memory_is_cap``: a larger card is held to ``gpu_memory_bytes`` (``runner/gpu_cap.py``), so what its driver and
     a process' context take lies outside.
+    ``weight_shares``: by tier (``gpu``, ``cpu``, ``disk``), of which share of the model's weights a capacity was asked
+    for (0.5: half of them, uncompressed, in the cell's dtype); the capacity itself is in bytes all the same.
     """
 
     name: str
@@ -48,12 +50,18 @@ class HardwareProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
     rates: Rates | None = field(default=None, metadata=OMITTED)
     gpu_memory_is_cap: bool = field(default=False, metadata=OMITTED)
+    weight_shares: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"gpu.{name}", value, "more than zero bytes")
+        for tier, share in self.weight_shares.items():
+            if tier not in list(Tier) or self.capacity_bytes(Tier(tier)) is None:
+                raise UserError("gpu.weight_shares", tier, "tiers whose capacity is stated, in bytes too")
+            if not 0 < share < math.inf:
+                raise UserError(f"gpu.weight_shares.{tier}", share, "more than zero, and finite")
         for lane, rate in self.links.items():
             if lane not in PHYSICAL_LINKS:
                 action = ""
