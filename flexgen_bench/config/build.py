@@ -183,7 +183,7 @@ def cell_spec(
         raise UserError("measure.budget_s", budget_s, "more than zero seconds, or null")
 
     def profile(dtype: DType) -> HardwareProfile:
-        return machine_profile(conf.gpu, weight_bytes(model.shape, dtype))
+        return machine_profile(conf.gpu, lambda: weight_bytes(model.shape, dtype))
 
     # Asked of a profile whose shares are of 16-bit weights: how much memory there is decides nothing about it.
     dtype = _dtype(conf.dtype, lambda: fastest(profile(DType.BFLOAT16), threads))

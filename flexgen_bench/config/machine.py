@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class _Size:
     share: float | None = None
 
 
-def machine_profile(conf: GpuConf, weight_bytes: int | None = None) -> HardwareProfile:
+def machine_profile(conf: GpuConf, weight_bytes: Callable[[], int] | None = None) -> HardwareProfile:
     """The machine that a conf/gpu group describes.
 
     weight_bytes: of the cell's model, uncompressed, in the cell's dtype, for sizes that are shares of them; None where
@@ -63,7 +64,7 @@ def machine_profile(conf: GpuConf, weight_bytes: int | None = None) -> HardwareP
     )
 
 
-def _size(given: Any, field: str, weight_bytes: int | None) -> _Size:
+def _size(given: Any, field: str, weight_bytes: Callable[[], int] | None) -> _Size:
     """Of a tier. UserError for fewer bytes than any machine has: a unit was forgotten. (Nothing at all is refused by
     the profile.)"""
     if given is None:
@@ -76,7 +77,7 @@ def _size(given: Any, field: str, weight_bytes: int | None) -> _Size:
         return _Size(size)
     if weight_bytes is None:
         raise UserError(field, given, "a size such as 2GiB here", "Shares of the weights are for cells of a benchmark.")
-    size = round(share * weight_bytes)
+    size = round(share * weight_bytes())
     if size < MIB:
         raise UserError(
             field, given, f"a share that is at least 1 MiB: of this model's weights it is {format_bytes(size)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flexgen_bench.core.codec import OMITTED
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.rates import Rates, stated_rate
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site, Tier
 
@@ -58,8 +58,8 @@ class HardwareProfile:
             if value is not None and value <= 0:
                 raise UserError(f"gpu.{name}", value, "more than zero bytes")
         for tier, share in self.weight_shares.items():
-            if tier not in list(Tier) or self.capacity_bytes(Tier(tier)) is None:
-                raise UserError("gpu.weight_shares", tier, "tiers whose capacity is stated, in bytes too")
+            if tier not in list(Tier):
+                raise unknown_choice("gpu.weight_shares", tier, list(Tier))
             if not 0 < share < math.inf:
                 raise UserError(f"gpu.weight_shares.{tier}", share, "more than zero, and finite")
         for lane, rate in self.links.items():

@@ -135,3 +135,9 @@ def test_the_ladder_has_every_rung_in_16_and_in_4_bits() -> None:
     sizes = {cell.spec.hardware.cpu_memory_bytes for cell in cells}
     assert len(sizes) == len(shares), "the same memory for 16-bit and for 4-bit cells of a rung"
     assert len({cell.spec.workload for cell in cells}) == 1
+
+
+def test_a_share_outlives_a_capacity_that_is_set_aside() -> None:
+    """What has run has fitted, whatever a model of memory says: a prediction for it is asked without a capacity."""
+    cell = spec("gpu=t4", "dtype=float16", "gpu.gpu_memory=50% of weights")
+    assert replace(cell.hardware, gpu_memory_bytes=None).weight_shares == {"gpu": 0.5}
