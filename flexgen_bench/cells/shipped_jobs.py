@@ -4,6 +4,7 @@ tables: ``python -m flexgen_bench model=X gpu=Y`` for some pairs, and the ladder
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra import initialize_config_dir
@@ -31,6 +32,7 @@ def shipped_asks(pairs: Iterable[tuple[str, str]]) -> list[Ask]:
     return _asks([*title, *ladder_cells()])
 
 
+@cache
 def ladder_cells() -> tuple[Cell, ...]:
     """The cells of ``suite=ladder_gpu`` that somebody can predict."""
     overrides = [f"suite={LADDER}"]
@@ -39,10 +41,10 @@ def ladder_cells() -> tuple[Cell, ...]:
     return tuple(cell for cell in cells if cell.model.predictor is not None)
 
 
-def ladder_rows(cache: Path) -> list[Simulated]:
-    """What is predicted of them: as kept, or asked now and kept in ``cache``."""
+def ladder_rows(cache_dir: Path) -> list[Simulated]:
+    """What is predicted of them: as kept, or asked now and kept in ``cache_dir``."""
     requests = [as_in_paper(cell) for cell in ladder_cells()]
-    return [row for rows in simulate(requests, cache, lambda _: None) for row in rows]
+    return [row for rows in simulate(requests, cache_dir, lambda _: None) for row in rows]
 
 
 def _asks(cells: Sequence[Cell]) -> list[Ask]:
