@@ -79,7 +79,8 @@ def test_a_table_shows_batch_repetitions_and_failures() -> None:
     assert "| flexgen | **20.0** (batch 2; n=1) | **41.0** (batch 8; 40.0 to 42.0, n=2) |" in shown
     assert "| accelerate | OOM | - |" in shown
     assert "- accelerate at 25 %: OOM: killed for memory" in shown
-    assert "- At 25 and 150 % no system but flexgen runs." in shown
+    assert "- At 25 % no system that was tried runs but flexgen." in shown
+    assert "- At 150 % nothing is compared: only flexgen was tried, or only others." in shown
     assert "Nothing is added for the process itself." in shown
 
 
@@ -102,9 +103,18 @@ def test_compressed_weights_compete_among_themselves_on_the_same_rung() -> None:
 
 
 def test_a_system_that_does_not_run_is_told_whoever_it_is() -> None:
-    shown = text(rung(0.25, "flexgen", []), rung(0.25, "llama_cpp", [3.0]), rung(0.5, "flexgen", []))
+    shown = text(
+        rung(0.25, "flexgen", []), rung(0.25, "llama_cpp", [3.0]), rung(0.5, "flexgen", []), rung(0.5, "llama_cpp", [])
+    )
     assert "- At 25 % flexgen does not run, and others do." in shown
-    assert "- At 50 % nothing runs." in shown
+    assert "- At 50 % nothing that was tried runs." in shown
+
+
+def test_a_system_that_is_not_installed_is_no_slower_one() -> None:
+    absent = rung(0.5, "llama_cpp", [], status=Status.UNAVAILABLE, reason="xllamacpp is not installed")
+    shown = text(rung(0.5, "flexgen", [20.0]), absent)
+    assert "- At 50 % nothing is compared" in shown
+    assert "llama\\_cpp at 50 %: unavailable: xllamacpp is not installed" in shown
 
 
 def test_a_cap_that_did_not_hold_is_told() -> None:

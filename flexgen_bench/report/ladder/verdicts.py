@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from flexgen_bench.core.status import Status
 from flexgen_bench.report.cells import number
 from flexgen_bench.report.ladder.rungs import OURS, Figure, Ladder, Point
 
@@ -17,9 +18,10 @@ class Standing(Enum):
     AHEAD = "ahead"
     BEHIND = "behind"
     UNDECIDED = "undecided"  # both were repeated, and the intervals overlap
-    ALONE = "alone"
-    OUT = "out"  # it does not run, and another does
-    NOBODY = "nobody"
+    ALONE = "alone"  # others were tried and did not end well
+    OUT = "out"  # it was tried and did not end well, and another did
+    NOBODY = "nobody"  # all that were tried did not end well
+    UNTRIED = "untried"  # it, or everybody else, was not tried, or is not installed
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ def sentences(found: Sequence[Verdict]) -> Iterator[str]:
     if undecided:
         yield f"Undecided at {_percents(undecided)}: the intervals of the two fastest overlap."
     for standing, text in (
-        (Standing.ALONE, f"no system but {OURS} runs"),
+        (Standing.ALONE, f"no system that was tried runs but {OURS}"),
         (Standing.OUT, f"{OURS} does not run, and others do"),
-        (Standing.NOBODY, "nothing runs"),
+        (Standing.NOBODY, "nothing that was tried runs"),
+        (Standing.UNTRIED, f"nothing is compared: only {OURS} was tried, or only others"),
     ):
         such = [v for v in found if v.standing is standing]
         if such:
@@ -87,8 +90,11 @@ def _percents(found: Sequence[Verdict]) -> str:
 
 
 def _verdict(share: float, points: Sequence[Point]) -> Verdict:
-    ours = _fastest([p for p in points if p.is_ours])
-    rival = _fastest([p for p in points if not p.is_ours])
+    tried = [p for p in points if p.status is not Status.UNAVAILABLE]
+    ours = _fastest([p for p in tried if p.is_ours])
+    rival = _fastest([p for p in tried if not p.is_ours])
+    if len({p.is_ours for p in tried}) < 2:
+        return Verdict(share, Standing.UNTRIED, ours, rival)
     if ours is None or rival is None:
         alone = Standing.ALONE if ours else Standing.OUT if rival else Standing.NOBODY
         return Verdict(share, alone, ours, rival)
