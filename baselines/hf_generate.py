@@ -16,7 +16,7 @@ from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes
-from flexgen_bench.runner.feasibility import weight_bytes
+from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.systems.contract import Generation
 
 PAD = 0  # any token will do: padding is masked out

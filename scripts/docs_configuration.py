@@ -98,10 +98,12 @@ MEANS: dict[str, dict[str, str]] = {
         "name": "names the machine in records and tables",
         "accelerator": "`none`, `cuda`, `emulated`, or `auto`",
         "gpu_memory": (
-            "bytes, or text such as `16GB`; null: what is there. On a CUDA device it is a cap for every system"
+            "bytes, text such as `16GB`, or a share such as `50% of weights` (of the model's, uncompressed, in the "
+            "cell's dtype); null: what is there. On a CUDA device it is a cap for every system"
         ),
         "cpu_memory": (
-            "host memory, page cache included; null: what is there. On this machine it is a cap for every system"
+            "host memory, page cache included, written likewise; null: what is there. On this machine it is a cap for "
+            "every system"
         ),
         "disk": "room for offloaded files; null: what is free",
         "gpu_memory_is_cap": "the card is larger and held to `gpu_memory`: what its driver and a process' context take "
@@ -171,6 +173,9 @@ MEANS: dict[str, dict[str, str]] = {
         "cells[].overrides": "what all of its cells are: words of a command line",
         "cells[].systems": "its systems",
         "cells[].system_overrides": "system to words for that one alone",
+        "cells[].matrix": (
+            "names with values: the group is made once for each combination, `{name}` in its name and words the value"
+        ),
     },
     "measure": {
         "repetitions": "measured repetitions",

@@ -20,6 +20,7 @@ from flexgen_bench.config.build import FASTEST, cell_spec, shape_of, system_mode
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
 from flexgen_bench.config.ignored_options import refuse_ignored
+from flexgen_bench.config.matrix import every_group
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.schema import AppConf, CellGroupConf, SystemConf
 from flexgen_bench.config.typed import app_conf, typed_conf
@@ -72,9 +73,10 @@ def plan(
         cells = _cells(group, overrides, local, named=named, refuses=named and not is_sweep)
         return Plan("", tuple(cells))
     systems = [conf.system.name] if conf.system else None
-    groups = [g for g in conf.suite.cells if conf.cell in (None, g.name)]
+    known = every_group(conf.suite.cells)
+    groups = [g for g in known if conf.cell in (None, g.name)]
     if not groups:
-        raise unknown_choice("cell", str(conf.cell), [g.name for g in conf.suite.cells])
+        raise unknown_choice("cell", str(conf.cell), [g.name for g in known])
     groups = _in_shard(groups, conf.shard)
     cells = [cell for group in groups for cell in _cells(group, overrides, local, systems, suite)]
     if not cells:

@@ -16,8 +16,8 @@ from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.workload import Workload
+from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.runner import tuning
-from flexgen_bench.runner.feasibility import weight_bytes
 from flexgen_bench.runner.predictions import as_recorded, exactly, predict, predict_policy
 
 # A cell's process: Python, torch, transformers and what else the system imports, and the end of it all; and one whose

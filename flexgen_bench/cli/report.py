@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_bench.accuracy.compare.compare import Margins
-from flexgen_bench.cells.title_jobs import title_asks
-from flexgen_bench.config.paths import shipped_predictions
+from flexgen_bench.cells.shipped_jobs import ladder_rows, shipped_asks
+from flexgen_bench.config.paths import default_cache_dir, shipped_predictions
 from flexgen_bench.core.errors import StoreError, UserError, unknown_choice
 from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.processes import cores
@@ -23,6 +23,7 @@ from flexgen_bench.pictures.gather import material
 from flexgen_bench.report.accuracy.build import FOLDER as ACCURACY_FOLDER
 from flexgen_bench.report.accuracy.build import build_accuracy
 from flexgen_bench.report.accuracy.links import accuracy_lines
+from flexgen_bench.report.ladder.predicted import predicted_page
 from flexgen_bench.report.page import index_page, suite_page
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.report.table import to_csv, to_markdown
@@ -30,12 +31,14 @@ from flexgen_bench.store.kept_predictions import FILE
 from flexgen_bench.store.reader import Problem, read_all
 from flexgen_bench.store.writer import suite_folder
 
+PREDICTED_LADDERS = "predicted/ladder.md"
 _MARKER = re.compile(r"<!-- (/?)table(?::([^\s>]*))? -->")
 
 
-def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) -> list[Path]:
+def build_reports(results_dir: Path, out: Path, margins: Margins | None = None, predicted: str = "") -> list[Path]:
     """Write ``<suite>.md`` and ``<suite>.csv`` for every suite, ``index.md``, the pages of accuracy and all
-    pictures (none where matplotlib is not installed, which standard error says); returns the paths.
+    pictures (none where matplotlib is not installed, which standard error says); returns the paths. predicted: a page
+    of predicted ladders that the index is to name; "" for none.
 
     Raises UserError if ``results_dir`` is no folder or a suite is called index, StoreError if it cannot be listed.
     """
@@ -58,7 +61,7 @@ def build_reports(results_dir: Path, out: Path, margins: Margins | None = None) 
         print(f"no pictures: {error}", file=sys.stderr)
     accuracy_page = f"{ACCURACY_FOLDER}/index.md" if accuracy else ""
     pictures_page = f"{PICTURES_FOLDER}/index.md" if drawn else ""
-    index = index_page(dict(suites), problems, results_dir, accuracy_page, pictures_page)
+    index = index_page(dict(suites), problems, results_dir, accuracy_page, pictures_page, predicted)
     written += drawn
     written.append(_write(out / "index.md", index))
     return written
@@ -78,8 +81,6 @@ def build_paper_tables(
     if own is not None and not own.is_dir():
         raise UserError("--config-dir", str(own), "a folder with table/<name>.yaml")
     records, problems = read_all(results_dir)
-    # Only the file that is shipped holds more than the tables ask.
-    ships = (results_dir / FILE).resolve() == shipped_predictions().resolve()
     return build_paper(
         records,
         problems,
@@ -90,8 +91,14 @@ def build_paper_tables(
         names=names,
         own=own,
         workers=workers,
-        also=title_asks if ships else None,
+        also=shipped_asks if _ships(results_dir) else None,
     )
+
+
+def build_predicted_ladders(out: Path, cache: Path) -> Path:
+    """Write the ladders of machines that are not here, from what is kept of their predictions (what is not is asked,
+    and kept in ``cache``); returns the path. Raises UserError for what is wrong with the suite."""
+    return _write(out / PREDICTED_LADDERS, predicted_page(ladder_rows(cache)))
 
 
 def update_readme(results_dir: Path, readme: Path) -> list[str]:
@@ -113,6 +120,11 @@ def update_readme(results_dir: Path, readme: Path) -> list[str]:
         kept_until = end
     _write(readme, "".join(pieces) + text[kept_until:])
     return names
+
+
+def _ships(results_dir: Path) -> bool:
+    """Whether its file of predictions is the one that is shipped: only that holds more than the paper's tables ask."""
+    return (results_dir / FILE).resolve() == shipped_predictions().resolve()
 
 
 def _load(results_dir: Path) -> tuple[dict[str, list[Row]], list[Problem]]:
@@ -172,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong: Sequence[Exception] = ()
     try:
         margins = Margins(options.margin_score, options.margin_bits)
-        written = build_reports(options.results_dir, options.out, margins)
+        predicts = options.tables is None and not options.no_simulation and _ships(options.results_dir)
+        written = build_reports(options.results_dir, options.out, margins, PREDICTED_LADDERS if predicts else "")
         filled = update_readme(options.results_dir, options.readme) if options.readme else []
         if options.tables != ["none"]:
             paper, wrong = build_paper_tables(
@@ -184,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 workers=options.workers or cores(),
             )
             written += paper
+        if predicts:
+            written.append(build_predicted_ladders(options.out, default_cache_dir()))
     except (UserError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

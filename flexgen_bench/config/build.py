@@ -7,25 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from flexgen_bench.config.machine import machine_profile
 from flexgen_bench.config.paths import choices
 from flexgen_bench.config.schema import AppConf, GpuConf, LossyConf, ModelConf, PolicyConf, SystemConf
 from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
-from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.folders import expanded
-from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.parsing import parse_bytes
 from flexgen_bench.core.policy import Placement, Policy
-from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.core.units import MIB
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.machine import host as machine
+from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.planner.fastest_dtype import fastest_dtype
 
 # The dtype that leaves it to the machine.
@@ -37,7 +35,7 @@ def run_parts(
 ) -> tuple[ModelSpec, HardwareProfile, Policy | None]:
     """The core types of three groups, for command lines that describe no cell. Raises UserError for what does not go
     together."""
-    hardware = _hardware(gpu)
+    hardware = machine_profile(gpu)
     return _model(model, weights, location), hardware, to_policy(policy, hardware)
 
 
@@ -93,44 +91,6 @@ def _model(conf: ModelConf, weights: str | None, location: str | None, shape: Mo
         if not os.path.exists(where):
             raise UserError("location", where, "an existing checkpoint folder or .gguf file")
     return ModelSpec(shape, source, where, conf.seed)
-
-
-def _hardware(conf: GpuConf) -> HardwareProfile:
-    name, match, accelerator = conf.name, conf.device_match, conf.accelerator
-    gpus = machine.local_gpus() if accelerator == "auto" and machine.torch_has_cuda() else ()
-    if accelerator == "auto":
-        # Resolved here, so that gpu=auto and gpu=cpu are one and the same cell on a machine without a GPU.
-        name, match = (gpus[0].name, gpus[0].name) if gpus else ("cpu", "")
-        accelerator = "cuda" if gpus else "none"
-    known = [kind.value for kind in Accelerator]
-    if accelerator not in known:
-        raise unknown_choice("gpu.accelerator", accelerator, ["auto", *known])
-    sizes = {
-        key: None if getattr(conf, key) is None else _size(getattr(conf, key), f"gpu.{key}")
-        for key in ("gpu_memory", "cpu_memory", "disk")
-    }
-    gpu_memory = sizes["gpu_memory"] or (gpus[0].memory_bytes if gpus else None)
-    return HardwareProfile(
-        name=name,
-        accelerator=Accelerator(accelerator),
-        gpu_memory_bytes=gpu_memory if sizes["gpu_memory"] is None else sizes["gpu_memory"],
-        cpu_memory_bytes=sizes["cpu_memory"],
-        disk_bytes=sizes["disk"],
-        device_match=match,
-        gpu_memory_is_cap=conf.gpu_memory_is_cap,
-        links=conf.links,
-        sources=conf.sources,
-        rates=None if conf.rates is None else from_json(Rates, conf.rates, "gpu.rates"),
-    )
-
-
-def _size(given: Any, field: str) -> int:
-    """Bytes of a tier. UserError for fewer than any machine has: a unit was forgotten. (Nothing at all is refused by
-    the profile.)"""
-    size = parse_bytes(given, field)
-    if 0 < size < MIB:
-        raise UserError(field, given, "at least 1 MiB", "A plain number is bytes: write a unit, as in 16GB.")
-    return size
 
 
 def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
@@ -221,14 +181,20 @@ def cell_spec(
     budget_s = conf.measure.budget_s
     if budget_s is not None and not budget_s > 0:
         raise UserError("measure.budget_s", budget_s, "more than zero seconds, or null")
-    hardware = _hardware(conf.gpu)
+
+    def profile(dtype: DType) -> HardwareProfile:
+        return machine_profile(conf.gpu, lambda: weight_bytes(model.shape, dtype))
+
+    # Asked of a profile whose shares are of 16-bit weights: how much memory there is decides nothing about it.
+    dtype = _dtype(conf.dtype, lambda: fastest(profile(DType.BFLOAT16), threads))
+    hardware = profile(dtype)
     return CellSpec(
         system=conf.system.name,
         target=conf.system.target or SIMULATED_ONLY,
         model=model,
         workload=workload,
         hardware=hardware,
-        dtype=_dtype(conf.dtype, lambda: fastest(hardware, threads)),
+        dtype=dtype,
         threads=threads,
         measure=MeasureSpec(**_same_fields(MeasureSpec, conf.measure)),
         policy=to_policy(conf.policy, hardware),
@@ -276,4 +242,4 @@ def hardware_profile(name: str) -> HardwareProfile:
 
     Raises UserError listing the names for an unknown one, and naming what is wrong with a file.
     """
-    return _hardware(load_choice(GpuConf, "gpu", name))
+    return machine_profile(load_choice(GpuConf, "gpu", name))

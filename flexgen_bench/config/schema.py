@@ -45,7 +45,8 @@ class ModelConf:
 
 @dataclass
 class GpuConf:
-    """conf/gpu: a machine. Sizes are bytes or text such as 16GB; null is whatever the local machine has.
+    """conf/gpu: a machine. Sizes are bytes, text such as 16GB, or a share of the model such as 50% of weights; null is
+    whatever the local machine has.
 
     gpu_memory_is_cap: a larger card is held to gpu_memory, so what its driver and a process' context take is outside.
     rates: see core.rates.Rates. workload, dtype: what is asked of this machine where the command line names none.
@@ -164,12 +165,17 @@ class TrackerConf:
 
 @dataclass
 class CellGroupConf:
-    """Cells that differ in the system alone. Each override is one of the command line's."""
+    """Cells that differ in the system alone. Each override is one of the command line's.
+
+    matrix: names with their values: the group stands for one group per combination of values, in whose name and
+    overrides ``{name}`` is the value (``matrix.py``).
+    """
 
     name: str = MISSING
     overrides: list[str] = field(default_factory=list)
     systems: list[str] = field(default_factory=list)
     system_overrides: dict[str, list[str]] = field(default_factory=dict)
+    matrix: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass

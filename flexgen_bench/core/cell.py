@@ -124,8 +124,9 @@ class CellSpec:
     @property
     def spec_hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of the canonical JSON of this spec."""
-        # What is known about a machine's speed, and who says so, decides no result; nor what lies outside of a cap.
-        machine = replace(self.hardware, sources={}, rates=None, gpu_memory_is_cap=False)
+        # What is known about a machine's speed, and who says so, decides no result; nor what lies outside of a cap, nor
+        # in which words its bytes were asked for.
+        machine = replace(self.hardware, sources={}, rates=None, gpu_memory_is_cap=False, weight_shares={})
         data = to_json(replace(self, hardware=machine))
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

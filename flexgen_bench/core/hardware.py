@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flexgen_bench.core.codec import OMITTED
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.rates import Rates, stated_rate
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site, Tier
 
@@ -36,6 +36,8 @@ class HardwareProfile:
     result, so it is no part of a cell's identity. ``sources`` says where each constant comes from.
     ``gpu_memory_is_cap``: a larger card is held to ``gpu_memory_bytes`` (``runner/gpu_cap.py``), so what its driver and
     a process' context take lies outside.
+    ``weight_shares``: by tier (``gpu``, ``cpu``, ``disk``), of which share of the model's weights a capacity was asked
+    for (0.5: half of them, uncompressed, in the cell's dtype); the capacity itself is in bytes all the same.
     """
 
     name: str
@@ -48,12 +50,18 @@ class HardwareProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
     rates: Rates | None = field(default=None, metadata=OMITTED)
     gpu_memory_is_cap: bool = field(default=False, metadata=OMITTED)
+    weight_shares: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"gpu.{name}", value, "more than zero bytes")
+        for tier, share in self.weight_shares.items():
+            if tier not in list(Tier):
+                raise unknown_choice("gpu.weight_shares", tier, list(Tier))
+            if not 0 < share < math.inf:
+                raise UserError(f"gpu.weight_shares.{tier}", share, "more than zero, and finite")
         for lane, rate in self.links.items():
             if lane not in PHYSICAL_LINKS:
                 action = ""

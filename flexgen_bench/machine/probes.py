@@ -46,6 +46,16 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def anonymous_bytes() -> int | None:
+    """What this process holds now besides file pages; None where the host does not show it."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return None
+    line = next((line for line in text.splitlines() if line.startswith("RssAnon:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
 def drop_cached_pages(folder: Path) -> int:
     """Ask the kernel to forget the cached pages of every file under ``folder``; returns their total size.
 

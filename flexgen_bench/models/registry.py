@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.errors import UserError, unknown_choice
-from flexgen_bench.core.model import ModelShape
+from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.models.family import ModelFamily
 
 # Entries that change what a model computes, with the values that change nothing: refused by families that do not read
@@ -44,6 +44,11 @@ def family(name: str) -> ModelFamily:
     if name not in families:
         raise unknown_choice("model.family", name, families)
     return families[name]
+
+
+def weight_bytes(shape: ModelShape, dtype: DType) -> int:
+    """Bytes of all parameters as a checkpoint of this type has them; tied embeddings count once."""
+    return family(shape.family).inventory(shape).num_bytes(dtype)
 
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.codec import from_json
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.metrics import DEFINITIONS, GENERATION, Summary, summarise
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.record import Record
@@ -21,7 +22,6 @@ from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.models.registry import family
 from flexgen_bench.pictures.picture import Source
 from flexgen_bench.pictures.run import Quantity, Run, Setting
-from flexgen_bench.report.rows import machine_of
 from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.store.reader import StoredRecord
 

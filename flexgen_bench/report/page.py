@@ -12,6 +12,8 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.report.cells import STATUS_WORDS, one_line
+from flexgen_bench.report.ladder.markdown import ladder_lines
+from flexgen_bench.report.ladder.rungs import measured_ladders
 from flexgen_bench.report.rows import Row
 from flexgen_bench.report.table import by_group, escape, to_markdown
 from flexgen_bench.store.reader import Problem
@@ -24,8 +26,8 @@ _SHOWN_CHARACTERS = 240
 def suite_page(
     suite: str, rows: Sequence[Row], problems: Sequence[Problem], results_dir: Path, accuracy: Sequence[str] = ()
 ) -> str:
-    """The page of one suite: table, what compression costs (``accuracy``, lines of its own), generated texts, what to
-    know about the figures, how to rerun them."""
+    """The page of one suite: its ladder if its memory goes up in shares of the weights, table, what compression costs
+    (``accuracy``, lines of its own), generated texts, what to know about the figures, how to rerun them."""
     records = [r.stored.record for r in rows]
     lines = [
         f"# Suite {escape(suite)}",
@@ -34,6 +36,7 @@ def suite_page(
         "",
         *_provenance(records),
         "",
+        *ladder_lines(measured_ladders(rows)),
         to_markdown(rows),
         *accuracy,
         *_texts(rows),
@@ -50,9 +53,10 @@ def index_page(
     results_dir: Path,
     accuracy: str = "",
     pictures: str = "",
+    ladders: str = "",
 ) -> str:
-    """All suites with how their cells ended, where accuracy is told and pictures are (``accuracy``, ``pictures``:
-    pages), and every file that could not be used."""
+    """All suites with how their cells ended, where accuracy, pictures and predicted ladders are told (pages of these
+    names), and every file that could not be used."""
     lines = ["# Reports", "", "Built from the records alone by `python -m flexgen_bench.report`.", ""]
     if suites:
         lines += ["| Suite | Cells | Ended | Evidence | Measured until |", "|---|---|---|---|---|"]
@@ -72,6 +76,8 @@ def index_page(
         lines += ["", f"What compression costs in accuracy: [accuracy]({accuracy})."]
     if pictures:
         lines += ["", f"Speed against latency, memory, price, accuracy and prediction: [pictures]({pictures})."]
+    if ladders:
+        lines += ["", f"Throughput against memory on machines that are not here: [predicted ladders]({ladders})."]
     lines += ["", *problem_lines(problems, results_dir)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -111,8 +111,9 @@ def group_key(record: Record) -> str:
     """Equal for records that measure the same thing: model, dtype, prompts, lengths, machine caps, threads."""
     spec = record.spec
     parts = [spec.get(k) for k in ("model", "dtype", "workload", "threads")]
-    # What is known about a machine's speed changes with every calibration, and changes no result.
-    known = ("sources", "rates")
+    # What is known about a machine's speed changes with every calibration, and changes no result; nor do the words in
+    # which a cap was asked for.
+    known = ("sources", "rates", "weight_shares")
     hardware = {k: v for k, v in _mapping(spec.get("hardware")).items() if k not in known}
     return json.dumps([*parts, hardware], sort_keys=True)
 

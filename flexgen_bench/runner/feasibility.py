@@ -14,7 +14,7 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.machine import host as machine
-from flexgen_bench.models.registry import family
+from flexgen_bench.models.registry import family, weight_bytes
 
 # Data sheets count a card's memory before what the driver keeps.
 _CARD_SHARE = 0.93
@@ -56,11 +56,6 @@ def needs(spec: CellSpec) -> Needs:
     per_prompt = shape.kv_values_per_token_layer * shape.num_layers * spec.dtype.bytes * tokens
     weights = weight_bytes(shape, spec.dtype)
     return Needs(weights, per_prompt, per_prompt * workload.num_prompts)
-
-
-def weight_bytes(shape: ModelShape, dtype: DType) -> int:
-    """Bytes of all parameters as a checkpoint has them; tied embeddings count once."""
-    return family(shape.family).inventory(shape).num_bytes(dtype)
 
 
 def explain(spec: CellSpec, cache: Path, known: Sequence[ModelShape] = ()) -> Refusal | None:

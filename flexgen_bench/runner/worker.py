@@ -22,7 +22,7 @@ from flexgen_bench.core.record import Sample, SystemReport, TuningProbe
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.engine.tokenization import TextTokenizer
-from flexgen_bench.machine.probes import io_counters, peak_resident_bytes
+from flexgen_bench.machine.probes import anonymous_bytes, io_counters, peak_resident_bytes
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.exit_status import ending, first_line, is_out_of_memory
@@ -62,6 +62,7 @@ class Worker:
         if self.job.prepare_only:
             self._end(Status.OK, "")
             return
+        self.state.process["base_bytes"] = anonymous_bytes()
         batch = self.job.batch_size or self._tune(system)
         if batch is None:
             last = self.state.tuning[-1]

@@ -55,9 +55,10 @@ class Answer:
 
 def key_of(predictor: str, constants: Mapping[str, float], options: Mapping[str, Any], job: Job) -> str:
     """What an answer is found by: the job, who is asked and what it is told besides, and its code. Where a
-    machine's constants come from decides nothing, and an option that is None is for the predictor to choose, as one
-    that is left out."""
-    facts_of_job = to_json(replace(job, hardware=replace(job.hardware, sources={})))
+    machine's constants come from decides nothing, nor in which words its memory was asked for, and an option that is
+    None is for the predictor to choose, as one that is left out."""
+    machine = replace(job.hardware, sources={}, weight_shares={})
+    facts_of_job = to_json(replace(job, hardware=machine))
     stated = {name: to_json(value) for name, value in options.items() if value is not None}
     deciding = [predictor, dict(constants), stated, facts_of_job, code_of(predictor)]
     facts = json.dumps(deciding, sort_keys=True, default=str)

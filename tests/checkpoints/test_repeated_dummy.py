@@ -15,7 +15,8 @@ from flexgen_bench.config.build import model_spec
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.units import GB
-from flexgen_bench.runner.feasibility import checkpoint_bytes, weight_bytes
+from flexgen_bench.models.registry import weight_bytes
+from flexgen_bench.runner.feasibility import checkpoint_bytes
 from tests.support.shapes import llama_shape, no_progress, opt_shape
 
 SHAPES = [

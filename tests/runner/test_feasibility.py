@@ -16,8 +16,9 @@ from flexgen_bench.core.cell import CellSpec, ModelSpec
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.units import GB, GIB
 from flexgen_bench.machine import host as machine
+from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.runner import feasibility
-from flexgen_bench.runner.feasibility import explain, needs, weight_bytes
+from flexgen_bench.runner.feasibility import explain, needs
 from tests.support.shapes import no_progress, opt_shape
 
 KNOWN = [model_spec(name).shape for name in list_models()]
