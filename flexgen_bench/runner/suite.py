@@ -18,7 +18,7 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.runner.cell import make_record, run_cell
-from flexgen_bench.runner.events import Display
+from flexgen_bench.runner.events import Display, RunningCell
 from flexgen_bench.runner.job import TRACE_FILE, CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
@@ -136,6 +136,8 @@ class _Runner:
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
         try:
             prediction = self._prediction(planned.forecast)
+            if planned.refusal is None:
+                self.display.cell_runs(RunningCell(cell.spec, self.suite, prediction, environment))
             state, cap = self._outcome(planned, workdir)
             prediction = self._of_what_ran(planned, state) or prediction
             trace = _bytes_of(workdir / TRACE_FILE)
