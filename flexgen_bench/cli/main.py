@@ -20,6 +20,7 @@ COMMANDS = {
     "batch": "answer files of requests; a killed run goes on where it was",
     "chat": "talk to a model in the terminal",
     "serve": "an HTTP server in the form of the OpenAI API",
+    "dashboard": "the saved view and report of what tracker=wandb has sent, or how to make them by hand",
     "trace": "what every lane did in a recorded run",
     "report": "rebuild tables, pages and the paper's tables from the records",
     "calibrate": "measure what this machine sustains",

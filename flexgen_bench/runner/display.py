@@ -167,6 +167,9 @@ class ProgressDisplay(Closing):
         if self._bars is not None:
             self._bars.cell_done()
 
+    def suite_end(self) -> None:
+        """The table says the rest."""
+
     def close(self) -> None:
         """Take the bars off the terminal. May be called more than once."""
         if self._bars is not None:

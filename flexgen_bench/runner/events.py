@@ -68,6 +68,9 @@ class Display(Protocol):
     def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """The cell's record is on disk; ``skipped`` when it was there before."""
 
+    def suite_end(self) -> None:
+        """Its last cell has ended."""
+
 
 class SilentDisplay:
     """Shows nothing."""
@@ -91,6 +94,9 @@ class SilentDisplay:
         """Nothing."""
 
     def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
+        """Nothing."""
+
+    def suite_end(self) -> None:
         """Nothing."""
 
 

@@ -65,7 +65,7 @@ def run_suite(
 
     A cell is finished when ``results_dir`` holds a record of its spec for this suite, however it ended;
     only ``unavailable`` is looked at again. ``rerun`` runs all of them. ``on_record`` gets each new record's
-    path (a tracker); what it raises is told on stderr and loses nothing.
+    path; what it raises is told on stderr and loses nothing.
 
     Raises StoreError if a record cannot be saved, and KeyboardInterrupt; either way no process of a cell is
     left, and the records written so far stand.
@@ -90,7 +90,8 @@ def run_suite(
         display.cell_end(label, record.status, record.reason, path, skipped)
         paths.append(path)
         if on_record is not None and not skipped:
-            _tell_tracker(on_record, path)
+            _tell(on_record, path)
+    display.suite_end()
     return paths
 
 
@@ -206,11 +207,11 @@ def _bytes_of(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _tell_tracker(on_record: Callable[[Path], None], path: Path) -> None:
+def _tell(on_record: Callable[[Path], None], path: Path) -> None:
     try:
         on_record(path)
     except StoreError:
         raise
     except Exception as error:
-        # The record is the truth and is saved: a tracker that fails must not end the run.
-        print(f"tracker failed for {path.name}: {error!r}. The record is saved.", file=sys.stderr)
+        # The record is the truth and is saved: who only hears of it must not end the run.
+        print(f"nobody was told of {path.name}: {error!r}. The record is saved.", file=sys.stderr)

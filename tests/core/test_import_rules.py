@@ -37,8 +37,8 @@ RANKS = (
     "accuracy",
     "report",
     "paper",
-    "trackers",
     "trace",
+    "trackers",
     "cells",
     "cli",
 )
