@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flexgen_bench.cli.ending import BAD_INPUT, FAILED
 from flexgen_bench.core.errors import UserError
@@ -54,15 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _obstacle() -> str:
     """Why nothing can be saved from here; "" if it can."""
     try:
-        import wandb
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError as error:
         return how_to_install(error.name or "wandb-workspaces")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not wandb.setup().settings.api_key and wandb.api.api_key is None:
-        return "there is no login here (wandb login)"
-    return ""
+    return "" if _has_login() else "there is no login here (wandb login)"
+
+
+def _has_login() -> bool:
+    """Whether wandb would find a key, in the environment or where ``wandb login`` puts it; asking wandb itself would
+    prompt for one."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _save(dashboard: Dashboard, entity: str, project: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,13 @@ def cell_run(
 def cell_result(stored: StoredRecord) -> TrackedResult:
     """A cell that has ended, from its record."""
     record = stored.record
+    circumstances = encode(replace(record, outputs={}, samples=(), warmup_samples=()))
     tables = {"tokens": _tokens(record), "lanes": _lanes(record), "tuning": _tuning(record)}
     pictures, files = _traced(stored)
     return TrackedResult(
         ok=record.status is Status.OK,
         summary=cell_summary(stored),
-        config={k: v for k, v in encode(record).items() if k not in _NOT_CONFIG} | {"plan": record.prediction},
+        config={k: v for k, v in circumstances.items() if k not in _NOT_CONFIG} | {"plan": record.prediction},
         tags=as_tags([record.status.value]),
         rows=repetition_rows(record),
         tables={name: table for name, table in tables.items() if table.rows},
@@ -118,8 +120,8 @@ def repetition_rows(record: Record) -> list[dict[str, Value]]:
     """One row per repetition: its raw figures and every metric of it, so that the spread can be seen."""
     values = metrics(record)
     rows = []
-    for index, sample in enumerate(encode(record)["samples"]):
-        row: dict[str, Value] = {"repetition": index, **{f"sample/{k}": v for k, v in sample.items()}}
+    for index, sample in enumerate(record.samples):
+        row: dict[str, Value] = {"repetition": index, **{f"sample/{k}": v for k, v in asdict(sample).items()}}
         rows.append(row | {f"metric/{name}": m.samples[index] for name, m in values.items()})
     return rows
 

@@ -97,6 +97,6 @@ def _suite_result(records: list[StoredRecord]) -> TrackedResult:
     counts = Counter(s.record.status.value for s in records)
     return TrackedResult(
         ok=True,
-        summary={f"cells/{status}": count for status, count in counts.items()} | {"cells": len(records)},
+        summary={f"cells/{status}": count for status, count in counts.items()} | {"number_of_cells": len(records)},
         tables={"cells": TrackedTable(list(rows[0]), [list(row.values()) for row in rows])},
     )

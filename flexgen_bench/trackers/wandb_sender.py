@@ -1,7 +1,7 @@
 """The process that talks to wandb: ``python -m flexgen_bench.trackers.wandb_sender``, started by ``sender.py``.
 
-The first line on standard input holds the options, every other one an order: begin, log or end. It takes the lowest
-priority, so that it runs where the measurement leaves room.
+The first line on standard input holds the options, every other one an order: begin, log or end. It takes a
+low priority, so that it runs where the measurement leaves room.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEPS = {"repetition": ("sample/*", "metric/*"), "task_number": ("task_score",)}
 def main() -> int:
     """Carry out orders until there are no more."""
     answers = _answers()
-    os.nice(19)
+    os.nice(10)
     lines = sys.stdin
     head = json.loads(lines.readline())
     try:
@@ -72,20 +72,24 @@ class Sending:
         self._run.log(row)
 
     def end(self, result: Mapping[str, Any]) -> str:
-        run, wandb = self._run, self._wandb
+        try:
+            self._send(self._run, result)
+        finally:  # what came before a failure is kept, too
+            self._run.finish(exit_code=0 if result["ok"] else 1)
+            self._run = None
+        return self.failed
+
+    def _send(self, run: Any, result: Mapping[str, Any]) -> None:
         run.config.update(result["config"], allow_val_change=True)
         run.tags = (*(run.tags or ()), *result["tags"])
         for row in result["rows"]:
             run.log(row)
         self._log_tables(result["tables"])
         for name, svg in result["pictures"].items():
-            run.log({name: wandb.Html(svg, inject=False)})
+            run.log({name: self._wandb.Html(svg, inject=False)})
         if result["files"]:
             run.log_artifact(self._artifact(result["files"], run.id))
         run.summary.update(result["summary"])
-        run.finish(exit_code=0 if result["ok"] else 1)
-        self._run = None
-        return self.failed
 
     def _log_tables(self, tables: Mapping[str, Any]) -> None:
         for name, table in tables.items():

@@ -96,13 +96,37 @@ def test_without_a_login_every_panel_is_told_with_its_query(capsys: pytest.Captu
     said = capsys.readouterr()
     dashboard = load_dashboard()
     assert said.out == instructions(dashboard, "mine")
-    assert "not saved: WANDB_MODE=offline" in said.err
+    assert said.err.startswith("not saved: ")
     for section in dashboard.sections:
         for panel in section.panels:
             _, _, rest = said.out.partition(f"Section: {section.name}\n")[2].partition(f": {panel.name}\n")
             own = re.split(r"\n  \S", rest)[0]
             for one in panel.fields:
                 assert (one.regex if one.is_pattern else one.name) in own, panel.name
+
+
+def test_a_login_is_looked_for_without_asking_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert main([]) == 0
+    assert "there is no login here (wandb login)" in capsys.readouterr().err
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123")
+    monkeypatch.setattr("flexgen_bench.cli.dashboard._save", lambda *_: ["view: there"])
+    assert main([]) == 0
+    assert capsys.readouterr().out == "view: there\n"
+
+    def refused(*_: object) -> list[str]:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr("flexgen_bench.cli.dashboard._save", refused)
+    assert main([]) == 1
+    said = capsys.readouterr()
+    assert "no server" in said.err
+    assert "Section: " in said.out
 
 
 def test_a_bad_definition_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,13 +48,14 @@ def test_a_cell_is_a_run_with_its_history(tracked: Tracked) -> None:
     assert [row[f"metric/{GENERATION}"] for row in cell.having("repetition")] == pytest.approx(
         metrics(record)[GENERATION].samples
     )
-    assert cell.steps["metric/*"] == "repetition" or "repetition" in cell.steps
+    assert cell.steps["metric/*"] == "repetition"
+    assert cell.steps["*"] == "time_s"
 
 
 def test_a_system_that_knows_phases_alone_sends_what_it_knows(tracked: Tracked) -> None:
     live = tracked.cell("transformers").having("time_s")
     assert live[-1]["live/decode_tokens"] == 4 * 5
-    assert live[-1]["live/prefill_tok_per_s"] > 0
+    assert max(row["live/prefill_tok_per_s"] for row in live) > 0
     assert live[-1]["memory/process_resident_bytes"] > 2**20
     assert not [name for row in live for name in row if name.startswith(("queue/", "lane/", "link/"))]
 
