@@ -40,7 +40,7 @@ GROUPS = {
         "`max_latency_s` are looked at."
     ),
     "system": "What is under test. None named: all of them.",
-    "tracker": "Where finished records are sent besides the disk.",
+    "tracker": "Where runs are sent besides the disk ([Dashboards](../guides/dashboards.md)).",
     "suite": "A list of groups of cells; the cells of a group differ in the system alone.",
     "measure": "How each cell is measured. No files: keys of the command line and of suites.",
     "table": "A table of the paper ([how to add one](../guides/paper_tables.md#a-new-table)). Not part of a "
@@ -163,10 +163,10 @@ MEANS: dict[str, dict[str, str]] = {
     },
     "tracker": {
         "name": "an entry of `flexgen_bench/trackers/registry.py`",
-        "mode": "of Weights & Biases: `offline`, `online`",
+        "mode": "of Weights & Biases: `offline` (files for `wandb sync`), `online`; `WANDB_MODE=offline` overrules it",
         "project": "of Weights & Biases",
         "entity": "of Weights & Biases",
-        "timeout_s": "how long it may hold a run up",
+        "timeout_s": "how long beginning or ending a run may take; nothing is waited for in between",
     },
     "suite": {
         "cells[].name": "of the group of cells, for `cell=`",

@@ -25,6 +25,7 @@ from flexgen_bench.core.errors import CannotRun, StoreError, UserError
 from flexgen_bench.core.folders import is_gguf, make_writable
 
 if TYPE_CHECKING:
+    from flexgen_bench.accuracy.compare.outcome import ModelOutcome
     from flexgen_bench.accuracy.run.run import AccuracyRun
 
 CONFIG = "accuracy_run"
@@ -64,6 +65,7 @@ Keys (with their defaults)
   text_tokens=1024        of plain text, to compare distributions on; 0: none
   system=flexgen gpu=auto policy=auto threads=null batch_size=null max_length=null
   rerun=false dry_run=false results_dir=results cache_dir=null
+  tracker=none            wandb: also to Weights & Biases, a run for each mode
 """
 
 
@@ -115,6 +117,7 @@ def _run(request: Request) -> int:
     written = run.execute()
     stored = read_accuracy(request.results_dir, run.keys())
     all_outcomes = outcomes(stored, request.margins)
+    _track(request, all_outcomes)
     for outcome in all_outcomes:
         print_outcome(outcome)
     for problem in stored.problems:
@@ -132,6 +135,22 @@ def _run(request: Request) -> int:
         )
     )
     return FAILED if failed else 0
+
+
+def _track(request: Request, all_outcomes: Sequence[ModelOutcome]) -> None:
+    """Send the modes to a tracker, if one is asked for. The records are saved: that it fails is told."""
+    from flexgen_bench.trackers.accuracy_run import send_accuracy
+    from flexgen_bench.trackers.registry import make_tracker
+
+    tracker = make_tracker(request.tracker.name, request.tracker.options(), request.results_dir)
+    if tracker is None:
+        return
+    try:
+        send_accuracy(tracker, all_outcomes, request.results_dir)
+    except Exception as error:
+        _tell(f"tracker {request.tracker.name} failed: {error!r}. The records are saved.")
+    finally:
+        tracker.close()
 
 
 def _show(run: AccuracyRun) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "batch": "answer files of requests; a killed run goes on where it was",
     "chat": "talk to a model in the terminal",
     "serve": "an HTTP server in the form of the OpenAI API",
+    "dashboard": "the saved view and report of what tracker=wandb has sent, or how to make them by hand",
     "trace": "what every lane did in a recorded run",
     "picture": "draw what records say: speed against latency, memory, price, accuracy, prediction",
     "page": "every record in one folder that a browser opens from disk, or live while a suite runs",

@@ -20,6 +20,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,31 +218,31 @@ def _plan(run_plan: Plan, results: Path, cache: Path, rates: LocalRates, outcome
 
 def _measure(conf: AppConf, divided_cells: Work, suite: str, results: Path, cache: Path, outcome: Outcome) -> None:
     from flexgen_bench.runner.display import ProgressDisplay
+    from flexgen_bench.runner.displays import Displays
+    from flexgen_bench.runner.events import Display
     from flexgen_bench.runner.progress_file import ProgressFile
     from flexgen_bench.runner.suite import run_suite
-    from flexgen_bench.store.reader import read_record
     from flexgen_bench.trackers.registry import make_tracker
+    from flexgen_bench.trackers.suite import TrackedSuite
 
     make_writable(results, "results_dir")
     make_writable(cache, "cache_dir")
-    tracker = make_tracker(conf.tracker.name, conf.tracker.options(), results.absolute().parent / "wandb")
-
-    def on_record(path: Path) -> None:
-        outcome.records.append(path)
-        tracker.log_record(read_record(path), path)
-
-    with ProgressDisplay() as shown, ProgressFile(shown, results, suite) as display:
+    tracker = make_tracker(conf.tracker.name, conf.tracker.options(), results)
+    with ExitStack() as stack:
+        display = stack.enter_context(ProgressDisplay())
+        followers: list[Display] = [stack.enter_context(ProgressFile(results, suite))]
+        if tracker is not None:
+            followers.append(stack.enter_context(TrackedSuite(tracker, results)))
         paths = run_suite(
             divided_cells.measure,
             suite=suite,
             results_dir=results,
             cache_dir=cache,
             rerun=conf.rerun,
-            display=display,
-            on_record=on_record,
+            display=Displays(display, *followers),
+            on_record=outcome.records.append,
         )
     outcome.records[:] = [path for path in outcome.records if path not in paths] + paths
-    tracker.finish()
 
 
 def _tell(text: str) -> None:

@@ -150,7 +150,7 @@ class SystemConf:
 
 @dataclass
 class TrackerConf:
-    """conf/tracker: where finished records are sent besides the disk."""
+    """conf/tracker: where runs are sent besides the disk."""
 
     name: str = "none"
     mode: str | None = None

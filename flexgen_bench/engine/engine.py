@@ -15,6 +15,7 @@ from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Site, Tier
@@ -86,6 +87,8 @@ class Engine:
             raise
         self._closed = False
         self._open: OpenJob | None = None
+        self._running: JobRun | None = None
+        self._ended: JobState | None = None
         self.direct_io = self._weights.direct_io
 
     def generate(self, sequences: Sequence[Running], progress: Progress = quiet) -> JobResult:
@@ -239,11 +242,26 @@ class Engine:
         result = JobResult(plan=plan)
         with self._job(plan, consumer, policy, result) as (executor, actions):
             scheduler = Scheduler(policy, plan, consumer.logit_rows, on_device=consumer.on_device)
-            JobRun(
-                *(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress),
-                overlap=policy.overlap,
-            ).run()
+            self._drive(
+                JobRun(
+                    *(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress),
+                    overlap=policy.overlap,
+                )
+            )
         return result
+
+    def _drive(self, run: JobRun) -> None:
+        """All passes of a closed job. In a frame of its own, which holds nothing when an error has left it."""
+        self._running = run
+        try:
+            run.run()
+            self._ended = run.state()
+        finally:
+            self._running = None
+
+    def job_state(self) -> JobState | None:
+        """What the job that runs is doing, asked from its progress; afterwards how the last one ended."""
+        return self._ended if self._running is None else self._running.state()
 
     @contextmanager
     def _job(
@@ -276,6 +294,7 @@ class Engine:
             held.callback(actions.close)
             executor = Executor(self._device.lane_settings(), policy.overlap, actions.settled)
             held.callback(executor.close)
+            result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
             try:
                 yield executor, actions
                 executor.drain()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.core.timeline import Timeline
@@ -88,6 +89,7 @@ class JobRun:
         self._submitted: deque[_Pass] = deque()
         self._gone: list[SequenceGroup] = []  # have left, though a pass that was submitted has them
         self._latest_s = 0.0  # when the last pass was over
+        self._passes, self._requests = 0, len(requests)
 
     def run(self) -> None:
         """All passes of a closed job."""
@@ -105,6 +107,24 @@ class JobRun:
             self._submit()
         if self._submitted:
             self._finish(self._submitted.popleft())
+
+    def state(self) -> JobState:
+        """What the job is doing; from the thread that runs it."""
+        running, plan = self._scheduler.running, self._result.plan
+        prefill = sum(one.group.size for one in running if not one.token)
+        decode = sum(one.group.size for one in running) - prefill
+        waiting, lanes = self._scheduler.waiting, self._executor.use()
+        return JobState(
+            passes=self._passes,
+            waiting=waiting,
+            prefill=prefill,
+            decode=decode,
+            done=max(0, self._requests - waiting - prefill - decode),
+            used_bytes=_totals(self._result.allocated),
+            planned_bytes={} if plan is None else _totals(plan.bytes),
+            link_bytes={str(lane): use.bytes for lane, use in lanes.items() if lane.is_link},
+            busy_s={str(lane): use.busy_s for lane, use in lanes.items()},
+        )
 
     @property
     def kv_slots_in_use(self) -> int:
@@ -161,6 +181,7 @@ class JobRun:
         now_s = time.perf_counter()
         self._account(one.batches, now_s - max(one.begin_s, self._latest_s))
         self._latest_s = now_s
+        self._passes += 1
 
     def _forget(self) -> None:
         """Of sequence groups that have left, those that no pass has any more."""
@@ -191,3 +212,8 @@ class JobRun:
         if decoded:
             done = self._decode_done + int(decoded * share)
             self._progress("decode", done, self._decode_total)
+
+
+def _totals(sizes: Mapping[Site, Mapping[str, int]]) -> dict[str, int]:
+    """Bytes by tier."""
+    return {site.name: sum(parts.values()) for site, parts in sizes.items()}

@@ -56,6 +56,15 @@ def anonymous_bytes() -> int | None:
     return None if line is None else int(line.split()[1]) * 1024
 
 
+def resident_bytes() -> int | None:
+    """Resident set of this process now, mapped file pages included; None where the host does not show it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def drop_cached_pages(folder: Path) -> int:
     """Ask the kernel to forget the cached pages of every file under ``folder``; returns their total size.
 

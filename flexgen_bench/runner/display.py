@@ -16,8 +16,10 @@ from rich.text import Text
 
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.metrics import summarise
+from flexgen_bench.core.moment import Moment
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import about, format_bytes, format_seconds
+from flexgen_bench.runner.events import RunningCell
 from flexgen_bench.store.reader import read_record
 
 # A log file is read later: one line per stage and this many seconds is enough to see where time went.
@@ -119,6 +121,12 @@ class ProgressDisplay(Closing):
         else:
             self._line(f"[{index}/{total}] {label}: started{time_text}")
 
+    def cell_runs(self, cell: RunningCell) -> None:
+        """Its stages will tell."""
+
+    def moment(self, moment: Moment) -> None:
+        """Progress says as much as fits a line."""
+
     def stage(self, text: str) -> None:
         """The current cell says what it does now."""
         if text == self._stage:
@@ -158,6 +166,9 @@ class ProgressDisplay(Closing):
         self._line(f"{label}: {', '.join(parts)}")
         if self._bars is not None:
             self._bars.cell_done()
+
+    def suite_end(self) -> None:
+        """The table says the rest."""
 
     def close(self) -> None:
         """Take the bars off the terminal. May be called more than once."""

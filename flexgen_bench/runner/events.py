@@ -4,6 +4,7 @@ Three kinds of line exist::
 
     {"event": "stage", "text": "loading weights"}
     {"event": "progress", "what": "decode", "done": 96, "total": 512, "unit": "tokens"}
+    {"event": "moment", ...}    # the fields of ``core.moment.Moment``
 
 and nothing else; results never travel this way. Systems announce a stage (a long compilation, say) through
 the logger ``flexgen_bench.stage``, and progress outside generation with ``extra={"progress": (what, done,
@@ -16,14 +17,30 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from flexgen_bench.core.cell import CellSpec
+from flexgen_bench.core.codec import from_json, to_json
+from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.moment import Moment
 from flexgen_bench.core.status import Status
 
 STAGE_LOGGER = "flexgen_bench.stage"
 MIN_INTERVAL_S = 0.1  # progress lines at most this often, so that telling costs nothing
+
+
+@dataclass(frozen=True)
+class RunningCell:
+    """A cell whose process is about to start. prediction: what is expected of it, as in ``Record.prediction``;
+    environment: of this machine, as in ``Record.environment``."""
+
+    spec: CellSpec
+    suite: str
+    prediction: Mapping[str, Any]
+    environment: Mapping[str, Any]
 
 
 class Display(Protocol):
@@ -36,6 +53,12 @@ class Display(Protocol):
     def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
         """Cell ``index`` (from 1) of ``total`` begins, and will take so many seconds."""
 
+    def cell_runs(self, cell: RunningCell) -> None:
+        """The cell that has begun is neither finished nor refused: its process starts when this returns."""
+
+    def moment(self, moment: Moment) -> None:
+        """How far the current cell has come: about once a second while it generates."""
+
     def stage(self, text: str) -> None:
         """The current cell says what it does now."""
 
@@ -44,6 +67,9 @@ class Display(Protocol):
 
     def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """The cell's record is on disk; ``skipped`` when it was there before."""
+
+    def suite_end(self) -> None:
+        """Its last cell has ended."""
 
 
 class SilentDisplay:
@@ -55,6 +81,12 @@ class SilentDisplay:
     def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
         """Nothing."""
 
+    def cell_runs(self, cell: RunningCell) -> None:
+        """Nothing."""
+
+    def moment(self, moment: Moment) -> None:
+        """Nothing."""
+
     def stage(self, text: str) -> None:
         """Nothing."""
 
@@ -62,6 +94,9 @@ class SilentDisplay:
         """Nothing."""
 
     def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
+        """Nothing."""
+
+    def suite_end(self) -> None:
         """Nothing."""
 
 
@@ -82,6 +117,10 @@ class Emitter:
             return
         self._last_s = now
         self._write({"event": "progress", "what": what, "done": int(done), "total": int(total), "unit": unit})
+
+    def moment(self, moment: Moment) -> None:
+        """Whoever calls this bounds how often."""
+        self._write({"event": "moment"} | to_json(moment))
 
     def tokens(self, phase: str, done: int, total: int) -> None:
         """Progress of a generation, in the form the System contract calls it."""
@@ -136,3 +175,9 @@ def show(line: str, display: Display) -> None:
         display.stage(str(event["text"]))
     elif event.get("event") == "progress":
         display.progress(event["what"], event["done"], event["total"], event["unit"])
+    elif event.pop("event", None) == "moment":
+        try:
+            moment = from_json(Moment, event, "moment")
+        except UserError:  # what else on the pipe looks like one
+            return
+        display.moment(moment)

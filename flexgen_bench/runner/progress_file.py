@@ -1,4 +1,4 @@
-"""A display that also keeps a file of what the suite does, for a page that watches (``store/running.py``)."""
+"""A display that keeps a file of what the suite does, for a page that watches (``store/running.py``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.status import Status
 from flexgen_bench.runner.display import Meter
-from flexgen_bench.runner.events import Display
+from flexgen_bench.runner.events import SilentDisplay
 from flexgen_bench.store.reader import read_record
 from flexgen_bench.store.running import (
     FINISHED,
@@ -30,16 +30,14 @@ from flexgen_bench.store.running import (
 _INTERVAL_S = 1.0  # progress is written at most this often: it must not slow the cell down
 
 
-class ProgressFile(Closing):
-    """Passes everything on to ``display``. A file that cannot be written is told once, and the suite goes on.
+class ProgressFile(SilentDisplay, Closing):
+    """Follows a suite. A file that cannot be written is told once, and the suite goes on.
 
     clock: seconds (for tests).
     """
 
-    def __init__(
-        self, display: Display, results_dir: Path, suite: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._display, self._results, self._clock = display, results_dir, clock
+    def __init__(self, results_dir: Path, suite: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._results, self._clock = results_dir, clock
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._suite = RunningSuite(os.getpid(), suite, started, ())
         self._cells: list[RunningCell] = []
@@ -51,14 +49,12 @@ class ProgressFile(Closing):
 
     def suite_start(self, expected_s: Sequence[float | None]) -> None:
         """All cells begin as waiting."""
-        self._display.suite_start(expected_s)
         self._cells = [RunningCell(expected_s=seconds) for seconds in expected_s]
         forget_ended(self._results)
         self._write()
 
     def cell_start(self, label: str, index: int, total: int, expected_s: float | None) -> None:
         """This one runs."""
-        self._display.cell_start(label, index, total, expected_s)
         self._cells += [RunningCell()] * (total - len(self._cells))
         self._at, self._begun_s, self._meter = index - 1, self._clock(), None
         self._cells[self._at] = RunningCell(RUNNING, label, expected_s)
@@ -66,13 +62,11 @@ class ProgressFile(Closing):
 
     def stage(self, text: str) -> None:
         """What it does now."""
-        self._display.stage(text)
         self._meter = None
         self._write(stage=text)
 
     def progress(self, what: str, done: int, total: int, unit: str) -> None:
         """How far it is."""
-        self._display.progress(what, done, total, unit)
         now = self._clock()
         if self._meter is None or self._what != what or done < self._meter.done:
             self._meter, self._what = Meter(unit, total), what
@@ -83,7 +77,6 @@ class ProgressFile(Closing):
 
     def cell_end(self, label: str, status: Status, reason: str, record: Path, skipped: bool) -> None:
         """How it ended, and its record."""
-        self._display.cell_end(label, status, reason, record, skipped)
         took = None if skipped else self._clock() - self._begun_s
         expected = self._cells[self._at].expected_s
         run = _run_of(record)

@@ -18,7 +18,7 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.runner.cell import make_record, run_cell
-from flexgen_bench.runner.events import Display
+from flexgen_bench.runner.events import Display, RunningCell
 from flexgen_bench.runner.job import TRACE_FILE, CellState
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
@@ -65,7 +65,7 @@ def run_suite(
 
     A cell is finished when ``results_dir`` holds a record of its spec for this suite, however it ended;
     only ``unavailable`` is looked at again. ``rerun`` runs all of them. ``on_record`` gets each new record's
-    path (a tracker); what it raises is told on stderr and loses nothing.
+    path; what it raises is told on stderr and loses nothing.
 
     Raises StoreError if a record cannot be saved, and KeyboardInterrupt; either way no process of a cell is
     left, and the records written so far stand.
@@ -90,7 +90,8 @@ def run_suite(
         display.cell_end(label, record.status, record.reason, path, skipped)
         paths.append(path)
         if on_record is not None and not skipped:
-            _tell_tracker(on_record, path)
+            _tell(on_record, path)
+    display.suite_end()
     return paths
 
 
@@ -136,6 +137,8 @@ class _Runner:
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
         try:
             prediction = self._prediction(planned.forecast)
+            if planned.refusal is None:
+                self.display.cell_runs(RunningCell(cell.spec, self.suite, prediction, environment))
             state, cap = self._outcome(planned, workdir)
             prediction = self._of_what_ran(planned, state) or prediction
             trace = _bytes_of(workdir / TRACE_FILE)
@@ -204,11 +207,11 @@ def _bytes_of(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _tell_tracker(on_record: Callable[[Path], None], path: Path) -> None:
+def _tell(on_record: Callable[[Path], None], path: Path) -> None:
     try:
         on_record(path)
     except StoreError:
         raise
     except Exception as error:
-        # The record is the truth and is saved: a tracker that fails must not end the run.
-        print(f"tracker failed for {path.name}: {error!r}. The record is saved.", file=sys.stderr)
+        # The record is the truth and is saved: who only hears of it must not end the run.
+        print(f"nobody was told of {path.name}: {error!r}. The record is saved.", file=sys.stderr)

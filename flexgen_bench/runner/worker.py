@@ -28,6 +28,7 @@ from flexgen_bench.runner.events import Emitter, take_stdout
 from flexgen_bench.runner.exit_status import ending, first_line, is_out_of_memory
 from flexgen_bench.runner.gpu_cap import apply_gpu_cap
 from flexgen_bench.runner.job import TRACE_FILE, CellProcessJob, CellState
+from flexgen_bench.runner.moments import Moments
 from flexgen_bench.store.trace import Trace, encode_trace
 from flexgen_bench.systems.contract import Generation, ModelFiles, System
 from flexgen_bench.systems.load_system import check_capable, load_target
@@ -41,6 +42,7 @@ class Worker:
         self.state_path, self.emitter = state_path, emitter
         self.state = CellState(tuning=list(job.tuning))
         self.loaded: int | None = None
+        self.moments: Moments | None = None
 
     def run(self) -> None:
         """Work until the state tells an end. Never raises for what a system does."""
@@ -53,6 +55,7 @@ class Worker:
         self._enter("check", "importing")
         system = self._build()
         system.check()
+        self.moments = Moments(self.emitter, system.job_state)
         if not system.is_prepared():
             if not self.job.prepare_only:
                 self.state.stage = "unprepared"
@@ -129,7 +132,7 @@ class Worker:
             self._enter("probe", f"trying batches of {size}")
             try:
                 self._load(system, size)
-                done = system.generate(prompts[:size], gen_len, self.emitter.tokens)
+                done = self._generate(system, prompts[:size], gen_len)
                 rate, reason = (
                     tuning.projected_rate(size, done.prefill_s, done.decode_s, gen_len, self.spec.workload),
                     "",
@@ -155,7 +158,7 @@ class Worker:
 
     def _repeat(self, system: System) -> tuple[Sample, Sequence[Sequence[int]]]:
         workload = self.spec.workload
-        done: Generation = system.generate(self.job.prompts, workload.gen_len, self.emitter.tokens)
+        done = self._generate(system, self.job.prompts, workload.gen_len)
         sample = Sample(
             prefill_s=done.prefill_s,
             decode_s=done.decode_s,
@@ -164,6 +167,15 @@ class Worker:
             decode_tokens=sum(max(0, len(ids) - 1) for ids in done.token_ids),
         )
         return sample, done.token_ids
+
+    def _generate(self, system: System, prompts: Sequence[Sequence[int]], gen_len: int) -> Generation:
+        """One generation, looked at while it runs."""
+        moments = self.moments
+        assert moments is not None
+        moments.begin(self.state.stage)
+        done = system.generate(prompts, gen_len, moments.tokens)
+        moments.end()
+        return done
 
     def _judge(self, outputs: Sequence[Sequence[Sequence[int]]]) -> None:
         """Check what was generated; a wrong number of tokens or an impossible token is no result."""

@@ -23,6 +23,10 @@ class Admission(Protocol):
     def is_over(self) -> bool:
         """Whether nobody is waiting and nobody can come any more."""
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not started."""
+
     def admit(self, free: Sequence[int]) -> list[SequenceGroup]:
         """The sequence groups that start with the next pass, given the free KV slots; each says which it takes."""
 
@@ -54,6 +58,10 @@ class ClosedAdmission:
     @property
     def is_over(self) -> bool:
         return not self._waiting
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(self._groups.members[index]) for index in self._waiting)
 
     def admit(self, free: Sequence[int]) -> list[SequenceGroup]:
         if not self._continuous:

@@ -104,6 +104,11 @@ class Scheduler:
         """Who takes part in the pass that has begun, in the order of their KV slots."""
         return [self._running[kv_slot] for kv_slot in sorted(self._running)]
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not started."""
+        return self._admission.waiting
+
     def schedule(self) -> list[MicroBatch]:
         """Let sequence groups move in; the micro-batches of the next pass."""
         self.admit()

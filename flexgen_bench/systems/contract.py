@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import CannotRun
+from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
 from flexgen_bench.core.timeline import Timeline
@@ -101,6 +102,11 @@ class System(ABC):
 
     def timeline(self) -> Timeline | None:
         """What every lane did in the last call of ``generate``; None if the system does not keep that."""
+        return None
+
+    def job_state(self) -> JobState | None:
+        """What the running ``generate`` is doing, asked from inside its progress; after it, how it ended. None if the
+        system knows no more than its phases. Must take no longer than a fraction of a millisecond."""
         return None
 
     def scorer(self, batch_size: int | None) -> Scorer:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.hardware import Accelerator
+from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
@@ -145,6 +146,9 @@ class FlexGenSystem(System):
 
     def timeline(self) -> Timeline:
         return self._timeline
+
+    def job_state(self) -> JobState | None:
+        return None if self._engine is None else self._engine.job_state()
 
     def close(self) -> None:
         if self._engine is not None:

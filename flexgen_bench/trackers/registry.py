@@ -9,14 +9,9 @@ from typing import Any
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.trackers.base import Tracker
-from flexgen_bench.trackers.none import NoTracker
 
-
-def _make_none(options: Mapping[str, Any], directory: Path) -> Tracker:
-    del directory
-    if options:
-        raise UserError("tracker", dict(options), "without options for the tracker 'none'")
-    return NoTracker()
+# Records are files, and that is all.
+NONE = "none"
 
 
 def _make_wandb(options: Mapping[str, Any], directory: Path) -> Tracker:
@@ -25,14 +20,19 @@ def _make_wandb(options: Mapping[str, Any], directory: Path) -> Tracker:
     return WandbTracker(from_json(WandbOptions, options, "tracker"), directory)
 
 
-_MAKERS: dict[str, Callable[[Mapping[str, Any], Path], Tracker]] = {"none": _make_none, "wandb": _make_wandb}
+_MAKERS: dict[str, Callable[[Mapping[str, Any], Path], Tracker]] = {"wandb": _make_wandb}
 
 
-def make_tracker(name: str, options: Mapping[str, Any], directory: Path) -> Tracker:
-    """The tracker called ``name``; whatever it writes on this machine goes under ``directory``.
+def make_tracker(name: str, options: Mapping[str, Any], results_dir: Path) -> Tracker | None:
+    """The tracker called ``name``, whose files go into a folder of its name beside the results. None where nothing is
+    sent.
 
     Raises UserError for an unknown name (listing the known ones) or an option that it does not have.
     """
+    if name == NONE:
+        if options:
+            raise UserError("tracker", dict(options), f"without options for the tracker {NONE!r}")
+        return None
     if name not in _MAKERS:
-        raise unknown_choice("tracker", name, _MAKERS)
-    return _MAKERS[name](options, directory)
+        raise unknown_choice("tracker", name, (NONE, *_MAKERS))
+    return _MAKERS[name](options, Path(results_dir).absolute().parent / name)

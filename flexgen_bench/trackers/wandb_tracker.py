@@ -1,28 +1,29 @@
-"""Sends finished records to Weights & Biases, from a process of its own.
-
-The other process is what makes the promise of ``Tracker`` hold: a missing package, a crash, a server that
-never answers or an exit hook that waits for one end with it, after ``timeout_s`` at the latest.
-"""
+"""Sends runs to Weights & Biases while they happen, from a process of its own (``sender.py``)."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError, unknown_choice
-from flexgen_bench.core.record import Record
-from flexgen_bench.store.writer import suite_folder
+from flexgen_bench.trackers.base import TrackedResult, TrackedRun, Value
+from flexgen_bench.trackers.sender import Sender
+
+_MODULE = "flexgen_bench.trackers.wandb_sender"
+# Beside the runs: what the process has printed.
+LOG = "sender.log"
+# Runs that fail one after the other before nothing more is tried.
+_PATIENCE = 2
 
 
 class Mode(StrEnum):
-    """Where runs go."""
+    """Where runs go. WANDB_MODE=offline or disabled in the environment overrules it."""
 
     OFFLINE = "offline"  # to files under the tracker's folder; `wandb sync` sends them later
     ONLINE = "online"  # to the server this user is logged in to; to files if that fails
@@ -30,7 +31,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """Settings of the tracker. ``timeout_s``: longest time one record may take to send."""
+    """Settings of the tracker. ``timeout_s``: longest time that beginning or ending a run may take."""
 
     mode: Mode = Mode.OFFLINE
     project: str = "flexgen-bench"
@@ -48,65 +49,74 @@ class WandbOptions:
 
 
 class WandbTracker:
-    """One run per record, sent as soon as it is finished, and a summary run per suite with the table."""
+    """The tracker; see ``base.Tracker``. A failure loses the run it happens in, and the next one is tried anew;
+    after ``_PATIENCE`` in a row the rest is not sent."""
 
     def __init__(self, options: WandbOptions, directory: Path) -> None:
         self._options = options
         self._directory = Path(directory).absolute()
-        self._suites: dict[str, list[Path]] = {}
+        self._sender: Sender | None = None
+        self._run: str | None = None  # the name of the one that has begun and is being sent
+        self._dropped = self._failures = 0
         self._told: set[str] = set()
 
-    def log_record(self, record: Record, path: Path) -> None:
-        self._suites.setdefault(suite_folder(record.suite), []).append(Path(path).absolute())
-        self._send("record", record.suite, [Path(path).absolute()])
+    def begin(self, run: TrackedRun) -> None:
+        if self._failures >= _PATIENCE:
+            return
+        self._run, self._dropped = run.name, 0
+        self._ask({"do": "begin", "run": to_json(run)})
 
-    def finish(self) -> None:
-        for suite, paths in self._suites.items():
-            self._send("suite", suite, paths)
-        self._suites = {}
+    def log(self, row: Mapping[str, Value]) -> None:
+        if self._run is not None and self._sender is not None:
+            self._dropped += not self._sender.tell({"do": "log", "row": row})
 
-    def _send(self, what: str, suite: str, paths: list[Path]) -> None:
-        order = {
-            "what": what,
-            "suite": suite,
-            "paths": [str(p) for p in paths],
-            "options": to_json(self._options),
-            "directory": str(self._directory),
-        }
+    def end(self, result: TrackedResult) -> None:
+        if self._run is None:
+            return
+        name, dropped = self._run, self._dropped
+        if self._ask({"do": "end", "result": to_json(result)}) and dropped:
+            self._say(f"{dropped} rows of the history of {name} were dropped: it was behind")
+        self._run = None
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.end()
+        self._sender = self._run = None
+
+    def _ask(self, order: dict[str, Any]) -> bool:
+        """Whether the order was carried out."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            problem = self._run_sender(json.dumps(order))
+            self._sender = self._sender or self._started()
+            problem = self._sender.ask(order, self._options.timeout_s)
         except OSError as error:
             problem = str(error)
-        if problem and problem not in self._told:
-            self._told.add(problem)
-            print(f"tracker wandb: {problem}. The records are safe on disk; the run goes on.", file=sys.stderr)
+        if not problem or problem.startswith("online:"):  # it went to files instead
+            self._failures = 0
+            if problem:
+                self._say(problem)
+            return True
+        self._failures += 1
+        rest = " and of what follows" if self._failures >= _PATIENCE else ""
+        self._say(f"{problem}: what was not sent of {self._run}{rest} is lost there", problem)
+        self.close()
+        return False
 
-    def _run_sender(self, order: str) -> str:
-        """Run the sender to its end; returns what went wrong, empty if nothing did."""
-        with subprocess.Popen(
-            [sys.executable, "-m", "flexgen_bench.trackers.wandb_sender"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=os.environ | wandb_environment(self._directory),
-            # A session of its own, so that wandb's helper processes can be ended with it.
-            start_new_session=True,
-        ) as process:
-            try:
-                _, said = process.communicate(order.encode(), timeout=self._options.timeout_s)
-            except subprocess.TimeoutExpired:
-                return f"no end after {self._options.timeout_s:g} s"
-            finally:  # also on Ctrl-C: nothing of it stays behind
-                _end_session(process)
-        lines = said.decode(errors="replace").strip().splitlines()
-        if process.returncode == 0:
-            return ""
-        return lines[-1] if lines else f"ended with status {process.returncode}"
+    def _started(self) -> Sender:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        sender = Sender(_MODULE, wandb_environment(self._directory), self._directory / LOG)
+        sender.tell({"options": to_json(self._options), "directory": str(self._directory)})
+        return sender
+
+    def _say(self, text: str, problem: str = "") -> None:
+        """Each problem once."""
+        if (problem or text) in self._told:
+            return
+        self._told.add(problem or text)
+        print(f"tracker wandb: {text}. The records are safe on disk; the run goes on.", file=sys.stderr)
 
 
 def wandb_environment(directory: Path) -> dict[str, str]:
-    """Variables that keep every file wandb writes under ``directory``, out of the home folder."""
+    """Variables that keep every file wandb writes under ``directory``, out of the home folder, and ours as they are."""
     places = {
         "WANDB_DIR": "",
         "WANDB_CACHE_DIR": "cache",
@@ -115,13 +125,5 @@ def wandb_environment(directory: Path) -> dict[str, str]:
         "WANDB_ARTIFACT_DIR": "artifacts",
     }
     quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
-    return {name: str(directory / folder) for name, folder in places.items()} | quiet
-
-
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # everything in it has ended by itself
-    finally:
-        process.wait()
+    found = {name: os.environ[name] for name in ("WANDB_CONFIG_DIR",) if name in os.environ}  # where a login may lie
+    return {name: str(directory / folder) for name, folder in places.items()} | quiet | found

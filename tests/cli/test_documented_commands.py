@@ -126,6 +126,12 @@ TABLE: dict[str, How] = {
     "python -m flexgen_bench suite=disk": How(PLAN, status=(0, 1), says="opt-"),
     "python -m flexgen_bench plan model=opt-6.7b": How("system=transformers", status=(0, 1), says="opt-6.7b"),
     "python -m flexgen_bench model=opt-125m tracker=wandb": How(ONE, says="opt-125m"),
+    # docs/guides/dashboards.md
+    "pip install -e '.[dashboard]'": How(skip="installs; the environment of the tests was made so"),
+    "python -m flexgen_bench dashboard --project flexgen-bench": How(says="Section: Throughput"),
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=ci mode=w4 tracker=wandb": How(
+        "dry_run=true", swap=WORDS, says="copying_words: 150 items"
+    ),
     "python -m flexgen_bench model=llama-2-7b weights=path location=/my/checkpoint": How(
         ONE, swap={"location=/my/checkpoint": "'location=my checkpoint'"}, status=(0, 1), says="llama-2-7b"
     ),

@@ -38,10 +38,10 @@ RANKS = (
     "report",
     "compare",
     "paper",
-    "trackers",
     "trace",
     "pictures",
     "page",
+    "trackers",
     "cells",
     "cli",
 )

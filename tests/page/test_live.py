@@ -19,7 +19,6 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.page.build import PageBuilder
 from flexgen_bench.page.gather import Gatherer
 from flexgen_bench.page.live import open_server
-from flexgen_bench.runner.events import SilentDisplay
 from flexgen_bench.runner.progress_file import ProgressFile
 from flexgen_bench.store.reader import read_all
 from flexgen_bench.store.running import FINISHED, RUNNING, STOPPED, RunningSuite, read_running, write_running
@@ -69,7 +68,7 @@ def state(port: int) -> Any:
 def test_a_suite_tells_what_it_does(results: Path) -> None:
     clock = Clock()
     record = next((results / "default").glob("*.json"))
-    with ProgressFile(SilentDisplay(), results, "default", clock) as display:
+    with ProgressFile(results, "default", clock) as display:
         display.suite_start([60.0, 30.0, 0.0])
         display.cell_start("flexgen tiny", 1, 3, 60.0)
         display.stage("repetition 1 of 3")
@@ -97,7 +96,7 @@ def test_a_suite_tells_what_it_does(results: Path) -> None:
 
 
 def test_unknown_times_give_no_time_left(results: Path) -> None:
-    with ProgressFile(SilentDisplay(), results, "") as display:
+    with ProgressFile(results, "") as display:
         display.suite_start([None, 5.0])
         assert read_running(results)[0].left_s is None
 
@@ -110,14 +109,14 @@ def test_a_suite_whose_process_is_gone_has_stopped(results: Path) -> None:
     (results / ".running-7x.json").write_text("{")
     (results / f".running-{int(ended.stdout)}9999.json").write_text('{"process": 1}')
     assert len(read_running(results)) == 1
-    with ProgressFile(SilentDisplay(), results, "next") as display:
+    with ProgressFile(results, "next") as display:
         display.suite_start([1.0])
     assert [suite.suite for suite in read_running(results)] == ["next"]
     assert [p.name for p in results.glob(".running*")] == [f".running-{os.getpid()}.json"]
 
 
 def test_a_file_that_cannot_be_written_stops_no_suite(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    display = ProgressFile(SilentDisplay(), results / "nowhere", "default")
+    display = ProgressFile(results / "nowhere", "default")
     display.suite_start([1.0])
     display.stage("works")
     assert capsys.readouterr().err.count("cannot be watched") == 1

@@ -12,7 +12,7 @@ from flexgen_bench.accuracy.compare.compare import Margins
 from flexgen_bench.accuracy.run.modes import Mode, load_mode, load_modes
 from flexgen_bench.config.build import list_systems, run_parts
 from flexgen_bench.config.paths import default_cache_dir
-from flexgen_bench.config.schema import MISSING, GpuConf, ModelConf, PolicyConf, SystemConf
+from flexgen_bench.config.schema import MISSING, GpuConf, ModelConf, PolicyConf, SystemConf, TrackerConf
 from flexgen_bench.core.accuracy import EXACT_MODE
 from flexgen_bench.core.cell import ModelSpec, WeightSource
 from flexgen_bench.core.errors import UserError, unknown_choice
@@ -59,6 +59,7 @@ class AccuracyConf:
     dry_run: bool = False
     results_dir: str = MISSING
     cache_dir: str | None = None
+    tracker: TrackerConf = field(default_factory=TrackerConf)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Request:
     results_dir: Path
     cache: Path
     overrides: tuple[str, ...]
+    tracker: TrackerConf = field(default_factory=TrackerConf)
 
 
 def to_request(conf: AccuracyConf, overrides: tuple[str, ...]) -> Request:
@@ -131,6 +133,7 @@ def to_request(conf: AccuracyConf, overrides: tuple[str, ...]) -> Request:
         results_dir=expanded(conf.results_dir, "results_dir"),
         cache=expanded(conf.cache_dir, "cache_dir") if conf.cache_dir else default_cache_dir(),
         overrides=overrides,
+        tracker=conf.tracker,
     )
 
 
