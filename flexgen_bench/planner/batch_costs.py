@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.policy import Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.placement_lp import PhaseCost, Seconds, Share
+from flexgen_bench.planner.placement_lp import MOVED, PhaseCost, Seconds, Share
 from flexgen_bench.planner.rings import LayerKinds
 from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
@@ -55,15 +55,17 @@ class _Depth:
 
 
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
-    """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
+    """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks. Where
+    its cache is divided, any part of it may be moved."""
     layers = LayerKinds.of(model, request)
     thin, base_tier = model.shallow(layers.few), Tier.CPU
     depth = _Depth(layers, Counter(unit.kind for unit in model.packed_for(policy).units))
     kinds = tuple(policy.placements)
+    undivided = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, kv_moved=0.0)
 
-    def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
+    def phases(shares: Mapping[str, Tier], of: Policy = undivided) -> list[Seconds]:
         placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in kinds}
-        pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
+        pure = replace(of, **placed)  # type: ignore[arg-type]
         each, once = _sums(thin, pure, hardware, request, depth, 0)
         if request.gen_len == 1:
             return [each, _NONE, once, _NONE]
@@ -78,6 +80,8 @@ def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, re
         for kind in kinds
         for tier in hardware.tiers
     }
+    if policy.kv_moved:
+        vertices[MOVED] = phases({}, replace(undivided, attention=AttentionSite.COMPUTE))
     costs = [_phase(base, vertices, number) for number in range(len(base))]
     return MicroBatchCost(*costs)
 

@@ -39,6 +39,8 @@ SAME = 0.98
 DISK_GAIN = 0.999  # of a bound with the disk: what is had without it makes it useless
 _MUCH = 0.8  # of a bound: what must be left of it once the policy fits
 _TRIES = 10  # of making room for what whole layers and sequences take
+# ``kv_moved`` of a shape whose cache may be divided, whatever part of it is moved.
+DIVIDED = 0.5
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
 # Of a mixture, as many for each expert that a token could go to for one it goes to.
 IN_PLACE_SEQUENCES = 32
@@ -228,7 +230,8 @@ class Candidates:
         )
 
     def _cost(self, shape: Policy) -> MicroBatchCost:
-        key = replace(shape, num_gpu_batches=1, schedule=Schedule.BLOCK)
+        divided = DIVIDED if shape.kv_moved else 0.0
+        key = replace(shape, num_gpu_batches=1, schedule=Schedule.BLOCK, kv_moved=divided)
         if key not in self._costs:
             space = self.space
             self._costs[key] = micro_batch_cost(space.models[shape.lossy], key, space.job.hardware, space.request)
@@ -301,5 +304,5 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
 
 
 def _way(policy: Policy, uses_disk: bool) -> object:
-    sites = (policy.attention, policy.offloaded, policy.expert_loads)
+    sites = (policy.attention, policy.kv_moved > 0, policy.offloaded, policy.expert_loads)
     return (policy.schedule, *sites, policy.lossy, policy.prefetch, uses_disk)

@@ -9,6 +9,7 @@ simulated.
    what has been reached. Beside them, what lies on the accelerator altogether (``resident_policies.py``).
 3. From the best of them, one choice at a time is changed as long as that helps (``neighbours.py``); from the policy of
    the heuristic that needs no rates (``default_policy.py``), too, if that is better still.
+4. Last, the best one's cache is divided among the places where it may be attended to.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.candidates import Candidate, Candidates
+from flexgen_bench.planner.candidates import DIVIDED, Candidate, Candidates
 from flexgen_bench.planner.choice import Choice
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.evaluator import Evaluator
@@ -36,6 +37,8 @@ WITH_ONE_BUFFER = 2  # of these, those that are looked at with a single staging 
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
+DIVIDED_BUDGET = 30_000
+_MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
 NEAR = 0.8  # a start with so much of the best one's speed may lead further
 GAIN = 1.002  # what a change must bring to be taken
 
@@ -72,7 +75,7 @@ class Search:
         heuristic = self._heuristic(best)
         if heuristic is not None and self.tok_per_s(heuristic) > self.tok_per_s(best):
             best = self._changed(heuristic, _CHANGES, 1.0)
-        best = self._divided_anew(best)
+        best = self._divided_anew(self._cache_divided(best))
         latest = self.space.job.max_latency_s
         if not self.tok_per_s(best) and latest is not None:
             raise self._too_late(latest)
@@ -158,6 +161,26 @@ class Search:
         ]
         near = [other for other in others if self.tok_per_s(other) > NEAR * self.tok_per_s(best)]
         return max([best, *near], key=self._evaluator.full_tok_per_s)
+
+    def _cache_divided(self, best: Policy) -> Policy:
+        """The same batches with a cache that is attended to in several places (``Policy.kv_moved``), if that is better:
+        placed anew, or as they lie, and changed from there one choice at a time. Behind all else, so that whatever is
+        not divided is found as if nothing could be."""
+        here = Placement.all_on(Tier.GPU)
+        if self.space.job.hardware.compute_tier is not Tier.GPU or best.weights == best.kv_cache == here:
+            return best
+        shape = replace(best, attention=AttentionSite.CPU, kv_moved=DIVIDED)
+        fitted = map(self._solver.fitted, self._solver.solved(shape))
+        starts = [candidate.policy for candidate in fitted if candidate is not None]
+        if best.kv_cache.share(Tier.CPU):
+            starts += [replace(shape, kv_moved=share) for share in _MOVED]
+        divided = max(starts, key=self.tok_per_s, default=best)
+        if self.tok_per_s(divided) > NEAR * self.tok_per_s(best):
+            begun = self._evaluator.steps
+            divided = self._improved(
+                divided, neighbours, lambda: self._evaluator.steps - begun >= DIVIDED_BUDGET, lambda: None
+            )
+        return divided if self.tok_per_s(divided) > GAIN * self.tok_per_s(best) else best
 
     def _improved(
         self, best: Policy, around: Neighbourhood, is_spent: Callable[[], bool], watch: Callable[[], None]
