@@ -20,7 +20,7 @@ from dataclasses import replace
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.tiers import Tier
-from flexgen_bench.planner.candidates import DIVIDED, Candidate, Candidates
+from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.choice import Choice
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.evaluator import Evaluator
@@ -38,6 +38,8 @@ START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
 DIVIDED_BUDGET = 30_000
+# A bound that is no further above what has been reached is not: something waits in every policy.
+WORTH = 1.05
 _MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
 NEAR = 0.8  # a start with so much of the best one's speed may lead further
 GAIN = 1.002  # what a change must bring to be taken
@@ -163,24 +165,36 @@ class Search:
         return max([best, *near], key=self._evaluator.full_tok_per_s)
 
     def _cache_divided(self, best: Policy) -> Policy:
-        """The same batches with a cache that is attended to in several places (``Policy.kv_moved``), if that is better:
-        placed anew, or as they lie, and changed from there one choice at a time. Behind all else, so that whatever is
-        not divided is found as if nothing could be."""
-        here = Placement.all_on(Tier.GPU)
-        if self.space.job.hardware.compute_tier is not Tier.GPU or best.weights == best.kv_cache == here:
+        """A policy whose cache is attended to in several places (``Policy.kv_moved``), if one is better: those of the
+        highest bounds, and the best one with a part of its cache moved, changed one choice at a time. Behind all else,
+        so that whatever is not divided is found as if nothing could be."""
+        if self.space.job.hardware.compute_tier is not Tier.GPU:
             return best
-        shape = replace(best, attention=AttentionSite.CPU, kv_moved=DIVIDED)
-        fitted = map(self._solver.fitted, self._solver.solved(shape))
-        starts = [candidate.policy for candidate in fitted if candidate is not None]
-        if best.kv_cache.share(Tier.CPU):
-            starts += [replace(shape, kv_moved=share) for share in _MOVED]
-        divided = max(starts, key=self.tok_per_s, default=best)
-        if self.tok_per_s(divided) > NEAR * self.tok_per_s(best):
-            begun = self._evaluator.steps
-            divided = self._improved(
-                divided, neighbours, lambda: self._evaluator.steps - begun >= DIVIDED_BUDGET, lambda: None
-            )
-        return divided if self.tok_per_s(divided) > GAIN * self.tok_per_s(best) else best
+        reached, begun = self.tok_per_s(best), self._evaluator.steps
+
+        def is_spent() -> bool:
+            return self._evaluator.steps - begun >= DIVIDED_BUDGET
+
+        speeds: dict[Policy, float] = {}
+        for start in self._divided_starts(best, WORTH * reached):
+            if is_spent():
+                break
+            speeds[start] = self.tok_per_s(start)
+        divided = max(speeds, key=lambda start: speeds[start], default=best)
+        if self.tok_per_s(divided) > NEAR * reached:
+            divided = self._improved(divided, neighbours, is_spent, lambda: None)
+        # On all layers, as what is not divided was.
+        full = self._evaluator.full_tok_per_s
+        return divided if self.tok_per_s(divided) > GAIN * reached and full(divided) > GAIN * full(best) else best
+
+    def _divided_starts(self, best: Policy, least: float) -> Iterator[Policy]:
+        """None if no program's bound is above ``least``."""
+        candidates = self._solver.divided(best, least)[:OF_A_KIND]
+        if candidates and best.kv_cache.share(Tier.CPU):
+            yield from (replace(best, attention=AttentionSite.CPU, kv_moved=share) for share in _MOVED)
+        for fitted in map(self._solver.fitted, candidates):
+            if fitted is not None:
+                yield fitted.policy
 
     def _improved(
         self, best: Policy, around: Neighbourhood, is_spent: Callable[[], bool], watch: Callable[[], None]
