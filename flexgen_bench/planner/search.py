@@ -9,7 +9,8 @@ simulated.
    what has been reached. Beside them, what lies on the accelerator altogether (``resident_policies.py``).
 3. From the best of them, one choice at a time is changed as long as that helps (``neighbours.py``); from the policy of
    the heuristic that needs no rates (``default_policy.py``), too, if that is better still.
-4. Last, the best one's cache is divided among the places where it may be attended to.
+4. Last, a cache in host memory is divided among the link and the cpu (``Policy.kv_moved``), where a bound says that it
+   may pay.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WITH_ONE_BUFFER = 2  # of these, those that are looked at with a single staging 
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
-DIVIDED_BUDGET = 30_000
+DIVIDED_BUDGET = 50_000  # to compare divided caches, and again to improve the best of them
 # A bound that is no further above what has been reached is not: something waits in every policy.
 WORTH = 1.05
 _MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
@@ -170,31 +171,31 @@ class Search:
         so that whatever is not divided is found as if nothing could be."""
         if self.space.job.hardware.compute_tier is not Tier.GPU:
             return best
-        reached, begun = self.tok_per_s(best), self._evaluator.steps
-
-        def is_spent() -> bool:
-            return self._evaluator.steps - begun >= DIVIDED_BUDGET
-
-        speeds: dict[Policy, float] = {}
+        reached, evaluator = self.tok_per_s(best), self._evaluator
+        begun, speeds = evaluator.steps, dict[Policy, float]()
         for start in self._divided_starts(best, WORTH * reached):
-            if is_spent():
+            if evaluator.steps - begun >= DIVIDED_BUDGET:
                 break
             speeds[start] = self.tok_per_s(start)
-        divided = max(speeds, key=lambda start: speeds[start], default=best)
-        if self.tok_per_s(divided) > NEAR * reached:
-            divided = self._improved(divided, neighbours, is_spent, lambda: None)
-        # On all layers, as what is not divided was.
-        full = self._evaluator.full_tok_per_s
+        start = max(speeds, key=lambda policy: speeds[policy], default=best)
+        if start is best or speeds[start] <= NEAR * reached:
+            return best
+        begun = evaluator.steps
+        divided = self._improved(
+            start, neighbours, lambda: evaluator.steps - begun >= DIVIDED_BUDGET, lambda: report(_CHANGES)
+        )
+        # On all layers, too, as what is not divided was.
+        full = evaluator.full_tok_per_s
         return divided if self.tok_per_s(divided) > GAIN * reached and full(divided) > GAIN * full(best) else best
 
     def _divided_starts(self, best: Policy, least: float) -> Iterator[Policy]:
         """None if no program's bound is above ``least``."""
         candidates = self._solver.divided(best, least)[:OF_A_KIND]
-        if candidates and best.kv_cache.share(Tier.CPU):
-            yield from (replace(best, attention=AttentionSite.CPU, kv_moved=share) for share in _MOVED)
         for fitted in map(self._solver.fitted, candidates):
             if fitted is not None:
                 yield fitted.policy
+        if candidates and best.kv_cache.share(Tier.CPU):
+            yield from (replace(best, attention=AttentionSite.CPU, kv_moved=share) for share in _MOVED)
 
     def _improved(
         self, best: Policy, around: Neighbourhood, is_spent: Callable[[], bool], watch: Callable[[], None]

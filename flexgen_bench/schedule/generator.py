@@ -41,7 +41,7 @@ def pass_steps(
     Decoding micro-batches that the cpu attends for are split at the attention: their projections come first, then
     the other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the
     same micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch
-    to micro_batch on.
+    to work on. Of a divided micro-batch, what is moved is attended to directly before the output.
     """
     weights.begin_pass(is_last)
     cpu_attended: list[MicroBatch] = []

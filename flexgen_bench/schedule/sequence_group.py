@@ -31,7 +31,7 @@ class Span:
 
     @property
     def is_moved(self) -> bool:
-        """Whether it is moved to an accelerator in every decode pass."""
+        """Whether it is moved to an accelerator in every decode pass, where one computes its layer."""
         return self.tier is not Tier.GPU and self.attention is AttentionSite.COMPUTE
 
 

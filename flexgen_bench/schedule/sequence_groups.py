@@ -202,7 +202,7 @@ def form_groups(
     # slot.
     sizes = [size if continuous else len(groups[kv_slot]) for kv_slot in range(count)]
     kv, hidden = ShareSpreader(policy.kv_cache), ShareSpreader(policy.activations)
-    # Where what lies in host memory is attended to; the shares of a placement are of what the cpu does not attend to.
+    # Where sequences whose cache is in host memory are attended to.
     moved = ShareSpreader(Placement(gpu=policy.kv_moved, cpu=1 - policy.kv_moved))
     delegated = compute is Tier.GPU and policy.attention is AttentionSite.CPU
 

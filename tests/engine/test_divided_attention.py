@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_bench.core.compression import Compression, Lossy
 from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.schedule.scheduler import Scheduler
@@ -47,6 +48,13 @@ def test_tokens_are_those_of_transformers(reference: Reference, name: str, tmp_p
     found, result = run(reference, POLICIES[name], EMULATED, tmp_path)
     assert found == reference.tokens
     check_allocated_as_planned(result, EMULATED)
+
+
+def test_a_compressed_cache_says_the_same_wherever_it_is_attended_to(reference: Reference, tmp_path: Path) -> None:
+    lossy = Lossy(kv_cache=Compression(8, 4))
+    policies = (divided(0.5, THIRDS, lossy=lossy), divided(0.0, THIRDS, lossy=lossy))
+    one, other = (run(reference, policy, EMULATED, tmp_path)[0] for policy in policies)
+    assert one == other
 
 
 @pytest.mark.one_in(2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import flexgen_bench.planner.search as search_module
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, Placement, Policy
@@ -20,9 +21,9 @@ from flexgen_bench.planner.why import why
 from tests.support.planner_machines import DTYPE, MIB, accelerator, site
 from tests.support.shapes import opt_shape
 
-GPU, CPU = Placement.all_on(Tier.GPU), Placement.all_on(Tier.CPU)
+CPU = Placement.all_on(Tier.CPU)
 SHAPE = opt_shape(
-    num_layers=4,
+    num_layers=16,
     hidden_size=128,
     embed_dim=128,
     num_heads=8,
@@ -32,21 +33,19 @@ SHAPE = opt_shape(
     vocab_size=256,
     max_positions=128,
 )
-# The cpu attends to a gigabyte in a second, and a link moves as much. The accelerator has room for the weights and
-# little else; 64 sequences of 96 tokens have 12 MB of cache.
-MACHINE = accelerator(
-    int(4.5 * MIB), 2**30, gpu=site(1e13, 1e12, step=1e-7), cpu=site(1e12, 2e9, step=1e-7), h2d=1e9, d2h=1e9
-)
+# The cpu attends to a gigabyte in a second, and a link moves as much. The accelerator has no room for 6 MB of weights;
+# 64 sequences of 96 tokens have 50 MB of cache. The cpu alone is as long at it as the link at eight loads of weights.
+MACHINE = accelerator(int(5.5 * MIB), 2**30, gpu=site(1e13, 1e12), cpu=site(1e12, 2e9), h2d=1e9, d2h=1e9)
 SPACE = SearchSpace(Job(SHAPE, DTYPE, MACHINE, 64, 32, 64), (EXACT,))
-PLAIN = Policy(16, 4, GPU, CPU, CPU, attention=AttentionSite.CPU)
+PLAIN = Policy(8, 8, CPU, CPU, CPU, attention=AttentionSite.CPU, prefill_chunk=128)
 
 
 def test_the_link_and_the_cpu_have_a_part_each() -> None:
-    """Half of the cache moved takes little more than half of the time that either takes alone."""
+    """Less of the cache than the cpu attends to is moved, as the link has the weights, too."""
     evaluator = Evaluator(SPACE)
     alone = [evaluator.tok_per_s(one) for one in (PLAIN, replace(PLAIN, attention=AttentionSite.COMPUTE))]
-    divided = evaluator.tok_per_s(replace(PLAIN, kv_moved=0.5))
-    assert divided > 1.5 * max(alone)
+    divided = evaluator.tok_per_s(replace(PLAIN, kv_moved=0.4))
+    assert divided > 1.4 * max(alone)
 
 
 def test_moving_costs_what_it_costs_where_all_is_moved() -> None:
@@ -65,7 +64,9 @@ def test_moving_costs_what_it_costs_where_all_is_moved() -> None:
         )
 
 
-def test_a_search_divides_a_cache_where_that_is_faster() -> None:
+def test_a_search_divides_a_cache_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget in ("START_BUDGET", "STEP_BUDGET", "FINE_BUDGET"):  # whatever it begins with
+        monkeypatch.setattr(search_module, budget, 5000)
     search = Search(SPACE)
     found = search.run()
     assert 0 < found.policy.kv_moved < 1
