@@ -137,6 +137,7 @@ MEANS: dict[str, dict[str, str]] = {
         "attention": (
             "of a KV cache that is not on the accelerator: it is moved there (`compute`), or the cpu attends (`cpu`)"
         ),
+        "kv_moved": "where the cpu attends, the share of the cache in host memory that is moved to the accelerator",
         "schedule": "`block` by block, or `continuous`: new sequences start as soon as there is room",
         "prefill_chunk": "prompt tokens of a micro-batch computed at once; null: all",
         "offloaded": (

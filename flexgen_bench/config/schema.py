@@ -123,6 +123,7 @@ class PolicyConf:
     lossy: LossyConf = field(default_factory=LossyConf)
     experts: PlacementConf | None = None
     expert_loads: str = Policy.expert_loads.value
+    kv_moved: float = Policy.kv_moved
     max_latency_s: float | None = None
 
 

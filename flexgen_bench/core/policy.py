@@ -93,6 +93,8 @@ class Policy:
     prefetch: staging slots for streamed layers; layer i+prefetch-1 loads while layer i computes. At least 1.
     overlap: lanes run concurrently; off is strictly one step after the other (for debugging and comparison).
     attention: where decode attention runs for KV that is not on the compute device.
+    kv_moved: where the cpu attends, the share of the cache in host memory, in 0..1, that is moved to the compute device
+    all the same: a micro-batch is attended to in several places at once, so that neither the link nor the cpu is alone.
     """
 
     gpu_batch_size: int = 8
@@ -110,6 +112,7 @@ class Policy:
     # What was not always there, where it says something: policies without it read and hash as they always did.
     experts: Placement | None = field(default=None, metadata=OMITTED)
     expert_loads: ExpertLoads = field(default=ExpertLoads.ALL, metadata=OMITTED)
+    kv_moved: float = field(default=0.0, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefetch", 1)):
@@ -132,6 +135,7 @@ class Policy:
             if value not in list(enum):
                 raise unknown_choice(f"policy.{name}", value, enum)
             object.__setattr__(self, name, enum(value))
+        self._check_moved()
         if not isinstance(self.lossy, Lossy):
             raise UserError("policy.lossy", self.lossy, "a Lossy")
         for name in ("weights", "kv_cache", "activations"):
@@ -147,6 +151,23 @@ class Policy:
                 )
         elif not isinstance(self.experts, Placement):
             raise UserError("policy.experts", self.experts, "a Placement, or null")
+
+    def _check_moved(self) -> None:
+        moved = self.kv_moved
+        if not isinstance(moved, int | float) or isinstance(moved, bool) or not 0 <= moved < 1:
+            raise UserError(
+                "policy.kv_moved",
+                moved,
+                "a share of at least 0 and below 1",
+                "To move all of the cache, leave it out and set policy.attention=compute.",
+            )
+        if moved and self.attention is AttentionSite.COMPUTE:
+            raise UserError(
+                "policy.kv_moved",
+                moved,
+                "0 where policy.attention=compute: all of the cache in host memory is moved there",
+                "Set policy.attention=cpu to have the cpu attend to the rest.",
+            )
 
     @property
     def block_size(self) -> int:

@@ -121,6 +121,8 @@ class SiteRates:
     step: seconds of the host that a step takes beside its work (Python, events, waking up a thread).
     operator: seconds of the host for each operator that a step issues to an accelerator, launches and Python included;
     0 where nobody knows. (``planner/issued_operators.py`` says how many there are.)
+    launch: seconds of the host to launch what was recorded as a CUDA graph; 0: nobody has measured it, and decode
+    passes are priced as if every operator were issued. (``planner/recorded_passes.py`` says what is recorded.)
     torch_matrix: the same of torch's own products, which is what systems compute with that have no kernels of their
     own; by dtype, width and
         rows; where there are none, as ``matrix`` says.
@@ -140,6 +142,7 @@ class SiteRates:
     attend_sequence: Mapping[Format, Seconds] = field(default_factory=dict, metadata=OMITTED)
     torch_matrix: Products = field(default_factory=dict, metadata=OMITTED)
     operator: Seconds = field(default=0.0, metadata=OMITTED)
+    launch: Seconds = field(default=0.0, metadata=OMITTED)
 
     def matrix_rate(self, number: str, rows: float, width: float) -> float:
         """FLOP/s of a product of ``rows`` rows with a ``width`` x ``width`` matrix of this number format."""

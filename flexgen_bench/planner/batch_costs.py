@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.hardware import HardwareProfile
-from flexgen_bench.core.policy import Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.planner.cost import StepCost
 from flexgen_bench.planner.memory_plan import plan_job
-from flexgen_bench.planner.placement_lp import PhaseCost, Seconds, Share
+from flexgen_bench.planner.placement_lp import MOVED, PhaseCost, Seconds
 from flexgen_bench.planner.rings import LayerKinds
 from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Request
 
 _NONE: Mapping[Lane, float] = {}
+_BASE = Tier.CPU  # where everything is that is not said to be elsewhere
 
 
 @dataclass(frozen=True)
@@ -56,39 +57,61 @@ class _Depth:
 
 def micro_batch_cost(model: Model, policy: Policy, hardware: HardwareProfile, request: Request) -> MicroBatchCost:
     """For the policy's micro-batches, whatever its placement; ``request`` is what each of their sequences asks."""
-    layers = LayerKinds.of(model, request)
-    thin, base_tier = model.shallow(layers.few), Tier.CPU
-    depth = _Depth(layers, Counter(unit.kind for unit in model.packed_for(policy).units))
-    kinds = tuple(policy.placements)
-
-    def phases(shares: Mapping[str, Tier]) -> list[Seconds]:
-        placed = {kind: Placement.all_on(shares.get(kind, base_tier)) for kind in kinds}
-        pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
-        each, once = _sums(thin, pure, hardware, request, depth, 0)
-        if request.gen_len == 1:
-            return [each, _NONE, once, _NONE]
-        # A decode pass half-way.
-        longer = replace(request, prompt_len=request.prompt_len + request.gen_len // 2)
-        later, again = _sums(thin, pure, hardware, longer, depth, 1)
-        return [each, later, again, again]
-
-    base = phases({})
+    thin = _thin(model, policy, request)
+    base = _phases(thin, policy, hardware, request, {})
     vertices = {
-        (kind, tier): phases({kind: tier}) if tier is not base_tier else base
-        for kind in kinds
+        (kind, tier): _phases(thin, policy, hardware, request, {kind: tier}) if tier is not _BASE else base
+        for kind in policy.placements
         for tier in hardware.tiers
     }
-    costs = [_phase(base, vertices, number) for number in range(len(base))]
-    return MicroBatchCost(*costs)
+    phases = [
+        PhaseCost(fixed, {share: _difference(sums[number], fixed) for share, sums in vertices.items()})
+        for number, fixed in enumerate(base)
+    ]
+    return MicroBatchCost(*phases)
 
 
-def _phase(base: list[Seconds], vertices: Mapping[Share, list[Seconds]], number: int) -> PhaseCost:
-    fixed = base[number]
-    added = {
-        share: {lane: sums[number].get(lane, 0.0) - fixed.get(lane, 0.0) for lane in {**fixed, **sums[number]}}
-        for share, sums in vertices.items()
-    }
-    return PhaseCost(fixed, added)
+def divided_cost(
+    cost: MicroBatchCost, model: Model, policy: Policy, hardware: HardwareProfile, request: Request
+) -> MicroBatchCost:
+    """The same of a policy whose cpu attends, with what it adds to move what of the cache is in host memory."""
+    at_site = replace(policy, attention=AttentionSite.COMPUTE, kv_moved=0.0)
+    moved = _phases(_thin(model, at_site, request), at_site, hardware, request, {})
+    phases = (cost.prefill, cost.decode, cost.prefill_once, cost.decode_once)
+    return MicroBatchCost(
+        *(
+            replace(phase, by_share={**phase.by_share, MOVED: _difference(sums, phase.fixed)})
+            for phase, sums in zip(phases, moved, strict=True)
+        )
+    )
+
+
+def _thin(model: Model, policy: Policy, request: Request) -> tuple[Model, _Depth]:
+    """A layer of every kind, and for how many each stands."""
+    layers = LayerKinds.of(model, request)
+    counts = Counter(unit.kind for unit in model.packed_for(policy).units)
+    return model.shallow(layers.few), _Depth(layers, counts)
+
+
+def _phases(
+    thin: tuple[Model, _Depth], policy: Policy, hardware: HardwareProfile, request: Request, shares: Mapping[str, Tier]
+) -> list[Seconds]:
+    """Of a placement of all of each kind on one tier, as ``MicroBatchCost`` lists its phases. shares: of kinds that are
+    not in host memory."""
+    model, depth = thin
+    placed = {kind: Placement.all_on(shares.get(kind, _BASE)) for kind in policy.placements}
+    pure = replace(policy, num_gpu_batches=1, schedule=Schedule.BLOCK, **placed)  # type: ignore[arg-type]
+    each, once = _sums(model, pure, hardware, request, depth, 0)
+    if request.gen_len == 1:
+        return [each, _NONE, once, _NONE]
+    # A decode pass half-way.
+    longer = replace(request, prompt_len=request.prompt_len + request.gen_len // 2)
+    later, again = _sums(model, pure, hardware, longer, depth, 1)
+    return [each, later, again, again]
+
+
+def _difference(sums: Seconds, fixed: Seconds) -> Seconds:
+    return {lane: sums.get(lane, 0.0) - fixed.get(lane, 0.0) for lane in {**fixed, **sums}}
 
 
 def _sums(

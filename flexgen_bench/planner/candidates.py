@@ -14,7 +14,7 @@ from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
-from flexgen_bench.planner.batch_costs import MicroBatchCost, micro_batch_cost
+from flexgen_bench.planner.batch_costs import MicroBatchCost, divided_cost, micro_batch_cost
 from flexgen_bench.planner.placement_lp import (
     PhaseCost,
     PlacementProblem,
@@ -39,6 +39,8 @@ SAME = 0.98
 DISK_GAIN = 0.999  # of a bound with the disk: what is had without it makes it useless
 _MUCH = 0.8  # of a bound: what must be left of it once the policy fits
 _TRIES = 10  # of making room for what whole layers and sequences take
+# ``kv_moved`` of a shape whose cache may be divided, whatever part of it is moved.
+DIVIDED = 0.5
 # Layers are computed where they lie for few sequences only: then reading weights there beats moving them.
 # Of a mixture, as many for each expert that a token could go to for one it goes to.
 IN_PLACE_SEQUENCES = 32
@@ -142,6 +144,22 @@ class Candidates:
                 del known[of_a_kind:]
         return [known for known in by_way.values() if known]
 
+    def divided(self, like: Policy, least: float) -> list[Candidate]:
+        """Of batch shapes whose cache may be divided, beside the one of a policy and compressed like that: those whose
+        bounds are above ``least``, best first."""
+        others = (shape for shape in batch_shapes(self.space) if shape.lossy == like.lossy)
+        shapes = (
+            replace(shape, attention=AttentionSite.CPU, kv_moved=DIVIDED)
+            for shape in (like, *others)
+            if shape.offloaded is Offloaded.MOVE and shape.expert_loads is ExpertLoads.ALL
+        )
+        found: list[Candidate] = []
+        for shape in dict.fromkeys(shapes):
+            problem = self._problem(shape)
+            if self._bound(shape, problem) > least:
+                found += self.solved(shape, problem)
+        return sorted((one for one in found if one.policy.kv_moved and one.bound > least), key=_rank)
+
     def fitted(self, candidate: Candidate) -> Candidate | None:
         """The candidate placed so that lanes that do not bind have the least to do; where whole layers and sequences
         take more than shares, in so much less room, or with a single staging buffer if that costs less. None if it does
@@ -228,10 +246,14 @@ class Candidates:
         )
 
     def _cost(self, shape: Policy) -> MicroBatchCost:
-        key = replace(shape, num_gpu_batches=1, schedule=Schedule.BLOCK)
+        divided = DIVIDED if shape.kv_moved else 0.0
+        key = replace(shape, num_gpu_batches=1, schedule=Schedule.BLOCK, kv_moved=divided)
         if key not in self._costs:
             space = self.space
-            self._costs[key] = micro_batch_cost(space.models[shape.lossy], key, space.job.hardware, space.request)
+            of = (space.models[shape.lossy], key, space.job.hardware, space.request)
+            self._costs[key] = (
+                divided_cost(self._cost(replace(key, kv_moved=0.0)), *of) if divided else micro_batch_cost(*of)
+            )
         return self._costs[key]
 
     def _kinds(self, shape: Policy) -> LayerKinds:
@@ -301,5 +323,5 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
 
 
 def _way(policy: Policy, uses_disk: bool) -> object:
-    sites = (policy.attention, policy.offloaded, policy.expert_loads)
+    sites = (policy.attention, policy.kv_moved > 0, policy.offloaded, policy.expert_loads)
     return (policy.schedule, *sites, policy.lossy, policy.prefetch, uses_disk)

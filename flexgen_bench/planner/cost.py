@@ -19,6 +19,7 @@ from flexgen_bench.core.rates import Rates, SiteRates, number_format
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.issued_operators import IssuedOperators
 from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.recorded_passes import RecordedPasses
 from flexgen_bench.schedule.attention import attend_flops
 from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
@@ -65,7 +66,9 @@ class StepCost:
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
-        self._operators = IssuedOperators(plan) if hardware.accelerator is Accelerator.CUDA else None
+        is_cuda = hardware.accelerator is Accelerator.CUDA
+        self._operators = IssuedOperators(plan) if is_cuda else None
+        self._recorded = RecordedPasses(plan) if is_cuda and self._sites[Tier.GPU].launch else None
         self._known: dict[tuple[object, ...], StepTimes] = {}
 
     def seconds(self, step: Step) -> float:
@@ -83,6 +86,7 @@ class StepCost:
             (step.unit, step.dequantized_buffer) if step.on_weights else _work_of(micro_batch),
             step.unit == 1 and micro_batch.sequences,
             _attended(step),
+            self._launches(step),
         )
         known = self._known.get(key)
         if known is None:
@@ -101,8 +105,15 @@ class StepCost:
             work_s = self._computed(step, site, tier)
         if self._operators is None or not lane.of_accelerator:
             return StepTimes(work_s + self._stands_for(step) * host_step_s, 0.0)
-        operator_s = self._sites[Tier.GPU].operator
-        return StepTimes(work_s, host_step_s + operator_s * self._operators.of(step))
+        site, launches = self._sites[Tier.GPU], self._launches(step)
+        issue_s = site.operator * self._operators.of(step) if launches is None else site.launch * launches
+        return StepTimes(work_s, host_step_s + issue_s)
+
+    def _launches(self, step: Step) -> int | None:
+        """Of a step that is replayed from a recording, where it is known what a launch takes; None: it is issued."""
+        if self._recorded is None or not step.lane.of_accelerator:
+            return None
+        return self._recorded.launches(step)
 
     def _stands_for(self, step: Step) -> int:
         """A LAYER of a processor costs as many steps as it was when steps were measured: both products, and an

@@ -1,6 +1,6 @@
 """How many operators the engine issues to an accelerator for a step: what the host's time for it is told by.
 
-The numbers are counted, on a tiny OPT and a tiny Llama told to issue what they would to a GPU
+The numbers are counted, on a tiny OPT, a tiny Llama and a tiny mixture told to issue what they would to a GPU
 (``benchmarks/host_counts.py``), and ``tests/engine/test_host_operators.py`` holds them to what the engine does: nothing
 else in the planner says how many there are. Views count, as each of them is issued by Python, too. They are those of
 equally long prompts.
@@ -27,9 +27,8 @@ _POSITIONS_OF_PROMPT = 4
 _ROTARY = 9  # more of a projection with rotary positions and the norm that goes with them
 _OUTPUT = 6
 _GATED = 1
-# Of a mixture: to choose experts and sort tokens by them, and for each expert that is touched. By reading
-# kernels/experts.py: no mixture has been counted.
-_ROUTE, _SORT, _EXPERT = 11, 9, 11
+# Of a mixture: to choose experts (by a softmax), to sort tokens by them, and for each expert that is touched.
+_ROUTE, _SORT, _EXPERT = 5, 11, 11
 # Attention over the first part of a cache, and over every further one: plain, and packed.
 _PROMPT_ATTENTION = {False: (32, 15), True: (154, 28)}
 _FUSED_LAYER = {False: (16, 10), True: (13, 7)}
@@ -52,8 +51,8 @@ _OTHERS = {
     StepKind.MOVE_TOKENS: 2,
     StepKind.LOAD_EXPERTS: 4,
     StepKind.MOVE_ROUTED: 6,
-    StepKind.MOVE_EXPERTS: 2,
-    StepKind.ADD_EXPERTS: 2,
+    StepKind.MOVE_EXPERTS: 1,
+    StepKind.ADD_EXPERTS: 1,
 }
 
 

@@ -78,7 +78,9 @@ def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     if job.gen_len > 1 and longer_than_block:
         yield from (replace(policy, schedule=s) for s in Schedule if s is not policy.schedule)
     if job.hardware.compute_tier is Tier.GPU:
-        yield from (replace(policy, attention=a) for a in AttentionSite if a is not policy.attention)
+        others = (a for a in AttentionSite if a is not policy.attention)
+        yield from (replace(policy, attention=a, kv_moved=0.0) for a in others)
+        yield from _divided_otherwise(policy)
         yield from (replace(policy, offloaded=o) for o in Offloaded if o is not policy.offloaded)
     if policy.experts is not None:
         yield from (replace(policy, expert_loads=loads) for loads in ExpertLoads if loads is not policy.expert_loads)
@@ -91,6 +93,13 @@ def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     for lossy in space.lossies:
         if lossy != policy.lossy:
             yield replace(policy, lossy=lossy)
+
+
+def _divided_otherwise(policy: Policy) -> Iterator[Policy]:
+    """Of a divided cache more or less moved. Others are divided by a step of the search of its own."""
+    if policy.kv_moved:
+        shares = (policy.kv_moved + sign * step for step in _STEPS for sign in (1, -1))
+        yield from (replace(policy, kv_moved=round(share, 6)) for share in shares if 0 <= share < 1)
 
 
 def _chunks(chunk: int | None) -> Iterator[int | None]:

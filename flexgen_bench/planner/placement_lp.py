@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
-from flexgen_bench.core.policy import Placement, Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 
 # Of placements that take about as long, the one that works least waits least; so much longer than the best counts
 # as the same.
 SLACK = 1.01
 Share = tuple[str, Tier]  # of a kind on a tier
+# Where the cpu attends: of the cache in host memory, as much as is moved to the accelerator all the same. It is a share
+# of all of the cache, like the one that it is a part of.
+MOVED: Share = ("kv_moved", Tier.CPU)
 Seconds = Mapping[Lane, float]
 
 
@@ -52,7 +55,13 @@ class PlacementProblem:
     @property
     def share_names(self) -> list[Share]:
         """The shares, in the order of the program's first variables."""
-        return [(kind, tier) for kind in self.kinds for tier in Tier if tier in self.room]
+        placed = [(kind, tier) for kind in self.kinds for tier in Tier if tier in self.room]
+        return [*placed, MOVED] if self.may_divide else placed
+
+    @property
+    def may_divide(self) -> bool:
+        """Whether some of the cache in host memory may be moved and the cpu attend to the rest."""
+        return MOVED in self.decode.by_share
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -112,7 +121,15 @@ class PlacementSolution:
 
     def applied_to(self, policy: Policy) -> Policy:
         """The policy with its tensors placed like this."""
-        return replace(policy, **{kind: self.placement(kind) for kind in policy.placements})  # type: ignore[arg-type]
+        placed = replace(policy, **{kind: self.placement(kind) for kind in policy.placements})  # type: ignore[arg-type]
+        return placed if MOVED not in self.shares else self._divided(placed)
+
+    def _divided(self, policy: Policy) -> Policy:
+        on_host = policy.kv_cache.share(Tier.CPU)
+        moved = round(self.shares[MOVED] / on_host, 6) if on_host else 0.0
+        if moved < 1:
+            return replace(policy, kv_moved=max(0.0, moved))
+        return replace(policy, kv_moved=0.0, attention=AttentionSite.COMPUTE)
 
 
 def linear_program(problem: PlacementProblem) -> LinearProgram:
@@ -145,8 +162,11 @@ def linear_program(problem: PlacementProblem) -> LinearProgram:
             both = [a + passes * b for a, b in zip(before, after, strict=True)]
             limit(str(lane), both, (-1.0,), -fixed[0] - passes * fixed[1])
     for tier in (tier for tier in Tier if tier in problem.room):
-        needs = [problem.sizes[kind] if tier is where else 0.0 for kind, where in shares]
+        needs = [problem.sizes.get(kind, 0.0) if tier is where else 0.0 for kind, where in shares]
         limit(f"memory of {tier}", needs, [0.0] * len(times), problem.room[tier])
+    if problem.may_divide:
+        lies = {MOVED: 1.0, ("kv_cache", Tier.CPU): -1.0}
+        limit("cache in host memory", [lies.get(share, 0.0) for share in shares], [0.0] * len(times), 0.0)
     if problem.max_latency_s is not None:
         limit("latency", [0.0] * len(shares), weights, problem.max_latency_s)
     none = (0.0,) * len(times)

@@ -9,6 +9,8 @@ simulated.
    what has been reached. Beside them, what lies on the accelerator altogether (``resident_policies.py``).
 3. From the best of them, one choice at a time is changed as long as that helps (``neighbours.py``); from the policy of
    the heuristic that needs no rates (``default_policy.py``), too, if that is better still.
+4. Last, a cache in host memory is divided among the link and the cpu (``Policy.kv_moved``), where a bound says that it
+   may pay.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.choice import Choice
@@ -36,6 +38,10 @@ WITH_ONE_BUFFER = 2  # of these, those that are looked at with a single staging 
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
+DIVIDED_BUDGET = 50_000  # to compare divided caches, and again to improve the best of them
+# A bound that is no further above what has been reached is not: something waits in every policy.
+WORTH = 1.05
+_MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
 NEAR = 0.8  # a start with so much of the best one's speed may lead further
 GAIN = 1.002  # what a change must bring to be taken
 
@@ -72,7 +78,7 @@ class Search:
         heuristic = self._heuristic(best)
         if heuristic is not None and self.tok_per_s(heuristic) > self.tok_per_s(best):
             best = self._changed(heuristic, _CHANGES, 1.0)
-        best = self._divided_anew(best)
+        best = self._divided_anew(self._cache_divided(best))
         latest = self.space.job.max_latency_s
         if not self.tok_per_s(best) and latest is not None:
             raise self._too_late(latest)
@@ -158,6 +164,38 @@ class Search:
         ]
         near = [other for other in others if self.tok_per_s(other) > NEAR * self.tok_per_s(best)]
         return max([best, *near], key=self._evaluator.full_tok_per_s)
+
+    def _cache_divided(self, best: Policy) -> Policy:
+        """A policy whose cache is attended to in several places (``Policy.kv_moved``), if one is better: those of the
+        highest bounds, and the best one with a part of its cache moved, changed one choice at a time. Behind all else,
+        so that whatever is not divided is found as if nothing could be."""
+        if self.space.job.hardware.compute_tier is not Tier.GPU:
+            return best
+        reached, evaluator = self.tok_per_s(best), self._evaluator
+        begun, speeds = evaluator.steps, dict[Policy, float]()
+        for start in self._divided_starts(best, WORTH * reached):
+            if evaluator.steps - begun >= DIVIDED_BUDGET:
+                break
+            speeds[start] = self.tok_per_s(start)
+        start = max(speeds, key=lambda policy: speeds[policy], default=best)
+        if start is best or speeds[start] <= NEAR * reached:
+            return best
+        begun = evaluator.steps
+        divided = self._improved(
+            start, neighbours, lambda: evaluator.steps - begun >= DIVIDED_BUDGET, lambda: report(_CHANGES)
+        )
+        # On all layers, too, as what is not divided was.
+        full = evaluator.full_tok_per_s
+        return divided if self.tok_per_s(divided) > GAIN * reached and full(divided) > GAIN * full(best) else best
+
+    def _divided_starts(self, best: Policy, least: float) -> Iterator[Policy]:
+        """None if no program's bound is above ``least``."""
+        candidates = self._solver.divided(best, least)[:OF_A_KIND]
+        for fitted in map(self._solver.fitted, candidates):
+            if fitted is not None:
+                yield fitted.policy
+        if candidates and best.kv_cache.share(Tier.CPU):
+            yield from (replace(best, attention=AttentionSite.CPU, kv_moved=share) for share in _MOVED)
 
     def _improved(
         self, best: Policy, around: Neighbourhood, is_spent: Callable[[], bool], watch: Callable[[], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexgen_bench.core.policy import AttentionSite, Policy
+from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.core.units import PAGE, aligned
 from flexgen_bench.schedule.passes import chunk_len
@@ -93,7 +93,6 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
     on_accelerator = any(site.is_accelerator for site in sites)
     prompt = dict.fromkeys(sites, 0)
     prompt_host = kv_buffer = kv_host = pages = 0
-    attends = job.has_accelerator and policy.attention is AttentionSite.CPU
     any_disk = any(s.tier is Tier.DISK for kv_slot in groups.kv_slots for s in kv_slot.hidden)
     for kv_slot in {kv_slot.index: kv_slot for kv_slot in groups.alike}.values():
         for group in groups.possible(kv_slot):
@@ -118,8 +117,8 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
                     if on_accelerator:
                         prompt_host = max(prompt_host, sum(x.prompt_bytes for x in disk))
                     kv_host = max([kv_host, *(x.region_bytes for x in disk)])
-                    away = [x for span, x in pairs if span.tier is not Tier.GPU]
-                    if any(unit.site.is_accelerator for unit in layers) and not attends:
+                    away = [x for span, x in pairs if span.is_moved]
+                    if any(unit.site.is_accelerator for unit in layers):
                         kv_buffer = max([kv_buffer, *(x.moved_region_bytes for x in away)])
             if any_disk:
                 rows = max(chunk_rows(group, everything(group), chunk))
@@ -127,9 +126,7 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
     size = max(len(group) for group in groups.members)
     if any_disk:  # in decode, every sequence may be a part of its own
         pages = max(pages, max(policy.gpu_batch_size, size) * aligned(job.hidden_row_bytes))
-    split = (
-        attends and on_accelerator and any(s.tier is not Tier.GPU for kv_slot in groups.kv_slots for s in kv_slot.kv)
-    )
+    split = on_accelerator and any(s.is_delegated for kv_slot in groups.kv_slots for s in kv_slot.kv)
     together = max(1, policy.gpu_batch_size // size)
     cpu_attention_buffers = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0
     return Staging(job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages)

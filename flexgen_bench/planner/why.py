@@ -44,6 +44,7 @@ def way_of_working(policy: Policy) -> object:
     return (
         policy.schedule,
         policy.attention,
+        policy.kv_moved > 0,
         policy.offloaded,
         policy.expert_loads,
         policy.lossy,
@@ -100,12 +101,15 @@ def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
         text += _too_large(cache, here, "than fits beside them")
         away = sum(cache.values()) - cache.get(here, 0)
         if away and here is Tier.GPU:
-            text += (
-                ", and the processor attends to it there"
-                if policy.attention is AttentionSite.CPU
-                else ", and is moved to the gpu for every token"
-            )
+            text += _attended(policy)
         yield text
+
+
+def _attended(policy: Policy) -> str:
+    if policy.attention is AttentionSite.COMPUTE:
+        return ", and is moved to the gpu for every token"
+    text = ", and the processor attends to it there"
+    return f"{text}, but for {policy.kv_moved:.0%} that is moved to the gpu" if policy.kv_moved else text
 
 
 def _of_experts(plan: MemoryPlan, here: Tier) -> str:
@@ -148,6 +152,8 @@ def _differences(policy: Policy, other: Policy) -> Iterator[str]:
         yield f"{'block by block' if other.schedule is Schedule.BLOCK else 'continuous schedule'}"
     if other.attention is not policy.attention:
         yield f"attention on the {'processor' if other.attention is AttentionSite.CPU else 'gpu'}"
+    if abs(other.kv_moved - policy.kv_moved) > _SHOWS:
+        yield f"{other.kv_moved:.0%} of the cache in host memory moved" if other.kv_moved else "none of the cache moved"
     if other.offloaded is not policy.offloaded:
         here = other.offloaded is Offloaded.IN_PLACE
         yield f"offloaded layers {'computed where they lie' if here else 'moved to the gpu'}"

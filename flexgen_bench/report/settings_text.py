@@ -32,7 +32,8 @@ def policy_text(policy: Any) -> str:
         if isinstance(policy.get(key), Mapping):
             parts.append(f"{name} {placement_text(policy[key])}")
     if policy.get("attention") == "cpu":
-        parts.append("attention on the cpu")
+        moved = policy.get("kv_moved")
+        parts.append("attention on the cpu" + (f", {_percent(moved)} of the cache there moved" if moved else ""))
     if policy.get("offloaded") == "in_place":
         parts.append("offloaded layers computed in place")
     if policy.get("expert_loads") == "touched":
@@ -53,7 +54,11 @@ def placement_text(shares: Mapping[str, float]) -> str:
     used = {tier: share for tier, share in shares.items() if share}
     if len(used) == 1:
         return next(iter(used))
-    return ", ".join(f"{tier} {significant(100 * share, 3)} %" for tier, share in used.items())
+    return ", ".join(f"{tier} {_percent(share)}" for tier, share in used.items())
+
+
+def _percent(share: float) -> str:
+    return f"{significant(100 * share, 3)} %"
 
 
 def _setting(key: str, value: Any) -> str:

@@ -34,15 +34,41 @@ def cache_homes(unit: Unit, micro_batch: MicroBatch) -> tuple[Buffer, ...]:
 
 
 def attention_steps(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
-    """Prefill attends at the site over the keys just made; decode attends over the cache, part by part."""
+    """Prefill attends at the site over the keys just made; decode attends over the cache, part by part. Of a divided
+    micro-batch: up to where the cpu attends (``joining_steps`` are the rest)."""
     if micro_batch.is_prefill:
         yield from _prefill(job, unit, micro_batch)
         return
+    divided = _is_divided(unit, micro_batch)
     for part in micro_batch.kv_parts:
         if job.attends_on_cpu(unit, part):
             yield from _decode_on_cpu(job, unit, micro_batch, part)
-        else:
+            if not divided:
+                yield _returned(job, unit, micro_batch, part)
+            yield from _flush(unit, micro_batch, part)
+        elif not (divided and part.span.is_moved):
             yield from _decode_at_site(job, unit, micro_batch, part)
+
+
+def joining_steps(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
+    """Of a micro-batch that is attended to in several places: what is moved is attended to, and what the cpu has made
+    comes back.
+
+    Directly before the output, and not with the rest of the attention: there the link would wait for the cpu before it
+    could bring the next micro-batch's cache, and the accelerator for that cache before it could project for the cpu.
+    """
+    if not _is_divided(unit, micro_batch):
+        return
+    for part in micro_batch.kv_parts:
+        if part.span.is_moved:
+            yield from _decode_at_site(job, unit, micro_batch, part)
+    for part in micro_batch.kv_parts:
+        if job.attends_on_cpu(unit, part):
+            yield _returned(job, unit, micro_batch, part)
+
+
+def _is_divided(unit: Unit, micro_batch: MicroBatch) -> bool:
+    return unit.site.is_accelerator and not micro_batch.is_prefill and micro_batch.is_divided
 
 
 def _home(unit: Unit, part: Part) -> Buffer:
@@ -161,7 +187,7 @@ def _decode_at_site(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part
 
 
 def _decode_on_cpu(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> Iterator[Step]:
-    """Queries go down, the cache stays, the attention output comes back up."""
+    """Queries go down, and the cache stays."""
     query, result = micro_batch.buffer("qkv_host", part.index), micro_batch.buffer("attn_host", part.index)
     yield Step(
         unit.site.d2h,
@@ -185,17 +211,20 @@ def _decode_on_cpu(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part:
         writes=(result, _appendix(unit, part)),
         flops=attend_flops(job, unit, part),
     )
-    yield Step(
+
+
+def _returned(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> Step:
+    """What the cpu made of it comes back up."""
+    return Step(
         unit.site.h2d,
         StepKind.MOVE_ATTENTION,
         unit.index,
         micro_batch,
         part.index,
-        reads=(result,),
+        reads=(micro_batch.buffer("attn_host", part.index),),
         writes=(micro_batch.buffer("attn", part.index),),
         bytes=part.rows * job.attention_row_bytes,
     )
-    yield from _flush(unit, micro_batch, part)
 
 
 def _in_memory(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch, part: Part) -> tuple[Buffer, tuple[Step, ...]]:

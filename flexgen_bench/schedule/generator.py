@@ -13,8 +13,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from flexgen_bench.core.tiers import Tier
-from flexgen_bench.schedule.attention import attend_flops, attention_buffers, attention_steps, cache_homes, is_resident
+from flexgen_bench.schedule.attention import (
+    attend_flops,
+    attention_buffers,
+    attention_steps,
+    cache_homes,
+    is_resident,
+    joining_steps,
+)
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.experts import add_experts, are_away, expert_steps, state_buffers
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
@@ -35,7 +41,7 @@ def pass_steps(
     Decoding micro-batches that the cpu attends for are split at the attention: their projections come first, then
     the other micro-batches (prefill, mostly) while the cpu attends, then output and MLP, each directly followed by the
     same micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch
-    to micro_batch on.
+    to work on. Of a divided micro-batch, what is moved is attended to directly before the output.
     """
     weights.begin_pass(is_last)
     cpu_attended: list[MicroBatch] = []
@@ -101,7 +107,8 @@ def _begin(job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, mic
 def _resume(
     job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch
 ) -> Iterator[Step]:
-    """The same from the attention on."""
+    """The same from where the cpu attends on."""
+    yield from joining_steps(job, unit, micro_batch)
     yield _after_attention(unit, blob, micro_batch)
     experts = job.experts_of(unit)
     if experts is not None:
@@ -123,7 +130,7 @@ def _end(
 def uses_cpu_attention(job: ScheduledJob, members: Sequence[Member]) -> bool:
     """Whether the cpu attends for a micro-batch of these members while an accelerator computes the rest."""
     return job.delegates_attention and any(
-        member.token and span.count and span.tier is not Tier.GPU for member in members for span in member.group.kv
+        member.token and span.count and span.is_delegated for member in members for span in member.group.kv
     )
 
 

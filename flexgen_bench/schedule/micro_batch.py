@@ -93,6 +93,11 @@ class Part:
     def rows(self) -> int:
         return self.stop - self.row
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether its cache passes through a staging buffer where an accelerator computes."""
+        return self.tier is Tier.DISK or self.span.is_moved
+
     def layout(self, ring: int | None = None) -> KVLayout:
         """How its cache lies in its home, of layers whose cache is such a ring."""
         group = self.member.group
@@ -172,7 +177,23 @@ class MicroBatch:
 
     @cached_property
     def kv_parts(self) -> tuple[Part, ...]:
-        return self._parts([member.group.kv for member in self.members])
+        parts = self._parts([member.group.kv for member in self.members])
+        if not self.is_divided:
+            return parts
+        turns = accumulate((part.is_staged for part in parts), initial=self.first_kv_buffer)
+        return tuple(replace(part, kv_buffer=n % self.num_kv_buffers) for part, n in zip(parts, turns, strict=False))
+
+    @cached_property
+    def is_divided(self) -> bool:
+        """Whether, of caches below an accelerator, some are moved to it and the cpu attends to others."""
+        spans = [span for member in self.members for span in member.group.kv if span.count]
+        return any(span.is_delegated for span in spans) and any(span.is_moved for span in spans)
+
+    @property
+    def kv_turns(self) -> int:
+        """How often it takes the next KV staging buffer: once for each part; where it is divided, only for those that
+        need one, so that those that are moved do not all get the same."""
+        return sum(part.is_staged or not self.is_divided for part in self.kv_parts)
 
     @cached_property
     def attended(self) -> tuple[tuple[int, int], ...]:

@@ -85,7 +85,7 @@ def form_micro_batches(
             chunk=chunk,
             samples_on_device=job.tokens_stay and all(map(on_device, members)),
         )
-        turns.kv_parts += len(micro_batch.kv_parts)
+        turns.kv_parts += micro_batch.kv_turns
         formed.append(micro_batch)
 
     for together in _share([r for r in running if r.token], largest):

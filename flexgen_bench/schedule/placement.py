@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from flexgen_bench.core.policy import Placement
+from flexgen_bench.core.policy import AttentionSite, Placement
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.sequence_group import Span
 
@@ -60,6 +61,23 @@ def place_sequences(count: int, spreader: ShareSpreader) -> tuple[Span, ...]:
             spans.append(Span(tier, start, start + per_tier[tier]))
             start += per_tier[tier]
     return tuple(spans)
+
+
+def place_attention(spans: tuple[Span, ...], moved: ShareSpreader) -> tuple[Span, ...]:
+    """The same spans, attended to by the cpu where they are below the accelerator; those in host memory are cut in two,
+    first the sequences that are moved all the same.
+
+    moved: hands out where a sequence in host memory is attended to; shared as in ``place_sequences``.
+    """
+    placed: list[Span] = []
+    for span in spans:
+        if span.tier is not Tier.CPU:
+            placed.append(replace(span, attention=AttentionSite.CPU) if span.tier is Tier.DISK else span)
+            continue
+        count = span.count if moved.only is None else 0
+        middle = span.start + sum(moved.place(1) is Tier.GPU for _ in range(count))
+        placed += [replace(span, stop=middle), replace(span, start=middle, attention=AttentionSite.CPU)]
+    return tuple(span for span in placed if span.count)
 
 
 def realised(bytes_per_tier: dict[Tier, int]) -> dict[str, float]:

@@ -227,4 +227,4 @@ class ScheduledJob:
 
     def attends_on_cpu(self, unit: Unit, part: Part) -> bool:
         """Decode attention of this part runs on the cpu although an accelerator computes the rest."""
-        return unit.site.is_accelerator and part.tier is not Tier.GPU and self.attention is AttentionSite.CPU
+        return unit.site.is_accelerator and part.span.is_delegated

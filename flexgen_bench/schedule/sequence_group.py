@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from flexgen_bench.core.policy import AttentionSite
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.kv_layout import KVLayout
 
 
 @dataclass(frozen=True)
 class Span:
-    """Sequences ``start .. stop-1`` of a KV slot or a sequence group, on one tier."""
+    """Sequences ``start .. stop-1`` of a KV slot or a sequence group, on one tier. attention: of a cache that is not on
+    the accelerator that computes its layer, where it is attended to in decode."""
 
     tier: Tier
     start: int
     stop: int
+    attention: AttentionSite = AttentionSite.COMPUTE
 
     @property
     def count(self) -> int:
         return self.stop - self.start
+
+    @property
+    def is_delegated(self) -> bool:
+        """Whether the cpu attends to it for an accelerator."""
+        return self.tier is not Tier.GPU and self.attention is AttentionSite.CPU
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether it is moved to an accelerator in every decode pass, where one computes its layer."""
+        return self.tier is not Tier.GPU and self.attention is AttentionSite.COMPUTE
 
 
 @dataclass(frozen=True)
@@ -122,13 +135,13 @@ def start_group(
 
 def clipped(spans: tuple[Span, ...], size: int) -> tuple[Span, ...]:
     """A KV slot's spans for only its first ``size`` sequences."""
-    return tuple(Span(s.tier, min(s.start, size), min(s.stop, size)) for s in spans)
+    return tuple(replace(s, start=min(s.start, size), stop=min(s.stop, size)) for s in spans)
 
 
 def _closed_up(spans: tuple[Span, ...], stay: list[int]) -> tuple[Span, ...]:
     closed, start = [], 0
     for span in spans:
         count = sum(span.start <= place < span.stop for place in stay)
-        closed.append(Span(span.tier, start, start + count))
+        closed.append(replace(span, start=start, stop=start + count))
         start += count
     return tuple(closed)

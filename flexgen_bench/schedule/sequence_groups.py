@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.policy import Policy, Schedule
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.schedule.kv_disk_ring import DiskRing
 from flexgen_bench.schedule.kv_layout import KVLayout, ring_layout
-from flexgen_bench.schedule.placement import ShareSpreader, place_sequences
+from flexgen_bench.schedule.placement import ShareSpreader, place_attention, place_sequences
 from flexgen_bench.schedule.sequence_group import KVSlot, SequenceGroup, Span, clipped, start_group
 
 # A tail segment of a KV cache on disk is written at once; below this size direct writes lose most of a disk's
@@ -202,9 +202,15 @@ def form_groups(
     # slot.
     sizes = [size if continuous else len(groups[kv_slot]) for kv_slot in range(count)]
     kv, hidden = ShareSpreader(policy.kv_cache), ShareSpreader(policy.activations)
-    kv_slots = tuple(
-        KVSlot(index, place_sequences(own, kv), place_sequences(own, hidden)) for index, own in enumerate(sizes)
-    )
+    # Where sequences whose cache is in host memory are attended to.
+    moved = ShareSpreader(Placement(gpu=policy.kv_moved, cpu=1 - policy.kv_moved))
+    delegated = compute is Tier.GPU and policy.attention is AttentionSite.CPU
+
+    def cached(count: int) -> tuple[Span, ...]:
+        spans = place_sequences(count, kv)
+        return place_attention(spans, moved) if delegated else spans
+
+    kv_slots = tuple(KVSlot(index, cached(own), place_sequences(own, hidden)) for index, own in enumerate(sizes))
     return SequenceGroups(
         tuple(requests),
         groups,

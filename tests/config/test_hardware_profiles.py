@@ -222,7 +222,7 @@ REFUSED = [
     (["~gpu.links.disk_write"], "gpu.links.disk_write = None", "State all of disk_read, disk_write, h2d, d2h"),
     (["~gpu.links.h2d"], "gpu.links.h2d = None", "or leave out gpu.rates"),
     # Unknown.
-    ([f"+{GPU}.colour=1"], f"{GPU}.colour", "has attend, attend_sequence, decode_attention, matrix"),
+    ([f"+{GPU}.colour=1"], f"{GPU}.colour", "has attend, attend_sequence, decode_attention, launch"),
     (["+gpu.rates.tpu=1"], "gpu.rates.tpu", "has cpu, gpu, links"),
     (["+gpu.rates.transfers.d2d=1e9"], "gpu.rates.transfers = 'd2d'", "d2h_pageable"),
     (["+gpu.links.nvlink=1e9"], "nvlink", "one of disk_read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import host_counts
 import pass_counts
+
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.tiers import Lane
+from flexgen_bench.models.model import Model
+from flexgen_bench.planner.memory_plan import plan_job
+from flexgen_bench.planner.recorded_passes import RecordedPasses
+from flexgen_bench.schedule.scheduler import Scheduler
+from flexgen_bench.schedule.sequence_groups import Request
 
 # Launches of a pass of one micro-batch through six layers at most: without graphs; with them. Who lowers one lowers the
 # limit.
@@ -37,6 +46,24 @@ def test_no_pass_costs_more_than_it_did(case: str, folder: Path) -> None:
     assert with_graphs.launches <= min(LIMITS[case][1], 5 + with_graphs.fetched)
     assert (with_graphs.fetched > 0) is ("weights" in case)
     assert eager.waits == with_graphs.waits == 0, "tables and head are on the accelerator"
+
+
+@pytest.mark.parametrize("case", [*LIMITS, *NO_GRAPHS])
+def test_the_planner_knows_which_passes_are_recorded(case: str) -> None:
+    """Launches of a decode pass by its own count, which it takes once it is known what one costs."""
+    policy = replace(host_counts.CASES[case].policy, gpu_batch_size=2 * host_counts.BATCH, num_gpu_batches=1)
+    requests = [Request(host_counts.PROMPT_LEN, host_counts.GEN_LEN)] * host_counts.PROMPTS
+    model = Model.of(host_counts.tiny_opt(), DType.FLOAT16, policy.lossy.weights)
+    plan = plan_job(model, policy, host_counts.MACHINE, requests)
+    scheduler, recorded = Scheduler(policy, plan), RecordedPasses(plan)
+    list(scheduler.steps(scheduler.schedule()))
+    scheduler.postprocess()
+    steps = [step for step in scheduler.steps(scheduler.schedule()) if step.lane is Lane.GPU and not step.on_weights]
+    launches = [recorded.launches(step) for step in steps]
+    if case in NO_GRAPHS:
+        assert set(launches) == {None}
+    else:
+        assert sum(number or 0 for number in launches) == LIMITS[case][1]
 
 
 @pytest.mark.parametrize("case", NO_GRAPHS)

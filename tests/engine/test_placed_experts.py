@@ -50,6 +50,9 @@ POLICIES = {
     "layers and experts streamed": Policy(2, 2, CPU, CPU, GPU, experts=Placement(0.4, 0.3, 0.3), prefill_chunk=5),
     "on the accelerator, layers streamed": Policy(2, 2, CPU, GPU, CPU, experts=GPU),
     "the cpu attends": Policy(1, 4, CPU, CPU, GPU, attention=AttentionSite.CPU, experts=CPU),
+    "in several places": Policy(
+        4, 2, CPU, Placement(0.3, 0.7), GPU, attention=AttentionSite.CPU, kv_moved=0.5, experts=CPU
+    ),
     "continuous": Policy(2, 2, GPU, CPU, GPU, schedule=Schedule.CONTINUOUS, experts=Placement(cpu=0.5, disk=0.5)),
     "touched": Policy(1, 3, GPU, GPU, GPU, experts=CPU, expert_loads=TOUCHED),
     "touched, from disk": Policy(2, 2, CPU, CPU, CPU, experts=DISK, expert_loads=TOUCHED, prefill_chunk=3),

@@ -72,6 +72,7 @@ def test_prompts_of_all_lengths_in_one_micro_batch(
         (Policy(6, 1, cpu, cpu, cpu), HOST),
         (Policy(6, 1, cpu, cpu, cpu, prefill_chunk=18), EMULATED),
         (Policy(6, 1, cpu, cpu, cpu, attention=AttentionSite.CPU), EMULATED),
+        (Policy(3, 2, cpu, cpu, cpu, attention=AttentionSite.CPU, kv_moved=0.5), EMULATED),
     ):
         assert run(reference, policy, hardware, tmp_path, NEW_TOKENS)[0] == reference.tokens
 

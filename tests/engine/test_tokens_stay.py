@@ -34,6 +34,9 @@ POLICIES = {
     "prompts in chunks": Policy(4, 1, GPU, GPU, GPU, prefill_chunk=8),
     "cache moved": Policy(2, 2, GPU, CPU, GPU),
     "attended by the cpu": Policy(2, 2, GPU, Placement(gpu=0.5, cpu=0.5), CPU, attention=AttentionSite.CPU),
+    "attended to in three places": Policy(
+        4, 2, GPU, Placement(gpu=0.3, cpu=0.7), GPU, attention=AttentionSite.CPU, kv_moved=0.5
+    ),
     "one step after the other": Policy(3, 2, GPU, GPU, GPU, overlap=False),
 }
 CAPACITY = Capacity(sequences=3, prompt_len=30, gen_len=NEW_TOKENS)

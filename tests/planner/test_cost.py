@@ -355,3 +355,22 @@ def with_gpu(machine: HardwareProfile, gpu: SiteRates) -> HardwareProfile:
 
 def with_cpu(machine: HardwareProfile, cpu: SiteRates) -> HardwareProfile:
     return replace(machine, rates=Rates({Tier.CPU: cpu}))
+
+
+def test_recorded_passes_are_launches_once_it_is_known_what_one_costs() -> None:
+    """The first layer of a pass is launched with all that follow it; of the others the host has no more than the step.
+    Prompts are issued as ever."""
+    known = with_gpu(ACCELERATOR, replace(GPU_SITE, operator=2e-6, launch=1e-5))
+    here = Policy(4, 1, GPU, GPU, GPU)
+    unknown = a_job(here, with_gpu(ACCELERATOR, replace(GPU_SITE, operator=2e-6)))
+
+    def issued(job: PlannedJob, number: int, kind: StepKind) -> list[float]:
+        cost = StepCost(job.plan)
+        return [cost.times(step).issue_s for step in list(job.passes(job.plan))[number] if step.kind is kind]
+
+    first, *others = issued(a_job(here, known), 1, StepKind.LAYER)
+    assert first == pytest.approx(US + 1e-5)
+    assert others == [pytest.approx(US)] * len(others)
+    assert min(issued(unknown, 1, StepKind.LAYER)) > 16 * 2e-6
+    for kind in (StepKind.PROJECT, StepKind.OUTPUT):
+        assert issued(a_job(here, known), 0, kind) == issued(unknown, 0, kind)

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flexgen_bench.core.codec import to_json
-from flexgen_bench.core.policy import Schedule
+from flexgen_bench.core.policy import AttentionSite, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
-from flexgen_bench.planner.placement_lp import LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
+from flexgen_bench.planner.placement_lp import MOVED, LinearProgram, PhaseCost, PlacementProblem, linear_program, solve
 
 NEAR = 1e-6
 KINDS = ("weights", "experts", "kv_cache", "activations")
@@ -320,3 +320,38 @@ def test_small_times_beside_huge_memories() -> None:
     assert found.seconds == pytest.approx(26e-6, rel=1e-5)
     assert found.placement("weights").gpu == pytest.approx(0.5, abs=1e-5)
     assert found.tight["memory of gpu"] == pytest.approx(4e-18, rel=1e-4)
+
+
+# A cache that has no room on the accelerator: the cpu attends to all of it in 6 s, the link moves all of it in 3 s.
+CACHE = PlacementProblem(
+    schedule=Schedule.BLOCK,
+    prefill=cost({Lane.GPU: 5.0}),
+    decode=replace(
+        cost({Lane.GPU: 0.5}),
+        by_share={**cost({}).by_share, ("kv_cache", Tier.CPU): {Lane.CPU: 6.0}, MOVED: {Lane.CPU: -6.0, Lane.H2D: 3.0}},
+    ),
+    decode_passes=10,
+    sizes={"weights": 0.0, "kv_cache": 100.0, "activations": 0.0},
+    room={Tier.GPU: 5.0, Tier.CPU: 100.0},
+)
+
+
+def test_a_cache_is_divided_so_that_the_link_and_the_cpu_are_busy_alike() -> None:
+    """Of 100 bytes 5 have room, and are attended to for nothing; of the others two thirds are moved."""
+    found = solve(CACHE)
+    assert found is not None
+    assert found.seconds == pytest.approx(5 + 10 * 0.95 * 2)
+    assert found.shares[MOVED] == pytest.approx(0.95 * 2 / 3)
+    policy = found.applied_to(Policy(attention=AttentionSite.CPU))
+    assert policy.kv_moved == pytest.approx(2 / 3, abs=1e-5)
+    assert policy.kv_cache.cpu == pytest.approx(0.95)
+
+
+def test_no_more_is_moved_than_lies_in_host_memory() -> None:
+    """A link that costs nothing moves all of it: then the cpu has nothing to attend to."""
+    free = replace(CACHE.decode, by_share={**CACHE.decode.by_share, MOVED: {Lane.CPU: -6.0}})
+    found = solve(replace(CACHE, decode=free))
+    assert found is not None
+    assert found.shares[MOVED] == pytest.approx(found.shares["kv_cache", Tier.CPU])
+    policy = found.applied_to(Policy(attention=AttentionSite.CPU))
+    assert (policy.attention, policy.kv_moved) == (AttentionSite.COMPUTE, 0.0)

@@ -70,6 +70,8 @@ def cases(draw: st.DrawFn) -> Case:
         prefill_chunk=draw(st.sampled_from([None, 1, 3])),
         offloaded=draw(st.sampled_from(Offloaded)),
     )
+    if policy.attention is AttentionSite.CPU:
+        policy = replace(policy, kv_moved=draw(st.sampled_from([0.0, 0.3, 0.7])))
     if draw(st.booleans()):
         experts, loads = draw(placements(hardware.tiers)), draw(st.sampled_from(ExpertLoads))
         policy = replace(policy, experts=experts, expert_loads=loads)

@@ -163,6 +163,7 @@ def placements(draw: st.DrawFn, tiers: tuple[Tier, ...]) -> Placement:
 @st.composite
 def policies(draw: st.DrawFn, tiers: tuple[Tier, ...]) -> Policy:
     bits = st.sampled_from([None, FOUR_BITS])
+    attention = draw(st.sampled_from(AttentionSite))
     return Policy(
         gpu_batch_size=draw(st.integers(1, 4)),
         num_gpu_batches=draw(st.integers(1, 4)),
@@ -171,7 +172,8 @@ def policies(draw: st.DrawFn, tiers: tuple[Tier, ...]) -> Policy:
         activations=draw(placements(tiers)),
         prefetch=draw(st.integers(1, 3)),
         overlap=draw(st.sampled_from([True, True, False])),
-        attention=draw(st.sampled_from(AttentionSite)),
+        attention=attention,
+        kv_moved=draw(st.sampled_from([0.0, 0.3, 0.7])) if attention is AttentionSite.CPU else 0.0,
         schedule=draw(st.sampled_from(Schedule)),
         prefill_chunk=draw(st.sampled_from([None, None, 5])),
         offloaded=draw(st.sampled_from(Offloaded)),

@@ -1,0 +1,83 @@
+"""A cache that is attended to in several places, as the planner sees it: times, bounds, and what a search finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import flexgen_bench.planner.search as search_module
+from flexgen_bench.core.compression import EXACT
+from flexgen_bench.core.job import Job
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.planner.candidates import DIVIDED, Candidates
+from flexgen_bench.planner.evaluator import Evaluator
+from flexgen_bench.planner.neighbours import neighbours
+from flexgen_bench.planner.placement_lp import MOVED
+from flexgen_bench.planner.search import Search
+from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.planner.why import why
+from tests.support.planner_machines import DTYPE, MIB, accelerator, site
+from tests.support.shapes import opt_shape
+
+CPU = Placement.all_on(Tier.CPU)
+SHAPE = opt_shape(
+    num_layers=16,
+    hidden_size=128,
+    embed_dim=128,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=16,
+    ffn_size=512,
+    vocab_size=256,
+    max_positions=128,
+)
+# The cpu attends to a gigabyte in a second, and a link moves as much. The accelerator has no room for 6 MB of weights;
+# 64 sequences of 96 tokens have 50 MB of cache. The cpu alone is as long at it as the link at eight loads of weights.
+MACHINE = accelerator(int(5.5 * MIB), 2**30, gpu=site(1e13, 1e12), cpu=site(1e12, 2e9), h2d=1e9, d2h=1e9)
+SPACE = SearchSpace(Job(SHAPE, DTYPE, MACHINE, 64, 32, 64), (EXACT,))
+PLAIN = Policy(8, 8, CPU, CPU, CPU, attention=AttentionSite.CPU, prefill_chunk=128)
+
+
+def test_the_link_and_the_cpu_have_a_part_each() -> None:
+    """Less of the cache than the cpu attends to is moved, as the link has the weights, too."""
+    evaluator = Evaluator(SPACE)
+    alone = [evaluator.tok_per_s(one) for one in (PLAIN, replace(PLAIN, attention=AttentionSite.COMPUTE))]
+    divided = evaluator.tok_per_s(replace(PLAIN, kv_moved=0.4))
+    assert divided > 1.4 * max(alone)
+
+
+def test_moving_costs_what_it_costs_where_all_is_moved() -> None:
+    """The program's seconds of a divided cache are those of the two pure ways at its ends."""
+    solver = Candidates(SPACE)
+    problem = next(iter(solver.problems(replace(PLAIN, kv_moved=DIVIDED))))
+    delegated = next(iter(solver.problems(PLAIN)))
+    moved = next(iter(solver.problems(replace(PLAIN, attention=AttentionSite.COMPUTE))))
+    assert problem.may_divide
+    assert not delegated.may_divide
+    for lane in (Lane.CPU, Lane.H2D, Lane.D2H, Lane.GPU):
+        fixed = problem.decode.fixed.get(lane, 0.0)
+        assert fixed == pytest.approx(delegated.decode.fixed.get(lane, 0.0))
+        assert fixed + problem.decode.by_share[MOVED].get(lane, 0.0) == pytest.approx(
+            moved.decode.fixed.get(lane, 0.0), abs=1e-9
+        )
+
+
+def test_a_search_divides_a_cache_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget in ("START_BUDGET", "STEP_BUDGET", "FINE_BUDGET"):  # whatever it begins with
+        monkeypatch.setattr(search_module, budget, 5000)
+    search = Search(SPACE)
+    found = search.run()
+    assert 0 < found.policy.kv_moved < 1
+    others = [replace(found.policy, kv_moved=0.0), replace(found.policy, kv_moved=0.0, attention=AttentionSite.COMPUTE)]
+    assert search.tok_per_s(found.policy) > 1.2 * max(map(search.tok_per_s, others))
+    told = why(SPACE, found.plan, found.forecast, found.other)
+    assert f"but for {found.policy.kv_moved:.0%} that is moved to the gpu" in told
+
+
+def test_what_is_not_divided_has_the_neighbours_it_had() -> None:
+    assert not any(one.kv_moved for one in neighbours(SPACE, PLAIN))
+    others = list(neighbours(SPACE, replace(PLAIN, kv_moved=0.5)))
+    assert {one.kv_moved for one in others} >= {0.25, 0.45, 0.5, 0.55, 0.75}
+    assert {one.kv_moved for one in others if one.attention is AttentionSite.COMPUTE} == {0.0}
