@@ -36,8 +36,8 @@ def dtype_of(setup: Setup, request: Request) -> str:
 
 @contextlib.contextmanager
 def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
-    """The lm-eval model, closed at the end. folder: the checkpoint, for what does not come through a system."""
-    made = _rtn_baseline(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request)
+    """The lm-eval model, closed at the end. folder: the checkpoint; rounded, if the mode has its weights rounded."""
+    made = _rtn_baseline(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request, folder)
     try:
         yield made
     finally:
@@ -46,13 +46,13 @@ def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
             close()
 
 
-def _of_system(setup: Setup, request: Request) -> Any:
+def _of_system(setup: Setup, request: Request, folder: Path) -> Any:
     from flexgen_bench.accuracy.run.lm import make_lm
 
     policy = request.policy and replace(request.policy, lossy=setup.lossy)
     return make_lm(
         setup.system,
-        request.source,
+        request.source if setup.mode.weight_format is None else folder,
         lossy=setup.lossy,
         dtype=dtype_of(setup, request),
         gpu=request.hardware,

@@ -20,15 +20,20 @@ import psutil
 from flexgen_bench.accuracy.run.evaluate import check_metric, evaluate_task, quiet
 from flexgen_bench.accuracy.run.identity import mode_key, model_fingerprint, task_key
 from flexgen_bench.accuracy.run.models import Setup, dtype_of, opened
-from flexgen_bench.accuracy.run.numbers import NumbersOf, text_hash
+from flexgen_bench.accuracy.run.numbers import NumbersOf, loss_text, plain_text, text_hash
 from flexgen_bench.accuracy.run.options import EXACT_REFERENCE, USUAL_LIMIT, YARDSTICK, Request
+from flexgen_bench.checkpoints.gguf.rounding import ROUNDING_VERSION, Rounded, rounded_checkpoint
+from flexgen_bench.checkpoints.prepared import locked
 from flexgen_bench.config.build import system_target
 from flexgen_bench.core.accuracy import Role, Subject, TaskRecord
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import quiet as quiet_progress
 from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accuracy
+from flexgen_bench.store.writer import safe_name
 from flexgen_bench.systems.load_system import load_target
 
 # What a person is told while it runs.
@@ -115,11 +120,14 @@ class AccuracyRun:
 
     def _one(self, todo: Todo, numbers: NumbersOf, *, compares: bool) -> list[Path]:
         folder = self._folder(todo.setup)
+        rounded = self._rounded(todo.setup, folder)
+        if rounded is not None:
+            folder = rounded.folder
         written = []
         name = f"{todo.setup.system}, {todo.setup.mode.name}"
         self._notify(f"{name}: {todo.setup.mode.title}")
         with opened(todo.setup, self._request, folder) as lm:
-            if compares and self._request.text_tokens:
+            if compares:
                 numbers.keep_exact(lm)
             for number, task in enumerate(todo.missing, start=1):
                 self._notify(f"{name}: {task.name}, {task.items} items ({number} of {len(todo.missing)})")
@@ -127,7 +135,7 @@ class AccuracyRun:
             if todo.numbers_missing:
                 self._notify(f"{name}: what it does to weights, cache and distributions")
                 key = self._numbers_key(todo.subject)
-                record = numbers.of(lm, todo.subject, todo.setup.lossy, folder, key, self.command)
+                record = numbers.of(lm, todo.subject, todo.setup.lossy, folder, key, self.command, rounded)
                 written.append(write_accuracy(record, self._request.results_dir))
         return written
 
@@ -184,6 +192,17 @@ class AccuracyRun:
             self._folders[dtype] = folder
         return self._folders[dtype]
 
+    def _rounded(self, setup: Setup, folder: Path) -> Rounded | None:
+        """The checkpoint with its weights rounded as the mode says, made if need be."""
+        form = setup.mode.weight_format
+        if form is None:
+            return None
+        subject = self._subject(setup)
+        name = f"{safe_name(subject.model)}-{subject.fingerprint}-{form}-{subject.dtype}-{ROUNDING_VERSION}"
+        target = self._request.cache / "accuracy" / "formats" / name
+        with locked(target):
+            return rounded_checkpoint(folder, form, DType(subject.dtype), target, quiet_progress)
+
     def _subject(self, setup: Setup) -> Subject:
         return Subject(
             model=self._request.model,
@@ -194,13 +213,16 @@ class AccuracyRun:
             dtype=dtype_of(setup, self._request),
             run_dtype=self._request.dtype,
             role=setup.role,
+            weight_format=setup.mode.weight_format,
         )
 
     def _key(self, subject: Subject, task: RequestedTask) -> str:
         return task_key(subject, task.name, task.version, task.data, task.metric, self._request.max_length)
 
     def _numbers_key(self, subject: Subject) -> str:
-        return mode_key(subject, text_hash(), self._request.text_tokens)
+        request = self._request
+        text, of_loss = text_hash(plain_text()), text_hash(loss_text(request))
+        return mode_key(subject, text, request.text_tokens, of_loss, request.loss_tokens)
 
     def _numbers_missing(self, setup: Setup, subject: Subject) -> bool:
         if setup.role is not Role.EVALUATED or setup.mode.is_reference:

@@ -4,11 +4,13 @@ numbers."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexgen_bench.checkpoints.gguf.rounding import Rounded
 from flexgen_bench.core.accuracy import NO_LAYER, LayerError
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType
@@ -72,6 +74,18 @@ def weight_errors(
         source.close()
     by_grid = (change / size) ** 0.5 if size else None
     return WeightErrors(tuple(errors), total_bytes, total_values, by_grid)
+
+
+def rounding_errors(rounded: Rounded) -> WeightErrors:
+    """The same of a checkpoint whose weights were rounded to a published format; bytes are those of its file."""
+    errors = []
+    for tensor in rounded.tensors:
+        layer = re.match(r"blk\.(\d+)\.(.+)", tensor.name)
+        if tensor.type != "F32":
+            place = (NO_LAYER, tensor.name) if layer is None else (int(layer[1]), layer[2])
+            errors.append(LayerError(*place, tensor.values, tensor.error))
+    total = [sum(getattr(tensor, name) for tensor in rounded.tensors) for name in ("bytes", "values")]
+    return WeightErrors(tuple(errors), *total, None)
 
 
 def _entries(weights: PackedWeights) -> Iterator[tuple[int, PackedEntry]]:
