@@ -19,7 +19,7 @@ class Uncertain:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Over ``positions`` positions of chunks of ``chunk`` tokens.
+    """Over ``positions`` positions of chunks of ``chunk`` tokens of a text, which has the name ``text``.
 
     kld: mean of KL(P || Q), nats; kld_median, kld_99, kld_999, kld_max: of its values position by position (percentiles
     interpolated between neighbours). reverse_kld: mean of KL(Q || P), which that tool does not print. same_top: share
@@ -28,6 +28,7 @@ class TokenLoss:
     correlation: of the two log-losses, position by position (None if one of them never changes).
     """
 
+    text: str
     chunk: int
     positions: int
     kld: Uncertain

@@ -62,9 +62,9 @@ def divergence(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], 
     return Divergence(text=name, **total)
 
 
-def loss_of(model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> TokenLoss | None:
-    """Of ``model``, token by token, beside the one whose distributions in the second half of each of these chunks
-    ``keep`` has written into ``folder``. None for too little text."""
+def loss_of(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> TokenLoss | None:
+    """Of ``model``, token by token, beside the one whose distributions in the second half of each of these chunks of
+    the text ``name`` ``keep`` has written into ``folder``. None for too little text."""
     import torch
 
     pieces = []
@@ -72,7 +72,7 @@ def loss_of(model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) 
         first = first_scored(len(text))
         exact, mine = _both(folder, number, logprobs[first:])
         pieces.append(compare(exact, mine, torch.tensor(list(text[first + 1 :]))))
-    return token_loss(joined(pieces), len(texts[0])) if pieces else None
+    return token_loss(joined(pieces), len(texts[0]), name) if pieces else None
 
 
 def _both(folder: Path, number: int, logprobs: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,13 @@ from typing import Any
 
 from flexgen_bench.accuracy.run.modes import Mode
 from flexgen_bench.accuracy.run.options import Request
-from flexgen_bench.core.accuracy import Role
+from flexgen_bench.checkpoints.gguf.rounding import ROUNDING_VERSION, Rounded, rounded_checkpoint
+from flexgen_bench.checkpoints.prepared import locked
+from flexgen_bench.core.accuracy import Role, Subject
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import quiet
+from flexgen_bench.store.writer import safe_name
 
 _RTN_BATCH = 8
 
@@ -32,6 +37,18 @@ class Setup:
 def dtype_of(setup: Setup, request: Request) -> str:
     """The mode's own, or that of the run."""
     return setup.mode.dtype or request.dtype
+
+
+def rounded_weights(setup: Setup, subject: Subject, cache: Path, folder: Path) -> Rounded | None:
+    """The checkpoint in ``folder`` with its weights rounded to the mode's format, made if need be; None: it has
+    none."""
+    form = setup.mode.weight_format
+    if form is None:
+        return None
+    name = f"{safe_name(subject.model)}-{subject.fingerprint}-{form}-{subject.dtype}-{ROUNDING_VERSION}"
+    target = cache / "accuracy" / "formats" / name
+    with locked(target):
+        return rounded_checkpoint(folder, form, DType(subject.dtype), target, quiet)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ class NumbersOf:
         self._request, self._folder = request, folder
         self._texts: list[list[int]] = []
         self._chunks: list[list[int]] = []
+        self._loss_name = _TEXT if request.loss_text is None else request.loss_text.name
 
     def keep_exact(self, lm: Any) -> None:
         """Remember the uncompressed model's distributions."""
@@ -90,7 +91,7 @@ class NumbersOf:
             grid_error=weights.by_grid,
             kv=kv,
             divergence=compared,
-            loss=loss_of(lm, self._chunks, self._folder / "chunks"),
+            loss=loss_of(self._loss_name, lm, self._chunks, self._folder / "chunks"),
             started_utc=begin,
             ended_utc=_now(),
             rerun_command=command,

@@ -19,21 +19,18 @@ import psutil
 
 from flexgen_bench.accuracy.run.evaluate import check_metric, evaluate_task, quiet
 from flexgen_bench.accuracy.run.identity import mode_key, model_fingerprint, task_key
-from flexgen_bench.accuracy.run.models import Setup, dtype_of, opened
+from flexgen_bench.accuracy.run.models import Setup, dtype_of, opened, rounded_weights
 from flexgen_bench.accuracy.run.numbers import NumbersOf, loss_text, plain_text, text_hash
 from flexgen_bench.accuracy.run.options import EXACT_REFERENCE, USUAL_LIMIT, YARDSTICK, Request
-from flexgen_bench.checkpoints.gguf.rounding import ROUNDING_VERSION, Rounded, rounded_checkpoint
-from flexgen_bench.checkpoints.prepared import locked
+from flexgen_bench.checkpoints.gguf.rounding import check_format
 from flexgen_bench.config.build import system_target
 from flexgen_bench.core.accuracy import Role, Subject, TaskRecord
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.progress import quiet as quiet_progress
 from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accuracy
-from flexgen_bench.store.writer import safe_name
 from flexgen_bench.systems.load_system import load_target
 
 # What a person is told while it runs.
@@ -77,6 +74,9 @@ class AccuracyRun:
         self._limit = _limit(request)
         self.tasks = requested_tasks(request, self._limit)
         self._folders: dict[str, Path] = {}
+        for setup in self.setups:
+            if setup.mode.weight_format is not None:
+                check_format(self._folder(setup), setup.mode.weight_format, DType(dtype_of(setup, request)))
 
     def todo(self) -> list[Todo]:
         """What there is to do, in order: the uncompressed model first."""
@@ -120,7 +120,7 @@ class AccuracyRun:
 
     def _one(self, todo: Todo, numbers: NumbersOf, *, compares: bool) -> list[Path]:
         folder = self._folder(todo.setup)
-        rounded = self._rounded(todo.setup, folder)
+        rounded = rounded_weights(todo.setup, todo.subject, self._request.cache, folder)
         if rounded is not None:
             folder = rounded.folder
         written = []
@@ -191,17 +191,6 @@ class AccuracyRun:
             folder, _ = checkpoint_of(self._request.source, dtype, self._request.cache, lambda what, done, total: None)
             self._folders[dtype] = folder
         return self._folders[dtype]
-
-    def _rounded(self, setup: Setup, folder: Path) -> Rounded | None:
-        """The checkpoint with its weights rounded as the mode says, made if need be."""
-        form = setup.mode.weight_format
-        if form is None:
-            return None
-        subject = self._subject(setup)
-        name = f"{safe_name(subject.model)}-{subject.fingerprint}-{form}-{subject.dtype}-{ROUNDING_VERSION}"
-        target = self._request.cache / "accuracy" / "formats" / name
-        with locked(target):
-            return rounded_checkpoint(folder, form, DType(subject.dtype), target, quiet_progress)
 
     def _subject(self, setup: Setup) -> Subject:
         return Subject(

@@ -56,9 +56,7 @@ def first_scored(length: int) -> int:
 
 def compare(exact: Tensor, other: Tensor, true: Tensor) -> Positions:
     """exact, other: log-probabilities (N, V) under P and Q. true: the tokens (N,) that follow."""
-    pieces = [
-        _compare(*rows) for rows in zip(exact.split(_ROWS), other.split(_ROWS), true.split(_ROWS), strict=True)
-    ]
+    pieces = [_compare(*rows) for rows in zip(exact.split(_ROWS), other.split(_ROWS), true.split(_ROWS), strict=True)]
     return joined(pieces)
 
 
@@ -68,8 +66,9 @@ def joined(pieces: Sequence[Positions]) -> Positions:
     return Positions(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in columns))
 
 
-def token_loss(positions: Positions, chunk: int) -> TokenLoss | None:
-    """None for fewer than ``LEAST_POSITIONS``. chunk: tokens of the chunks they are from."""
+def token_loss(positions: Positions, chunk: int, text: str) -> TokenLoss | None:
+    """None for fewer than ``LEAST_POSITIONS``. chunk: tokens of the chunks they are from; text: the name of what was
+    cut into these."""
     count = len(positions.kl)
     if count < LEAST_POSITIONS:
         return None
@@ -80,6 +79,7 @@ def token_loss(positions: Positions, chunk: int) -> TokenLoss | None:
     other, exact = -positions.other, -positions.exact
     spread = float(other.std() * exact.std())
     return TokenLoss(
+        text=text,
         chunk=chunk,
         positions=count,
         kld=mean_and_error(positions.kl),

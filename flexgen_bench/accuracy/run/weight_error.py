@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flexgen_bench.models.packing import PackedEntry
 
 # An independent quantizer: what is left of a matrix (out, in).
-Rounded = Callable[["Tensor", Compression], "Tensor"]
+Quantizer = Callable[["Tensor", Compression], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class WeightErrors:
 
 
 def weight_errors(
-    folder: Path, dtype: DType, cache: Path, compression: Compression | None, rounded: Rounded | None = None
+    folder: Path, dtype: DType, cache: Path, compression: Compression | None, rounded: Quantizer | None = None
 ) -> WeightErrors:
     """Relative error of every compressed tensor of the packed store that the engine uses; packs it if it is not there
     yet.
@@ -84,8 +84,8 @@ def rounding_errors(rounded: Rounded) -> WeightErrors:
         if tensor.type != "F32":
             place = (NO_LAYER, tensor.name) if layer is None else (int(layer[1]), layer[2])
             errors.append(LayerError(*place, tensor.values, tensor.error))
-    total = [sum(getattr(tensor, name) for tensor in rounded.tensors) for name in ("bytes", "values")]
-    return WeightErrors(tuple(errors), *total, None)
+    total_bytes, total_values = (sum(getattr(t, name) for t in rounded.tensors) for name in ("bytes", "values"))
+    return WeightErrors(tuple(errors), total_bytes, total_values, None)
 
 
 def _entries(weights: PackedWeights) -> Iterator[tuple[int, PackedEntry]]:

@@ -1,9 +1,9 @@
 """GGUF's file types: which type of numbers each tensor of a model has in a file of, say, Q4_K_M.
 
 The rules are those of llama.cpp's ``llama-quantize`` without an importance matrix and without options
-(src/llama-quant.cpp: ``tensor_allows_quantization``, ``llama_tensor_get_type_impl``, ``tensor_type_fallback``). MXFP4 is
-not one of its file types (there, experts alone have it): every matrix has MXFP4, and token table and head have Q8_0, as
-in its type for experts.
+(src/llama-quant.cpp: ``tensor_allows_quantization``, ``llama_tensor_get_type_impl``, ``tensor_type_fallback``). MXFP4
+is not one of its file types (there, experts alone have it): every matrix has MXFP4, and token table and head have Q8_0,
+as in its type for experts.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class Model:
     experts: int
 
 
-def tensor_types(
-    file_type: FileType, model: Model, tensors: Mapping[str, tuple[int, ...]]
-) -> Mapping[str, BlockType]:
+def tensor_types(file_type: FileType, model: Model, tensors: Mapping[str, tuple[int, ...]]) -> Mapping[str, BlockType]:
     """The type of each of a model's tensors, by ggml's names; shapes as torch has them, (..., out, in).
 
     Raises UserError for a matrix whose rows cannot be cut into blocks, which llama.cpp cannot quantize either.

@@ -57,7 +57,7 @@ def _affine_blocks(values: Floats, search: _Search) -> Bytes:
     low = (of_lows.astype(np.float32) * low_codes).reshape(-1)
     codes = np.clip(np.rint((groups + low) / step), 0, search.levels)
     packed = np.where(step == 0, 0, codes).astype(np.uint8).T.reshape(count, 4, 2, 32)
-    high = ()
+    high: tuple[Bytes, ...] = ()
     if search.levels > 15:  # bit g of byte j: of value j of group g
         fifth = (packed.reshape(count, 8, 32) >> 4) << np.arange(8, dtype=np.uint8)[None, :, None]
         high = (np.bitwise_or.reduce(fifth, axis=1),)

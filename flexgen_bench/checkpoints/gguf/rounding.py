@@ -68,12 +68,22 @@ class Rounded:
     tensors: tuple[RoundedTensor, ...]
 
 
+def check_format(folder: Path, file_type: FileType, dtype: DType) -> None:
+    """Raises UserError if the checkpoint in ``folder`` cannot be had in this format: its family is none that llama.cpp
+    has files of (as far as is known here), or a matrix cannot be cut into blocks."""
+    from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config
+    from flexgen_bench.checkpoints.source import open_source
+
+    with open_source(folder) as source:
+        expected = expected_tensors(source.shape, hf_config(source.shape, dtype))
+        _types(source, file_type, expected, _places(source, expected))
+
+
 def rounded_checkpoint(folder: Path, file_type: FileType, dtype: DType, target: Path, progress: Progress) -> Rounded:
     """Quantize the checkpoint in ``folder`` and write what is left of it, as ``dtype``, into ``target``, if it is not
     there yet. The caller sees to it that nobody else does.
 
-    Raises UserError for a family that llama.cpp has no files of (for this project), or a matrix that cannot be cut into
-    blocks; StoreError for a damaged checkpoint or a full disk.
+    Raises UserError as ``check_format`` does; StoreError for a damaged checkpoint or a full disk.
     """
     from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config
     from flexgen_bench.checkpoints.source import open_source
@@ -114,7 +124,7 @@ def round_trip(values: NDArray[np.float32], kind: BlockType) -> NDArray[np.float
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    return dequantize(packed(values, kind), GGMLQuantizationType[kind.name]).astype(np.float32)
+    return np.asarray(dequantize(packed(values, kind), GGMLQuantizationType[kind.name]), np.float32)
 
 
 def packed(values: NDArray[np.float32], kind: BlockType) -> NDArray[np.uint8]:
@@ -177,9 +187,7 @@ def _types(
     """By transformers' names. Experts are stacked in files, vectors of one row are rows there."""
     experts = 1 + max((place.expert for place in places.values() if place.expert is not None), default=-1)
     shape = source.shape
-    stored = {
-        place.name: expected[full][1:] if place.is_vector else expected[full] for full, place in places.items()
-    }
+    stored = {place.name: expected[full][1:] if place.is_vector else expected[full] for full, place in places.items()}
     model = Model(shape.num_layers, shape.num_kv_heads < shape.num_heads, experts)
     types = tensor_types(file_type, model, stored)
     return {full: types[place.name] for full, place in places.items()}
