@@ -11,8 +11,8 @@ from typing import Any
 
 from flexgen_bench.core.codec import OMITTED, from_json
 from flexgen_bench.core.compression import Lossy
-from flexgen_bench.core.token_loss import TokenLoss
 from flexgen_bench.core.status import Evidence
+from flexgen_bench.core.token_loss import TokenLoss
 
 # 2: left_out.
 ACCURACY_SCHEMA_VERSION = 2

@@ -132,7 +132,10 @@ def test_tokens_that_cannot_be_cost_nothing() -> None:
     exact, other, true = distributions(100, 20, 0.3)
     cannot = torch.full((100, 1), -torch.inf)
     padded = [torch.cat([x, cannot], dim=1) for x in (exact, other)]
-    with_padding, without = token_loss(compare(*padded, true), 512, "text"), token_loss(compare(exact, other, true), 512, "text")
+    with_padding, without = (
+        token_loss(compare(*padded, true), 512, "text"),
+        token_loss(compare(exact, other, true), 512, "text"),
+    )
     assert with_padding is not None
     assert without is not None
     assert flat(with_padding) == pytest.approx(flat(without))
