@@ -230,4 +230,6 @@ def test_llama_cpp_gives_the_same_figures_for_the_same_file(tmp_path: Path) -> N
     for name, value in tool_statistics(*theirs, true).items():
         # The largest divergences are those of single positions, where the cache's rounding shows.
         tolerance = 5e-2 if name in ("kld_99", "kld_999", "kld_max") else 1e-2
-        assert flat(loss)[name] == pytest.approx(value, rel=tolerance, abs=2e-5), name
+        # A mean of both signs is known to the cache's rounding, however near to 0 it is.
+        least = 3e-4 if name in ("ln_ppl_ratio", "delta_p") else 2e-5
+        assert flat(loss)[name] == pytest.approx(value, rel=tolerance, abs=least), name
