@@ -15,9 +15,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from flexgen_bench.checkpoints.gguf.file_types import BLOCK_TYPES, FileType, Model, tensor_types
-from flexgen_bench.checkpoints.gguf.rounding import packed, round_trip, rounded_checkpoint
+from flexgen_bench.checkpoints.gguf.rounding import check_format, packed, round_trip, rounded_checkpoint
 from flexgen_bench.checkpoints.source import open_source
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.microscaling import MXFP4
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.progress import quiet
@@ -162,6 +162,14 @@ def test_a_family_without_such_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a GGUF format, of a opt model"):
         rounded_checkpoint(folder, FileType.Q8_0, DType.FLOAT32, tmp_path / "made", quiet)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = text_model(tmp_path / "tiny", "llama")
+    check_format(folder, FileType.Q4_0, DType.FLOAT32)
+    monkeypatch.setattr("flexgen_bench.checkpoints.gguf.rounding.find_spec", lambda name: None)
+    with pytest.raises(CannotRun, match=r"pip install 'flexgen-bench\[gguf\]'"):
+        check_format(folder, FileType.Q4_0, DType.FLOAT32)
 
 
 def test_experts_are_quantized_one_by_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from flexgen_bench.checkpoints.gguf.file_types import BlockType, FileType, Model
 from flexgen_bench.checkpoints.gguf.k_quants import SUPER_BLOCK, quantize_blocks
 from flexgen_bench.checkpoints.gguf.names import ARCHITECTURES, Architecture, Stored
 from flexgen_bench.checkpoints.writer import is_complete, needed_bytes, new_folder, write_weights
-from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.errors import CannotRun, StoreError, UserError
+from flexgen_bench.core.extras import how_to_install
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.progress import Progress
 
@@ -70,13 +72,21 @@ class Rounded:
 
 def check_format(folder: Path, file_type: FileType, dtype: DType) -> None:
     """Raises UserError if the checkpoint in ``folder`` cannot be had in this format: its family is none that llama.cpp
-    has files of (as far as is known here), or a matrix cannot be cut into blocks."""
+    has files of (as far as is known here), or a matrix cannot be cut into blocks; CannotRun if the ``gguf`` package is
+    missing, or too old for one of the types."""
     from flexgen_bench.checkpoints.hf_config import expected_tensors, hf_config
     from flexgen_bench.checkpoints.source import open_source
 
     with open_source(folder) as source:
         expected = expected_tensors(source.shape, hf_config(source.shape, dtype))
-        _types(source, file_type, expected, _places(source, expected))
+        types = _types(source, file_type, expected, _places(source, expected))
+    if find_spec("gguf") is None:
+        raise CannotRun(f"what quantizes to {file_type} is {how_to_install('gguf')}")
+    from gguf.constants import GGMLQuantizationType
+
+    unknown = {kind.name for kind in types.values()} - set(GGMLQuantizationType.__members__)
+    if unknown:
+        raise CannotRun(f"this gguf package does not know {', '.join(sorted(unknown))}: pip install --upgrade gguf")
 
 
 def rounded_checkpoint(folder: Path, file_type: FileType, dtype: DType, target: Path, progress: Progress) -> Rounded:
