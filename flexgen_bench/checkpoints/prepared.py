@@ -88,7 +88,7 @@ def prepare_checkpoint(model: ModelSpec, dtype: DType, cache: Path, progress: Pr
     target = checkpoint_folder(model, dtype, cache)
     if is_complete(target):
         return target
-    with _lock(target):
+    with locked(target):
         if is_complete(target):  # another process was faster
             return target
         if model.weights is WeightSource.DUMMY:
@@ -126,7 +126,7 @@ def _source(model: ModelSpec, cache: Path, progress: Progress) -> Path:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """Hold the lock of a folder. The kernel releases it when this process ends, however it ends."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ Keys (with their defaults)
   margin.score=0.02       a loss up to this counts as none (0.02: two points of accuracy);
                           margin.bits=0.02: bits per byte
   text_tokens=1024        of plain text, to compare distributions on; 0: none
+  loss_tokens=4096        of text, to tell the loss in llama.cpp's words; loss_text=FILE: your own (wiki.test.raw)
   system=flexgen gpu=auto policy=auto threads=null batch_size=null max_length=null
   rerun=false dry_run=false results_dir=results cache_dir=null
   tracker=none            wandb: also to Weights & Biases, a run for each mode

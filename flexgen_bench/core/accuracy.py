@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from flexgen_bench.core.codec import from_json
+from flexgen_bench.core.codec import OMITTED, from_json
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.status import Evidence
+from flexgen_bench.core.token_loss import TokenLoss
 
 # 2: left_out.
 ACCURACY_SCHEMA_VERSION = 2
@@ -39,7 +40,8 @@ class Subject:
     fingerprint: of the checkpoint; runs of different weights are never compared. mode: a name from conf/accuracy/modes.
     lossy: its values, as JSON (``core.codec``). system: whose arithmetic. dtype: of what is not compressed;
     run_dtype: of the uncompressed run it belongs to, which differs where the mode is another dtype. role: what it is in
-    a comparison.
+    a comparison. weight_format: a published format (Q4_K_M, ...) that the weights were rounded to; they are computed
+    with as plain numbers of ``dtype``.
     """
 
     model: str
@@ -50,10 +52,24 @@ class Subject:
     dtype: str
     run_dtype: str
     role: Role = Role.EVALUATED
+    # Left out where there is none, as in records and keys older than it.
+    weight_format: str | None = field(default=None, metadata=OMITTED)
 
     @property
     def changes(self) -> Lossy:
         return from_json(Lossy, self.lossy, "lossy")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing but the dtype may differ from the uncompressed model."""
+        return self.changes.is_exact and self.weight_format is None
+
+    @property
+    def what(self) -> str:
+        """What differs from the uncompressed model, in a word or two."""
+        if self.is_exact:
+            return self.dtype
+        return str(self.changes) if self.weight_format is None else f"{self.weight_format} weights"
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,8 @@ class ModeRecord:
     """What one mode does to the numbers of one model. weight_bytes: what the compressed form of the model's tensors
     occupies;
     weight_values: how many they are. grid_error: error of the same grid on the same weights by an independent
-    quantizer; near 0, the weights lie on that grid already."""
+    quantizer; near 0, the weights lie on that grid already. loss: of the next-token distributions, in llama.cpp's
+    words; None in records older than it, and where too little text was compared."""
 
     run_id: str
     key: str
@@ -161,6 +178,7 @@ class ModeRecord:
     evidence: Evidence = Evidence.MEASURED
     environment: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = ACCURACY_SCHEMA_VERSION
+    loss: TokenLoss | None = field(default=None, metadata=OMITTED)
 
     @property
     def bytes_per_weight(self) -> float | None:

@@ -71,6 +71,6 @@ def test_scores_are_those_of_decoding(family: str, lossy: Lossy, tmp_path: Path)
 def test_modes_that_change_something_are_all_named() -> None:
     """Two names for one setting would be two rows of the same numbers."""
     modes = [load_mode(name) for name in list_modes()]
-    settings = [(mode.lossy, mode.dtype) for mode in modes]
+    settings = [(mode.lossy, mode.dtype, mode.weight_format) for mode in modes]
     assert len(set(settings)) == len(settings)
     assert all(mode.title for mode in modes)

@@ -39,13 +39,18 @@ class Finding:
 @dataclass(frozen=True)
 class Seen:
     """What the controls look at for one mode. comparison: with the exact mode; rtn: the round-to-nearest baseline's
-    with its exact mode."""
+    with its exact mode. weight_format: the published one that the weights were rounded to."""
 
     mode: str
     lossy: Lossy
     comparison: ModeComparison | None = None
     numbers: ModeRecord | None = None
     rtn: ModeComparison | None = None
+    weight_format: str | None = None
+
+    @property
+    def what(self) -> str:
+        return self.weight_format or str(self.lossy)
 
 
 def check(seen: Sequence[Seen]) -> list[Finding]:
@@ -82,7 +87,7 @@ def _of_mode(one: Seen) -> list[Finding]:
             )
         )
     only_weights = one.lossy.kv_cache is None and one.lossy.value_share == 1
-    if one.comparison is not None and one.comparison.tasks and not one.lossy.is_exact:
+    if one.comparison is not None and one.comparison.tasks and (one.weight_format or not one.lossy.is_exact):
         same = all(task.identical for task in one.comparison.tasks)
         if same and not (trap and only_weights):
             findings.append(
@@ -91,12 +96,15 @@ def _of_mode(one: Seen) -> list[Finding]:
                     "compression silently off",
                     f"every log-likelihood of {sum(t.n for t in one.comparison.tasks)} items is that of the "
                     "uncompressed model, digit for digit: "
-                    f"{one.lossy} has not been applied.",
+                    f"{one.what} has not been applied.",
                     True,
                 )
             )
     if one.numbers is not None and one.lossy.weights is not None:
         findings += _weights(one, one.lossy.weights, one.numbers, trap)
+    if one.numbers is not None and one.weight_format is not None and not one.numbers.weight_error:
+        text = f"no weight of the layers was changed, although the mode is {one.weight_format}."
+        findings.append(Finding(one.mode, "compression silently off", text, True))
     findings += _against_rtn(one, trap)
     return findings
 

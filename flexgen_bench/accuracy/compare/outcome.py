@@ -11,7 +11,7 @@ from flexgen_bench.accuracy.compare.compare import Margins, ModeComparison, comb
 from flexgen_bench.accuracy.compare.controls import Finding, Seen, check, on_grid
 from flexgen_bench.accuracy.compare.recommend import Candidate, Recommendation, recommend
 from flexgen_bench.core.accuracy import EXACT_MODE, ModeRecord, Role, Subject, TaskRecord
-from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.store.accuracy_store import StoredAccuracy
 
@@ -117,7 +117,7 @@ def _outcome(
         for name in sorted(exact)
         if name in records[other, EXACT_MODE]
     ]
-    seen = [Seen(m.mode, m.lossy, m.comparison, m.numbers, m.rtn) for m in modes]
+    seen = [Seen(m.mode, m.lossy, m.comparison, m.numbers, m.rtn, m.subject.weight_format) for m in modes]
     candidates = [Candidate(m.mode, m.lossy, m.bytes_per_weight, m.comparison, m.on_grid) for m in modes]
     return ModelOutcome(
         model=model,
@@ -160,9 +160,11 @@ def _disagreements(agreements: Sequence[Agreement]) -> list[Finding]:
 
 
 def _order(entry: tuple[tuple[str, str], object]) -> tuple[int, int, str]:
-    """Whoever compresses least first."""
+    """Whoever compresses least first; published formats last."""
     (system, mode), tasks = entry
     assert isinstance(tasks, dict)
-    lossy = next(iter(tasks.values())).subject.changes
+    subject = next(iter(tasks.values())).subject
+    lossy = subject.changes
     bits = -(lossy.weights.bits if lossy.weights else 16)
-    return (0 if lossy == EXACT else 1), bits, f"{system}{mode}"
+    kind = 2 if subject.weight_format is not None else int(not subject.is_exact)
+    return kind, bits, f"{system}{mode}"

@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_STATED = re.compile(r"answer is\s*:?\s*(-?\$?\.?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
 
 
 def answer_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -38,6 +40,21 @@ def text_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, flo
     return {"exact_match": float(answer == reference), "f1": _f1(answer.split(), reference.split())}
 
 
+def number_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Of an answer that is reached in steps: ``exact_match``, whether the last number of the text is ``doc["answer"]``
+    (lm-eval's ``flexible-extract``); ``stated``, whether the one that it says is the answer is."""
+    wanted = _number(str(doc["answer"]))
+    numbers, stated = _NUMBER.findall(results[0]), _STATED.findall(results[0])
+    return {
+        "exact_match": float(bool(numbers) and _number(numbers[-1]) == wanted),
+        "stated": float(bool(stated) and _number(stated[0]) == wanted),
+    }
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "").replace("$", ""))
+
+
 def rouge_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, -2 and -L F-measures with stemming (``rouge_score``) against ``doc["summary"]``, in 0..1."""
     scores = _rouge().score(doc["summary"], results[0].strip())
@@ -61,6 +78,7 @@ f1_of_matches.statistic = "f1"  # type: ignore[attr-defined]
 
 METRICS_OF: Mapping[str, tuple[str, ...]] = {
     "flexgen_bench.accuracy.data.metrics.answer_scores": ("exact_match", "f1"),
+    "flexgen_bench.accuracy.data.metrics.number_scores": ("exact_match", "stated"),
     "flexgen_bench.accuracy.data.metrics.text_scores": ("exact_match", "f1"),
     "flexgen_bench.accuracy.data.metrics.rouge_scores": ("rouge1", "rouge2", "rougeL"),
 }

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexgen_bench.accuracy.run.token_loss import compare, first_scored, joined, token_loss
 from flexgen_bench.core.accuracy import Divergence
+from flexgen_bench.core.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,26 +33,23 @@ def windows(tokens: Sequence[int], count: int, length: int = WINDOW) -> list[lis
     return pieces
 
 
-def keep(model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> None:
+def keep(model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path, first: int = 0) -> None:
     """Write a model's distributions into ``folder``, one file for each sequence: two models need not be in memory at
-    once."""
+    once. first: of each sequence, those after this many tokens more than one."""
     import numpy as np
 
+    folder.mkdir(exist_ok=True)
     for number, logprobs in enumerate(model.logprobs(texts)):
-        np.save(folder / f"{number}.npy", logprobs.float().cpu().numpy())
+        np.save(folder / f"{number}.npy", logprobs[first:].float().cpu().numpy())
 
 
 def divergence(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> Divergence:
     """Of ``model`` from the one whose distributions ``keep`` has written into ``folder``."""
-    import numpy as np
     import torch
 
     total: dict[str, Any] = {"positions": 0, "kl": 0.0, "agree": 0, "nll_exact": 0.0, "nll": 0.0}
     for number, (text, logprobs) in enumerate(zip(texts, model.logprobs(texts), strict=True)):
-        exact = torch.from_numpy(np.load(folder / f"{number}.npy"))
-        mine = logprobs.float().cpu()
-        if exact.shape != mine.shape:
-            raise ValueError(f"distributions {tuple(mine.shape)} beside {tuple(exact.shape)}")
+        exact, mine = _both(folder, number, logprobs)
         nexts = torch.tensor(list(itertools.islice(text, 1, None)))[:, None]
         # Where both say -inf the difference is none.
         terms = torch.where(exact > -torch.inf, exact.exp() * (exact - mine), torch.zeros(()))
@@ -61,3 +60,27 @@ def divergence(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], 
         total["nll"] -= float(mine.gather(1, nexts).double().sum())
     total["kl"] = max(total["kl"] / max(total["positions"], 1), 0.0)
     return Divergence(text=name, **total)
+
+
+def loss_of(name: str, model: GivesLogprobs, texts: Sequence[Sequence[int]], folder: Path) -> TokenLoss | None:
+    """Of ``model``, token by token, beside the one whose distributions in the second half of each of these chunks of
+    the text ``name`` ``keep`` has written into ``folder``. None for too little text."""
+    import torch
+
+    pieces = []
+    for number, (text, logprobs) in enumerate(zip(texts, model.logprobs(texts), strict=True)):
+        first = first_scored(len(text))
+        exact, mine = _both(folder, number, logprobs[first:])
+        pieces.append(compare(exact, mine, torch.tensor(list(text[first + 1 :]))))
+    return token_loss(joined(pieces), len(texts[0]), name) if pieces else None
+
+
+def _both(folder: Path, number: int, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``keep`` has written of a sequence, and the same of another model, float32."""
+    import numpy as np
+    import torch
+
+    exact, mine = torch.from_numpy(np.load(folder / f"{number}.npy")), logprobs.float().cpu()
+    if exact.shape != mine.shape:
+        raise ValueError(f"distributions {tuple(mine.shape)} beside {tuple(exact.shape)}")
+    return exact, mine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from flexgen_bench.checkpoints.packages import PACKAGES
@@ -13,6 +12,7 @@ from flexgen_bench.config.build import model_spec
 from flexgen_bench.config.paths import list_models
 from flexgen_bench.core.accuracy import Subject
 from flexgen_bench.core.cell import WeightSource
+from flexgen_bench.core.codec import to_json
 
 # Part of every key: a change of how items are scored must change it.
 SCORING_VERSION = 1
@@ -25,12 +25,13 @@ def task_key(
     subject: Subject, task: str, version: str, data: Mapping[str, str], metric: str, max_length: int | None
 ) -> str:
     """Equal for runs that must give equal results for the items that both have: the first so many of a fixed order."""
-    return _digest([SCORING_VERSION, asdict(subject), task, version, dict(data), metric, max_length])
+    return _digest([SCORING_VERSION, to_json(subject), task, version, dict(data), metric, max_length])
 
 
-def mode_key(subject: Subject, text: str, text_tokens: int) -> str:
-    """Of what a mode does to a model's numbers. text: its hash."""
-    return _digest([SCORING_VERSION, asdict(subject), text, text_tokens])
+def mode_key(subject: Subject, text: str, text_tokens: int, loss_text: str, loss_tokens: int) -> str:
+    """Of what a mode does to a model's numbers. text, loss_text: hashes."""
+    of_loss = [loss_text, loss_tokens] if loss_tokens else []
+    return _digest([SCORING_VERSION, to_json(subject), text, text_tokens, *of_loss])
 
 
 def model_fingerprint(source: str, folder_of: Callable[[], Path]) -> str:

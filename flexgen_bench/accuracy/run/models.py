@@ -10,8 +10,13 @@ from typing import Any
 
 from flexgen_bench.accuracy.run.modes import Mode
 from flexgen_bench.accuracy.run.options import Request
-from flexgen_bench.core.accuracy import Role
+from flexgen_bench.checkpoints.gguf.rounding import ROUNDING_VERSION, Rounded, rounded_checkpoint
+from flexgen_bench.checkpoints.prepared import locked
+from flexgen_bench.core.accuracy import Role, Subject
 from flexgen_bench.core.compression import Lossy
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.progress import quiet
+from flexgen_bench.store.writer import safe_name
 
 _RTN_BATCH = 8
 
@@ -34,10 +39,22 @@ def dtype_of(setup: Setup, request: Request) -> str:
     return setup.mode.dtype or request.dtype
 
 
+def rounded_weights(setup: Setup, subject: Subject, cache: Path, folder: Path) -> Rounded | None:
+    """The checkpoint in ``folder`` with its weights rounded to the mode's format, made if need be; None: it has
+    none."""
+    form = setup.mode.weight_format
+    if form is None:
+        return None
+    name = f"{safe_name(subject.model)}-{subject.fingerprint}-{form}-{subject.dtype}-{ROUNDING_VERSION}"
+    target = cache / "accuracy" / "formats" / name
+    with locked(target):
+        return rounded_checkpoint(folder, form, DType(subject.dtype), target, quiet)
+
+
 @contextlib.contextmanager
 def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
-    """The lm-eval model, closed at the end. folder: the checkpoint, for what does not come through a system."""
-    made = _rtn_baseline(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request)
+    """The lm-eval model, closed at the end. folder: the checkpoint; rounded, if the mode has its weights rounded."""
+    made = _rtn_baseline(setup, request, folder) if setup.role is Role.YARDSTICK else _of_system(setup, request, folder)
     try:
         yield made
     finally:
@@ -46,13 +63,13 @@ def opened(setup: Setup, request: Request, folder: Path) -> Iterator[Any]:
             close()
 
 
-def _of_system(setup: Setup, request: Request) -> Any:
+def _of_system(setup: Setup, request: Request, folder: Path) -> Any:
     from flexgen_bench.accuracy.run.lm import make_lm
 
     policy = request.policy and replace(request.policy, lossy=setup.lossy)
     return make_lm(
         setup.system,
-        request.source,
+        request.source if setup.mode.weight_format is None else folder,
         lossy=setup.lossy,
         dtype=dtype_of(setup, request),
         gpu=request.hardware,

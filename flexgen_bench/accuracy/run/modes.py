@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexgen_bench.checkpoints.gguf.file_types import FileType
 from flexgen_bench.config.paths import choice_file, choices
 from flexgen_bench.config.typed import load_typed
 from flexgen_bench.core.accuracy import EXACT_MODE
 from flexgen_bench.core.codec import from_json
 from flexgen_bench.core.compression import Lossy
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import UserError, unknown_choice
 
 _GROUP = "accuracy/modes"
 
@@ -23,16 +24,19 @@ class ModeConf:
     title: str = "???"
     dtype: str | None = None
     lossy: dict[str, Any] = field(default_factory=dict)
+    weight_format: str | None = None
 
 
 @dataclass(frozen=True)
 class Mode:
-    """title: in a report's words. dtype: of what is not compressed; None: that of the run."""
+    """title: in a report's words. dtype: of what is not compressed; None: that of the run. weight_format: the weights
+    are rounded to it beforehand, and computed with as plain numbers."""
 
     name: str
     title: str
     lossy: Lossy
     dtype: str | None = None
+    weight_format: FileType | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -53,9 +57,15 @@ def load_mode(name: str) -> Mode:
         lossy = from_json(Lossy, conf.lossy, "mode.lossy")
     except UserError as error:
         raise UserError(f"{path.name}: {error.field}", error.value, error.allowed, error.action) from error
-    if name == EXACT_MODE and not lossy.is_exact:
+    if name == EXACT_MODE and not (lossy.is_exact and conf.weight_format is None):
         raise UserError(f"{path.name}: mode.lossy", conf.lossy, "empty: it is what others are compared with")
-    return Mode(name, conf.title, lossy, conf.dtype)
+    if conf.weight_format is None:
+        return Mode(name, conf.title, lossy, conf.dtype)
+    if conf.weight_format not in list(FileType):
+        raise unknown_choice(f"{path.name}: mode.weight_format", conf.weight_format, FileType)
+    if lossy.weights is not None:
+        raise UserError(f"{path.name}: mode.lossy.weights", str(lossy.weights), "none beside a weight_format")
+    return Mode(name, conf.title, lossy, conf.dtype, FileType(conf.weight_format))
 
 
 def load_modes(names: Sequence[str]) -> list[Mode]:

@@ -53,6 +53,8 @@ class AccuracyConf:
     limit: Any = "auto"
     margin: MarginConf = field(default_factory=MarginConf)
     text_tokens: int = 0
+    loss_tokens: int = 0
+    loss_text: str | None = None
     batch_size: int | None = None
     max_length: int | None = None
     rerun: bool = False
@@ -81,6 +83,8 @@ class Request:
     limit: int | str | None
     margins: Margins
     text_tokens: int
+    loss_tokens: int
+    loss_text: Path | None
     batch_size: int | None
     max_length: int | None
     rerun: bool
@@ -99,6 +103,7 @@ def to_request(conf: AccuracyConf, overrides: tuple[str, ...]) -> Request:
         raise unknown_choice("dtype", conf.dtype, [str(d) for d in DType])
     for name, value, least in (
         ("text_tokens", conf.text_tokens, 0),
+        ("loss_tokens", conf.loss_tokens, 0),
         ("batch_size", conf.batch_size, 1),
         ("max_length", conf.max_length, 2),
     ):
@@ -126,6 +131,8 @@ def to_request(conf: AccuracyConf, overrides: tuple[str, ...]) -> Request:
         limit=_limit(conf.limit),
         margins=Margins(conf.margin.score, conf.margin.bits),
         text_tokens=conf.text_tokens,
+        loss_tokens=conf.loss_tokens,
+        loss_text=_loss_text(conf.loss_text),
         batch_size=conf.batch_size,
         max_length=conf.max_length,
         rerun=conf.rerun,
@@ -149,6 +156,18 @@ def _limit(value: Any) -> int | str | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError("limit", value, "an integer of at least 1, auto, or null for all items")
     return value
+
+
+def _loss_text(value: str | None) -> Path | None:
+    """A file of text in UTF-8."""
+    if value is None:
+        return None
+    path = expanded(value, "loss_text")
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("loss_text", value, "a file of text in UTF-8, or null", str(error)) from error
+    return path
 
 
 def _names(value: Any, key: str) -> tuple[str, ...]:

@@ -19,13 +19,15 @@ import psutil
 
 from flexgen_bench.accuracy.run.evaluate import check_metric, evaluate_task, quiet
 from flexgen_bench.accuracy.run.identity import mode_key, model_fingerprint, task_key
-from flexgen_bench.accuracy.run.models import Setup, dtype_of, opened
-from flexgen_bench.accuracy.run.numbers import NumbersOf, text_hash
+from flexgen_bench.accuracy.run.models import Setup, dtype_of, opened, rounded_weights
+from flexgen_bench.accuracy.run.numbers import NumbersOf, loss_text, plain_text, text_hash
 from flexgen_bench.accuracy.run.options import EXACT_REFERENCE, USUAL_LIMIT, YARDSTICK, Request
+from flexgen_bench.checkpoints.gguf.rounding import check_format
 from flexgen_bench.config.build import system_target
 from flexgen_bench.core.accuracy import Role, Subject, TaskRecord
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.model import DType
 from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.machine.environment import describe_environment
 from flexgen_bench.store.accuracy_store import find_mode, find_task, write_accuracy
@@ -72,6 +74,9 @@ class AccuracyRun:
         self._limit = _limit(request)
         self.tasks = requested_tasks(request, self._limit)
         self._folders: dict[str, Path] = {}
+        for setup in self.setups:
+            if setup.mode.weight_format is not None:
+                check_format(self._folder(setup), setup.mode.weight_format, DType(dtype_of(setup, request)))
 
     def todo(self) -> list[Todo]:
         """What there is to do, in order: the uncompressed model first."""
@@ -115,11 +120,14 @@ class AccuracyRun:
 
     def _one(self, todo: Todo, numbers: NumbersOf, *, compares: bool) -> list[Path]:
         folder = self._folder(todo.setup)
+        rounded = rounded_weights(todo.setup, todo.subject, self._request.cache, folder)
+        if rounded is not None:
+            folder = rounded.folder
         written = []
         name = f"{todo.setup.system}, {todo.setup.mode.name}"
         self._notify(f"{name}: {todo.setup.mode.title}")
         with opened(todo.setup, self._request, folder) as lm:
-            if compares and self._request.text_tokens:
+            if compares:
                 numbers.keep_exact(lm)
             for number, task in enumerate(todo.missing, start=1):
                 self._notify(f"{name}: {task.name}, {task.items} items ({number} of {len(todo.missing)})")
@@ -127,7 +135,7 @@ class AccuracyRun:
             if todo.numbers_missing:
                 self._notify(f"{name}: what it does to weights, cache and distributions")
                 key = self._numbers_key(todo.subject)
-                record = numbers.of(lm, todo.subject, todo.setup.lossy, folder, key, self.command)
+                record = numbers.of(lm, todo.subject, todo.setup.lossy, folder, key, self.command, rounded)
                 written.append(write_accuracy(record, self._request.results_dir))
         return written
 
@@ -194,13 +202,16 @@ class AccuracyRun:
             dtype=dtype_of(setup, self._request),
             run_dtype=self._request.dtype,
             role=setup.role,
+            weight_format=setup.mode.weight_format,
         )
 
     def _key(self, subject: Subject, task: RequestedTask) -> str:
         return task_key(subject, task.name, task.version, task.data, task.metric, self._request.max_length)
 
     def _numbers_key(self, subject: Subject) -> str:
-        return mode_key(subject, text_hash(), self._request.text_tokens)
+        request = self._request
+        text, of_loss = text_hash(plain_text()), text_hash(loss_text(request))
+        return mode_key(subject, text, request.text_tokens, of_loss, request.loss_tokens)
 
     def _numbers_missing(self, setup: Setup, subject: Subject) -> bool:
         if setup.role is not Role.EVALUATED or setup.mode.is_reference:

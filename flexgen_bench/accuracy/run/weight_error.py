@@ -4,11 +4,13 @@ numbers."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexgen_bench.checkpoints.gguf.rounding import Rounded
 from flexgen_bench.core.accuracy import NO_LAYER, LayerError
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.model import DType
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from flexgen_bench.models.packing import PackedEntry
 
 # An independent quantizer: what is left of a matrix (out, in).
-Rounded = Callable[["Tensor", Compression], "Tensor"]
+Quantizer = Callable[["Tensor", Compression], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class WeightErrors:
 
 
 def weight_errors(
-    folder: Path, dtype: DType, cache: Path, compression: Compression | None, rounded: Rounded | None = None
+    folder: Path, dtype: DType, cache: Path, compression: Compression | None, rounded: Quantizer | None = None
 ) -> WeightErrors:
     """Relative error of every compressed tensor of the packed store that the engine uses; packs it if it is not there
     yet.
@@ -72,6 +74,18 @@ def weight_errors(
         source.close()
     by_grid = (change / size) ** 0.5 if size else None
     return WeightErrors(tuple(errors), total_bytes, total_values, by_grid)
+
+
+def rounding_errors(rounded: Rounded) -> WeightErrors:
+    """The same of a checkpoint whose weights were rounded to a published format; bytes are those of its file."""
+    errors = []
+    for tensor in rounded.tensors:
+        layer = re.match(r"blk\.(\d+)\.(.+)", tensor.name)
+        if tensor.type != "F32":
+            place = (NO_LAYER, tensor.name) if layer is None else (int(layer[1]), layer[2])
+            errors.append(LayerError(*place, tensor.values, tensor.error))
+    total_bytes, total_values = (sum(getattr(t, name) for t in rounded.tensors) for name in ("bytes", "values"))
+    return WeightErrors(tuple(errors), total_bytes, total_values, None)
 
 
 def _entries(weights: PackedWeights) -> Iterator[tuple[int, PackedEntry]]:

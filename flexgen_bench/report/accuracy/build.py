@@ -1,4 +1,5 @@
-"""All pages of accuracy written into a folder: one a model, ``index.md``, ``tasks.csv`` and ``layers.csv``."""
+"""All pages of accuracy written into a folder: one a model, ``index.md``, and ``tasks.csv``, ``layers.csv`` and
+``loss.csv``."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from flexgen_bench.accuracy.compare.compare import Margins
 from flexgen_bench.accuracy.compare.outcome import ModelOutcome, outcomes
 from flexgen_bench.report.accuracy.formatting import NOTHING, advice
 from flexgen_bench.report.accuracy.page import model_page, page_name
-from flexgen_bench.report.accuracy.values import layers_csv, tasks_csv
+from flexgen_bench.report.accuracy.values import layers_csv, loss_csv, tasks_csv
 from flexgen_bench.report.page import problem_lines
 from flexgen_bench.report.table import escape
 from flexgen_bench.store.accuracy_store import read_accuracy
@@ -30,6 +31,7 @@ def build_accuracy(
     written = [write(out / f"{page_name(o)}.md", model_page(o)) for o in models]
     written.append(write(out / "tasks.csv", tasks_csv(models)))
     written.append(write(out / "layers.csv", layers_csv(models)))
+    written.append(write(out / "loss.csv", loss_csv(models)))
     written.append(write(out / "index.md", _index(models, stored.problems, results_dir)))
     return written, models
 
@@ -39,7 +41,8 @@ def _index(models: Sequence[ModelOutcome], problems: Sequence[Problem], results_
         "# Accuracy",
         "",
         "What compression costs each model, built from the records alone by `python -m flexgen_bench.report`. "
-        "All tasks under all modes: [tasks.csv](tasks.csv); the error of every tensor: [layers.csv](layers.csv).",
+        "All tasks under all modes: [tasks.csv](tasks.csv); the error of every tensor: [layers.csv](layers.csv); "
+        "loss token by token: [loss.csv](loss.csv).",
         "",
         "| Model | System | dtype | Tasks | Items | Modes | Controls | Advice |",
         "|---|---|---|---|---|---|---|---|",

@@ -24,6 +24,8 @@ from flexgen_bench.report.accuracy.formatting import (
     verdict_text,
     worst_text,
 )
+from flexgen_bench.report.accuracy.loss import HEADERS, TITLE, basis, loss_rows
+from flexgen_bench.report.accuracy.loss import READING as LOSS_READING
 from flexgen_bench.report.table import escape
 
 
@@ -48,6 +50,7 @@ def model_page(outcome: ModelOutcome) -> str:
         "",
         *_findings(outcome),
         *_modes(outcome),
+        *_loss(outcome),
         *_agreements(outcome),
         "## How to read this",
         "",
@@ -98,7 +101,7 @@ def _modes(outcome: ModelOutcome) -> list[str]:
         rows.append(
             (
                 mode.mode,
-                str(mode.lossy) if not mode.lossy.is_exact else mode.subject.dtype,
+                mode.subject.what,
                 bytes_text(mode.bytes_per_weight),
                 error_text(error),
                 points_interval(comparison.score if comparison else None),
@@ -111,6 +114,13 @@ def _modes(outcome: ModelOutcome) -> list[str]:
             )
         )
     return ["## Modes", "", *_table(headers, rows), ""]
+
+
+def _loss(outcome: ModelOutcome) -> list[str]:
+    rows = loss_rows(outcome)
+    if not rows:
+        return []
+    return [f"## {TITLE}", "", f"{escape(basis(outcome))}. {LOSS_READING}", "", *_table(HEADERS, rows), ""]
 
 
 def _agreements(outcome: ModelOutcome) -> list[str]:
@@ -175,8 +185,7 @@ def _mode(mode: ModeOutcome) -> list[str]:
         )
         for t in comparison.tasks
     ]
-    what = mode.lossy if not mode.lossy.is_exact else mode.subject.dtype
-    lines = [f"## {escape(mode.mode)}: {escape(str(what))}", "", *_table(headers, rows), ""]
+    lines = [f"## {escape(mode.mode)}: {escape(mode.subject.what)}", "", *_table(headers, rows), ""]
     if any(t.truncated for t in comparison.tasks):
         lines += ["Cut: items longer than the context, cut from the left.", ""]
     return lines

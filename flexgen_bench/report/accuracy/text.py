@@ -27,8 +27,11 @@ from flexgen_bench.report.accuracy.formatting import (
     verdict_text,
     worst_text,
 )
+from flexgen_bench.report.accuracy.loss import HEADERS, TITLE, basis, loss_rows
 
 _PLAIN_WIDTH = 160
+# Columns of the table of losses; the others are in the table above it.
+_OF_TEXT = -2
 
 
 def print_outcome(outcome: ModelOutcome) -> None:
@@ -47,9 +50,12 @@ def print_outcome(outcome: ModelOutcome) -> None:
     )
     if outcome.modes:
         _print(console, _MODES, [_mode(m) for m in outcome.modes])
+    if rows := loss_rows(outcome):
+        console.print(Text(f"{TITLE}; {basis(outcome)}", style="bold"))
+        _print(console, HEADERS[:_OF_TEXT], [row[:_OF_TEXT] for row in rows])
     for mode in outcome.modes:
         if mode.comparison is not None and mode.comparison.tasks:
-            console.print(Text(f"{mode.mode}: {mode.lossy}", style="bold"))
+            console.print(Text(f"{mode.mode}: {mode.subject.what}", style="bold"))
             rows = [
                 (
                     t.task,

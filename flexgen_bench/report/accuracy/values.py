@@ -1,5 +1,5 @@
-"""Accuracy as CSV: one row a task under a mode, and one row a tensor. Figures have the digits that ``core.digits``
-gives to their kind; the records have all of them."""
+"""Accuracy as CSV: one row a task under a mode, one row a tensor, and one row a mode. Figures have the digits that
+``core.digits`` gives to their kind; the records have all of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from flexgen_bench.accuracy.compare.compare import TaskComparison
 from flexgen_bench.accuracy.compare.outcome import ModelOutcome
 from flexgen_bench.core.digits import CHANCE, NOISE_FREE, SCORE, SINGLE, fixed, settled, significant
+from flexgen_bench.report.accuracy.loss import loss_values
 
 
 def tasks_csv(outcomes: Iterable[ModelOutcome]) -> str:
@@ -23,6 +24,11 @@ def layers_csv(outcomes: Iterable[ModelOutcome]) -> str:
     return _csv(row for outcome in outcomes for row in _layers(outcome))
 
 
+def loss_csv(outcomes: Iterable[ModelOutcome]) -> str:
+    """Every mode's loss token by token."""
+    return _csv(loss_values(outcomes))
+
+
 def _tasks(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
     for mode in outcome.modes:
         for t in mode.comparison.tasks if mode.comparison else ():
@@ -31,7 +37,7 @@ def _tasks(outcome: ModelOutcome) -> Iterator[dict[str, object]]:
                 "system": outcome.system,
                 "dtype": outcome.dtype,
                 "mode": mode.mode,
-                "lossy": str(mode.lossy),
+                "lossy": str(mode.lossy) if mode.subject.weight_format is None else mode.subject.what,
                 "bytes_per_weight": _number(mode.bytes_per_weight, SINGLE),
                 "task": t.task,
                 "metric": t.metric,

@@ -34,6 +34,7 @@ READERS: Mapping[str, Reader] = {
     "copying": synthetic.copying,
     "coqa": olmo.coqa,
     "error_detection": restaurants.error_detection,
+    "gsm8k": olmo.gsm8k,
     "hellaswag": arrow.hellaswag,
     "imputation": restaurants.imputation,
     "king_james": king_james.read,

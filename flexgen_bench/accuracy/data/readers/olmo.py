@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexgen_bench.accuracy.data.rows import Rows, ordered, split_off
+from flexgen_bench.accuracy.data.rows import Row, Rows, ordered, split_off
 
 # Requests with such numbers are copies of others with another context, made to normalise scores.
 _COPIES = 1_000_000
@@ -61,7 +61,31 @@ def coqa(folder: Path, *, sources: Sequence[str], turns: int, longest: int, exam
     return split_off(ordered(rows), examples)
 
 
+def gsm8k(folder: Path) -> Rows:
+    """GSM8K: the question, the steps to its answer, the answer. The examples are those of the prompts that the requests
+    were made with: Wei et al. 2022's eight, whose steps are written out."""
+    rows: list[Row] = []
+    examples: list[Row] = []
+    for request in _requests(folder):
+        doc = request["doc"]
+        (worked,) = doc["choices"]
+        rows.append({"question": doc["question"], "worked": worked, "answer": doc["short_answer"]})
+        examples = examples or [_worked(shot) for shot in request["request"]["context"].split("\n\n")[:-1]]
+    return {"fewshot": examples, "test": ordered(rows)}
+
+
+def _worked(shot: str) -> Mapping[str, str]:
+    question, _, worked = shot.removeprefix("Question: ").partition("\nAnswer: ")
+    return {"question": question, "worked": worked, "answer": worked.rpartition(" ")[2].rstrip(".")}
+
+
 def _documents(folder: Path) -> Iterator[Mapping[str, Any]]:
+    for request in _requests(folder):
+        yield request["doc"]
+
+
+def _requests(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The first request of each document."""
     for path in sorted(folder.rglob("requests.jsonl.gz")):
         seen = set()
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -70,7 +94,7 @@ def _documents(folder: Path) -> Iterator[Mapping[str, Any]]:
                 number = int(request["doc_id"])
                 if number < _COPIES and number not in seen:
                     seen.add(number)
-                    yield request["doc"]
+                    yield request
 
 
 def _field(value: Any) -> Any:
