@@ -249,7 +249,7 @@ def test_a_running_suite_is_shown_and_its_records_appear(browser: Browser, tmp_p
             assert words in browser.text()
         browser.run("document.querySelector('#live a').focus()")
         write_record(make_record("accelerate", run=1), results)
-        browser.until(lambda: "2 records of" in browser.text())
+        browser.until(lambda: browser.run("page.follow()") or "2 records of" in browser.text())
         assert browser.run("return document.activeElement.dataset.focus") == "live run0", "drawing anew keeps the focus"
         browser.leave()
         server.shutdown()

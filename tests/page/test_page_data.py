@@ -133,9 +133,8 @@ def test_odd_records_hide_nothing(results: Path, tmp_path: Path) -> None:
     page = build(results, tmp_path / "page")
     shown, broken = column(page, "suite"), data(page, "broken")
     assert shown.count("default") == 7
-    assert shown.count("odd") + len({b["file"] for b in broken}) >= len(odd)
+    assert shown.count("odd") + len({b["file"] for b in broken}) >= len(odd) + 1
     assert any("UserError" in b["message"] for b in broken)
-    assert any(b["file"].endswith("infinite.json") for b in broken)
 
 
 def test_a_folder_of_broken_files_alone_is_a_page(tmp_path: Path) -> None:
