@@ -74,7 +74,7 @@ page.seriesKey = ({ series, guides }) => page.el("ul", { class: "key" }, series.
   const mark = page.el("span", { "aria-hidden": "true" }, sign);
   mark.style.color = colour;
   return page.el("li", {}, mark, ` ${label} `, page.evidence(evidence), page.el("span", { class: "quiet" }, ` ${points.length}`));
-}), guides.map(({ label }) => page.el("li", { class: "quiet" }, `◌ ${label}`)));
+}), guides.map(({ label }) => page.el("li", { class: "quiet" }, `${label.startsWith("front") ? "◌" : "┄"} ${label}`)));
 
 page.draw = (Chart, canvas, told, panel) => {
   const style = getComputedStyle(document.documentElement);
