@@ -66,7 +66,13 @@ class PageBuilder:
         for place, first in enumerate(range(0, len(rows), CELLS_A_FILE)):
             few = enumerate(rows[first : first + CELLS_A_FILE], start=first)
             details = [
-                whole_or_problem(of, losses.get(of.row.stored.record.run_id, ()), traces.get(at, "")) for at, of in few
+                whole_or_problem(
+                    of,
+                    losses.get(of.row.stored.record.run_id, ()),
+                    traces.get(at, ""),
+                    self._lanes.get(of.row.stored.path),
+                )
+                for at, of in few
             ]
             broken += [Broken(one["file"], one["problem"]) for one in details if "problem" in one]
             self._write(f"cells-{place}.js", shared(details))

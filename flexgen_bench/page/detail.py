@@ -21,10 +21,12 @@ _TEXTS, _CHARACTERS = 3, 400
 _LONGEST = 4000
 
 
-def whole_or_problem(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> dict[str, Any]:
+def whole_or_problem(
+    of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes_file: str, lanes: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """``detail``, or of a record that holds something odd its file and ``problem``: its row stands in the table."""
     try:
-        found = detail(of, accuracy, lanes)
+        found = detail(of, accuracy, lanes_file, lanes)
         json.dumps(found, allow_nan=False)
     except ODD as error:
         problem = f"is in the table, and cannot be shown in full ({error_text(error)}). Measure the cell again."
@@ -32,9 +34,11 @@ def whole_or_problem(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: 
     return found
 
 
-def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> dict[str, Any]:
-    """What the page knows of a cell beyond its row. accuracy: what its compression costs; lanes: the file with its
-    lanes, or ""."""
+def detail(
+    of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes_file: str, lanes: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the page knows of a cell beyond its row. accuracy: what its compression costs; lanes: of its trace, and
+    the file that has them, or ""."""
     record, row = of.row.stored.record, of.row
     timed = _without_policy(record)
     values = metrics(timed)
@@ -51,7 +55,7 @@ def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> di
         "evidence": record.evidence.value,
         "policy": policy_of(record),
         "chosen_by": chosen_by(record),
-        "why": why(record),
+        "why": why(record, lanes),
         "tokens": str(row.same_tokens),
         "metrics": [
             {"name": name, "value": s.value, "low": s.low, "high": s.high, "unit": s.unit, "interval": s.interval.value}
@@ -72,7 +76,7 @@ def detail(of: PageRow, accuracy: Sequence[Mapping[str, Any]], lanes: str) -> di
             for lane, use in record.report.links.items()
         ],
         "lanes": _lanes(record),
-        "lanes_file": lanes,
+        "lanes_file": lanes_file,
         "prediction": {k: v for k, v in record.prediction.items() if k != "policy"},
         "predicted_policy": record.prediction.get("policy"),
         "accuracy": list(accuracy),

@@ -75,7 +75,7 @@ def _waiting(waiting: Waiting | None) -> str:
     if waiting is None:
         return ""
     others = [f"{share:.0%} {name}" for name, share in sorted(waiting.others.items(), key=lambda item: -item[1])]
-    told = ", ".join([*(text for text in others if not text.startswith("0%")), f"{waiting.nobody:.0%} nobody"])
+    told = ", ".join(text for text in [*others, f"{waiting.nobody:.0%} nobody"] if not text.startswith("0%"))
     return f"{waiting.lane} was idle for {waiting.idle_s:.3g} s; busy in that time: {told}."
 
 

@@ -166,9 +166,9 @@ def _picture(
         return None
     guides = [{"label": "front: no run is better in both", "points": list(_front(points))}] if front else []
     panel = {"title": "", "x": x, "y": y, "series": list(series.values()), "guides": guides}
-    words = heading(rows[0].row)
-    known = {"work": words} if facts is None else facts
-    key = words if known else title
+    work = heading(rows[0].row)
+    known = {"work": work} if facts is None else facts
+    key = work if known else title
     return {"key": key, "title": title, "facts": known, "panels": [panel], "notes": [note]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.record import Record
@@ -56,17 +57,26 @@ def busy_shares(record: Record) -> dict[str, float]:
     return shares if all(share <= 1.05 for share in shares.values()) else {}
 
 
-def why(record: Record) -> list[str]:
-    """Why the figure is what it is, the surest first. Each sentence says how it is known."""
+def why(record: Record, lanes: Mapping[str, Any] | None = None) -> list[str]:
+    """Why the figure is what it is, the surest first. Each sentence says how it is known.
+
+    lanes: ``page.lanes.picture`` of the run's trace, which knows more than the sums that a record holds.
+    """
     if record.status is not Status.OK:
         return [one_line(record.reason, _LONGEST)] if record.reason else ["Its record gives no reason."]
     lines = []
+    traced = lanes is not None and "problem" not in lanes
     shares = busy_shares(record)
+    if lanes is not None and traced:
+        shares = {one["lane"]: one["busy_s"] / lanes["wall_s"] for one in lanes["lanes"]}
     if shares:
         busiest = sorted(shares.items(), key=lambda item: -item[1])[:3]
         told = ", ".join(f"{lane} {min(share, 1.0):.0%}" for lane, share in busiest if share >= 0.005)
         if told:
-            lines.append(f"Busy while it generated: {told} ({record.evidence.value}).")
+            when = "in its last repetition" if traced else "while it generated"
+            lines.append(f"Busy {when}: {told} ({record.evidence.value}).")
+    if lanes is not None and traced and lanes["waiting"]:
+        lines.append(str(lanes["waiting"]))
     if record.report.lowest_tier:
         lines.append(f"The slowest tier that it touched is {record.report.lowest_tier}.")
     bound = record.prediction.get("bottleneck")

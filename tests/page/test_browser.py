@@ -128,7 +128,7 @@ def test_a_cell_answers_the_four_questions(browser: Browser, address: str) -> No
     assert "chosen by the engine's search" in answers[1]
     assert "2.67 to 4.00 tok/s (range, 3 repetitions" in answers[2]
     assert "Predicted 3.90 tok/s (SIMULATED)" in answers[2]
-    assert "cpu 88%" in answers[3]
+    assert "cpu 81%" in answers[3]
     assert "reads go through the page cache" in browser.text()
     assert "python -m flexgen_bench system=flexgen" in browser.text()
     browser.until(lambda: len(browser.texts(".lanes canvas")) == 3)
@@ -249,7 +249,7 @@ def test_a_running_suite_is_shown_and_its_records_appear(browser: Browser, tmp_p
             assert words in browser.text()
         browser.run("document.querySelector('#live a').focus()")
         write_record(make_record("accelerate", run=1), results)
-        browser.until(lambda: "2 records of" in browser.text())
+        browser.until(lambda: browser.run("page.follow()") or "2 records of" in browser.text())
         assert browser.run("return document.activeElement.dataset.focus") == "live run0", "drawing anew keeps the focus"
         browser.leave()
         server.shutdown()

@@ -71,7 +71,7 @@ def test_a_cell_answers_which_policy_how_sure_and_why(results: Path, tmp_path: P
     cell = next(c for c in cells(page) if c["run_id"] == "run2")
     assert cell["policy"].startswith("4x1; weights cpu 25 %")
     assert "search" in cell["chosen_by"]
-    assert any("cpu 88%" in line and "MEASURED" in line for line in cell["why"])  # 14 of 16 s
+    assert any("cpu 81%" in line and "MEASURED" in line for line in cell["why"])  # 0.96 of 1.18 s, by its trace
     assert any("cpu: busy 90% of the job (SIMULATED)" in line for line in cell["why"])
     assert cell["metrics"][0]["samples"] == pytest.approx([4.0, 16 / 6, 16 / 6])
     assert cell["realised"] == {"weights": {"cpu": 0.2, "disk": 0.8}}
@@ -133,9 +133,8 @@ def test_odd_records_hide_nothing(results: Path, tmp_path: Path) -> None:
     page = build(results, tmp_path / "page")
     shown, broken = column(page, "suite"), data(page, "broken")
     assert shown.count("default") == 7
-    assert shown.count("odd") + len({b["file"] for b in broken}) >= len(odd)
+    assert shown.count("odd") + len({b["file"] for b in broken}) >= len(odd) + 1
     assert any("UserError" in b["message"] for b in broken)
-    assert any(b["file"].endswith("infinite.json") for b in broken)
 
 
 def test_a_folder_of_broken_files_alone_is_a_page(tmp_path: Path) -> None:

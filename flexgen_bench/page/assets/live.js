@@ -13,7 +13,7 @@ page.liveView = (main) => {
   main.replaceChildren(el("h2", {}, "Live"), el("div", { id: "live" }, page.liveState ? page.liveBody(page.liveState) : "Asking…"));
 };
 
-// Ask again and again; a newer edition of the data replaces what was read.
+// Ask once; a newer edition of the data replaces what was read.
 page.follow = async () => {
   let wrong = "";
   try {
@@ -29,7 +29,12 @@ page.follow = async () => {
   }
   const place = document.getElementById("live");
   if (place) page.keepFocus(() => place.replaceChildren(wrong ? page.el("p", { class: "warnings" }, wrong) : page.liveBody(page.liveState)));
-  setTimeout(page.follow, EVERY_MS);
+};
+
+// Ask again and again.
+page.watch = async () => {
+  await page.follow();
+  setTimeout(page.watch, EVERY_MS);
 };
 
 page.liveBody = ({ suites, problem }) => {

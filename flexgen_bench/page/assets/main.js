@@ -116,5 +116,5 @@ page.setTheme = (theme) => {
     return;
   }
   page.start(page.read.get("rows"));
-  if (page.isServed()) page.follow();
+  if (page.isServed()) page.watch();
 })();

@@ -74,7 +74,7 @@ page.seriesKey = ({ series, guides }) => page.el("ul", { class: "key" }, series.
   const mark = page.el("span", { "aria-hidden": "true" }, sign);
   mark.style.color = colour;
   return page.el("li", {}, mark, ` ${label} `, page.evidence(evidence), page.el("span", { class: "quiet" }, ` ${points.length}`));
-}), guides.map(({ label }) => page.el("li", { class: "quiet" }, `┄ ${label}`)));
+}), guides.map(({ label }) => page.el("li", { class: "quiet" }, `${label.startsWith("front") ? "◌" : "┄"} ${label}`)));
 
 page.draw = (Chart, canvas, told, panel) => {
   const style = getComputedStyle(document.documentElement);
@@ -87,7 +87,8 @@ page.draw = (Chart, canvas, told, panel) => {
       pointStyle: shape, pointRadius: count > 2000 ? 2.5 : 5, pointHoverRadius: 8, borderColor: colour, backgroundColor: evidence === "MEASURED" ? colour : "transparent",
       pointBorderWidth: 1.5, showLine: joined, borderWidth: 1, borderDash: evidence === "MEASURED" ? [] : [4, 3] };
   });
-  const guides = panel.guides.map(({ points }) => ({ data: points.map(([x, y]) => ({ x, y })), showLine: true, pointRadius: 0, pointHitRadius: 0, borderColor: ink, borderDash: [4, 4], borderWidth: 1 }));
+  const guides = panel.guides.map(({ label, points }) => ({ data: points.map(([x, y]) => ({ x, y })), showLine: true, pointHitRadius: 0,
+    pointStyle: "circle", pointRadius: label.startsWith("front") ? 10 : 0, backgroundColor: "transparent", borderColor: ink, borderDash: [4, 4], borderWidth: 1 }));
   const chart = new Chart(canvas, {
     type: "scatter", data: { datasets: [...datasets, ...guides] }, plugins: count > MOST_INTERVALS ? [] : [page.intervals],
     options: {
