@@ -51,10 +51,7 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     prompts, new, batch = int(row["num_prompts"]), int(row["gen_len"]), int(row["batch_size"])
     blocks = max(1, -(-prompts // batch))
     prefill_s, decode_s = row["prefill_s"], row["decode_s"]  # None where phases overlap
-    figures = {
-        "throughput": Quantity(float(row["tok_per_s"])),
-        "block_s": Quantity(float(row["block_latency_s"])),
-    }
+    figures = {"throughput": Quantity(float(row["tok_per_s"])), "block_s": Quantity(float(row["block_latency_s"]))}
     if prefill_s:
         figures["first_token_s"] = Quantity(prefill_s / blocks)
         figures["input_s"] = Quantity(prefill_s / (prompts * int(row["prompt_len"])))
