@@ -193,7 +193,11 @@ def _interval(parts: Sequence[tuple[float, float]]) -> tuple[float, float, Inter
         kind = IntervalKind.SINGLE if len(parts) == 1 else IntervalKind.RANGE
         return min(rates), max(rates), kind
     # Sums are exact (fsum), so what is drawn in another order has the same value and is computed once.
-    values = sorted((_pooled([parts[i] for i in draw]), count) for draw, count in _draws(len(parts)).items())
+    tops, bottoms = (tuple(column) for column in zip(*parts, strict=True))
+    values = sorted(
+        (math.fsum(map(tops.__getitem__, draw)) / math.fsum(map(bottoms.__getitem__, draw)), count)
+        for draw, count in _draws(len(parts)).items()
+    )
     pooled = [value for value, count in values for _ in range(count)]
     tail = (1 - BOOTSTRAP_CONFIDENCE) / 2
     cuts = statistics.quantiles(pooled, n=round(1 / tail), method="inclusive")
