@@ -25,8 +25,11 @@ def _run(options: argparse.Namespace) -> int:
     from flexgen_bench.page.build import PageBuilder
     from flexgen_bench.page.gather import Gatherer
 
-    if options.live and not 0 <= options.port < 65536:
-        raise UserError("--port", options.port, "0 (any that is free) to 65535")
+    if options.port is not None and not options.live:
+        raise UserError("--port", options.port, "left out without --live", "A page on disk has no server.")
+    port = DEFAULT_PORT if options.port is None else options.port
+    if not 0 <= port < 65536:
+        raise UserError("--port", port, "0 (any that is free) to 65535")
     gatherer = Gatherer(list(dict.fromkeys(options.results_dir)) or [Path("results")])
     builder = PageBuilder(gatherer, options.out, _tell, tables=() if options.tables == ["none"] else options.tables)
     page = builder.build()
@@ -35,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from flexgen_bench.page.live import serve
 
-    serve(builder, options.port, lambda text: print(text, flush=True))
+    serve(builder, port, lambda text: print(text, flush=True))
     return 0
 
 
@@ -62,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         "--live", action="store_true", help="serve the page to this machine alone, and show what a running suite does"
     )
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="of --live, on 127.0.0.1 (default: %(default)s; 0: any free)"
+        "--port", type=int, help=f"of --live, on 127.0.0.1 (default: {DEFAULT_PORT}; 0: any that is free)"
     )
     return parser

@@ -99,12 +99,15 @@ def known_tables(
 ) -> tuple[list[PaperTable], list[UserError]]:
     """The tables ``names`` (None: all) with what is known without asking anybody: printed values, records, and
     predictions that are kept in ``results_dir`` or ``shipped`` (others stand as pending). And what is wrong with other
-    tables."""
+    tables. Raises UserError for an unknown name."""
     recorded, _ = usable(records)
     kept = {**_known(shipped), **_known(results_dir / FILE)}
     simulations = Simulations(configured_systems(), list_models(), kept)
     scores = Scores(read_accuracy(results_dir).tasks, results_dir)
     chosen = list_tables(None) if names is None else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in list_tables(None):
+            table_conf(name, None)
     tables, errors = _tables(chosen, None, Sources(simulations, recorded, results_dir, scores))
     return [table for table, _ in tables], errors
 

@@ -144,3 +144,22 @@ def test_only_this_machine_by_its_name_is_answered(port: int, results: Path, tmp
     builder = PageBuilder(Gatherer([results]), tmp_path / "page", lambda _: None, tables=())
     with pytest.raises(UserError, match="--port"):
         open_server(builder, port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "results_dir = 'nowhere'"),
+        (["results", "--port", "9"], "--port = 9"),
+        (["results", "--live", "--port", "70000"], "--port = 70000"),
+        (["results", "--tables", "t2x"], "t2x"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(
+    arguments: list[str], says: str, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_bench.cli.page import main
+
+    monkeypatch.chdir(results.parent)
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err
