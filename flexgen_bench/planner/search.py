@@ -38,7 +38,6 @@ WITH_ONE_BUFFER = 2  # of these, those that are looked at with a single staging 
 START_BUDGET = 100_000
 STEP_BUDGET = 60_000
 FINE_BUDGET = 30_000
-DIVIDED_BUDGET = 50_000  # to compare divided caches, and again to improve the best of them
 # A bound that is no further above what has been reached is not: something waits in every policy.
 WORTH = 1.05
 _MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
@@ -174,7 +173,7 @@ class Search:
         reached, evaluator = self.tok_per_s(best), self._evaluator
         begun, speeds = evaluator.steps, dict[Policy, float]()
         for start in self._divided_starts(best, WORTH * reached):
-            if evaluator.steps - begun >= DIVIDED_BUDGET:
+            if evaluator.steps - begun >= START_BUDGET:
                 break
             speeds[start] = self.tok_per_s(start)
         start = max(speeds, key=lambda policy: speeds[policy], default=best)
@@ -182,7 +181,7 @@ class Search:
             return best
         begun = evaluator.steps
         divided = self._improved(
-            start, neighbours, lambda: evaluator.steps - begun >= DIVIDED_BUDGET, lambda: report(_CHANGES)
+            start, neighbours, lambda: evaluator.steps - begun >= FINE_BUDGET, lambda: report(_CHANGES)
         )
         # On all layers, too, as what is not divided was.
         full = evaluator.full_tok_per_s
