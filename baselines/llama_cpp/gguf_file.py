@@ -35,12 +35,14 @@ from flexgen_bench.core.errors import CannotRun, StoreError
 from flexgen_bench.core.model import ModelShape
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.models.activations import activation_of
 
 _stage = logging.getLogger("flexgen_bench.stage")
 _VERSION = 1  # part of every file's name; a change of what is written must change it
 _PIECE_VALUES = 2**21  # that are in single precision at once, per thread
 _FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 Array = np.ndarray[Any, Any]
+_YARN_USUAL = (("beta_fast", 32.0), ("beta_slow", 1.0))
 
 
 def gguf_path(checkpoint: Path, form: Format, cache: Path) -> Path:
@@ -142,7 +144,8 @@ def _in_file_order(tensor: Tensor, planned: Planned) -> Tensor:
 
 
 def encode(rows: Tensor, kind: TensorType, added: float = 0.0) -> Array:
-    """Rows (N, M) of any float type as bytes of ``kind``, ``added`` to each value. Raises StoreError for values that a 16-bit type lacks."""
+    """Rows (N, M) of any float type as bytes of ``kind``, ``added`` to each value. Raises StoreError for values that a
+    16-bit type lacks."""
     if added:
         rows = rows.float() + added
     if kind in _FLOATS:
@@ -158,19 +161,25 @@ def encode(rows: Tensor, kind: TensorType, added: float = 0.0) -> Array:
 
 def _check_same_model(file: Path, shape: ModelShape) -> None:
     """The file's header, read as any other: what it says is what the checkpoint says."""
+    written, wanted = _comparable(gguf_shape(file)), _comparable(shape)
+    if written != wanted:
+        raise StoreError(f"{file} reads as {written}, the checkpoint is {wanted}")
 
-    def comparable(one: ModelShape) -> ModelShape:
-        # Mistral's window is checked by length (metadata.py), and without it the file is a Llama's; Llama 3.1's
-        # scaling is stored as its factors.
-        scaling = one.options.get("rope_scaling") or {"rope_type": "default"}
-        options = {k: v for k, v in one.options.items() if k not in ("window", "full_layers")} | {
-            "rope_scaling": None if scaling["rope_type"] in ("default", "llama3", "longrope") else scaling,
-            "attention_bias": bool(one.options.get("attention_bias")),
-            "mlp_bias": bool(one.options.get("mlp_bias")),
-        }
-        kind = "llama" if one.family == "mistral" else one.family
-        return replace(one, name="", family=kind, options=options, max_positions=1)
 
-    written = gguf_shape(file)
-    if comparable(written) != comparable(shape):
-        raise StoreError(f"{file} reads as {comparable(written)}, the checkpoint is {comparable(shape)}")
+def _comparable(shape: ModelShape) -> ModelShape:
+    """Without what a file says in another way: Mistral's window, which is checked by length (``metadata.py``), so that
+    the file is a Llama's; Llama 3.1's scaling, which is stored as its factors; what has its usual value."""
+    options = dict(shape.options)
+    scaling = {k: v for k, v in (options.get("rope_scaling") or {}).items() if (k, v) not in _YARN_USUAL}
+    if scaling.get("rope_type") in ("llama3", "longrope"):
+        scaling = {}
+    for name in ("window", "full_layers"):
+        options.pop(name, None)
+    options |= {
+        "rope_scaling": scaling,
+        "attention_bias": bool(options.get("attention_bias")),
+        "mlp_bias": bool(options.get("mlp_bias")),
+        "activation": activation_of("activation", options.get("activation", "silu")),
+    }
+    kind = "llama" if shape.family == "mistral" else shape.family
+    return replace(shape, name="", family=kind, options=options, max_positions=1)

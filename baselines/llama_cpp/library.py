@@ -11,6 +11,9 @@ another version with other structures is refused instead of being given numbers 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -196,7 +199,8 @@ def library() -> Any:
     spec = find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise CannotRun(f"not installed: {MODULE}. Install it with: pip install {MODULE}=={VERSION}")
-    found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
+    with _own_waiting():
+        found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
     try:
         for name, result, arguments in _FUNCTIONS:
             function = getattr(found, name)
@@ -215,6 +219,18 @@ def library() -> Any:
     found.llama_log_set(callback, None)
     found.llama_backend_init()
     return found
+
+
+@contextmanager
+def _own_waiting() -> Iterator[None]:
+    """Its OpenMP library, which reads the environment while it is loaded, waits as llama.cpp's users know it: the
+    runner's setting is for programs whose threads have more than one to wait for."""
+    policy = os.environ.pop("OMP_WAIT_POLICY", None)
+    try:
+        yield
+    finally:
+        if policy is not None:
+            os.environ["OMP_WAIT_POLICY"] = policy
 
 
 def _heard(level: int, text: bytes, _: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.model import ModelShape
+from flexgen_bench.models.activations import activation_of
 from flexgen_bench.models.registry import family
 from flexgen_bench.models.rope import positions_of
 
@@ -98,8 +99,8 @@ _Rule = tuple[str, str, Callable[[Any], bool]]
 
 def _rules(shape: ModelShape, tokens: int) -> Iterator[_Rule]:
     is_gemma = shape.family in _PERIOD
-    activation = "gelu_pytorch_tanh" if is_gemma else "silu"
-    yield "activation", activation, lambda value: value in (None, activation)
+    activation = activation_of("activation", "gelu_pytorch_tanh" if is_gemma else "silu")
+    yield "activation", activation, lambda value: value is None or activation_of("activation", value) == activation
     yield "rope_scaling", _scalings(shape), lambda value: _is_known(value, shape)
     if not is_gemma:
         # Not read for these architectures: every token sees all others.

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 from baselines.llama_cpp.layout import plan
 from baselines.llama_cpp.settings import Load, Settings, footprint, kv_bytes
 from flexgen_bench.core.model import ModelShape
-from flexgen_bench.core.units import MIB
-
-# Of the GPU's memory, what CUDA and its libraries take of a process that uses it. Assumed.
-DRIVER_BYTES = 500 * MIB
 
 
 def layer_bytes(shape: ModelShape, settings: Settings) -> tuple[list[int], int, int]:
@@ -31,14 +27,15 @@ def gpu_layers(
     shape: ModelShape, settings: Settings, load: Load, batch: int, tokens: int, memory_bytes: float | None
 ) -> int:
     """The number asked for, or as many as fit with their caches and a pass's workspace, counted from the last one as
-    llama.cpp does; ``num_layers`` + 1 is all of them and the head."""
+    llama.cpp does; ``num_layers`` + 1 is all of them and the head. memory_bytes: what a process finds of the GPU's;
+    None: enough."""
     most = shape.num_layers + 1
     if settings.gpu_layers is not None:
         return min(settings.gpu_layers, most)
     if memory_bytes is None:
         return most
     workspace = footprint(shape, settings, load, batch, tokens).workspace
-    left, count = memory_bytes - workspace - DRIVER_BYTES, 0
+    left, count = memory_bytes - workspace, 0
     for need in _needs(shape, settings, batch, tokens):
         left -= need
         if left < 0:

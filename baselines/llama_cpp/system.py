@@ -14,6 +14,7 @@ from baselines.llama_cpp.library import CUDA_WHEEL, MAX_SEQUENCES, has_cuda, lib
 from baselines.llama_cpp.metadata import check_expressible
 from baselines.llama_cpp.placement import gpu_layers
 from baselines.llama_cpp.settings import KV_TYPES, Load, Settings, chosen_load, context_tokens, footprint
+from flexgen_bench.core.device_memory import process_bytes
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.progress import Progress
@@ -62,13 +63,14 @@ class LlamaCppSystem(System):
         return self.spec.workload.prompt_len + self.spec.workload.gen_len
 
     @property
-    def _file(self) -> Path:
+    def file(self) -> Path:
+        """The GGUF file, there or not."""
         from baselines.llama_cpp.gguf_file import gguf_path
 
         return gguf_path(self.files.checkpoint, self._settings.format, self.files.cache)
 
     def is_prepared(self) -> bool:
-        return self._file.exists()
+        return self.file.exists()
 
     def prepare(self) -> None:
         """Write the GGUF file, once per checkpoint and format."""
@@ -78,7 +80,7 @@ class LlamaCppSystem(System):
             message = f"writing a GGUF file ({self._settings.format})"
             _stage.info(message, extra={"progress": ("convert", done, total, "B")})
 
-        write_gguf(self.files.checkpoint, self._settings.format, self._file, self.spec.threads, tell)
+        write_gguf(self.files.checkpoint, self._settings.format, self.file, self.spec.threads, tell)
 
     def load(self, batch_size: int) -> None:
         if batch_size > MAX_SEQUENCES:
@@ -95,8 +97,8 @@ class LlamaCppSystem(System):
         if self._model is None or (load, layers) != (self._load, self._gpu_layers):
             self.close()
             # Pages that another process has cached are nobody's memory here: reading them would look free.
-            drop_cached_pages(self._file.parent)
-            self._model = Model(self._file, load.mode, settings.repacks(load), layers)
+            drop_cached_pages(self.file.parent)
+            self._model = Model(self.file, load.mode, settings.repacks(load), layers)
         self._load, self._gpu_layers, self._batch_size, self._clocks = load, layers, batch_size, Clocks()
         self._context = Context(
             self._model,
@@ -111,8 +113,9 @@ class LlamaCppSystem(System):
     def _layers_on_gpu(self, load: Load, batch_size: int) -> int:
         if not self._has_gpu:
             return 0
-        memory = self.spec.hardware.gpu_memory_bytes
-        return gpu_layers(self.spec.model.shape, self._settings, load, batch_size, self._tokens, memory)
+        whole = self.spec.hardware.gpu_memory_bytes
+        free = None if whole is None else whole - process_bytes(self.spec.hardware)
+        return gpu_layers(self.spec.model.shape, self._settings, load, batch_size, self._tokens, free)
 
     def _check_fits(self, batch_size: int, load: Load) -> None:
         limit = self.spec.hardware.cpu_memory_bytes
@@ -132,7 +135,7 @@ class LlamaCppSystem(System):
 
     def report(self) -> SystemReport:
         assert self._load is not None
-        settings, load, size = self._settings, self._load, self._file.stat().st_size
+        settings, load, size = self._settings, self._load, self.file.stat().st_size
         shape = self.spec.model.shape
         on_gpu = self._gpu_layers / (shape.num_layers + 1)
         below = "disk" if load is Load.MMAP else "cpu"
@@ -150,7 +153,7 @@ class LlamaCppSystem(System):
             "own_s": {"prefill": self._clocks.own_prefill_s, "decode": self._clocks.own_decode_s},
         }
         if load is Load.MMAP:
-            realised["mapped_resident_bytes"] = mapped_resident_bytes(self._file)
+            realised["mapped_resident_bytes"] = mapped_resident_bytes(self.file)
             notes.append(
                 "weights are pages of a mapped file, which the memory cap, if enforced, includes; "
                 "mapped_resident_bytes: those in memory at the end"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from baselines.llama_cpp import layout
@@ -32,6 +33,9 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 VOCAB, GEN_LEN = 300, 6
+# ggml's exponential and its masks in 16 bits round otherwise than torch: MEASURED, up to 0.005 of logits whose deviation
+# is 1.2 to 2.4. Another model's tokens are off by more than 1.
+NEAR_TIE = 0.02
 PROMPTS = [[5, 6, 7], [9] * 20, [n % VOCAB for n in range(7, 7 * 31, 7)], [20], [30, 31]]
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -106,12 +110,21 @@ def generated(one: Any, batch_size: int = 2) -> list[list[int]]:
     return [list(ids) for ids in one.generate(PROMPTS, GEN_LEN, no_progress).token_ids]
 
 
+def regret(model: Any, prompt: list[int], new: list[int]) -> float:
+    """By how much, at most, transformers' logit of a token is below that of its own choice, after the same tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+    return float((logits.max(-1).values - chosen).max())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_says_what_transformers_says(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shape, model = made(name, folder)
     one = system(shape, folder, {"kv": "f32", "load": "mmap"})
-    assert generated(one) == greedy_reference(model, PROMPTS, GEN_LEN)
+    for prompt, new in zip(PROMPTS, generated(one), strict=True):
+        assert regret(model, prompt, new) < NEAR_TIE
     report = one.report()
     assert report.lowest_tier == "disk"
     size = report.realised["weight_bytes"]["disk"]
@@ -125,8 +138,8 @@ def test_resident_weights_give_the_same_with_any_batch(load: str, tmp_path: Path
     folder = tmp_path / "model"
     shape, model = made("llama", folder)
     one = system(shape, folder, {"kv": "f32", "load": load})
-    expected = greedy_reference(model, PROMPTS, GEN_LEN)
-    assert generated(one, 5) == expected
+    expected = generated(one, 5)
+    assert expected == greedy_reference(model, PROMPTS, GEN_LEN)
     assert generated(one, 1) == expected  # another batch size, the weights as they are
     assert one.report().realised["weights"] == {"cpu": 1.0}
     one.close()
@@ -144,7 +157,7 @@ def test_a_file_holds_the_checkpoint_numbers(form: Format, tmp_path: Path) -> No
     one = system(shape, folder, {"format": form.value})
     one.check()
     one.prepare()
-    header = read_header(one._file)
+    header = read_header(one.file)
     tensors = GGUFTensors(header, shape.num_heads, shape.num_kv_heads, DType.FLOAT32)
     step = {Format.F32: 0.0, Format.F16: 1e-3, Format.BF16: 8e-3, Format.Q8_0: 8e-3}.get(form, 0.14)
     with open_source(folder) as source:
