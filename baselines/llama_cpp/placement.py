@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from baselines.llama_cpp.layout import plan
 from baselines.llama_cpp.settings import Load, Settings, footprint, kv_bytes
 from flexgen_bench.core.model import ModelShape
 
 
-def layer_bytes(shape: ModelShape, settings: Settings) -> tuple[list[int], int, int]:
-    """Weights of each layer, of the head (which llama.cpp counts as one layer more), and of the token table, which
-    stays with the cpu. A tied head is a copy of the table."""
-    layers, head, table = [0] * shape.num_layers, 0, 0
+@dataclass(frozen=True)
+class Weights:
+    """bytes, and values (for each of which a row takes two FLOP)."""
+
+    bytes: int = 0
+    values: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.bytes + other.bytes, self.values + other.values)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Weights of each layer, of the head (which llama.cpp counts as one layer more; a tied one is a copy of the table
+    on a GPU, and the table itself elsewhere), and of the token table, which stays with the cpu."""
+
+    layers: tuple[Weights, ...]
+    head: Weights
+    table: Weights
+
+
+def divided(shape: ModelShape, settings: Settings) -> Divided:
+    """A model's weights by where they can be placed apart."""
+    layers = [Weights()] * shape.num_layers
+    head = table = Weights()
     for tensor in plan(shape, settings.format):
+        weights = Weights(tensor.nbytes, math.prod(tensor.shape))
         if tensor.layer is not None:
-            layers[tensor.layer] += tensor.nbytes
+            layers[tensor.layer] += weights
         elif tensor.name.startswith("token_embd"):
-            table += tensor.nbytes
+            table += weights
         else:
-            head += tensor.nbytes
-    return layers, head + (table if shape.tied_embeddings else 0), table
+            head += weights
+    return Divided(tuple(layers), head + table if shape.tied_embeddings else head, table)
 
 
 def gpu_layers(
@@ -45,7 +69,7 @@ def gpu_layers(
 
 
 def _needs(shape: ModelShape, settings: Settings, batch: int, tokens: int) -> Iterator[float]:
-    layers, head, _ = layer_bytes(shape, settings)
+    weights = divided(shape, settings)
     cache = kv_bytes(shape, settings, batch, tokens) / shape.num_layers
-    yield head
-    yield from (weights + cache for weights in reversed(layers))
+    yield weights.head.bytes
+    yield from (layer.bytes + cache for layer in reversed(weights.layers))

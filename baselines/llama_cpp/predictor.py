@@ -11,9 +11,9 @@ times add.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from baselines.common.batches import BatchTimes, passes, predict_batches
@@ -23,7 +23,7 @@ from baselines.common.page_cache import cached_share, read_rate
 from baselines.llama_cpp.layout import check_family
 from baselines.llama_cpp.library import MAX_SEQUENCES
 from baselines.llama_cpp.metadata import check_expressible
-from baselines.llama_cpp.placement import gpu_layers, layer_bytes
+from baselines.llama_cpp.placement import Divided, Weights, divided, gpu_layers
 from baselines.llama_cpp.settings import Footprint, Load, Settings, chosen_load, footprint
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import CannotRun, DoesNotFit
@@ -136,27 +136,36 @@ class _Placed:
     def shape(self) -> ModelShape:
         return self.job.shape
 
-    def _bytes(self) -> tuple[float, float, float]:
-        """Weights of layers on the GPU, of layers with the cpu, and of the head."""
-        layers, head, _ = layer_bytes(self.shape, self.settings)
-        above = max(0, self.on_gpu - 1)  # the head is the first to go there
-        return sum(layers[len(layers) - above :]), sum(layers[: len(layers) - above]), head
+    @cached_property
+    def _divided(self) -> Divided:
+        return divided(self.shape, self.settings)
+
+    @cached_property
+    def _there(self) -> Weights:
+        """Layers on the GPU: the last ones. The head is the first to go there."""
+        return sum(self._divided.layers[self.shape.num_layers - self._num_above :], Weights())
+
+    @cached_property
+    def _below(self) -> Weights:
+        """Layers with the cpu."""
+        return sum(self._divided.layers[: self.shape.num_layers - self._num_above], Weights())
+
+    @property
+    def _num_above(self) -> int:
+        return max(0, self.on_gpu - 1)
 
     @property
     def _above(self) -> float:
         """The share of layers on the GPU."""
-        return max(0, self.on_gpu - 1) / self.shape.num_layers
+        return self._num_above / self.shape.num_layers
 
     def needed(self) -> dict[Tier, Parts]:
         """Bytes by tier and part. Mapped weights need no memory; they are read as often as memory is short."""
-        there, below, head = self._bytes()
-        table = float(layer_bytes(self.shape, self.settings)[2])
-        if self.on_gpu:
-            there += head
-        elif not self.shape.tied_embeddings:
-            table += head  # a tied head without a GPU is the table itself
+        host_weights = self._below.bytes + self._divided.table.bytes
+        if not self.on_gpu and not self.shape.tied_embeddings:
+            host_weights += self._divided.head.bytes
         host = {
-            "weights": 0.0 if self.load is Load.MMAP else below + table,
+            "weights": 0.0 if self.load is Load.MMAP else float(host_weights),
             "kv_cache": self.footprint.kv_cache * (1 - self._above),
             "workspace": float(self.footprint.workspace),
             "process": max(float(self.footprint.process), self.machine.host_process_bytes),
@@ -164,7 +173,7 @@ class _Placed:
         needed: dict[Tier, Parts] = {Tier.CPU: host, Tier.DISK: {"weights": float(self.footprint.weights)}}
         if self.machine.has_gpu:
             needed[Tier.GPU] = {
-                "weights": there,
+                "weights": float(self._there.bytes + (self._divided.head.bytes if self.on_gpu else 0)),
                 "kv_cache": self.footprint.kv_cache * self._above,
                 "workspace": float(self.footprint.workspace),
                 "driver and context": self.machine.process_bytes,
@@ -174,65 +183,59 @@ class _Placed:
     def times(self, batch: int) -> BatchTimes:
         """Of one batch."""
         job, ubatch = self.job, self.settings.ubatch_of(self.load)
-        rows = batch * job.prompt_len
-        prefill: Counter[str] = Counter()
-        whole, rest = divmod(rows, ubatch)
-        for count, size in ((whole, ubatch), (1 if rest else 0, rest)):
-            if count:
-                for name, seconds in self._pass(size, batch if size == (rest or ubatch) else 0):
-                    prefill[name] += count * seconds  # type: ignore[assignment]
-        for name, seconds in self._prompt_attention(batch):
-            prefill[name] += seconds  # type: ignore[assignment]
-        decode: Counter[str] = Counter()
-        for name, seconds in [*self._pass(batch, batch), *self._step_attention(batch)]:
-            decode[name] += seconds  # type: ignore[assignment]
+        whole, rest = divmod(batch * job.prompt_len, ubatch)
+        prompt = [(whole, self._layers(ubatch)), (1, self._layers(rest))]
+        prefill = _sum([*prompt, (1, self._head(batch)), (1, self._prompt_attention(batch))])
+        decode = _sum([(1, self._layers(batch)), (1, self._head(batch)), (1, self._step_attention(batch))])
         return passes(job.gen_len, (sum(prefill.values()), prefill), (sum(decode.values()), decode))
 
-    def _pass(self, rows: int, outputs: int) -> Iterator[tuple[str, float]]:
-        """Seconds of all layers over ``rows`` tokens, and of the head over ``outputs`` of them, by part."""
-        there, below, head = self._bytes()
-        if there:
-            yield "gpu: matrix products", self._products(there, rows, on_gpu=True)
-        if below:
-            yield from self._below(below, rows)
-        if outputs:
-            lane = "gpu" if self.on_gpu else "cpu"
-            yield f"{lane}: matrix products", self._products(head, outputs, on_gpu=bool(self.on_gpu))
+    def _layers(self, rows: int) -> Iterator[tuple[str, float]]:
+        """Seconds of all layers over ``rows`` tokens, by part; nothing of none."""
+        if rows and self._there.bytes:
+            yield "gpu: matrix products", self._products(self._there, rows, on_gpu=True)
+        if rows and self._below.bytes:
+            yield from self._of_the_cpu(self._below, rows)
 
-    def _below(self, size: float, rows: int) -> Iterator[tuple[str, float]]:
-        """Of the layers whose weights are with the cpu."""
-        if self.load is Load.MMAP:
-            yield "disk_read: weights", size / self._mapped_rate(size)
+    def _head(self, rows: int) -> Iterator[tuple[str, float]]:
+        if self.on_gpu:
+            yield "gpu: matrix products", self._products(self._divided.head, rows, on_gpu=True)
+        else:
+            yield from self._of_the_cpu(self._divided.head, rows)
+
+    def _of_the_cpu(self, weights: Weights, rows: int) -> Iterator[tuple[str, float]]:
+        """Of weights that are with the cpu."""
+        if self.load is Load.MMAP and (seconds := weights.bytes / self._mapped_rate):
+            yield "disk_read: weights", seconds
         if self.machine.has_gpu and rows >= OFFLOADED_ROWS:
             # A mapped file is not page-locked.
             link = self.machine.h2d_pageable if self.load is Load.MMAP else self.machine.h2d
-            yield "h2d: weights", size / link
-            yield "gpu: matrix products", self._products(size, rows, on_gpu=True)
+            yield "h2d: weights", weights.bytes / link
+            yield "gpu: matrix products", self._products(weights, rows, on_gpu=True)
         else:
-            yield "cpu: matrix products", self._products(size, rows, on_gpu=False)
+            yield "cpu: matrix products", self._products(weights, rows, on_gpu=False)
 
-    def _mapped_rate(self, size: float) -> float:
-        """Bytes/s of a pass over mapped weights."""
-        spare = self.machine.host_bytes
-        parts = self.needed()[Tier.CPU]
-        left = None if spare is None else spare - sum(parts.values())
+    @cached_property
+    def _mapped_rate(self) -> float:
+        """Bytes/s of a pass over mapped weights; without end for those that stay in memory after the first pass."""
+        size = self._below.bytes + (0 if self.on_gpu else self._divided.head.bytes)
+        memory = self.machine.host_bytes
+        left = None if memory is None else memory - sum(self.needed()[Tier.CPU].values())
         share = cached_share(size, left)
         if share == 1.0:
-            return math.inf  # in memory after the first pass
+            return math.inf
         return read_rate(self.constants.mapped_share * self.machine.disk_read, self.machine.disk_read_cached, share)
 
-    def _products(self, size: float, rows: int, on_gpu: bool) -> float:
-        """Seconds of ``rows`` rows times matrices of ``size`` bytes."""
+    def _products(self, weights: Weights, rows: int, on_gpu: bool) -> float:
+        """Seconds of ``rows`` rows times these matrices."""
         site, constants = self._site(on_gpu), self.constants
         compute = constants.gpu_compute_share if on_gpu else constants.compute_share
         memory = constants.gpu_memory_share if on_gpu else constants.memory_share
-        values = size * self.settings.format.usual.values / self.settings.format.usual.bytes
         width = math.sqrt(self.shape.hidden_size * self.shape.ffn_size)
         rate = compute * site.matrix_rate(str(self.job.dtype), max(rows, _ARITHMETIC_ROWS), width)
         experts = self.shape.options.get("experts")
-        met = 1.0 if not experts else float(self.shape.options["experts_per_token"]) / float(experts)
-        read = 1.0 if not experts else 1 - (1 - met) ** rows
-        return max(2 * rows * values * met / rate, read * size / (memory * site.memory))
+        met = float(self.shape.options["experts_per_token"]) / float(experts) if experts else 1.0
+        read = 1 - (1 - met) ** rows
+        return max(2 * rows * weights.values * met / rate, read * weights.bytes / (memory * site.memory))
 
     def _prompt_attention(self, batch: int) -> Iterator[tuple[str, float]]:
         """Causal: half the square of a prompt's scores, twice."""
@@ -259,3 +262,12 @@ class _Placed:
 
     def _site(self, on_gpu: bool) -> SiteRates:
         return self.machine.compute if on_gpu else self.machine.cpu
+
+
+def _sum(parts: Iterable[tuple[int, Iterable[tuple[str, float]]]]) -> Parts:
+    """Seconds by part, each so many times."""
+    total: Parts = {}
+    for count, seconds_of in parts:
+        for name, seconds in seconds_of:
+            total[name] = total.get(name, 0.0) + count * seconds
+    return total

@@ -23,8 +23,9 @@ from tests.baselines import test_baselines as shared
 
 
 def system(folder: Path, family: str = "llama", **options: Any) -> AirLLMSystem:
-    shared.TARGETS["airllm"] = ("baselines.airllm.system:AirLLMSystem", options)
-    return AirLLMSystem(shared.spec_of("airllm", family), ModelFiles(folder, folder / "scratch", folder / "cache"))
+    target = "baselines.airllm.system:AirLLMSystem"
+    spec = replace(shared.spec_of("transformers", family), system="airllm", target=target, system_options=options)
+    return AirLLMSystem(spec, ModelFiles(folder, folder / "scratch", folder / "cache"))
 
 
 @pytest.mark.skipif(not PACKAGE.is_installed(default_cache_dir()), reason="AirLLM is not in the cache")

@@ -23,8 +23,8 @@ CUDA = HardwareProfile("gpu", Accelerator.CUDA, gpu_memory_bytes=16 * GIB, links
 
 
 def system(kind: type[System], folder: Path, **changes: Any) -> System:
-    shared.TARGETS["rival"] = (f"{kind.__module__}:{kind.__name__}", {})
-    spec = replace(shared.spec_of("rival", "llama"), **({"hardware": CUDA} | changes))
+    usual = {"system": "rival", "target": f"{kind.__module__}:{kind.__name__}", "hardware": CUDA}
+    spec = replace(shared.spec_of("transformers", "llama"), **(usual | changes))
     return kind(spec, ModelFiles(folder, folder, folder))
 
 
@@ -67,7 +67,7 @@ def test_a_machine_without_cuda_is_refused(kind: type[System], tmp_path: Path) -
 
 def test_what_is_missing_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = ModelShape("moe", "qwen3_moe", 2, 64, 4, 2, 16, 96, 300, 128, False)
-    model = replace(shared.spec_of("llama-cpp", "llama").model, shape=mixture)
+    model = replace(shared.spec_of("transformers", "llama").model, shape=mixture)
     monkeypatch.setattr("baselines.ktransformers.system.find_spec", lambda name: None)
     with pytest.raises(CannotRun, match=r"not installed: kt_kernel, sglang\. pip install kt-kernel"):
         system(KTransformersSystem, tmp_path, model=model, dtype=DType.BFLOAT16).check()
