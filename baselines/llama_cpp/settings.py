@@ -19,8 +19,8 @@ AUTO = "auto"
 # Tokens computed together, of a prompt: llama.cpp's own choice, and where each such pass reads the weights again.
 RESIDENT_UBATCH, STREAMED_UBATCH = 512, 2048
 LEAST_CONTEXT = 256  # a sequence's cache is rounded up to so many tokens (src/llama-context.cpp)
-# Of the process beside weights, cache and activations: MEASURED, 437 MiB of one with torch, transformers and the library
-# (8 MiB of them the library's), after a model of some kilobytes has run.
+# Of the process beside weights, cache and activations: MEASURED, 437 MiB of one with torch, transformers and the
+# library (8 MiB of them the library's), after a model of some kilobytes has run.
 PROCESS_BYTES = 450 * MIB
 
 

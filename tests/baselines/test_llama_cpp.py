@@ -33,8 +33,8 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 VOCAB, GEN_LEN = 300, 6
-# ggml's exponential and its masks in 16 bits round otherwise than torch: MEASURED, up to 0.005 of logits whose deviation
-# is 1.2 to 2.4. Another model's tokens are off by more than 1.
+# ggml's exponential and its masks in 16 bits round otherwise than torch: MEASURED, up to 0.005 of logits whose
+# deviation is 1.2 to 2.4. Another model's tokens are off by more than 1.
 NEAR_TIE = 0.02
 PROMPTS = [[5, 6, 7], [9] * 20, [n % VOCAB for n in range(7, 7 * 31, 7)], [20], [30, 31]]
 BASE: dict[str, Any] = {
