@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from common import Bar, Options, Report, median
-from mixture_gguf import write_mixture_gguf
 from workers import Worker, answer, worker
 
+from baselines.llama_cpp.formats import Format
+from baselines.llama_cpp.settings import Load
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.cell import ModelSpec
@@ -94,7 +95,9 @@ class LlamaCppMixture:
     def __init__(self, folder: Path, opts: Options) -> None:
         from llama_cpp_runs import LlamaCpp
 
-        self._model = LlamaCpp(gguf_of(folder, opts), opts.threads, MANY, PROMPT + NEW)
+        vocab = (QUICK if opts.quick else SHAPE).vocab_size
+        # llama.cpp's default: mapped, but for what it copies into an order that it multiplies faster.
+        self._model = LlamaCpp(gguf_of(folder, opts), vocab, opts.threads, MANY, PROMPT + NEW, Load.MMAP)
 
     def run(self) -> Mapping[str, Any]:
         batch = self._model.run(MANY, PROMPT, NEW)
@@ -102,7 +105,10 @@ class LlamaCppMixture:
 
 
 def gguf_of(folder: Path, opts: Options) -> Path:
-    return write_mixture_gguf(folder, opts.cache / "gguf" / f"{folder.name}.gguf")
+    from baselines.llama_cpp.gguf_file import gguf_path, write_gguf
+
+    target = gguf_path(folder, Format.BF16, opts.cache)
+    return write_gguf(folder, Format.BF16, target, opts.threads, lambda *_: None)
 
 
 def serve(name: str, folder: Path, opts: Options) -> None:

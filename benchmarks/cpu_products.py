@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from common import Bar, Options, Report, median
-from llama_cpp_runs import LlamaCpp, write_gguf
+from llama_cpp_runs import LlamaCpp, write_random
 from workers import Worker, answer, worker
 
+from baselines.llama_cpp.formats import Format
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
@@ -67,7 +68,7 @@ OURS = {
     "ours-4": Lossy(weights=Compression(4)),
     "ours-4-8": Lossy(weights=Compression(4), activations=8),
 }
-THEIRS = {"llama-bf16": "BF16", "llama-f16": "F16", "llama-q4": "Q4_0"}
+THEIRS = {"llama-bf16": Format.BF16, "llama-f16": Format.F16, "llama-q4": Format.Q4_0}
 DEFAULT = ("ours-16", "llama-bf16", "llama-f16", "ours-4", "ours-4-8", "llama-q4")
 
 
@@ -92,9 +93,9 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, shape: ModelShape, kind: str, opts: Options) -> None:
-        file = write_gguf(shape, kind, opts.cache / "gguf" / f"{shape.name}-{kind}.gguf")
-        self._model = LlamaCpp(file, opts.threads, MANY, PROMPT + NEW)
+    def __init__(self, shape: ModelShape, form: Format, opts: Options) -> None:
+        file = write_random(shape, form, opts.cache / "gguf" / f"{shape.name}-{form}.gguf")
+        self._model = LlamaCpp(file, shape.vocab_size, opts.threads, MANY, PROMPT + NEW)
 
     def run(self, sequences: int, prompt: int, new: int) -> tuple[float, Sequence[float]]:
         timing = self._model.run(sequences, prompt, new)

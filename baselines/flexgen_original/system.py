@@ -71,11 +71,11 @@ class FlexGenOriginal(System):
         return in_largest_batches(block, min(LARGEST_GPU_BATCH, work.num_prompts)).settings
 
     def is_prepared(self) -> bool:
-        return package.is_installed(self.files.cache)
+        return package.PACKAGE.is_installed(self.files.cache)
 
     def prepare(self) -> None:
         """Install the package into a folder of its own."""
-        package.install(self.files.cache)
+        package.PACKAGE.install(self.files.cache)
 
     def default_batch_size(self) -> int:
         """The block the settings describe, or the whole batches that the job fills."""
@@ -87,7 +87,7 @@ class FlexGenOriginal(System):
         self.close()
         self._settings = self._chosen.for_block(batch_size)
         # Its folder comes last: what this environment has stays what it is.
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(package.folder(self.files.cache))]
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(package.PACKAGE.folder(self.files.cache))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "baselines.flexgen_original.driver"],
             stdin=subprocess.PIPE,

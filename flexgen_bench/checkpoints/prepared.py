@@ -57,9 +57,9 @@ def checkpoint_folder(model: ModelSpec, dtype: DType, cache: Path) -> Path:
     if model.weights in (WeightSource.PATH, WeightSource.HUB):
         identity["reading"] = _READING
     if model.weights is WeightSource.PATH:
-        identity["files"] = _fingerprint(Path(model.location))
+        identity["files"] = files_fingerprint(Path(model.location))
     if model.weights is WeightSource.TRAINED:
-        identity["files"] = _fingerprint(trained_folder(model.location, cache))
+        identity["files"] = files_fingerprint(trained_folder(model.location, cache))
     if model.weights is WeightSource.PACKAGE or is_gguf(model.location):
         identity["gguf"] = _GGUF_FORMAT
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
@@ -242,7 +242,7 @@ def _copy(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
+def files_fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a user's files, so that a changed checkpoint is converted again."""
     files = sorted(path.iterdir()) if path.is_dir() else parts_of(path)
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

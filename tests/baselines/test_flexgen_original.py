@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from baselines.common import beside
 from baselines.flexgen_original import driver, package
 from baselines.flexgen_original.predictor import FlexGenOriginalPredictor
 from baselines.flexgen_original.settings import DEFAULT, PUBLISHED, Settings, choose
@@ -128,13 +129,13 @@ def test_the_package_goes_into_a_folder_of_its_own(tmp_path: Path, monkeypatch: 
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution\n")
 
-    monkeypatch.setattr(package.subprocess, "run", pip)
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
-    assert not package.is_installed(tmp_path)
+    monkeypatch.setattr(beside.subprocess, "run", pip)
+    monkeypatch.setattr(beside.importlib.util, "find_spec", lambda name: None)
+    assert not package.PACKAGE.is_installed(tmp_path)
     with pytest.raises(CannotRun, match=r"No matching distribution.*PIP_FIND_LINKS"):
-        package.install(tmp_path)
+        package.PACKAGE.install(tmp_path)
     assert "--no-deps" in commands[0]
-    assert str(package.folder(tmp_path)) in commands[0]
+    assert str(package.PACKAGE.folder(tmp_path)) in commands[0]
     assert commands[0][-3:] == ["flexgen==0.1.8", "attrs", "tqdm"]
 
 
@@ -170,7 +171,7 @@ def timers(name): return SimpleNamespace(reset=COSTS.clear, costs=COSTS)
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    folder = package.folder(tmp_path) / "flexgen"
+    folder = package.PACKAGE.folder(tmp_path) / "flexgen"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
     (folder / "stand_in.py").write_text(STAND_IN)
@@ -223,7 +224,7 @@ def test_a_name_with_another_shape_is_not_measured_under_it(stand_in: Path) -> N
 
 
 def test_a_process_that_dies_says_so(stand_in: Path) -> None:
-    (package.folder(stand_in) / "flexgen" / "flex_opt.py").write_text("import os; os._exit(3)")
+    (package.PACKAGE.folder(stand_in) / "flexgen" / "flex_opt.py").write_text("import os; os._exit(3)")
     with pytest.raises(RuntimeError, match="ended with status 3"):
         loaded(stand_in, 2)
 
