@@ -13,7 +13,7 @@ from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
 from flexgen_bench.core.units import GIB
-from flexgen_bench.runner.feasibility import weight_bytes
+from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 BACKENDS = ("uva", "prefetch")
