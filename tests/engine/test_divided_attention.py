@@ -51,7 +51,7 @@ def test_tokens_are_those_of_transformers(reference: Reference, name: str, tmp_p
 
 
 def test_a_compressed_cache_says_the_same_wherever_it_is_attended_to(reference: Reference, tmp_path: Path) -> None:
-    lossy = Lossy(kv_cache=Compression(8, 4))
+    lossy = Lossy(kv_cache=Compression(8, 8))
     policies = (divided(0.5, THIRDS, lossy=lossy), divided(0.0, THIRDS, lossy=lossy))
     one, other = (run(reference, policy, EMULATED, tmp_path)[0] for policy in policies)
     assert one == other
