@@ -39,11 +39,21 @@ def processor_attention(
 def _views(
     run: Run, attentions: Sequence[Attention], mods: Sequence[ScoreMod], dtype: torch.dtype
 ) -> list[NativeAttention]:
+    """By layer: made once for those that attend alike, whose caches lie equally far apart."""
     (stored,) = run.stored
-    return [
-        _ready(run, cached, attentions[unit - 1], mods[unit - 1], dtype)
-        for cached, unit in zip(stored.unbind(0), run.units, strict=True)
-    ]
+    apart = stored.stride(0) * stored.element_size()
+    made: dict[tuple[object, ...], tuple[int, NativeAttention]] = {}
+    views = []
+    for layer, unit in enumerate(run.units):
+        attention, mod = attentions[unit - 1], mods[unit - 1]
+        key = (attention.heads, attention.head_dim, attention.scale, mod)
+        if key in made:
+            first, view = made[key]
+            views.append(view.moved((layer - first) * apart))
+        else:
+            views.append(_ready(run, stored[layer], attention, mod, dtype))
+            made[key] = layer, views[-1]
+    return views
 
 
 def _ready(run: Run, cached: Tensor, attention: Attention, mod: ScoreMod, dtype: torch.dtype) -> NativeAttention:

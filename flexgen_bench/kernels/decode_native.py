@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,10 @@ class _Job(ctypes.Structure):
 class NativeAttention:
     """Attention of some rows over one cache, made ready by ``prepared``, to be called with queries."""
 
-    def __init__(self, native: ctypes.CDLL, job: _Job, kept_alive: Sequence[object]) -> None:
-        self._attend, self._job, self._kept_alive = _declared(native).attend, job, kept_alive
+    def __init__(self, native: ctypes.CDLL, job: _Job, rows: Sequence[Any], kept_alive: Sequence[object]) -> None:
+        """rows: arrays of ``_Rows``, keys and values; kept_alive: what else the job points to."""
+        self._native, self._attend = native, _declared(native).attend
+        self._job, self._rows, self._kept_alive = job, rows, kept_alive
 
     def __call__(self, q: Tensor, new: tuple[Tensor, Tensor] | None = None, sinks: Tensor | None = None) -> Tensor:
         """q (S', H, D) -> (S', H * D). new: keys and values (S', G, D) to write to their place in the cache first;
@@ -94,6 +97,18 @@ class NativeAttention:
         job.sinks = None if sinks is None else sinks.data_ptr()
         self._attend(ctypes.byref(job))
         return out
+
+    def moved(self, distance: int) -> NativeAttention:
+        """The same over a plain cache of the same form ``distance`` bytes further on in the same memory. What they
+        compute in is shared: they are called one after the other."""
+        job = _Job.from_buffer_copy(self._job)
+        both = [(_Rows * job.segments).from_buffer_copy(rows) for rows in self._rows]
+        for rows in both:
+            for segment in rows:
+                if segment.data is not None:  # one without tokens lies nowhere
+                    segment.data += distance
+        job.keys, job.values = both
+        return NativeAttention(self._native, job, both, self._kept_alive)
 
 
 def attend_natively(
@@ -175,8 +190,8 @@ def prepared(
         scale=scale,
         soft_cap=mod.soft_cap or 0.0,
     )
-    kept_alive = (keys, values, slot_numbers, lengths, totals, keep, last, partial, slopes, segments)
-    return NativeAttention(native, job, kept_alive)
+    kept_alive = (slot_numbers, lengths, totals, keep, last, partial, slopes, segments)
+    return NativeAttention(native, job, (keys, values), kept_alive)
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def test_native_products(
         pytest.skip("no native kernels here")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(narrow_linear, "THREAD_VALUES", 1)
-    for outputs, inputs in ((1, 1), (97, 40), (150, 523)):
+    for outputs, inputs in ((1, 1), (97, 40), (150, 715)):
         weight = (torch.randn(outputs, inputs) * 0.1).to(dtype)
         used = weight if compression is None else QuantizedWeight.of(weight, compression)
         values = used.dequantize() if isinstance(used, QuantizedWeight) else weight

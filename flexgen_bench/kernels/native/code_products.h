@@ -12,6 +12,10 @@
 
 typedef int8_t Signed;
 
+// Vectors side by side in a panel: what a chunk of it and of W's tile take stays in the first-level cache.
+constexpr int CODE_PANEL = 2;
+constexpr int64_t CODE_CHUNK = 1024;  // codes of CODE_SUMS rows of W that are unpacked at a time
+
 // Words of 4 codes: of W without sign, the same for all lanes, of x with sign, a row in each lane.
 #if defined(__AVX512VNNI__)
 struct Fours {
@@ -69,8 +73,7 @@ Eighths quantize_group(const T* x, int64_t count, int64_t filled, float* room, S
         const Ints size = (Ints)load<Floats>(room + j) & 0x7fffffff;
         most = size > most ? size : most;
     }
-    int32_t bits = 0;
-    for (int i = 0; i < L; ++i) bits = std::max<int32_t>(bits, most[i]);
+    const int32_t bits = ::largest(most);
     const float largest = bits < 0x7f800000 ? std::bit_cast<float>(bits) : NAN;
     const float scale = largest / 127, turns = largest > 1e-30f ? 127 / largest : 0;
     for (int64_t j = 0; j < count; ++j) room[j] *= turns;
@@ -82,11 +85,13 @@ Eighths quantize_group(const T* x, int64_t count, int64_t filled, float* room, S
         sums += found;
         store(room + j, found);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < L; ++i) sum += sums[i];
-    for (int64_t j = 0; j < count; ++j) codes[j] = static_cast<Signed>(load<int32_t>(room + j));
+    int64_t j = 0;
+#if defined(__AVX512F__)
+    for (; j + L <= count; j += L) store(codes + j, _mm512_cvtepi32_epi8(load<__m512i>(room + j)));
+#endif
+    for (; j < count; ++j) codes[j] = static_cast<Signed>(load<int32_t>(room + j));
     std::fill(codes + count, codes + filled, Signed{0});
-    return {scale, scale * static_cast<float>(sum)};
+    return {scale, scale * static_cast<float>(sum(sums))};
 }
 
 // x in 8 bits, packed for many rows: panels as in many_rows.h; of words of codes, and of both numbers of each group.
@@ -105,7 +110,7 @@ void pack_codes(const Matrix& w, const T* x, int64_t x_row, int64_t rows, const 
     uint32_t* const found = reinterpret_cast<uint32_t*>(room + whole_lanes(group));
     for (int64_t g = start; g < stop; ++g)
         for (int64_t m = 0; m < padded; ++m) {
-            const int64_t first = m / (PANEL * L) * (PANEL * L), width = std::min<int64_t>(PANEL * L, padded - first);
+            const int64_t first = m / (CODE_PANEL * L) * (CODE_PANEL * L), width = std::min<int64_t>(CODE_PANEL * L, padded - first);
             const int64_t count = m < rows ? std::min(group, w.columns - g * group) : 0;
             const Eighths numbers = quantize_group(x + m * x_row + g * group, count, group, room, reinterpret_cast<Signed*>(found));
             const int64_t place = (first * groups_of(w)) + g * width + m - first;
@@ -127,75 +132,99 @@ inline void unpack_codes(const uint8_t* from, int64_t half, uint8_t* to) {
     for (; j < half; ++j) to[j] = from[j] & 15, to[j + half] = from[j] >> 4;
 }
 
-// sums (R, P vectors) += a group of W (R, words) times a group of a panel.
-template <int P>
-void outer_codes(const uint32_t* w, int64_t stride, const float* w_scales, int64_t scales_stride, const uint32_t* x, const float* x_scales,
-                 int64_t words, float* sums, int64_t sums_row, Later& later) {
-    constexpr int R = SUMS / P;
-    for (int64_t first = 0; first < words; first += Fours::MOST) {
-        const int64_t stop = std::min<int64_t>(words, first + Fours::MOST);
-        typename Fours::Part c[R][P] = {};
-        for (int64_t k = first; k < stop; ++k) {
-            later.one(), later.one();
-#pragma GCC unroll 32
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) c[r][p] = Fours::add(c[r][p], w[r * stride + k], x + (k * P + p) * L);
+// Groups of a row of W from the first on that its columns (from there on) leave, each filled up with zeros.
+inline void unpack_groups(const uint8_t* from, int64_t group, int64_t columns, int64_t groups, uint8_t* to) {
+    for (int64_t i = 0; i < groups; ++i, from += group / 2, to += group, columns -= group) {
+        if (columns >= group && group == 64) {
+            unpack_codes(from, 32, to);  // a size that the compiler knows
+        } else {
+            const int64_t m = columns < group ? filled(columns) : group;
+            unpack_codes(from, m / 2, to);
+            std::fill(to + m, to + group, uint8_t{0});
         }
+    }
+}
+
+// Sums that stay in registers, beside as many of codes.
+constexpr int CODE_SUMS = 12;
+
+// sums (R, P vectors) += groups of W (R, words for each) times the same of a panel, R = CODE_SUMS / P. numbers: scale and smallest
+// value of each group of W.
+template <int P>
+void outer_codes(const uint32_t* w, int64_t stride, const float* numbers, int64_t numbers_stride, const uint32_t* x, const float* x_scales,
+                 const float* x_sums, int64_t groups, int64_t words, float* sums, int64_t sums_row, Later later) {
+    constexpr int R = CODE_SUMS / P;
+    Floats found[R][P];
 #pragma GCC unroll 32
-        for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) found[r][p] = load<Floats>(sums + r * sums_row + p * L);
+    for (int64_t g = 0; g < groups; ++g, w += words, x += words * P * L, numbers += 2, x_scales += P * L, x_sums += P * L) {
+        for (int64_t first = 0; first < words; first += Fours::MOST) {
+            const int64_t stop = std::min<int64_t>(words, first + Fours::MOST);
+            typename Fours::Part c[R][P] = {};
+            for (int64_t k = first; k < stop; ++k) {
+                later.one();
+#pragma GCC unroll 32
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                    for (int p = 0; p < P; ++p) c[r][p] = Fours::add(c[r][p], w[r * stride + k], x + (k * P + p) * L);
+            }
 #pragma GCC unroll 4
             for (int p = 0; p < P; ++p) {
-                float* to = sums + r * sums_row + p * L;
-                const Floats scale = load<Floats>(x_scales + p * L) * w_scales[r * scales_stride];
-                store(to, load<Floats>(to) + __builtin_convertvector(Fours::whole(c[r][p]), Floats) * scale);
+                const Floats scale = load<Floats>(x_scales + p * L);
+#pragma GCC unroll 32
+                for (int r = 0; r < R; ++r)
+                    found[r][p] += __builtin_convertvector(Fours::whole(c[r][p]), Floats) * (scale * numbers[r * numbers_stride]);
             }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+            const Floats sum = load<Floats>(x_sums + p * L);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; ++r) found[r][p] += sum * numbers[r * numbers_stride + 1];
+        }
     }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) store(sums + r * sums_row + p * L, found[r][p]);
 }
 
 // As ``outers`` of many_rows.h, for x in 8 bits.
 template <class Finish>
 void outers_of_codes(const Matrix& w, const Panels& x, int64_t rows, int64_t tile, int64_t stop, Finish finish) {
-    static thread_local Buffer buffer, numbers, held;
-    const int64_t group = w.group, words = group / 4, groups = groups_of(w), some = std::max<int64_t>(1, CHUNK / group);
+    static thread_local Buffer buffer, read, held;
+    const int64_t group = w.group, words = group / 4, groups = groups_of(w), some = std::max<int64_t>(1, CODE_CHUNK / group);
     const int64_t padded = whole_lanes(rows), count = stop - tile, bytes = group / 8 * 4, stride = some * words + 16;
-    uint32_t* const codes = reinterpret_cast<uint32_t*>(buffer.get(TILE_ROWS * stride));
-    float* const scales = numbers.get(2 * TILE_ROWS * some), *const least = scales + TILE_ROWS * some;
+    uint32_t* const codes = reinterpret_cast<uint32_t*>(buffer.get(CODE_SUMS * stride));
+    float* const numbers = read.get(CODE_SUMS * 2 * some);
     float* const sums = held.get(TILE_ROWS * padded);
     std::fill(sums, sums + TILE_ROWS * padded, 0.0f);
     for (int64_t g = 0; g < groups; g += some) {
         const int64_t many = std::min(some, groups - g);
-        for (int64_t r = 0; r < count; ++r) {
-            const uint8_t* from = static_cast<const uint8_t*>(w.data) + (tile + r) * w.row + g * bytes;
-            const _Float16* params = w.params + (tile + r) * w.params_row + 2 * g;
-            for (int64_t i = 0; i < many; ++i) {
-                const int64_t left = w.columns - (g + i) * group, m = left < group ? filled(left) : group;
-                uint8_t* to = reinterpret_cast<uint8_t*>(codes + r * stride + i * words);
-                unpack_codes(from + i * bytes, m / 2, to);
-                std::fill(to + m, to + group, uint8_t{0});
-                scales[r * some + i] = widen(params[2 * i]);
-                least[r * some + i] = widen(params[2 * i + 1]);
+        for (int64_t block = 0; block < count; block += CODE_SUMS) {
+            const int64_t deep = std::min<int64_t>(CODE_SUMS, count - block);
+            for (int64_t r = 0; r < deep; ++r) {
+                const int64_t row = tile + block + r;
+                const uint8_t* from = static_cast<const uint8_t*>(w.data) + row * w.row + g * bytes;
+                unpack_groups(from, group, w.columns - g * group, many, reinterpret_cast<uint8_t*>(codes + r * stride));
+                widen_all(w.params + row * w.params_row + 2 * g, 2 * many, numbers + r * 2 * some);
             }
-        }
-        const bool below = g + some >= groups;
-        const uint8_t* next = static_cast<const uint8_t*>(w.data) + (below ? tile + TILE_ROWS : tile) * w.row + (below ? 0 : (g + some) * bytes);
-        for (int64_t m = 0; m < padded; m += PANEL * L) {
-            const int64_t vectors = std::min<int64_t>(PANEL, (padded - m) / L);
-            const auto panel = [&]<int P>() {
-                constexpr int64_t R = SUMS / P;
-                const float* x_scales = x.scales + m * groups + g * P * L;
-                const float* x_sums = x.sums + m * groups + g * P * L;
-                const uint32_t* x_codes = x.codes + m * panel_words(w) + g * words * P * L;
-                for (int64_t r = 0; r < count; r += R) {
-                    float* to = sums + r * padded + m;
-                    Later later(next + r * w.row, w.row, m ? 0 : R, (some * bytes + 63) / 64);
-                    for (int64_t i = 0; i < many; ++i)
-                        outer_codes<P>(codes + r * stride + i * words, stride, scales + r * some + i, some, x_codes + i * words * P * L,
-                                       x_scales + i * P * L, words, to, padded, later);
-                    outer<Singles<float>, P>(least + r * some, some, x_sums, many, to, padded, Later(nullptr, 0, 0, 0));
-                }
-            };
-            by_vectors(vectors, panel);
+            const uint8_t* next = next_piece(w, tile, count, block + CODE_SUMS, g * group, some * group);
+            for (int64_t m = 0; m < padded; m += CODE_PANEL * L) {
+                const int64_t vectors = std::min<int64_t>(CODE_PANEL, (padded - m) / L);
+                const auto panel = [&]<int P>() {
+                    constexpr int64_t R = CODE_SUMS / P;
+                    const int64_t place = m * groups + g * P * L;
+                    const uint32_t* x_codes = x.codes + m * panel_words(w) + g * words * P * L;
+                    for (int64_t r = 0; r < deep; r += R)
+                        outer_codes<P>(codes + r * stride, stride, numbers + r * 2 * some, 2 * some, x_codes, x.scales + place, x.sums + place,
+                                       many, words, sums + (block + r) * padded + m, padded,
+                                       {next + r * w.row, w.row, m ? 0 : R, (some * bytes + 63) / 64});
+                };
+                by_vectors<CODE_PANEL>(vectors, panel);
+            }
         }
     }
     finish(sums, padded, count);

@@ -72,22 +72,22 @@ void dots_of_codes(const Matrix& w, const Rows8& x, int64_t start, int64_t stop,
     for (int64_t n = start; n < stop; ++n) {
         const uint8_t* codes = static_cast<const uint8_t*>(w.data) + n * w.row;
         const _Float16* params = w.params + n * w.params_row;
-        Floats sums[M] = {};
-        float offsets[M] = {};
+        Floats sums[M] = {}, offsets[M] = {};
         for (int64_t first = 0; first < groups; first += 16) {
             const int64_t many = std::min<int64_t>(16, groups - first);
-            alignas(64) float scale[16] = {}, least[16] = {}, both[M][16];
-            for (int64_t i = 0; i < many; ++i)
-                scale[i] = widen(params[2 * (first + i)]), least[i] = widen(params[2 * (first + i) + 1]);
+            alignas(64) float numbers[32], both[M][16];
+            if (many < 16) std::fill(numbers, numbers + 32, 0.0f);
+            widen_all(params + 2 * first, 2 * many, numbers);
+#pragma GCC unroll 4
+            for (int i = 0; i < 16; i += L) {
+                const Floats a = load<Floats>(numbers + 2 * i), b = load<Floats>(numbers + 2 * i + L);
+                const Floats scale = every_second<0>(a, b, Lanes{}), least = every_second<1>(a, b, Lanes{});
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                const float *x_scale = x.scales + m * x.numbers_row + first, *x_sum = x.sums + m * x.numbers_row + first;
-                Floats offset{};
-                for (int i = 0; i < 16; i += L) {
-                    ::store(both[m] + i, load<Floats>(scale + i) * load<Floats>(x_scale + i));
-                    offset += load<Floats>(least + i) * load<Floats>(x_sum + i);
+                for (int m = 0; m < M; ++m) {
+                    const int64_t place = m * x.numbers_row + first + i;
+                    ::store(both[m] + i, scale * load<Floats>(x.scales + place));
+                    offsets[m] += least * load<Floats>(x.sums + place);
                 }
-                offsets[m] += sum(offset);
             }
             for (int64_t i = 0; i < many; ++i) {
                 const int64_t g = first + i;
@@ -109,7 +109,7 @@ void dots_of_codes(const Matrix& w, const Rows8& x, int64_t start, int64_t stop,
                     sums[m] += group.times(x.codes + m * x.codes_row + g * CODE_GROUP) * both[m][i];
             }
         }
-        for (int m = 0; m < M; ++m) store(m, n, sum(sums[m]) + offsets[m]);
+        for (int m = 0; m < M; ++m) store(m, n, sum(sums[m] + offsets[m]));
     }
 }
 #else

@@ -133,7 +133,14 @@ struct Coded<Pairs, BITS> {
     __attribute__((always_inline)) void each(int64_t row, F f) const {
         const uint8_t* codes = static_cast<const uint8_t*>(w.data) + row * w.row;
         const int64_t groups = w.columns / w.group, m = w.group, bytes = m / 8 * BITS;
-        by_group(w.params + row * w.params_row, 0, groups, [=](int64_t g, const float* scale, const float* smallest) {
+        const _Float16* params = w.params + row * w.params_row;
+        const int64_t plain = crossed_columns(w) / CROSSED_GROUP;
+        if constexpr (BITS == 4)
+            crossed(codes, params, 0, plain, [=](int64_t place, int turn, __m512i v) __attribute__((always_inline)) {
+                if (turn == 0) soon(codes + place / 2);
+                f(place, turn, v);
+            });
+        by_group(params, plain, groups, [=](int64_t g, const float* scale, const float* smallest) {
             const auto value = [=](int64_t j, int turn, __m512i v) __attribute__((always_inline)) { f(g * m + j, turn, v); };
             for (int64_t j = 0; j < bytes; j += 64) soon(codes + g * bytes + j);
             if constexpr (BITS == 4) Pairs::four(codes + g * bytes, m, scale, smallest, value);

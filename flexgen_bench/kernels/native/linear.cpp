@@ -53,9 +53,7 @@ void few(const Product& job, const typename A::T* x, typename A::T* y, int64_t r
     const int64_t padded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
     Word* const words = reinterpret_cast<Word*>(packed.get(padded * x_row));
     std::fill(words, words + padded * x_row, Word{});
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t k = 0; k < w.columns; k += A::VALUES)
-            words[m * x_row + k / A::VALUES] = A::word(x + m * job.x_row + k, w.columns - k);
+    for (int64_t m = 0; m < rows; ++m) A::pack(x + m * job.x_row, 0, w.columns, w.columns, crossed_columns(w), words + m * x_row, 1);
     Pieces pieces(job.outputs, piece_of(job));
     const auto work = [&] {
         static thread_local Buffer room;
@@ -101,9 +99,9 @@ void many(const Product& job, const typename A::T* x, typename A::T* y, int64_t 
     const int64_t K = job.w.columns;
     static thread_local Buffer packed;
     Word* const words = reinterpret_cast<Word*>(packed.get(whole_lanes(rows) * ((K + A::VALUES - 1) / A::VALUES)));
-    Pieces packing(K, std::max<int64_t>(16 * A::VALUES, PACK_VALUES / rows / 32 * 32)), tiles(job.outputs, TILE_ROWS);
+    Pieces packing(K, std::max<int64_t>(32, PACK_VALUES / rows / 32 * 32)), tiles(job.outputs, TILE_ROWS);
     const auto work = [&] {
-        packing.take([&](int64_t start, int64_t stop) { pack_panels<A>(x, job.x_row, rows, K, words, start, stop); });
+        packing.take([&](int64_t start, int64_t stop) { pack_panels<A>(x, job.x_row, rows, K, crossed_columns(job.w), words, start, stop); });
         packing.wait();
         tiles.take([&](int64_t start, int64_t stop) {
             outers<A>(job.w, words, rows, start, stop, [&](const float* sums, int64_t padded, int64_t count) {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -33,13 +33,17 @@ template <class T>
 inline void widen_all(const T* from, int64_t count, float* __restrict to) {
     for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
 }
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 // Compilers do not vectorise this conversion by themselves.
 template <>
 inline void widen_all<_Float16>(const _Float16* from, int64_t count, float* __restrict to) {
     int64_t j = 0;
+#if defined(__AVX512F__)
     for (; j + 16 <= count; j += 16)
         _mm512_storeu_ps(to + j, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j))));
+#endif
+    for (; j + 8 <= count; j += 8)
+        _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
     for (; j < count; ++j) to[j] = widen(from[j]);
 }
 #endif

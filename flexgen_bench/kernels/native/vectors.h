@@ -75,10 +75,37 @@ inline Floats widened(Bytes bytes) {
   return __builtin_convertvector((Ints)words_of(bytes), Floats);
 }
 
+// Of halves first: additions one after the other would take as long as a product of some hundred values.
 inline float sum(Floats x) {
-  float total = 0;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float part[L];
+  store(part, x);
+  for (int n = L / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return part[0];
+#endif
+}
+
+inline int32_t sum(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t total = 0;
   for (int i = 0; i < L; i++) total += x[i];
   return total;
+#endif
+}
+
+inline int32_t largest(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t most = x[0];
+  for (int i = 1; i < L; i++) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
 }
 
 using Lanes = std::make_index_sequence<L>;

@@ -4,10 +4,10 @@
 // float32 and so are summed in it either way; only the order of sums differs.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
-#include "numbers.h"
-#include "vectors.h"
+#include "crossed.h"
 
 #if defined(__AVX512F__)
 constexpr int SUMS = 24;  // of 32 registers, 24 hold sums
@@ -71,7 +71,11 @@ struct Singles {
     static constexpr int VALUES = 1;
     static Vec wide(Word w) { return all(w); }
     static Floats add(Floats sum, Vec x, Vec w) { return sum + x * w; }
-    static Word word(const T* x, int64_t) { return widen(*x); }
+    // Words of values start .. stop of a row of K values of x, ``step`` words apart in ``to``. crossed: so many of them are in the
+    // order of crossed.h.
+    static void pack(const T* x, int64_t start, int64_t stop, int64_t, int64_t, Word* to, int64_t step) {
+        for (int64_t k = start; k < stop; ++k) to[k * step] = widen(x[k]);
+    }
     __attribute__((noinline)) static void read(const Matrix& w, int64_t row, int64_t first, int64_t count, Word* out) {
         read_row<T>(w, row, first, count, out);
     }
@@ -110,8 +114,19 @@ struct Pairs {
     static Floats add(Floats sum, Vec x, Vec w) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
     }
-    static Word word(const T* x, int64_t left) {
-        return x[0].bits | (left > 1 ? static_cast<uint32_t>(x[1].bits) << 16 : 0);
+    // As Singles::pack; start is a multiple of 32, and stop too unless it is K.
+    static void pack(const T* x, int64_t start, int64_t stop, int64_t K, int64_t crossed, Word* to, int64_t step) {
+        int64_t k = start;
+        for (; k < std::min(stop, crossed); k += 32) {
+            Word* even = to + crossed_place(k) / 2 * step;
+            Word* odd = even + CROSSED_ODD / 2 * step;
+            for (int64_t i = 0; i < 8; ++i, even += step, odd += step) {
+                const uint64_t four = load<uint64_t>(x + k + 4 * i);
+                *even = static_cast<Word>((four & 0xffff) | (four >> 16 & 0xffff0000));
+                *odd = static_cast<Word>((four >> 16 & 0xffff) | (four >> 32 & 0xffff0000));
+            }
+        }
+        for (; k < stop; k += 2) to[k / 2 * step] = x[k].bits | (k + 1 < K ? static_cast<uint32_t>(x[k + 1].bits) << 16 : 0);
     }
 
     // Whether groups are read as whole vectors; others go through float32.
@@ -163,15 +178,22 @@ struct Pairs {
             for (; done < count; done += MICRO_GROUP)
                 _mm512_storeu_si512(out + done, micro(data + (first + done) / 2, exponents_of(w, row)[(first + done) / MICRO_GROUP]));
         } else if (has_vectors(w)) {
-            const int64_t full = count / w.group, bytes = w.group / 8 * w.bits;
-            by_group(w.params + row * w.params_row, first / w.group, first / w.group + full,
-                     [=](int64_t g, const float* scale, const float* smallest) {
-                         uint16_t* into = out + g * w.group - first;
-                         const auto put = [=](int64_t j, int, __m512i v) { _mm512_storeu_si512(into + j, v); };
-                         if (w.bits == 4) four(data + g * bytes, w.group, scale, smallest, put);
-                         else eight(data + g * bytes, w.group, scale, smallest, put);
-                     });
-            done = full * w.group;
+            const _Float16* params = w.params + row * w.params_row;
+            if (const int64_t stop = std::min(crossed_columns(w), first + count); stop > first) {
+                const auto put = [=](int64_t place, int, __m512i v) { _mm512_storeu_si512(out + place - first, v); };
+                crossed(data, params, first / CROSSED_GROUP, stop / CROSSED_GROUP, put);
+                done = stop - first;
+            }
+            if (const int64_t full = (count - done) / w.group) {
+                const int64_t bytes = w.group / 8 * w.bits, start = (first + done) / w.group;
+                by_group(params, start, start + full, [=](int64_t g, const float* scale, const float* smallest) {
+                    uint16_t* into = out + g * w.group - first;
+                    const auto put = [=](int64_t j, int, __m512i v) { _mm512_storeu_si512(into + j, v); };
+                    if (w.bits == 4) four(data + g * bytes, w.group, scale, smallest, put);
+                    else eight(data + g * bytes, w.group, scale, smallest, put);
+                });
+                done += full * w.group;
+            }
         }
         const int64_t step = w.bits ? w.group : 256;
         static thread_local Buffer buffer;
