@@ -12,6 +12,7 @@ from flexgen_bench.report.ladder.rungs import Ladder, Point
 from flexgen_bench.report.ladder.verdicts import Verdict, percent, sentences, verdicts
 from flexgen_bench.report.table import escape
 
+_UNCOMPRESSED = 16  # bits
 _MEMORY = {Tier.GPU: "GPU memory", Tier.CPU: "Host memory", Tier.DISK: "Disk"}
 # Whether a cap holds the process itself is the first question to such a table (docs/notes/ladder.md).
 _HOST_CAP = (
@@ -43,7 +44,9 @@ def _ladder(ladder: Ladder) -> Iterator[str]:
     for bits in ladder.widths:
         found = verdicts(ladder, bits)
         shown = [f"{percent(share)} ({format_bytes(caps[share])})" for share in ladder.shares]
-        yield _line([f"{bits}-bit weights, tok/s", *shown])
+        # Of a compressed run it is known what it was allowed to: a system may choose less.
+        width = f"{bits}-bit weights" if bits >= _UNCOMPRESSED else f"{bits}-bit weights allowed"
+        yield _line([f"{width}, tok/s", *shown])
         yield _line("---" for _ in range(1 + len(shown)))
         of_rung = {verdict.share: verdict for verdict in found}
         labels = dict.fromkeys(p.label for p in ladder.points if p.bits == bits)
@@ -105,10 +108,11 @@ def _doubts(ladder: Ladder, bits: int) -> Iterator[str]:
         yield f"The cap was not enforced: {_named(loose)}."
     for label in dict.fromkeys(p.label for p in points):
         ended = [p for p in points if p.label == label and p.figure is None]
-        for reason in dict.fromkeys(_first_line(p.reason) for p in ended):
-            at = [p for p in ended if _first_line(p.reason) == reason]
+        for status in dict.fromkeys(p.status for p in ended):
+            at = sorted((p for p in ended if p.status is status), key=lambda p: p.share)
+            reason = _first_line(at[-1].reason)  # of the largest share: what would be needed is nearest there
             shares = ", ".join(percent(p.share) for p in at)
-            yield f"{label} at {shares}: {STATUS_WORDS[at[0].status]}" + (f": {reason}" if reason else "")
+            yield f"{label} at {shares}: {STATUS_WORDS[status]}" + (f": {reason}" if reason else "")
 
 
 def _named(points: Iterable[Point]) -> str:
