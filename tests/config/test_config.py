@@ -207,7 +207,8 @@ def test_default_suite_is_the_one_the_readme_describes() -> None:
         for name, conf in targets.items()
         if conf is not None and conf.target and "none" in load_target(conf.target).capabilities.accelerators
     }
-    assert {s.system for s in trained} == {s.system for s in capped} == anywhere
+    no_opt = {"llama_cpp", "airllm"}  # the capped cell's model
+    assert {s.system for s in trained} == {s.system for s in capped} == anywhere - no_opt
     assert {s.model.weights for s in trained} == {WeightSource.PACKAGE}
     assert {s.dtype.value for s in trained} == {"float32"}
     for cell in capped:
