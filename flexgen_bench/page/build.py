@@ -80,7 +80,7 @@ class PageBuilder:
         unusable = sorted([*broken, *accuracy.broken], key=lambda b: b.file)
         small = {
             "rows": self._overview(rows, len(unusable)),
-            "pictures": compact(document(rows, losses), rows),
+            "pictures": compact(document(rows, accuracy.by_folder), rows),
             "broken": [{"file": b.file, "message": b.message} for b in unusable],
             "accuracy": accuracy.tables(),
             "papers": self._papers(rows),

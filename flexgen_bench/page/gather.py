@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexgen_bench.core.errors import StoreError, UserError
+from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.page.policy_words import policy_of
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.store.reader import StoredRecord, read_record, record_files
@@ -96,10 +97,10 @@ class Gatherer:
 
 
 def _newest(stored: Sequence[tuple[str, StoredRecord]]) -> set[Path]:
-    """The last run of each cell of a suite, in each folder."""
-    last: dict[tuple[str, str, str], StoredRecord] = {}
+    """The last run of each cell of a suite on each kind of machine, in each folder."""
+    last: dict[tuple[str, ...], StoredRecord] = {}
     for folder, one in stored:
-        key = (folder, suite_folder(one.record.suite), one.record.spec_hash)
+        key = (folder, suite_folder(one.record.suite), one.record.spec_hash, machine_of(one.record.environment))
         if key not in last or one.age > last[key].age:
             last[key] = one
     return {one.path for one in last.values()}

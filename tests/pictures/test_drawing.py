@@ -18,6 +18,7 @@ from flexgen_bench.pictures.style import COLOURS, styles_of
 from flexgen_bench.store.writer import write_record
 from tests.support.record_factory import make_record
 
+HREF = "{http://www.w3.org/1999/xlink}href"
 SOURCE = Source("run", "hash", "default/a.json")
 
 
@@ -65,10 +66,9 @@ def test_kinds_of_evidence_are_told_apart_without_colour() -> None:
     forms = set()
     for one in EVERY:
         root = ET.fromstring(svg(picture(one)))
-        drawn = [e for e in root.iter() if e.tag.endswith(("}use", "}path")) and "id" not in e.attrib]
-        styles = {e.get("style", "") for e in drawn}
-        shapes = {e.get("d", "") for e in root.iterfind(".//{*}defs/{*}path")}
-        forms.add((frozenset(styles), frozenset(shapes)))
+        shapes = {e.get("id"): e.get("d") for e in root.iterfind(".//{*}defs/{*}path")}
+        uses = [e for e in root.iter() if e.tag.endswith("}use")]
+        forms.add(frozenset((shapes[e.get(HREF, "")[1:]], e.get("style")) for e in uses))
     assert len(forms) == len(Evidence)
 
 

@@ -7,7 +7,7 @@ const COLOURS = [
 const SHAPES = ["circle", "rect", "triangle", "rectRot", "crossRot", "star", "rectRounded", "cross"];
 const SIGNS = ["●", "■", "▲", "◆", "✕", "✶", "▢", "✚"];
 const MOST_LISTED = 200, MOST_INTERVALS = 300;
-const PICTURES = { "throughput-latency": "Latency", memory: "Memory", price: "Price", "accuracy-speed": "Accuracy", "predicted-measured": "Predicted" };
+const PICTURES = { "throughput-latency": "Latency", "throughput-first-token": "First token", "throughput-later-token": "Later tokens", memory: "Memory", price: "Price", "accuracy-speed": "Accuracy", "predicted-measured": "Predicted" };
 
 page.picturesView = async (main, selected) => {
   const { el, state } = page;
