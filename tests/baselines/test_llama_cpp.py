@@ -171,7 +171,7 @@ def test_a_file_holds_the_checkpoint_numbers(form: Format, tmp_path: Path) -> No
 
 
 def test_a_mixed_file_is_as_llama_quantize_mixes_it() -> None:
-    """Of a 32-layer Llama: 4.85 bits a value is what llama.cpp prints of Q4_K_M for Llama 2 7B (3891.24 MiB)."""
+    """Of a 32-layer Llama: 4.85 bits a value is the known size of Llama 2 7B in Q4_K_M (3891.24 MiB, from memory)."""
     shape = ModelShape("llama-2-7b", "llama", 32, 4096, 32, 32, 128, 11008, 32000, 4096, False)
     assert layout.file_bytes(shape, Format.Q4_K_M) / MIB == pytest.approx(3891.24, abs=0.02)
     assert layout.file_bytes(shape, Format.Q4_0) / MIB == pytest.approx(3647.87, abs=0.02)

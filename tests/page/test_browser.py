@@ -156,7 +156,7 @@ def test_two_runs_side_by_side(browser: Browser, address: str) -> None:
 def test_pictures_are_drawn_and_told_in_words(browser: Browser, address: str) -> None:
     browser.open(f"{address}#pictures", "pictures")
     label = browser.run("return document.querySelector('.chart canvas').getAttribute('aria-label')")
-    assert "Throughput against latency" in label
+    assert "Throughput against the time of a batch" in label
     assert "Highest: flexgen (4-bit weights)" in label
     inked = browser.until(
         lambda: browser.run(
@@ -167,7 +167,7 @@ def test_pictures_are_drawn_and_told_in_words(browser: Browser, address: str) ->
     assert inked > 1000
     browser.run("document.querySelector('.chart canvas').focus()")
     browser.press("ARROW_RIGHT")
-    assert "tok/s" in browser.texts(".told")[0]
+    assert "tokens/s" in browser.texts(".told")[0]
     browser.press("ENTER")
     browser.wait_for("cell")
 
