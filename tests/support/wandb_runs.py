@@ -93,7 +93,15 @@ def fields_of(runs: list[OfflineRun]) -> dict[str, dict[Scope, set[str]]]:
 
 
 def _items(found: Any) -> dict[str, Any]:
-    return {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in found}
+    """Named values; those that were sent leaf by leaf (tables, pictures) are put together again."""
+    values: dict[str, Any] = {}
+    for item in found:
+        *outer, last = item.nested_key or [item.key]
+        inner = values
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = json.loads(item.value_json)
+    return values
 
 
 def _payloads(path: Path) -> Iterator[bytes]:

@@ -28,14 +28,21 @@ RUN = TrackedRun("abc", "flexgen tiny", "s", "cell", ("MEASURED",), {"system": "
 DONE = TrackedResult(ok=True, summary={"x": 1.0})
 
 
+def without_empty(value: Any) -> Any:
+    """Without empty mappings, which wandb keeps nowhere."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_empty(inner) for name, inner in value.items() if inner != {}}
+
+
 def test_a_cell_is_a_run_with_its_history(tracked: Tracked) -> None:
     cell, record = tracked.cell("flexgen"), tracked.records["flexgen"].record
     assert (cell.project, cell.group, cell.kind, cell.exit) == ("p", "pairs", "cell", 0)
     assert {"MEASURED", "flexgen", "nano", "cpu", "ok"} <= set(cell.tags)
-    assert cell.config["spec"] == json.loads(json.dumps(dict(record.spec)))
+    assert cell.config["spec"] == without_empty(json.loads(json.dumps(dict(record.spec))))
     assert cell.config["spec_hash"] == record.spec_hash
     assert cell.config["environment"]["cpu"] == record.environment["cpu"]
-    live = cell.having("time_s")
+    live = cell.having("live/decode_tokens")
     assert [row["generation"] for row in live] == sorted(row["generation"] for row in live)
     assert {row["stage"] for row in live} == {"warmup", "measure"}
     last = live[-1]
@@ -53,7 +60,7 @@ def test_a_cell_is_a_run_with_its_history(tracked: Tracked) -> None:
 
 
 def test_a_system_that_knows_phases_alone_sends_what_it_knows(tracked: Tracked) -> None:
-    live = tracked.cell("transformers").having("time_s")
+    live = tracked.cell("transformers").having("live/decode_tokens")
     assert live[-1]["live/decode_tokens"] == 4 * 5
     assert max(row["live/prefill_tok_per_s"] for row in live) > 0
     assert live[-1]["memory/process_resident_bytes"] > 2**20
