@@ -183,11 +183,6 @@ def test_every_system_names_a_module_and_defaults_that_are_allowed(name: str) ->
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", GROUPS["suite"])
 def test_every_suite_is_made_of_cells_that_compose(name: str) -> None:
-    suite = composed([f"suite={name}"]).suite
-    assert suite is not None
-    missing = {system for group in suite.cells for system in group.systems} - set(GROUPS["system"])
-    if missing:
-        pytest.skip(f"no conf/system for {', '.join(missing)}")
     found = cells(f"suite={name}", suite=name)
     assert len(found) >= 4
     assert len({cell.spec.spec_hash for cell in found}) == len(found)
