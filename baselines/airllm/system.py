@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import sys
@@ -71,8 +72,9 @@ class AirLLMSystem(HFSystem):
 
     def _open(self) -> Any:
         folder = str(PACKAGE.folder(self.files.cache))
-        if folder not in sys.path:
-            sys.path.append(folder)  # last: what this environment has stays what it is
+        if not PACKAGE.is_here and folder not in sys.path:
+            # Last, so that what this environment has stays what it is; but before another release of the package.
+            sys.path.insert(0 if importlib.util.find_spec(PACKAGE.name) else len(sys.path), folder)
         from airllm import AirLLMBaseModel
 
         class WithoutTokenizer(AirLLMBaseModel):

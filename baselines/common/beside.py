@@ -3,6 +3,7 @@ or asks for would change the environment."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import subprocess
@@ -31,10 +32,16 @@ class Beside:
         return cache / "python" / f"{self.name}-{self.version}"
 
     def is_installed(self, cache: Path) -> bool:
-        """Whether it can be used: in its folder, or because somebody has installed it here."""
-        if importlib.util.find_spec(self.name) is not None:
-            return True
-        return (self.folder(cache) / self.probe).is_file()
+        """Whether it can be used: in its folder, or because somebody has installed this very version here."""
+        return self.is_here or (self.folder(cache) / self.probe).is_file()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this environment has it, in this version."""
+        try:
+            return importlib.metadata.version(self.name) == self.version
+        except importlib.metadata.PackageNotFoundError:
+            return False
 
     def install(self, cache: Path) -> None:
         """Install it with pip, and of what it depends on only what is not here at all: torch and transformers stay as

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class Settings:
 class KTransformersSystem(System):
     """Options: ``Settings``."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("cuda",), needs=("torch",))
+    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("cuda",), needs=("torch",), gpu_cap=False)
     _server: subprocess.Popen[bytes] | None = None
 
     def check(self) -> None:
@@ -98,7 +97,7 @@ class KTransformersSystem(System):
         self._server = subprocess.Popen(command, stdout=sys.stderr)
         deadline = time.monotonic() + START_S
         while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            with contextlib.suppress(OSError):
                 self._ask("/health", None, 5.0)
                 return
             if self._server.poll() is not None:

@@ -84,7 +84,7 @@ def usual_format(dtype: DType, lossy: Lossy) -> Format:
     if lossy.weights.bits not in _BITS:
         raise CannotRun(
             f"llama.cpp has no weights of {lossy.weights.bits} bits here; policy.lossy.weights may have "
-            f"{' or '.join(map(str, _BITS))}, or choose with system.options.format"
+            f"{' or '.join(map(str, _BITS))}"
         )
     return _BITS[lossy.weights.bits]
 

@@ -2,7 +2,7 @@
 
 The wheel's Python interface is a server, which samples token by token through a chain of samplers and answers in JSON.
 The library under it exports the C functions that llama.cpp's own programs are made of; those are used here, as
-``llama-batched-bench`` uses them (docs/notes/llama_cpp.md has what the two give).
+``llama-batched-bench`` uses them (benchmarks/llama_cpp_check.py compares the two).
 
 Structures are those of the version in ``VERSION``. Their defaults are compared when the library is loaded, so that
 another version with other structures is refused instead of being given numbers in wrong places.
@@ -199,8 +199,12 @@ def library() -> Any:
     spec = find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise CannotRun(f"not installed: {MODULE}. Install it with: pip install {MODULE}=={VERSION}")
-    with _own_waiting():
-        found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
+    try:
+        with _own_waiting():
+            found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
+    except (OSError, StopIteration) as error:
+        again = f"pip install --force-reinstall --no-deps {MODULE}=={VERSION}"
+        raise CannotRun(f"the library of {MODULE} cannot be loaded ({error!r}). Install it again: {again}") from error
     try:
         for name, result, arguments in _FUNCTIONS:
             function = getattr(found, name)

@@ -69,6 +69,7 @@ class LlamaCppPredictor(Predictor):
         check_family(job.shape)
         check_expressible(job.shape, job.prompt_len + job.gen_len)
         settings = Settings.of(self.options, job.dtype, job.lossy)
+        settings.check_declared(job.lossy)
         machine = Machine(job.hardware)
         machine.rates  # noqa: B018  (refuses a machine that is not known before anything else)
         most = min(MAX_SEQUENCES, job.num_prompts or MAX_SEQUENCES)

@@ -41,6 +41,7 @@ class Load(StrEnum):
         return {Load.RESIDENT: 0, Load.MMAP: 1, Load.DIRECT: 4}[self]
 
 
+_BITS_OF = {Format.Q4_0: 4, Format.Q4_K_M: 4, Format.Q8_0: 8}
 KV_TYPES: Mapping[str, TensorType] = {"f16": F16, "bf16": BF16, "f32": F32, "q8_0": Q8_0}
 E_ = TypeVar("E_", bound=StrEnum)
 
@@ -79,6 +80,17 @@ class Settings:
             repack,
             layers,
         )
+
+    def check_declared(self, lossy: Lossy) -> None:
+        """Refuse weights or a cache of fewer bits than the cell allows: its record would call them exact. Raises
+        UserError."""
+        bits = _BITS_OF.get(self.format)
+        if bits is not None and (lossy.weights is None or lossy.weights.bits > bits):
+            allowed = "a format of the cell's dtype, since the cell's weights may not have so few bits"
+            remedy = f"Add policy.lossy.weights={bits}."
+            raise UserError("system.options.format", self.format.value, allowed, remedy)
+        if self.kv == "q8_0" and lossy.kv_cache is None:
+            raise UserError("system.options.kv", self.kv, "f16, bf16 or f32, since the cell's cache is not compressed")
 
     def ubatch_of(self, load: Load) -> int:
         """Tokens of a prompt that are computed together. More of them need more memory, and read mapped weights less

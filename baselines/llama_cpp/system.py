@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from baselines.llama_cpp.generation import Clocks, generate
 from baselines.llama_cpp.layout import check_family
 from baselines.llama_cpp.library import CUDA_WHEEL, MAX_SEQUENCES, has_cuda, library
 from baselines.llama_cpp.metadata import check_expressible
-from baselines.llama_cpp.placement import gpu_layers
+from baselines.llama_cpp.placement import divided, gpu_layers
 from baselines.llama_cpp.settings import KV_TYPES, Load, Settings, chosen_load, context_tokens, footprint
 from flexgen_bench.core.device_memory import process_bytes
 from flexgen_bench.core.errors import CannotRun
@@ -21,7 +22,9 @@ from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import SystemReport
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import format_bytes
+from flexgen_bench.machine.host import memory_bytes
 from flexgen_bench.machine.probes import drop_cached_pages
+from flexgen_bench.memory.host import group_limit
 from flexgen_bench.systems.contract import Capabilities, Generation, System
 
 _stage = logging.getLogger("flexgen_bench.stage")
@@ -31,7 +34,9 @@ class LlamaCppSystem(System):
     """Options: see ``settings.Settings`` and ``conf/system/llama_cpp.yaml``. There is no prompt cache here: every
     repetition begins with an empty context."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs=("torch", "xllamacpp", "gguf"), lossy=("weights",))
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs=("torch", "xllamacpp", "gguf"), lossy=("weights",), gpu_cap=False
+    )
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -45,6 +50,7 @@ class LlamaCppSystem(System):
         spec = self.spec
         options = {name: value for name, value in spec.system_options.items() if name != "batch_size"}
         self._settings = Settings.of(options, spec.dtype, spec.lossy)
+        self._settings.check_declared(spec.lossy)
         check_family(spec.model.shape)
         check_expressible(spec.model.shape, self._tokens)
         library()
@@ -89,8 +95,7 @@ class LlamaCppSystem(System):
 
         spec, settings = self.spec, self._settings
         self._close_context()
-        memory = spec.hardware.cpu_memory_bytes
-        load = chosen_load(spec.model.shape, settings, batch_size, self._tokens, memory)
+        load = chosen_load(spec.model.shape, settings, batch_size, self._tokens, self._room)
         layers = self._layers_on_gpu(load, batch_size)
         if load is not Load.MMAP and not self._has_gpu:
             self._check_fits(batch_size, load)
@@ -110,17 +115,33 @@ class LlamaCppSystem(System):
             kv_type=KV_TYPES[settings.kv].number,
         )
 
+    @property
+    def _room(self) -> int:
+        """Bytes for weights and what lies beside them: the cell's, its group's or the machine's, and a GPU's."""
+        limits = (self.spec.hardware.cpu_memory_bytes, group_limit(), memory_bytes())
+        on_gpu = int(self.spec.hardware.gpu_memory_bytes or 0) if self._has_gpu else 0
+        return min(limit for limit in limits if limit is not None) + on_gpu
+
     def _layers_on_gpu(self, load: Load, batch_size: int) -> int:
         if not self._has_gpu:
             return 0
         whole = self.spec.hardware.gpu_memory_bytes
         free = None if whole is None else whole - process_bytes(self.spec.hardware)
-        return gpu_layers(self.spec.model.shape, self._settings, load, batch_size, self._tokens, free)
+        shape, settings = self.spec.model.shape, self._settings
+        layers = gpu_layers(shape, settings, load, batch_size, self._tokens, free)
+        fitting = gpu_layers(shape, replace(settings, gpu_layers=None), load, batch_size, self._tokens, free)
+        if layers > fitting:
+            raise CannotRun(
+                f"system.options.gpu_layers={layers}, but the {format_bytes(int(free or 0))} of the GPU hold {fitting} "
+                f"layers with batches of {batch_size}; null takes as many as fit",
+                Status.OOM,
+            )
+        return layers
 
     def _check_fits(self, batch_size: int, load: Load) -> None:
-        limit = self.spec.hardware.cpu_memory_bytes
+        limit = self._room
         need = footprint(self.spec.model.shape, self._settings, load, batch_size, self._tokens)
-        if limit is not None and need.total > limit:
+        if need.total > limit:
             raise CannotRun(
                 f"llama.cpp with load={load} keeps all weights in memory: {format_bytes(need.weights)} and "
                 f"{format_bytes(need.besides_weights)} beside them for batches of {batch_size}, more than the "
@@ -137,7 +158,9 @@ class LlamaCppSystem(System):
         assert self._load is not None
         settings, load, size = self._settings, self._load, self.file.stat().st_size
         shape = self.spec.model.shape
-        on_gpu = self._gpu_layers / (shape.num_layers + 1)
+        parts = divided(shape, settings)
+        placed = [parts.head, *reversed(parts.layers)][: self._gpu_layers]
+        on_gpu = min(1.0, sum(part.bytes for part in placed) / size)
         below = "disk" if load is Load.MMAP else "cpu"
         shares = {"gpu": on_gpu, below: 1 - on_gpu}
         notes = ["no prompt cache; prompts are not padded", *self._clocks.warnings()]
@@ -186,7 +209,7 @@ def mapped_resident_bytes(file: Path) -> int:
     total, is_ours = 0, False
     for line in smaps.read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_ours = line.endswith(str(file))
+            is_ours = line.endswith(str(file.resolve()))
         elif is_ours and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total

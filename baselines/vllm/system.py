@@ -75,7 +75,7 @@ class Settings:
 class VLLMSystem(System):
     """Options: ``Settings``. Its scheduler decides which sequences are computed together; batch_size bounds them."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("cuda",), needs=("torch", "vllm"))
+    capabilities: ClassVar[Capabilities] = Capabilities(accelerators=("cuda",), needs=("torch", "vllm"), gpu_cap=False)
     _engine: Any = None
 
     def check(self) -> None:
@@ -95,10 +95,18 @@ class VLLMSystem(System):
             enable_prefix_caching=False,
             max_num_seqs=batch_size,
             max_model_len=spec.workload.prompt_len + spec.workload.gen_len,
-            gpu_memory_utilization=GPU_SHARE,
+            gpu_memory_utilization=GPU_SHARE * self._share_of_card,
             seed=0,
             **self._settings.arguments(self._weights, spec.hardware.gpu_memory_bytes),
         ).llm_engine
+
+    @property
+    def _share_of_card(self) -> float:
+        """Of the card's memory, what the cell may have."""
+        import torch
+
+        cap = self.spec.hardware.gpu_memory_bytes
+        return 1.0 if cap is None else min(1.0, cap / torch.cuda.get_device_properties(0).total_memory)
 
     @property
     def _weights(self) -> int:

@@ -27,6 +27,7 @@ from flexgen_bench.core.folders import is_gguf, make_writable
 if TYPE_CHECKING:
     from flexgen_bench.accuracy.compare.outcome import ModelOutcome
     from flexgen_bench.accuracy.run.run import AccuracyRun
+    from flexgen_bench.trackers.base import Tracker
 
 CONFIG = "accuracy_run"
 
@@ -107,6 +108,7 @@ def _run(request: Request) -> int:
     from flexgen_bench.accuracy.run.run import AccuracyRun
     from flexgen_bench.report.accuracy.text import print_outcome
     from flexgen_bench.store.accuracy_store import read_accuracy
+    from flexgen_bench.trackers.registry import make_tracker
 
     check_installed()
     make_writable(request.cache, "cache_dir")
@@ -115,10 +117,12 @@ def _run(request: Request) -> int:
         _show(run)
         return 0
     make_writable(request.results_dir, "results_dir")
+    tracker = make_tracker(request.tracker.name, request.tracker.options(), request.results_dir)
     written = run.execute()
     stored = read_accuracy(request.results_dir, run.keys())
     all_outcomes = outcomes(stored, request.margins)
-    _track(request, all_outcomes)
+    if tracker is not None:
+        _track(tracker, request, all_outcomes)
     for outcome in all_outcomes:
         print_outcome(outcome)
     for problem in stored.problems:
@@ -138,14 +142,10 @@ def _run(request: Request) -> int:
     return FAILED if failed else 0
 
 
-def _track(request: Request, all_outcomes: Sequence[ModelOutcome]) -> None:
-    """Send the modes to a tracker, if one is asked for. The records are saved: that it fails is told."""
+def _track(tracker: Tracker, request: Request, all_outcomes: Sequence[ModelOutcome]) -> None:
+    """Send the modes to a tracker. The records are saved: that it fails is told."""
     from flexgen_bench.trackers.accuracy_run import send_accuracy
-    from flexgen_bench.trackers.registry import make_tracker
 
-    tracker = make_tracker(request.tracker.name, request.tracker.options(), request.results_dir)
-    if tracker is None:
-        return
     try:
         send_accuracy(tracker, all_outcomes, request.results_dir)
     except Exception as error:

@@ -25,7 +25,8 @@ from flexgen_bench.store.reader import StoredRecord
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: nothing is worse; 1: a cell is worse (or, with --fail-on undecided, not decided); 2: bad input."""
+    """0: nothing is worse; 1: a cell is worse (or, with --fail-on undecided, not decided), or a record of B cannot be
+    used, or B has lost a cell in a rerun; 2: bad input."""
     words = list(arguments)
     cut = words.index("--") if "--" in words else len(words)
     options = _parser().parse_args(words[:cut])
@@ -43,12 +44,13 @@ def _compare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             a, b, matched = _measured_again(a, b, matched, options, overrides)
         judged = [judge(pair, options.metric, options.margin, rounds=bool(options.rerun)) for pair in matched.pairs]
         if options.json:
-            print(json.dumps(to_json(matched, judged, options.margin), allow_nan=False))
+            print(json.dumps(to_json((a, b), matched, judged, options.margin), allow_nan=False))
         else:
             print(to_text(a, b, matched, judged, options.margin))
     if not judged:
         raise UserError("A and B", f"{options.a}, {options.b}", "sides with a cell in common")
-    return _status(judged, options.fail_on)
+    lost = bool(b.problems) or bool(options.rerun and matched.only_a)  # what A has and B does not is no success
+    return FAILED if lost else _status(judged, options.fail_on)
 
 
 def _measured_again(

@@ -39,6 +39,7 @@ from flexgen_bench.cli.ending import BAD_INPUT, FAILED, INTERRUPTED
 from flexgen_bench.cli.sweeps import Elsewhere
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
+from flexgen_bench.config.overrides import MULTIRUN
 from flexgen_bench.config.paths import conf_dir, default_cache_dir
 from flexgen_bench.config.schema import AppConf
 from flexgen_bench.config.typed import app_conf, as_written
@@ -70,6 +71,11 @@ class Outcome:
     is_plan: bool = False
     unfit: bool = False  # in a dry run: something has no room
     json: bool | None = None  # whether the line of JSON is wanted; None: where it is no person who reads
+
+    @property
+    def has_nothing(self) -> bool:
+        """Whether nobody has told of anything."""
+        return not (self.records or self.simulated or self.bad_input or self.broken)
 
     def add(self, other: Outcome) -> None:
         """Take over what a run in another process has left."""
@@ -127,10 +133,11 @@ def main(arguments: Sequence[str]) -> int:
 def _swept(start: Callable[[], Any], arguments: Sequence[str], elsewhere: Elsewhere, outcome: Outcome) -> None:
     """Start Hydra's application, and gather what its launcher's processes have left. One that is lost leaves nothing,
     and the launcher ends with an error of its own kind: the others stand."""
+    launched = any(key_of(word) == "hydra/launcher" for word in arguments)
+    several = any(word in MULTIRUN for word in arguments)
     try:
         start()
     except Exception as error:
-        launched = any(key_of(word) == "hydra/launcher" for word in arguments)
         if not launched or isinstance(error, (UserError, *NOT_COMPOSED)):
             raise
         outcome.broken = True
@@ -139,6 +146,9 @@ def _swept(start: Callable[[], Any], arguments: Sequence[str], elsewhere: Elsewh
     finally:
         for left in elsewhere.gather():
             outcome.add(left)
+    if launched and several and outcome.has_nothing:
+        outcome.broken = True
+        _tell(f"error: no run has left its outcome in {elsewhere.folder}: do all hosts share this folder?")
 
 
 def _judged(outcome: Outcome, records: Sequence[Record]) -> int:

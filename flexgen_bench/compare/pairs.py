@@ -15,7 +15,8 @@ from flexgen_bench.store.reader import StoredRecord
 from flexgen_bench.store.writer import suite_folder
 
 # What is known about a machine's speed, and where a number lies in the code, changes no cell.
-_NOT_ASKED = (("hardware", "rates"), ("hardware", "sources"), ("hardware", "gpu_memory_is_cap"), ("target",))
+_NOT_ASKED = (*(("hardware", part) for part in ("rates", "sources", "gpu_memory_is_cap", "weight_shares")), ("target",))
+_CAPS = ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes")
 # What two machines, or two versions of the project, may say differently of the same question.
 _OF_A_PLACE = ("hardware", "threads", "measure", "target")
 
@@ -65,7 +66,9 @@ def match(a: Sequence[StoredRecord], b: Sequence[StoredRecord]) -> Matched:
     for key in (_same_spec, _same_question):
         cells_a, cells_b = _cells(left_a, key), _cells(left_b, key)
         # Of one question there may be several cells (two caps): which belongs to which is then not clear.
-        clear = [k for k in cells_a if k in cells_b and _is_one_cell(cells_a[k]) and _is_one_cell(cells_b[k])]
+        both = [(k, cells_a[k], cells_b[k]) for k in cells_a if k in cells_b]
+        single = [(k, x[-1].record, y[-1].record) for k, x, y in both if _is_one_cell(x) and _is_one_cell(y)]
+        clear = [k for k, x, y in single if _may_differ(x, y)]
         pairs += [_pair(tuple(cells_a[k]), tuple(cells_b[k])) for k in clear]
         left_a = [stored for k, cell in cells_a.items() if k not in clear for stored in cell]
         left_b = [stored for k, cell in cells_b.items() if k not in clear for stored in cell]
@@ -137,6 +140,12 @@ def _cells(records: Sequence[StoredRecord], key: Any) -> dict[Hashable, list[Sto
 
 def _is_one_cell(records: Sequence[StoredRecord]) -> bool:
     return len({stored.record.spec_hash for stored in records}) == 1
+
+
+def _may_differ(a: Record, b: Record) -> bool:
+    """Another machine has other memory. On one machine another cap is another cell."""
+    caps = [[_mapping(r.spec.get("hardware")).get(cap) for cap in _CAPS] for r in (a, b)]
+    return caps[0] == caps[1] or machine_of(a.environment) != machine_of(b.environment)
 
 
 def _titles(records: Sequence[StoredRecord]) -> tuple[str, ...]:

@@ -46,6 +46,9 @@ def read_side(field: str, text: str, *, needs_code: bool = False) -> Iterator[Si
         commit = _commit(field, text)
         with tempfile.TemporaryDirectory(prefix="flexgen-bench-compare-") as folder:
             _lay_out(commit, Path(folder), "." if needs_code else RESULTS)
+            if needs_code and not (Path(folder) / "flexgen_bench" / "__init__.py").is_file():
+                allowed = "a commit that holds flexgen_bench/, to run it"
+                raise UserError(field, text, allowed, "Leave out --rerun to compare its records.")
             records, problems = read_paths(record_files(Path(folder) / RESULTS))
             yield Side(f"{text} ({commit[:10]})", tuple(records), tuple(problems), Path(folder) if needs_code else None)
 

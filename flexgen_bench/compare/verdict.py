@@ -100,8 +100,10 @@ def _of_ratio(ratio: Ratio, higher_is_better: bool, margin: float) -> tuple[Verd
 
 
 def _ratio(pair: Pair, metric: str, rounds: bool) -> Ratio | None:
-    if rounds:
-        return _of_values(pair.ok_a, pair.ok_b, lambda record: _pooled(record, metric), "rounds", paired)
+    if rounds:  # those in which both have the figure
+        both = [(a, b) for a, b in zip(pair.ok_a, pair.ok_b, strict=True) if _pooled(a, metric) and _pooled(b, metric)]
+        a, b = [x for x, _ in both], [y for _, y in both]
+        return _of_values(a, b, lambda record: _pooled(record, metric), "rounds", paired)
     if min(len(pair.ok_a), len(pair.ok_b)) >= 2:
         return _of_values(pair.ok_a, pair.ok_b, lambda record: _pooled(record, metric), "runs", unpaired)
     return _of_values(pair.ok_a, pair.ok_b, lambda record: _each(record, metric), "repetitions", unpaired)

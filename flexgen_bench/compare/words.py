@@ -30,7 +30,7 @@ def to_text(a: Side, b: Side, matched: Matched, judged: Sequence[Judged], margin
     return "\n".join(lines)
 
 
-def to_json(matched: Matched, judged: Sequence[Judged], margin: float) -> dict[str, Any]:
+def to_json(sides: tuple[Side, Side], matched: Matched, judged: Sequence[Judged], margin: float) -> dict[str, Any]:
     """The same for programs."""
     return {
         "margin": margin,
@@ -52,6 +52,7 @@ def to_json(matched: Matched, judged: Sequence[Judged], margin: float) -> dict[s
         ],
         "only_a": list(matched.only_a),
         "only_b": list(matched.only_b),
+        "problems": [[problem.message for problem in side.problems] for side in sides],
     }
 
 

@@ -65,7 +65,6 @@ def _table(folder: str, outcome: ModelOutcome) -> dict[str, Any]:
     rows = [
         {
             "mode": mode.mode,
-            "lossy": str(mode.lossy),
             "task": t.task,
             "metric": t.metric,
             "n": t.n,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench import __version__
-from flexgen_bench.core.errors import StoreError
+from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.page.accuracy import gather_accuracy
 from flexgen_bench.page.columns import columns, last_ended
@@ -46,6 +47,8 @@ class PageBuilder:
         Raises UserError if ``out`` is no folder that can be written to, StoreError if a file cannot be written.
         """
         make_writable(self.out, "--out")
+        if any(self.out.iterdir()) and not (self.out / DATA / "rows.js").is_file():
+            raise UserError("--out", str(self.out), "an empty folder, or one that holds a page", "Choose another one.")
         if (self.out / DATA).is_symlink():
             raise StoreError(f"{self.out / DATA} is a link. Choose another folder.")
         self.write_data()
@@ -80,7 +83,7 @@ class PageBuilder:
         unusable = sorted([*broken, *accuracy.broken], key=lambda b: b.file)
         small = {
             "rows": self._overview(rows, len(unusable)),
-            "pictures": compact(document(rows, accuracy.by_folder), rows),
+            "pictures": {**compact(document(rows, accuracy.by_folder), rows), "stamp": _stamp(rows)},
             "broken": [{"file": b.file, "message": b.message} for b in unusable],
             "accuracy": accuracy.tables(),
             "papers": self._papers(rows),
@@ -95,6 +98,7 @@ class PageBuilder:
         return {
             "version": __version__,
             "folders": [str(folder) for folder in self.gatherer.folders],
+            "stamp": _stamp(rows),
             "last_ended": last_ended(rows),
             "broken": unusable,
             "cells_a_file": CELLS_A_FILE,
@@ -123,7 +127,7 @@ class PageBuilder:
             if count % 200 == 0:
                 self.tell(f"lanes of {count} of {len(traced)} runs")
             name = f"lanes-{place}.js"
-            self._write(name, self._lanes[path])
+            self._write(name, {**self._lanes[path], "run_id": of.row.stored.record.run_id})
             yield place, name
 
     def _write(self, name: str, data: Any) -> None:
@@ -135,3 +139,9 @@ class PageBuilder:
             ours = path.name.partition("-")[0] in ("cells", "lanes")
             if ours and path.name not in written:
                 path.unlink(missing_ok=True)
+
+
+def _stamp(rows: Sequence[PageRow]) -> str:
+    """Equal for equal rows in equal order: files that were made together have the same."""
+    runs = "\n".join(of.row.stored.record.run_id for of in rows)
+    return hashlib.sha256(runs.encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import StoreError, UserError
@@ -60,8 +61,8 @@ class Live:
         """Answers go on meanwhile: thousands of records take a while."""
         try:
             self.builder.write_data()
-        except StoreError as error:
-            self.problem = str(error)
+        except Exception as error:  # told on the page; the next look tries again
+            self.problem, self._stamp = f"The page could not be made anew: {error}", ()
         else:
             self.problem = ""
             self.edition += 1
@@ -78,7 +79,9 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         """A file, or the state."""
         if self._is_asked_properly():
-            if self.path.partition("?")[0] == f"/{STATE}":
+            if self._is_hidden():
+                self.send_error(404)
+            elif self.path.partition("?")[0] == f"/{STATE}":
                 self._send_state()
             else:
                 super().do_GET()
@@ -86,7 +89,14 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """The same without content."""
         if self._is_asked_properly():
-            super().do_HEAD()
+            if self._is_hidden():
+                self.send_error(404)
+            else:
+                super().do_HEAD()
+
+    def _is_hidden(self) -> bool:
+        """Nothing of a page is."""
+        return any(part.startswith(".") for part in unquote(self.path.partition("?")[0]).split("/"))
 
     def list_directory(self, path: Any) -> None:
         """No lists of what lies in the folder."""

@@ -19,7 +19,7 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import GB
 from flexgen_bench.core.workload import PromptKind
-from flexgen_bench.models.registry import family
+from flexgen_bench.models import registry
 from flexgen_bench.pictures.picture import Source
 from flexgen_bench.pictures.run import Quantity, Run, Setting
 from flexgen_bench.report.same_tokens import lossy_of
@@ -51,8 +51,8 @@ def run_of_record(stored: StoredRecord, results_dir: Path, prices: Mapping[str, 
         hardware=name,
         workload=str(workload["name"]),
         batch_size=record.batch_size,
-        cpu_cap=hardware.get("cpu_memory_bytes"),
-        gpu_cap=hardware.get("gpu_memory_bytes"),
+        cpu_cap=_cap(hardware.get("cpu_memory_bytes")),
+        gpu_cap=_cap(hardware.get("gpu_memory_bytes")),
         weight_bytes=weight_bytes(record.spec["model"]["shape"], record.spec["dtype"]),
         throughput=_quantity(record, GENERATION) if ok else None,
         predicted=_positive(record.prediction.get("tok_per_s")),
@@ -63,10 +63,17 @@ def run_of_record(stored: StoredRecord, results_dir: Path, prices: Mapping[str, 
     )
 
 
+def _cap(value: Any) -> int | None:
+    """Raises TypeError for what is no number of bytes."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"a memory cap of {value!r}")
+    return value
+
+
 @cache
 def _weight_bytes(shape: str, dtype: str) -> int:
     known = from_json(ModelShape, json.loads(shape), "model.shape")
-    return family(known.family).inventory(known).num_bytes(DType(dtype))
+    return registry.weight_bytes(known, DType(dtype))
 
 
 def weight_bytes(shape: Mapping[str, Any], dtype: str) -> int:

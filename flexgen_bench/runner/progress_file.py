@@ -20,6 +20,7 @@ from flexgen_bench.store.reader import read_record
 from flexgen_bench.store.running import (
     FINISHED,
     RUNNING,
+    STOPPED,
     WAITING,
     RunningCell,
     RunningSuite,
@@ -83,10 +84,15 @@ class ProgressFile(SilentDisplay, Closing):
         self._cells[self._at] = RunningCell(status.value, label, expected, took, run, " ".join(reason.split()), skipped)
         self._write(stage="", meter="")
 
+    def suite_end(self) -> None:
+        """All cells have ended."""
+        self._write(state=FINISHED, stage="", meter="")
+
     def close(self) -> None:
-        """The suite has ended, however it did."""
+        """Nobody follows any more; a suite that has not ended was stopped."""
         if self._suite.state == RUNNING and self._cells:
-            self._write(state=FINISHED, stage="", meter="")
+            self._cells = [replace(cell, state=WAITING) if cell.state == RUNNING else cell for cell in self._cells]
+            self._write(state=STOPPED, stage="", meter="")
 
     def _left_s(self) -> float | None:
         """Of all that is not done; None where some of it is not known."""

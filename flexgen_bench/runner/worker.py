@@ -113,6 +113,12 @@ class Worker:
         if len(lengths) > 1 and not kind.capabilities.mixed_lengths:
             raise CannotRun(f"{self.spec.system} takes prompts of one length only")
         cap = apply_gpu_cap(self.spec.hardware)
+        if cap is not None and not kind.capabilities.gpu_cap:
+            cap = {
+                **cap,
+                "enforced": False,
+                "reason": "it allocates past torch, so its own choice of size alone holds it",
+            }
         if cap is not None:
             self.state.process["gpu_memory_cap"] = cap
         files = ModelFiles(self.job.checkpoint, self.job.scratch, self.job.cache)

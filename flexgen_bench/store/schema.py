@@ -60,9 +60,11 @@ def parse_utc(text: str, at: str) -> datetime:
     """A record's time. Raises StoreError naming the field ``at`` if it is not ISO 8601."""
     try:
         time = datetime.fromisoformat(text)
-    except ValueError as error:
+        time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
+        time.astimezone(UTC)  # of the first and the last days of all years there may be none
+    except (ValueError, OverflowError) as error:
         raise StoreError(f"{at} is {text!r}, not a time in ISO 8601") from error
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+    return time
 
 
 def _current(data: Any) -> dict[str, Any]:

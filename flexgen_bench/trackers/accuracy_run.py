@@ -54,7 +54,7 @@ def _run(outcome: ModelOutcome, subject: Subject, tasks: Mapping[str, TaskRecord
         "system": subject.system,
         "model": subject.model,
         "mode": subject.mode,
-        "lossy": str(subject.changes),
+        "lossy": "exact" if subject.is_exact else subject.what,
         "dtype": subject.dtype,
         "role": subject.role.value,
         "machine": machine,

@@ -18,7 +18,7 @@ from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import format_bytes
-from flexgen_bench.models.registry import family
+from flexgen_bench.models import registry
 from flexgen_bench.report.rows import build_rows
 from flexgen_bench.report.table import csv_values
 from flexgen_bench.store.reader import StoredRecord
@@ -152,7 +152,7 @@ def _named(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weight_bytes(spec: Mapping[str, Any]) -> int:
     shape = from_json(ModelShape, spec["model"]["shape"], "model.shape")
-    return family(shape.family).inventory(shape).num_bytes(DType(spec["dtype"]))
+    return registry.weight_bytes(shape, DType(spec["dtype"]))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

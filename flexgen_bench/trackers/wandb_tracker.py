@@ -97,7 +97,7 @@ class WandbTracker:
             return True
         self._failures += 1
         rest = " and of what follows" if self._failures >= _PATIENCE else ""
-        self._say(f"{problem}: what was not sent of {self._run}{rest} is lost there", problem)
+        self._say(f"{problem}: what was not sent of {self._run}{rest} is lost there", problem + rest)
         self.close()
         return False
 

@@ -51,6 +51,14 @@ def test_a_lost_run_is_told_and_the_others_stand(away: Elsewhere, capsys: pytest
     assert "a worker process was terminated. The same command runs what is missing." in capsys.readouterr().err
 
 
+def test_outcomes_that_do_not_arrive_are_no_success(away: Elsewhere, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hosts that do not share the folder left a status of 0 and no word."""
+    outcome = Outcome()
+    _swept(lambda: None, ["-m", "hydra/launcher=submitit_slurm"], away, outcome)
+    assert outcome.broken
+    assert "do all hosts share this folder?" in capsys.readouterr().err
+
+
 def test_mistakes_of_this_process_are_raised_as_ever(away: Elsewhere) -> None:
     def wrong() -> None:
         raise UserError("model", "x", "one of a, b")

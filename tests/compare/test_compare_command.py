@@ -62,7 +62,7 @@ def test_undecided_can_fail(tmp_path: Path):
 def test_a_broken_record_is_named_and_hides_nothing(sides: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
     a, b = sides
     (b / "default" / "flexgen--x--y--z--w.json").write_text('{"half": ')
-    assert main([str(a), str(b)]) == 0
+    assert main([str(a), str(b)]) == 1, "what B cannot show is no success"
     assert "not usable in B" in capsys.readouterr().out
 
 

@@ -125,6 +125,27 @@ def test_a_later_side_is_judged_by_what_is_new_in_it():
     assert verdict_of(old, old) is Verdict.SAME
 
 
+def test_another_cap_on_one_machine_is_another_cell() -> None:
+    """A rung of 25 % in A and one of 50 % in B were judged as one cell, and the status was 1."""
+    spec = make_spec("flexgen")
+    other = replace(spec, hardware=replace(spec.hardware, cpu_memory_bytes=2**20))
+    beside = make_record("accelerate", run=2)
+    matched = match(stored(make_record(spec=spec), beside), stored(make_record(spec=other, run=1), beside))
+    assert len(matched.pairs) == 1
+    assert (len(matched.only_a), len(matched.only_b)) == (1, 1)
+
+
+def test_rounds_without_the_figure_are_left_out_on_both_sides() -> None:
+    """A figure that one round of B lacks ended the command with an error of zip."""
+    a = [timed(4.0 + 0.01 * i, run=i) for i in range(3)]
+    b = [timed(2.0 + 0.01 * i, run=i + 3) for i in range(3)]
+    b[1] = replace(b[1], batch_size=None)
+    (pair,) = match(stored(*a), stored(*b)).pairs
+    judged = judge(pair, "first_token_s", rounds=True)
+    assert judged.ratio is not None
+    assert judged.ratio.counts == (2, 2)
+
+
 def test_tokens_that_changed_are_noted():
     a, b = timed(4.0, 4.01), timed(2.0, 2.01, run=1, outputs={"token_ids": [[1, 2, 3, 4]] * 3 + [[9, 9, 9, 9]]})
     (pair,) = match(stored(a), stored(b)).pairs

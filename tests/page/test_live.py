@@ -89,10 +89,27 @@ def test_a_suite_tells_what_it_does(results: Path) -> None:
         assert suite.cells[0].took_s == 25
         assert suite.cells[0].run == "run0"
         assert (suite.cells[1].state, suite.cells[1].reason, suite.cells[1].took_s) == ("failed", "it broke", None)
+        display.suite_end()
     (suite,) = read_running(results)
     assert suite.state == FINISHED
     assert len(read_all(results)[0]) == 1, "what a suite does is no record"
     assert read_all(results)[1] == []
+
+
+def test_a_suite_that_is_interrupted_is_not_finished(results: Path) -> None:
+    """Ctrl-C in the first of two cells was shown as finished, with one cell running for good."""
+
+    def run() -> None:
+        with ProgressFile(results, "default") as display:
+            display.suite_start([60.0, 30.0])
+            display.cell_start("flexgen tiny", 1, 2, 60.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (suite,) = read_running(results)
+    assert suite.state == STOPPED
+    assert [cell.state for cell in suite.cells] == ["waiting", "waiting"]
 
 
 def test_unknown_times_give_no_time_left(results: Path) -> None:

@@ -29,7 +29,7 @@ page.cellView = async (main) => {
   ];
   main.replaceChildren(...parts.filter(Boolean));
   const place = document.getElementById("lanes");
-  if (place) page.load(cell.lanes_file.replace(/\.js$/, "")).then((data) => place.replaceChildren(page.lanesPicture(data, ""))).catch((error) => { place.textContent = error.message; });
+  if (place) page.lanesOf(cell).then((data) => place.replaceChildren(page.lanesPicture(data, ""))).catch((error) => { place.textContent = error.message; });
 };
 
 page.section = (title, ...content) => page.el("section", {}, page.el("h3", {}, title), ...content);

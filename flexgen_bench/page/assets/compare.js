@@ -23,7 +23,7 @@ page.compareView = async (main) => {
       el("button", { type: "button", onclick: () => page.go({ a: "", b: "" }) }, "Choose others"), " ", el("label", {}, box, " only what differs")),
     ...sections, page.section("Lanes", el("div", { class: "pair" }, places)));
   cells.forEach((cell, i) => {
-    if (cell.lanes_file) page.load(cell.lanes_file.replace(/\.js$/, "")).then((data) => places[i].lastChild.replaceChildren(page.lanesPicture(data, cell.label)));
+    if (cell.lanes_file) page.lanesOf(cell).then((data) => places[i].lastChild.replaceChildren(page.lanesPicture(data, cell.label))).catch((error) => { places[i].lastChild.textContent = error.message; });
   });
 };
 

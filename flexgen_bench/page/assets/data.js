@@ -33,6 +33,15 @@ page.forget = async (edition) => {
   }
 };
 
+page.NEWER = "There are newer records than this page has read. Load it again.";
+
+// The lanes of a cell: files are named by rows, which change as records come.
+page.lanesOf = async (cell) => {
+  const lanes = await page.load(cell.lanes_file.replace(/\.js$/, ""));
+  if (lanes.run_id !== cell.run_id) throw new Error(page.NEWER);
+  return lanes;
+};
+
 // A library that only pictures need.
 page.library = () => {
   page.chart ||= new Promise((resolve, reject) => {
@@ -50,7 +59,7 @@ page.cell = async (row) => {
   const each = page.records.cellsAFile;
   const file = await page.load(`cells-${Math.floor(row / each)}`);
   const cell = file.cells[row % each];
-  if (!cell || !page.records.get("id", row).startsWith(cell.run_id)) throw new Error("There are newer records than this page has read. Load it again.");
+  if (!cell || !page.records.get("id", row).startsWith(cell.run_id)) throw new Error(page.NEWER);
   if (cell.problem) return { ...cell, row, accuracy: [] };
   const whole = (part) => Object.fromEntries(Object.entries(part).map(([name, place]) => [name, file.values[place]]));
   return { ...cell, row, settings: whole(cell.settings), environment: whole(cell.environment) };

@@ -39,8 +39,8 @@ page.watch = async () => {
 
 page.liveBody = ({ suites, problem }) => {
   const { el } = page;
-  if (!suites.length) return el("p", { class: "empty" }, "No suite is running on these results. This page will show one as soon as it begins.");
-  return el("div", {}, problem ? el("p", { class: "warnings" }, problem) : null, suites.map(page.liveSuite));
+  const none = el("p", { class: "empty" }, "No suite is running on these results. This page will show one as soon as it begins.");
+  return el("div", {}, problem ? el("p", { class: "warnings" }, problem) : null, suites.length ? suites.map(page.liveSuite) : none);
 };
 
 page.liveSuite = (suite) => {

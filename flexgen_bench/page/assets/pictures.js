@@ -11,7 +11,8 @@ const PICTURES = { "throughput-latency": "Latency", "throughput-first-token": "F
 
 page.picturesView = async (main, selected) => {
   const { el, state } = page;
-  const [{ pictures, missing }, Chart] = await Promise.all([page.load("pictures"), page.library()]);
+  const [{ pictures, missing, stamp }, Chart] = await Promise.all([page.load("pictures"), page.library()]);
+  if (stamp !== page.records.overview.stamp) throw new Error(page.NEWER);
   const names = [...new Set([...Object.keys(PICTURES), ...pictures.map(({ name }) => name), ...Object.keys(missing)])].filter((name) => missing[name] || pictures.some((one) => one.name === name));
   const name = names.includes(state.picture) ? state.picture : names[0];
   const inside = new Set(selected.rows);
@@ -34,13 +35,17 @@ page.picturesView = async (main, selected) => {
 
 // A picture with the points of the chosen runs, and of what was never run.
 page.filtered = (picture, inside) => {
-  let count = 0;
+  let count = 0, total = 0;
   const panels = picture.panels.map((panel) => ({ ...panel, series: panel.series.map((one) => {
     const points = one.points.filter(([row]) => row < 0 || inside.has(row));
     count += points.length;
+    total += one.points.length;
     return { ...one, points, failures: one.failures.filter(([row]) => row < 0 || inside.has(row)) };
-  }).filter(({ points }) => points.length) })).filter(({ series }) => series.length);
-  return { ...picture, panels, count };
+  }).filter(({ points, failures }) => points.length || failures.length) })).filter(({ series }) => series.some(({ points }) => points.length));
+  if (count === total) return { ...picture, panels, count, notes: picture.notes.filter((text) => !text.startsWith("×")) }; // a list below names them
+  // Fronts and figures in words are of all runs.
+  const without = panels.map((panel) => ({ ...panel, guides: panel.guides.filter(({ label }) => !label.startsWith("front")) }));
+  return { ...picture, panels: without, count, notes: [`${count} of ${total} points pass the filters; fronts and figures of all of them are left out.`] };
 };
 
 page.facts = (picture) => page.el("p", { class: "quiet" }, Object.values(picture.facts).filter(Boolean).join("; "));
@@ -87,8 +92,8 @@ page.draw = (Chart, canvas, told, panel) => {
       pointStyle: shape, pointRadius: count > 2000 ? 2.5 : 5, pointHoverRadius: 8, borderColor: colour, backgroundColor: evidence === "MEASURED" ? colour : "transparent",
       pointBorderWidth: 1.5, showLine: joined, borderWidth: 1, borderDash: evidence === "MEASURED" ? [] : [4, 3] };
   });
-  const guides = panel.guides.map(({ label, points }) => ({ data: points.map(([x, y]) => ({ x, y })), showLine: true, pointHitRadius: 0,
-    pointStyle: "circle", pointRadius: label.startsWith("front") ? 10 : 0, backgroundColor: "transparent", borderColor: ink, borderDash: [4, 4], borderWidth: 1 }));
+  const guides = panel.guides.map(({ label, points, stepped }) => ({ stepped: stepped ? "before" : false, data: points.map(([x, y]) => ({ x, y })), showLine: true, pointHitRadius: 0,
+    pointStyle: "circle", pointRadius: label.startsWith("front") ? 10 : points.length === 1 ? 6 : 0, backgroundColor: "transparent", borderColor: ink, borderDash: [4, 4], borderWidth: 1 }));
   const chart = new Chart(canvas, {
     type: "scatter", data: { datasets: [...datasets, ...guides] }, plugins: count > MOST_INTERVALS ? [] : [page.intervals],
     options: {
@@ -104,7 +109,7 @@ page.draw = (Chart, canvas, told, panel) => {
 };
 
 // The least and the largest of an axis, with some room; places: where a point holds what lies along it.
-page.extent = (panel, places) => panel.series.flatMap(({ points }) => points).reduce(([least, most], point) => {
+page.extent = (panel, places) => [...panel.series.flatMap(({ points }) => points), ...panel.guides.flatMap(({ points }) => points.map(([x, y]) => [null, x, y]))].reduce(([least, most], point) => {
   const values = places.map((place) => point[place]).filter((value) => typeof value === "number");
   return [Math.min(least, ...values), Math.max(most, ...values)];
 }, [Infinity, -Infinity]);

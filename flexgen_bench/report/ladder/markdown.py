@@ -19,7 +19,10 @@ _HOST_CAP = (
     "A cap on host memory holds all of a cell's processes: Python, torch and what else the system loads, buffers, "
     "weights, KV cache, and the page cache of the files it reads. Nothing is added for the process itself."
 )
-_GPU_CAP = "A cap on GPU memory is on what torch's allocator may hold; the driver's context lies outside, for everyone."
+_GPU_CAP = (
+    "A cap on GPU memory is on what torch's allocator may hold; the driver's context lies outside, for everyone. A "
+    "system that allocates by itself (llama.cpp) is asked to fit, and nothing enforces it."
+)
 _PREDICTED = (
     "In predictions the rivals' models keep 3 GB of host memory for their process (0.5 GB without a GPU), this "
     "engine's none: below some gigabytes of host memory compare with care."

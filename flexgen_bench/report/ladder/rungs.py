@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,15 +86,25 @@ class Ladder:
 
 
 def measured_ladders(rows: Sequence[Row]) -> list[Ladder]:
-    """Of rows of records; those whose cap was asked for in bytes stand on no ladder."""
+    """Of rows of records, of every cell the newest however often it was repeated; those whose cap was asked for in
+    bytes stand on no ladder."""
     pairs = []
-    for row in rows:
+    for row in _newest(rows):
         hardware = row.stored.record.spec.get("hardware")
         shares = hardware.get("weight_shares") if isinstance(hardware, Mapping) else None
         if isinstance(hardware, Mapping) and isinstance(shares, Mapping) and shares:
             known = {str(tier): float(share) for tier, share in shares.items()}
             pairs.append((known, int(hardware[_BYTES[_climbed(known)]]), _heading(row), row))
     return _ladders((shares, heading, _of_row(shares, cap, row)) for shares, cap, heading, row in pairs)
+
+
+def _newest(rows: Sequence[Row]) -> list[Row]:
+    newest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda one: one.stored.age):
+        spec = row.stored.record.spec
+        asked = [spec.get(key) for key in ("system_options", "policy", "lossy", "max_latency_s")]
+        newest[json.dumps([row.group, row.system, *asked], sort_keys=True, default=str)] = row
+    return list(newest.values())
 
 
 def predicted_ladders(rows: Sequence[Simulated]) -> list[Ladder]:
@@ -132,7 +143,12 @@ def _of_row(shares: Mapping[str, float], cap_bytes: int, row: Row) -> Point:
         figure = Figure(summary.value, summary.low, summary.high, summary.n)
     process = record.environment.get("process")
     base = process.get("base_bytes") if isinstance(process, Mapping) else None
+    gpu_cap = process.get("gpu_memory_cap") if isinstance(process, Mapping) else None
     tier = _climbed(shares)
+    held = {
+        Tier.CPU: row.memory.enforced,
+        Tier.GPU: not isinstance(gpu_cap, Mapping) or gpu_cap.get("enforced") is True,
+    }
     return Point(
         share=shares[tier.value],
         cap_bytes=cap_bytes,
@@ -144,7 +160,7 @@ def _of_row(shares: Mapping[str, float], cap_bytes: int, row: Row) -> Point:
         evidence=row.evidence,
         figure=figure,
         batch_size=row.batch_size,
-        enforced=row.memory.enforced or tier is not Tier.CPU,
+        enforced=held.get(tier, True),
         base_bytes=base if isinstance(base, int) else None,
     )
 
