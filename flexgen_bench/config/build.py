@@ -113,7 +113,15 @@ def to_policy(conf: PolicyConf, hardware: HardwareProfile) -> Policy | None:
                 f"0 on gpu={hardware.name}, which has no accelerator",
                 "Take gpu=emulated, or a policy such as policy=all-cpu.",
             )
-    return Policy(**chosen)
+    policy = Policy(**chosen)
+    if policy.kv_moved and (Tier.GPU not in hardware.tiers or not policy.kv_cache.share(Tier.CPU)):
+        raise UserError(
+            "policy.kv_moved",
+            policy.kv_moved,
+            "0 where no cache in host memory lies below an accelerator",
+            "Give the cache a share there (policy.kv_cache.cpu) on a machine with an accelerator, or leave it out.",
+        )
+    return policy
 
 
 def to_lossy(conf: LossyConf) -> Lossy:

@@ -246,15 +246,18 @@ class Engine:
                 JobRun(
                     *(scheduler, plan.job, executor, actions, consumer, result, plan.groups.requests, progress),
                     overlap=policy.overlap,
-                )
+                ),
+                executor,
             )
         return result
 
-    def _drive(self, run: JobRun) -> None:
-        """All passes of a closed job. In a frame of its own, which holds nothing when an error has left it."""
-        self._running = run
+    def _drive(self, run: JobRun, executor: Executor) -> None:
+        """All passes of a closed job, and what their lanes still do. In a frame of its own, which holds nothing when an
+        error has left it."""
+        self._running, self._ended = run, None
         try:
             run.run()
+            executor.drain()
             self._ended = run.state()
         finally:
             self._running = None

@@ -489,3 +489,10 @@ def test_parts_of_a_suite_make_the_whole_and_keep_systems_together() -> None:
 def test_parts_that_cannot_be_are_refused(words: list[str], suite: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         cells(*words, suite=suite)
+
+
+@pytest.mark.parametrize("place", [["gpu=cpu", "policy=all-cpu"], ["gpu=emulated", "policy=all-gpu"]])
+def test_a_cache_that_cannot_be_moved_is_not_said_to_be(place: list[str]) -> None:
+    """It was accepted, did nothing, and records called half of the cache moved."""
+    with pytest.raises(UserError, match=r"policy\.kv_moved"):
+        cells("model=opt-125m", "system=flexgen", *place, "policy.attention=cpu", "policy.kv_moved=0.5", suite="")
