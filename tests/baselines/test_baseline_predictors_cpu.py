@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flexgen_bench.config.build import hardware_profile
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, DoesNotFit
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
@@ -96,10 +97,11 @@ def test_without_rates_of_torch_those_of_the_layers_are_taken() -> None:
 LLAMA = ModelShape("llama-1.2b", "llama", 16, 2048, 32, 8, 64, 8192, 49152, 8192, False)
 
 
-def llama_cpp(memory_bytes: int, num_prompts: int = 32, **options: Any) -> Prediction:
+def llama_cpp(memory_bytes: int, num_prompts: int = 32, bits: int | None = None, **options: Any) -> Prediction:
     conf = configured("llama_cpp")
     hardware = replace(AVX2, cpu_memory_bytes=memory_bytes)
-    job = Job(LLAMA, DType.BFLOAT16, hardware, 32, 32, num_prompts)
+    lossy = Lossy(weights=Compression(bits)) if bits else EXACT
+    job = replace(Job(LLAMA, DType.BFLOAT16, hardware, 32, 32, num_prompts), lossy=lossy)
     return make_predictor(conf["predictor"], conf["constants"], {**conf["options"], **options}).predict(job)
 
 
@@ -107,9 +109,9 @@ def llama_cpp(memory_bytes: int, num_prompts: int = 32, **options: Any) -> Predi
     ("memory", "options", "measured"),
     [
         (8 * GIB, {}, 24.1),
-        (8 * GIB, {"format": "q4_0"}, 26.0),
+        (8 * GIB, {"bits": 4}, 26.0),
         (8 * GIB, {"num_prompts": 1}, 6.75),
-        (8 * GIB, {"num_prompts": 1, "format": "q4_0"}, 17.1),
+        (8 * GIB, {"num_prompts": 1, "bits": 4}, 17.1),
         (int(1.5 * GIB), {}, 9.9),
     ],
 )

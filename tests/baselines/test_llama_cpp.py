@@ -154,7 +154,9 @@ def test_a_file_holds_the_checkpoint_numbers(form: Format, tmp_path: Path) -> No
 
     folder = tmp_path / "model"
     shape, _ = made("wide", folder)
-    one = system(shape, folder, {"format": form.value})
+    bits = {Format.Q8_0: 8, Format.Q4_0: 4, Format.Q4_K_M: 4}.get(form)
+    lossy = Lossy(weights=Compression(bits)) if bits else EXACT
+    one = system(shape, folder, {"format": form.value}, lossy=lossy)
     one.check()
     one.prepare()
     header = read_header(one.file)
@@ -168,6 +170,14 @@ def test_a_file_holds_the_checkpoint_numbers(form: Format, tmp_path: Path) -> No
     assert {header.tensors[t.name].kind for t in layout.plan(shape, form)} == {
         t.type.number for t in layout.plan(shape, form)
     }
+
+
+@pytest.mark.parametrize("options", [{"format": "q4_k_m"}, {"format": "q8_0"}, {"kv": "q8_0"}])
+def test_fewer_bits_than_the_cell_says_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """Its record would call them exact, and a table would hold them beside 16-bit weights."""
+    shape, _ = made("wide", tmp_path / "model")
+    with pytest.raises(UserError, match=next(iter(options))):
+        system(shape, tmp_path / "model", options).check()
 
 
 def test_a_mixed_file_is_as_llama_quantize_mixes_it() -> None:

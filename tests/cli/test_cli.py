@@ -71,7 +71,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(run, tmp_path: Path) 
     ("arguments", "message"),
     [
         (["model=opt-31b"], "error: model = 'opt-31b': must be one of"),
-        (["system=vllm"], "error: system = 'vllm': must be one of accelerate, deepspeed"),
+        (["system=sglang"], "error: system = 'sglang': must be one of accelerate, airllm, deepspeed"),
         (["modle=opt-125m"], "Did you mean 'model'?"),
         (["model=opt-125m", "policy=half-disk", "policy.weights.disk=1"], "sum to 1.5"),
         pytest.param(["-m", "model=opt-125m", "workload.prompt_len=8,5000"], "2048 positions", marks=pytest.mark.slow),
@@ -94,6 +94,8 @@ def test_a_machine_that_is_not_here(run, tmp_path: Path) -> None:  # type: ignor
         assert "no rates for gpu16" in answer.stdout
         assert document(answer)["status"] == {"unavailable": len(RUNNABLE)}
     (tmp_path / "results" / ".measured-here").unlink()
+    for watched in (tmp_path / "results").glob(".running-*"):
+        watched.unlink()
     written = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
     records = [p for p in written if p.parts[0] == "results"]
     assert len(records) == len(RUNNABLE)

