@@ -47,9 +47,9 @@ WORDS = {
     "--tasks lambada": "--tasks copying_words",
 }
 TASKS = "--tasks copying_words"
-HELM = """python -m flexgen_bench accuracy model=smollm2-135m tasks=helm reference=yardstick \
-'mode=[bf16,w8,w4,w4-mse,w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse,q8_0,q4_0,q4_k_m,mxfp4]'""".replace(
-    "\\\n", ""
+HELM = (
+    "python -m flexgen_bench accuracy model=smollm2-135m tasks=helm reference=yardstick 'mode=[bf16,w8,w4,w4-mse,"
+    "w4-outputs,w4g32,w4g128,w3,kv8,kv4,w4kv4,w4kv4-sparse,q8_0,q4_0,q4_k_m,mxfp4]'"
 )
 LM_EVAL = "--include_path ~/.cache/flexgen-bench/accuracy/lm_eval"
 BATCH = 'echo \'{"prompt": "Two and two", "max_tokens": 3}\' > requests.jsonl; rm -f answers.jsonl*; python -m'
