@@ -151,7 +151,7 @@ def _tracker(tmp_path: Path, **options: Any) -> Tracker:
     return tracker
 
 
-def test_without_wandb_the_run_goes_on_and_says_so_once(
+def test_without_wandb_the_run_goes_on_and_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _replace_wandb(tmp_path / "fake", "raise ImportError('no such thing')", monkeypatch)
@@ -162,7 +162,8 @@ def test_without_wandb_the_run_goes_on_and_says_so_once(
         tracker.end(DONE)
     tracker.close()
     said = capfd.readouterr().err
-    assert said.count("\n") == 1
+    assert said.count("\n") == 2, "once of the run, and once that no further one will be sent"
+    assert said.count("and of what follows is lost") == 1
     assert "wandb cannot be imported (no such thing); pip install wandb" in said
     assert "flexgen tiny" in said
     assert "The records are safe on disk" in said
