@@ -40,6 +40,7 @@ from flexgen_bench.config.build import model_spec
 from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.cell import CellSpec, ModelSpec
 from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.status import Evidence
@@ -50,6 +51,7 @@ from flexgen_bench.systems.contract import ModelFiles
 SHAPE = model_spec("smollm2-135m").shape
 PROMPT, NEW, MANY = 32, 32, 32
 FORMATS = (Format.BF16, Format.Q4_0)
+BITS = {Format.Q4_0: 4, Format.Q4_K_M: 4, Format.Q8_0: 8}
 WITHIN = 0.05
 PROMPTS = [[(7 * t + s) % 1000 + 5 for t in range(PROMPT)] for s in range(MANY)]
 
@@ -68,6 +70,7 @@ def system(form: Format, opts: Options) -> Any:
         dtype=DType.BFLOAT16,
         threads=opts.threads,
         system_options={"format": form.value, "load": "resident"},
+        lossy=Lossy(weights=Compression(BITS[form])) if form in BITS else EXACT,
     )
     made = LlamaCppSystem(spec, ModelFiles(folder, opts.cache / "scratch", opts.cache))
     made.check()
