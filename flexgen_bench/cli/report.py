@@ -29,6 +29,7 @@ from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.report.table import to_csv, to_markdown
 from flexgen_bench.store.kept_predictions import FILE
 from flexgen_bench.store.reader import Problem, read_all
+from flexgen_bench.store.whole_file import write_text
 from flexgen_bench.store.writer import suite_folder
 
 PREDICTED_LADDERS = "predicted/ladder.md"
@@ -45,17 +46,17 @@ def build_reports(results_dir: Path, out: Path, margins: Margins | None = None, 
     suites, problems = _load(results_dir)
     if "index" in suites:  # its page would replace the index of all pages
         raise UserError("suite", "index", "another name", "Rename its folder and its records' suite.")
-    written, accuracy = build_accuracy(results_dir, out / ACCURACY_FOLDER, _write, margins)
+    written, accuracy = build_accuracy(results_dir, out / ACCURACY_FOLDER, write_text, margins)
     for suite, rows in suites.items():
         mine = [p for p in problems if p.path.parent.name == suite]
         linked = accuracy_lines(rows, accuracy, ACCURACY_FOLDER)
         page = suite_page(suite, rows, mine, results_dir, linked)
-        written.append(_write(out / f"{suite}.md", page))
-        written.append(_write(out / f"{suite}.csv", to_csv(rows, results_dir)))
+        written.append(write_text(out / f"{suite}.md", page))
+        written.append(write_text(out / f"{suite}.csv", to_csv(rows, results_dir)))
     records = [row.stored for rows in suites.values() for row in rows]
     try:
         everything = material(records, accuracy, problems, results_dir)
-        drawn = build_pictures(everything, results_dir, out / PICTURES_FOLDER, _write)
+        drawn = build_pictures(everything, results_dir, out / PICTURES_FOLDER, write_text)
     except CannotDraw as error:
         drawn = []
         print(f"no pictures: {error}", file=sys.stderr)
@@ -63,7 +64,7 @@ def build_reports(results_dir: Path, out: Path, margins: Margins | None = None, 
     pictures_page = f"{PICTURES_FOLDER}/index.md" if drawn else ""
     index = index_page(dict(suites), problems, results_dir, accuracy_page, pictures_page, predicted)
     written += drawn
-    written.append(_write(out / "index.md", index))
+    written.append(write_text(out / "index.md", index))
     return written
 
 
@@ -86,7 +87,7 @@ def build_paper_tables(
         problems,
         results_dir,
         out / "paper",
-        _write,
+        write_text,
         simulate=simulate,
         names=names,
         own=own,
@@ -98,7 +99,7 @@ def build_paper_tables(
 def build_predicted_ladders(out: Path, cache: Path) -> Path:
     """Write the ladders of machines that are not here, from what is kept of their predictions (what is not is asked,
     and kept in ``cache``); returns the path. Raises UserError for what is wrong with the suite."""
-    return _write(out / PREDICTED_LADDERS, predicted_page(ladder_rows(cache)))
+    return write_text(out / PREDICTED_LADDERS, predicted_page(ladder_rows(cache)))
 
 
 def update_readme(results_dir: Path, readme: Path) -> list[str]:
@@ -118,7 +119,7 @@ def update_readme(results_dir: Path, readme: Path) -> list[str]:
         pieces += [text[kept_until:start], "\n", to_markdown(suites[name]).rstrip() + "\n"]
         names.append(name)
         kept_until = end
-    _write(readme, "".join(pieces) + text[kept_until:])
+    write_text(readme, "".join(pieces) + text[kept_until:])
     return names
 
 
@@ -161,21 +162,6 @@ def _marked_spans(text: str, readme: Path) -> list[tuple[int, str, int]]:
 
 
 _PAIR = "<!-- table:SUITE --> and <!-- /table -->, each on its own line."
-
-
-def _write(path: Path, text: str) -> Path:
-    """Whole or not at all: a page cut short by a full disk must not replace a good one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -295,12 +295,11 @@ def _summary(outcome: Outcome) -> list[Record]:
 
 def _warning(record: Record) -> str:
     """Of a system beside the one that the benchmark is about."""
-    lines = record.reason.strip().splitlines() or ["no reason"]
-    reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    from flexgen_bench.report.cells import cause
+
+    ended = f"{record.spec.get('system')} ended in {record.status.value}: {cause(record.reason)}"
     return (
-        f"warning: {record.spec.get('system')} ended in {record.status.value}: {reason}. It is recorded and in the "
-        "table; "
-        f"what the others did stands. Again: {record.rerun_command}"
+        f"warning: {ended}. It is recorded and in the table; what the others did stands. Again: {record.rerun_command}"
     )
 
 

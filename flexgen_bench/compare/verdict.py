@@ -11,6 +11,7 @@ from flexgen_bench.compare.ratio import Ratio, paired, unpaired
 from flexgen_bench.core.metrics import DEFINITIONS, metrics, summarise
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
+from flexgen_bench.report.cells import cause
 from flexgen_bench.store.reader import StoredRecord
 
 # Assumed: what processes of one program differ by on a quiet machine, and less than anybody would act on.
@@ -77,11 +78,11 @@ def _of_endings(a: Record, b: Record) -> tuple[Verdict, str]:
     """For records of which at least one is not OK."""
     if a.status is Status.OK:
         impossible = b.status is Status.UNAVAILABLE
-        why = f"A ran, B ended in {b.status}: {_first_line(b.reason)}"
+        why = f"A ran, B ended in {b.status}: {cause(b.reason)}"
         return (Verdict.UNDECIDED if impossible else Verdict.WORSE), why
     if b.status is Status.OK:
         impossible = a.status is Status.UNAVAILABLE
-        why = f"B ran, A ended in {a.status}: {_first_line(a.reason)}"
+        why = f"B ran, A ended in {a.status}: {cause(a.reason)}"
         return (Verdict.UNDECIDED if impossible else Verdict.BETTER), why
     return Verdict.UNDECIDED, f"neither ran: A ended in {a.status}, B in {b.status}"
 
@@ -148,8 +149,3 @@ def _tokens_note(a: Record, b: Record) -> tuple[str, ...]:
         return ()
     equal = sum(x == y for x, y in zip(first, second, strict=False))
     return (f"tokens differ: {equal} of {max(len(first), len(second))} prompts have the same",)
-
-
-def _first_line(reason: str) -> str:
-    lines = reason.strip().splitlines() or ["no reason"]
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -19,7 +19,8 @@ from flexgen_bench.page.gather import Broken, Gatherer, PageRow
 from flexgen_bench.page.lanes import lanes
 from flexgen_bench.page.papers import paper_tables
 from flexgen_bench.page.pictures import compact, document
-from flexgen_bench.page.scripts import script, write_text
+from flexgen_bench.page.scripts import script
+from flexgen_bench.store.whole_file import write_text
 
 ASSETS = Path(__file__).with_name("assets")
 INDEX = "index.html"
@@ -131,7 +132,7 @@ class PageBuilder:
             yield place, name
 
     def _write(self, name: str, data: Any) -> None:
-        write_text(self.out / DATA / name, script(name.removesuffix(".js"), data))
+        write_text(self.out / DATA / name, script(name.removesuffix(".js"), data), "Choose another folder.")
 
     def _remove_others(self, written: set[str]) -> None:
         """Data files of an earlier page, which nothing names any more. Other files are nobody's business here."""

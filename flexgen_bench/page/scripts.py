@@ -7,10 +7,7 @@ no sign beyond ASCII, and never stands in HTML.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
-
-from flexgen_bench.core.errors import StoreError
 
 
 def script(name: str, data: Any) -> str:
@@ -19,18 +16,3 @@ def script(name: str, data: Any) -> str:
     document = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII alone
     quoted = document.replace("\\", "\\\\").replace("'", "\\'")
     return f"page.data({json.dumps(name)},'{quoted}');\n"
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Whole or not at all. Raises StoreError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}. Choose another folder.") from error
-    return path

@@ -151,6 +151,12 @@ def number(value: float) -> str:
     return significant(value, 3)
 
 
+def cause(reason: str) -> str:
+    """The line of a record's reason that tells most: the first, or of a traceback the last."""
+    lines = reason.strip().splitlines() or ["no reason"]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
 def one_line(text: str, longest: int) -> str:
     """``text`` without line breaks, cut with an ellipsis."""
     flat = " ".join(text.split())

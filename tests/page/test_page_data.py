@@ -15,7 +15,8 @@ from flexgen_bench.core.metrics import summarise
 from flexgen_bench.page.build import ASSETS, CELLS_A_FILE, PageBuilder
 from flexgen_bench.page.gather import Gatherer
 from flexgen_bench.page.lanes import picture
-from flexgen_bench.page.scripts import script, write_text
+from flexgen_bench.page.scripts import script
+from flexgen_bench.store.whole_file import write_text
 from flexgen_bench.store.writer import write_record
 from tests.support.page_records import HOSTILE, break_files, write_results
 from tests.support.record_factory import make_record

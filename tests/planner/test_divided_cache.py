@@ -17,21 +17,11 @@ from flexgen_bench.planner.placement_lp import MOVED
 from flexgen_bench.planner.search import Search
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.planner.why import why
+from tests.planner.test_search import model
 from tests.support.planner_machines import DTYPE, MIB, accelerator, site
-from tests.support.shapes import opt_shape
 
 CPU = Placement.all_on(Tier.CPU)
-SHAPE = opt_shape(
-    num_layers=16,
-    hidden_size=128,
-    embed_dim=128,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=16,
-    ffn_size=512,
-    vocab_size=256,
-    max_positions=128,
-)
+SHAPE = model(16)
 # The cpu attends to a gigabyte in a second, and a link moves as much. The accelerator has no room for 6 MB of weights;
 # 64 sequences of 96 tokens have 50 MB of cache. The cpu alone is as long at it as the link at eight loads of weights.
 MACHINE = accelerator(int(5.5 * MIB), 2**30, gpu=site(1e13, 1e12), cpu=site(1e12, 2e9), h2d=1e9, d2h=1e9)
