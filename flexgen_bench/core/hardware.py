@@ -10,7 +10,7 @@ from enum import StrEnum
 from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.rates import Rates, stated_rate
-from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, Lane, LaneKind, Site, Tier
+from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, STATED_LINKS, Lane, LaneKind, Site, Tier
 
 # Attention over a KV cache reads all of it, so it cannot be faster than memory; what is stated is rounded.
 _ROUNDED = 1.05
@@ -63,12 +63,12 @@ class HardwareProfile:
             if not 0 < share < math.inf:
                 raise UserError(f"gpu.weight_shares.{tier}", share, "more than zero, and finite")
         for lane, rate in self.links.items():
-            if lane not in PHYSICAL_LINKS:
+            if lane not in STATED_LINKS:
                 action = ""
                 if lane in LINKS:
                     link = Lane(LaneKind(lane)).link
                     action = f"{lane} shares the link of {link}: state the bandwidth of {link}."
-                raise UserError("gpu.links", lane, f"one of {', '.join(map(str, PHYSICAL_LINKS))}", action)
+                raise UserError("gpu.links", lane, f"one of {', '.join(map(str, STATED_LINKS))}", action)
             if not 0 < rate < math.inf:
                 raise UserError(f"gpu.links.{lane}", rate, "more than zero bytes/s, and finite")
         if self.accelerator is Accelerator.EMULATED and self.gpu_memory_bytes is None:

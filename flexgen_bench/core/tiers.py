@@ -33,6 +33,9 @@ class LaneKind(StrEnum):
     D2H = "d2h"  # gpu -> cpu
     GPU = "gpu"
     CPU = "cpu"
+    NET_OUT = "net_out"  # this rank -> another one
+    NET_IN = "net_in"  # another rank -> this one: hidden states
+    NET_TOKENS = "net_tokens"  # another rank -> this one: tokens, over the link of net_in
 
 
 # The kinds of lanes that move bytes, and between which tiers: a link is a directed pair of tiers.
@@ -43,10 +46,14 @@ LINKS: dict[LaneKind, tuple[Tier, Tier]] = {
     LaneKind.H2D_WEIGHTS: (Tier.CPU, Tier.GPU),
     LaneKind.D2H: (Tier.GPU, Tier.CPU),
 }
+# Lanes between ranks: from and to the memory of another host, or of another process of this one.
+NETWORK = (LaneKind.NET_OUT, LaneKind.NET_IN, LaneKind.NET_TOKENS)
 # Lanes that work on a link that is named after another one.
-_SHARES = {LaneKind.H2D_WEIGHTS: LaneKind.H2D}
+_SHARES = {LaneKind.H2D_WEIGHTS: LaneKind.H2D, LaneKind.NET_TOKENS: LaneKind.NET_IN}
 # What bandwidths are stated for: one kind of lane of each link.
 PHYSICAL_LINKS = tuple(kind for kind in LINKS if kind not in _SHARES)
+# What they may be stated for beside that: only ranks have a network.
+STATED_LINKS = (*PHYSICAL_LINKS, LaneKind.NET_OUT, LaneKind.NET_IN)
 _OF_ACCELERATOR = (LaneKind.GPU, *(kind for kind, ends in LINKS.items() if Tier.GPU in ends))
 
 Kind = TypeVar("Kind", bound=StrEnum)
@@ -142,7 +149,8 @@ class Lane(OfDevice[LaneKind]):
         super()._fill(kind, device)
         shared = _SHARES.get(kind)
         link = self if shared is None else Lane(shared, device)
-        self._set(is_link=kind in LINKS, computes=kind not in LINKS, of_accelerator=kind in _OF_ACCELERATOR, link=link)
+        is_link = kind in LINKS or kind in NETWORK
+        self._set(is_link=is_link, computes=not is_link, of_accelerator=kind in _OF_ACCELERATOR, link=link)
 
     @property
     def ends(self) -> tuple[Tier, ...]:
@@ -154,7 +162,7 @@ class Site(OfDevice[Tier]):
     """A tier of one device: a memory, the lane that computes on what lies in it, and the lanes that serve it.
 
     host: the host's memory. lane: what computes here; cpu, disk_read, disk_write: of the host; h2d, h2d_weights, d2h:
-    an accelerator's links; lanes: all of these. The accelerators of a machine share its host, which is device 0;
+    an accelerator's links; lanes: all of these; net_out, net_in, net_tokens: between this rank and others. The accelerators of a machine share its host, which is device 0;
     another host has sites and lanes of its own number.
     """
 
@@ -169,6 +177,9 @@ class Site(OfDevice[Tier]):
         "is_accelerator",
         "lane",
         "lanes",
+        "net_in",
+        "net_out",
+        "net_tokens",
         "tier",
     )
     tier: Tier
@@ -181,6 +192,9 @@ class Site(OfDevice[Tier]):
     h2d: Lane
     h2d_weights: Lane
     d2h: Lane
+    net_out: Lane
+    net_in: Lane
+    net_tokens: Lane
     lanes: tuple[Lane, ...]
     _kinds = Tier
     _made: ClassVar[dict[tuple[str, int], Any]] = {}
@@ -200,7 +214,8 @@ class Site(OfDevice[Tier]):
             if is_accelerator or one not in _OF_ACCELERATOR
         }
         lane = lanes[LaneKind.GPU if is_accelerator else LaneKind.CPU]
-        self._set(tier=kind, is_accelerator=is_accelerator, host=host, lane=lane, lanes=tuple(lanes.values()))
+        own = tuple(one for name, one in lanes.items() if name not in NETWORK)
+        self._set(tier=kind, is_accelerator=is_accelerator, host=host, lane=lane, lanes=own)
         self._set(**{one: each for one, each in lanes.items() if one is not LaneKind.GPU})
 
 

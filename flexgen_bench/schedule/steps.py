@@ -38,6 +38,14 @@ class StepKind(StrEnum):
     MOVE_LOGITS = "move_logits"  # what sampling needs, gpu -> cpu
     SAMPLE = "sample"  # logits -> next tokens: where the logits are, or on the host
     MOVE_TOKENS = "move_tokens"  # next tokens, gpu -> cpu; cpu -> gpu where the host has sampled them
+    RECV_HIDDEN = "recv_hidden"  # hidden states of the rank before, into host memory
+    MOVE_RECEIVED = "move_received"  # the same, cpu -> gpu
+    ENTER = "enter"  # the same -> hidden, where the rank's first layer is computed
+    LEAVE = "leave"  # hidden -> what the next rank is sent
+    MOVE_LEAVING = "move_leaving"  # the same, gpu -> cpu
+    SEND_HIDDEN = "send_hidden"  # the same, to the next rank
+    SEND_TOKENS = "send_tokens"  # next tokens, from the last rank to all others
+    RECV_TOKENS = "recv_tokens"  # the same, on each of the others
 
 
 class Step(NamedTuple):

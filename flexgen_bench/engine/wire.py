@@ -1,0 +1,32 @@
+"""What goes between ranks: hidden states to the next one, tokens from the last one to all others.
+
+Each lane of a rank's network is a thread of its own, so a wire is used by several threads at once. Two ranks name the
+same micro-batch by its number in the pass; of those with the same number the first that was sent is the first that is
+received, since passes follow each other in the same order on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Wire(Protocol):
+    """One rank's connection to all others."""
+
+    def send_hidden(self, number: int, rows: Tensor) -> None:
+        """To the next rank, the hidden states (R, hidden) of a micro-batch, in host memory. Returns before they have
+        been received; ``rows`` are not touched any more."""
+
+    def recv_hidden(self, number: int, into: Tensor) -> None:
+        """From the rank before: fill ``into`` (R, hidden), in host memory. Waits for them."""
+
+    def send_tokens(self, number: int, payload: bytes) -> None:
+        """To all other ranks: what was chosen for a micro-batch."""
+
+    def recv_tokens(self, number: int) -> bytes:
+        """From the last rank. Waits for them."""
+
+    def abort(self, error: BaseException) -> None:
+        """Whoever waits, and whoever comes later, raises ``error``."""
