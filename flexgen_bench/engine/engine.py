@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import Accelerator
-from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.moment import JobState
+from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Site, Tier
@@ -33,12 +32,11 @@ from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.traceback_cleanup import release_frames
 from flexgen_bench.engine.weights import Weights
+from flexgen_bench.engine.wire import Wire
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.memory.stored_tensor import StoredTensor
-from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
+from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
-from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.graph_memory import graph_bytes
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
@@ -55,11 +53,23 @@ GREEDY_ROW_BYTES = 8
 class Engine:
     """Weights in place, ready for jobs. Use ``close`` when done.
 
+    stage: what it computes of the model, if it is one of several ranks; None: all of it. All ranks run the same jobs:
+    ``generate`` with sequences of the same prompts and parameters, in the same order. wire: how this rank reaches the
+    others. A job that fails aborts it; another one can be put in its place (``wire``), on all ranks.
+
     Raises DoesNotFit if the weights alone exceed a tier, UserError for a policy this machine cannot follow.
     """
 
     def __init__(
-        self, family: ModelFamily, model: Model, store: WeightStore, policy: Policy, device: Device, offload_dir: Path
+        self,
+        family: ModelFamily,
+        model: Model,
+        store: WeightStore,
+        policy: Policy,
+        device: Device,
+        offload_dir: Path,
+        stage: Stage | None = None,
+        wire: Wire | None = None,
     ) -> None:
         if policy.lossy.activations and device.hardware.accelerator is not Accelerator.NONE:
             raise UserError(
@@ -68,7 +78,9 @@ class Engine:
                 "none on an accelerator",
                 "Such products exist on a processor only: gpu=cpu, or activations=null.",
             )
-        self.policy = policy
+        if (stage is not None and stage.ranks > 1) is not (wire is not None):
+            raise ValueError(f"stage = {stage}, wire = {wire}: several ranks need a wire, and nothing else does")
+        self.policy, self.stage, self.wire = policy, stage, wire
         self._family, self._model = family, model
         self._formulas = Formulas(family, model.shape)
         self._device, self._offload_dir = device, offload_dir
@@ -315,32 +327,3 @@ def _together(job: ScheduledJob, *parts: Mapping[Tier, Mapping[str, int]]) -> di
         for tier, names in part.items():
             allocated.setdefault(job.site_of(tier), {}).update(names)
     return allocated
-
-
-def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtype: DType) -> StorePlan:
-    """What the packed store of a model must hold: tables, embedding and head together, then layer by layer."""
-    stored = {
-        e.offset: StoredTensor(
-            e.tensor.spec.name,
-            e.tensor.spec.shape,
-            e.offset,
-            e.num_bytes,
-            e.tensor.sources,
-            e.tensor.source_rows,
-            e.compression,
-            e.params_offset if e.compression else 0,
-            e.tensor.dtype,
-        )
-        for e in packed.entries
-    }
-    layers = [tuple(stored[e.offset] for e in u.entries) for u in packed.units[1:-1]]
-    in_layers = {t.offset for group in layers for t in group}
-    rest = tuple((tensor,) for offset, tensor in stored.items() if offset not in in_layers)
-    return StorePlan(
-        groups=(*rest, *layers),
-        file_bytes=packed.file_bytes,
-        dtype=dtype,
-        prefixes=family.prefixes,
-        description=to_json(shape),
-        compression=packed.compression,
-    )
