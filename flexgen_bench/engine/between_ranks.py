@@ -6,6 +6,7 @@ R rows of a micro-batch.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from flexgen_bench.engine.nan_checks import Health, Watched
 from flexgen_bench.engine.next_tokens import NextTokens, Reader
 from flexgen_bench.engine.wire import Wire
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.steps import Step
+from flexgen_bench.schedule.steps import Step, StepKind
 
 
 class Leaving(NamedTuple):
@@ -51,10 +52,26 @@ class BetweenRanks:
         self._hidden, self._health = hidden, health
         self._reader, self._next = reader, next_tokens
         self._row_bytes = plan.job.hidden_row_bytes
-        self._inbox: list[Tensor] = []
+        # The outbox is made of what leaves, and is free when the wire has let go of it.
+        arenas.note(Tier.CPU, "outbox", plan.staging.outbox)
+        size, count = plan.staging.inbox, plan.staging.num_buffers + plan.staging.cpu_attention_buffers
+        self._inbox = [arenas.allocate(Tier.CPU, "inbox", size) for _ in range(count if size else 0)]
         self._arrived: dict[int, Tensor] = {}
         self._leaving: dict[int, Leaving] = {}
         self._outbox: dict[int, Leaving] = {}
+
+    @property
+    def actions(self) -> dict[StepKind, Callable[[Step], None]]:
+        return {
+            StepKind.RECV_HIDDEN: self.recv_hidden,
+            StepKind.MOVE_RECEIVED: self.move_received,
+            StepKind.ENTER: self.enter,
+            StepKind.LEAVE: self.leave,
+            StepKind.MOVE_LEAVING: self.move_leaving,
+            StepKind.SEND_HIDDEN: self.send_hidden,
+            StepKind.SEND_TOKENS: self.send_tokens,
+            StepKind.RECV_TOKENS: self.recv_tokens,
+        }
 
     def clear(self) -> None:
         """Let go of everything: the job is over."""
@@ -75,7 +92,7 @@ class BetweenRanks:
         """ENTER: the same as hidden states, as if the layer before had made them here."""
         moved = self._arrived.pop(step.buffer_index, None)
         # The inbox is filled again while these are still needed.
-        self._hidden.put(step, self._received(step).clone() if moved is None else crossing(moved))
+        self._hidden.enter(step, self._received(step).clone() if moved is None else crossing(moved))
 
     def recv_tokens(self, step: Step) -> None:
         """RECV_TOKENS: tell the sequences what the last rank has chosen."""
@@ -89,7 +106,7 @@ class BetweenRanks:
 
     def leave(self, step: Step) -> None:
         """LEAVE: what the last layer here has made, for the next rank."""
-        x = self._hidden.take(step)
+        x = self._hidden.made(step)
         if step.lane.of_accelerator:
             self._leaving[step.buffer_index] = Leaving(x, self._health.gather(step))
         else:  # where it lies, or is staged, is used again while it is under way

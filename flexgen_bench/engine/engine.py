@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
-from flexgen_bench.core.tiers import Site, Tier
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.actions import Actions, Consumer
-from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.engine.arenas import Arenas, together
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, check_new, requests_of
@@ -42,7 +42,6 @@ from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.schedule.admission import OpenAdmission
 from flexgen_bench.schedule.prefix_tree import ScoreRequest, grow
-from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
@@ -78,9 +77,9 @@ class Engine:
                 "none on an accelerator",
                 "Such products exist on a processor only: gpu=cpu, or activations=null.",
             )
-        if (stage is not None and stage.ranks > 1) is not (wire is not None):
+        self.policy, self.stage, self.wire = policy, None if stage is None or stage.ranks == 1 else stage, wire
+        if (self.stage is None) is not (wire is None):
             raise ValueError(f"stage = {stage}, wire = {wire}: several ranks need a wire, and nothing else does")
-        self.policy, self.stage, self.wire = policy, stage, wire
         self._family, self._model = family, model
         self._formulas = Formulas(family, model.shape)
         self._device, self._offload_dir = device, offload_dir
@@ -107,8 +106,15 @@ class Engine:
         """Run every sequence to its end. Results are in the sequences themselves.
 
         After an error the engine is ready for the next job, with new sequences: what the failed job has left in these
-        is no result.
+        is no result. Of several ranks, all fail with one, and their wires are of no more use.
         """
+        try:
+            return self._generate(sequences, progress)
+        except BaseException as error:
+            self._tell_others(error)
+            raise
+
+    def _generate(self, sequences: Sequence[Running], progress: Progress) -> JobResult:
         check_new(sequences)
         requests, row = self.asked(sequences)
         generation = Generation(dict(enumerate(sequences)))
@@ -144,6 +150,7 @@ class Engine:
 
     def plan_open(self, capacity: Capacity) -> tuple[Capacity, MemoryPlan]:
         """The plan of an open job, and its capacity: without kept tokens where none can be kept."""
+        self._refuse_ranks("a job that takes requests while it runs (serve, chat, stream)")
         plan = self.plan(capacity, 4 * self._model.shape.vocab_size)
         # Beyond its steady positions a model's keys depend on the length of their sequence.
         longest = capacity.prompt_len + capacity.gen_len - 1
@@ -159,6 +166,7 @@ class Engine:
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are
         in memory."""
+        self._refuse_ranks("scoring")
         trees = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
         rows = max(tree.rows for tree in trees)
         scoring_plan = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._model.shape.vocab_size)
@@ -177,6 +185,7 @@ class Engine:
 
     def scoring(self, requests: Sequence[ScoreRequest]) -> ScoringPlan:
         """How requests are laid out and planned under this engine's policy. Raises DoesNotFit."""
+        self._refuse_ranks("scoring")
         return lay_out(self._planned, self._check, self.policy, requests)
 
     def plan(
@@ -192,7 +201,8 @@ class Engine:
         logits_row_bytes: int = GREEDY_ROW_BYTES,
         scored_rows: int = 0,
     ) -> MemoryPlan:
-        return plan_job(self._model, policy, self._device.hardware, requests, logits_row_bytes, scored_rows)
+        hardware = self._device.hardware
+        return plan_job(self._model, policy, hardware, requests, logits_row_bytes, scored_rows, stage=self.stage)
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -240,6 +250,17 @@ class Engine:
                 "free: a job has the weights' buffers to itself",
                 "Add the requests to that job, or close it (a stream: read it to its end, or close it).",
             )
+
+    def _refuse_ranks(self, job: str) -> None:
+        if self.stage is not None:
+            raise UserError(
+                "gpu.count", self.stage.ranks, f"1 for {job}", "Several ranks generate for lists of prompts."
+            )
+
+    def _tell_others(self, error: BaseException) -> None:
+        """That this rank has failed: its lanes need not wait for the others, nor they for it."""
+        if self.wire is not None:
+            self.wire.abort(error)
 
     def _give_back(self) -> None:
         self._open = None
@@ -306,11 +327,13 @@ class Engine:
                 spill,
                 consumer,
                 graphs,
+                self.wire,
             )
             held.callback(actions.close)
-            executor = Executor(self._device.lane_settings(), policy.overlap, actions.settled)
+            lanes = self._device.lane_settings(network=self.wire is not None)
+            executor = Executor(lanes, policy.overlap, actions.settled, self._tell_others)
             held.callback(executor.close)
-            result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
+            result.allocated = together(plan.job, self._arenas.bytes, arenas.bytes)
             try:
                 yield executor, actions
                 executor.drain()
@@ -319,12 +342,4 @@ class Engine:
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
         result.decode_path = graphs.path
-        result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
-
-
-def _together(job: ScheduledJob, *parts: Mapping[Tier, Mapping[str, int]]) -> dict[Site, dict[str, int]]:
-    allocated: dict[Site, dict[str, int]] = {}
-    for part in parts:
-        for tier, names in part.items():
-            allocated.setdefault(job.site_of(tier), {}).update(names)
-    return allocated
+        result.allocated = together(plan.job, self._arenas.bytes, arenas.bytes)

@@ -185,7 +185,7 @@ class Weights:
             self._verify_tables()
 
     def _owns(self, index: int) -> bool:
-        return self._job.owns(self._job.units[index])
+        return not self._job.units[index].elsewhere
 
     def _read_tensor(self, entry: PackedEntry) -> Tensor:
         """A plain tensor, from the file."""
