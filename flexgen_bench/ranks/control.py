@@ -6,14 +6,36 @@ kernel asks it every second, and gives the connection up after ``SILENCE_S``. A 
 
 from __future__ import annotations
 
+import copyreg
+import pickle
 import socket
 import struct
 import threading
+from io import BytesIO
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from types import MappingProxyType
 from typing import Any
 
 SILENCE_S = 5
 _GREETING_S = 10
+
+
+def _frozen(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+def _reduced(mapping: Any) -> tuple[Any, ...]:
+    return _frozen, (dict(mapping),)
+
+
+def _written(message: Any) -> memoryview:
+    """Tensors travel as what they hold (multiprocessing's own pickler hands over memory, which other hosts have not),
+    and configuration that cannot be changed does, too."""
+    written = BytesIO()
+    pickler = pickle.Pickler(written, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = {**copyreg.dispatch_table, MappingProxyType: _reduced}
+    pickler.dump(message)
+    return written.getbuffer()
 
 
 class Control:
@@ -41,12 +63,13 @@ class Control:
 
     def send(self, message: Any) -> None:
         """Raises OSError if the other side is gone."""
+        written = _written(message)
         with self._sending:
-            self._connection.send(message)
+            self._connection.send_bytes(written)
 
     def recv(self) -> Any:
         """Waits. Raises EOFError or OSError if the other side is gone."""
-        return self._connection.recv()
+        return pickle.loads(self._connection.recv_bytes())
 
     def close(self) -> None:
         self._connection.close()

@@ -224,7 +224,7 @@ class RankGroup(Closing):
                 rank, control = controls[ready]  # type: ignore[index]
                 try:
                     reply = control.recv()
-                except (EOFError, OSError) as error:
+                except Exception as error:
                     if not self._closed:
                         self.end(self._lost(rank, error))
                     return

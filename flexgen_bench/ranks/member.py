@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,9 @@ def _receive(control: Control, commands: queue.SimpleQueue[Any]) -> None:
         try:
             commands.put(control.recv())
         except (EOFError, OSError):
+            os._exit(1)
+        except BaseException:  # what cannot be read, of another version say: nobody would wait for a reply in vain
+            traceback.print_exc()
             os._exit(1)
 
 
