@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.moment import JobState
@@ -23,6 +22,10 @@ from flexgen_bench.ranks.commands import Check, Generate, Load, RankReport, Sequ
 from flexgen_bench.ranks.group import RankGroup
 from flexgen_bench.ranks.ranks import Ranks
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
+
+# What several ranks do not do.
+OPEN_JOBS = "jobs that take requests while they run (serve, chat, stream, open)"
+SCORING = "scoring (log-likelihoods, logprobs of prompts)"
 
 
 class RankedEngine:
@@ -107,9 +110,6 @@ class RankedEngine:
             self._own.wire = group.wire
             self._group = group
         return group
-
-    def open(self, capacity: Capacity) -> NoReturn:
-        raise refused("jobs that take requests while they run (serve, chat, stream, open)", len(self._ranks.stages))
 
 
 def refused(what: str, ranks: int) -> UserError:

@@ -14,7 +14,8 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.ranks.commands import Setup
-from flexgen_bench.ranks.division import Torchrun, divide
+from flexgen_bench.ranks.division import divide
+from flexgen_bench.ranks.torchrun import Torchrun
 from flexgen_bench.ranks.engines import divided_block
 from flexgen_bench.ranks.ranks import Ranks
 from tests.support.tiny_models import EMULATED, HOST, random_model, save
