@@ -114,7 +114,7 @@ def _check_ranks(machine: HardwareProfile) -> None:
     """Raises UserError for a number of ranks that cannot be, or layers for another number of them."""
     if not isinstance(machine.count, int) or isinstance(machine.count, bool) or machine.count < 1:
         raise UserError("gpu.count", machine.count, "an integer of at least 1")
-    if machine.layers_per_rank is not None and machine.count > 1 and len(machine.layers_per_rank) != machine.count:
+    if machine.layers_per_rank is not None and len(machine.layers_per_rank) != machine.count:
         raise UserError(
             "gpu.layers_per_rank",
             list(machine.layers_per_rank),

@@ -50,9 +50,9 @@ from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import divide
-from flexgen_bench.ranks.torchrun import Torchrun
 from flexgen_bench.ranks.engines import Engines
 from flexgen_bench.ranks.ranks import Ranks, join
+from flexgen_bench.ranks.torchrun import Torchrun
 from flexgen_bench.requests.chat_template import Message, encode_chat
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request

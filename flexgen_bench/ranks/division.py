@@ -11,7 +11,7 @@ import torch
 
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
+from flexgen_bench.core.pipeline import Stage, divided
 from flexgen_bench.core.tiers import LaneKind
 from flexgen_bench.engine.device import Device
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
@@ -41,7 +41,7 @@ class Division:
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """Which rank computes which layers. UserError for ranges that do not cover the model, and for more ranks than
         layers."""
-        return even_stages(num_layers, self.ranks) if self.layers is None else stages_of(self.layers, num_layers)
+        return divided(num_layers, self.ranks, self.layers)
 
     def open_device(self, cache: Path | None = None) -> Device:
         """Of this process; with the rates that its machine was calibrated to in ``cache``, where none are stated.

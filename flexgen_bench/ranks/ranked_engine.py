@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.errors import DoesNotFit, RankLost, UserError
 from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
@@ -96,7 +97,8 @@ class RankedEngine:
         """Release the weights on all ranks, which stay for another engine. A second time does nothing."""
         self._own.close()
         if self._group.error is None:
-            self._group.ask(Unload())
+            with suppress(RankLost):  # it holds nothing any more
+                self._group.ask(Unload())
 
     def _check(self, requests: Sequence[Request], logits_row_bytes: int) -> None:
         self._own.check(requests, logits_row_bytes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
@@ -50,8 +51,6 @@ class FlexGenSystem(System):
 
     def check(self) -> None:
         self._division().open_device()
-        if self.spec.hardware.count > 1:
-            self._division().stages(self.spec.model.shape.num_layers)
 
     def _division(self) -> Division:
         return divide(self.spec.hardware, self.spec.threads)
@@ -110,6 +109,8 @@ class FlexGenSystem(System):
 
     def scorer(self, batch_size: int | None) -> Scorer:
         """Batches are cut by tokens, so no number of sequences is needed."""
+        if self.spec.hardware.count > 1:
+            raise CannotRun(f"{self.spec.system} scores on one device, not on gpu.count={self.spec.hardware.count}")
         llm = LLM(
             self.files.checkpoint,
             policy=self.spec.policy,

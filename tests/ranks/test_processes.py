@@ -110,7 +110,7 @@ def test_fifty_kills_of_one_of_four_ranks_at_random_moments(tmp_path: Path) -> N
                         return
                     time.sleep(0.002)
 
-            killer = threading.Thread(target=kill)
+            killer = threading.Thread(target=kill, daemon=True)
             killer.start()
             try:
                 outputs = four.generate(PROMPTS, FULL, lambda i, output: came.update({i: tuple(output.token_ids)}))  # noqa: B023
