@@ -14,7 +14,8 @@ from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
-from flexgen_bench.planner.simulator import Contention, Event, SharedCores, Simulator, shared_links
+from flexgen_bench.planner.simulated_lanes import Contention, Event
+from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
