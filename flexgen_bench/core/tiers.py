@@ -162,8 +162,8 @@ class Site(OfDevice[Tier]):
     """A tier of one device: a memory, the lane that computes on what lies in it, and the lanes that serve it.
 
     host: the host's memory. lane: what computes here; cpu, disk_read, disk_write: of the host; h2d, h2d_weights, d2h:
-    an accelerator's links; lanes: all of these; net_out, net_in, net_tokens: between this rank and others. The accelerators of a machine share its host, which is device 0;
-    another host has sites and lanes of its own number.
+    an accelerator's links; lanes: all of these; net_out, net_in, net_tokens: between this rank and others. The
+    accelerators of a machine share its host, which is device 0; another host has sites and lanes of its own number.
     """
 
     __slots__ = (

@@ -19,10 +19,9 @@ from flexgen_bench.engine.generation import Chosen
 from flexgen_bench.engine.nan_checks import Health, Watched
 from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduler import ending
-from flexgen_bench.schedule.steps import Step
+from flexgen_bench.schedule.steps import TOKEN_BYTES, Step
 
 Head = Callable[[Tensor], Tensor]  # hidden rows (R, hidden) -> logits (R, V)
 

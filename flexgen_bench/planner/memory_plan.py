@@ -8,22 +8,23 @@ from dataclasses import dataclass, field
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
+from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.score_mod import SCORES_AT_ONCE
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.models.parts import Decoder
-from flexgen_bench.planner.planned_units import planned_unit, routed_row_bytes, unit_tiers
+from flexgen_bench.planner.planned_units import home_bytes, is_own, planned_unit, routed_row_bytes, unit_tiers
 from flexgen_bench.planner.rings import cached_tokens, gathered_tokens, ring_windows
 from flexgen_bench.planner.staging import KVSlotBytes, Staging, all_slot_bytes, chunk_rows, everything, staging
 from flexgen_bench.schedule.experts import are_away
-from flexgen_bench.schedule.generator import TOKEN_BYTES
 from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.placement import realised
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Capacity, Request, SequenceGroups, form_groups
+from flexgen_bench.schedule.steps import TOKEN_BYTES
 
 # What products on compressed weights, and on a processor, take for tiles at a time; of a small model, the whole unit in
 # float32.
@@ -87,10 +88,14 @@ def plan_job(
     logits_row_bytes: int = 8,
     scored_rows: int = 0,
     device: int = 0,
+    stage: Stage | None = None,
 ) -> MemoryPlan:
     """Plan a job of these requests, or an open one of a capacity. ``logits_row_bytes``: what the host needs per row of
     logits; ``scored_rows``: rows of logits that a scoring job wants at once (0: one per sequence);
-    ``device``: number of the accelerator that computes (of the host, where there is none)."""
+    ``device``: number of the accelerator that computes (of the host, where there is none); ``stage``: what one rank of
+    several computes: the plan is of that rank."""
+    if stage is not None and stage.ranks == 1:
+        stage = None
     shape, dtype, packed = model.shape, model.dtype, model.packed_for(policy)
     compute = hardware.compute_tier
     decoder = model.decoder
@@ -103,10 +108,12 @@ def plan_job(
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
     windows = () if scored_rows else ring_windows(decoder)
-    groups = form_groups(shape, dtype, policy, requests, compute, windows)
-    tiers = unit_tiers(packed, policy)
+    groups = form_groups(shape, dtype, policy, requests, compute, windows, 1 if stage is None else stage.ranks)
+    tiers = unit_tiers(packed, policy, stage)
     units = tuple(
-        planned_unit(decoder, unit, tier, policy, Site(compute, device), groups.rings)
+        planned_unit(
+            *(decoder, unit, tier, policy, Site(compute, device), groups.rings), not is_own(unit, packed, stage)
+        )
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
     overlapped = compute is Tier.GPU and policy.attention is AttentionSite.CPU
@@ -124,16 +131,19 @@ def plan_job(
         attention_flops_per_pair=4 * shape.num_heads * shape.head_dim,
         keep_kv=groups.lifetime > 1 and not scored_rows,
         dequantized_buffers=(2 if overlapped else 1) if any(u.unpack for u in units) else 0,
-        dequantized_buffer_bytes=max(u.plain_bytes for u in packed.units if u.kind is not UnitKind.EXPERTS),
+        dequantized_buffer_bytes=max(
+            u.plain_bytes for u in packed.units if u.kind is not UnitKind.EXPERTS and is_own(u, packed, stage)
+        ),
         device=device,
         routed_row_bytes=max((routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
+        stage=stage,
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     tokens = sum(kv_slot.size for kv_slot in groups.kv_slots) * TOKEN_BYTES if job.tokens_stay else 0
     moving = staging(job, policy, groups)
     home, of_experts = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
     for unit, tier in zip(packed.units, tiers, strict=True):
-        (of_experts if unit.kind is UnitKind.EXPERTS else home)[tier] += unit.home_bytes
+        (of_experts if unit.kind is UnitKind.EXPERTS else home)[tier] += home_bytes(unit, packed, stage)
     kv, hidden = _homes(job, groups, kv_slots)
     parts: dict[Site, dict[str, int]] = {
         job.site_of(tier): {
@@ -147,13 +157,13 @@ def plan_job(
     parts[job.site]["tokens"] = tokens
     _add_buffers(parts, job)
     _add_staging(parts, job, moving, kv_slots)
-    for unit in packed.units:
+    for unit in (u for u in packed.units if is_own(u, packed, stage)):
         for site in job.attends_at(units[unit.index]):
             parts[site]["attention sinks"] = parts[site].get("attention sinks", 0) + unit.sink_bytes
     workspace = _workspace(job, policy, groups, moving, decoder, dtype, scored_rows)
     parts[job.site]["workspace"] = workspace + _unpacked_experts(job, packed, policy, dtype.bytes)
     if isinstance(requests, Capacity):
-        layers = sum(unit.kind is UnitKind.LAYER for unit in units)
+        layers = sum(unit.kind is UnitKind.LAYER for unit in job.own)
         parts[job.site]["kept prefixes"] = requests.kept_tokens * groups.token_bytes * layers
     if moving.cpu_attention_buffers:
         attending = _attention_bytes(job, policy, _largest(groups), decoder, dtype.bytes)
@@ -213,7 +223,10 @@ def _add_staging(
     parts[host]["kv tails"] = sum(
         len(layers) * sum(kv_slot.tails[ring]) for kv_slot in kv_slots for ring, layers in job.rings.items()
     )
-    parts[host]["activation pages"] = (moving.num_buffers + moving.cpu_attention_buffers) * moving.pages
+    buffers = moving.num_buffers + moving.cpu_attention_buffers
+    parts[host]["activation pages"] = buffers * moving.pages
+    parts[host]["inbox"] = buffers * moving.inbox
+    parts[host]["outbox"] = moving.outbox
 
 
 def _workspace(
@@ -245,7 +258,7 @@ def _workspace(
         + tokens * job.num_buffers * staged * width
         + moving.cpu_attention_buffers * decode * staged * width
         + logits
-        + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.units))
+        + min(KERNEL_BYTES, 4 * max(u.load_bytes for u in job.own))
     )
 
 
@@ -263,7 +276,7 @@ def _unpacked_experts(job: ScheduledJob, packed: PackedModel, policy: Policy, wi
         apart = unit.kind is UnitKind.EXPERTS and policy.lossy.weights is not None
         return apart or packed.units[unit.index].packing is not None
 
-    experts = (u for u in job.units if u.experts and u.site.is_accelerator and are_codes(u))
+    experts = (u for u in job.own if u.experts and u.site.is_accelerator and are_codes(u))
     return max((min(TILE_BYTES, u.expert_values * width) for u in experts), default=0)
 
 

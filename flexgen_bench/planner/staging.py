@@ -30,7 +30,8 @@ class Staging:
 
     prompt: keys and values of a prompt on their way home, per site that computes layers; prompt_host: the same between
     an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages:
-    hidden states between disk and memory. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
+    hidden states between disk and memory. inbox: those of a micro-batch from the rank before; outbox: all that may be
+    on their way to the next rank at once. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
     ones for micro-batches the cpu attends for.
     """
 
@@ -41,6 +42,8 @@ class Staging:
     kv_buffer: int
     kv_host: int
     pages: int
+    inbox: int = 0
+    outbox: int = 0
 
 
 def chunk_rows(group: SequenceGroup, span: Span, chunk: int | None) -> list[int]:
@@ -89,7 +92,7 @@ def slot_bytes(job: ScheduledJob, policy: Policy, groups: SequenceGroups, kv_slo
 
 def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Staging:
     """The largest of everything that is staged, over all sequence groups of the job."""
-    sites = {u.site for u in job.units if u.kind is UnitKind.LAYER}
+    sites = {u.site for u in job.own if u.kind is UnitKind.LAYER}
     on_accelerator = any(site.is_accelerator for site in sites)
     prompt = dict.fromkeys(sites, 0)
     prompt_host = kv_buffer = kv_host = pages = 0
@@ -129,4 +132,26 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
     split = on_accelerator and any(s.is_delegated for kv_slot in groups.kv_slots for s in kv_slot.kv)
     together = max(1, policy.gpu_batch_size // size)
     cpu_attention_buffers = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0
-    return Staging(job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages)
+    inbox, outbox = _between_ranks(job, policy, groups)
+    return Staging(
+        job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages, inbox, outbox
+    )
+
+
+def _between_ranks(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> tuple[int, int]:
+    """Bytes of the largest micro-batch that comes from the rank before, and of the largest pass that goes to the next
+    one: the next rank may want its micro-batches in another order, so all of a pass must have room on the way."""
+    largest = {kv_slot.index: 0 for kv_slot in groups.kv_slots}
+    in_pass = dict(largest)
+    kinds = {kv_slot.index: kv_slot for kv_slot in groups.alike}
+    for index, kv_slot in kinds.items():
+        for group in groups.possible(kv_slot):
+            rows = chunk_rows(group, everything(group), chunk_len(policy, group.size))
+            largest[index] = max(largest[index], *rows)
+            in_pass[index] = max(in_pass[index], sum(rows))
+    together = max(min(policy.gpu_batch_size, sum(kv_slot.size for kv_slot in groups.kv_slots)), *largest.values())
+    of_waves = [
+        sum(in_pass[groups.alike[slot].index] for slot in groups.slots_of(wave)) for wave in range(groups.waves)
+    ]
+    row = job.hidden_row_bytes
+    return (together * row if job.entry is not None else 0), (max(of_waves) * row if job.exit is not None else 0)

@@ -40,14 +40,14 @@ class ClosedAdmission:
     Block: when every KV slot is free, all of them are filled. Continuous: sequence groups start evenly spread over the
     passes a sequence group lives, so that every pass has its share of prefill (compute-bound) beside decode
     (link-bound) and neither waits for the other; a job's first sequence group starts at once, and nothing waits while
-    no other sequence group runs.
+    no other sequence group runs. wave: whose groups and KV slots these are.
     """
 
-    def __init__(self, schedule: Schedule, groups: SequenceGroups) -> None:
+    def __init__(self, schedule: Schedule, groups: SequenceGroups, wave: int = 0) -> None:
         self._continuous = schedule is Schedule.CONTINUOUS
         self._groups = groups
-        self._waiting = list(range(len(groups.members)))[::-1]
-        self._kv_slots = len(groups.kv_slots)
+        self._waiting = list(groups.members_of(wave))[::-1]
+        self._kv_slots = len(groups.slots_of(wave))
         self._lifetimes = [groups.lifetime]  # passes: as planned, then as seen
         self._credit = 0.0
 

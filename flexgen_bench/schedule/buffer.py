@@ -38,6 +38,10 @@ routed.site, added, added.site   the same where experts are computed away from t
                                  layer, and what they make                            MOVE_EXPERTS
 kv_token(part)                   a new token's keys and values on their way home      ATTEND
 logits                           what sampling needs                                  HEAD
+inbox, arrived                   hidden states of the rank before: in host memory,    RECV_HIDDEN, MOVE_RECEIVED
+                                 on the accelerator
+leaving, outbox                  what goes to the next rank: where it was computed,   LEAVE, MOVE_LEAVING
+                                 in host memory
 new_tokens                       next tokens on their way across a link               SAMPLE
 ..._host(part), host_logits      the same on the other side of a link                 MOVE_..., STORE_KV
 -------------------------------  ---------------------------------------------------  -----------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 from flexgen_bench.schedule.attention import (
     attend_flops,
@@ -25,11 +26,10 @@ from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.experts import add_experts, are_away, expert_steps, state_buffers
 from flexgen_bench.schedule.hidden import load_hidden, store_hidden, working_buffers
 from flexgen_bench.schedule.micro_batch import Member, MicroBatch
+from flexgen_bench.schedule.ranks import entering, leaving, tokens_from_last, tokens_to_others
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
-from flexgen_bench.schedule.steps import Step, StepKind
+from flexgen_bench.schedule.steps import TOKEN_BYTES, Step, StepKind
 from flexgen_bench.schedule.weights import Blob, WeightStream
-
-TOKEN_BYTES = 8  # of a token's number, as operators take it
 
 
 def pass_steps(
@@ -49,6 +49,7 @@ def pass_steps(
     for micro_batch in micro_batches:
         (cpu_attended if uses_cpu_attention(job, micro_batch.members) else others).append(micro_batch)
     projected = False  # whether the layer's projections of ``cpu_attended`` were emitted with the layer before
+    entered = count()
     for unit, following in zip(job.sweep, [*job.sweep[1:], None], strict=True):
         yield from weights.ready(unit)
         blob = weights.where(unit)
@@ -61,12 +62,17 @@ def pass_steps(
             whole = others if split else micro_batches
             if not projected:
                 for micro_batch in split:
+                    yield from entering(job, unit, micro_batch, entered)
                     yield from _before_attention(job, unit, blob, micro_batch)
             projected = bool(split) and ahead is not None
             # While experts are computed elsewhere, the next micro-batch is computed here.
             behind = job.num_buffers - 1 if are_away(unit, experts) else 0
             yield from _staggered(
-                ((_begin(job, unit, weights, blob, one), _end(job, unit, weights, one, None)) for one in whole), behind
+                (
+                    (_begin(job, unit, weights, blob, one, entered), _end(job, unit, weights, one, None))
+                    for one in whole
+                ),
+                behind,
             )
             yield from _staggered(
                 ((_resume(job, unit, weights, blob, one), _end(job, unit, weights, one, ahead)) for one in split),
@@ -78,6 +84,8 @@ def pass_steps(
             for micro_batch in micro_batches:
                 yield from (_embed if unit.kind is UnitKind.EMBED else _head)(job, unit, blob, micro_batch)
         yield from weights.done(unit)
+    for micro_batch in micro_batches:
+        yield from tokens_from_last(job, micro_batch)
 
 
 def _staggered(halves: Iterable[tuple[Iterator[Step], Iterator[Step]]], behind: int) -> Iterator[Step]:
@@ -92,8 +100,11 @@ def _staggered(halves: Iterable[tuple[Iterator[Step], Iterator[Step]]], behind: 
         yield from second
 
 
-def _begin(job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
+def _begin(
+    job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch, entered: Iterator[int]
+) -> Iterator[Step]:
     """A micro-batch through a layer, up to what ends it."""
+    yield from entering(job, unit, micro_batch, entered)
     if not is_resident(job, unit, micro_batch):
         yield from _before_attention(job, unit, blob, micro_batch)
         yield from _resume(job, unit, weights, blob, micro_batch)
@@ -118,7 +129,8 @@ def _resume(
 def _end(
     job: ScheduledJob, unit: Unit, weights: WeightStream, micro_batch: MicroBatch, ahead: Unit | None
 ) -> Iterator[Step]:
-    """What experts made elsewhere, hidden states on their way home, and the projection of the layer ahead, if any."""
+    """What experts made elsewhere, hidden states on their way home or to the next rank, and the projection of the layer
+    ahead, if any."""
     if are_away(unit, job.experts_of(unit)):
         yield add_experts(unit, micro_batch)
     yield from _store_after(job, unit, micro_batch)
@@ -168,7 +180,7 @@ def _computed(
 
 
 def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
-    tokens = tuple(Buffer("tokens", member.group.kv_slot) for member in micro_batch.members)
+    tokens = micro_batch.token_buffers
     rows = micro_batch.buffer("rows")
     moved = micro_batch.rows * job.embed_row_bytes
     source = tokens
@@ -194,7 +206,8 @@ def _embed(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
 
 
 def _before_attention(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
-    yield from load_hidden(job, unit, micro_batch)
+    if unit is not job.entry:
+        yield from load_hidden(job, unit, micro_batch)
     yield _computed(
         StepKind.PROJECT,
         unit,
@@ -227,7 +240,8 @@ def _made(unit: Unit, micro_batch: MicroBatch) -> tuple[Buffer, ...]:
 def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:
     """The whole layer in one step. Nothing moves between its parts, and they follow each other on one lane: three steps
     would say the same with three times the events and the Python."""
-    yield from load_hidden(job, unit, micro_batch)
+    if unit is not job.entry:
+        yield from load_hidden(job, unit, micro_batch)
     hidden, caches = working_buffers(unit, micro_batch), cache_homes(unit, micro_batch)
     flops = (unit.flops_before + unit.flops_after) * micro_batch.rows
     yield _computed(
@@ -242,8 +256,11 @@ def _layer(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -
 
 
 def _store_after(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[Step]:
-    """Hidden states after a layer go home, unless it was the last one and nobody wants logits of them."""
-    if micro_batch.logit_rows or job.sweep[unit.index + 1].kind is UnitKind.LAYER:
+    """Hidden states after a layer go home, or to the next rank, unless it was the model's last one and nobody wants
+    logits of them."""
+    if unit is job.exit:
+        yield from leaving(job, unit, micro_batch)
+    elif micro_batch.logit_rows or job.units[unit.index + 1].kind is UnitKind.LAYER:
         yield from store_hidden(job, unit, micro_batch)
 
 
@@ -262,7 +279,7 @@ def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) ->
         writes=(logits,),
         flops=unit.flops_before * len(micro_batch.logit_rows),
     )
-    tokens = tuple(Buffer("tokens", m.group.kv_slot) for m in micro_batch.members)
+    tokens = micro_batch.token_buffers
     if micro_batch.samples_on_device:
         yield from _sampled_on_device(unit, micro_batch, logits, tokens)
         return
@@ -287,6 +304,7 @@ def _head(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) ->
         reads=(logits,),
         writes=new if job.tokens_stay else tokens,
     )
+    yield from tokens_to_others(job, unit, micro_batch)
     if job.tokens_stay:
         moved = len(micro_batch.logit_rows) * TOKEN_BYTES
         yield Step(unit.site.h2d, StepKind.MOVE_TOKENS, unit.index, micro_batch, reads=new, writes=tokens, bytes=moved)

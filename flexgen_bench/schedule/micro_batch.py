@@ -219,6 +219,11 @@ class MicroBatch:
         return tuple(Buffer("hidden", part.group.kv_slot, self.chunk, part.home) for part in self.hidden_parts)
 
     @cached_property
+    def token_buffers(self) -> tuple[Buffer, ...]:
+        """The next tokens of its sequences."""
+        return tuple(Buffer("tokens", member.group.kv_slot) for member in self.members)
+
+    @cached_property
     def known(self) -> dict[object, tuple[Buffer, ...]]:
         """What the generator has worked out for this micro-batch: it is the same in every layer."""
         return {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import AttentionSite
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.core.units import aligned
@@ -34,7 +35,8 @@ class Unit:
     None: all before it. ring: the window, if the cache keeps no other tokens; None: it keeps every one. companion: of a
     layer, the number of the unit of its experts, where these are placed apart (-1: they are not); of experts, that of
     their layer. experts, top_k: how many experts it has, and how many of them each token is routed to; expert_values:
-    weights of one. on_demand: of its experts only those that are touched are loaded, once they are known.
+    weights of one. on_demand: of its experts only those that are touched are loaded, once they are known. elsewhere:
+    another rank has it and computes it; here it takes nothing.
     """
 
     index: int
@@ -52,11 +54,12 @@ class Unit:
     top_k: int = 0
     expert_values: int = 0
     on_demand: bool = False
+    elsewhere: bool = False
 
     @property
     def path(self) -> tuple[Site, ...]:
         """The sites it passes through in every pass, its own last; empty if it is used where it lives."""
-        if self.tier is self.site.tier or not self.load_bytes:
+        if self.tier is self.site.tier or not self.load_bytes or self.elsewhere:
             return ()
         if self.tier is Tier.DISK and self.site.is_accelerator:
             return (self.site.host, self.site)
@@ -99,8 +102,8 @@ class ScheduledJob:
     dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
     num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
     is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
-    their bytes. device: number of the accelerator (of the host, where there is none). units: in the order of their
-    numbers; ``sweep`` is the order of a pass.
+    their bytes. device: number of the accelerator (of the host, where there is none). units: of the whole model, in the
+    order of their numbers; ``sweep`` is the order of a pass. stage: what this rank computes of them; None: all.
     """
 
     units: tuple[Unit, ...]
@@ -120,11 +123,32 @@ class ScheduledJob:
     dequantized_buffer_bytes: int = 0
     device: int = 0
     routed_row_bytes: int = 0
+    stage: Stage | None = None
+
+    @cached_property
+    def own(self) -> tuple[Unit, ...]:
+        """The units that this rank has: without a stage, all."""
+        return tuple(u for u in self.units if not u.elsewhere)
 
     @cached_property
     def sweep(self) -> tuple[Unit, ...]:
         """What a pass goes through one after the other: embedding, layers, head. Experts belong to their layers."""
-        return tuple(u for u in self.units if u.kind is not UnitKind.EXPERTS)
+        return tuple(u for u in self.own if u.kind is not UnitKind.EXPERTS)
+
+    @property
+    def waves(self) -> int:
+        """Passes that are under way at once, each over KV slots of its own: one for every rank."""
+        return 1 if self.stage is None else self.stage.ranks
+
+    @cached_property
+    def entry(self) -> Unit | None:
+        """The layer that hidden states of the rank before come to; None on the first rank, which embeds tokens."""
+        return None if self.stage is None or self.stage.is_first else self.sweep[0]
+
+    @cached_property
+    def exit(self) -> Unit | None:
+        """The layer whose hidden states go to the next rank; None on the last rank, which makes logits."""
+        return None if self.stage is None or self.stage.is_last else self.sweep[-1]
 
     def experts_of(self, unit: Unit) -> Unit | None:
         """The experts of a layer, where these are placed apart."""
@@ -149,12 +173,15 @@ class ScheduledJob:
         """Whether a new token goes from the head to the embedding without the host: both live on the accelerator, which
         computes all that is between them. Then no pass waits until the host has seen the tokens of the one before."""
         outer = {unit.tier for unit in self.units if unit.kind in (UnitKind.EMBED, UnitKind.HEAD)}
-        return self.keep_kv and outer == {Tier.GPU} and all(unit.site.is_accelerator for unit in self.units)
+        is_whole = self.stage is None  # else the first rank embeds, and the last one chooses
+        return (
+            is_whole and self.keep_kv and outer == {Tier.GPU} and all(unit.site.is_accelerator for unit in self.units)
+        )
 
     @cached_property
     def rings(self) -> dict[int | None, tuple[Unit, ...]]:
         """The layers by what their caches keep (``Unit.ring``)."""
-        layers = [unit for unit in self.units if unit.kind is UnitKind.LAYER]
+        layers = [unit for unit in self.own if unit.kind is UnitKind.LAYER]
         kinds = dict.fromkeys(unit.ring for unit in layers)
         return {ring: tuple(unit for unit in layers if unit.ring == ring) for ring in kinds}
 
@@ -174,8 +201,8 @@ class ScheduledJob:
         nobody knows which are needed next before the ones in use have been computed.
         """
         by_site: dict[Site, tuple[WeightBuffer, ...]] = {}
-        for site in sorted({site for u in self.units for site in u.path}):
-            passing = [u for u in self.units if site in u.path]
+        for site in sorted({site for u in self.own for site in u.path}):
+            passing = [u for u in self.own if site in u.path]
             buffers: list[WeightBuffer] = []
             for kind in UnitKind:
                 largest = max((u.load_bytes for u in passing if u.kind is kind), default=0)
@@ -217,7 +244,7 @@ class ScheduledJob:
     def delegates_attention(self) -> bool:
         """Whether the cpu attends for layers that an accelerator computes, where their cache is not on it."""
         return self.attention is AttentionSite.CPU and any(
-            u.kind is UnitKind.LAYER and u.site.is_accelerator for u in self.units
+            u.kind is UnitKind.LAYER and u.site.is_accelerator for u in self.own
         )
 
     def attends_at(self, unit: Unit) -> tuple[Site, ...]:

@@ -7,6 +7,12 @@ The engine, the simulator and benchmarks drive the same object::
         for step in scheduler.steps(batches): ...
         scheduler.postprocess(ended)
 
+A pass leaves a rank of a pipeline only at its end, since it goes layer by layer over all its micro-batches. For every
+rank to have a pass, KV slots fall into as many waves as there are ranks, and each pass is of one wave::
+
+    for wave in cycle(range(scheduler.waves)):
+        if scheduler.has_work(wave): batches = scheduler.schedule(wave) ...
+
 A closed job knows all its requests from the start; into an open one they come while it runs (``admission.py``).
 """
 
@@ -91,69 +97,85 @@ class Scheduler:
         self._logit_rows, self._on_device = logit_rows, on_device
         self._kv_slots = range(len(plan.groups.kv_slots))
         self._weights = WeightStream(plan.job)
-        self._admission = admission or ClosedAdmission(policy.schedule, plan.groups)
+        self.waves = plan.groups.waves
+        self._admissions: list[Admission] = (
+            [ClosedAdmission(policy.schedule, plan.groups, wave) for wave in range(self.waves)]
+            if admission is None
+            else [admission]
+        )
         self._running: dict[int, RunningGroup] = {}  # by KV slot
 
     @property
     def is_done(self) -> bool:
         """Whether no sequence runs and none waits. Of an open job: for now."""
-        return not self._running and self._admission.is_empty
+        return not any(map(self.has_work, range(self.waves)))
+
+    def has_work(self, wave: int) -> bool:
+        """Whether a sequence of a wave runs or waits."""
+        return bool(self._of(wave)) or not self._admissions[wave].is_empty
 
     @property
     def running(self) -> list[RunningGroup]:
-        """Who takes part in the pass that has begun, in the order of their KV slots."""
+        """Who takes part in the pass that has begun (of each wave), in the order of their KV slots."""
         return [self._running[kv_slot] for kv_slot in sorted(self._running)]
 
     @property
     def waiting(self) -> int:
         """Sequences that have not started."""
-        return self._admission.waiting
+        return sum(admission.waiting for admission in self._admissions)
 
-    def schedule(self) -> list[MicroBatch]:
-        """Let sequence groups move in; the micro-batches of the next pass."""
-        self.admit()
+    def schedule(self, wave: int = 0) -> list[MicroBatch]:
+        """Let sequence groups move in; the micro-batches of the wave's next pass."""
+        self.admit(wave)
         return form_micro_batches(
             self._job,
-            self.running,
+            [self._running[kv_slot] for kv_slot in self._of(wave)],
             self._policy.gpu_batch_size,
             lambda size: chunk_len(self._policy, size),
             self._logit_rows,
             self._on_device,
         )
 
-    def admit(self) -> None:
+    def admit(self, wave: int = 0) -> None:
         """Only let sequence groups move in: all that a pass needs whose steps nobody wants."""
-        free = [kv_slot for kv_slot in self._kv_slots if kv_slot not in self._running]
-        for group in self._admission.admit(free):
+        free = [kv_slot for kv_slot in self._kv_slots[wave :: self.waves] if kv_slot not in self._running]
+        for group in self._admissions[wave].admit(free):
             self._running[group.kv_slot] = RunningGroup(group)
 
     def steps(self, batches: list[MicroBatch]) -> Iterator[Step]:
         """The steps of the pass that ``schedule`` has begun."""
         return pass_steps(self._job, self._weights, batches, self._is_last)
 
-    def postprocess(self, ended: Ended = nobody) -> list[SequenceGroup]:
-        """After a pass: sequences that have come to their end leave, the others feed their next token in the next pass.
-        Returns the sequence groups of which nobody is left: their KV slots are free."""
-        for kv_slot, one in self._running.items():
+    def postprocess(self, ended: Ended = nobody, wave: int = 0) -> list[SequenceGroup]:
+        """After a pass: sequences that have come to their end leave, the others feed their next token in the wave's
+        next pass. Returns the sequence groups of which nobody is left: their KV slots are free."""
+        for kv_slot in self._of(wave):
+            one = self._running[kv_slot]
             self._running[kv_slot] = replace(one, token=one.token + 1)
-        return self.remove(ended)
+        return self.remove(ended, wave)
 
-    def remove(self, ended: Ended) -> list[SequenceGroup]:
-        """Between passes: sequences leave, also before their end. Returns the sequence groups of which nobody is
-        left."""
+    def remove(self, ended: Ended, wave: int = 0) -> list[SequenceGroup]:
+        """Between passes of a wave: sequences leave, also before their end. Returns the sequence groups of which nobody
+        is left."""
         left = []
-        for kv_slot, one in list(self._running.items()):
+        for kv_slot in self._of(wave):
+            one = self._running[kv_slot]
             gone = ended(one.group)
             if len(gone) == one.group.size or one.token >= one.group.gen_len:
                 del self._running[kv_slot]
-                self._admission.ended(one.token)
+                self._admissions[wave].ended(one.token)
                 left.append(one.group)
             elif gone:
                 self._running[kv_slot] = replace(one, group=one.group.without(gone))
         return left
 
+    def _of(self, wave: int) -> list[int]:
+        """The KV slots of a wave in which somebody runs."""
+        return sorted(kv_slot for kv_slot in self._running if kv_slot % self.waves == wave)
+
     @property
     def _is_last(self) -> bool:
         """Whether no pass can follow. Sequences that end early may make an earlier one the last: its loads were for
         nothing."""
-        return self._admission.is_over and all(r.token + 1 >= r.group.gen_len for r in self._running.values())
+        over = all(admission.is_over for admission in self._admissions)
+        return over and all(r.token + 1 >= r.group.gen_len for r in self._running.values())

@@ -69,7 +69,8 @@ def worst_of(requests: Sequence[Request]) -> Request:
 class SequenceGroups:
     """Which sequences start together (``members``, in the order they start), and the KV slots there are for them.
 
-    rings: windows of layers whose caches keep the window's tokens alone. is_open: made for a capacity."""
+    rings: windows of layers whose caches keep the window's tokens alone. is_open: made for a capacity. waves: parts
+    that take their passes in turn; groups and KV slots belong to them one after the other."""
 
     requests: tuple[Request, ...]
     members: tuple[tuple[int, ...], ...]
@@ -79,6 +80,15 @@ class SequenceGroups:
     by_slot: bool  # the n-th group moves into KV slot n modulo KV slots (block schedule); otherwise into any
     rings: tuple[int, ...] = ()
     is_open: bool = False
+    waves: int = 1
+
+    def members_of(self, wave: int) -> range:
+        """The numbers of a wave's groups."""
+        return range(wave, len(self.members), self.waves)
+
+    def slots_of(self, wave: int) -> range:
+        """The numbers of a wave's KV slots."""
+        return range(wave, len(self.kv_slots), self.waves)
 
     def start(self, index: int, kv_slot: KVSlot) -> SequenceGroup:
         """The sequence group of a group that moves into a KV slot."""
@@ -177,6 +187,7 @@ def form_groups(
     demand: Sequence[Request] | Capacity,
     compute: Tier,
     windows: Collection[int] = (),
+    waves: int = 1,
 ) -> SequenceGroups:
     """Cut a job into sequence groups; prompts of similar length start together.
 
@@ -186,6 +197,7 @@ def form_groups(
     moves into any KV slot.
 
     windows: of layers whose caches may keep the window's tokens alone; where no sequence leaves it, they keep all.
+    waves: each has a block of the policy's.
     """
     continuous = policy.schedule is Schedule.CONTINUOUS
     if isinstance(demand, Capacity):
@@ -197,7 +209,7 @@ def form_groups(
             size = min(size, _starting(policy.block_size, max(r.gen_len for r in requests)))
     order = sorted(range(len(requests)), key=lambda i: requests[i].prompt_len)
     groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
-    count = min(policy.block_size // size if continuous else policy.num_gpu_batches, len(groups))
+    count = min(waves * (policy.block_size // size if continuous else policy.num_gpu_batches), len(groups))
     # In the block schedule the last KV slot may be smaller; in the continuous one any sequence group moves into any KV
     # slot.
     sizes = [size if continuous else len(groups[kv_slot]) for kv_slot in range(count)]
@@ -220,6 +232,7 @@ def form_groups(
         not continuous,
         _left(windows, requests, groups),
         isinstance(demand, Capacity),
+        waves,
     )
 
 

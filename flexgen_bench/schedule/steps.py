@@ -9,6 +9,8 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.micro_batch import NO_MICRO_BATCH, MicroBatch
 
+TOKEN_BYTES = 8  # of a token's number, as operators take it
+
 
 class StepKind(StrEnum):
     """What a step does. The engine has one action per kind; the lane says where it happens."""
