@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexgen_bench.core.tiers import Tier
@@ -35,6 +35,12 @@ class PassKind(NamedTuple):
     amount: int
 
 
+def turns(scheduler: Scheduler) -> Iterator[int]:
+    """The wave of every pass of a job, in order. Whoever asks for the next one has postprocessed the last."""
+    while not scheduler.is_done:
+        yield from filter(scheduler.has_work, range(scheduler.waves))
+
+
 def pass_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Of every pass of a job in which no sequence ends early."""
     return list(_kinds(Scheduler(plan.policy, plan)))
@@ -44,16 +50,17 @@ def coarse_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
     passes."""
     scheduler, kinds = Scheduler(plan.policy, plan), []
-    while not scheduler.is_done:
-        scheduler.admit()
-        starting = [r.group for r in scheduler.running if not r.token]
-        decoding = [Member(r.group, r.token) for r in scheduler.running if r.token]
+    for wave in turns(scheduler):
+        scheduler.admit(wave)
+        running = [r for r in scheduler.running if r.group.kv_slot % scheduler.waves == wave]
+        starting = [r.group for r in running if not r.token]
+        decoding = [Member(r.group, r.token) for r in running if r.token]
         rows = sum(sum(c.prompt_lens) - c.shared * (c.size - 1) for c in starting)
         rows += sum(member.group.size for member in decoding)
         amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
         tails = any(map(_has_tail, decoding))
         kinds.append(PassKind((bool(starting), bool(decoding), tails), amount))
-        scheduler.postprocess()
+        scheduler.postprocess(wave=wave)
     return kinds
 
 
@@ -72,16 +79,19 @@ def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
 
 
 def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
-    before: object = None
-    while not scheduler.is_done:
-        batches = scheduler.schedule()
-        own = tuple(
-            (batch.is_prefill, batch.chunk, len(batch.logit_rows) > 0, _writes_tail(batch)) for batch in batches
-        )
-        after_prefill = None if before is None else all(prefill for prefill, *_ in before)  # type: ignore[attr-defined]
-        scheduler.postprocess()
-        yield PassKind((own, after_prefill, scheduler.is_done), sum(map(_amount, batches)))
-        before = own
+    after_prefill: bool | None = None
+    for wave in turns(scheduler):
+        batches = scheduler.schedule(wave)
+        own, amount = kind_of(batches)
+        scheduler.postprocess(wave=wave)
+        yield PassKind((own, after_prefill, scheduler.is_done), amount)
+        after_prefill = all(batch.is_prefill for batch in batches)
+
+
+def kind_of(batches: Sequence[MicroBatch]) -> PassKind:
+    """Of a pass over these micro-batches, wherever in a job it is."""
+    own = ((batch.is_prefill, batch.chunk, len(batch.logit_rows) > 0, _writes_tail(batch)) for batch in batches)
+    return PassKind(tuple(own), sum(map(_amount, batches)))
 
 
 def _amount(batch: MicroBatch) -> int:
