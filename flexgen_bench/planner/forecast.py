@@ -13,7 +13,7 @@ from flexgen_bench.core.tiers import Lane
 from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
-from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds, turns
+from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
 from flexgen_bench.planner.simulated_lanes import Contention, Event
 from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
@@ -102,7 +102,8 @@ def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = Fals
     """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
     told apart coarsely; keep: keep the times of every simulated step. UserError without rates.
 
-    Of one rank of several: what it takes if hidden states and tokens are there when it wants them."""
+    Of one rank of several: what it takes if hidden states and tokens are there when it wants them, and each wave is as
+    long as the first."""
     cost = StepCost(plan)
     overlap = plan.policy.overlap
     stay = overlap and plan.job.tokens_stay
@@ -147,18 +148,19 @@ def _forecast(plan: MemoryPlan, cost: StepCost, timer: PassTimer, points: int | 
     itself = [mix == {number: 1.0} for number, mix in enumerate(made_of)]
     simulated: dict[int, PassTime] = {}
     latest: object = None  # kind of pass
-    for number, ((kind, _), wave) in enumerate(zip(kinds, turns(scheduler), strict=True)):
+    for number, (kind, _) in enumerate(kinds):
         if itself[number]:
-            steps = scheduler.steps(scheduler.schedule(wave))
+            steps = scheduler.steps(scheduler.schedule())
             simulated[number] = _timed(timer, cost, plan.job, steps)
             latest = kind
         elif warm and itself[number + 1 : number + 2] == [True] and kind != latest:
-            timer.run_pass(scheduler.steps(scheduler.schedule(wave)))
+            timer.run_pass(scheduler.steps(scheduler.schedule()))
             latest = kind
         else:
-            scheduler.admit(wave)
-        scheduler.postprocess(wave=wave)
-    return Forecast(tuple(mixed(mix, simulated) for mix in made_of), tuple(timer.events), timer.steps)
+            scheduler.admit()
+        scheduler.postprocess()
+    of_wave = (mixed(mix, simulated) for mix in made_of)
+    return Forecast(tuple(one for one in of_wave for _ in range(scheduler.waves)), tuple(timer.events), timer.steps)
 
 
 def contention(hardware: HardwareProfile) -> Contention | None:

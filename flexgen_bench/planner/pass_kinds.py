@@ -35,14 +35,8 @@ class PassKind(NamedTuple):
     amount: int
 
 
-def turns(scheduler: Scheduler) -> Iterator[int]:
-    """The wave of every pass of a job, in order. Whoever asks for the next one has postprocessed the last."""
-    while not scheduler.is_done:
-        yield from filter(scheduler.has_work, range(scheduler.waves))
-
-
 def pass_kinds(plan: MemoryPlan) -> list[PassKind]:
-    """Of every pass of a job in which no sequence ends early."""
+    """Of every pass of a job (of several ranks, of its first wave) in which no sequence ends early."""
     return list(_kinds(Scheduler(plan.policy, plan)))
 
 
@@ -50,17 +44,16 @@ def coarse_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
     passes."""
     scheduler, kinds = Scheduler(plan.policy, plan), []
-    for wave in turns(scheduler):
-        scheduler.admit(wave)
-        running = [r for r in scheduler.running if r.group.kv_slot % scheduler.waves == wave]
-        starting = [r.group for r in running if not r.token]
-        decoding = [Member(r.group, r.token) for r in running if r.token]
+    while scheduler.has_work(0):
+        scheduler.admit()
+        starting = [r.group for r in scheduler.running if not r.token]
+        decoding = [Member(r.group, r.token) for r in scheduler.running if r.token]
         rows = sum(sum(c.prompt_lens) - c.shared * (c.size - 1) for c in starting)
         rows += sum(member.group.size for member in decoding)
         amount = sum(map(_cached, decoding)) + _ROW_TOKENS * rows
         tails = any(map(_has_tail, decoding))
         kinds.append(PassKind((bool(starting), bool(decoding), tails), amount))
-        scheduler.postprocess(wave=wave)
+        scheduler.postprocess()
     return kinds
 
 
@@ -80,10 +73,10 @@ def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
 
 def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
     after_prefill: bool | None = None
-    for wave in turns(scheduler):
-        batches = scheduler.schedule(wave)
+    while scheduler.has_work(0):
+        batches = scheduler.schedule()
         own, amount = kind_of(batches)
-        scheduler.postprocess(wave=wave)
+        scheduler.postprocess()
         yield PassKind((own, after_prefill, scheduler.is_done), amount)
         after_prefill = all(batch.is_prefill for batch in batches)
 

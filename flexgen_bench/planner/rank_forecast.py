@@ -17,6 +17,7 @@ from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, PassKind, kind_of, mixes
 from flexgen_bench.planner.rank_machines import RankMachine
 from flexgen_bench.planner.rank_simulator import Ends, RankSimulator
+from flexgen_bench.planner.simulated_lanes import LaneSeconds
 from flexgen_bench.schedule.micro_batch import MicroBatch
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
@@ -147,7 +148,8 @@ class _Watched:
         self.simulator = simulator
         self._under_way: dict[int, tuple[int, Ends]] = {}  # wave -> its round and what ends it, in order of submission
         self._only_prompts: dict[int, bool] = {}
-        self._moments: dict[int, _Moment] = {}  # of each round, its end
+        self._work: dict[int, LaneSeconds] = {}
+        self._ends_s: dict[int, float] = {}
 
     def submit(self, wave: int, number: int, batches: list[MicroBatch], steps: list[Iterator[Step]]) -> None:
         """A wave's pass in a round, once its last one is over."""
@@ -155,34 +157,22 @@ class _Watched:
             self._finish(wave)
         prompts = all(batch.is_prefill for batch in batches)
         self._only_prompts[number] = self._only_prompts.get(number, True) and prompts
-        self._under_way[wave] = number, self.simulator.submit(steps)
+        work = self._work.setdefault(number, LaneSeconds())
+        self._under_way[wave] = number, self.simulator.submit(steps, work)
 
     def ended(self) -> dict[int, PassTime]:
         """What each round took, once all are over."""
         for wave in list(self._under_way):
             self._finish(wave)
-        found, before = {}, _Moment(0.0, {}, {})
-        for number, moment in self._moments.items():
-            found[number] = PassTime(
-                moment.at_s - before.at_s,
-                self._only_prompts[number],
-                {lane: s - before.busy_s.get(lane, 0.0) for lane, s in moment.busy_s.items()},
-                {lane: float(b - before.bytes.get(lane, 0)) for lane, b in moment.bytes.items()},
-            )
-            before = moment
+        found, before_s = {}, 0.0
+        self.simulator.drain()
+        for number, end_s in self._ends_s.items():
+            work = self._work[number]
+            found[number] = PassTime(end_s - before_s, self._only_prompts[number], work.busy_s, work.bytes)
+            before_s = end_s
         return found
 
     def _finish(self, wave: int) -> None:
         number, ends = self._under_way.pop(wave)
         self.simulator.finish(ends)
-        lanes = self.simulator
-        self._moments[number] = _Moment(lanes.now_s, dict(lanes.busy_s), dict(lanes.bytes))
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """What lanes have done until then."""
-
-    at_s: float
-    busy_s: Mapping[Lane, float]
-    bytes: Mapping[Lane, int]
+        self._ends_s[number] = self.simulator.now_s

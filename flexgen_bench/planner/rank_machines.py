@@ -66,7 +66,7 @@ class _Contention:
                 disks.setdefault((self._hosts[lane.device], lane.kind), []).append(lane)
         speed: dict[Lane, float] = {}
         for rank, active in of_rank.items():
-            speed.update(self._of_rank(rank, tuple(active)))
+            speed |= self._of_rank(rank, tuple(active))
         for users in disks.values():
             speed.update({lane: speed[lane] / len(users) for lane in users})
         return speed

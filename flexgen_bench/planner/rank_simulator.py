@@ -9,14 +9,14 @@ until as much of what was sent before has been received as the memory for what i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen_bench.core.tiers import NETWORK, Lane, LaneKind
 from flexgen_bench.planner.cost import StepCost, StepTimes
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.rank_machines import RankMachine, contention_of
-from flexgen_bench.planner.simulated_lanes import AT_BEGIN, SimulatedLanes
+from flexgen_bench.planner.simulated_lanes import AT_BEGIN, Contention, LaneSeconds, SimulatedLanes
 from flexgen_bench.planner.simulator import ends_pass
 from flexgen_bench.schedule.dependencies import Dependencies, DependencyTracker
 from flexgen_bench.schedule.steps import Step, StepKind
@@ -43,8 +43,8 @@ class RankSimulator(SimulatedLanes):
         super().__init__(self._times_of, contention_of(machines), keep)
         self._ranks = [_Rank(plan, rank) for rank, plan in enumerate(plans)]
 
-    def submit(self, passes: Sequence[Iterable[Step]]) -> Ends:
-        """A pass: the steps of each rank."""
+    def submit(self, passes: Sequence[Iterable[Step]], account: LaneSeconds | None = None) -> Ends:
+        """A pass: the steps of each rank. account: where its work is counted."""
         ends: Ends = {}
         sent: dict[int, _Sent] = {}  # by micro-batch, from the rank before
         tokens: dict[int, int] = {}  # by micro-batch, the steps of the last rank that send them
@@ -55,7 +55,7 @@ class RankSimulator(SimulatedLanes):
                 if step.kind is StepKind.RECV_TOKENS:
                     late.append((rank, step))
                     continue
-                number, waits = self._add_of(rank, step)
+                number, waits = self._add_of(rank, step, account)
                 if step.lane.kind not in NETWORK:
                     continue
                 if step.kind is StepKind.SEND_HIDDEN:
@@ -70,7 +70,7 @@ class RankSimulator(SimulatedLanes):
             ends |= {lane: number for lane, number in rank.last.items() if ends_pass(lane, rank.tokens_stay)}
         last = self._ranks[-1].lanes[Lane(LaneKind.NET_OUT)]
         for rank, step in late:
-            number, waits = self._add_of(rank, step)
+            number, waits = self._add_of(rank, step, account)
             waits[last] = tokens[step.micro_batch_index]
             ends[rank.lanes[step.lane]] = number
         return ends
@@ -88,10 +88,15 @@ class RankSimulator(SimulatedLanes):
         """What a step on a lane of a rank takes by itself."""
         return self._costs[step.lane.device].seconds(step)
 
+    def _speed(self, contention: Contention) -> Mapping[Lane, float] | None:
+        """Asked every time: of all ranks' lanes hardly any two moments are alike, and what is alike is known to it."""
+        speed = contention(self._running)
+        return speed if any(s != 1 for s in speed.values()) else None
+
     def _times_of(self, step: Step) -> StepTimes:
         return self._costs[step.lane.device].times(step)
 
-    def _add_of(self, rank: _Rank, step: Step) -> tuple[int, Dependencies]:
+    def _add_of(self, rank: _Rank, step: Step, account: LaneSeconds | None) -> tuple[int, Dependencies]:
         """Its number, and what it waits for, to which more may be added before time goes on."""
         lane = rank.lanes[step.lane]
         step = step._replace(lane=lane)
@@ -101,7 +106,7 @@ class RankSimulator(SimulatedLanes):
             given_s = AT_BEGIN
             waits |= {other: n for other, n in rank.previous.items() if other is not lane}
             rank.previous = {lane: number}
-        self.add(step, waits, given_s)
+        self.add(step, waits, given_s, account)
         rank.last[lane] = number
         return number, waits
 

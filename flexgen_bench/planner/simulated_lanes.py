@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.planner.cost import StepTimes
@@ -32,14 +32,24 @@ class Event:
     end_s: float
 
 
+@dataclass(frozen=True)
+class LaneSeconds:
+    """By lane, the seconds it has worked and the bytes it has moved."""
+
+    busy_s: defaultdict[Lane, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: defaultdict[Lane, int] = field(default_factory=lambda: defaultdict(int))
+
+
 @dataclass(slots=True)
 class _Running:
     step: Step
     left_s: float
     begin_s: float
+    account: LaneSeconds
 
 
-_Queue = deque[tuple[Step, Dependencies, float]]  # with the time at which the step was handed over
+# With the time at which the step was handed over, and where its work is counted.
+_Queue = deque[tuple[Step, Dependencies, float, LaneSeconds]]
 
 
 class SimulatedLanes:
@@ -63,13 +73,16 @@ class SimulatedLanes:
         self._done: defaultdict[Lane, int] = defaultdict(int)
         self._kept = keep
         self.now_s = 0.0
-        self.busy_s: defaultdict[Lane, float] = defaultdict(float)
-        self.bytes: defaultdict[Lane, int] = defaultdict(int)
+        self._whole = LaneSeconds()
+        self.busy_s, self.bytes = self._whole.busy_s, self._whole.bytes
         self.events: list[Event] = []
         self.steps = 0
 
-    def add(self, step: Step, waits: Dependencies, given_s: float | None = None) -> None:
-        """Hand over a step. waits: for how many steps of which lanes. given_s: when; None: now."""
+    def add(
+        self, step: Step, waits: Dependencies, given_s: float | None = None, account: LaneSeconds | None = None
+    ) -> None:
+        """Hand over a step. waits: for how many steps of which lanes. given_s: when; None: now. account: where its work
+        is counted; None: with that of all."""
         lane = step.lane
         queue = self._waiting.get(lane)
         if queue is None:
@@ -77,7 +90,7 @@ class SimulatedLanes:
             self._order = {one: place for place, one in enumerate(sorted(self._waiting))}
         if not queue:
             self._awake.add(lane)
-        queue.append((step, waits, self.now_s if given_s is None else given_s))
+        queue.append((step, waits, self.now_s if given_s is None else given_s, account or self._whole))
         self.steps += 1
 
     def run_until(self, lane: Lane, number: int) -> None:
@@ -95,7 +108,7 @@ class SimulatedLanes:
         for lane in awake:
             waiting = order[lane]
             if waiting and lane not in running:
-                step, waits, given_s = waiting[0]
+                step, waits, given_s, account = waiting[0]
                 for other, n in waits.items():
                     if done[other] < n:
                         self._asleep[other].append(lane)
@@ -107,7 +120,7 @@ class SimulatedLanes:
                         issued_s = self._issuable_s(lane, waits, given_s) + issue_s
                         seconds = max(seconds, issued_s - self.now_s)
                         self._passed_s[lane].append(issued_s)
-                    running[lane] = _Running(step, seconds, self.now_s)
+                    running[lane] = _Running(step, seconds, self.now_s, account)
 
     def _issuable_s(self, lane: Lane, waits: Dependencies, given_s: float) -> float:
         """When the lane's thread could begin to issue a step that waits for others."""
@@ -138,8 +151,8 @@ class SimulatedLanes:
         for lane, one in running.items():
             if one.left_s <= _DONE_S:
                 self._done[lane] += 1
-                self.busy_s[lane] += self.now_s - one.begin_s
-                self.bytes[lane] += one.step.bytes
+                one.account.busy_s[lane] += self.now_s - one.begin_s
+                one.account.bytes[lane] += one.step.bytes
                 if not lane.of_accelerator:
                     self._passed_s[lane].append(self.now_s)
                 if self._kept:
