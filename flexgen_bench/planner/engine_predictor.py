@@ -31,7 +31,7 @@ class EnginePredictor(Predictor):
         """Under the policy that is given, or under the one that ``policy=auto`` comes to on a machine with nothing else
         in its memory. Several GPUs are the ranks of a pipeline."""
         policy: Policy | None = self.options.get("policy")
-        if job.num_gpus > 1:
+        if job.num_gpus * job.hardware.count > 1:
             return predict_ranks(job, policy)
         rates_of(job.hardware)
         room = job_bytes(job.hardware)
