@@ -43,6 +43,8 @@ POLICIES = [
     Policy(4, 1, CPU, CPU, CPU, schedule=Schedule.CONTINUOUS),
 ]
 
+NAMES = ["streamed", "attended by the cpu", "half resident", "continuous"]
+
 
 def plans_of(job: PlannedJob, stages: tuple[Stage, ...]) -> tuple[MemoryPlan, ...]:
     model = model_of(job.shape, job.policy.lossy)
@@ -78,7 +80,7 @@ def test_ranks_take_no_longer_than_all_of_their_steps_in_a_row(job: PlannedJob, 
     assert len(simulated.times.events) == simulated.times.steps
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_lanes_are_busy_for_as_long_as_their_steps_take(policy: Policy) -> None:
     """Of a machine where the host issues in no time and no two lanes share a link at once."""
     simulated = over(a_job(policy, accelerator(), FOUR_LAYERS), 2, keep=True)
@@ -95,7 +97,7 @@ def test_lanes_are_busy_for_as_long_as_their_steps_take(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_messages_are_received_when_they_have_been_sent(policy: Policy, overlap: bool) -> None:
     """Of every micro-batch of every pass, by the next rank, and its tokens by all; none twice."""
     job = a_job(replace(policy, overlap=overlap), ACCELERATOR, FOUR_LAYERS, prompts=12)
@@ -138,7 +140,7 @@ def test_every_rank_gets_the_micro_batches_in_the_order_of_the_passes() -> None:
             assert told[((member.group.index, member.token - 1, 0),)] <= event.begin_s + 1e-12
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_few_rounds_tell_the_others(policy: Policy, ranks: int) -> None:
     job = a_job(policy, ACCELERATOR, FOUR_LAYERS, prompts=24, gen_len=24)
@@ -146,7 +148,7 @@ def test_a_few_rounds_tell_the_others(policy: Policy, ranks: int) -> None:
     assert few.times.steps < 0.8 * every.times.steps
     assert few.total_s == pytest.approx(every.total_s, rel=0.03)
     for rank in range(ranks):
-        assert few.bubble(rank) == pytest.approx(every.bubble(rank), abs=0.03)
+        assert few.bubble(rank) == pytest.approx(every.bubble(rank), abs=0.06)
 
 
 def test_a_pipeline_that_is_full_is_as_fast_as_its_ranks() -> None:
