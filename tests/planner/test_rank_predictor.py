@@ -8,7 +8,7 @@ import pytest
 
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.hardware import HardwareProfile
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.pipeline import Stage
@@ -54,13 +54,13 @@ def test_a_given_policy_is_simulated_on_all_ranks() -> None:
 def test_weights_that_fit_only_over_four_ranks_make_them_more_than_four_times_as_fast() -> None:
     """The paper's OPT-6.7B and OPT-30B: what one accelerator loads in every pass, four of them hold."""
     weights = model_of(SHAPE).packed.file_bytes
-    machine = accelerator(gpu_memory=weights // 2 + 8 * MIB, h2d=2e8)
+    machine = accelerator(gpu_memory=weights // 2 + 8 * MIB, kind=Accelerator.EMULATED, h2d=2e8)
     one, four = predicted(job(machine, 1)), predicted(job(machine, 4, 32))
     assert four.tok_per_s > 4 * one.tok_per_s
 
 
 def test_a_policy_is_found_that_fits_every_rank() -> None:
-    machine = accelerator(gpu_memory=48 * MIB, cpu_memory=256 * MIB)
+    machine = accelerator(gpu_memory=48 * MIB, cpu_memory=256 * MIB, kind=Accelerator.EMULATED)
     done = predicted(job(machine, 3, None))
     assert done.settings["layers_per_rank"] == [2, 3, 3] or sum(done.settings["layers_per_rank"]) == 8
     for name, size in done.bytes.items():
