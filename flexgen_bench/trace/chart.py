@@ -42,6 +42,15 @@ COLOURS: dict[str, str] = {
     StepKind.MOVE_LOGITS: "#dcc4b3",
     StepKind.SAMPLE: "#909090",
     StepKind.MOVE_TOKENS: "#b9a795",
+    # Between ranks red, tokens pale.
+    StepKind.RECV_HIDDEN: "#c44f7a",
+    StepKind.MOVE_RECEIVED: "#d98aa6",
+    StepKind.ENTER: "#ecc3d2",
+    StepKind.LEAVE: "#e8b1c4",
+    StepKind.MOVE_LEAVING: "#d1708f",
+    StepKind.SEND_HIDDEN: "#a8325d",
+    StepKind.SEND_TOKENS: "#c9a0ae",
+    StepKind.RECV_TOKENS: "#dcc2cb",
 }
 _UNKNOWN = "#bbbbbb"
 
