@@ -11,6 +11,7 @@ from torch import Tensor
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import LaneKind, Tier
 from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.engine.between_ranks import BetweenRanks
 from flexgen_bench.engine.cache import KVCache
 from flexgen_bench.engine.decode_graphs import DecodeGraphs
 from flexgen_bench.engine.device import Device, crossing
@@ -25,6 +26,7 @@ from flexgen_bench.engine.prompts import Prompts
 from flexgen_bench.engine.resident import ResidentLayers, joined
 from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.engine.weights import Weights
+from flexgen_bench.engine.wire import Wire
 from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.attention import decode_attention
 from flexgen_bench.memory.kv_cache import KVForm
@@ -77,7 +79,9 @@ class Actions:
         spill: SpillFile | None,
         consumer: Consumer,
         graphs: Graphs,
+        wire: Wire | None = None,
     ) -> None:
+        """wire: to other ranks, if there are any."""
         self._decoder = layer_formulas.decoder
         self._job, self._weights, self._device = plan.job, weights, device
         self._value_share = policy.lossy.value_share
@@ -91,7 +95,7 @@ class Actions:
         )
         self._health = Health()
         home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
-        self._next = NextTokens(device, self._health, consumer, home)
+        self._next = NextTokens(device, self._health, consumer, home, is_sent=wire is not None)
         self._layers = Layers(layer_formulas, weights, plan.job, device, policy.gpu_batch_size)
         self._graphs = DecodeGraphs(
             *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
@@ -158,6 +162,12 @@ class Actions:
             StepKind.SAMPLE: self._sample,
             StepKind.MOVE_TOKENS: self._next.move_tokens,
         }
+        self._ranks: BetweenRanks | None = None
+        if wire is not None:
+            ranks = self._ranks = BetweenRanks(
+                plan, wire, dtype, device, arenas, self._hidden, self._health, consumer, self._next
+            )
+            self._actions |= ranks.actions | {StepKind.ENTER: self._enter}
 
     def act(self, step: Step) -> None:
         """Do one step."""
@@ -167,10 +177,10 @@ class Actions:
         """A step of touched experts, with the bytes that it really moves."""
         return self._experts.settled(step)
 
-    def _begin_pass(self) -> None:
-        """Nothing of the last pass is computed any more: release the hidden states that it has left. On the lane that
-        embeds, which may begin a pass before the host has seen the end of the last one."""
-        self._hidden.begin_pass()
+    def _begin_pass(self, step: Step) -> None:
+        """Nothing of the last pass of these sequences is computed any more: release the hidden states that it has left.
+        On the lane that embeds, which may begin a pass before the host has seen the end of the last one."""
+        self._hidden.begin_pass(step.micro_batch)
         self._angles.clear()
         self._prompts.begin_pass()
         self._resident.begin_pass()
@@ -197,18 +207,26 @@ class Actions:
         for held in (self._x, self._qkv, self._qkv_host, self._attended, self._attended_host, self._angles):
             held.clear()
         self._next.clear()
+        if self._ranks is not None:
+            self._ranks.clear()
         self._embedding.clear()
         self._graphs.clear()
         del self._cache, self._hidden, self._prompts, self._resident, self._embedding, self._graphs, self._next
-        del self._experts, self._leave
+        del self._experts, self._leave, self._ranks
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
 
     def _embed(self, step: Step) -> None:
         if step.micro_batch.index == 0:
-            self._begin_pass()
+            self._begin_pass(step)
         self._hidden.put(step, self._embedding.embed(step))
+
+    def _enter(self, step: Step) -> None:
+        assert self._ranks is not None
+        if step.part == 0:  # the first of the pass
+            self._begin_pass(step)
+        self._ranks.enter(step)
 
     # A decoder layer
 

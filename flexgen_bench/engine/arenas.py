@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.core.units import PAGE, aligned, format_bytes
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.step_errors import explain_memory
+from flexgen_bench.schedule.scheduled_job import ScheduledJob
 
 
 class Arenas:
@@ -63,3 +66,12 @@ class Arenas:
         """Account for bytes that are not memory: files."""
         names = self.bytes.setdefault(tier, {})
         names[name] = names.get(name, 0) + num_bytes
+
+
+def together(job: ScheduledJob, *parts: Mapping[Tier, Mapping[str, int]]) -> dict[Site, dict[str, int]]:
+    """Bytes by name of several arenas, which have no names in common, for each site of a job."""
+    allocated: dict[Site, dict[str, int]] = {}
+    for part in parts:
+        for tier, names in part.items():
+            allocated.setdefault(job.site_of(tier), {}).update(names)
+    return allocated

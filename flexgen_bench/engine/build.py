@@ -12,9 +12,12 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine, store_plan
+from flexgen_bench.engine.engine import Engine
+from flexgen_bench.engine.store_plan import store_plan
+from flexgen_bench.engine.wire import Wire
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
@@ -90,8 +93,11 @@ class PackedWeights:
         available = {tier: int(count * KEPT) for tier, count in free.items()}
         return choose(SearchSpace(job, (lossy,), available, block_size, scored_rows))
 
-    def engine(self, policy: Policy, device: Device, offload_dir: Path) -> Engine:
-        """Weights placed by ``policy`` on ``device``. UserError if the policy wants them compressed in another way."""
+    def engine(
+        self, policy: Policy, device: Device, offload_dir: Path, stage: Stage | None = None, wire: Wire | None = None
+    ) -> Engine:
+        """Weights placed by ``policy`` on ``device``; of one of several ranks, those of its stage. UserError if the
+        policy wants them compressed in another way."""
         if policy.lossy.weights != self.packed.compression:
             raise UserError(
                 "policy.lossy.weights",
@@ -99,7 +105,8 @@ class PackedWeights:
                 f"{_words(self.packed.compression)}: that is how these weights are packed",
                 "Change the policy, or pack the weights again with this compression.",
             )
-        return Engine(self.family, Model(self.shape, self.dtype, self.packed), self.store, policy, device, offload_dir)
+        model = Model(self.shape, self.dtype, self.packed)
+        return Engine(self.family, model, self.store, policy, device, offload_dir, stage, wire)
 
 
 def _stores(cache: Path) -> Path:

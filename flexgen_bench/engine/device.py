@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from flexgen_bench.core.device_memory import gpu_room
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
-from flexgen_bench.core.tiers import Lane, LaneKind, Tier
+from flexgen_bench.core.tiers import NETWORK, Lane, LaneKind, Tier
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.engine.throttle import Link
 from flexgen_bench.machine.host import threads_beside_a_gpu
@@ -80,12 +81,14 @@ class Device:
             tensor = tensor.pin_memory()
         return tensor.to(self.torch_device, non_blocking=True, copy=True)
 
-    def lane_settings(self) -> dict[Lane, LaneSettings]:
-        """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator."""
-        throttled = self._throttled()
+    def lane_settings(self, network: bool = False) -> dict[Lane, LaneSettings]:
+        """How each lane runs: streams on CUDA, throttled threads on the emulated accelerator. network: with those to
+        other ranks."""
+        lanes = (*(Lane(kind) for kind in NETWORK if network), *self.hardware.lanes)
+        throttled = self._throttled(lanes)
         computing = threads_beside_a_gpu(self.threads) if self.is_cuda else self.threads
         # The order of rows in pictures: what computes comes last, the accelerator after the host.
-        lanes = sorted(self.hardware.lanes, key=lambda lane: lane.kind is LaneKind.GPU)
+        lanes = tuple(sorted(lanes, key=lambda lane: lane.kind is LaneKind.GPU))
         return {
             lane: LaneSettings(
                 threads=computing if lane.computes else 1,
@@ -95,12 +98,12 @@ class Device:
             for lane in lanes
         }
 
-    def _throttled(self) -> dict[Lane, Link]:
+    def _throttled(self, lanes: Iterable[Lane]) -> dict[Lane, Link]:
         """Only an emulated accelerator's links are slowed down; real links have the speed they have."""
         if self.hardware.accelerator is not Accelerator.EMULATED:
             return {}
         stated = self.hardware.links
-        links = {lane.link for lane in self.hardware.lanes if lane.is_link}
+        links = {lane.link for lane in lanes if lane.is_link}
         return {link: Link(stated[link.kind]) for link in links if link.kind in stated}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.errors import DoesNotFit, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.hardware import Accelerator
-from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.moment import JobState
+from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
-from flexgen_bench.core.tiers import Site, Tier
+from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.actions import Actions, Consumer
-from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.engine.arenas import Arenas, together
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
 from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
@@ -33,18 +32,16 @@ from flexgen_bench.engine.open_job import OpenJob
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.traceback_cleanup import release_frames
 from flexgen_bench.engine.weights import Weights
+from flexgen_bench.engine.wire import Wire
 from flexgen_bench.memory.spill import SpillFile
-from flexgen_bench.memory.stored_tensor import StoredTensor
-from flexgen_bench.memory.weight_store import TORCH_DTYPES, StorePlan, WeightStore
+from flexgen_bench.memory.weight_store import TORCH_DTYPES, WeightStore
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
-from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.graph_memory import graph_bytes
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.planner.scoring import ScoringPlan, lay_out, plan_scoring
 from flexgen_bench.schedule.admission import OpenAdmission
 from flexgen_bench.schedule.prefix_tree import ScoreRequest, grow
-from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 
@@ -55,11 +52,23 @@ GREEDY_ROW_BYTES = 8
 class Engine:
     """Weights in place, ready for jobs. Use ``close`` when done.
 
+    stage: what it computes of the model, if it is one of several ranks; None: all of it. All ranks run the same jobs:
+    ``generate`` with sequences of the same prompts and parameters, in the same order. wire: how this rank reaches the
+    others. A job that fails aborts it; another one can be put in its place (``wire``), on all ranks.
+
     Raises DoesNotFit if the weights alone exceed a tier, UserError for a policy this machine cannot follow.
     """
 
     def __init__(
-        self, family: ModelFamily, model: Model, store: WeightStore, policy: Policy, device: Device, offload_dir: Path
+        self,
+        family: ModelFamily,
+        model: Model,
+        store: WeightStore,
+        policy: Policy,
+        device: Device,
+        offload_dir: Path,
+        stage: Stage | None = None,
+        wire: Wire | None = None,
     ) -> None:
         if policy.lossy.activations and device.hardware.accelerator is not Accelerator.NONE:
             raise UserError(
@@ -68,7 +77,9 @@ class Engine:
                 "none on an accelerator",
                 "Such products exist on a processor only: gpu=cpu, or activations=null.",
             )
-        self.policy = policy
+        self.policy, self.stage, self.wire = policy, None if stage is None or stage.ranks == 1 else stage, wire
+        if (self.stage is None) is not (wire is None):
+            raise ValueError(f"stage = {stage}, wire = {wire}: several ranks need a wire, and nothing else does")
         self._family, self._model = family, model
         self._formulas = Formulas(family, model.shape)
         self._device, self._offload_dir = device, offload_dir
@@ -95,8 +106,15 @@ class Engine:
         """Run every sequence to its end. Results are in the sequences themselves.
 
         After an error the engine is ready for the next job, with new sequences: what the failed job has left in these
-        is no result.
+        is no result. Of several ranks, all fail with one, and their wires are of no more use.
         """
+        try:
+            return self._generate(sequences, progress)
+        except BaseException as error:
+            self._tell_others(error)
+            raise
+
+    def _generate(self, sequences: Sequence[Running], progress: Progress) -> JobResult:
         used = [i for i, s in enumerate(sequences) if s.new or s.finish_reason]
         if used:
             raise UserError(
@@ -135,6 +153,7 @@ class Engine:
 
     def plan_open(self, capacity: Capacity) -> tuple[Capacity, MemoryPlan]:
         """The plan of an open job, and its capacity: without kept tokens where none can be kept."""
+        self._refuse_ranks("a job that takes requests while it runs (serve, chat, stream)")
         plan = self.plan(capacity, 4 * self._model.shape.vocab_size)
         # Beyond its steady positions a model's keys depend on the length of their sequence.
         longest = capacity.prompt_len + capacity.gen_len - 1
@@ -150,6 +169,7 @@ class Engine:
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each sequence, the distributions of its tokens but the first: (T-1, V) float32. For few sequences: all are
         in memory."""
+        self._refuse_ranks("scoring")
         trees = [grow([ScoreRequest(s, 1)], len(s))[0] for s in sequences]
         rows = max(tree.rows for tree in trees)
         scoring_plan = plan_scoring(self._planned, self.policy, trees, rows, 4 * self._model.shape.vocab_size)
@@ -168,6 +188,7 @@ class Engine:
 
     def scoring(self, requests: Sequence[ScoreRequest]) -> ScoringPlan:
         """How requests are laid out and planned under this engine's policy. Raises DoesNotFit."""
+        self._refuse_ranks("scoring")
         return lay_out(self._planned, self._check, self.policy, requests)
 
     def plan(
@@ -183,7 +204,8 @@ class Engine:
         logits_row_bytes: int = GREEDY_ROW_BYTES,
         scored_rows: int = 0,
     ) -> MemoryPlan:
-        return plan_job(self._model, policy, self._device.hardware, requests, logits_row_bytes, scored_rows)
+        hardware = self._device.hardware
+        return plan_job(self._model, policy, hardware, requests, logits_row_bytes, scored_rows, stage=self.stage)
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -227,6 +249,17 @@ class Engine:
                 "free: a job has the weights' buffers to itself",
                 "Add the requests to that job, or close it (a stream: read it to its end, or close it).",
             )
+
+    def _refuse_ranks(self, job: str) -> None:
+        if self.stage is not None:
+            raise UserError(
+                "gpu.count", self.stage.ranks, f"1 for {job}", "Several ranks generate for lists of prompts."
+            )
+
+    def _tell_others(self, error: BaseException) -> None:
+        """That this rank has failed: its lanes need not wait for the others, nor they for it."""
+        if self.wire is not None:
+            self.wire.abort(error)
 
     def _give_back(self) -> None:
         self._open = None
@@ -293,11 +326,13 @@ class Engine:
                 spill,
                 consumer,
                 graphs,
+                self.wire,
             )
             held.callback(actions.close)
-            executor = Executor(self._device.lane_settings(), policy.overlap, actions.settled)
+            lanes = self._device.lane_settings(network=self.wire is not None)
+            executor = Executor(lanes, policy.overlap, actions.settled, self._tell_others)
             held.callback(executor.close)
-            result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
+            result.allocated = together(plan.job, self._arenas.bytes, arenas.bytes)
             try:
                 yield executor, actions
                 executor.drain()
@@ -306,41 +341,4 @@ class Engine:
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
         result.decode_path = graphs.path
-        result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
-
-
-def _together(job: ScheduledJob, *parts: Mapping[Tier, Mapping[str, int]]) -> dict[Site, dict[str, int]]:
-    allocated: dict[Site, dict[str, int]] = {}
-    for part in parts:
-        for tier, names in part.items():
-            allocated.setdefault(job.site_of(tier), {}).update(names)
-    return allocated
-
-
-def store_plan(family: ModelFamily, shape: ModelShape, packed: PackedModel, dtype: DType) -> StorePlan:
-    """What the packed store of a model must hold: tables, embedding and head together, then layer by layer."""
-    stored = {
-        e.offset: StoredTensor(
-            e.tensor.spec.name,
-            e.tensor.spec.shape,
-            e.offset,
-            e.num_bytes,
-            e.tensor.sources,
-            e.tensor.source_rows,
-            e.compression,
-            e.params_offset if e.compression else 0,
-            e.tensor.dtype,
-        )
-        for e in packed.entries
-    }
-    layers = [tuple(stored[e.offset] for e in u.entries) for u in packed.units[1:-1]]
-    in_layers = {t.offset for group in layers for t in group}
-    rest = tuple((tensor,) for offset, tensor in stored.items() if offset not in in_layers)
-    return StorePlan(
-        groups=(*rest, *layers),
-        file_bytes=packed.file_bytes,
-        dtype=dtype,
-        prefixes=family.prefixes,
-        description=to_json(shape),
-        compression=packed.compression,
-    )
+        result.allocated = together(plan.job, self._arenas.bytes, arenas.bytes)

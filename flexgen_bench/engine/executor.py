@@ -15,6 +15,7 @@ from flexgen_bench.core.errors import OutOfMemory
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.lane import Action, LaneSettings, LaneUse, LaneWorker, QueuedStep, as_it_is
+from flexgen_bench.engine.network_lane import WORKERS
 from flexgen_bench.engine.progress import Aborted, Failure
 from flexgen_bench.engine.stream_lane import Origin, StreamWorker
 from flexgen_bench.engine.timeline import LaneLog, StepBudget
@@ -28,10 +29,15 @@ class Executor:
     """Takes steps in program order and keeps every lane as busy as the dependencies allow."""
 
     def __init__(
-        self, lanes: Mapping[Lane, LaneSettings], overlap: bool = True, settle: Callable[[Step], Step] = as_it_is
+        self,
+        lanes: Mapping[Lane, LaneSettings],
+        overlap: bool = True,
+        settle: Callable[[Step], Step] = as_it_is,
+        tell: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """settle: what a step of touched experts really is, once it may begin."""
-        self._failure, self._settle = Failure(), settle
+        """settle: what a step of touched experts really is, once it may begin. tell: of the first failure (see
+        ``Failure``)."""
+        self._failure, self._settle = Failure(tell), settle
         self._overlap = overlap
         self._tracker = DependencyTracker()
         self._workers = self._make(lanes)
@@ -124,7 +130,8 @@ class Executor:
         for lane, settings in lanes.items():
             log = LaneLog(budget)
             if settings.stream is None:
-                workers[lane] = LaneWorker(lane, settings, self._failure, log, self._settle)
+                kind = WORKERS.get(lane.kind, LaneWorker)
+                workers[lane] = kind(lane, settings, self._failure, log, self._settle)
                 continue
             origin = origin or Origin.record(settings.stream)  # one for all: the device has one clock
             workers[lane] = StreamWorker(lane, settings, self._failure, log, settings.stream, origin, self._settle)

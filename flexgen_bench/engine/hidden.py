@@ -43,8 +43,10 @@ class HiddenStates:
         self._dtype, self._device, self._spill = dtype, device, spill
         self._row_bytes = plan.job.hidden_row_bytes
         self._compute = plan.job.compute_tier
-        # Rows that live on the compute tier: of a whole micro-batch, by its number in the pass, or of its parts.
-        self._whole: dict[int, Tensor] = {}
+        self._waves = plan.groups.waves
+        # Rows that live on the compute tier: of a whole micro-batch, by its wave and its number in the pass, or of its
+        # parts.
+        self._whole: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[Home, Tensor] = {}
         self._memory: dict[tuple[int, int], Tensor] = {}  # (KV slot, span) -> rows on the host
         self._offset: dict[tuple[int, int], int] = {}  # (KV slot, span) -> place in the spill file
@@ -70,7 +72,7 @@ class HiddenStates:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
         micro_batch, tier = step.micro_batch, self._sites[step.unit]
         if micro_batch.hidden_tier is tier is self._compute:
-            self._whole[micro_batch.index] = x
+            self._whole[self._key(micro_batch)] = x
             if self._rows:  # the old rows, where a link has brought them back
                 for part in micro_batch.hidden_parts:
                     self._rows.pop(_home(micro_batch, part), None)
@@ -87,11 +89,28 @@ class HiddenStates:
             else:
                 self._in_memory(micro_batch, part).copy_(rows)
 
+    def enter(self, step: Step, x: Tensor) -> None:
+        """Hidden states of the rank before: where the next step of the same micro-batch and site takes them."""
+        self.put(step, x)
+        tier = self._site(step)
+        for part in step.micro_batch.hidden_parts:
+            if part.tier is not tier:
+                self._staged[tier, step.buffer_index, part.index] = x[part.row : part.stop]
+
+    def made(self, step: Step) -> Tensor:
+        """All rows that a compute step has just left at the site of the step; none has gone home from there."""
+        tier = self._site(step)
+        if all(part.tier is tier for part in step.micro_batch.hidden_parts):
+            return self.take(step)
+        return self._current[tier, step.buffer_index]
+
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
         micro_batch, tier = step.micro_batch, self._sites[step.unit]
-        if micro_batch.hidden_tier is tier is self._compute and micro_batch.index in self._whole:
-            return self._whole[micro_batch.index]
+        if micro_batch.hidden_tier is tier is self._compute:
+            whole = self._whole.get(self._key(micro_batch))
+            if whole is not None:
+                return whole
         parts = [self._part(step, micro_batch, part) for part in micro_batch.hidden_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -105,7 +124,7 @@ class HiddenStates:
 
     def _at_compute(self, micro_batch: MicroBatch, part: Part) -> Tensor:
         """A part's rows in their home on the compute tier."""
-        whole = self._whole.get(micro_batch.index)
+        whole = self._whole.get(self._key(micro_batch))
         return self._rows[_home(micro_batch, part)] if whole is None else whole[part.row : part.stop]
 
     def load(self, step: Step) -> None:
@@ -140,16 +159,26 @@ class HiddenStates:
         rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
         if step.lane.kind is LaneKind.H2D:
             self._rows[_home(micro_batch, part)] = self._device.to_compute(rows)
-            self._whole.pop(micro_batch.index, None)  # these are the old rows
+            self._whole.pop(self._key(micro_batch), None)  # these are the old rows
             return
         on_disk = part.tier is Tier.DISK
         target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(micro_batch, part)
         target.copy_(crossing(rows), non_blocking=True)
 
-    def begin_pass(self) -> None:
-        """No hidden states outlive a pass: what the last one left on the compute tier is released."""
-        self._rows.clear()
-        self._whole.clear()
+    def begin_pass(self, first: MicroBatch) -> None:
+        """No hidden states outlive a pass: what the last one of the same wave left on the compute tier is released.
+        Other waves may be under way on other lanes. first: a micro-batch of the pass."""
+        wave = self._wave(first)
+        for home in [one for one in list(self._rows) if one[0] % self._waves == wave]:
+            del self._rows[home]
+        for key in [one for one in list(self._whole) if one[0] == wave]:
+            del self._whole[key]
+
+    def _wave(self, micro_batch: MicroBatch) -> int:
+        return micro_batch.members[0].group.kv_slot % self._waves
+
+    def _key(self, micro_batch: MicroBatch) -> tuple[int, int]:
+        return self._wave(micro_batch), micro_batch.index
 
     def _site(self, step: Step) -> Tier:
         return self._sites[step.unit]

@@ -22,6 +22,9 @@ from flexgen_bench.schedule.sequence_group import SequenceGroup
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.schedule.steps import StepKind
 
+# Steps after which the host has tokens, though they compute nothing.
+_BRINGS_TOKENS = (StepKind.MOVE_TOKENS, StepKind.RECV_TOKENS)
+
 
 @dataclass
 class JobResult:
@@ -44,6 +47,7 @@ class JobResult:
 class _Pass:
     """A pass that was submitted. ends: of each unit, the steps that are waited for, the last of their lanes."""
 
+    wave: int
     batches: list[MicroBatch]
     begin_s: float
     ends: list[dict[Lane, int]]
@@ -62,6 +66,9 @@ class JobRun:
     on without a gap, and the host sees tokens, and who has ended, while it is at the next pass. What that one computes
     beyond an end is dropped. ``max_tokens`` is known in advance. Otherwise the host must have seen the tokens before it
     can say what the next pass is fed.
+
+    Of several ranks, each submits a pass of every wave, in the same order, so that each has one to compute while others
+    compute theirs. Which pass is next depends on tokens alone, which all get.
     """
 
     def __init__(
@@ -84,8 +91,9 @@ class JobRun:
         self._prompt_total = sum(r.prompt_len for r in requests)
         self._decode_total = sum(r.gen_len - 1 for r in requests)
         self._prompt_done = self._decode_done = 0
-        # Kept prefixes are put into the cache and taken out of it when nobody else touches it.
+        # Of a wave. Kept prefixes are put into the cache and taken out of it when nobody else touches it.
         self._passes_at_once = 2 if job.tokens_stay and overlap and prefixes is None else 1
+        self._turn = 0  # the wave that comes next
         self._submitted: deque[_Pass] = deque()
         self._gone: list[SequenceGroup] = []  # have left, though a pass that was submitted has them
         self._latest_s = 0.0  # when the last pass was over
@@ -103,10 +111,19 @@ class JobRun:
     def step(self) -> None:
         """Until the tokens of one more pass are there. Whoever may start starts; sequences that come to their end
         leave, and their room is free for the next pass that is submitted."""
-        while len(self._submitted) < self._passes_at_once and not self._scheduler.is_done:
-            self._submit()
+        while (wave := self._due()) is not None:
+            self._submit(wave)
         if self._submitted:
             self._finish(self._submitted.popleft())
+
+    def _due(self) -> int | None:
+        """The wave whose next pass is to be submitted, if one is: whose turn it is, of those that have work."""
+        waves = self._scheduler.waves
+        for wave in ((self._turn + further) % waves for further in range(waves)):
+            under_way = sum(one.wave == wave for one in self._submitted)
+            if under_way < self._passes_at_once and self._scheduler.has_work(wave):
+                return wave
+        return None
 
     def state(self) -> JobState:
         """What the job is doing; from the thread that runs it."""
@@ -152,18 +169,20 @@ class JobRun:
 
         return noted
 
-    def _submit(self) -> None:
-        """All steps of the next pass. Where another is to follow at once, who has got all its tokens leaves with it."""
+    def _submit(self, wave: int) -> None:
+        """All steps of a wave's next pass. Where another is to follow at once, who has got all its tokens leaves with
+        it."""
+        self._turn = (wave + 1) % self._scheduler.waves
         begin_s = time.perf_counter()
-        batches = self._scheduler.schedule()
+        batches = self._scheduler.schedule(wave)
         if self._prefixes is not None:
             self._prefixes.begin(batches)
         ends: defaultdict[int, dict[Lane, int]] = defaultdict(dict)
         for step in self._scheduler.steps(batches):
             lane, number = self._executor.submit(step, self._actions.act)
-            if lane.computes or step.kind is StepKind.MOVE_TOKENS:
+            if lane.computes or step.kind in _BRINGS_TOKENS:
                 ends[step.unit][lane] = number
-        self._submitted.append(_Pass(batches, begin_s, list(ends.values())))
+        self._submitted.append(_Pass(wave, batches, begin_s, list(ends.values())))
         if self._passes_at_once > 1:
             counts = {one.group.index: one.token + 1 for one in self._scheduler.running}
             self._gone += self._scheduler.postprocess(lambda group: self._consumer.full(group, counts[group.index]))
@@ -176,7 +195,7 @@ class JobRun:
         self._executor.collect()
         self._actions.take(one.batches)
         leave = self._scheduler.remove if self._passes_at_once > 1 else self._scheduler.postprocess
-        self._gone += leave(self._leaving(self._consumer.ended))
+        self._gone += leave(self._leaving(self._consumer.ended), one.wave)
         self._forget()
         now_s = time.perf_counter()
         self._account(one.batches, now_s - max(one.begin_s, self._latest_s))

@@ -176,6 +176,7 @@ class LaneWorker:
                     task.step = self._settle(task.step)
                 self.run(task, was_waiting)
             except BaseException as error:
-                explain(error, task.step)
+                if error is not self._failure.error:  # else it is another lane's, which has ended this one's wait
+                    explain(error, task.step)
                 raise
             self.progress.reach(task.number)

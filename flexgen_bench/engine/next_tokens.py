@@ -112,10 +112,14 @@ class Arriving(NamedTuple):
 
 class NextTokens:
     """Carries out the steps after the last layer. reader: who wants what comes of them; home: where tokens that stay on
-    the accelerator lie, None if they do not."""
+    the accelerator lie, None if they do not; is_sent: other ranks want the tokens, too."""
 
-    def __init__(self, device: Device, health: Health, reader: Reader, home: TokenHome | None) -> None:
+    def __init__(
+        self, device: Device, health: Health, reader: Reader, home: TokenHome | None, is_sent: bool = False
+    ) -> None:
         self._device, self._health, self._reader, self.home = device, health, reader, home
+        self._is_sent = is_sent
+        self._to_send: deque[tuple[MicroBatch, list[Chosen]]] = deque()  # in the order in which they were chosen
         # What passes between steps of a micro-batch, by its staging buffer.
         self._found: dict[int, Made] = {}
         self._found_host: dict[int, tuple[Tensor, Tensor | None, list[Watched]]] = {}
@@ -126,7 +130,7 @@ class NextTokens:
 
     def clear(self) -> None:
         """Let go of everything: the job is over."""
-        for held in (self._found, self._found_host, self._new, self._new_host, self._untold):
+        for held in (self._found, self._found_host, self._new, self._new_host, self._untold, self._to_send):
             held.clear()
         self.home = None
 
@@ -164,12 +168,23 @@ class NextTokens:
                 self._health.judge(sums, watched)
         else:
             found, _ = self._found.pop(number)
+        if self._is_sent:
+            chosen = self._reader.choose(micro_batch, found)
+            self._reader.take(micro_batch, chosen)
+            self._to_send.append((micro_batch, chosen))
+            return
         if self.home is None:
             self._reader.finish(micro_batch, found)
             return
         chosen = self._reader.choose(micro_batch, found)
         self._new_host[number] = torch.tensor([one.token for one in chosen])
         self._untold.append((micro_batch, chosen))
+
+    def chosen_for(self, micro_batch: MicroBatch) -> list[Chosen]:
+        """What other ranks are sent: steps that send follow each other as those that sample do."""
+        sampled, chosen = self._to_send.popleft()
+        assert sampled is micro_batch
+        return chosen
 
     def _settle(self, where: slice | Tensor, tokens: Tensor, watched: list[Watched]) -> Tensor:
         """Tokens (R,) at home; what goes to the host, together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 
 class Aborted(RuntimeError):
@@ -10,14 +11,18 @@ class Aborted(RuntimeError):
 
 
 class Failure:
-    """The first error of any lane, shared by all of them."""
+    """The first error of any lane, shared by all of them. tell: called with it, from the thread that has failed; wakes
+    lanes that wait for something else than a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[BaseException], None] = lambda error: None) -> None:
         self.error: BaseException | None = None
+        self._tell = tell
 
     def set(self, error: BaseException) -> None:
         """Later errors follow from the first one, which is the one to tell."""
-        self.error = self.error or error
+        if self.error is None:
+            self.error = error
+            self._tell(error)
 
 
 class Progress:

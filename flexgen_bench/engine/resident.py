@@ -77,7 +77,7 @@ class ResidentLayers:
         # Of all layers, where scores are multiplied with the same and nothing else is done to them.
         self._scale = scales.pop() if len(scales) == 1 and all(mod.is_none for mod in self._mods) else None
         self._passes: dict[tuple[Lane, int], DecodePass] = {}  # by site and micro-batch
-        self._last = {unit.site: unit.index for unit in units}  # layer of a site
+        self._last = {unit.site: unit.index for unit in units if not unit.elsewhere}  # layer of a site
         self._rings = {
             site: [ring for ring, alike in job.rings.items() if any(unit.site is site for unit in alike)]
             for site in self._last

@@ -26,7 +26,8 @@ class Sinks:
         self, packed: PackedModel, job: ScheduledJob, read: Callable[[PackedEntry], Tensor], arenas: Arenas
     ) -> None:
         self._of: dict[tuple[int, Tier], Tensor] = {}
-        places = [(unit, site.tier) for unit in packed.units for site in job.attends_at(job.units[unit.index])]
+        here = [packed.units[unit.index] for unit in job.own]
+        places = [(unit, site.tier) for unit in here for site in job.attends_at(job.units[unit.index])]
         for tier in {tier for _, tier in places}:
             units = [unit for unit, one in places if one is tier and unit.sinks is not None]
             if units:

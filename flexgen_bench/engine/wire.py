@@ -13,20 +13,23 @@ from torch import Tensor
 
 
 class Wire(Protocol):
-    """One rank's connection to all others."""
+    """One rank's connection to all others. Nothing that is sent waits for who receives it: two ranks may take the
+    micro-batches of a pass in different orders."""
 
     def send_hidden(self, number: int, rows: Tensor) -> None:
         """To the next rank, the hidden states (R, hidden) of a micro-batch, in host memory. Returns before they have
-        been received; ``rows`` are not touched any more."""
+        been received. The wire may keep ``rows`` for as long as it takes: whoever hands them over does not touch them
+        any more."""
 
     def recv_hidden(self, number: int, into: Tensor) -> None:
         """From the rank before: fill ``into`` (R, hidden), in host memory. Waits for them."""
 
     def send_tokens(self, number: int, payload: bytes) -> None:
-        """To all other ranks: what was chosen for a micro-batch."""
+        """To all other ranks: what was chosen for a micro-batch. Returns before they have received it."""
 
     def recv_tokens(self, number: int) -> bytes:
         """From the last rank. Waits for them."""
 
     def abort(self, error: BaseException) -> None:
-        """Whoever waits, and whoever comes later, raises ``error``."""
+        """Whoever waits on this rank, and whoever comes later, raises ``error``; of several the first. Returns at once,
+        from any thread. The wire is of no more use."""

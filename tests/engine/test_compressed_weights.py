@@ -22,8 +22,8 @@ from flexgen_bench.core.units import MIB
 from flexgen_bench.engine.arenas import Arenas
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import store_plan
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.engine.store_plan import store_plan
 from flexgen_bench.engine.weights import Weights
 from flexgen_bench.kernels.quantization import QuantizedWeight, fake_quantize
 from flexgen_bench.llm.llm import LLM

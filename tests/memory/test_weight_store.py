@@ -19,8 +19,8 @@ from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import store_plan
 from flexgen_bench.engine.generation import to_full_length
+from flexgen_bench.engine.store_plan import store_plan
 from flexgen_bench.memory import weight_store
 from tests.support.tiny_models import random_model, save
 
