@@ -25,6 +25,7 @@ WORDS = {
     "policy": "a name from conf/policy; default: chosen for the work",
     "dtype": "float32, bfloat16 or float16; default: the checkpoint's own",
     "threads": "of computing; default: all cores",
+    "ranks": "processes that compute it together, each with a device and a part of the layers (docs/guides/ranks.md)",
     "weights": "bits of compressed weights: 4 or 8 (changes answers a little)",
     "weights_group": "of how many weights a scale is (default: 64)",
     "kv_cache": "bits of a compressed KV cache",
@@ -67,6 +68,7 @@ def open_llm(words: Mapping[str, str], progress: Progress | None = None) -> LLM:
     given["model"] = SHORT.get(words["model"], words["model"])
     if "threads" in given and not isinstance(given["threads"], int):
         raise UserError("threads", words["threads"], "an integer of at least 1")
+    ranks = given.pop("ranks", None)
     options = lm_options(given, {})
     return LLM(
         options["model"],
@@ -77,6 +79,7 @@ def open_llm(words: Mapping[str, str], progress: Progress | None = None) -> LLM:
         cache_dir=options["cache_dir"],
         lossy=options["lossy"],
         progress=progress,
+        ranks=ranks,
     )
 
 

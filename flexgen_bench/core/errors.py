@@ -64,6 +64,15 @@ class OutOfMemory(CannotRun):
         )
 
 
+class RankLost(CannotRun):
+    """One of several ranks has ended before its time, or says nothing any more: the job is over on all of them. What
+    had its answer keeps it."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        self.rank, self.reason = rank, reason
+        super().__init__(f"rank {rank} is lost: {reason}. The job has ended on all ranks", Status.FAILED)
+
+
 class NotFinite(RuntimeError):
     """A layer (None: the head) has produced NaN or infinite values: nothing after it means anything."""
 

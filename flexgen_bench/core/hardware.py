@@ -38,6 +38,8 @@ class HardwareProfile:
     a process' context take lies outside.
     ``weight_shares``: by tier (``gpu``, ``cpu``, ``disk``), of which share of the model's weights a capacity was asked
     for (0.5: half of them, uncompressed, in the cell's dtype); the capacity itself is in bytes all the same.
+    ``count``: devices that work together, each a pipeline rank; ``gpu_memory_bytes`` is one device's, the host's memory
+    and disk are shared. ``layers_per_rank``: how many layers each rank has; None: they are divided for it.
     """
 
     name: str
@@ -51,12 +53,15 @@ class HardwareProfile:
     rates: Rates | None = field(default=None, metadata=OMITTED)
     gpu_memory_is_cap: bool = field(default=False, metadata=OMITTED)
     weight_shares: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
+    count: int = field(default=1, metadata=OMITTED)
+    layers_per_rank: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"gpu.{name}", value, "more than zero bytes")
+        _check_ranks(self)
         for tier, share in self.weight_shares.items():
             if tier not in list(Tier):
                 raise unknown_choice("gpu.weight_shares", tier, list(Tier))
@@ -103,6 +108,18 @@ class HardwareProfile:
         measured = self.rates.links if self.rates is not None else {}
         link = lane.link.kind
         return self.links.get(link, measured.get(link))
+
+
+def _check_ranks(machine: HardwareProfile) -> None:
+    """Raises UserError for a number of ranks that cannot be, or layers for another number of them."""
+    if not isinstance(machine.count, int) or isinstance(machine.count, bool) or machine.count < 1:
+        raise UserError("gpu.count", machine.count, "an integer of at least 1")
+    if machine.layers_per_rank is not None and machine.count > 1 and len(machine.layers_per_rank) != machine.count:
+        raise UserError(
+            "gpu.layers_per_rank",
+            list(machine.layers_per_rank),
+            f"gpu.count = {machine.count} numbers, one for each rank",
+        )
 
 
 def _check_links(machine: HardwareProfile, rates: Rates) -> None:

@@ -22,7 +22,7 @@ from flexgen_bench.engine.actions import Actions, Consumer
 from flexgen_bench.engine.arenas import Arenas, together
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.executor import Executor
-from flexgen_bench.engine.generation import Generation, Running, are_greedy, requests_of
+from flexgen_bench.engine.generation import Generation, Running, are_greedy, check_new, requests_of
 from flexgen_bench.engine.graphs import Graphs, graphs_for
 from flexgen_bench.engine.job_run import JobResult, JobRun
 from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
@@ -117,18 +117,15 @@ class Engine:
             raise
 
     def _generate(self, sequences: Sequence[Running], progress: Progress) -> JobResult:
-        used = [i for i, s in enumerate(sequences) if s.new or s.finish_reason]
-        if used:
-            raise UserError(
-                f"sequences[{used[0]}]",
-                f"{len(sequences[used[0]].new)} tokens from an earlier job",
-                "new, without tokens",
-                "Make it again from its prompt.",
-            )
-        requests = requests_of(sequences, self._family.steady_positions(self._model.shape))
-        row = GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._model.shape.vocab_size
+        check_new(sequences)
+        requests, row = self.asked(sequences)
         generation = Generation(dict(enumerate(sequences)))
         return self._run(self.plan(requests, row), generation, progress)
+
+    def asked(self, sequences: Sequence[Running]) -> tuple[list[Request], int]:
+        """What a job of these asks for: its requests, and the bytes of a row of logits that the host needs."""
+        requests = requests_of(sequences, self._family.steady_positions(self._model.shape))
+        return requests, GREEDY_ROW_BYTES if are_greedy(sequences) else 4 * self._model.shape.vocab_size
 
     def open(self, capacity: Capacity) -> OpenJob:
         """A job that takes requests within a capacity while it runs. Until it is closed this engine runs nothing else.
@@ -212,10 +209,14 @@ class Engine:
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
         try:
-            self._check(self.plan(requests))
+            self.check(requests)
         except DoesNotFit:
             return False
         return True
+
+    def check(self, requests: Sequence[Request], logits_row_bytes: int = GREEDY_ROW_BYTES) -> None:
+        """Raise DoesNotFit if a job of these requests cannot run under this engine's policy."""
+        self._check(self.plan(requests, logits_row_bytes))
 
     def release_kept(self) -> None:
         """Give back what the last job has left for the next one; that one will take its memory anew."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.outputs import TokenLogprobs
 from flexgen_bench.engine.sampling import Sampler, likeliest
@@ -104,6 +105,18 @@ def to_full_length(prompts: Sequence[Sequence[int]], params: SamplingParams) -> 
         Running(prompt, params, Sampler(params, prompt, i), frozenset(), lambda new: False)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def check_new(sequences: Sequence[Running]) -> None:
+    """UserError for a sequence that an earlier job has had."""
+    used = [i for i, s in enumerate(sequences) if s.new or s.finish_reason]
+    if used:
+        raise UserError(
+            f"sequences[{used[0]}]",
+            f"{len(sequences[used[0]].new)} tokens from an earlier job",
+            "new, without tokens",
+            "Make it again from its prompt.",
+        )
 
 
 def requests_of(sequences: Sequence[Running], steady: int | None = None) -> list[Request]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.cell import ModelSpec, check_latency
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import UserError
+from flexgen_bench.core.errors import RankLost, UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.given import as_list, token_ids
 from flexgen_bench.core.hardware import HardwareProfile
@@ -26,7 +27,6 @@ from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.engine.arrivals import Arrivals
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.checks import check_score_request
-from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.generation import Running, requests_of
 from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.engine.outputs import (
@@ -50,6 +50,10 @@ from flexgen_bench.llm.sequences import Sequences, output_of
 from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.ranks.commands import Setup
+from flexgen_bench.ranks.division import Torchrun, divide
+from flexgen_bench.ranks.engines import Engines
+from flexgen_bench.ranks.ranks import Ranks, join
 from flexgen_bench.requests.chat_template import Message, encode_chat
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
@@ -79,6 +83,9 @@ class LLM(Closing):
     gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
     offload_dir: where KV cache and activations spill to disk. cache_dir: where weights are kept, packed.
     dtype: "float32", "bfloat16", "float16", or None for the checkpoint's own. threads: of the compute lane.
+    ranks: devices that compute it together, each in a process of its own with a part of the layers; None: what ``gpu``
+    says, or as many processes as ``torchrun`` has started. Of these all but the first end here, with SystemExit, once
+    the first is done.
     progress: called with (what, done, total) while weights convert ("convert") and tokens appear ("prefill", "decode").
 
     Raises UserError for what cannot be used, StoreError for damaged or missing weights, CannotRun for hardware that
@@ -98,11 +105,13 @@ class LLM(Closing):
         progress: Progress | None = None,
         lossy: Lossy = EXACT,
         max_latency_s: float | None = None,
+        ranks: int | None = None,
     ) -> None:
         check_latency(max_latency_s, policy is not None)
         self._lossy = agreed_lossy(lossy, policy)
         self._progress: Progress = progress or quiet
         self._chosen: ChosenEngine | None = None
+        self._ranks: Ranks | None = None
         self._closed = False
         self.last_job: JobResult | None = None  # what the last job of generation took
         cache = make_writable(Path(cache_dir) if cache_dir else default_cache_dir(), "cache_dir")
@@ -115,13 +124,17 @@ class LLM(Closing):
             hardware = gpu if isinstance(gpu, HardwareProfile) else hardware_profile(gpu)
             if threads is not None and (not isinstance(threads, int) or threads < 1):
                 raise UserError("threads", threads, "an integer of at least 1, or None for all cores")
-            self._device = Device.open(hardware, threads or physical_cores())
+            division = divide(hardware, threads or physical_cores(), ranks, Torchrun.of(os.environ))
+            self._device = division.open_device()
             if hardware.rates is None:
                 rates = calibrated_rates(cache, self._device.threads)
                 if rates is not None:
-                    known = with_calibration(hardware, rates)
+                    known = with_calibration(self._device.hardware, rates)
                     self._device = replace(self._device, hardware=known)
             checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
+            own = self._device.hardware, self._device.threads
+            setup = Setup(checkpoint, chosen, cache, self._lossy.weights, *own, self._offload_dir)
+            self._ranks = join(division, setup) if division.ranks > 1 else None
             self._weights = PackedWeights.from_checkpoint(
                 checkpoint,
                 chosen,
@@ -133,9 +146,8 @@ class LLM(Closing):
                 _log.warning("%s: %s", checkpoint, self.note)
             self.tokenizer = TextTokenizer(checkpoint)
             self.sequences = Sequences(self.shape, self.tokenizer)
-            self._chosen = ChosenEngine(
-                self._weights, self._device, self._offload_dir, policy, self._lossy, max_latency_s
-            )
+            engines = Engines(self._weights, self._device, self._offload_dir, self._ranks)
+            self._chosen = ChosenEngine(engines, policy, self._lossy, max_latency_s)
         except BaseException:
             self.close()
             raise
@@ -194,7 +206,12 @@ class LLM(Closing):
         arrivals = Arrivals(self._progress, take)
         for index, sequence in enumerate(sequences):
             sequence.on_end = partial(arrivals.put, index, sequence)
-        self.last_job = self._engine.for_generation(engine_requests).generate(sequences, arrivals.progress)
+        engine = self._engine.for_generation(engine_requests)
+        try:
+            self.last_job = engine.generate(sequences, arrivals.progress)
+        except RankLost:
+            arrivals.deliver()  # what had ended before is whole
+            raise
         arrivals.deliver()
         return [outputs[index] for index in range(len(requests))]
 
@@ -254,7 +271,7 @@ class LLM(Closing):
         Raises DoesNotFit if the capacity has no room.
         """
         self._check_open()
-        job = self._engine.for_generation([capacity.largest] * capacity.sequences).open(capacity)
+        job = self._engine.for_open_jobs([capacity.largest] * capacity.sequences).open(capacity)
         return OpenRequests(job, self.sequences)
 
     def plan(self, requests: Sequence[Request] | Capacity) -> MemoryPlan:
@@ -262,8 +279,8 @@ class LLM(Closing):
         policy that it would have. Raises DoesNotFit."""
         self._check_open()
         if isinstance(requests, Capacity):
-            engine = self._engine.for_generation([requests.largest] * requests.sequences)
-            return engine.plan_open(requests)[1]
+            open_engine = self._engine.for_open_jobs([requests.largest] * requests.sequences)
+            return open_engine.plan_open(requests)[1]
         return self._engine.for_generation(requests).plan(requests)
 
     def predicted_seconds(self, requests: Sequence[Request]) -> float:
@@ -319,10 +336,12 @@ class LLM(Closing):
         return self._engine.log_probabilities(requests)
 
     def close(self) -> None:
-        """Release the weights and delete the offload directory if it was made here."""
+        """Release the weights, end other ranks, and delete the offload directory if it was made here."""
         self._closed = True
         if self._chosen is not None:
             self._chosen.close()
+        if self._ranks is not None:
+            self._ranks.close()
         if self._own_dir is not None:
             self._own_dir.cleanup()
 

@@ -39,6 +39,7 @@ class Capabilities:
     reference: bool = False  # its tokens are what the others' are compared with
     lossy: tuple[str, ...] = ()  # fields of core.compression.Lossy that it can follow
     scores: bool = False  # it has a scorer, so that its accuracy can be judged
+    ranks: bool = False  # it computes on several devices together (gpu.count)
     gpu_cap: bool = True  # torch's allocator holds what it has on a GPU, so that a cap on that holds it
 
 

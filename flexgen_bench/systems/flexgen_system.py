@@ -16,11 +16,13 @@ from flexgen_bench.core.sampling_params import SamplingParams
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.engine.device import Device
-from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.job_run import JobResult
 from flexgen_bench.llm.llm import LLM
+from flexgen_bench.ranks.commands import Setup
+from flexgen_bench.ranks.division import Division, divide
+from flexgen_bench.ranks.engines import AnyEngine, Engines
+from flexgen_bench.ranks.ranks import Ranks
 from flexgen_bench.schedule.sequence_groups import Request
 from flexgen_bench.systems.contract import Capabilities, Generation, System
 from flexgen_bench.systems.engine_scorer import EngineScorer
@@ -36,17 +38,23 @@ class FlexGenSystem(System):
         accelerators=("none", "cuda", "emulated"),
         lossy=("weights", "kv_cache", "value_share", "activations"),
         scores=True,
+        ranks=True,
     )
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._engine: Engine | None = None
-        self._weights: PackedWeights | None = None
+        self._engine: AnyEngine | None = None
+        self._ranks: Ranks | None = None
         self._results: list[JobResult] = []
         self._timeline = Timeline()
 
     def check(self) -> None:
-        Device.open(self.spec.hardware, self.spec.threads)
+        self._division().open_device()
+        if self.spec.hardware.count > 1:
+            self._division().stages(self.spec.model.shape.num_layers)
+
+    def _division(self) -> Division:
+        return divide(self.spec.hardware, self.spec.threads)
 
     def is_prepared(self) -> bool:
         return PackedWeights.is_packed(
@@ -71,19 +79,24 @@ class FlexGenSystem(System):
         return self.spec.workload.num_prompts if searched else super().default_batch_size()
 
     def load(self, batch_size: int) -> None:
-        self.close()
+        self._release()
         workload = self.spec.workload
-        weights = self._pack()
-        device = Device.open(self.spec.hardware, self.spec.threads)
-        policy = self.spec.policy or weights.choose_policy(
-            device,
-            self.files.scratch,
+        weights, division = self._pack(), self._division()
+        if division.ranks > 1 and self._ranks is None:
+            files, own = self.files, (division.hardware, division.threads)
+            setup = Setup(
+                *(files.checkpoint, self.spec.dtype, files.cache, self.spec.lossy.weights, *own, files.scratch),
+                gpu_cap=True,
+            )
+            self._ranks = Ranks(division, setup)
+        engines = Engines(weights, division.open_device(), self.files.scratch, self._ranks)
+        policy = self.spec.policy or engines.choose_policy(
             [Request(workload.prompt_len, workload.gen_len)] * workload.num_prompts,
             batch_size,
             self.spec.lossy,
             max_latency_s=self.spec.max_latency_s,
         )
-        self._engine = weights.engine(policy, device, self.files.scratch)
+        self._engine = engines.make(policy)
 
     def generate(self, prompts: Sequence[Sequence[int]], gen_len: int, progress: Progress) -> Generation:
         assert self._engine is not None, "load comes before generate"
@@ -151,6 +164,12 @@ class FlexGenSystem(System):
         return None if self._engine is None else self._engine.job_state()
 
     def close(self) -> None:
+        self._release()
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+
+    def _release(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None

@@ -28,6 +28,7 @@ RANKS = (
     "engine",
     "calibrate",
     "requests",
+    "ranks",
     "llm",
     "batch",
     "chat",
@@ -64,7 +65,7 @@ TORCH_FREE = (
 )
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers"}
 # Rooms of tensors. Everywhere else these are imported where they are used, so that starting stays quick.
-MAY_IMPORT_HEAVY = ("kernels", "checkpoints", "memory", "engine")
+MAY_IMPORT_HEAVY = ("kernels", "checkpoints", "memory", "engine", "ranks")
 # Figures come from records alone, whatever has been run to get them.
 OF_RECORDS = ("store", "report", "paper", "trace", "pictures", "page")
 LONGEST = 350

@@ -1,0 +1,29 @@
+"""A rank that rank 0 has started: ``python -m flexgen_bench.ranks RANK RANKS HOST PORT PARENT``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    from flexgen_bench.ranks.children import end_with
+
+    rank, ranks, port, parent = (int(sys.argv[i]) for i in (1, 2, 4, 5))
+    end_with(parent)
+    from flexgen_bench.core.errors import CannotRun
+    from flexgen_bench.ranks.member import serve_child
+    from flexgen_bench.ranks.rendezvous import find
+
+    try:
+        serve_child(find(sys.argv[3], port), rank, ranks)
+    except CannotRun as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
+    # What was told is done: threads that a library left running must not hold the process up.
+    sys.stderr.flush()
+    os._exit(0)

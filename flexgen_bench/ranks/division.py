@@ -1,0 +1,156 @@
+"""How a machine is divided among its ranks: devices, threads, memory; and whether ``torchrun`` has started them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from flexgen_bench.core.errors import CannotRun, UserError
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
+from flexgen_bench.core.tiers import LaneKind
+from flexgen_bench.engine.device import Device
+from flexgen_bench.memory import host
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """What torchrun (or whoever sets the same variables) says about this process. restart: how often it has started
+    all of them again; agent_store: the launcher has the store, not rank 0."""
+
+    rank: int
+    ranks: int
+    here: int
+    local_rank: int
+    host: str
+    port: int
+    agent_store: bool = False
+    restart: int = 0
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> Torchrun | None:
+        """None where nobody has started several processes."""
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if any(name not in environment for name in names) or environment["WORLD_SIZE"] == "1":
+            return None
+        ranks = _integer(environment, "WORLD_SIZE", 1, 2**16)
+        rank = _integer(environment, "RANK", 0, ranks - 1)
+        return Torchrun(
+            rank=rank,
+            ranks=ranks,
+            here=_integer(environment, "LOCAL_WORLD_SIZE", 1, ranks, 1),
+            local_rank=_integer(environment, "LOCAL_RANK", 0, ranks - 1, 0),
+            host=environment["MASTER_ADDR"],
+            port=_integer(environment, "MASTER_PORT", 1, 65535),
+            agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true"),
+            restart=_integer(environment, "TORCHELASTIC_RESTART_COUNT", 0, 2**31, 0),
+        )
+
+
+@dataclass(frozen=True)
+class Division:
+    """ranks: in all; here: on this machine. hardware, threads: one rank's own part. layers: of each rank, where that is
+    stated."""
+
+    ranks: int
+    here: int
+    hardware: HardwareProfile
+    threads: int
+    torchrun: Torchrun | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self.torchrun is None else self.torchrun.rank
+
+    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+        """Which rank computes which layers. UserError for ranges that do not cover the model, and for more ranks than
+        layers."""
+        return even_stages(num_layers, self.ranks) if self.layers is None else stages_of(self.layers, num_layers)
+
+    def open_device(self) -> Device:
+        """Of this process. CannotRun if the profile wants CUDA and there is none."""
+        if self.torchrun is not None and self.hardware.accelerator is Accelerator.CUDA:
+            _take_own_device(self.torchrun)
+        return Device.open(self.hardware, self.threads)
+
+
+def divide(
+    hardware: HardwareProfile, threads: int, ranks: int | None = None, torchrun: Torchrun | None = None
+) -> Division:
+    """The part of ``hardware`` that each rank has. ranks: None for what the profile says (``gpu.count``), and what
+    torchrun has started.
+
+    One rank has all of it, untouched. Raises UserError for numbers that contradict each other, CannotRun where there
+    are fewer CUDA devices than ranks.
+    """
+    if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1):
+        raise UserError("ranks", ranks, "an integer of at least 1, or None for what gpu.count says")
+    stated = ranks if ranks is not None else hardware.count if hardware.count > 1 else None
+    if torchrun is not None and stated not in (None, torchrun.ranks):
+        raise UserError(
+            "ranks" if ranks is not None else "gpu.count",
+            stated,
+            f"{torchrun.ranks}, as many as torchrun has started, or left out",
+        )
+    count = torchrun.ranks if torchrun is not None else stated or 1
+    layers = hardware.layers_per_rank
+    if layers is not None and len(layers) != count:
+        raise UserError("gpu.layers_per_rank", list(layers), f"{count} numbers, one for each rank")
+    here = count if torchrun is None else torchrun.here
+    if count == 1:
+        return Division(1, 1, replace(hardware, count=1, layers_per_rank=None), threads)
+    if hardware.accelerator is Accelerator.CUDA and torch.cuda.device_count() < here:
+        raise CannotRun(
+            f"gpu.count = {here} on this machine: it has {torch.cuda.device_count()} CUDA devices, and each rank needs "
+            "one of its own. Use fewer ranks, or more machines with torchrun."
+        )
+    return Division(count, here, _own_part(hardware, here), max(1, threads // here), torchrun, layers)
+
+
+def _own_part(hardware: HardwareProfile, here: int) -> HardwareProfile:
+    """Of the host's memory and disk, an equal part for each of ``here`` ranks; each device is a rank's own."""
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    memory = min(size for size in (hardware.cpu_memory_bytes, host.group_limit(), free) if size is not None)
+    shared = (LaneKind.DISK_READ, LaneKind.DISK_WRITE)
+    return replace(
+        hardware,
+        count=1,
+        layers_per_rank=None,
+        cpu_memory_bytes=max(1, memory // here),
+        disk_bytes=None if hardware.disk_bytes is None else max(1, hardware.disk_bytes // here),
+        links={kind: rate / here if kind in shared else rate for kind, rate in hardware.links.items()},
+    )
+
+
+def environment_of(local_rank: int) -> dict[str, str]:
+    """What a process of this machine is told so that it sees one CUDA device, its own."""
+    visible = [one for one in os.environ.get(VISIBLE, "").split(",") if one.strip()]
+    return {VISIBLE: visible[local_rank] if local_rank < len(visible) else str(local_rank)}
+
+
+def _take_own_device(torchrun: Torchrun) -> None:
+    """Leave this process one CUDA device, its own, before torch looks for any. CannotRun where it has looked already
+    and would take another one's."""
+    if torch.cuda.is_initialized():
+        raise CannotRun(
+            "CUDA is in use in this process already, so it cannot be given a device of its own. Make the LLM before "
+            f"anything else touches CUDA, or set {VISIBLE} to one device for each process."
+        )
+    os.environ.update(environment_of(torchrun.local_rank))
+
+
+def _integer(environment: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal() or not least <= int(text) <= most:
+        raise UserError(name, text, f"an integer from {least} to {most}")
+    return int(text)

@@ -1,0 +1,77 @@
+"""The one place that engines come from: of one device, or of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+from flexgen_bench.core.compression import EXACT, Lossy
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import Engine
+from flexgen_bench.ranks.ranked_engine import RankedEngine, refused
+from flexgen_bench.ranks.ranks import Ranks
+from flexgen_bench.schedule.sequence_groups import Request
+
+AnyEngine = Engine | RankedEngine
+
+
+class Engines:
+    """Engines of a model, one after the other. ranks: None where one device computes all of it."""
+
+    def __init__(self, weights: PackedWeights, device: Device, offload_dir: Path, ranks: Ranks | None = None) -> None:
+        self._weights, self._device, self._offload_dir, self._ranks = weights, device, offload_dir, ranks
+        if ranks is not None:
+            ranks.pack(weights)
+
+    @property
+    def count(self) -> int:
+        """Ranks."""
+        return 1 if self._ranks is None else len(self._ranks.stages)
+
+    def make(self, policy: Policy) -> AnyEngine:
+        """Weights placed by ``policy``. Raises what an Engine raises."""
+        if self._ranks is None:
+            return self._weights.engine(policy, self._device, self._offload_dir)
+        return RankedEngine(self._weights, policy, self._device, self._offload_dir, self._ranks)
+
+    def one(self, engine: AnyEngine, what: str) -> Engine:
+        """An engine that does ``what``; UserError for several ranks, which do not."""
+        if isinstance(engine, RankedEngine):
+            raise refused(what, self.count)
+        return engine
+
+    def check_one(self, what: str) -> None:
+        """UserError for several ranks, which do not do ``what``."""
+        if self._ranks is not None:
+            raise refused(what, self.count)
+
+    def choose_policy(
+        self,
+        requests: Sequence[Request],
+        block_size: int | None = None,
+        lossy: Lossy = EXACT,
+        scored_rows: int = 0,
+        max_latency_s: float | None = None,
+    ) -> Policy:
+        """A policy for these requests (``PackedWeights.choose_policy``): of several ranks, as of a model that has the
+        layers of the largest stage."""
+        weights = self._weights
+        if self._ranks is not None:
+            layers = max(len(stage.layers) for stage in self._ranks.stages)
+            weights = replace(weights, shape=replace(weights.shape, num_layers=layers))
+        policy = weights.choose_policy(
+            *(self._device, self._offload_dir, requests, block_size, lossy, scored_rows, max_latency_s)
+        )
+        return policy if self._ranks is None else divided_block(policy, self.count)
+
+
+def divided_block(policy: Policy, waves: int) -> Policy:
+    """A policy whose block is one of ``waves`` parts: so many passes are under way, each with a block of its own."""
+    if policy.num_gpu_batches >= waves:
+        return replace(policy, num_gpu_batches=policy.num_gpu_batches // waves)
+    size = ceil(policy.gpu_batch_size * policy.num_gpu_batches / waves)
+    return replace(policy, gpu_batch_size=size, num_gpu_batches=1)

@@ -1,0 +1,70 @@
+"""The other ranks of a model, kept between engines, and started again after they have been lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from flexgen_bench.checkpoints.source import open_source
+from flexgen_bench.core.closing import Closing
+from flexgen_bench.core.pipeline import Stage
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.memory.weight_store import WeightStore
+from flexgen_bench.ranks.commands import Setup
+from flexgen_bench.ranks.division import Division
+from flexgen_bench.ranks.group import RankGroup
+from flexgen_bench.ranks.member import serve
+from flexgen_bench.ranks.rendezvous import go_in, meet_by_torchrun
+
+
+class Ranks(Closing):
+    """Of rank 0. stages: which rank computes which layers.
+
+    Raises UserError for ranges of layers that do not cover the model, and for ranks that differ from this one.
+    """
+
+    def __init__(self, division: Division, setup: Setup) -> None:
+        self._division, self._setup = division, setup
+        self.stages = stages_of_model(division, setup.checkpoint)
+        self._store: WeightStore | None = None
+        self._group: RankGroup | None = RankGroup(division, setup)
+
+    def pack(self, weights: PackedWeights) -> None:
+        """Have them open the same packed weights as this rank."""
+        self._store = weights.store
+        self.group()
+
+    def group(self) -> RankGroup:
+        """The ranks as they run now; after a loss other ones. (Of torchrun's there are no others: CannotRun.)"""
+        if self._group is None or self._group.error is not None:
+            self._group = RankGroup(self._division, self._setup)
+        if self._store is not None and not self._group.is_packed:
+            self._group.pack(self._store)
+        return self._group
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+
+
+def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage, ...]:
+    """Which rank computes which layers of a checkpoint's model."""
+    with open_source(checkpoint) as source:
+        return division.stages(source.shape.num_layers)
+
+
+def join(division: Division, setup: Setup) -> Ranks:
+    """Of rank 0: all ranks, when they are there. On any other rank this serves rank 0 until that is done, and then ends
+    the process with status 0 (SystemExit): the program goes on in rank 0 alone."""
+    return Ranks(division, setup) if division.rank == 0 else serve_by_torchrun(division, setup)
+
+
+def serve_by_torchrun(division: Division, setup: Setup) -> NoReturn:
+    torchrun = division.torchrun
+    assert torchrun is not None
+    torch.set_num_threads(setup.threads)
+    meeting = meet_by_torchrun(torchrun)
+    serve(meeting, go_in(meeting, torchrun.rank), torchrun.rank, torchrun.ranks, setup)
+    raise SystemExit(0)
