@@ -14,7 +14,7 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.tiers import PHYSICAL_LINKS, Tier
+from flexgen_bench.core.tiers import STATED_LINKS, Tier
 
 _LARGEST_SIZE = 10**9
 # Ways of moving bytes that are slower or faster than the direct, pinned one that ``links`` holds.
@@ -168,12 +168,13 @@ class SiteRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """All constants of a machine. sites: by tier; links: bytes/s by lane, where the profile states none; transfers:
+    """All constants of a machine. sites: by tier; links: bytes/s by lane, where the profile states none (net_out,
+    net_in: between machines; what ranks of one machine send each other does not pass through these); transfers:
     bytes/s of
     ``TRANSFERS``; spread: of measured constants, half the range over the median; price_per_hour: USD."""
 
     sites: Mapping[Tier, SiteRates] = field(metadata=inlined(Tier.GPU, Tier.CPU))
-    links: Mapping[Annotated[str, _one_of(PHYSICAL_LINKS)], Bandwidth] = field(default_factory=dict)
+    links: Mapping[Annotated[str, _one_of(STATED_LINKS)], Bandwidth] = field(default_factory=dict)
     transfers: Mapping[Annotated[str, _one_of(TRANSFERS)], Bandwidth] = field(default_factory=dict)
     spread: Mapping[str, Annotated[float, _number]] = field(default_factory=dict)
     price_per_hour: Dollars | None = None

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from flexgen_bench.core.errors import DoesNotFit
-from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import AttentionSite, ExpertLoads, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Site, Tier
 from flexgen_bench.planner.batch_costs import MicroBatchCost, divided_cost, micro_batch_cost
@@ -86,7 +85,7 @@ def batch_shapes(space: SearchSpace) -> Iterator[Policy]:
                             yield replace(shape, offloaded=Offloaded.IN_PLACE)
                         if experts is not None and block <= idle * FEW_FOR_EXPERTS:
                             yield replace(shape, expert_loads=ExpertLoads.TOUCHED)
-                        if _can_be_continuous(space.job, block):
+                        if _can_be_continuous(space, block):
                             yield replace(shape, schedule=Schedule.CONTINUOUS)
 
 
@@ -108,10 +107,11 @@ def _chunks(tokens: int) -> list[int | None]:
     return whole + ([CHUNK] if tokens > CHUNK else [])
 
 
-def _can_be_continuous(job: Job, block: int) -> bool:
+def _can_be_continuous(space: SearchSpace, block: int) -> bool:
     """It needs a sequence for every pass of a sequence's life, and more than one block of them."""
-    longer = job.num_prompts is None or job.num_prompts > block
-    return longer and 1 < job.gen_len <= block
+    prompts = space.wave_prompts
+    longer = prompts is None or prompts > block
+    return longer and 1 < space.job.gen_len <= block
 
 
 class Candidates:
@@ -242,7 +242,7 @@ class Candidates:
             decode_passes=job.gen_len - 1,
             sizes=self._sizes(shape),
             room={tier: space.capacity(tier) for tier in job.hardware.tiers},
-            max_latency_s=job.max_latency_s,
+            max_latency_s=None if job.max_latency_s is None else job.max_latency_s / space.ranks,
         )
 
     def _cost(self, shape: Policy) -> MicroBatchCost:
@@ -266,7 +266,7 @@ class Candidates:
         token = kv_token_bytes(job.shape, job.dtype, shape)
         cached = self._kinds(shape).cached(job.prompt_len + job.gen_len - 1) if job.gen_len > 1 else 0
         hidden = job.prompt_len * job.shape.hidden_size * job.dtype.bytes
-        block = shape.block_size
+        block = self.space.under_way(shape)
         sizes = {
             "weights": float(sum(unit.home_bytes for unit in units) - experts),
             "kv_cache": float(block * cached * token),
@@ -285,11 +285,11 @@ class Candidates:
         policy = replace(shape, **placed)  # type: ignore[arg-type]
         if policy not in self._rest:
             few = self._kinds(shape).few
-            plan = space.plan_of(space.models[shape.lossy].shallow(few), policy, shape.block_size)
-            layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.units)
+            plan = space.plan_of(space.models[shape.lossy].shallow(few), policy, space.under_way(shape))
+            layers = sum(unit.kind is UnitKind.LAYER for unit in plan.job.own)
             rest = {}
             for site, parts in plan.bytes.items():
-                tails = parts.get("kv tails", 0) * (space.job.shape.num_layers / layers - 1)
+                tails = parts.get("kv tails", 0) * (space.num_layers / layers - 1)
                 rest[site.tier] = sum(b for n, b in parts.items() if n not in placed) + tails
             self._rest[policy] = rest
         return {t: space.capacity(t) - self._rest[policy].get(t, 0) for t in tiers}

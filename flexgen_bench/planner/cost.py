@@ -16,7 +16,7 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.microscaling import Codes
 from flexgen_bench.core.rates import Rates, SiteRates, number_format
-from flexgen_bench.core.tiers import Tier
+from flexgen_bench.core.tiers import NETWORK, Lane, LaneKind, Tier
 from flexgen_bench.planner.issued_operators import IssuedOperators
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.recorded_passes import RecordedPasses
@@ -30,6 +30,9 @@ _MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
 # 12 h^2 values. A layer of any family is looked up under the width that such a layer with as many weights has.
 _CALIBRATED_MATRICES = 12
 _EXPERT_MATRICES = 3  # of an expert: gate, up and down
+# A message from one process of a host to another is copied into the kernel and out of it: each byte is read and written
+# twice. So much of the rate of its memory is what nobody has stated otherwise.
+_COPIES_OF_A_MESSAGE = 4
 
 
 def rates_of(hardware: HardwareProfile) -> Rates:
@@ -49,6 +52,13 @@ def rates_of(hardware: HardwareProfile) -> Rates:
     return rates
 
 
+def network_rate(hardware: HardwareProfile, kind: LaneKind) -> float:
+    """Bytes/s between this rank and others: as stated or measured, else what another process of the same host is sent.
+    For a machine whose other rates are known."""
+    known = hardware.link_rate(Lane(kind))
+    return known or rates_of(hardware).sites[Tier.CPU].memory / _COPIES_OF_A_MESSAGE
+
+
 class StepTimes(NamedTuple):
     """Of one step. lane_s: its lane's own (of the device, if it has streams); issue_s: of the host, ahead of it; 0
     where the lane is a thread of the host."""
@@ -58,14 +68,21 @@ class StepTimes(NamedTuple):
 
 
 class StepCost:
-    """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up."""
+    """Prices the steps of a planned job. Equal work costs the same, so what was priced once is looked up.
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    sender: of a rank, the machine that hidden states come from; None: one like its own. A message is received while it
+    is sent, so receiving it takes what it is slower at that.
+    """
+
+    def __init__(self, plan: MemoryPlan, sender: HardwareProfile | None = None) -> None:
         model, hardware = plan.model, plan.hardware
         self._shape, self._packed, self._dtype = model.shape, model.packed_for(plan.policy), model.dtype
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
+        if self._job.stage is not None:
+            self._link_rates |= _network_rates(hardware, sender or hardware)
+        self._first = plan.job.first_layer
         is_cuda = hardware.accelerator is Accelerator.CUDA
         self._operators = IssuedOperators(plan) if is_cuda else None
         self._recorded = RecordedPasses(plan) if is_cuda and self._sites[Tier.GPU].launch else None
@@ -84,7 +101,7 @@ class StepCost:
             step.bytes,
             step.flops,
             (step.unit, step.dequantized_buffer) if step.on_weights else _work_of(micro_batch),
-            step.unit == 1 and micro_batch.sequences,
+            step.unit == self._first and micro_batch.sequences,
             _attended(step),
             self._launches(step),
         )
@@ -147,6 +164,8 @@ class StepCost:
             return step.micro_batch.rows * self._job.embed_row_bytes / site.memory
         if step.kind is StepKind.SAMPLE:
             return len(step.micro_batch.logit_rows) * self._job.logits_row_bytes / site.memory
+        if step.kind in (StepKind.ENTER, StepKind.LEAVE):  # read and written
+            return 2 * step.micro_batch.rows * self._job.hidden_row_bytes / site.memory
         if step.kind is StepKind.APPEND_KV:
             part = step.micro_batch.kv_parts[step.part]
             return part.rows * part.layout().token_bytes / site.memory
@@ -224,6 +243,13 @@ class StepCost:
         heads = self._shape.num_heads // self._shape.num_kv_heads
         number = number_format(self._dtype, lossy.kv_cache)
         return site.decode_attention_s(part.rows, read, number, heads)
+
+
+def _network_rates(hardware: HardwareProfile, sender: HardwareProfile) -> dict[LaneKind, float]:
+    sent, received = (network_rate(*one) for one in ((sender, LaneKind.NET_OUT), (hardware, LaneKind.NET_IN)))
+    more_s = max(0.0, 1 / received - 1 / sent)
+    receives = dict.fromkeys((kind for kind in NETWORK if kind is not LaneKind.NET_OUT), 1 / more_s if more_s else math.inf)
+    return {LaneKind.NET_OUT: network_rate(hardware, LaneKind.NET_OUT), **receives}
 
 
 def _work_of(micro_batch: MicroBatch) -> tuple[object, ...]:

@@ -35,7 +35,7 @@ def default_policy(space: SearchSpace) -> Policy:
 
     def failing(candidate: Policy) -> DoesNotFit | None:
         try:
-            space.plan_of(model, replace(candidate, lossy=lossy), most).check(space.available)
+            space.plan_of(model, replace(candidate, lossy=lossy), most * space.ranks).check(space.available)
         except DoesNotFit as error:
             return error
         return None

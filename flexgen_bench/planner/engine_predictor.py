@@ -8,7 +8,6 @@ from typing import Any
 
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.device_memory import job_bytes, reserved_bytes
-from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
@@ -18,6 +17,7 @@ from flexgen_bench.planner.cost import rates_of
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.predictor import Predictor
+from flexgen_bench.planner.rank_predictor import predict_ranks
 from flexgen_bench.planner.search_space import SearchSpace, permitted
 from flexgen_bench.planner.sensitivity import sensitivity
 from flexgen_bench.planner.why import why
@@ -29,11 +29,11 @@ class EnginePredictor(Predictor):
 
     def predict(self, job: Job) -> Prediction:
         """Under the policy that is given, or under the one that ``policy=auto`` comes to on a machine with nothing else
-        in its memory."""
-        if job.num_gpus > 1:
-            raise CannotRun("this engine uses one GPU")
-        rates_of(job.hardware)
+        in its memory. Several GPUs are the ranks of a pipeline."""
         policy: Policy | None = self.options.get("policy")
+        if job.num_gpus > 1:
+            return predict_ranks(job, policy)
+        rates_of(job.hardware)
         room = job_bytes(job.hardware)
         available = {} if room is None else {Tier.GPU: room}
         if policy is not None:

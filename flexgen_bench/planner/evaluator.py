@@ -42,7 +42,7 @@ class Evaluator:
     @property
     def is_deep(self) -> bool:
         """Whether the model has too many layers to simulate all of them for every policy."""
-        return self.space.job.shape.num_layers > 2 * THIN_LAYERS
+        return self.space.num_layers > 2 * THIN_LAYERS
 
     @property
     def tried(self) -> int:
@@ -101,14 +101,14 @@ class Evaluator:
 
     def _is_long(self, times: Forecast) -> bool:
         """Whether a policy takes too many steps to be simulated on all layers, going by what was simulated of it."""
-        return times.steps * self.space.job.shape.num_layers >= FULL_STEPS * THIN_LAYERS
+        return times.steps * self.space.num_layers >= FULL_STEPS * THIN_LAYERS
 
     def _speed(self, policy: Policy, times: Forecast) -> float:
         count, latest = self.space.count(policy), self.space.job.max_latency_s
-        blocks = max(1.0, count / policy.block_size)
-        if latest is not None and times.total_s / blocks > latest:
+        blocks, total_s = max(1.0, count / self.space.under_way(policy)), self.space.total_s(times)
+        if latest is not None and total_s / blocks > latest:
             return 0.0
-        return count * self.space.job.gen_len / times.total_s
+        return count * self.space.job.gen_len / total_s
 
     def _times(self, plan: MemoryPlan) -> Forecast:
         """Of the whole job; of a deep model, from a shallow one."""
@@ -117,7 +117,7 @@ class Evaluator:
             plan = self.space.plan_of(plan.model.shallow(few), policy, self.space.count(policy))
         times = forecast(plan, points=POINTS)
         self.steps += times.steps
-        return times if few is None else times.deeper(self.space.job.shape.num_layers / few, policy.overlap)
+        return times if few is None else times.deeper(self.space.num_layers / few, policy.overlap)
 
     def _like_all(self, plan: MemoryPlan) -> int:
         """How many layers lie on the tiers, and are rings, as all of them do, nearly. All, if a tier that has some

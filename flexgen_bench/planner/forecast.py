@@ -14,7 +14,8 @@ from flexgen_bench.planner.cost import StepCost, rates_of
 from flexgen_bench.planner.lane_sums import LaneSums
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.pass_kinds import POINTS, Mix, coarse_kinds, mixes, pass_kinds
-from flexgen_bench.planner.simulator import Contention, Event, SharedCores, Simulator, shared_links
+from flexgen_bench.planner.simulated_lanes import Contention, Event
+from flexgen_bench.planner.simulator import SharedCores, Simulator, shared_links
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.scheduler import Scheduler
 from flexgen_bench.schedule.steps import Step
@@ -99,7 +100,10 @@ class Forecast:
 
 def forecast(plan: MemoryPlan, *, points: int | None = POINTS, keep: bool = False) -> Forecast:
     """Of a planned job. points: passes of a kind that are simulated, None for all, and with fewer than usual kinds are
-    told apart coarsely; keep: keep the times of every simulated step. UserError without rates."""
+    told apart coarsely; keep: keep the times of every simulated step. UserError without rates.
+
+    Of one rank of several: what it takes if hidden states and tokens are there when it wants them, and each wave is as
+    long as the first."""
     cost = StepCost(plan)
     overlap = plan.policy.overlap
     stay = overlap and plan.job.tokens_stay
@@ -155,7 +159,8 @@ def _forecast(plan: MemoryPlan, cost: StepCost, timer: PassTimer, points: int | 
         else:
             scheduler.admit()
         scheduler.postprocess()
-    return Forecast(tuple(_mixed(mix, simulated) for mix in made_of), tuple(timer.events), timer.steps)
+    of_wave = (mixed(mix, simulated) for mix in made_of)
+    return Forecast(tuple(one for one in of_wave for _ in range(scheduler.waves)), tuple(timer.events), timer.steps)
 
 
 def contention(hardware: HardwareProfile) -> Contention | None:
@@ -201,20 +206,21 @@ def _lanes(mappings: Iterable[Mapping[Lane, float]]) -> list[Lane]:
     return sorted({lane for mapping in mappings for lane in mapping})
 
 
-def _mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
+def mixed(mix: Mix, simulated: Mapping[int, PassTime]) -> PassTime:
+    """A pass made of simulated ones."""
     parts = [(simulated[number], weight) for number, weight in mix.items()]
     if len(parts) == 1:
         return parts[0][0]
 
-    def mixed(of: Callable[[PassTime], Mapping[Lane, float]]) -> dict[Lane, float]:
+    def sums(of: Callable[[PassTime], Mapping[Lane, float]]) -> dict[Lane, float]:
         lanes = _lanes(of(p) for p, _ in parts)
         return {lane: sum(of(p).get(lane, 0.0) * w for p, w in parts) for lane in lanes}
 
     return PassTime(
         sum(p.seconds * w for p, w in parts),
         parts[0][0].is_prefill,
-        mixed(lambda p: p.busy_s),
-        mixed(lambda p: p.bytes),
-        mixed(lambda p: p.outside_s),
-        mixed(lambda p: p.outside_bytes),
+        sums(lambda p: p.busy_s),
+        sums(lambda p: p.bytes),
+        sums(lambda p: p.outside_s),
+        sums(lambda p: p.outside_bytes),
     )

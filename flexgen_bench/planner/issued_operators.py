@@ -53,6 +53,11 @@ _OTHERS = {
     StepKind.MOVE_ROUTED: 6,
     StepKind.MOVE_EXPERTS: 1,
     StepKind.ADD_EXPERTS: 1,
+    # Between ranks: views and a copy. Counted by reading, not run on a device.
+    StepKind.MOVE_RECEIVED: 2,
+    StepKind.ENTER: 2,
+    StepKind.LEAVE: 3,
+    StepKind.MOVE_LEAVING: 3,
 }
 
 
@@ -62,6 +67,7 @@ class IssuedOperators:
     def __init__(self, plan: MemoryPlan) -> None:
         lossy = plan.policy.lossy
         self._units, self._decoder = plan.job.units, plan.model.decoder
+        self._first = plan.job.first_layer
         self._packed = lossy.kv_cache is not None
         self._fused = lossy.value_share == 1 and _has_plain_attention(self._decoder)
 
@@ -92,7 +98,7 @@ class IssuedOperators:
 
     def _is_first(self, step: Step) -> bool:
         """Whether it makes what a pass' layers share. The only layer of a model stands for all, of which few do."""
-        return step.unit == 1 and len(self._decoder.layers) > 1
+        return step.unit == self._first and len(self._decoder.layers) > 1
 
     def _embed(self, step: Step, later: bool) -> int:
         unit = self._units[step.unit]

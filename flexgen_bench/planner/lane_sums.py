@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 
 from flexgen_bench.core.tiers import Lane, Site
 from flexgen_bench.planner.cost import StepTimes
-from flexgen_bench.planner.simulator import Event, ends_pass
+from flexgen_bench.planner.simulated_lanes import Event
+from flexgen_bench.planner.simulator import ends_pass
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind

@@ -26,7 +26,7 @@ def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):
         if 1 <= prefetch <= MOST_BUFFERS:
             yield replace(policy, prefetch=prefetch)
-    layers, block = space.job.shape.num_layers, policy.block_size
+    layers, block = space.num_layers, policy.block_size
     items = {"weights": layers, "kv_cache": block, "activations": block, "experts": layers}
     for kind, placement in policy.placements.items():
         for other in _shifted(space, placement, items[kind]):
@@ -74,7 +74,7 @@ def _batches(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
 def _sites(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     """Another schedule, another place for attention or for layers, another chunk, another compression."""
     job = space.job
-    longer_than_block = job.num_prompts is None or job.num_prompts > policy.block_size
+    longer_than_block = space.wave_prompts is None or space.wave_prompts > policy.block_size
     if job.gen_len > 1 and longer_than_block:
         yield from (replace(policy, schedule=s) for s in Schedule if s is not policy.schedule)
     if job.hardware.compute_tier is Tier.GPU:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexgen_bench.core.tiers import Tier
@@ -36,7 +36,7 @@ class PassKind(NamedTuple):
 
 
 def pass_kinds(plan: MemoryPlan) -> list[PassKind]:
-    """Of every pass of a job in which no sequence ends early."""
+    """Of every pass of a job (of several ranks, of its first wave) in which no sequence ends early."""
     return list(_kinds(Scheduler(plan.policy, plan)))
 
 
@@ -44,7 +44,7 @@ def coarse_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Only told apart by whether there are prompts and whether there is decoding in them: to compare policies by a few
     passes."""
     scheduler, kinds = Scheduler(plan.policy, plan), []
-    while not scheduler.is_done:
+    while scheduler.has_work(0):
         scheduler.admit()
         starting = [r.group for r in scheduler.running if not r.token]
         decoding = [Member(r.group, r.token) for r in scheduler.running if r.token]
@@ -72,16 +72,19 @@ def mixes(passes: list[PassKind], points: int = POINTS) -> list[Mix]:
 
 
 def _kinds(scheduler: Scheduler) -> Iterator[PassKind]:
-    before: object = None
-    while not scheduler.is_done:
+    after_prefill: bool | None = None
+    while scheduler.has_work(0):
         batches = scheduler.schedule()
-        own = tuple(
-            (batch.is_prefill, batch.chunk, len(batch.logit_rows) > 0, _writes_tail(batch)) for batch in batches
-        )
-        after_prefill = None if before is None else all(prefill for prefill, *_ in before)  # type: ignore[attr-defined]
+        own, amount = kind_of(batches)
         scheduler.postprocess()
-        yield PassKind((own, after_prefill, scheduler.is_done), sum(map(_amount, batches)))
-        before = own
+        yield PassKind((own, after_prefill, scheduler.is_done), amount)
+        after_prefill = all(batch.is_prefill for batch in batches)
+
+
+def kind_of(batches: Sequence[MicroBatch]) -> PassKind:
+    """Of a pass over these micro-batches, wherever in a job it is."""
+    own = ((batch.is_prefill, batch.chunk, len(batch.logit_rows) > 0, _writes_tail(batch)) for batch in batches)
+    return PassKind(tuple(own), sum(map(_amount, batches)))
 
 
 def _amount(batch: MicroBatch) -> int:

@@ -242,7 +242,7 @@ class Search:
     def choice(self, best: Policy, heuristic: Policy | None, candidates: tuple[Candidate, ...]) -> Choice:
         """A policy that fits, with its plan and its times, and what else was considered."""
         times = self._evaluator.of_choice(best)
-        speed = self.space.count(best) * self.space.job.gen_len / times.total_s
+        speed = self.space.count(best) * self.space.job.gen_len / self.space.total_s(times)
         tried, other = self._evaluator.tried, self._evaluator.alternative(best)
         return Choice(best, self.space.plan(best), times, speed, tried, heuristic, candidates, other)
 

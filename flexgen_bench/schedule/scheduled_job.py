@@ -140,6 +140,11 @@ class ScheduledJob:
         """What a pass goes through one after the other: embedding, layers, head. Experts belong to their layers."""
         return tuple(u for u in self.own if u.kind is not UnitKind.EXPERTS)
 
+    @cached_property
+    def first_layer(self) -> int:
+        """The number of the layer that a pass comes to first."""
+        return next(unit.index for unit in self.sweep if unit.kind is UnitKind.LAYER)
+
     @property
     def waves(self) -> int:
         """Passes that are under way at once, each over KV slots of its own: one for every rank."""

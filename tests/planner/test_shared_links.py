@@ -47,7 +47,7 @@ def test_a_profile_states_the_bandwidth_of_a_link_once() -> None:
     profile = HardwareProfile("gpu", Accelerator.CUDA, links={"h2d": 5e9})
     assert profile.link_rate(Lane.H2D_WEIGHTS) == profile.link_rate(Lane.H2D) == 5e9
     assert profile.link_rate(Lane.D2H) is None
-    with pytest.raises(UserError, match=r"one of .*d2h\. .*shares the link of h2d: state the"):
+    with pytest.raises(UserError, match=r"one of .*net_in\. .*shares the link of h2d: state the"):
         HardwareProfile("gpu", Accelerator.CUDA, links={"h2d": 5e9, "h2d_weights": 5e9})
     with pytest.raises(UserError, match=r"rates\.links = 'h2d_weights'"):
         from_json(Rates, {"links": {"h2d_weights": 5e9}}, "gpu.rates")

@@ -17,7 +17,8 @@ from flexgen_bench.core.rates import SiteRates
 from flexgen_bench.core.tiers import Lane, LaneKind, Site
 from flexgen_bench.planner.cost import StepCost, StepTimes
 from flexgen_bench.planner.forecast import contention
-from flexgen_bench.planner.simulator import Contention, SharedCores, Simulator
+from flexgen_bench.planner.simulated_lanes import Contention
+from flexgen_bench.planner.simulator import SharedCores, Simulator
 from flexgen_bench.schedule.buffer import Buffer
 from flexgen_bench.schedule.dependencies import DependencyTracker
 from flexgen_bench.schedule.steps import Step, StepKind
