@@ -96,6 +96,7 @@ class PackedWeights:
             *(self.shape, self.dtype, device.hardware, worst.prompt_len, worst.gen_len, len(requests)),
             lossy=lossy,
             max_latency_s=max_latency_s,
+            part=self.part,
         )
         available = {tier: int(count * KEPT) for tier, count in free.items()}
         return choose(SearchSpace(job, (lossy,), available, block_size, scored_rows))

@@ -133,7 +133,9 @@ class LLM(Closing):
                     self._device = replace(self._device, hardware=known)
             checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
             own = self._device.hardware, self._device.threads
-            setup = Setup(checkpoint, chosen, cache, self._lossy.weights, *own, self._offload_dir)
+            setup = Setup(
+                *(checkpoint, chosen, cache, self._lossy.weights, *own, self._offload_dir), shared=division.shared
+            )
             self._ranks = join(division, setup) if division.ranks > 1 else None
             self._weights = PackedWeights.from_checkpoint(
                 checkpoint,
@@ -141,6 +143,7 @@ class LLM(Closing):
                 cache,
                 lambda done, total: self._progress("convert", done, total),
                 self._lossy.weights,
+                division.part,
             )
             if self.note:
                 _log.warning("%s: %s", checkpoint, self.note)

@@ -35,8 +35,8 @@ class PackedTensor:
     rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
     tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. packing: how its
     codes lie in the checkpoint, which they keep whatever is asked for. dtype: its element type, whatever the model's
-    is. expert: of which expert of its layer; None: of what every token meets. cut: of a slice of its layer; None: it has
-    its sources' rows whole.
+    is. expert: of which expert of its layer; None: of what every token meets. cut: of a slice of its layer; None: it
+    has its sources' rows whole.
     """
 
     spec: TensorSpec

@@ -93,25 +93,38 @@ def check_groups(packed: PackedModel) -> None:
 
 
 def _sliced(tensor: PackedTensor, layer: Layer, part: Slice) -> PackedTensor:
-    name, attention = tensor.spec.name, layer.attention
-    if name == SINKS:
-        return _of_rows(tensor, [part.of(attention.heads, "query heads")])
-    if name.startswith("qkv."):
-        return _of_rows(tensor, _qkv_rows(attention, part))
+    name = tensor.spec.name
+    columns = _summed_columns(name, layer, part)
+    if columns is not None:
+        return _summed(tensor, columns, part)
+    rows = _own_rows(name, layer, part)
+    return tensor if rows is None else _of_rows(tensor, rows)
+
+
+def _summed_columns(name: str, layer: Layer, part: Slice) -> range | None:
+    """Columns of a matrix whose products are summed over all ranks; None of any other tensor."""
     if name.startswith("out."):
-        own = part.of(attention.heads, "query heads")
-        return _summed(tensor, range(own.start * attention.head_dim, own.stop * attention.head_dim), part)
+        own = part.of(layer.attention.heads, "query heads")
+        return range(own.start * layer.attention.head_dim, own.stop * layer.attention.head_dim)
     mlp, own_name = _mlp_of(name, layer)
-    if mlp is None:
-        return tensor
+    if mlp is None or not own_name.startswith("down."):
+        return None
+    return part.of(mlp.width, "columns of an MLP's width")
+
+
+def _own_rows(name: str, layer: Layer, part: Slice) -> Rows | None:
+    """Rows of a tensor that has one for each of what ranks divide; None of what all of them have."""
+    if name == SINKS:
+        return [part.of(layer.attention.heads, "query heads")]
+    if name.startswith("qkv."):
+        return _qkv_rows(layer.attention, part)
+    mlp, own_name = _mlp_of(name, layer)
+    if mlp is None or not own_name.startswith(("gate_up.", "up.")):
+        return None
     width = part.of(mlp.width, "columns of an MLP's width")
-    if own_name.startswith("down."):
-        return _summed(tensor, width, part)
     if mlp.clamp is not None:  # rows of the gate and of what is up take turns
-        return _of_rows(tensor, [range(2 * width.start, 2 * width.stop)])
-    if own_name.startswith("gate_up."):
-        return _of_rows(tensor, [width, range(mlp.width + width.start, mlp.width + width.stop)])
-    return _of_rows(tensor, [width]) if own_name.startswith("up.") else tensor
+        return [range(2 * width.start, 2 * width.stop)]
+    return [width, range(mlp.width + width.start, mlp.width + width.stop)] if mlp.gated else [width]
 
 
 def _mlp_of(name: str, layer: Layer) -> tuple[MLP | None, str]:
@@ -167,6 +180,4 @@ def _summed(tensor: PackedTensor, columns: range, part: Slice) -> PackedTensor:
     shapes = tuple((count, *spec.shape[1:]) for count in tensor.source_rows)
     if len(spec.shape) == 1:
         return tensor if part.adds else replace(tensor, cut=Cut(shapes, is_zero=True))
-    return replace(
-        tensor, spec=TensorSpec(spec.name, (spec.shape[0], len(columns))), cut=Cut(shapes, columns.start)
-    )
+    return replace(tensor, spec=TensorSpec(spec.name, (spec.shape[0], len(columns))), cut=Cut(shapes, columns.start))

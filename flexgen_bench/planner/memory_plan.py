@@ -113,9 +113,7 @@ def plan_job(
     tiers = unit_tiers(packed, policy, stage)
     units = tuple(
         planned_unit(
-            *(decoder, unit, tier, policy, Site(compute, device), groups.rings),
-            not is_own(unit, packed, stage),
-            slices,
+            *(decoder, unit, tier, policy, Site(compute, device), groups.rings), not is_own(unit, packed, stage), slices
         )
         for unit, tier in zip(packed.units, tiers, strict=True)
     )

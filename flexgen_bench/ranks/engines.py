@@ -58,15 +58,16 @@ class Engines:
         max_latency_s: float | None = None,
     ) -> Policy:
         """A policy for these requests (``PackedWeights.choose_policy``): of several ranks, as of a model that has the
-        layers of the largest stage."""
+        layers of the largest stage, or a slice of each."""
         weights = self._weights
-        if self._ranks is not None:
-            layers = max(len(stage.layers) for stage in self._ranks.stages)
+        of_ranks = () if self._ranks is None else self._ranks.stages
+        layers = max((len(stage.layers) for stage in of_ranks if stage is not None), default=0)
+        if layers:
             weights = replace(weights, shape=replace(weights.shape, num_layers=layers))
         policy = weights.choose_policy(
             *(self._device, self._offload_dir, requests, block_size, lossy, scored_rows, max_latency_s)
         )
-        return policy if self._ranks is None else divided_block(policy, self.count)
+        return divided_block(policy, self.count) if layers else policy
 
 
 def divided_block(policy: Policy, waves: int) -> Policy:

@@ -11,7 +11,6 @@ from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.memory.weight_store import WeightStore
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import Division
 from flexgen_bench.ranks.group import RankGroup
@@ -28,20 +27,20 @@ class Ranks(Closing):
     def __init__(self, division: Division, setup: Setup) -> None:
         self._division, self._setup = division, setup
         self.stages = stages_of_model(division, setup.checkpoint)
-        self._store: WeightStore | None = None
+        self._weights: PackedWeights | None = None
         self._group: RankGroup | None = RankGroup(division, setup)
 
     def pack(self, weights: PackedWeights) -> None:
         """Have them open the same packed weights as this rank."""
-        self._store = weights.store
+        self._weights = weights
         self.group()
 
     def group(self) -> RankGroup:
         """The ranks as they run now; after a loss other ones. (Of torchrun's there are no others: CannotRun.)"""
         if self._group is None or self._group.error is not None:
             self._group = RankGroup(self._division, self._setup)
-        if self._store is not None and not self._group.is_packed:
-            self._group.pack(self._store)
+        if self._weights is not None and not self._group.is_packed:
+            self._group.pack(self._weights)
         return self._group
 
     def close(self) -> None:
@@ -49,7 +48,7 @@ class Ranks(Closing):
             self._group.close()
 
 
-def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage, ...]:
+def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage | None, ...]:
     """Which rank computes which layers of a checkpoint's model."""
     with open_source(checkpoint) as source:
         return division.stages(source.shape.num_layers)

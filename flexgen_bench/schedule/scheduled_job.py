@@ -34,10 +34,10 @@ class Unit:
     weights are compressed and unpacked by a step of their own. window: how many tokens a query sees, itself among them;
     None: all before it. ring: the window, if the cache keeps no other tokens; None: it keeps every one. companion: of a
     layer, the number of the unit of its experts, where these are placed apart (-1: they are not); of experts, that of
-    their layer. sums: how often the ranks that share it add up what each has made (0: no rank shares it);
-    flops_output: of a token, of ``flops_after``, what comes before the first of these sums. experts, top_k: how many experts it has, and how many of them each token is routed to; expert_values:
+    their layer. experts, top_k: how many experts it has, and how many of them each token is routed to; expert_values:
     weights of one. on_demand: of its experts only those that are touched are loaded, once they are known. elsewhere:
-    another rank has it and computes it; here it takes nothing.
+    another rank has it and computes it; here it takes nothing. sums: of a layer that ranks share, how often they add up
+    what each has made (0: none share it); flops_output: of ``flops_after``, what comes before the first of these sums.
     """
 
     index: int

@@ -37,9 +37,7 @@ def summing(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[
     on_host = (micro_batch.buffer("sum"),)
     if site.is_accelerator:
         parts = part_buffers(unit, micro_batch)
-        yield Step(
-            site.d2h, StepKind.MOVE_PARTIAL, unit.index, micro_batch, reads=parts, writes=on_host, bytes=moved
-        )
+        yield Step(site.d2h, StepKind.MOVE_PARTIAL, unit.index, micro_batch, reads=parts, writes=on_host, bytes=moved)
     yield Step(
         site.net_out,
         StepKind.REDUCE,
@@ -51,9 +49,7 @@ def summing(job: ScheduledJob, unit: Unit, micro_batch: MicroBatch) -> Iterator[
     )
     if site.is_accelerator:
         reduced = (micro_batch.buffer("reduced"),)
-        yield Step(
-            site.h2d, StepKind.MOVE_REDUCED, unit.index, micro_batch, reads=on_host, writes=reduced, bytes=moved
-        )
+        yield Step(site.h2d, StepKind.MOVE_REDUCED, unit.index, micro_batch, reads=on_host, writes=reduced, bytes=moved)
 
 
 def sliced_mlp(job: ScheduledJob, unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Iterator[Step]:

@@ -42,6 +42,11 @@ COLOURS: dict[str, str] = {
     StepKind.MOVE_LOGITS: "#dcc4b3",
     StepKind.SAMPLE: "#909090",
     StepKind.MOVE_TOKENS: "#b9a795",
+    StepKind.MOVE_PARTIAL: "#9c8bd9",
+    StepKind.REDUCE: "#7a63c7",
+    StepKind.MOVE_REDUCED: "#c3b8ea",
+    StepKind.MLP: "#f5a040",
+    StepKind.ADD: "#fbd9b0",
 }
 _UNKNOWN = "#bbbbbb"
 

@@ -134,7 +134,7 @@ def test_groups_of_compressed_weights_are_never_cut() -> None:
         Model.of(shape, DType.FLOAT32, fits).sliced(Slice(0, 4))
     with pytest.raises(UserError, match=r"down\.weight has 50 values"):
         Model.of(shape, DType.FLOAT32, fits).sliced(Slice(1, 2))
-    with pytest.raises(UserError, match="policy.lossy.weights"):
+    with pytest.raises(UserError, match=r"policy\.lossy\.weights"):
         Model.of(shape, DType.FLOAT32, Compression(4, 64, Along.OUTPUTS)).sliced(Slice(0, 2))
 
 

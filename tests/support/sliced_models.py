@@ -40,9 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: _of(
         "Phi3", **_FOUR, sliding_window=9, rope_parameters={"rope_theta": 700.0, "partial_rotary_factor": 0.5}
     ),
-    "gemma2": lambda: _of(
-        "Gemma2", **_FOUR, sliding_window=5, query_pre_attn_scalar=20, attn_logit_softcapping=3.0
-    ),
+    "gemma2": lambda: _of("Gemma2", **_FOUR, sliding_window=5, query_pre_attn_scalar=20, attn_logit_softcapping=3.0),
     "glm": lambda: _of("Glm", **_FOUR),
     "glm4": lambda: _of("Glm4", **_FOUR),
     "gptj": lambda: _of("GPTJ", **_GPT, rotary_dim=4),
