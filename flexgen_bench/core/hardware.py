@@ -96,6 +96,11 @@ class HardwareProfile:
         return Site(self.compute_tier).lanes
 
     @property
+    def ranks(self) -> int:
+        """Devices that work together, whether they divide the layers or share them."""
+        return max(self.count, self.tensor_parallel)
+
+    @property
     def slices(self) -> tuple[Slice | None, ...]:
         """What each of the devices that share every layer has of it; one of None, which is all, where none do."""
         ranks = self.tensor_parallel

@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,6 @@ from flexgen_bench.llm.model_source import checkpoint_of
 from flexgen_bench.llm.open_requests import OpenRequests
 from flexgen_bench.llm.sequences import Sequences, output_of
 from flexgen_bench.machine.host import physical_cores
-from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import Torchrun, divide
@@ -83,9 +81,8 @@ class LLM(Closing):
     gpu: a name from conf/gpu ("auto", "cpu", "emulated", ...) or a HardwareProfile.
     offload_dir: where KV cache and activations spill to disk. cache_dir: where weights are kept, packed.
     dtype: "float32", "bfloat16", "float16", or None for the checkpoint's own. threads: of the compute lane.
-    ranks: devices that compute it together, each in a process of its own with a part of the layers; None: what ``gpu``
-    says, or as many processes as ``torchrun`` has started. Of these all but the first end here, with SystemExit, once
-    the first is done.
+    ranks: devices that compute it together, each in a process of its own; None: what ``gpu`` says, or the processes of
+    ``torchrun``, of which all but the first serve that one here and end with SystemExit.
     progress: called with (what, done, total) while weights convert ("convert") and tokens appear ("prefill", "decode").
 
     Raises UserError for what cannot be used, StoreError for damaged or missing weights, CannotRun for hardware that
@@ -125,26 +122,12 @@ class LLM(Closing):
             if threads is not None and (not isinstance(threads, int) or threads < 1):
                 raise UserError("threads", threads, "an integer of at least 1, or None for all cores")
             division = divide(hardware, threads or physical_cores(), ranks, Torchrun.of(os.environ))
-            self._device = division.open_device()
-            if hardware.rates is None:
-                rates = calibrated_rates(cache, self._device.threads)
-                if rates is not None:
-                    known = with_calibration(self._device.hardware, rates)
-                    self._device = replace(self._device, hardware=known)
+            self._device = division.open_device(cache)
             checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
-            own = self._device.hardware, self._device.threads
-            setup = Setup(
-                *(checkpoint, chosen, cache, self._lossy.weights, *own, self._offload_dir), shared=division.shared
-            )
-            self._ranks = join(division, setup) if division.ranks > 1 else None
-            self._weights = PackedWeights.from_checkpoint(
-                checkpoint,
-                chosen,
-                cache,
-                lambda done, total: self._progress("convert", done, total),
-                self._lossy.weights,
-                division.part,
-            )
+            own = (cache, self._lossy.weights, self._device.hardware, division.threads, self._offload_dir)
+            self._ranks = join(division, Setup(checkpoint, chosen, *own, shared=division.shared))
+            on_converted, lossy = partial(self._progress, "convert"), self._lossy.weights
+            self._weights = PackedWeights.from_checkpoint(checkpoint, chosen, cache, on_converted, lossy, division.part)
             if self.note:
                 _log.warning("%s: %s", checkpoint, self.note)
             self.tokenizer = TextTokenizer(checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
 from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LaneKind
 from flexgen_bench.engine.device import Device
+from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.memory import host
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -84,11 +86,14 @@ class Division:
             return (None,) * self.ranks
         return even_stages(num_layers, self.ranks) if self.layers is None else stages_of(self.layers, num_layers)
 
-    def open_device(self) -> Device:
-        """Of this process. CannotRun if the profile wants CUDA and there is none."""
+    def open_device(self, cache: Path | None = None) -> Device:
+        """Of this process; with the rates that its machine was calibrated to in ``cache``, where none are stated.
+        CannotRun if the profile wants CUDA and there is none."""
         if self.torchrun is not None and self.hardware.accelerator is Accelerator.CUDA:
             _take_own_device(self.torchrun)
-        return Device.open(self.hardware, self.threads)
+        device = Device.open(self.hardware, self.threads)
+        rates = calibrated_rates(cache, self.threads) if cache is not None and self.hardware.rates is None else None
+        return device if rates is None else replace(device, hardware=with_calibration(self.hardware, rates))
 
 
 def divide(

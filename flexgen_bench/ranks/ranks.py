@@ -54,9 +54,11 @@ def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage | None,
         return division.stages(source.shape.num_layers)
 
 
-def join(division: Division, setup: Setup) -> Ranks:
-    """Of rank 0: all ranks, when they are there. On any other rank this serves rank 0 until that is done, and then ends
+def join(division: Division, setup: Setup) -> Ranks | None:
+    """Of rank 0: all ranks, when they are there; None if it is the only one. On any other rank this serves rank 0 until that is done, and then ends
     the process with status 0 (SystemExit): the program goes on in rank 0 alone."""
+    if division.ranks == 1:
+        return None
     return Ranks(division, setup) if division.rank == 0 else serve_by_torchrun(division, setup)
 
 

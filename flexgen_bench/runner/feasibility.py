@@ -107,6 +107,9 @@ def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
         return [f"there is no NVIDIA GPU{named} here"]
     if not matching:
         return [f"there is no NVIDIA GPU whose name contains {hardware.device_match!r} here"]
+    if len(matching) < hardware.ranks:
+        name = "count" if hardware.count > 1 else "tensor_parallel"
+        return [f"gpu.{name} asks for {hardware.ranks} of them, and there {_are(len(matching))} here"]
     if not machine.torch_has_cuda():
         return ["the installed torch is a build without CUDA (the README says how to get one with)"]
     profile_bytes = hardware.gpu_memory_bytes
@@ -114,6 +117,10 @@ def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
     if profile_bytes is not None and sizes and max(sizes) < _CARD_SHARE * profile_bytes:
         return [f"the GPU here has {format_bytes(max(sizes))}, the profile {format_bytes(profile_bytes)}"]
     return []
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count}"
 
 
 def disk_bytes(spec: CellSpec) -> int:

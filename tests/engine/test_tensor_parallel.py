@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from flexgen_bench.core.compression import EXACT, Compression, Lossy
+from flexgen_bench.core.compression import Along, Compression, Lossy, Scales
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import AttentionSite, Policy, Schedule
+from flexgen_bench.core.policy import Policy, Schedule
 from flexgen_bench.core.sampling_params import SamplingParams
-from flexgen_bench.core.slices import Slice
-from flexgen_bench.core.tiers import Lane, LaneKind
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.generation import Running
 from flexgen_bench.engine.local_wire import local_wires
 from flexgen_bench.engine.sampling import Sampler
-from flexgen_bench.schedule.steps import StepKind
-from tests.engine.test_engine_tokens import check_allocated_as_planned, on, random_policy, until
+from flexgen_bench.schedule.prefix_tree import ScoreRequest
+from flexgen_bench.schedule.sequence_groups import Capacity
+from tests.engine.test_engine_tokens import check_allocated_as_planned, random_policy, until
 from tests.support.sliced_models import MODELS, Rank, on_slices, slices_of
 from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_prompts, save, with_random_weights
 
@@ -106,3 +107,83 @@ def test_random_policies(llama: Shared, opt: Shared, seed: int, tmp_path: Path) 
     policy = replace(random_policy(rng, hardware), schedule=rng.choice(list(Schedule)))
     for rank in run(model.slices(rng.choice([2, 4])), policy, hardware, tmp_path):
         assert rank.tokens == model.tokens, policy
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Whose rows and columns are whole groups of 8 on two ranks."""
+    return Shared("llama-even", tmp_path_factory.mktemp("even"))
+
+
+@pytest.mark.parametrize(
+    "compression", [Compression(4, 8), Compression(8, 8, scales=Scales.MSE), Compression(4, 8, Along.OUTPUTS)], ids=str
+)
+def test_compressed_weights_are_those_of_one_rank(even: Shared, compression: Compression, tmp_path: Path) -> None:
+    """Quantized slice by slice, they are the same numbers: the tokens are those of one rank with the same weights."""
+    whole = PackedWeights.from_checkpoint(even.checkpoint, DType.FLOAT32, tmp_path / "cache", compression=compression)
+    rng = random.Random(str(compression))
+    for hardware in (HOST, LINKED):
+        policy = random_policy(rng, hardware, Lossy(weights=compression))
+        expected = alone(whole, policy, hardware, tmp_path, sequences)
+        for rank in run(even.slices(2, compression), policy, hardware, tmp_path):
+            assert rank.tokens == expected, policy
+
+
+def test_what_is_lossy_in_the_cache_is_each_heads_own(llama: Shared, tmp_path: Path) -> None:
+    policy = Policy(3, 2, lossy=Lossy(kv_cache=Compression(4, 8), value_share=0.5))
+    whole = PackedWeights.from_checkpoint(llama.checkpoint, DType.FLOAT32, tmp_path / "cache")
+    expected = alone(whole, policy, HOST, tmp_path, sequences)
+    assert expected != llama.tokens
+    for rank in run(llama.slices(4), policy, HOST, tmp_path):
+        assert rank.tokens == expected
+
+
+def test_every_rank_draws_the_same_tokens(llama: Shared, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, seed=3)
+    whole = PackedWeights.from_checkpoint(llama.checkpoint, DType.FLOAT32, tmp_path / "cache")
+    drawn = alone(whole, Policy(3, 2), HOST, tmp_path, lambda: sequences(params=params))
+    assert drawn != llama.tokens
+    for rank in on_slices(llama.slices(2), Policy(3, 2), HOST, tmp_path, lambda: sequences(params=params)):
+        assert rank.tokens == drawn
+
+
+def test_sums_have_the_same_bits_on_every_rank_and_a_failure_ends_all() -> None:
+    """In bfloat16, where the order of three numbers matters."""
+    wires = local_wires(3)
+    torch.manual_seed(0)
+    parts = [torch.randn(4, 64).to(torch.bfloat16) for _ in wires]
+    sums = [part.clone() for part in parts]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda wire, rows: wire.all_reduce(0, rows), wires, sums))
+        assert all(torch.equal(one, sums[0]) for one in sums)
+        torch.testing.assert_close(sums[0].float(), sum(part.float() for part in parts), rtol=0.02, atol=0.03)
+        waiting = [pool.submit(wire.all_reduce, 1, torch.zeros(1, 1)) for wire in wires[:2]]
+        wires[2].abort(ValueError("out of order"))
+        for each in waiting:
+            with pytest.raises(RuntimeError, match="rank 2 has failed: ValueError: out of order"):
+                each.result(60)
+
+
+def test_what_ranks_that_share_layers_do_not_do_is_named(opt: Shared, tmp_path: Path) -> None:
+    engine = opt.slices(2)[0].engine(Policy(1, 1), Device.open(HOST, 1), tmp_path, wire=local_wires(2)[0])
+    try:
+        with pytest.raises(UserError, match=r"gpu\.tensor_parallel = 2: must be 1 for scoring"):
+            engine.score([ScoreRequest((1, 2, 3), 1)], lambda *found: None)
+        with pytest.raises(UserError, match=r"gpu\.tensor_parallel = 2: must be 1 for a job that takes requests"):
+            engine.open(Capacity(1, 4, 4))
+    finally:
+        engine.close()
+    with pytest.raises(ValueError, match="several ranks need a wire"):
+        opt.slices(2)[0].engine(Policy(1, 1), Device.open(HOST, 1), tmp_path)
+
+
+def alone(
+    weights: PackedWeights, policy: Policy, hardware: HardwareProfile, folder: Path, asked: Callable[[], list[Running]]
+) -> list[list[int]]:
+    """Tokens of one rank that has everything."""
+    engine, running = weights.engine(policy, Device.open(hardware, 1), folder), asked()
+    try:
+        engine.generate(running)
+    finally:
+        engine.close()
+    return [sequence.new for sequence in running]

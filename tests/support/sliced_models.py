@@ -36,6 +36,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         attention_bias=True,
         mlp_bias=True,
     ),
+    "llama-even": lambda: _llama(
+        hidden_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=True
+    ),
     "qwen3": lambda: _of("Qwen3", **_FOUR),
     "phi3": lambda: _of(
         "Phi3", **_FOUR, sliding_window=9, rope_parameters={"rope_theta": 700.0, "partial_rotary_factor": 0.5}

@@ -1,0 +1,128 @@
+"""How a machine is divided among ranks, and what torchrun's variables may be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen_bench.core.codec import from_json, to_json
+from flexgen_bench.core.errors import CannotRun, UserError
+from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType
+from flexgen_bench.core.policy import Policy
+from flexgen_bench.ranks.commands import Setup
+from flexgen_bench.ranks.division import Torchrun, divide
+from flexgen_bench.ranks.engines import divided_block
+from flexgen_bench.ranks.ranks import Ranks
+from tests.support.tiny_models import EMULATED, HOST, random_model, save
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+def test_one_rank_has_the_whole_machine() -> None:
+    machine = HardwareProfile("big", Accelerator.NONE, cpu_memory_bytes=2**40)
+    whole = divide(machine, 8)
+    assert (whole.ranks, whole.hardware, whole.threads) == (1, machine, 8)
+
+
+def test_ranks_of_a_machine_share_its_memory_threads_and_disk_but_not_their_devices() -> None:
+    machine = replace(
+        EMULATED,
+        count=4,
+        cpu_memory_bytes=2**30,
+        disk_bytes=2**32,
+        links={"h2d": 4e9, "disk_read": 8e8, "net_out": 1e8},
+    )
+    part = divide(machine, 6)
+    assert (part.ranks, part.here, part.threads) == (4, 4, 1)
+    assert (part.hardware.cpu_memory_bytes, part.hardware.disk_bytes) == (2**28, 2**30)
+    assert part.hardware.gpu_memory_bytes == EMULATED.gpu_memory_bytes
+    assert part.hardware.links == {"h2d": 4e9, "disk_read": 2e8, "net_out": 1e8}
+    assert part.hardware.count == 1
+
+
+def test_what_is_free_is_divided_where_nothing_is_stated() -> None:
+    one, two = divide(HOST, 2, ranks=2).hardware, divide(HOST, 2, ranks=4).hardware
+    assert one.cpu_memory_bytes is not None
+    assert two.cpu_memory_bytes is not None
+    assert 1.5 < one.cpu_memory_bytes / two.cpu_memory_bytes < 2.5
+
+
+def test_layers_are_divided_evenly_unless_stated() -> None:
+    assert [len(s.layers) for s in divide(HOST, 1, ranks=3).stages(10)] == [3, 4, 3]
+    stated = replace(HOST, count=3, layers_per_rank=(1, 2, 7))
+    assert [len(s.layers) for s in divide(stated, 1).stages(10)] == [1, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("machine", "ranks", "field"),
+    [
+        (HOST, 0, "ranks"),
+        (HOST, True, "ranks"),
+        (replace(HOST, count=2, layers_per_rank=(1, 2)), 3, "gpu.layers_per_rank"),
+        (replace(HOST, layers_per_rank=(1, 2)), None, "gpu.layers_per_rank"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_named(machine: HardwareProfile, ranks: int | None, field: str) -> None:
+    with pytest.raises(UserError) as raised:
+        divide(machine, 1, ranks)
+    assert raised.value.field == field
+
+
+def test_ranges_that_do_not_cover_the_layers_are_named_before_anything_starts(tmp_path: Path) -> None:
+    folder = save(random_model("opt"), tmp_path / "model")  # of 3 layers
+    machine = replace(HOST, count=2, layers_per_rank=(1, 1))
+    setup = Setup(folder, DType.FLOAT32, tmp_path, None, machine, 1, tmp_path)
+    with pytest.raises(UserError, match=r"gpu.layers_per_rank = \[1, 1\]: .* the 3 layers of the model"):
+        Ranks(divide(machine, 1), setup)
+    with pytest.raises(UserError, match=r"gpu.count = 4: must be 1 to 3"):
+        Ranks(divide(HOST, 1, ranks=4), setup)
+
+
+def test_fewer_cuda_devices_than_ranks_are_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotRun, match=r"gpu.count = 2 .* has 1 CUDA devices"):
+        divide(HardwareProfile("h200", Accelerator.CUDA, count=2), 8)
+
+
+def test_torchrun_says_how_many_there_are() -> None:
+    torchrun = Torchrun.of({**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert torchrun == Torchrun(1, 4, 2, 1, "node0", 29500)
+    part = divide(HOST, 8, torchrun=torchrun)
+    assert (part.ranks, part.here, part.rank, part.threads) == (4, 2, 1, 4)
+    with pytest.raises(UserError, match="ranks = 3: must be 4, as many as torchrun has started"):
+        divide(HOST, 8, ranks=3, torchrun=torchrun)
+    with pytest.raises(UserError, match=r"gpu.count = 2: must be 4"):
+        divide(replace(HOST, count=2), 8, torchrun=torchrun)
+
+
+def test_one_process_of_torchrun_is_no_rank() -> None:
+    assert Torchrun.of({}) is None
+    assert Torchrun.of({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "4"), ("RANK", "x"), ("MASTER_PORT", "70000")])
+def test_variables_that_cannot_be_are_named(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=name):
+        Torchrun.of({**TORCHRUN, name: value})
+
+
+def test_a_block_is_divided_among_the_passes_that_are_under_way() -> None:
+    assert divided_block(Policy(8, 4), 2) == Policy(8, 2)
+    assert divided_block(Policy(8, 1), 2) == Policy(4, 1)
+    assert divided_block(Policy(1, 1), 3) == Policy(1, 1)
+
+
+def test_profiles_of_one_device_are_written_as_before() -> None:
+    """Else the hashes of every stored record would change."""
+    written = to_json(HOST)
+    assert not {"count", "layers_per_rank"} & set(written)
+    ranks = replace(HOST, count=2, layers_per_rank=(1, 2))
+    assert from_json(HardwareProfile, to_json(ranks), "gpu") == ranks
+    with pytest.raises(UserError, match=r"gpu.count"):
+        replace(HOST, count=0)
+    with pytest.raises(UserError, match=r"gpu.layers_per_rank"):
+        replace(HOST, count=2, layers_per_rank=(3,))
