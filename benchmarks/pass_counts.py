@@ -7,6 +7,7 @@ Tiny models as in ``host_counts.py``. A pass that is counted is one of those aft
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -62,6 +63,12 @@ class _Meter:
         self.counted: Counter[str] = Counter()
         self.fetched: set[int] = set()
         self._captures: list[FakeCapture] = []
+        self._guard = threading.Lock()
+
+    def add(self, what: str, count: int) -> None:
+        """From any lane: several launch at once, and what two count at the same time is two."""
+        with self._guard:
+            self.counted[what] += count
 
     @property
     def replayed(self) -> int:
@@ -75,7 +82,7 @@ class _Meter:
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 out = func(*args, **(kwargs or {}))
                 if _is_steady(meter.now.get(self)):
-                    meter.counted["launches"] += count_kernels(func, args, out)
+                    meter.add("launches", count_kernels(func, args, out))
                 return out
 
         def context(worker: lane_module.LaneWorker) -> Mode:
@@ -95,16 +102,16 @@ class _Meter:
                 meter.now[mode] = None
             if _is_steady(step):
                 if step.lane is Lane.GPU:  # others go on meanwhile
-                    meter.counted["launches"] += meter.replayed - before
-                meter.counted["steps"] += 1
-                meter.counted["passes"] += step.kind is StepKind.EMBED
+                    meter.add("launches", meter.replayed - before)
+                meter.add("steps", 1)
+                meter.add("passes", step.kind is StepKind.EMBED)
 
         def capture() -> FakeCapture:
             meter._captures.append(FakeCapture())
             return meter._captures[-1]
 
         def finished(self: JobRun, one: Any) -> None:
-            meter.counted["waits"] += not self._submitted and not self._scheduler.is_done
+            meter.add("waits", not self._submitted and not self._scheduler.is_done)
             finish(self, one)
 
         self.now: dict[Any, Step | None] = {}

@@ -6,7 +6,7 @@ R rows of a micro-batch.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from flexgen_bench.schedule.steps import Step, StepKind
 
 
 class Leaving(NamedTuple):
-    """Hidden states (R, hidden) on their way to the next rank, and the sums that tell whether all that the layers here
-    have made is finite; sums: these, on the host, once they are there."""
+    """Hidden states (R, hidden) on their way to the next rank, and what tells whether all that the layers here have
+    made is finite; sums: of all that is watched, once somebody may look at them."""
 
     rows: Tensor
     watched: list[Watched]
@@ -106,16 +106,16 @@ class BetweenRanks:
 
     def leave(self, step: Step) -> None:
         """LEAVE: what the last layer here has made, for the next rank."""
-        x = self._hidden.made(step)
+        x, watched = self._hidden.made(step), self._health.gather(step)
         if step.lane.of_accelerator:
-            self._leaving[step.buffer_index] = Leaving(x, self._health.gather(step))
+            self._leaving[step.buffer_index] = Leaving(x, watched)
         else:  # where it lies, or is staged, is used again while it is under way
-            self._outbox[step.buffer_index] = Leaving(x.clone(), [])
+            self._outbox[step.buffer_index] = Leaving(x.clone(), watched, _sums(watched))
 
     def move_leaving(self, step: Step) -> None:
         """MOVE_LEAVING: to the host, with the sums."""
         rows, watched, _ = self._leaving.pop(step.buffer_index)
-        sums = torch.cat([crossing(one.sums) for one in watched]) if watched else None
+        sums = _sums(watched)
         on_host = None if sums is None else self._device.to_host(sums)
         self._outbox[step.buffer_index] = Leaving(self._device.to_host(rows), watched, on_host)
 
@@ -129,3 +129,8 @@ class BetweenRanks:
     def send_tokens(self, step: Step) -> None:
         """SEND_TOKENS: to all other ranks, what has been chosen for the micro-batch (a pickled list of ``Chosen``)."""
         self._wire.send_tokens(step.micro_batch_index, pickle.dumps(self._next.chosen_for(step.micro_batch)))
+
+
+def _sums(watched: Sequence[Watched]) -> Tensor | None:
+    """All in one piece; None if there are none."""
+    return torch.cat([crossing(one.sums) for one in watched]) if watched else None

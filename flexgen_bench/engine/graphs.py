@@ -110,7 +110,8 @@ def graphs_for(device: Device, has_room: bool, has_tokens: bool) -> Graphs:
     if os.environ.get(GRAPHS_SWITCH) == "0":
         return Graphs(None, f"{GRAPHS_SWITCH}=0")
     if not has_tokens:
-        return Graphs(None, "a table, the head or a layer is not computed where it lies on the accelerator")
+        where = "a table, the head or a layer is not computed where it lies on the accelerator, or another rank has it"
+        return Graphs(None, where)
     if not has_room:
         return Graphs(None, "no room for graphs beside the plan")
     return Graphs(CudaCapture())
