@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
@@ -29,4 +30,4 @@ class Job:
     lossy: Lossy = EXACT
     num_gpus: int = 1
     max_latency_s: float | None = None
-    part: Slice | None = None
+    part: Slice | None = field(default=None, metadata=OMITTED)

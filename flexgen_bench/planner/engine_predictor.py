@@ -17,10 +17,10 @@ from flexgen_bench.planner.cost import rates_of
 from flexgen_bench.planner.forecast import Forecast, forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.predictor import Predictor
-from flexgen_bench.planner.rank_machines import slice_of
 from flexgen_bench.planner.rank_predictor import predict_ranks
 from flexgen_bench.planner.search_space import SearchSpace, permitted
 from flexgen_bench.planner.sensitivity import sensitivity
+from flexgen_bench.planner.sliced_job import slice_of
 from flexgen_bench.planner.why import why
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.rates import Rates, SiteRates, Table
-from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LINKS, NETWORK, Lane, LaneKind, Tier
 from flexgen_bench.planner.forecast import contention
 from flexgen_bench.planner.simulated_lanes import Contention
@@ -28,15 +27,6 @@ class RankMachine:
 def machines_of(job: Job) -> tuple[RankMachine, ...]:
     """Of a job on several GPUs: a machine each."""
     return tuple(RankMachine(job.hardware, host) for host in range(job.num_gpus))
-
-
-def slice_of(job: Job) -> Job:
-    """Of a job on ranks of one machine that share every layer, what one of them does: all are alike, and do it at the
-    same time."""
-    ranks = job.hardware.tensor_parallel
-    machines = in_one_machine(job.hardware, ranks)
-    hardware = replace(searched_on(machines[0], machines), tensor_parallel=1)
-    return replace(job, hardware=hardware, part=Slice(0, ranks))
 
 
 def in_one_machine(hardware: HardwareProfile, ranks: int, host: int = 0) -> tuple[RankMachine, ...]:

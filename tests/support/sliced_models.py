@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         mlp_bias=True,
     ),
     "llama-even": lambda: _llama(
-        hidden_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=True
+        hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96, tie_word_embeddings=True
     ),
     "qwen3": lambda: _of("Qwen3", **_FOUR),
     "phi3": lambda: _of(
