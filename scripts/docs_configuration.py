@@ -109,7 +109,10 @@ MEANS: dict[str, dict[str, str]] = {
         "gpu_memory_is_cap": "the card is larger and held to `gpu_memory`: what its driver and a process' context take "
         "is outside of it",
         "device_match": "part of the device's name, for a profile that is one card's",
-        "links": "bytes per second of `disk_read`, `disk_write`, `h2d`, `d2h`",
+        "count": "devices that compute a model together, each a rank with layers of its own ([guide](../guides/ranks.md)); "
+        "`gpu_memory` is one device's",
+        "layers_per_rank": "how many layers each of them has; null divides them",
+        "links": "bytes per second of `disk_read`, `disk_write`, `h2d`, `d2h`; between ranks `net_out`, `net_in`",
         "rates": "what the machine sustains (`core/rates.py` has the units); without, it cannot be simulated",
         "sources": "where each constant comes from",
         "workload": "what is asked of it where the command line names none",

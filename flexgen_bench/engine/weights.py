@@ -156,16 +156,15 @@ class Weights:
         self._dequantized_buffers.clear()
 
     def _load_resident(self) -> None:
-        """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it, unless
-        another rank has that: it reads them for itself."""
+        """Read every unit that lives in memory. The embedding brings its tables, and a tied head comes with it: where
+        another rank has that, which reads the token table for itself, for the few bytes that are the head's alone."""
         units, head = self._packed.units, self._packed.head
-        is_joined = self._packed.tied and self._owns(head.index)
         for unit, tier in zip(units, self._tiers, strict=True):
             if tier is Tier.DISK or unit.index in self._resident or not self._owns(unit.index):
                 continue
             start, stop = unit.offset, unit.offset + unit.num_bytes
             if unit.kind is UnitKind.EMBED:
-                last = head if is_joined else unit
+                last = head if self._packed.tied else unit
                 tables = self._packed.tables[-1]
                 stop = max(last.offset + last.num_bytes, tables.offset + tables.num_bytes)
                 start = 0
@@ -179,7 +178,7 @@ class Weights:
             if memory.is_cuda:
                 memory.copy_(on_host[: stop - start])
             self._resident[unit.index] = (memory, start)
-            if unit.kind is UnitKind.EMBED and is_joined:
+            if unit.kind is UnitKind.EMBED and self._packed.tied and self._owns(head.index):
                 self._resident[head.index] = (memory, start)
         if self._tiers[0] is Tier.DISK and self._owns(0):
             self._verify_tables()

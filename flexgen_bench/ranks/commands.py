@@ -107,6 +107,13 @@ class End:
 
 
 @dataclass(frozen=True)
+class Abandon:
+    """End this process at once: something has failed. reason: what."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class RankReport:
     """What a rank's lanes did in a job, what it had planned and allocated."""
 

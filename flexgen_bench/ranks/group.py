@@ -14,7 +14,7 @@ from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import CannotRun, RankLost, StoreError
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.ranks.children import Children
-from flexgen_bench.ranks.commands import Connect, End, Failed, Pack, Reply, Setup, ended_before
+from flexgen_bench.ranks.commands import Abandon, Connect, End, Failed, Pack, Reply, Setup, ended_before
 from flexgen_bench.ranks.control import SILENCE_S, Control
 from flexgen_bench.ranks.division import Division
 from flexgen_bench.ranks.gloo_wire import GlooWire
@@ -23,6 +23,7 @@ from flexgen_bench.ranks.rendezvous import Door, Meeting, meet_by_torchrun, meet
 
 _T = TypeVar("_T")
 _POLL_S = 0.2
+_END_S = 10.0
 _COME_S = 1800.0
 _met: list[int] = []  # generations of ranks of torchrun that this process has met
 
@@ -40,6 +41,7 @@ class RankGroup(Closing):
         self._controls: dict[int, Control] = {}
         self._replies: dict[int, deque[Reply | Failed]] = {}
         self._changed = threading.Condition()
+        self._over = threading.Event()
         self._in_job = self._closed = False
         self.is_packed = False
         self._children: Children | None = None
@@ -120,18 +122,26 @@ class RankGroup(Closing):
             self.end(CannotRun("the ranks have been closed"))
 
     def end(self, error: BaseException) -> None:
-        """End all ranks, and every wait for them, with this error; the first one is the one to tell."""
+        """End all ranks, and every wait for them, with this error; the first one is the one to tell. When this returns,
+        no process that was started here is left."""
         with self._changed:
-            if self.error is not None:
-                return
-            self.error = error
-            self._changed.notify_all()
+            is_first = self.error is None
+            if is_first:
+                self.error = error
+                self._changed.notify_all()
+        if not is_first:
+            self._over.wait(_END_S)
+            return
         if self.wire is not None:
             self.wire.abort(error)
         if self._children is not None:
             self._children.kill()
         for control in self._controls.values():
+            if self._children is None and not self._closed:
+                with suppress(OSError):
+                    control.send(Abandon(f"{type(error).__name__}: {error}"))
             control.close()
+        self._over.set()
 
     def _gather(self, setup: Setup) -> None:
         """Until all have come and said who they are."""
@@ -187,8 +197,7 @@ class RankGroup(Closing):
         threading.Thread(target=make, name="wire", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: made or self.error)
-            if self.error is not None:
-                raise self.error
+        self._check()
         if isinstance(made[0], BaseException):
             raise CannotRun(f"the ranks cannot reach each other: {made[0]}") from made[0]
         self.wire = made[0]
@@ -196,21 +205,26 @@ class RankGroup(Closing):
 
     def _tell(self, command: Any) -> None:
         for rank, control in self._controls.items():
-            if self.error is not None:
-                raise self.error
+            self._check()
             try:
                 control.send(command)
-            except OSError:  # its end is seen by who watches, which knows more
+            except OSError as error:  # its end is seen by who watches, which knows more
                 with self._changed:
                     self._changed.wait_for(lambda: self.error, timeout=SILENCE_S)
-                raise (self.error or self._lost(rank)) from None
+                self._check()
+                raise self._lost(rank) from error
+
+    def _check(self) -> None:
+        """Raise what has ended the ranks."""
+        if self.error is not None:
+            self._over.wait(_END_S)
+            raise self.error
 
     def _collect(self) -> list[Any]:
         with self._changed:
             self._changed.wait_for(lambda: self.error or all(self._replies.values()))
-            if self.error is not None:
-                raise self.error
-            replies = [waiting.popleft() for waiting in self._replies.values()]
+            replies = [] if self.error else [waiting.popleft() for waiting in self._replies.values()]
+        self._check()
         for reply in replies:
             if isinstance(reply, Failed):
                 raise reply.error()

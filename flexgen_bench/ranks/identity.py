@@ -55,7 +55,7 @@ def hello(rank: int, checkpoint: Path, dtype: DType, compression: Compression | 
         code=_code(),
         torch=torch.__version__,
         python=platform.python_version(),
-        model=f"{shape.family}, {shape.num_layers} layers, {_digest(to_json(shape))}",
+        model=f"{shape.family}, {shape.num_layers} layers, {_digest({**to_json(shape), 'name': ''})}",
         dtype=str(dtype),
         compression="none" if compression is None else _digest(to_json(compression)),
     )

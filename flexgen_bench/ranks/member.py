@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.ranks.commands import (
+    Abandon,
     Check,
     Connect,
     End,
@@ -91,30 +95,37 @@ def serve_child(meeting: Meeting, rank: int, ranks: int) -> None:
     serve(meeting, control, rank, ranks, setup)
 
 
-def serve(meeting: Meeting, control: Control, rank: int, ranks: int, setup: Setup) -> None:
-    """Until rank 0 says the end. If rank 0 is gone, so is this process, whatever it is at."""
+def serve(meeting: Meeting, control: Control, rank: int, ranks: int, setup: Setup, patience_s: float = 0.0) -> None:
+    """Until rank 0 says the end. If rank 0 is gone, so is this process ``patience_s`` later, whatever it is at."""
     control.send(hello(rank, setup.checkpoint, setup.dtype, setup.compression))
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(control, commands), name="control", daemon=True).start()
+    threading.Thread(target=_receive, args=(control, commands, rank, patience_s), name="control", daemon=True).start()
     member = Member(meeting, rank, ranks, setup)
     while not isinstance(command := commands.get(), End):
         try:
             reply: Reply | Failed = Reply(member.do(command))
         except BaseException as error:
             reply = Failed.of(rank, error)
-        control.send(reply)
+        with suppress(OSError):  # a rank 0 that is gone ends this process, by the other thread
+            control.send(reply)
 
 
-def _receive(control: Control, commands: queue.SimpleQueue[Any]) -> None:
-    """In a thread of its own, so that the end of rank 0 is seen in the middle of a job."""
-    while True:
-        try:
-            commands.put(control.recv())
-        except (EOFError, OSError):
-            os._exit(1)
-        except BaseException:  # what cannot be read, of another version say: nobody would wait for a reply in vain
-            traceback.print_exc()
-            os._exit(1)
+def _receive(control: Control, commands: queue.SimpleQueue[Any], rank: int, patience_s: float) -> None:
+    """In a thread of its own, so that the end of rank 0 is seen in the middle of a job. patience_s: how long it is
+    given to end by itself, and to say of what."""
+    reason = "rank 0 has ended"
+    try:
+        while not isinstance(command := control.recv(), Abandon):
+            commands.put(command)
+        reason = f"rank 0 has ended the job: {command.reason}"
+    except (EOFError, OSError):
+        pass
+    except BaseException:  # what cannot be read, of another version say: nobody would wait for a reply in vain
+        traceback.print_exc()
+    if patience_s:
+        print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+        time.sleep(patience_s)
+    os._exit(1)
 
 
 def hold_gpu_to(setup: Setup) -> None:

@@ -17,6 +17,8 @@ from flexgen_bench.ranks.group import RankGroup
 from flexgen_bench.ranks.member import serve
 from flexgen_bench.ranks.rendezvous import go_in, meet_by_torchrun
 
+_PATIENCE_S = 3.0
+
 
 class Ranks(Closing):
     """Of rank 0. stages: which rank computes which layers.
@@ -55,8 +57,11 @@ def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage | None,
 
 
 def join(division: Division, setup: Setup) -> Ranks | None:
-    """Of rank 0: all ranks, when they are there; None if it is the only one. On any other rank this serves rank 0 until that is done, and then ends
-    the process with status 0 (SystemExit): the program goes on in rank 0 alone."""
+    """Of rank 0: all ranks, when they are there; None if it is the only one.
+
+    On any other rank this serves rank 0 until that is done, and then ends the process with status 0 (SystemExit): the
+    program goes on in rank 0 alone.
+    """
     if division.ranks == 1:
         return None
     return Ranks(division, setup) if division.rank == 0 else serve_by_torchrun(division, setup)
@@ -67,5 +72,6 @@ def serve_by_torchrun(division: Division, setup: Setup) -> NoReturn:
     assert torchrun is not None
     torch.set_num_threads(setup.threads)
     meeting = meet_by_torchrun(torchrun)
-    serve(meeting, go_in(meeting, torchrun.rank), torchrun.rank, torchrun.ranks, setup)
+    # torchrun ends all processes as soon as one fails: rank 0, which knows why, is to be the first.
+    serve(meeting, go_in(meeting, torchrun.rank), torchrun.rank, torchrun.ranks, setup, patience_s=_PATIENCE_S)
     raise SystemExit(0)

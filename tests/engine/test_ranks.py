@@ -247,3 +247,12 @@ def test_passes_of_several_waves_are_under_way_at_once(
     monkeypatch.setattr(JobRun, "_finish", noted)
     check(run(untied, Policy(1, 1, CPU, CPU, CPU), HOST, even_stages(4, 3), tmp_path), untied.tokens)
     assert max(under_way) == 3
+
+
+@pytest.mark.parametrize("hardware", [HOST, EMULATED], ids=["host", "emulated"])
+def test_a_tied_head_with_matrices_of_its_own(hardware: HardwareProfile, tmp_path: Path) -> None:
+    """OPT-350M's projections out of and into a narrower embedding. What the plan had for the first rank was once more
+    than what was read there, by what is the head's alone."""
+    reference = reference_of("opt-350m-like", random_prompts(LENGTHS), tmp_path)
+    stages, everything = stages_of([1, 2], 3), Placement.all_on(hardware.compute_tier)
+    check(run(reference, Policy(3, 2, everything, CPU, CPU), hardware, stages, tmp_path), reference.tokens)

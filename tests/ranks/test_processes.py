@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,12 @@ def opened(folder: Path, ranks: int | None = None, policy: Policy | None = None)
 
 def rank_processes() -> list[psutil.Process]:
     """Of this process, those that are ranks."""
-    return [p for p in psutil.Process().children(recursive=True) if "flexgen_bench.ranks" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "flexgen_bench.ranks" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def ids(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
