@@ -232,6 +232,15 @@ class Candidates:
             if min(room.values()) >= 0:
                 yield replace(problem, room=room, held=dict.fromkeys(held, here))
 
+    def with_hidden_kept(self, shape: Policy) -> Candidate | None:
+        """The best placement that fits of those that keep hidden states where they are used."""
+        kept = {"activations": self.space.job.hardware.compute_tier}
+        room = self._room(shape, tuple(kept))
+        if min(room.values()) < 0:
+            return None
+        solved = self._best_of(shape, [replace(self._problem(shape), room=room, held=kept)])
+        return None if solved is None else self.fitted(solved)
+
     def _problem(self, shape: Policy) -> PlacementProblem:
         space, job = self.space, self.space.job
         prefill, decode = self._cost(shape).of_block(shape.num_gpu_batches)

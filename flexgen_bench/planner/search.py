@@ -41,6 +41,7 @@ FINE_BUDGET = 30_000
 # A bound that is no further above what has been reached is not: something waits in every policy.
 WORTH = 1.05
 _MOVED = (0.25, 0.5, 0.75)  # of a cache in host memory, tried where it lies
+_PARTS = (1, 2, 3, 4, 6, 8)  # of a block, that several ranks start from, too
 NEAR = 0.8  # a start with so much of the best one's speed may lead further
 GAIN = 1.002  # what a change must bring to be taken
 
@@ -64,7 +65,7 @@ class Search:
         """Raises DoesNotFit, of the most modest policy there is, if nothing fits; UserError if nothing keeps to the
         latency."""
         started = self._started()
-        starts = [*_one_of_each(started), *resident_policies(self.space)]
+        starts = [*_one_of_each(started), *resident_policies(self.space), *self._hidden_kept(started)]
         best = max(starts, key=self.tok_per_s, default=None)
         if best is None or not self.tok_per_s(best):
             best, starts = self._modest(), []
@@ -111,6 +112,15 @@ class Search:
                 solved = solver.solved(replace(candidate.policy, prefetch=1))
                 started += [one for one in map(solver.fitted, solved) if one is not None]
         return sorted(started, key=lambda one: -self.tok_per_s(one.policy))
+
+    def _hidden_kept(self, started: list[Candidate]) -> list[Policy]:
+        """Of several ranks, each has hidden states of every wave, and in a memory below they come behind whatever else
+        the link brings. No program sees that, and no single change leads to smaller blocks that keep them."""
+        if self.space.ranks == 1 or not started:
+            return []
+        shapes = [_smaller(started[0].policy, parts) for parts in _PARTS]
+        kept = [one.policy for one in map(self._solver.with_hidden_kept, dict.fromkeys(shapes)) if one is not None]
+        return [max(kept, key=self.tok_per_s)] if kept else []
 
     def _too_late(self, latest: float) -> UserError:
         """With the latency of a block of a single sequence, for what else might be asked."""
@@ -253,6 +263,13 @@ def _one_of_each(started: list[Candidate]) -> list[Policy]:
     for candidate in started:
         best.setdefault(candidate.uses_disk, candidate.policy)
     return list(best.values())
+
+
+def _smaller(policy: Policy, parts: int) -> Policy:
+    """Of a block a part, in micro-batches that are no larger."""
+    block = max(1, policy.block_size // parts)
+    count = -(-block // policy.gpu_batch_size)
+    return replace(policy, gpu_batch_size=-(-block // count), num_gpu_batches=count)
 
 
 def _placement(policy: Policy) -> tuple[Placement, ...]:
