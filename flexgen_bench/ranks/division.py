@@ -10,14 +10,17 @@ from pathlib import Path
 import psutil
 import torch
 
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
 from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LaneKind
 from flexgen_bench.engine.device import Device
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.memory import host
+from flexgen_bench.models.model import Model
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -85,6 +88,17 @@ class Division:
         if self.shared:
             return (None,) * self.ranks
         return even_stages(num_layers, self.ranks) if self.layers is None else stages_of(self.layers, num_layers)
+
+    def check(self, shape: ModelShape, dtype: DType, compression: Compression | None) -> None:
+        """UserError if the ranks cannot divide a model like this: its layers, or what they share of each."""
+        self.stages(shape.num_layers)
+        if self.part is not None:
+            Model.of(shape, dtype, compression).sliced(self.part)
+
+    @property
+    def setting(self) -> str:
+        """What has asked for several ranks."""
+        return "gpu.tensor_parallel" if self.shared else "gpu.count"
 
     def open_device(self, cache: Path | None = None) -> Device:
         """Of this process; with the rates that its machine was calibrated to in ``cache``, where none are stated.

@@ -41,13 +41,14 @@ class Engines:
     def one(self, engine: AnyEngine, what: str) -> Engine:
         """An engine that does ``what``; UserError for several ranks, which do not."""
         if isinstance(engine, RankedEngine):
-            raise refused(what, self.count)
+            assert self._ranks is not None
+            raise refused(what, self._ranks)
         return engine
 
     def check_one(self, what: str) -> None:
         """UserError for several ranks, which do not do ``what``."""
         if self._ranks is not None:
-            raise refused(what, self.count)
+            raise refused(what, self._ranks)
 
     def choose_policy(
         self,

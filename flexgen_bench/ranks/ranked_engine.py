@@ -109,13 +109,16 @@ class RankedEngine:
         return group
 
     def open(self, capacity: Capacity) -> NoReturn:
-        raise refused("jobs that take requests while they run (serve, chat, stream, open)", len(self._ranks.stages))
+        raise refused("jobs that take requests while they run (serve, chat, stream, open)", self._ranks)
 
 
-def refused(what: str, ranks: int) -> UserError:
+def refused(what: str, ranks: Ranks) -> UserError:
     """For what only one device does so far."""
     return UserError(
-        "gpu.count", ranks, f"1 for {what}", "Several ranks only generate from prompts that are all there."
+        ranks.setting,
+        len(ranks.stages),
+        f"1 for {what}",
+        "Several ranks only generate from prompts that are all there.",
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.closing import Closing
-from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import Division
@@ -21,14 +19,18 @@ _PATIENCE_S = 3.0
 
 
 class Ranks(Closing):
-    """Of rank 0. stages: which rank computes which layers.
+    """Of rank 0. stages: which rank computes which layers; setting: what has asked for several.
 
-    Raises UserError for ranges of layers that do not cover the model, and for ranks that differ from this one.
+    Raises UserError for ranges of layers that do not cover the model, for layers that ranks cannot share, and for ranks
+    that differ from this one.
     """
 
     def __init__(self, division: Division, setup: Setup) -> None:
         self._division, self._setup = division, setup
-        self.stages = stages_of_model(division, setup.checkpoint)
+        self.setting = division.setting
+        with open_source(setup.checkpoint) as source:
+            division.check(source.shape, setup.dtype, setup.compression)
+            self.stages = division.stages(source.shape.num_layers)
         self._weights: PackedWeights | None = None
         self._group: RankGroup | None = RankGroup(division, setup)
 
@@ -48,12 +50,6 @@ class Ranks(Closing):
     def close(self) -> None:
         if self._group is not None:
             self._group.close()
-
-
-def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage | None, ...]:
-    """Which rank computes which layers of a checkpoint's model."""
-    with open_source(checkpoint) as source:
-        return division.stages(source.shape.num_layers)
 
 
 def join(division: Division, setup: Setup) -> Ranks | None:

@@ -50,9 +50,10 @@ class FlexGenSystem(System):
         self._timeline = Timeline()
 
     def check(self) -> None:
-        self._division().open_device()
-        if self._division().ranks > 1:
-            self._division().stages(self.spec.model.shape.num_layers)
+        division, spec = self._division(), self.spec
+        division.open_device()
+        if division.ranks > 1:
+            division.check(spec.model.shape, spec.dtype, spec.lossy.weights)
 
     def _division(self) -> Division:
         return divide(self.spec.hardware, self.spec.threads)
