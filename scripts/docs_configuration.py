@@ -112,6 +112,8 @@ MEANS: dict[str, dict[str, str]] = {
         "count": "devices that compute a model together, each a rank with layers of its own "
         "([guide](../guides/ranks.md)); `gpu_memory` is one device's",
         "layers_per_rank": "how many layers each of them has; null divides them",
+        "tensor_parallel": "devices that share every layer, each with a slice of it "
+        "([guide](../guides/ranks.md#sharing-every-layer)); `count` is 1 then",
         "links": "bytes per second of `disk_read`, `disk_write`, `h2d`, `d2h`; between ranks `net_out`, `net_in`",
         "rates": "what the machine sustains (`core/rates.py` has the units); without, it cannot be simulated",
         "sources": "where each constant comes from",

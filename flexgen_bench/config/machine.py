@@ -58,6 +58,7 @@ def machine_profile(conf: GpuConf, weight_bytes: Callable[[], int] | None = None
         # Nobody sells cards by the size of a model: a share of it is a part of the card.
         gpu_memory_is_cap=conf.gpu_memory_is_cap or sizes[Tier.GPU].share is not None,
         count=conf.count,
+        tensor_parallel=conf.tensor_parallel,
         layers_per_rank=None if conf.layers_per_rank is None else tuple(conf.layers_per_rank),
         links=conf.links,
         sources=conf.sources,

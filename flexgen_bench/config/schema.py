@@ -51,6 +51,7 @@ class GpuConf:
     gpu_memory_is_cap: a larger card is held to gpu_memory, so what its driver and a process' context take is outside.
     count: devices that work together, each of them a rank with layers of its own; gpu_memory is one device's, host
     memory and disk are the machine's. layers_per_rank: how many layers each of them has; null divides them.
+    tensor_parallel: devices that share every layer, each a rank with a slice of its heads and columns; count is 1 then.
     rates: see core.rates.Rates. workload, dtype: what is asked of this machine where the command line names none.
     """
 
@@ -63,6 +64,7 @@ class GpuConf:
     device_match: str = HardwareProfile.device_match
     count: int = HardwareProfile.count
     layers_per_rank: list[int] | None = None
+    tensor_parallel: int = HardwareProfile.tensor_parallel
     links: dict[str, float] = field(default_factory=dict)
     rates: dict[str, Any] | None = None
     sources: dict[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from enum import StrEnum
 from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.errors import UserError, unknown_choice
 from flexgen_bench.core.rates import Rates, stated_rate
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LINKS, PHYSICAL_LINKS, STATED_LINKS, Lane, LaneKind, Site, Tier
 
 # Attention over a KV cache reads all of it, so it cannot be faster than memory; what is stated is rounded.
@@ -40,6 +41,7 @@ class HardwareProfile:
     for (0.5: half of them, uncompressed, in the cell's dtype); the capacity itself is in bytes all the same.
     ``count``: devices that work together, each a pipeline rank; ``gpu_memory_bytes`` is one device's, the host's memory
     and disk are shared. ``layers_per_rank``: how many layers each rank has; None: they are divided for it.
+    ``tensor_parallel``: devices that share every layer, each with a slice of it, as of ``count`` in all else.
     """
 
     name: str
@@ -55,6 +57,7 @@ class HardwareProfile:
     weight_shares: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
     count: int = field(default=1, metadata=OMITTED)
     layers_per_rank: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
+    tensor_parallel: int = field(default=1, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory_bytes", "cpu_memory_bytes", "disk_bytes"):
@@ -93,6 +96,17 @@ class HardwareProfile:
         return Site(self.compute_tier).lanes
 
     @property
+    def ranks(self) -> int:
+        """Devices that work together, whether they divide the layers or share them."""
+        return max(self.count, self.tensor_parallel)
+
+    @property
+    def slices(self) -> tuple[Slice | None, ...]:
+        """What each of the devices that share every layer has of it; one of None, which is all, where none do."""
+        ranks = self.tensor_parallel
+        return tuple(Slice(rank, ranks) for rank in range(ranks)) if ranks > 1 else (None,)
+
+    @property
     def tiers(self) -> tuple[Tier, ...]:
         if self.accelerator is Accelerator.NONE:
             return (Tier.CPU, Tier.DISK)
@@ -112,8 +126,17 @@ class HardwareProfile:
 
 def _check_ranks(machine: HardwareProfile) -> None:
     """Raises UserError for a number of ranks that cannot be, or layers for another number of them."""
-    if not isinstance(machine.count, int) or isinstance(machine.count, bool) or machine.count < 1:
-        raise UserError("gpu.count", machine.count, "an integer of at least 1")
+    for name in ("count", "tensor_parallel"):
+        number = getattr(machine, name)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(f"gpu.{name}", number, "an integer of at least 1")
+    if machine.tensor_parallel > 1 and (machine.count > 1 or machine.layers_per_rank is not None):
+        raise UserError(
+            "gpu.tensor_parallel",
+            machine.tensor_parallel,
+            f"1 with gpu.count = {machine.count} and gpu.layers_per_rank = {machine.layers_per_rank}",
+            "Ranks either share every layer or have layers of their own: leave one of them out.",
+        )
     if machine.layers_per_rank is not None and len(machine.layers_per_rank) != machine.count:
         raise UserError(
             "gpu.layers_per_rank",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from flexgen_bench.core.codec import OMITTED
 from flexgen_bench.core.compression import EXACT, Lossy
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.slices import Slice
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Job:
 
     num_prompts None: as many as one of the system's blocks holds, as in the FlexGen paper. lossy: what the system may
     change of the results. num_gpus: GPUs that work together, one machine of the profile each. max_latency_s: of a
-    block, from its start to its last token, for systems that choose within it.
+    block, from its start to its last token, for systems that choose within it. part: of several ranks that share
+    every layer, the slice of the one whose machine this is; ``shape`` is that of the whole model.
     """
 
     shape: ModelShape
@@ -27,3 +30,4 @@ class Job:
     lossy: Lossy = EXACT
     num_gpus: int = 1
     max_latency_s: float | None = None
+    part: Slice | None = field(default=None, metadata=OMITTED)

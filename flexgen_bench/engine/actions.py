@@ -23,6 +23,7 @@ from flexgen_bench.engine.nan_checks import Health
 from flexgen_bench.engine.next_tokens import NextTokens, Reader, TokenHome
 from flexgen_bench.engine.placed_experts import PlacedExperts
 from flexgen_bench.engine.prompts import Prompts
+from flexgen_bench.engine.reductions import Reductions
 from flexgen_bench.engine.resident import ResidentLayers, joined
 from flexgen_bench.engine.static_decode import StaticDecode
 from flexgen_bench.engine.weights import Weights
@@ -95,7 +96,7 @@ class Actions:
         )
         self._health = Health()
         home = TokenHome(plan, device, arenas) if plan.job.tokens_stay else None
-        self._next = NextTokens(device, self._health, consumer, home, is_sent=wire is not None)
+        self._next = NextTokens(device, self._health, consumer, home, is_sent=plan.job.stage is not None)
         self._layers = Layers(layer_formulas, weights, plan.job, device, policy.gpu_batch_size)
         self._graphs = DecodeGraphs(
             *(plan.job, graphs, self._layers, self._cache, self._form, self._prompts, device, self._decoder),
@@ -163,7 +164,11 @@ class Actions:
             StepKind.MOVE_TOKENS: self._next.move_tokens,
         }
         self._ranks: BetweenRanks | None = None
-        if wire is not None:
+        self._reductions: Reductions | None = None
+        if wire is not None and plan.job.slices > 1:
+            self._reductions = Reductions(plan, wire, dtype, device, arenas, self._hidden, self._layers)
+            self._actions |= self._reductions.actions
+        elif wire is not None:
             ranks = self._ranks = BetweenRanks(
                 plan, wire, dtype, device, arenas, self._hidden, self._health, consumer, self._next
             )
@@ -209,10 +214,12 @@ class Actions:
         self._next.clear()
         if self._ranks is not None:
             self._ranks.clear()
+        if self._reductions is not None:
+            self._reductions.clear()
         self._embedding.clear()
         self._graphs.clear()
         del self._cache, self._hidden, self._prompts, self._resident, self._embedding, self._graphs, self._next
-        del self._experts, self._leave, self._ranks
+        del self._experts, self._leave, self._ranks, self._reductions
 
     def _on_accelerator(self, step: Step) -> bool:
         return self._job.units[step.unit].site.is_accelerator
@@ -296,7 +303,11 @@ class Actions:
         micro_batch = step.micro_batch
         parts = 1 if micro_batch.is_prefill else len(micro_batch.kv_parts)
         attended = joined([crossing(self._attended.pop((step.buffer_index, part))) for part in range(parts)])
-        self._leave(step, self._layers.of(step).output(self._x.pop(step.buffer_index), attended))
+        x = self._x.pop(step.buffer_index)
+        if self._reductions is not None:
+            self._reductions.output(step, x, attended)
+        else:
+            self._leave(step, self._layers.of(step).output(x, attended))
 
     # From hidden states to tokens
 

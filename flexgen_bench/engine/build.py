@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_bench.checkpoints.source import Source, open_source
+from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
@@ -14,6 +14,7 @@ from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.store_plan import store_plan
@@ -21,7 +22,7 @@ from flexgen_bench.engine.wire import Wire
 from flexgen_bench.memory.weight_store import WeightStore, is_complete, open_or_convert
 from flexgen_bench.models.family import ModelFamily
 from flexgen_bench.models.model import Model
-from flexgen_bench.models.packing import PackedModel, pack
+from flexgen_bench.models.packing import PackedModel
 from flexgen_bench.planner.choose import choose
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.schedule.sequence_groups import Request, worst_of
@@ -33,7 +34,8 @@ KEPT = 0.98  # of what is free
 class PackedWeights:
     """A model whose weights are packed and ready to be placed by any policy.
 
-    note: how the checkpoint's weights were read, in words; empty if as they are.
+    note: how the checkpoint's weights were read, in words; empty if as they are. part: the slice of a rank, where
+    several share every layer; ``shape`` is that of the whole model.
     """
 
     family: ModelFamily
@@ -42,6 +44,7 @@ class PackedWeights:
     packed: PackedModel
     store: WeightStore
     note: str = ""
+    part: Slice | None = None
 
     @staticmethod
     def from_checkpoint(
@@ -50,24 +53,28 @@ class PackedWeights:
         cache: Path,
         progress: Callable[[int, int], None] = lambda done, total: None,
         compression: Compression | None = None,
+        part: Slice | None = None,
     ) -> PackedWeights:
         """Open the packed store of a checkpoint, converting it first if need be.
 
         compression: of the weight matrices, quantized from the checkpoint's own dtype. progress gets (bytes done, bytes
-        in all). Raises UserError or StoreError for what is wrong with the checkpoint.
+        in all). part: the slice of a rank; it has a store of its own. Raises UserError or StoreError for what is wrong
+        with the checkpoint.
         """
         with open_source(folder) as source:
-            packed = _packed(source, dtype, compression)
-            plan = store_plan(source.family, source.shape, packed, dtype)
+            model = _model(source.shape, dtype, compression, part)
+            plan = store_plan(source.family, model.shape, model.packed, dtype, model.part)
             store = open_or_convert(source.checkpoint, plan, _stores(cache), progress)
-        return PackedWeights(source.family, source.shape, dtype, packed, store, source.note)
+        return PackedWeights(source.family, source.shape, dtype, model.packed, store, source.note, model.part)
 
     @staticmethod
-    def is_packed(folder: Path, dtype: DType, cache: Path, compression: Compression | None = None) -> bool:
+    def is_packed(
+        folder: Path, dtype: DType, cache: Path, compression: Compression | None = None, part: Slice | None = None
+    ) -> bool:
         """Whether ``from_checkpoint`` would have nothing to convert."""
         with open_source(folder) as source:
-            packed = _packed(source, dtype, compression)
-            plan = store_plan(source.family, source.shape, packed, dtype)
+            model = _model(source.shape, dtype, compression, part)
+            plan = store_plan(source.family, model.shape, model.packed, dtype, model.part)
             return is_complete(source.checkpoint, plan, _stores(cache))
 
     def choose_policy(
@@ -89,6 +96,7 @@ class PackedWeights:
             *(self.shape, self.dtype, device.hardware, worst.prompt_len, worst.gen_len, len(requests)),
             lossy=lossy,
             max_latency_s=max_latency_s,
+            part=self.part,
         )
         available = {tier: int(count * KEPT) for tier, count in free.items()}
         return choose(SearchSpace(job, (lossy,), available, block_size, scored_rows))
@@ -105,8 +113,14 @@ class PackedWeights:
                 f"{_words(self.packed.compression)}: that is how these weights are packed",
                 "Change the policy, or pack the weights again with this compression.",
             )
-        model = Model(self.shape, self.dtype, self.packed)
-        return Engine(self.family, model, self.store, policy, device, offload_dir, stage, wire)
+        return Engine(self.family, self.model, self.store, policy, device, offload_dir, stage, wire)
+
+    @property
+    def model(self) -> Model:
+        """As this rank computes it."""
+        if self.part is None:
+            return Model(self.shape, self.dtype, self.packed)
+        return _model(self.shape, self.dtype, self.packed.compression, self.part)
 
 
 def _stores(cache: Path) -> Path:
@@ -120,5 +134,6 @@ def _words(compression: Compression | None) -> str:
     return f"{compression.bits} bits in groups of {compression.group_size} along {', '.join(ways)}"
 
 
-def _packed(source: Source, dtype: DType, compression: Compression | None) -> PackedModel:
-    return pack(source.shape, source.family.inventory(source.shape), dtype, compression)
+def _model(shape: ModelShape, dtype: DType, compression: Compression | None, part: Slice | None) -> Model:
+    model = Model.of(shape, dtype, compression)
+    return model if part is None else model.sliced(part)

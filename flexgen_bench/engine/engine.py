@@ -52,7 +52,8 @@ GREEDY_ROW_BYTES = 8
 class Engine:
     """Weights in place, ready for jobs. Use ``close`` when done.
 
-    stage: what it computes of the model, if it is one of several ranks; None: all of it. All ranks run the same jobs:
+    stage: what it computes of the model, if it is one of several ranks; None: all of it. (``model`` may be a slice,
+    which several ranks share every layer of.) All ranks run the same jobs:
     ``generate`` with sequences of the same prompts and parameters, in the same order. wire: how this rank reaches the
     others. A job that fails aborts it; another one can be put in its place (``wire``), on all ranks.
 
@@ -78,10 +79,11 @@ class Engine:
                 "Such products exist on a processor only: gpu=cpu, or activations=null.",
             )
         self.policy, self.stage, self.wire = policy, None if stage is None or stage.ranks == 1 else stage, wire
-        if (self.stage is None) is not (wire is None):
-            raise ValueError(f"stage = {stage}, wire = {wire}: several ranks need a wire, and nothing else does")
+        self.part = model.part
+        if (self.stage is None and self.part is None) is not (wire is None):
+            raise ValueError(f"{stage}, {self.part}, {wire}: several ranks need a wire, and nothing else does")
         self._family, self._model = family, model
-        self._formulas = Formulas(family, model.shape)
+        self._formulas = Formulas(family, model.shape, model.decoder)
         self._device, self._offload_dir = device, offload_dir
         # The smallest job there is: refuses a policy whose weights do not fit before they are read.
         self._available = device.available(make_writable(offload_dir, "offload_dir"))
@@ -252,10 +254,9 @@ class Engine:
             )
 
     def _refuse_ranks(self, job: str) -> None:
-        if self.stage is not None:
-            raise UserError(
-                "gpu.count", self.stage.ranks, f"1 for {job}", "Several ranks generate for lists of prompts."
-            )
+        for name, ranks in (("gpu.count", self.stage), ("gpu.tensor_parallel", self.part)):
+            if ranks is not None:
+                raise UserError(name, ranks.ranks, f"1 for {job}", "Several ranks generate for lists of prompts.")
 
     def _tell_others(self, error: BaseException) -> None:
         """That this rank has failed: its lanes need not wait for the others, nor they for it."""

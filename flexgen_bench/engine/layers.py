@@ -16,7 +16,7 @@ from flexgen_bench.kernels import ops
 from flexgen_bench.kernels.formula import Formula, Traced, trace
 from flexgen_bench.models import formulas, parts
 from flexgen_bench.models.family import ModelFamily
-from flexgen_bench.models.parts import Experts
+from flexgen_bench.models.parts import Decoder, Experts
 from flexgen_bench.schedule.scheduled_job import ScheduledJob
 from flexgen_bench.schedule.steps import Step
 
@@ -35,12 +35,23 @@ class Layer(NamedTuple):
     is_fixed: bool = True
 
 
+class LayerSlice(NamedTuple):
+    """Of a layer that several ranks share, what follows this rank's heads; each function makes its part of a sum.
+
+    output: (x, attention's output) -> part; mlp: (x, sum behind the attention) -> x, part; add: (x, last sum) -> x.
+    """
+
+    output: Callable[[Tensor, Tensor], Tensor]
+    mlp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor], Tensor]
+
+
 class Formulas:
     """The formulas of a model, each traced once for all layers that are made of the same parts and whose weights have
-    the same shapes, and for all jobs."""
+    the same shapes, and for all jobs. decoder: of a slice; None: that of the shape."""
 
-    def __init__(self, family: ModelFamily, shape: ModelShape) -> None:
-        self.decoder, self.shape = family.decoder(shape), shape
+    def __init__(self, family: ModelFamily, shape: ModelShape, decoder: Decoder | None = None) -> None:
+        self.decoder, self.shape = decoder or family.decoder(shape), shape
         kinds = {layer: number for number, layer in enumerate(self.decoder.kinds)}
         self._kinds = [kinds[layer] for layer in self.decoder.layers]  # looked up: a layer takes a while to hash
         self._traced: dict[tuple[object, ...], Traced | None] = {}
@@ -66,6 +77,30 @@ class Formulas:
         [made] = bind(output, [dense], ("x", "attended"))
         is_called = [made.func is formula for made, formula in ((projected, project), (made, output))]
         return Layer(projected, made, not any(is_called))
+
+    def slice(self, number: int, weights: Mapping[str, Any], lower: bool) -> LayerSlice:
+        """The ``number``-th layer, from 0, of which these weights are a slice."""
+        lower = lower and all(isinstance(w, Tensor) for w in weights.values())
+        layer = self.decoder.layers[number]
+
+        def slice_output(ops: Any, w: Any, x: Any, attended: Any) -> Any:
+            out = formulas.attention_out(ops, w, attended)
+            if layer.sums > 1:
+                return out
+            return out + formulas.made(ops, layer, w, formulas.mlp_input(ops, layer, w, x))
+
+        def slice_mlp(ops: Any, w: Any, x: Any, out: Any) -> Any:
+            state = formulas.after_output(ops, layer, w, x, out)
+            return state[0], formulas.made(ops, layer, w, state[1])
+
+        def slice_add(ops: Any, w: Any, x: Any, out: Any) -> Any:
+            return formulas.after_mlp(ops, layer, w, x, out)
+
+        inputs = ((slice_output, ("x", "attended")), (slice_mlp, ("x", "out")), (slice_add, ("x", "out")))
+        if isinstance(layer.mlp, Experts):  # what is called depends on what is chosen
+            return LayerSlice(*(functools.partial(formula, ops, weights) for formula, _ in inputs))
+        bind = functools.partial(self._bound, (lower, self._kinds[number]))
+        return LayerSlice(*(bind(formula, [weights], names)[0] for formula, names in inputs))
 
     def experts(self, number: int, weights: Mapping[str, Any], lower: bool) -> list[Callable[[Tensor], Tensor]]:
         """Those of the ``number``-th layer: each (N, hidden) -> (N, hidden)."""
@@ -144,6 +179,7 @@ class Layers:
         self._formulas, self._weights, self._job, self._device = formulas, weights, job, device
         self._bound: dict[tuple[int, int, int], Layer] = {}
         self._experts: dict[tuple[int, int], list[Callable[[Tensor], Tensor]]] = {}
+        self._slices: dict[tuple[int, int, int], LayerSlice] = {}
         self._recorded: dict[tuple[int, int, int, int], Layer] = {}  # and for so many rows
         self._programs = DecodePrograms(formulas.decoder, most_rows)
 
@@ -155,6 +191,13 @@ class Layers:
             layer = self._formulas.layer(step.unit - 1, self._weights.of(step), self._lower(step))
             self._bound[step.unit, step.weight_buffer, step.dequantized_buffer] = layer
             return layer
+
+    def slice_of(self, step: Step) -> LayerSlice:
+        """What this rank has of a step's layer, with its weights where the step finds them."""
+        key = step.unit, step.weight_buffer, step.dequantized_buffer
+        if key not in self._slices:
+            self._slices[key] = self._formulas.slice(step.unit - 1, self._weights.of(step), self._lower(step))
+        return self._slices[key]
 
     def experts_of(self, step: Step) -> list[Callable[[Tensor], Tensor]]:
         """The experts of a step's unit, each in its place, whether it has been loaded or not."""
@@ -184,5 +227,6 @@ class Layers:
     def clear(self) -> None:
         """Let go of the weights."""
         self._bound.clear()
+        self._slices.clear()
         self._experts.clear()
         self._recorded.clear()

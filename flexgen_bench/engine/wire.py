@@ -30,6 +30,11 @@ class Wire(Protocol):
     def recv_tokens(self, number: int) -> bytes:
         """From the last rank. Waits for them."""
 
+    def all_reduce(self, number: int, rows: Tensor) -> None:
+        """Of ranks that share every layer: make ``rows`` (R, hidden), in host memory, the sum of those that all ranks
+        have for a micro-batch, the same bits on every rank. Waits for the others; all ranks ask for the same sums in
+        the same order."""
+
     def abort(self, error: BaseException) -> None:
         """Whoever waits on this rank, and whoever comes later, raises ``error``; of several the first. Returns at once,
         from any thread. The wire is of no more use."""

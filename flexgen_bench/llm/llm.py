@@ -126,9 +126,11 @@ class LLM(Closing):
             self._device = division.open_device(cache)
             checkpoint, chosen = checkpoint_of(model, dtype, cache, self._progress)
             own = (cache, self._lossy.weights, self._device.hardware, division.threads, self._offload_dir)
-            self._ranks = join(division, Setup(checkpoint, chosen, *own))
-            on_converted = partial(self._progress, "convert")
-            self._weights = PackedWeights.from_checkpoint(checkpoint, chosen, cache, on_converted, self._lossy.weights)
+            self._ranks = join(division, Setup(checkpoint, chosen, *own, shared=division.shared))
+            on_converted, compression = partial(self._progress, "convert"), self._lossy.weights
+            self._weights = PackedWeights.from_checkpoint(
+                checkpoint, chosen, cache, on_converted, compression, division.part
+            )
             if self.note:
                 _log.warning("%s: %s", checkpoint, self.note)
             self.tokenizer = TextTokenizer(checkpoint)

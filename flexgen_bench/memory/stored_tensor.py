@@ -17,6 +17,7 @@ from flexgen_bench.kernels.microscaling import repacked
 from flexgen_bench.kernels.output_groups import quantize_strips
 from flexgen_bench.kernels.quantization import quantize
 from flexgen_bench.memory.checksum import checksum
+from flexgen_bench.models.inventory import Cut
 
 # Values quantized at once, so that the codes of a large embedding are not held as a whole.
 BLOCK_VALUES = 1 << 23
@@ -27,7 +28,8 @@ class StoredTensor:
     """One packed tensor: its place in the file and the checkpoint tensors it is concatenated from.
 
     compression: None, or how its rows are quantized, or are in the checkpoint (MXFP4); its codes are at ``offset``
-    then, its parameters at ``params_offset``. dtype: its element type, if not that of the store.
+    then, its parameters at ``params_offset``. dtype: its element type, if not that of the store. cut: what of its
+    sources it has, and from which rows on; None: all.
     """
 
     name: str
@@ -35,10 +37,33 @@ class StoredTensor:
     offset: int
     num_bytes: int
     sources: tuple[str, ...]
-    rows: tuple[int, ...]  # rows each source must have
+    rows: tuple[int, ...]  # rows of each source
     compression: Codes | None = None
     params_offset: int = 0
     dtype: DType | None = None
+    cut: Cut | None = None
+    firsts: tuple[int, ...] = ()
+
+    def source_shape(self, number: int) -> tuple[int, ...]:
+        """The shape that a checkpoint tensor must have."""
+        return (self.rows[number], *self.shape[1:]) if self.cut is None else self.cut.shapes[number]
+
+    def own(self, number: int, source: Tensor, width: int = 1) -> Tensor:
+        """Of a checkpoint tensor what is its own. width: how many columns each column of ``source`` stands for."""
+        if self.cut is None:
+            return source
+        if self.cut.is_zero:
+            return torch.zeros_like(source)
+        first = self.firsts[number] if self.firsts else 0
+        rows = source[first : first + self.rows[number]]
+        return rows if len(self.shape) == 1 else self.own_inputs(rows, width)
+
+    def own_inputs(self, values: Tensor, width: int = 1) -> Tensor:
+        """The same of the inputs of a matrix, a dimension 1 of ``values`` (or their only one)."""
+        if self.cut is None:
+            return values
+        first = self.cut.first_column // width
+        return values.narrow(min(1, values.dim() - 1), first, self.shape[1] // width)
 
 
 def write_tensor(

@@ -254,31 +254,32 @@ def _write_group(fd: int, checkpoint: Checkpoint, plan: StorePlan, group: tuple[
 
 def _sources(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> Iterator[Tensor]:
     """The checkpoint tensors that one packed tensor is made of, checked, one at a time."""
-    for source, rows in zip(stored.sources, stored.rows, strict=True):
+    for number, source in enumerate(stored.sources):
         tensor = _find(checkpoint, plan, source)
-        _check(tensor, (rows, *stored.shape[1:]), source, checkpoint)
+        _check(tensor, stored.source_shape(number), source, checkpoint)
         if (stored.dtype or plan.dtype) is DType.FLOAT16:
             _check_half(tensor, source, checkpoint)
         if stored.compression is not None:
             _check_range(tensor, source, checkpoint)
-        yield tensor.detach()  # some .bin files hold parameters that want gradients
+        yield stored.own(number, tensor.detach())  # some .bin files hold parameters that want gradients
 
 
 def _microscaled(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks and scales in MXFP4 of what one packed tensor is made of, checked."""
-    for source in stored.sources:
+    for number, source in enumerate(stored.sources):
         packed = checkpoint.microscaled(_name_of(checkpoint, plan, source))
         if packed is None:
             raise StoreError(f"tensor {source} in {checkpoint.folder} is not in MXFP4, as config.json says it is.")
         largest = LARGEST_HALF_SCALE if plan.dtype is DType.FLOAT16 else LARGEST_SCALE
         check_scales(packed[1], largest, source, checkpoint.folder)
-        yield packed
+        blocks, scales = (stored.own(number, one, Microscaling.group_size) for one in packed)
+        yield blocks, scales
 
 
 def _importance(checkpoint: Checkpoint, plan: StorePlan, stored: StoredTensor, source: str) -> Tensor:
     names = checkpoint.names()
     whole = next((prefix + source for prefix in plan.prefixes if prefix + source in names), source)
-    return importance_of(checkpoint.folder, whole, stored.shape[1])
+    return stored.own_inputs(importance_of(checkpoint.folder, whole, stored.source_shape(0)[1]))
 
 
 def _find(checkpoint: Checkpoint, plan: StorePlan, source: str) -> Tensor:

@@ -120,12 +120,17 @@ def routed(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> t
     """Hidden before the layer (N, hidden) and attention output (N, H * D) -> the residual stream, what experts read
     (N, hidden), of each token the numbers of its experts and what these weigh (N, top_k), and if there is a shared MLP
     what it makes."""
+    state = after_attention(ops, layer, w, x, attended)
+    return state[0], state[1], *chosen(ops, layer, w, state[1])
+
+
+def chosen(ops: Any, layer: Layer, w: Weights, read: Tensor) -> tuple[Tensor, ...]:
+    """What experts read (N, hidden) -> of each token the numbers of its experts and what these weigh (N, top_k), and if
+    there is a shared MLP what it makes."""
     part = layer.mlp
     assert isinstance(part, Experts), "a dense layer routes nothing"
     router = part.router
-    state = after_attention(ops, layer, w, x, attended)
-    read = state[1]
-    chosen = ops.route(
+    routed_to = ops.route(
         read,
         w["router.weight"],
         w.get("router.bias"),
@@ -138,17 +143,27 @@ def routed(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> t
         top_groups=router.top_groups,
     )
     if part.shared is None:
-        return state[0], read, chosen[0], chosen[1]
+        return routed_to[0], routed_to[1]
     shared = mlp(ops, part.shared, w, read, "shared.")
     if part.shared_gate:
         shared = ops.activation("sigmoid", ops.linear(read, w["shared_gate"])) * shared
-    return state[0], read, chosen[0], chosen[1], shared
+    return routed_to[0], routed_to[1], shared
 
 
 def after_attention(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden before the layer (N, hidden) and attention output (N, H * D) -> the residual stream, and what the MLP
     reads."""
-    out = ops.linear(attended, w["out.weight"], w.get("out.bias"))
+    return after_output(ops, layer, w, x, attention_out(ops, w, attended))
+
+
+def attention_out(ops: Any, w: Weights, attended: Tensor) -> Tensor:
+    """Attention output (N, H * D) -> (N, hidden); of a slice's heads, its part of the sum over all ranks."""
+    return ops.linear(attended, w["out.weight"], w.get("out.bias"))
+
+
+def after_output(ops: Any, layer: Layer, w: Weights, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden before the layer and what the output projection made (N, hidden) -> the residual stream, and what the MLP
+    reads."""
     if layer.attention_out_norm is not None:
         out = norm(ops, layer.attention_out_norm, w, "attention_out_norm", out)
     before, read = layer.place is NormPlace.BEFORE, x
@@ -157,11 +172,27 @@ def after_attention(ops: Any, layer: Layer, w: Weights, x: Tensor, attended: Ten
         x = norm(ops, layer.attention_norm, w, "attention_norm", x)
     if not layer.parallel:
         read = x
+    return x, mlp_input(ops, layer, w, read)
+
+
+def mlp_input(ops: Any, layer: Layer, w: Weights, x: Tensor) -> Tensor:
+    """The residual stream (N, hidden), of a parallel layer that before its attention -> what the MLP reads."""
     if layer.mlp_norm is None:
-        read = norm(ops, layer.attention_norm, w, "attention_norm", read)
-    elif before:
-        read = norm(ops, layer.mlp_norm, w, "mlp_norm", read)
-    return x, read
+        return norm(ops, layer.attention_norm, w, "attention_norm", x)
+    return norm(ops, layer.mlp_norm, w, "mlp_norm", x) if layer.place is NormPlace.BEFORE else x
+
+
+def made(ops: Any, layer: Layer, w: Weights, read: Tensor) -> Tensor:
+    """What the MLP reads (N, hidden) -> what it makes, or the experts and the shared MLP do; of a slice, its part of
+    the sum over all ranks."""
+    part = layer.mlp
+    if isinstance(part, MLP):
+        return mlp(ops, part, w, read)
+    dense, of_experts = apart(w)
+    numbers, shares, *shared = chosen(ops, layer, dense, read)
+    each = [functools.partial(mlp, ops, part.expert, own) for own in of_experts]
+    out: Tensor = ops.through_experts(read, numbers, shares, each)
+    return out + shared[0] if shared else out
 
 
 def after_mlp(ops: Any, layer: Layer, w: Weights, x: Tensor, out: Tensor, shared: Tensor | None = None) -> Tensor:

@@ -15,13 +15,28 @@ SINKS = "sinks"  # of a layer, by name
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What a rank that shares a layer has of the checkpoint tensors of one of its own (``models/sliced.py``).
+
+    shapes: of these, whole; which of their rows it has, say ``rows`` and ``firsts``. first_column: of a matrix, the
+    first of its columns, of which it has as many as its spec says. is_zero: its values are zeros, since another rank
+    adds what they are.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    first_column: int = 0
+    is_zero: bool = False
+
+
+@dataclass(frozen=True)
 class PackedTensor:
     """One tensor of a packed unit, and the checkpoint tensors it is made of, concatenated along dimension 0.
 
     rows: how many rows each source has; empty if all have the same number. firsts: where these begin in checkpoint
     tensors that hold more; empty if at their first. exact: never compressed, whatever is asked for. packing: how its
     codes lie in the checkpoint, which they keep whatever is asked for. dtype: its element type, whatever the model's
-    is. expert: of which expert of its layer; None: of what every token meets.
+    is. expert: of which expert of its layer; None: of what every token meets. cut: of a slice of its layer; None: it
+    has its sources' rows whole.
     """
 
     spec: TensorSpec
@@ -32,6 +47,7 @@ class PackedTensor:
     packing: Microscaling | None = None
     dtype: DType | None = None
     expert: int | None = None
+    cut: Cut | None = None
 
     def num_bytes(self, dtype: DType) -> int:
         """In a checkpoint of this type."""

@@ -10,20 +10,24 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.models.expert_units import with_experts_apart
 from flexgen_bench.models.packing import PackedModel, pack
 from flexgen_bench.models.parts import Decoder, Experts, Layer, NormPlace
 from flexgen_bench.models.registry import family
+from flexgen_bench.models.sliced import check_groups, sliced_inventory, sliced_layers, sliced_shape
 
 
 @dataclass(frozen=True)
 class Model:
-    """What plans and times are made from. packed: compressed as a policy's ``lossy.weights`` says."""
+    """What plans and times are made from. packed: compressed as a policy's ``lossy.weights`` says. part: of a model
+    whose layers several ranks share, the slice that this is; None: it is whole."""
 
     shape: ModelShape
     dtype: DType
     packed: PackedModel
-    layers: tuple[Layer, ...] = field(default=(), repr=False)  # of a shallow one
+    layers: tuple[Layer, ...] = field(default=(), repr=False)  # of a shallow one, or of a slice
+    part: Slice | None = None
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -36,6 +40,13 @@ class Model:
         if that cannot be."""
         if policy.experts is None:
             return self.packed
+        if self.part is not None:
+            raise UserError(
+                "policy.experts",
+                to_json(policy.experts),
+                f"left out (null): {self.part.ranks} ranks share every layer (gpu.tensor_parallel)",
+                "Place its layers with policy.weights.",
+            )
         mixtures = [layer for layer in self.decoder.kinds if isinstance(layer.mlp, Experts)]
         normalised = any(layer.mlp_out_norm is not None or layer.place is NormPlace.AFTER for layer in mixtures)
         if normalised or not mixtures:
@@ -59,6 +70,18 @@ class Model:
         """With its weights packed in this way."""
         return Model(shape, dtype, pack(shape, family(shape.family).inventory(shape), dtype, compression))
 
+    def sliced(self, part: Slice) -> Model:
+        """What one of several ranks has that share every layer. UserError if heads, widths or groups of compressed
+        weights cannot be divided so."""
+        if part.ranks == 1:
+            return self
+        assert not self.layers, "what is shallow, or a slice, cannot be sliced"
+        shape, layers = sliced_shape(self.shape, part), sliced_layers(self.decoder, part)
+        inventory = sliced_inventory(family(self.shape.family).inventory(self.shape), self.decoder, part)
+        packed = pack(shape, inventory, self.dtype, self.packed.compression)
+        check_groups(packed)
+        return Model(shape, self.dtype, packed, layers, part)
+
     def shallow(self, layers: int) -> Model:
         """So many of its decoder layers alone (or as it is, if it has no more): what is the same for every layer is
         found out on few. Its first ones; of a mixture from its first layer with experts on, since before that one
@@ -71,4 +94,4 @@ class Model:
         kept = (units[0], *units[first + 1 : stop + 1], self.packed.head)
         packed = replace(self.packed, units=tuple(replace(unit, index=place) for place, unit in enumerate(kept)))
         shape = replace(self.shape, num_layers=layers)
-        return Model(shape, self.dtype, packed, self.decoder.layers[first:stop])
+        return Model(shape, self.dtype, packed, self.decoder.layers[first:stop], self.part)

@@ -195,6 +195,13 @@ class Layer:
         return before, 2 * (num_values - self.idle_values) - before
 
     @property
+    def sums(self) -> int:
+        """How often ranks that share it add up what each has made: behind the attention and behind the MLP; once where
+        both are added to the same as they are."""
+        normalised = self.attention_out_norm is not None or self.mlp_out_norm is not None
+        return 1 if self.parallel and self.place is NormPlace.BEFORE and not normalised else 2
+
+    @property
     def idle_values(self) -> int:
         """Weights that a token does not meet."""
         return self.mlp.idle_values(self.hidden) if isinstance(self.mlp, Experts) else 0

@@ -52,6 +52,8 @@ def in_words(job: Job) -> str:
     """``opt-30b on t4, a block of 512, 32 generated, exact``."""
     prompts = "a block" if job.num_prompts is None else f"{job.num_prompts} prompts"
     gpus = f", {job.num_gpus} GPUs" if job.num_gpus > 1 else ""
+    shared = job.hardware.tensor_parallel
+    gpus += f", {shared} devices that share every layer" if shared > 1 else ""
     latest = job.max_latency_s
     soon = "" if latest is None else f", within {latest:g} s"
     return (

@@ -25,7 +25,9 @@ from flexgen_bench.schedule.micro_batch import MicroBatch, Part
 from flexgen_bench.schedule.scheduled_job import Unit, UnitKind
 from flexgen_bench.schedule.steps import Step, StepKind
 
-_MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.HEAD, StepKind.EMBED)
+_MATRIX = (StepKind.PROJECT, StepKind.OUTPUT, StepKind.MLP, StepKind.HEAD, StepKind.EMBED)
+# To hidden states: both are read, and one is written.
+_ADDS = (StepKind.ADD_EXPERTS, StepKind.ADD)
 # Rates of products are listed by the width h of the layer that was measured (calibrate/matrix.py), whose matrices have
 # 12 h^2 values. A layer of any family is looked up under the width that such a layer with as many weights has.
 _CALIBRATED_MATRICES = 12
@@ -80,7 +82,7 @@ class StepCost:
         self._lossy, self._job = plan.policy.lossy, plan.job
         self._sites = rates_of(hardware).sites
         self._link_rates = {lane.kind: hardware.link_rate(lane) or math.inf for lane in hardware.lanes if lane.is_link}
-        if self._job.stage is not None:
+        if self._job.stage is not None or self._job.slices > 1:
             self._link_rates |= _network_rates(hardware, sender or hardware)
         self._first = plan.job.first_layer
         is_cuda = hardware.accelerator is Accelerator.CUDA
@@ -140,8 +142,10 @@ class StepCost:
     def _computed(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind is StepKind.LAYER:
             return self._layer(step, site, tier)
-        if step.kind in (StepKind.EXPERTS, StepKind.ADD_EXPERTS):
-            return self._apart(step, site, tier)
+        if step.kind in _ADDS:
+            return 3 * step.micro_batch.rows * self._job.hidden_row_bytes / site.memory
+        if step.kind is StepKind.EXPERTS:
+            return self._experts(self._job.units[step.unit], step.micro_batch.rows, site, tier)
         return self._work(step, site, tier)
 
     def _layer(self, step: Step, site: SiteRates, tier: Tier) -> float:
@@ -154,7 +158,7 @@ class StepCost:
 
     def _work(self, step: Step, site: SiteRates, tier: Tier) -> float:
         if step.kind in _MATRIX:
-            output = step.kind is StepKind.OUTPUT
+            output = step.kind in (StepKind.OUTPUT, StepKind.MLP)
             return self._output(step, site, tier) if output else self._product(step, site, tier, step.flops)
         if step.kind is StepKind.ATTEND:
             return self._attention(step, site)
@@ -196,9 +200,13 @@ class StepCost:
         return max(arithmetic, values * self._value_bytes(compression) / site.memory)
 
     def _output(self, step: Step, site: SiteRates, tier: Tier) -> float:
-        """A layer behind its attention: of a mixture, what every token meets, and then its experts."""
+        """A layer behind its attention: of a mixture, what every token meets, and then its experts. Of a layer that
+        ranks share, up to the sum behind its attention, or from there."""
         unit, rows = self._job.units[step.unit], step.micro_batch.rows
-        dense = self._product(step, site, tier, (unit.flops_after - unit.expert_flops) * rows)
+        if unit.sums > 1 and step.kind is StepKind.OUTPUT:
+            return self._product(step, site, tier, step.flops)
+        before = unit.flops_output if step.kind is StepKind.MLP else 0
+        dense = self._product(step, site, tier, (unit.flops_after - before - unit.expert_flops) * rows)
         return dense + self._experts(unit, rows, site, tier)
 
     def _experts(self, unit: Unit, rows: int, site: SiteRates, tier: Tier) -> float:
@@ -220,14 +228,6 @@ class StepCost:
         # On a device with streams the host has that to issue (issued_operators.py).
         calls = 0.0 if tier is Tier.GPU and self._operators is not None else touched * site.step
         return max(arithmetic, reading) + unpacking + calls
-
-    def _apart(self, step: Step, site: SiteRates, tier: Tier) -> float:
-        """A step of experts that are placed apart."""
-        rows = step.micro_batch.rows
-        if step.kind is StepKind.EXPERTS:
-            return self._experts(self._job.units[step.unit], rows, site, tier)
-        # To hidden states: both are read, and one is written.
-        return 3 * rows * self._job.hidden_row_bytes / site.memory
 
     def _value_bytes(self, codes: Codes | None) -> float:
         if codes is None:

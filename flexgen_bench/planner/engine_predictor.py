@@ -20,6 +20,7 @@ from flexgen_bench.planner.predictor import Predictor
 from flexgen_bench.planner.rank_predictor import predict_ranks
 from flexgen_bench.planner.search_space import SearchSpace, permitted
 from flexgen_bench.planner.sensitivity import sensitivity
+from flexgen_bench.planner.sliced_job import slice_of
 from flexgen_bench.planner.why import why
 
 
@@ -29,10 +30,13 @@ class EnginePredictor(Predictor):
 
     def predict(self, job: Job) -> Prediction:
         """Under the policy that is given, or under the one that ``policy=auto`` comes to on a machine with nothing else
-        in its memory. Several GPUs are the ranks of a pipeline."""
+        in its memory. Several GPUs are the ranks of a pipeline, or share every layer: then the bytes and lanes are one
+        rank's."""
         policy: Policy | None = self.options.get("policy")
         if job.num_gpus * job.hardware.count > 1:
             return predict_ranks(job, policy)
+        if job.hardware.tensor_parallel > 1:
+            job = slice_of(job)
         rates_of(job.hardware)
         room = job_bytes(job.hardware)
         available = {} if room is None else {Tier.GPU: room}

@@ -58,6 +58,10 @@ _OTHERS = {
     StepKind.ENTER: 2,
     StepKind.LEAVE: 3,
     StepKind.MOVE_LEAVING: 3,
+    # Of layers that ranks share, in the same way.
+    StepKind.MOVE_PARTIAL: 2,
+    StepKind.MOVE_REDUCED: 2,
+    StepKind.ADD: 1,
 }
 
 
@@ -89,6 +93,10 @@ class IssuedOperators:
         further = max(0, len(step.micro_batch.kv_parts) - 1)
         if step.kind is StepKind.PROJECT:
             return _project(layer, self._is_first(step), step.micro_batch.sequences if not later else 0)
+        if step.kind is StepKind.MLP:
+            return self._output(step)
+        if step.kind is StepKind.OUTPUT and self._units[step.unit].sums > 1:
+            return 1 + later * further
         if step.kind is StepKind.OUTPUT:
             return self._output(step) + later * further
         if step.kind is StepKind.LAYER:

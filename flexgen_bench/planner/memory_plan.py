@@ -107,12 +107,13 @@ def plan_job(
                 "0 on a machine without accelerator",
                 "Move the share to cpu or disk, or choose gpu=emulated.",
             )
+    slices = 1 if model.part is None else model.part.ranks
     windows = () if scored_rows else ring_windows(decoder)
     groups = form_groups(shape, dtype, policy, requests, compute, windows, 1 if stage is None else stage.ranks)
     tiers = unit_tiers(packed, policy, stage)
     units = tuple(
         planned_unit(
-            *(decoder, unit, tier, policy, Site(compute, device), groups.rings), not is_own(unit, packed, stage)
+            *(decoder, unit, tier, policy, Site(compute, device), groups.rings), not is_own(unit, packed, stage), slices
         )
         for unit, tier in zip(packed.units, tiers, strict=True)
     )
@@ -137,6 +138,7 @@ def plan_job(
         device=device,
         routed_row_bytes=max((routed_row_bytes(layer, dtype) for layer in decoder.kinds), default=0),
         stage=stage,
+        slices=slices,
     )
     kv_slots = all_slot_bytes(job, policy, groups)
     tokens = sum(kv_slot.size for kv_slot in groups.kv_slots) * TOKEN_BYTES if job.tokens_stay else 0
@@ -227,6 +229,7 @@ def _add_staging(
     parts[host]["activation pages"] = buffers * moving.pages
     parts[host]["inbox"] = buffers * moving.inbox
     parts[host]["outbox"] = moving.outbox
+    parts[host]["sums"] = buffers * moving.sums
 
 
 def _workspace(
@@ -247,7 +250,9 @@ def _workspace(
     tokens, decode = _rows_at_once(policy, groups)
     per_token = max(layer.temporaries for layer in decoder.kinds)
     # q, k, v of every stage stay until their stage is used again.
-    staged = max(2 * layer.attention.qkv for layer in decoder.kinds) + 2 * decoder.hidden
+    # Where ranks share layers, so do its part of a sum and the sum.
+    kept = 2 if job.slices == 1 else 4
+    staged = max(2 * layer.attention.qkv for layer in decoder.kinds) + kept * decoder.hidden
     rows = max(scored_rows, decode, *(c.size for c in largest))
     logits = rows * decoder.vocab * (width + 4)
     if decoder.head.soft_cap is not None:

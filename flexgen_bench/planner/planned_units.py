@@ -75,13 +75,14 @@ def planned_unit(
     compute: Site,
     rings: Collection[int],
     elsewhere: bool = False,
+    slices: int = 1,
 ) -> Unit:
     """A unit that lives on a tier, for the generator. compute: the site that computes, unless units stay; rings:
-    windows of which caches keep no more; elsewhere: another rank has it."""
+    windows of which caches keep no more; elsewhere: another rank has it; slices: ranks that share every layer."""
     # The head, too; of the embedding only rows are moved anyway.
     stays = unit.kind is not UnitKind.EMBED and policy.offloaded is Offloaded.IN_PLACE
     site = compute.host if stays and tier is not Tier.GPU else compute
-    before, after, window = 2 * unit.num_values, 0, None
+    before, after, window, sums, output = 2 * unit.num_values, 0, None, 0, 0
     apart, part = unit.kind is UnitKind.EXPERTS, None
     if unit.kind.repeats:
         layer = decoder.layers[(unit.companion if apart else unit.index) - 1]
@@ -89,6 +90,8 @@ def planned_unit(
         # Where experts are apart, those that a token does not meet are not in the layer's unit to begin with.
         before, after = layer.flops(unit.num_values + (layer.idle_values if unit.companion >= 0 else 0))
         window = layer.attention.mod.window
+        if slices > 1:
+            sums, output = layer.sums, 2 * layer.attention.rows["q"] * layer.hidden
     experts, top_k, values = _of_mixture(part, decoder.hidden)
     if apart:
         before, after, window = 0, 2 * top_k * values, None
@@ -117,6 +120,8 @@ def planned_unit(
         expert_values=values,
         on_demand=apart and policy.expert_loads is ExpertLoads.TOUCHED,
         elsewhere=elsewhere,
+        sums=sums,
+        flops_output=output,
     )
 
 

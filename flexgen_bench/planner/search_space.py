@@ -47,7 +47,8 @@ class SearchSpace:
         """The model, or as much of it as a rank has, with its weights packed for each of the ways."""
         job = self.job
         whole = ((lossy, Model.of(job.shape, job.dtype, lossy.weights)) for lossy in self.lossies)
-        return {lossy: model.shallow(self.num_layers) for lossy, model in whole}
+        own = ((lossy, model if job.part is None else model.sliced(job.part)) for lossy, model in whole)
+        return {lossy: model.shallow(self.num_layers) for lossy, model in own}
 
     @property
     def num_layers(self) -> int:

@@ -31,7 +31,8 @@ class Staging:
     prompt: keys and values of a prompt on their way home, per site that computes layers; prompt_host: the same between
     an accelerator and disk. kv_buffer, kv_host: a cache being moved to the accelerator, or read from disk. pages:
     hidden states between disk and memory. inbox: those of a micro-batch from the rank before; outbox: all that may be
-    on their way to the next rank at once. num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
+    on their way to the next rank at once. sums: of the ranks that share a layer, what they add up of a micro-batch.
+    num_buffers: for prefill and ordinary decode; cpu_attention_buffers: further
     ones for micro-batches the cpu attends for.
     """
 
@@ -44,6 +45,7 @@ class Staging:
     pages: int
     inbox: int = 0
     outbox: int = 0
+    sums: int = 0
 
 
 def chunk_rows(group: SequenceGroup, span: Span, chunk: int | None) -> list[int]:
@@ -132,15 +134,16 @@ def staging(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> Stagin
     split = on_accelerator and any(s.is_delegated for kv_slot in groups.kv_slots for s in kv_slot.kv)
     together = max(1, policy.gpu_batch_size // size)
     cpu_attention_buffers = -(-len(groups.kv_slots) // together) if split and job.keep_kv else 0
-    inbox, outbox = _between_ranks(job, policy, groups)
+    inbox, outbox, sums = _between_ranks(job, policy, groups)
     return Staging(
-        job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages, inbox, outbox
+        job.num_buffers, cpu_attention_buffers, prompt, prompt_host, kv_buffer, kv_host, pages, inbox, outbox, sums
     )
 
 
-def _between_ranks(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> tuple[int, int]:
-    """Bytes of the largest micro-batch that comes from the rank before, and of the largest pass that goes to the next
-    one: the next rank may want its micro-batches in another order, so all of a pass must have room on the way."""
+def _between_ranks(job: ScheduledJob, policy: Policy, groups: SequenceGroups) -> tuple[int, int, int]:
+    """Bytes of the largest micro-batch that comes from the rank before, of the largest pass that goes to the next one
+    (the next rank may want its micro-batches in another order, so all of a pass must have room on the way), and of the
+    largest micro-batch that ranks add up."""
     largest = {kv_slot.index: 0 for kv_slot in groups.kv_slots}
     in_pass = dict(largest)
     kinds = {kv_slot.index: kv_slot for kv_slot in groups.alike}
@@ -154,4 +157,5 @@ def _between_ranks(job: ScheduledJob, policy: Policy, groups: SequenceGroups) ->
         sum(in_pass[groups.alike[slot].index] for slot in groups.slots_of(wave)) for wave in range(groups.waves)
     ]
     row = job.hidden_row_bytes
-    return (together * row if job.entry is not None else 0), (max(of_waves) * row if job.exit is not None else 0)
+    inbox, outbox = job.entry is not None, job.exit is not None
+    return inbox * together * row, outbox * max(of_waves) * row, (job.slices > 1) * together * row

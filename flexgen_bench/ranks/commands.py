@@ -27,7 +27,7 @@ from flexgen_bench.schedule.sequence_groups import Request
 @dataclass(frozen=True)
 class Setup:
     """What a process needs to be a rank of a model. hardware, threads: its own part; gpu_cap: hold torch to the
-    memory that the profile gives its device."""
+    memory that the profile gives its device; shared: each rank has a slice of every layer."""
 
     checkpoint: Path
     dtype: DType
@@ -37,6 +37,7 @@ class Setup:
     threads: int
     offload_dir: Path
     gpu_cap: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Connect:
 
 @dataclass(frozen=True)
 class Load:
-    """Place the weights of a stage by a policy, in place of those that are there."""
+    """Place the weights of a stage by a policy, in place of those that are there. stages: None, of ranks that share
+    every layer."""
 
     policy: Policy
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage | None, ...]
 
 
 @dataclass(frozen=True)

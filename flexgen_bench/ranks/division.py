@@ -9,13 +9,17 @@ from pathlib import Path
 import psutil
 import torch
 
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
+from flexgen_bench.core.model import DType, ModelShape
 from flexgen_bench.core.pipeline import Stage, divided
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LaneKind
 from flexgen_bench.engine.device import Device
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.memory import host
+from flexgen_bench.models.model import Model
 from flexgen_bench.ranks.torchrun import Torchrun
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -24,7 +28,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 @dataclass(frozen=True)
 class Division:
     """ranks: in all; here: on this machine. hardware, threads: one rank's own part. layers: of each rank, where that is
-    stated."""
+    stated. shared: every rank has a slice of all layers, instead of layers of its own."""
 
     ranks: int
     here: int
@@ -32,16 +36,35 @@ class Division:
     threads: int
     torchrun: Torchrun | None = None
     layers: tuple[int, ...] | None = None
+    shared: bool = False
+
+    @property
+    def part(self) -> Slice | None:
+        """The slice of this process; None where no rank shares a layer."""
+        return Slice(self.rank, self.ranks) if self.shared else None
 
     @property
     def rank(self) -> int:
         """Of this process."""
         return 0 if self.torchrun is None else self.torchrun.rank
 
-    def stages(self, num_layers: int) -> tuple[Stage, ...]:
-        """Which rank computes which layers. UserError for ranges that do not cover the model, and for more ranks than
-        layers."""
+    def stages(self, num_layers: int) -> tuple[Stage | None, ...]:
+        """Which rank computes which layers, None where each has a slice of all. UserError for ranges that do not cover
+        the model, and for more ranks than layers."""
+        if self.shared:
+            return (None,) * self.ranks
         return divided(num_layers, self.ranks, self.layers)
+
+    def check(self, shape: ModelShape, dtype: DType, compression: Compression | None) -> None:
+        """UserError if the ranks cannot divide a model like this: its layers, or what they share of each."""
+        self.stages(shape.num_layers)
+        if self.part is not None:
+            Model.of(shape, dtype, compression).sliced(self.part)
+
+    @property
+    def setting(self) -> str:
+        """What has asked for several ranks."""
+        return "gpu.tensor_parallel" if self.shared else "gpu.count"
 
     def open_device(self, cache: Path | None = None) -> Device:
         """Of this process; with the rates that its machine was calibrated to in ``cache``, where none are stated.
@@ -64,10 +87,14 @@ def divide(
     """
     if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1):
         raise UserError("ranks", ranks, "an integer of at least 1, or None for what gpu.count says")
-    stated = ranks if ranks is not None else hardware.count if hardware.count > 1 else None
+    shared = hardware.tensor_parallel > 1
+    name, profile = ("gpu.tensor_parallel", hardware.tensor_parallel) if shared else ("gpu.count", hardware.count)
+    if shared and ranks not in (None, profile):
+        raise UserError("ranks", ranks, f"{profile}, as gpu.tensor_parallel says, or left out")
+    stated = ranks if ranks is not None else profile if profile > 1 else None
     if torchrun is not None and stated not in (None, torchrun.ranks):
         raise UserError(
-            "ranks" if ranks is not None else "gpu.count",
+            "ranks" if ranks is not None else name,
             stated,
             f"{torchrun.ranks}, as many as torchrun has started, or left out",
         )
@@ -80,10 +107,10 @@ def divide(
         return Division(1, 1, replace(hardware, count=1, layers_per_rank=None), threads)
     if hardware.accelerator is Accelerator.CUDA and torch.cuda.device_count() < here:
         raise CannotRun(
-            f"gpu.count = {here} on this machine: it has {torch.cuda.device_count()} CUDA devices, and each rank needs "
+            f"{name} = {here} on this machine: it has {torch.cuda.device_count()} CUDA devices, and each rank needs "
             "one of its own. Use fewer ranks, or more machines with torchrun."
         )
-    return Division(count, here, _own_part(hardware, here), max(1, threads // here), torchrun, layers)
+    return Division(count, here, _own_part(hardware, here), max(1, threads // here), torchrun, layers, shared)
 
 
 def _own_part(hardware: HardwareProfile, here: int) -> HardwareProfile:
@@ -94,6 +121,7 @@ def _own_part(hardware: HardwareProfile, here: int) -> HardwareProfile:
     return replace(
         hardware,
         count=1,
+        tensor_parallel=1,
         layers_per_rank=None,
         cpu_memory_bytes=max(1, memory // here),
         disk_bytes=None if hardware.disk_bytes is None else max(1, hardware.disk_bytes // here),

@@ -41,13 +41,14 @@ class Engines:
     def one(self, engine: AnyEngine, what: str) -> Engine:
         """An engine that does ``what``; UserError for several ranks, which do not."""
         if isinstance(engine, RankedEngine):
-            raise refused(what, self.count)
+            assert self._ranks is not None
+            raise refused(what, self._ranks)
         return engine
 
     def check_one(self, what: str) -> None:
         """UserError for several ranks, which do not do ``what``."""
         if self._ranks is not None:
-            raise refused(what, self.count)
+            raise refused(what, self._ranks)
 
     def choose_policy(
         self,
@@ -58,15 +59,16 @@ class Engines:
         max_latency_s: float | None = None,
     ) -> Policy:
         """A policy for these requests (``PackedWeights.choose_policy``): of several ranks, as of a model that has the
-        layers of the largest stage."""
+        layers of the largest stage, or a slice of each."""
         weights = self._weights
-        if self._ranks is not None:
-            layers = max(len(stage.layers) for stage in self._ranks.stages)
+        of_ranks = () if self._ranks is None else self._ranks.stages
+        layers = max((len(stage.layers) for stage in of_ranks if stage is not None), default=0)
+        if layers:
             weights = replace(weights, shape=replace(weights.shape, num_layers=layers))
         policy = weights.choose_policy(
             *(self._device, self._offload_dir, requests, block_size, lossy, scored_rows, max_latency_s)
         )
-        return policy if self._ranks is None else divided_block(policy, self.count)
+        return divided_block(policy, self.count) if layers else policy
 
 
 def divided_block(policy: Policy, waves: int) -> Policy:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from flexgen_bench.core.errors import RankLost
 
@@ -67,6 +67,19 @@ class GlooWire:
         content = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
         self._recv(content, self._ranks - 1, number, _TOKENS)
         return content.numpy().tobytes()
+
+    def all_reduce(self, number: int, rows: Tensor) -> None:
+        """gloo adds up every element on one rank, and sends all others what it is: a sum has the same bits everywhere.
+        The order of the ranks in it is gloo's."""
+        options = AllreduceOptions()
+        options.timeout = _EVER
+        try:
+            if self._error is None:
+                self._group.allreduce([rows], options).wait(_EVER)
+                return
+        except RuntimeError as error:
+            raise self._why(error, (self._rank + 1) % self._ranks) from error
+        raise self._error
 
     def abort(self, error: BaseException) -> None:
         self._error = self._error or error

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.errors import CannotRun, RankLost, StoreError
-from flexgen_bench.memory.weight_store import WeightStore
+from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.ranks.children import Children
 from flexgen_bench.ranks.commands import Abandon, Connect, End, Failed, Pack, Reply, Setup, ended_before
 from flexgen_bench.ranks.control import SILENCE_S, Control
@@ -94,9 +94,9 @@ class RankGroup(Closing):
         finally:
             self._in_job = False
 
-    def pack(self, store: WeightStore) -> None:
-        """Have all ranks open the packed weights. StoreError if they are not those of ``store``."""
-        own = weights_digest(store)
+    def pack(self, weights: PackedWeights) -> None:
+        """Have all ranks open their packed weights. StoreError if they are not of the same checkpoint as these."""
+        own = weights_digest(weights)
         others = [rank for rank, digest in enumerate(self.ask(Pack()), start=1) if digest != own]
         if others:
             ranks = ", ".join(map(str, others))

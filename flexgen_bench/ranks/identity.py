@@ -19,7 +19,7 @@ from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
-from flexgen_bench.memory.weight_store import WeightStore
+from flexgen_bench.engine.build import PackedWeights
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,11 @@ def check_alike(own: Hello, others: Mapping[int, Hello]) -> None:
         )
 
 
-def weights_digest(store: WeightStore) -> str:
-    """Of the packed weights, by their checksums."""
-    return _digest({str(offset): value for offset, value in store.checksums.items()})
+def weights_digest(weights: PackedWeights) -> str:
+    """Of the packed weights that all ranks have alike, by their checksums: of slices, of what comes before the layers
+    in the file."""
+    end = weights.packed.file_bytes if weights.part is None else weights.packed.units[1].offset
+    return _digest({str(offset): value for offset, value in weights.store.checksums.items() if offset < end})
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexgen_bench.core.hardware import Accelerator
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import Engine
@@ -55,10 +56,11 @@ class Member:
         """Carry out a command; its reply's value."""
         setup = self.setup
         if isinstance(command, Pack):
+            part = Slice(self.rank, self.ranks) if setup.shared else None
             self.weights = PackedWeights.from_checkpoint(
-                setup.checkpoint, setup.dtype, setup.cache, compression=setup.compression
+                setup.checkpoint, setup.dtype, setup.cache, compression=setup.compression, part=part
             )
-            return weights_digest(self.weights.store)
+            return weights_digest(self.weights)
         if isinstance(command, Connect):
             self.wire = GlooWire(self.meeting.store, command.name, self.rank, self.ranks, self.meeting.interface)
             return None

@@ -114,10 +114,13 @@ class RankedEngine:
         return group
 
 
-def refused(what: str, ranks: int) -> UserError:
+def refused(what: str, ranks: Ranks) -> UserError:
     """For what only one device does so far."""
     return UserError(
-        "gpu.count", ranks, f"1 for {what}", "Several ranks only generate from prompts that are all there."
+        ranks.setting,
+        len(ranks.stages),
+        f"1 for {what}",
+        "Several ranks only generate from prompts that are all there.",
     )
 
 

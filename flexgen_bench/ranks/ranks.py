@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.closing import Closing
-from flexgen_bench.core.pipeline import Stage
 from flexgen_bench.engine.build import PackedWeights
-from flexgen_bench.memory.weight_store import WeightStore
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import Division
 from flexgen_bench.ranks.group import RankGroup
@@ -22,39 +19,37 @@ _PATIENCE_S = 3.0
 
 
 class Ranks(Closing):
-    """Of rank 0. stages: which rank computes which layers.
+    """Of rank 0. stages: which rank computes which layers; setting: what has asked for several.
 
-    Raises UserError for ranges of layers that do not cover the model, and for ranks that differ from this one.
+    Raises UserError for ranges of layers that do not cover the model, for layers that ranks cannot share, and for ranks
+    that differ from this one.
     """
 
     def __init__(self, division: Division, setup: Setup) -> None:
         self._division, self._setup = division, setup
-        self.stages = stages_of_model(division, setup.checkpoint)
-        self._store: WeightStore | None = None
+        self.setting = division.setting
+        with open_source(setup.checkpoint) as source:
+            division.check(source.shape, setup.dtype, setup.compression)
+            self.stages = division.stages(source.shape.num_layers)
+        self._weights: PackedWeights | None = None
         self._group: RankGroup | None = RankGroup(division, setup)
 
     def pack(self, weights: PackedWeights) -> None:
         """Have them open the same packed weights as this rank."""
-        self._store = weights.store
+        self._weights = weights
         self.group()
 
     def group(self) -> RankGroup:
         """The ranks as they run now; after a loss other ones. (Of torchrun's there are no others: CannotRun.)"""
         if self._group is None or self._group.error is not None:
             self._group = RankGroup(self._division, self._setup)
-        if self._store is not None and not self._group.is_packed:
-            self._group.pack(self._store)
+        if self._weights is not None and not self._group.is_packed:
+            self._group.pack(self._weights)
         return self._group
 
     def close(self) -> None:
         if self._group is not None:
             self._group.close()
-
-
-def stages_of_model(division: Division, checkpoint: Path) -> tuple[Stage, ...]:
-    """Which rank computes which layers of a checkpoint's model."""
-    with open_source(checkpoint) as source:
-        return division.stages(source.shape.num_layers)
 
 
 def join(division: Division, setup: Setup) -> Ranks | None:

@@ -107,8 +107,9 @@ def _gpu_reasons(hardware: HardwareProfile) -> list[str]:
         return [f"there is no NVIDIA GPU{named} here"]
     if not matching:
         return [f"there is no NVIDIA GPU whose name contains {hardware.device_match!r} here"]
-    if len(matching) < hardware.count:
-        return [f"gpu.count asks for {hardware.count} of them, and there {_are(len(matching))} here"]
+    if len(matching) < hardware.ranks:
+        name = "count" if hardware.count > 1 else "tensor_parallel"
+        return [f"gpu.{name} asks for {hardware.ranks} of them, and there {_are(len(matching))} here"]
     if not machine.torch_has_cuda():
         return ["the installed torch is a build without CUDA (the README says how to get one with)"]
     profile_bytes = hardware.gpu_memory_bytes

@@ -31,8 +31,9 @@ rows, gpu_rows                   gathered embedding rows                        
 x.site                           hidden states being worked on                        EMBED, LOAD_HIDDEN, OUTPUT,
                                                                                       LAYER, EXPERTS, ADD_EXPERTS
 qkv, attn(part)                  around the attention                                 PROJECT, ATTEND
-residual                         hidden states before it, for OUTPUT; before experts  PROJECT; OUTPUT, LAYER
-                                 that are placed apart, for what adds to them
+residual                         hidden states before it, for OUTPUT; before experts  PROJECT; OUTPUT, LAYER, MLP
+                                 that are placed apart, or what a sum is added to,
+                                 for what adds to them
 routed                           what experts read, and which of them                 OUTPUT, LAYER
 routed.site, added, added.site   the same where experts are computed away from their  MOVE_ROUTED, EXPERTS,
                                  layer, and what they make                            MOVE_EXPERTS
@@ -42,6 +43,9 @@ inbox, arrived                   hidden states of the rank before: in host memor
                                  on the accelerator
 leaving, outbox                  what goes to the next rank: where it was computed,   LEAVE, MOVE_LEAVING
                                  in host memory
+partial, reduced                 of a layer that ranks share, on an accelerator: a    OUTPUT, MLP; MOVE_REDUCED
+                                 rank's part of a sum, and the sum
+sum                              both, in host memory                                 OUTPUT, MLP, MOVE_PARTIAL; REDUCE
 new_tokens                       next tokens on their way across a link               SAMPLE
 ..._host(part), host_logits      the same on the other side of a link                 MOVE_..., STORE_KV
 -------------------------------  ---------------------------------------------------  -----------------------------

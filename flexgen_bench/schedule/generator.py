@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 
 from flexgen_bench.schedule.attention import (
     attend_flops,
@@ -29,6 +29,7 @@ from flexgen_bench.schedule.micro_batch import Member, MicroBatch
 from flexgen_bench.schedule.ranks import entering, leaving, tokens_from_last, tokens_to_others
 from flexgen_bench.schedule.scheduled_job import ScheduledJob, Unit, UnitKind
 from flexgen_bench.schedule.steps import TOKEN_BYTES, Step, StepKind
+from flexgen_bench.schedule.sums import add_sum, part_buffers, sliced_mlp, summing
 from flexgen_bench.schedule.weights import Blob, WeightStream
 
 
@@ -65,19 +66,23 @@ def pass_steps(
                     yield from entering(job, unit, micro_batch, entered)
                     yield from _before_attention(job, unit, blob, micro_batch)
             projected = bool(split) and ahead is not None
-            # While experts are computed elsewhere, the next micro-batch is computed here.
-            behind = job.num_buffers - 1 if are_away(unit, experts) else 0
-            yield from _staggered(
-                (
-                    (_begin(job, unit, weights, blob, one, entered), _end(job, unit, weights, one, None))
-                    for one in whole
-                ),
-                behind,
-            )
-            yield from _staggered(
-                ((_resume(job, unit, weights, blob, one), _end(job, unit, weights, one, ahead)) for one in split),
-                behind,
-            )
+            # While experts are computed elsewhere, or ranks add up, the next micro-batch is computed here.
+            at_once = job.num_buffers if are_away(unit, experts) or unit.sums else 1
+
+            def through(
+                first: Iterator[Step],
+                micro_batch: MicroBatch,
+                ahead: Unit | None = None,
+                unit: Unit = unit,
+                blob: Blob = blob,
+            ) -> list[Iterator[Step]]:
+                middle = [sliced_mlp(job, unit, blob, micro_batch)] if unit.sums > 1 else []
+                return [first, *middle, _end(job, unit, weights, blob, micro_batch, ahead)]
+
+            begun = ((_begin(job, unit, weights, blob, one, entered), one) for one in whole)
+            yield from _in_turn((through(*each) for each in begun), at_once)
+            resumed = ((_resume(job, unit, weights, blob, one), one, ahead) for one in split)
+            yield from _in_turn((through(*each) for each in resumed), at_once)
             if experts is not None:
                 yield from weights.done(experts)
         else:
@@ -88,16 +93,24 @@ def pass_steps(
         yield from tokens_from_last(job, micro_batch)
 
 
-def _staggered(halves: Iterable[tuple[Iterator[Step], Iterator[Step]]], behind: int) -> Iterator[Step]:
-    """First halves, and each one's second half once so many more first halves have followed it."""
-    late: deque[Iterator[Step]] = deque()
-    for first, second in halves:
-        yield from first
-        late.append(second)
-        if len(late) > behind:
-            yield from late.popleft()
-    for second in late:
-        yield from second
+def _in_turn(of_each: Iterable[Sequence[Iterator[Step]]], at_once: int) -> Iterator[Step]:
+    """The parts of every micro-batch, of so many micro-batches in turn: directly behind the last part of one comes the
+    first of the next that has not begun."""
+    waiting = iter(of_each)
+    under_way: deque[deque[Iterator[Step]]] = deque()
+    for parts in islice(waiting, at_once):
+        yield from parts[0]
+        under_way.append(deque(parts[1:]))
+    while under_way:
+        rest = under_way.popleft()
+        yield from rest.popleft()
+        if not rest:
+            following = next(waiting, None)
+            if following is None:
+                continue
+            yield from following[0]
+            rest = deque(following[1:])
+        under_way.append(rest)
 
 
 def _begin(
@@ -105,7 +118,7 @@ def _begin(
 ) -> Iterator[Step]:
     """A micro-batch through a layer, up to what ends it."""
     yield from entering(job, unit, micro_batch, entered)
-    if not is_resident(job, unit, micro_batch):
+    if unit.sums or not is_resident(job, unit, micro_batch):
         yield from _before_attention(job, unit, blob, micro_batch)
         yield from _resume(job, unit, weights, blob, micro_batch)
         return
@@ -121,16 +134,20 @@ def _resume(
     """The same from where the cpu attends on."""
     yield from joining_steps(job, unit, micro_batch)
     yield _after_attention(unit, blob, micro_batch)
+    if unit.sums:
+        yield from summing(job, unit, micro_batch)
     experts = job.experts_of(unit)
     if experts is not None:
         yield from expert_steps(job, unit, experts, weights, micro_batch)
 
 
 def _end(
-    job: ScheduledJob, unit: Unit, weights: WeightStream, micro_batch: MicroBatch, ahead: Unit | None
+    job: ScheduledJob, unit: Unit, weights: WeightStream, blob: Blob, micro_batch: MicroBatch, ahead: Unit | None
 ) -> Iterator[Step]:
-    """What experts made elsewhere, hidden states on their way home or to the next rank, and the projection of the layer
-    ahead, if any."""
+    """What experts made elsewhere or all ranks together, hidden states on their way home or to the next rank, and the
+    projection of the layer ahead, if any."""
+    if unit.sums:
+        yield add_sum(unit, blob, micro_batch)
     if are_away(unit, job.experts_of(unit)):
         yield add_experts(unit, micro_batch)
     yield from _store_after(job, unit, micro_batch)
@@ -227,8 +244,8 @@ def _after_attention(unit: Unit, blob: Blob, micro_batch: MicroBatch) -> Step:
         blob,
         micro_batch,
         reads=(*attention_buffers(micro_batch), micro_batch.buffer("residual")),
-        writes=_made(unit, micro_batch),
-        flops=unit.flops_after * micro_batch.rows,
+        writes=part_buffers(unit, micro_batch) if unit.sums else _made(unit, micro_batch),
+        flops=(unit.flops_output if unit.sums > 1 else unit.flops_after) * micro_batch.rows,
     )
 
 

@@ -36,7 +36,8 @@ class Unit:
     layer, the number of the unit of its experts, where these are placed apart (-1: they are not); of experts, that of
     their layer. experts, top_k: how many experts it has, and how many of them each token is routed to; expert_values:
     weights of one. on_demand: of its experts only those that are touched are loaded, once they are known. elsewhere:
-    another rank has it and computes it; here it takes nothing.
+    another rank has it and computes it; here it takes nothing. sums: of a layer that ranks share, how often they add up
+    what each has made (0: none share it); flops_output: of ``flops_after``, what comes before the first of these sums.
     """
 
     index: int
@@ -55,6 +56,8 @@ class Unit:
     expert_values: int = 0
     on_demand: bool = False
     elsewhere: bool = False
+    sums: int = 0
+    flops_output: int = 0
 
     @property
     def path(self) -> tuple[Site, ...]:
@@ -104,6 +107,7 @@ class ScheduledJob:
     is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
     their bytes. device: number of the accelerator (of the host, where there is none). units: of the whole model, in the
     order of their numbers; ``sweep`` is the order of a pass. stage: what this rank computes of them; None: all.
+    slices: how many ranks share every layer, each with a slice of it; ``units`` are of this rank's.
     """
 
     units: tuple[Unit, ...]
@@ -124,6 +128,7 @@ class ScheduledJob:
     device: int = 0
     routed_row_bytes: int = 0
     stage: Stage | None = None
+    slices: int = 1
 
     @cached_property
     def own(self) -> tuple[Unit, ...]:
@@ -178,7 +183,8 @@ class ScheduledJob:
         """Whether a new token goes from the head to the embedding without the host: both live on the accelerator, which
         computes all that is between them. Then no pass waits until the host has seen the tokens of the one before."""
         outer = {unit.tier for unit in self.units if unit.kind in (UnitKind.EMBED, UnitKind.HEAD)}
-        is_whole = self.stage is None  # else the first rank embeds, and the last one chooses
+        # Else the first rank embeds and the last one chooses, or every rank does both, each for itself.
+        is_whole = self.stage is None and self.slices == 1
         return (
             is_whole and self.keep_kv and outer == {Tier.GPU} and all(unit.site.is_accelerator for unit in self.units)
         )

@@ -48,6 +48,11 @@ class StepKind(StrEnum):
     SEND_HIDDEN = "send_hidden"  # the same, to the next rank
     SEND_TOKENS = "send_tokens"  # next tokens, from the last rank to all others
     RECV_TOKENS = "recv_tokens"  # the same, on each of the others
+    MOVE_PARTIAL = "move_partial"  # a rank's part of a sum over all that share a layer, gpu -> cpu
+    REDUCE = "reduce"  # the sum, on every rank
+    MOVE_REDUCED = "move_reduced"  # the same, cpu -> gpu
+    MLP = "mlp"  # of a layer that ranks share: the sum behind its attention -> MLP, a part of the next sum
+    ADD = "add"  # the last sum of a layer -> hidden
 
 
 class Step(NamedTuple):

@@ -14,6 +14,7 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress
 from flexgen_bench.core.record import LinkUse, SystemReport
 from flexgen_bench.core.sampling_params import SamplingParams
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
@@ -50,26 +51,33 @@ class FlexGenSystem(System):
         self._timeline = Timeline()
 
     def check(self) -> None:
-        self._division().open_device()
+        division, spec = self._division(), self.spec
+        division.open_device()
+        if division.ranks > 1:
+            division.check(spec.model.shape, spec.dtype, spec.lossy.weights)
 
     def _division(self) -> Division:
         return divide(self.spec.hardware, self.spec.threads)
 
     def is_prepared(self) -> bool:
-        return PackedWeights.is_packed(
-            self.files.checkpoint, self.spec.dtype, self.files.cache, self.spec.lossy.weights
+        files, spec = self.files, self.spec
+        return all(
+            PackedWeights.is_packed(files.checkpoint, spec.dtype, files.cache, spec.lossy.weights, part)
+            for part in spec.hardware.slices
         )
 
     def prepare(self) -> None:
-        """Pack the checkpoint's weights, once per model, dtype and compression."""
-        self._pack()
+        """Pack the checkpoint's weights, once per model, dtype and compression; of ranks that share layers, each
+        slice."""
+        for part in self.spec.hardware.slices:
+            self._pack(part)
 
-    def _pack(self) -> PackedWeights:
+    def _pack(self, part: Slice | None) -> PackedWeights:
         def on_packed(done: int, total: int) -> None:
             _stage.info("packing weights", extra={"progress": ("convert", done, total, "B")})
 
         return PackedWeights.from_checkpoint(
-            self.files.checkpoint, self.spec.dtype, self.files.cache, on_packed, self.spec.lossy.weights
+            self.files.checkpoint, self.spec.dtype, self.files.cache, on_packed, self.spec.lossy.weights, part
         )
 
     def default_batch_size(self) -> int:
@@ -80,12 +88,14 @@ class FlexGenSystem(System):
     def load(self, batch_size: int) -> None:
         self._release()
         workload = self.spec.workload
-        weights, division = self._pack(), self._division()
+        division = self._division()
+        weights = self._pack(division.part)
         if division.ranks > 1 and self._ranks is None:
             files, own = self.files, (division.hardware, division.threads)
             setup = Setup(
                 *(files.checkpoint, self.spec.dtype, files.cache, self.spec.lossy.weights, *own, files.scratch),
                 gpu_cap=True,
+                shared=division.shared,
             )
             self._ranks = Ranks(division, setup)
         engines = Engines(weights, division.open_device(), self.files.scratch, self._ranks)

@@ -41,8 +41,10 @@ def check_capable(kind: type[System], spec: CellSpec) -> None:
     if accelerator not in able.accelerators:
         known = ", ".join(able.accelerators)
         raise CannotRun(f"{spec.system} runs on {known}, not on {accelerator}")
-    if spec.hardware.count > 1 and not able.ranks:
-        raise CannotRun(f"{spec.system} computes on one device here, not on gpu.count={spec.hardware.count}")
+    for name in ("count", "tensor_parallel"):
+        ranks = getattr(spec.hardware, name)
+        if ranks > 1 and not able.ranks:
+            raise CannotRun(f"{spec.system} computes on one device here, not on gpu.{name}={ranks}")
     refused = [name for name in spec.lossy.changed if name not in able.lossy]
     if refused:
         keys = ", ".join(f"policy.lossy.{name}" for name in refused)

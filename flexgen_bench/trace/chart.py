@@ -51,6 +51,11 @@ COLOURS: dict[str, str] = {
     StepKind.SEND_HIDDEN: "#a8325d",
     StepKind.SEND_TOKENS: "#c9a0ae",
     StepKind.RECV_TOKENS: "#dcc2cb",
+    StepKind.MOVE_PARTIAL: "#9c8bd9",
+    StepKind.REDUCE: "#7a63c7",
+    StepKind.MOVE_REDUCED: "#c3b8ea",
+    StepKind.MLP: "#f5a040",
+    StepKind.ADD: "#fbd9b0",
 }
 _UNKNOWN = "#bbbbbb"
 

@@ -103,8 +103,8 @@ def all_passes(case: Case, plan: MemoryPlan) -> list[list[Step]]:
     return found
 
 
-def all_steps(case: Case) -> list[Step]:
-    return [step for steps in all_passes(case, case.plan) for step in steps]
+def all_steps(case: Case, plan: MemoryPlan | None = None) -> list[Step]:
+    return [step for steps in all_passes(case, plan or case.plan) for step in steps]
 
 
 def meaning(steps: list[Step]) -> list[tuple[object, ...]]:
@@ -122,11 +122,12 @@ def meaning(steps: list[Step]) -> list[tuple[object, ...]]:
 def any_legal_order(steps: list[Step], rng: random.Random) -> list[Step]:
     """Run the lanes at random speeds, respecting only lane order and derived dependencies."""
     tracker = DependencyTracker()
-    queues: dict[Lane, deque[tuple[Step, int, dict[Lane, int]]]] = {lane: deque() for lane in Site.GPU.lanes}
+    lanes = (*Site.GPU.lanes, Site.GPU.net_out)
+    queues: dict[Lane, deque[tuple[Step, int, dict[Lane, int]]]] = {lane: deque() for lane in lanes}
     for step in steps:
         number, waits = tracker.add(step)
         queues[step.lane].append((step, number, waits))
-    done = dict.fromkeys(Site.GPU.lanes, 0)
+    done = dict.fromkeys(lanes, 0)
     order = []
     while any(queues.values()):
         ready = [

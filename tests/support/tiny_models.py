@@ -206,7 +206,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def random_model(name: str, seed: int = 0) -> Any:
     """A model with weights large enough that greedy tokens vary and ties do not occur."""
     torch.manual_seed(seed)
-    model = (MODELS | FAMILIES)[name]()
+    return with_random_weights((MODELS | FAMILIES)[name](), name)
+
+
+def with_random_weights(model: Any, name: str) -> Any:
+    """The same of any model; name: with its family in it."""
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = re.search(r"(norm|ln_1|ln_f)\.weight$", parameter_name)
