@@ -20,7 +20,13 @@ LARGEST_BLOCK, LARGEST_MICRO_BATCH = 1024, 256
 
 
 def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
-    """All of them, those that usually bring most first. Some do not fit."""
+    """All of them, those that usually bring most first. Some do not fit. None states a moved share of no cache."""
+    for other in _changed_once(space, policy):
+        is_idle = other.kv_moved and not other.kv_cache.share(Tier.CPU)
+        yield replace(other, kv_moved=0.0) if is_idle else other
+
+
+def _changed_once(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     yield from _batches(space, policy)
     yield from _sites(space, policy)
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):

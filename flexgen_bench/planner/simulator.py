@@ -1,7 +1,6 @@
 """Simulates the steps of a job on lanes: time is computed instead of spent.
 
 The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
-The same steps, in the same order, with the same dependencies as the engine's executor runs: each lane in order, each
 step as soon as what it waits for is done, the next pass when the host has seen the tokens of the one before, or when
 they are on the accelerator if they stay there.
 
