@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, islice, zip_longest
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.choice import Choice
@@ -201,10 +202,13 @@ class Search:
         return divided if self.tok_per_s(divided) > GAIN * reached and full(divided) > GAIN * full(best) else best
 
     def _divided_starts(self, best: Policy, least: float) -> Iterator[Policy]:
-        """None if no program's bound is above ``least``."""
+        """Of both schedules in turn, since what one loses to waiting is not in its bound; none if no program's bound is
+        above ``least``."""
         with part(0.0, _DIVIDED_PROGRAMS):
-            candidates = self._solver.divided(best, least, report)[:OF_A_KIND]
-        for fitted in map(self._solver.fitted, candidates):
+            candidates = self._solver.divided(best, least, report)
+        of_each = ([one for one in candidates if one.policy.schedule is schedule] for schedule in Schedule)
+        in_turn = filter(None, chain.from_iterable(zip_longest(*of_each)))
+        for fitted in map(self._solver.fitted, islice(in_turn, 2 * OF_A_KIND)):
             if fitted is not None:
                 yield fitted.policy
         if candidates and best.kv_cache.share(Tier.CPU):

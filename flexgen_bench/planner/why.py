@@ -42,13 +42,15 @@ class Alternative:
 
 
 def way_of_working(policy: Policy) -> object:
-    """What makes two policies ways of working that have to be explained apart."""
+    """What makes two policies ways of working that have to be explained apart. Where nothing is below the gpu, how it
+    is brought there, or computed with, is no way of working."""
+    weights, experts = policy.weights, policy.experts or policy.weights
     return (
         policy.schedule,
-        policy.attention,
+        policy.attention if policy.kv_cache.gpu < 1 else None,
         policy.kv_moved > 0,
-        policy.offloaded,
-        policy.expert_loads,
+        policy.offloaded if min(weights.gpu, experts.gpu) < 1 else None,
+        policy.expert_loads if experts.gpu < 1 else None,
         policy.lossy,
         policy.kv_cache.share(Tier.GPU) > _SOME,
         policy.lowest_tier is Tier.DISK,
@@ -56,15 +58,15 @@ def way_of_working(policy: Policy) -> object:
 
 
 def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]:
-    """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
-    while they do."""
+    """Of the job's time, by link or processor, 1 at most: of a link what its bytes take, as lanes that share it are
+    both busy while they do. Of few simulated passes, whose loads were ahead, that may look like more."""
     busy, moved = times.busy_s(), times.moved_bytes()
     shares = dict.fromkeys((lane.link for lane in hardware.lanes), 0.0)
     for lane, seconds in busy.items():
         rate = hardware.link_rate(lane) if lane.is_link else None
         share = (moved.get(lane, 0) / rate if rate else seconds) / times.total_s
         shares[lane.link] = shares.get(lane.link, 0.0) + share
-    return shares
+    return {link: min(1.0, share) for link, share in shares.items()}
 
 
 def _name(lane: Lane) -> str:
@@ -161,15 +163,16 @@ def _differences(policy: Policy, other: Policy) -> Iterator[str]:
     """What the other does otherwise."""
     if other.schedule is not policy.schedule:
         yield f"{'block by block' if other.schedule is Schedule.BLOCK else 'continuous schedule'}"
-    if other.attention is not policy.attention:
+    if other.attention is not policy.attention and other.kv_cache.gpu < 1:
         yield f"attention on the {'processor' if other.attention is AttentionSite.CPU else 'gpu'}"
     # Where the gpu attends, all of it is moved, which the line before has said.
     if other.attention is AttentionSite.CPU and abs(other.kv_moved - policy.kv_moved) > _SHOWS:
         yield f"{other.kv_moved:.0%} of the cache in host memory moved" if other.kv_moved else "none of the cache moved"
-    if other.offloaded is not policy.offloaded:
+    experts = other.experts or other.weights
+    if other.offloaded is not policy.offloaded and min(other.weights.gpu, experts.gpu) < 1:
         here = other.offloaded is Offloaded.IN_PLACE
         yield f"offloaded layers {'computed where they lie' if here else 'moved to the gpu'}"
-    if other.expert_loads is not policy.expert_loads:
+    if other.expert_loads is not policy.expert_loads and experts.gpu < 1:
         yield f"{'touched' if other.expert_loads is ExpertLoads.TOUCHED else 'all'} experts loaded"
     if other.lossy != policy.lossy:
         yield str(other.lossy)

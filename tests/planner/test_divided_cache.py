@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
 from flexgen_bench.core.compression import EXACT
 from flexgen_bench.core.job import Job
-from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, Tier
 from flexgen_bench.planner.candidates import DIVIDED, Candidates
 from flexgen_bench.planner.evaluator import Evaluator
@@ -116,3 +117,13 @@ def test_the_plan_knows_what_share_is_really_moved(place: Placement) -> None:
 def test_layers_in_place_move_no_cache() -> None:
     policy = Policy(6, 1, CPU, CPU, CPU, attention=AttentionSite.CPU, kv_moved=0.5, offloaded=Offloaded.IN_PLACE)
     assert plan_of(policy).realised_kv_moved == 0
+
+
+def test_both_schedules_are_tried() -> None:
+    """Continuous schedules had the highest bounds, of which waiting left a third, and were all that was tried: OPT-6.7B
+    on a T4 stayed at 319 tokens/s, where blocks make 356."""
+    job = Job(SHAPE, DTYPE, MACHINE, 64, 8, None)
+    search = Search(SearchSpace(job, (EXACT,)))
+    starts = list(islice(search._divided_starts(PLAIN, 0.0), 4))
+    assert {start.schedule for start in starts} == set(Schedule)
+    assert all(0 < start.kv_moved < 1 for start in starts)

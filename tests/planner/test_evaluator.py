@@ -10,6 +10,7 @@ from flexgen_bench.core.policy import AttentionSite, Offloaded, Placement, Polic
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.evaluator import Evaluator
 from flexgen_bench.planner.forecast import forecast
+from flexgen_bench.planner.neighbours import neighbours
 from flexgen_bench.planner.search import Search
 from tests.planner.test_search import machine, space_of
 
@@ -56,6 +57,14 @@ def test_what_does_not_is_simulated_by_itself(what: str) -> None:
     for policy in (STREAMED, OTHER[what]):
         assert evaluator.fits(policy)
     assert evaluator.tried == 2
+
+
+def test_a_step_leaves_no_rounding_behind() -> None:
+    """What is left of a share that steps of 0.05 have used up made a policy one that uses the disk."""
+    policy = replace(RESIDENT, kv_cache=Placement(gpu=0.95 - 1e-12, disk=0.05 + 1e-12))
+    left = [one.kv_cache.disk for one in neighbours(ROOMY, policy)]
+    assert 0.0 in left
+    assert not any(0 < share < 1e-9 for share in left)
 
 
 def test_no_way_of_working_is_told_that_is_the_one_chosen() -> None:

@@ -102,3 +102,6 @@ def test_differences_are_those_there_are() -> None:
     assert told(kv_moved=0.0) == "none of the cache moved"
     assert told(kv_moved=0.0, attention=AttentionSite.COMPUTE) == "attention on the gpu"
     assert told(experts=half) == "experts 50% gpu + 50% cpu"
+    gpu = Placement.all_on(Tier.GPU)
+    assert told(kv_cache=gpu, kv_moved=0.0, attention=AttentionSite.COMPUTE) == "KV cache 100% gpu"
+    assert told(weights=gpu, offloaded=Offloaded.IN_PLACE) == "weights 100% gpu"
