@@ -42,15 +42,15 @@ class Alternative:
 
 
 def way_of_working(policy: Policy) -> object:
-    """What makes two policies ways of working that have to be explained apart. Where nothing is below the gpu, how it
-    is brought there, or computed with, is no way of working."""
+    """What makes two policies ways of working that have to be explained apart. Where nothing is below the gpu, what
+    would be done with it there makes no difference."""
     weights, experts = policy.weights, policy.experts or policy.weights
     return (
         policy.schedule,
-        policy.attention if policy.kv_cache.gpu < 1 else None,
+        policy.attention if policy.kv_cache.gpu < 1 else AttentionSite.COMPUTE,
         policy.kv_moved > 0,
-        policy.offloaded if min(weights.gpu, experts.gpu) < 1 else None,
-        policy.expert_loads if experts.gpu < 1 else None,
+        policy.offloaded if min(weights.gpu, experts.gpu) < 1 else Offloaded.MOVE,
+        policy.expert_loads if experts.gpu < 1 else ExpertLoads.ALL,
         policy.lossy,
         policy.kv_cache.share(Tier.GPU) > _SOME,
         policy.lowest_tier is Tier.DISK,
