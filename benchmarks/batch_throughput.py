@@ -13,7 +13,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from flexgen_bench.batch.plan import plan_text
 from flexgen_bench.batch.progress import BatchProgress
 from flexgen_bench.batch.run import Batch, Settings
 from flexgen_bench.batch.scan import in_order, scan
+from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.folders import path_argument
 from flexgen_bench.core.shard import Shard
 from flexgen_bench.requests.asked import Limits, Reader
+
+SYSTEMS = ("generate", "batch", "transformers")
 
 
 def requests(count: int, seed: int, prompt: int = 120, answer: int = 40) -> list[tuple[list[int], int]]:
@@ -84,17 +88,22 @@ def timed(name: str, work: Callable[[], object]) -> None:
     print(f"{name:<13} {time.perf_counter() - wall:8.1f} s {time.process_time() - cpu:8.1f} CPU s", flush=True)
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. The cache is the one that ``LLM`` takes where none is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--cache-dir", default=None)
+    parser.add_argument("--cache-dir", type=path_argument, default=default_cache_dir())
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--prompt", type=int, default=120, help="most tokens of a prompt")
     parser.add_argument("--answer", type=int, default=40, help="most new tokens")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", default=["generate", "batch", "transformers"])
-    options = parser.parse_args()
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parsed()
     workload = requests(options.requests, 0, options.prompt, options.answer)
     print(
         f"{options.requests} requests, {sum(len(p) for p, _ in workload)} + {sum(n for _, n in workload)} tokens",
@@ -109,7 +118,7 @@ def main() -> None:
         from flexgen_bench.llm.model_source import checkpoint_of
 
         torch.set_num_threads(options.threads)
-        folder, _ = checkpoint_of(options.model, "float32", Path(options.cache_dir), lambda *_: None)
+        folder, _ = checkpoint_of(options.model, "float32", options.cache_dir, lambda *_: None)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with (
         LLM(options.model, gpu="cpu", dtype="float32", cache_dir=options.cache_dir, threads=options.threads) as llm,

@@ -201,28 +201,28 @@ def library() -> Any:
         raise CannotRun(f"not installed: {MODULE}. Install it with: pip install {MODULE}=={VERSION}")
     try:
         with _own_waiting():
-            found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
+            loaded = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
     except (OSError, StopIteration) as error:
         again = f"pip install --force-reinstall --no-deps {MODULE}=={VERSION}"
         raise CannotRun(f"the library of {MODULE} cannot be loaded ({error!r}). Install it again: {again}") from error
     try:
         for name, result, arguments in _FUNCTIONS:
-            function = getattr(found, name)
+            function = getattr(loaded, name)
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
         raise _other_version(str(error)) from error
     for made, defaults in (
-        (found.llama_model_default_params(), _MODEL_DEFAULTS),
-        (found.llama_context_default_params(), _CONTEXT_DEFAULTS),
+        (loaded.llama_model_default_params(), _MODEL_DEFAULTS),
+        (loaded.llama_context_default_params(), _CONTEXT_DEFAULTS),
     ):
         for field, value in defaults.items():
             if getattr(made, field) != value:
                 raise _other_version(f"{type(made).__name__}.{field} is {getattr(made, field)!r}, not {value!r}")
     callback = LOG_CALLBACK(_heard)
-    vars(found)["heard"] = callback  # must outlive the library's use of it
-    found.llama_log_set(callback, None)
-    found.llama_backend_init()
-    return found
+    vars(loaded)["heard"] = callback  # must outlive the library's use of it
+    loaded.llama_log_set(callback, None)
+    loaded.llama_backend_init()
+    return loaded
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_bench.core.codec import as_mapping
 from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Status
@@ -79,11 +80,11 @@ def match(a: Sequence[StoredRecord], b: Sequence[StoredRecord]) -> Matched:
 def title_of(record: Record) -> str:
     """``default: flexgen (4-bit weights), opt-1.3b, 32-32, bfloat16, cpu``."""
     spec = record.spec
-    model, workload, hardware = (_mapping(spec.get(k)) for k in ("model", "workload", "hardware"))
+    model, workload, hardware = (as_mapping(spec.get(k)) for k in ("model", "workload", "hardware"))
     system = str(spec.get("system", "?"))
     if not lossy_of(record).is_exact:
         system += f" ({lossy_of(record)})"
-    shape = _mapping(model.get("shape")).get("name", "?")
+    shape = as_mapping(model.get("shape")).get("name", "?")
     parts = (system, shape, workload.get("name", "?"), spec.get("dtype", "?"), hardware.get("name", "?"))
     return f"{suite_folder(record.suite)}: " + ", ".join(str(part) for part in parts)
 
@@ -144,13 +145,9 @@ def _is_one_cell(records: Sequence[StoredRecord]) -> bool:
 
 def _may_differ(a: Record, b: Record) -> bool:
     """Another machine has other memory. On one machine another cap is another cell."""
-    caps = [[_mapping(r.spec.get("hardware")).get(cap) for cap in _CAPS] for r in (a, b)]
+    caps = [[as_mapping(r.spec.get("hardware")).get(cap) for cap in _CAPS] for r in (a, b)]
     return caps[0] == caps[1] or machine_of(a.environment) != machine_of(b.environment)
 
 
 def _titles(records: Sequence[StoredRecord]) -> tuple[str, ...]:
     return tuple(sorted({title_of(stored.record) for stored in records}))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -51,6 +51,12 @@ def from_json(kind: type[Kind], data: Any, at: str, *, complete: bool = False) -
     return value
 
 
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a document that another version may have written; an empty one if it is not there, or is no
+    mapping."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def without_none(hint: Any) -> Any:
     """``X`` for ``X | None``; the hint itself otherwise."""
     if get_origin(hint) not in (Union, UnionType):

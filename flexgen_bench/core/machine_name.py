@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_bench.core.codec import as_mapping
 from flexgen_bench.core.units import format_bytes
 
 
 def machine_of(environment: Mapping[str, Any]) -> str:
     """The kind of machine a record was measured on, as far as its environment tells; never a host name."""
-    cpu, memory = _mapping(environment.get("cpu")), _mapping(environment.get("memory"))
+    cpu, memory = as_mapping(environment.get("cpu")), as_mapping(environment.get("memory"))
     gpus = environment.get("gpus")
-    parts = [str(_mapping(gpu).get("name")) for gpu in (gpus if isinstance(gpus, list) else [])]
+    parts = [str(as_mapping(gpu).get("name")) for gpu in (gpus if isinstance(gpus, list) else [])]
     if cpu.get("model"):
         parts.append(str(cpu["model"]))
     if cpu.get("usable_cores"):
@@ -23,7 +24,3 @@ def machine_of(environment: Mapping[str, Any]) -> str:
     if isinstance(total, int) and not isinstance(total, bool):
         parts.append(f"{format_bytes(total)} of memory")
     return ", ".join(parts)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -144,9 +144,11 @@ class Candidates:
                 del known[of_a_kind:]
         return [known for known in by_way.values() if known]
 
-    def divided(self, like: Policy, least: float) -> list[Candidate]:
+    def divided(
+        self, like: Policy, least: float, watch: Callable[[float], None] = lambda share: None
+    ) -> list[Candidate]:
         """Of batch shapes whose cache may be divided, beside the one of a policy and compressed like that: those whose
-        bounds are above ``least``, best first."""
+        bounds are above ``least``, best first. watch: as in ``ways``."""
         others = (shape for shape in batch_shapes(self.space) if shape.lossy == like.lossy)
         shapes = (
             replace(shape, attention=AttentionSite.CPU, kv_moved=DIVIDED)
@@ -154,7 +156,9 @@ class Candidates:
             if shape.offloaded is Offloaded.MOVE and shape.expert_loads is ExpertLoads.ALL
         )
         found: list[Candidate] = []
-        for shape in dict.fromkeys(shapes):
+        different = list(dict.fromkeys(shapes))
+        for number, shape in enumerate(different):
+            watch(number / len(different))
             problem = self._problem(shape)
             if self._bound(shape, problem) > least:
                 found += self.solved(shape, problem)

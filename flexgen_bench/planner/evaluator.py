@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from flexgen_bench.core.errors import DoesNotFit
-from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.policy import AttentionSite, Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.model import Model
 from flexgen_bench.models.packing import PackedModel
@@ -16,6 +17,7 @@ from flexgen_bench.planner.pass_kinds import POINTS as POINTS_OF_A_CHOICE
 from flexgen_bench.planner.planned_units import unit_tiers
 from flexgen_bench.planner.search_space import SearchSpace
 from flexgen_bench.planner.why import Alternative, busy_shares, way_of_working
+from flexgen_bench.schedule.passes import chunk_len
 from flexgen_bench.schedule.scheduled_job import UnitKind
 
 # A deeper model is judged by so many of its layers: they are alike. More, up to twice as many, where a tier would have
@@ -37,6 +39,7 @@ class Evaluator:
         self.space = space
         self.steps = 0
         self._known: dict[Policy, Forecast | None] = {}  # None: does not fit
+        self._simulated: dict[object, Forecast] = {}  # by what runs: many policies come to the same
         self._in_full: dict[Policy, Forecast] = {}
 
     @property
@@ -46,21 +49,21 @@ class Evaluator:
 
     @property
     def tried(self) -> int:
-        """Policies that were looked at."""
-        return len(self._known)
+        """Policies that were simulated, those that come to the same once."""
+        return len(self._simulated)
 
     def tok_per_s(self, policy: Policy) -> float:
         """On simulated lanes; 0 for what does not fit or takes too long."""
-        times = self._simulated(policy)
+        times = self._forecast(policy)
         return 0.0 if times is None else self._speed(policy, times)
 
     def full_tok_per_s(self, policy: Policy) -> float:
         """The same, on all layers where that does not take too long."""
-        return self._speed(policy, self._full(policy)) if self._simulated(policy) else 0.0
+        return self._speed(policy, self._full(policy)) if self._forecast(policy) else 0.0
 
     def fits(self, policy: Policy) -> bool:
         """Whether there is room for it, however long it takes."""
-        return self._simulated(policy) is not None
+        return self._forecast(policy) is not None
 
     def of_choice(self, policy: Policy) -> Forecast:
         """Of the policy chosen, which fits: with as many passes of every kind as a given policy's forecast has."""
@@ -69,16 +72,20 @@ class Evaluator:
 
     def alternative(self, chosen: Policy) -> Alternative | None:
         """The fastest of what was simulated that works in another way and is no faster."""
-        mine, most = way_of_working(chosen), self.tok_per_s(chosen)
-        others = [p for p in self._known if way_of_working(p) != mine and 0 < self.tok_per_s(p) <= most]
+        mine, most, times = way_of_working(chosen), self.tok_per_s(chosen), self._forecast(chosen)
+        others = [
+            policy
+            for policy, its in self._known.items()
+            if its is not times and way_of_working(policy) != mine and 0 < self.tok_per_s(policy) <= most
+        ]
         best = max(others, key=self.tok_per_s, default=None)
         if best is None:
             return None
-        times = self._simulated(best)
+        times = self._forecast(best)
         assert times is not None, "it has a speed"
         return Alternative(best, self.tok_per_s(best) / most, busy_shares(times, self.space.job.hardware))
 
-    def _simulated(self, policy: Policy) -> Forecast | None:
+    def _forecast(self, policy: Policy) -> Forecast | None:
         """Once, however often it is asked about."""
         if policy not in self._known:
             try:
@@ -91,7 +98,7 @@ class Evaluator:
 
     def _full(self, policy: Policy) -> Forecast:
         """Of a policy that fits. On all layers it does not count as a try."""
-        times = self._simulated(policy)
+        times = self._forecast(policy)
         assert times is not None, "what is chosen fits"
         if self._is_long(times):
             return times
@@ -115,9 +122,14 @@ class Evaluator:
         policy, few = plan.policy, self._like_all(plan) if self.is_deep else None
         if few is not None:
             plan = self.space.plan_of(plan.model.shallow(few), policy, self.space.count(policy))
-        times = forecast(plan, points=POINTS)
-        self.steps += times.steps
-        return times if few is None else times.deeper(self.space.num_layers / few, policy.overlap)
+        runs = few, what_runs(plan)
+        if runs not in self._simulated:
+            times = forecast(plan, points=POINTS)
+            self.steps += times.steps
+            if few is not None:
+                times = times.deeper(self.space.num_layers / few, policy.overlap)
+            self._simulated[runs] = times
+        return self._simulated[runs]
 
     def _like_all(self, plan: MemoryPlan) -> int:
         """How many layers lie on the tiers, and are rings, as all of them do, nearly. All, if a tier that has some
@@ -145,6 +157,20 @@ class Evaluator:
         if any(all_of_them[key] and not shares[key] for key in below):
             return plan.model.shape.num_layers
         return best
+
+
+def what_runs(plan: MemoryPlan) -> object:
+    """Equal for plans of like requests to a model whose passes are the same, whatever their policies say: shares may
+    come to the same whole layers and sequences, and choices may be about what there is nothing of."""
+    job, groups, policy = plan.job, plan.groups, plan.policy
+    if not any(span.is_delegated for kv_slot in groups.kv_slots for span in kv_slot.kv):
+        job = replace(job, attention=AttentionSite.COMPUTE)
+    if not job.buffers:
+        job = replace(job, weight_buffers=0)
+    chunk = chunk_len(policy, max(kv_slot.size for kv_slot in groups.kv_slots))
+    is_chunked = chunk is not None and chunk < groups.requests[0].prompt_len
+    passes = policy.schedule, policy.gpu_batch_size, policy.prefill_chunk if is_chunked else None, policy.overlap
+    return job, groups.kv_slots, len(groups.requests), len(groups.members), passes, policy.lossy
 
 
 # What has a share of the layers: those of a kind of unit on a tier, or the rings of a window.

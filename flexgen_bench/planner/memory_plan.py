@@ -55,6 +55,14 @@ class MemoryPlan:
         """Bytes on a tier of one device."""
         return sum(self.bytes.get(Site(tier, device), {}).values())
 
+    @property
+    def realised_kv_moved(self) -> float:
+        """Of the bytes of the cache in host memory, the part that is moved to the accelerator in every decode pass:
+        sequences are whole, and layers that the host computes read theirs in place."""
+        cached = self.bytes[self.job.site_of(Tier.CPU)].get("kv_cache", 0)
+        sizes = zip(self.kv_slots, self.groups.kv_slots, strict=True)
+        return sum(one.moved(kv_slot, self.job) for one, kv_slot in sizes) / cached if cached else 0.0
+
     def check(self, available: Mapping[Tier, int]) -> None:
         """Raise DoesNotFit if a site is too small: the profile's capacity of its tier, or what is ``available`` there
         to a plan now."""

@@ -13,6 +13,7 @@ from flexgen_bench.planner.resident_policies import SMALLEST_CHUNK
 from flexgen_bench.planner.search_space import SearchSpace
 
 _STEPS = (0.25, 0.05)  # shares that are moved between tiers at once, besides a single layer or sequence
+_NOTHING = 1e-9  # a share that rounding leaves: what is on a tier makes it one that is used
 _CHUNKS = (None, 8192, 4096, 2048, 1024)
 MOST_BUFFERS = 4
 # Larger ones gain nothing that shows: weights are paid for by then.
@@ -20,7 +21,13 @@ LARGEST_BLOCK, LARGEST_MICRO_BATCH = 1024, 256
 
 
 def neighbours(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
-    """All of them, those that usually bring most first. Some do not fit."""
+    """All of them, those that usually bring most first. Some do not fit. None states a moved share of no cache."""
+    for other in _changed_once(space, policy):
+        is_idle = other.kv_moved and not other.kv_cache.share(Tier.CPU)
+        yield replace(other, kv_moved=0.0) if is_idle else other
+
+
+def _changed_once(space: SearchSpace, policy: Policy) -> Iterator[Policy]:
     yield from _batches(space, policy)
     yield from _sites(space, policy)
     for prefetch in (policy.prefetch - 1, policy.prefetch + 1):
@@ -117,9 +124,10 @@ def _shifted(space: SearchSpace, placement: Placement, items: int) -> Iterator[P
         held = placement.share(source)
         for step in dict.fromkeys((1.0, *_STEPS, 1 / items)):
             moved = min(step, held)
-            if moved > 1e-9 and (step <= held or step == 1.0):
+            if moved > _NOTHING and (step <= held or step == 1.0):
                 shares = to_json(placement)
-                shares[source] = max(0.0, held - moved)
+                left = held - moved
+                shares[source] = left if left > _NOTHING else 0.0
                 shares[target] += moved
                 total = sum(shares.values())
                 yield Placement(**{tier: share / total for tier, share in shares.items()})

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, islice, zip_longest
 
 from flexgen_bench.core.errors import DoesNotFit, UserError
-from flexgen_bench.core.policy import AttentionSite, Placement, Policy
+from flexgen_bench.core.policy import AttentionSite, Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.candidates import Candidate, Candidates
 from flexgen_bench.planner.choice import Choice
 from flexgen_bench.planner.default_policy import default_policy
 from flexgen_bench.planner.evaluator import Evaluator
 from flexgen_bench.planner.neighbours import fine_neighbours, neighbours
-from flexgen_bench.planner.progress import report
+from flexgen_bench.planner.progress import part, report
 from flexgen_bench.planner.resident_policies import resident_policies
 from flexgen_bench.planner.search_space import SearchSpace
 
@@ -45,9 +46,11 @@ _PARTS = (1, 2, 3, 4, 6, 8)  # of a block, that several ranks start from, too
 NEAR = 0.8  # a start with so much of the best one's speed may lead further
 GAIN = 1.002  # what a change must bring to be taken
 
-# Shares of a search's time that are over once programs are solved, the best of them simulated, and single changes
-# tried; roughly.
-_PROGRAMS, _STARTS, _CHANGES = 0.25, 0.4, 0.8
+# Shares of a search's time that are over once programs are solved, the best of them simulated, single changes tried,
+# and the heuristic's policy changed; roughly. The rest is for caches that are divided.
+_PROGRAMS, _STARTS, _CHANGES, _HEURISTIC = 0.25, 0.4, 0.75, 0.85
+# Of that rest, once its programs are solved, and the best of them simulated.
+_DIVIDED_PROGRAMS, _DIVIDED_STARTS = 0.3, 0.6
 
 Neighbourhood = Callable[[SearchSpace, Policy], Iterator[Policy]]
 
@@ -71,14 +74,18 @@ class Search:
             best, starts = self._modest(), []
         near = [policy for policy in starts if self.tok_per_s(policy) > NEAR * self.tok_per_s(best)]
         near = near or [best]
-        parts = [_STARTS + (_CHANGES - _STARTS) * n / len(near) for n in range(len(near) + 1)]
-        ends = [self._changed(*one) for one in zip(near, parts[:-1], parts[1:], strict=True)]
-        report(_CHANGES)
+        ends = []
+        for number, start in enumerate(near):
+            with part(_STARTS, _CHANGES), part(number / len(near), (number + 1) / len(near)):
+                ends.append(self._changed(start))
         best = max(ends, key=self._evaluator.full_tok_per_s)
         heuristic = self._heuristic(best)
-        if heuristic is not None and self.tok_per_s(heuristic) > self.tok_per_s(best):
-            best = self._changed(heuristic, _CHANGES, 1.0)
-        best = self._divided_anew(self._cache_divided(best))
+        with part(_CHANGES, _HEURISTIC):
+            if heuristic is not None and self.tok_per_s(heuristic) > self.tok_per_s(best):
+                best = self._changed(heuristic)
+        with part(_HEURISTIC, 1.0):
+            best = self._cache_divided(best)
+        best = self._divided_anew(best)
         latest = self.space.job.max_latency_s
         if not self.tok_per_s(best) and latest is not None:
             raise self._too_late(latest)
@@ -89,7 +96,8 @@ class Search:
         then the next of those whose bounds are above what has been reached; of the very best, with a single staging
         buffer, too (nothing is loaded ahead then, but more has room in memory)."""
         solver, evaluator = self._solver, self._evaluator
-        ways = solver.ways(OF_A_KIND, lambda share: report(_PROGRAMS * share))
+        with part(0.0, _PROGRAMS):
+            ways = solver.ways(OF_A_KIND, report)
         started: list[Candidate] = []
         best = 0.0
         budget = START_BUDGET * len(self.space.lossies)
@@ -146,16 +154,15 @@ class Search:
         except DoesNotFit:
             return None
 
-    def _changed(self, best: Policy, begin: float, end: float) -> Policy:
-        """Where single changes lead, coarse ones and then fine ones. begin, end: as shares of the search, for who
-        watches it."""
+    def _changed(self, best: Policy) -> Policy:
+        """Where single changes lead, coarse ones and then fine ones."""
         begun, most = self._evaluator.steps, STEP_BUDGET + FINE_BUDGET
 
         def steps() -> int:
             return self._evaluator.steps - begun
 
         def watch() -> None:
-            report(begin + (end - begin) * steps() / most)
+            report(steps() / most)
 
         best = self._improved(best, neighbours, lambda: steps() >= STEP_BUDGET, watch)
         return self._improved(best, fine_neighbours, lambda: steps() >= most, watch)
@@ -183,24 +190,35 @@ class Search:
         reached, evaluator = self.tok_per_s(best), self._evaluator
         begun, speeds = evaluator.steps, dict[Policy, float]()
         for start in self._divided_starts(best, WORTH * reached):
-            if evaluator.steps - begun >= START_BUDGET:
+            spent = (evaluator.steps - begun) / START_BUDGET
+            if spent >= 1:
                 break
+            report(_DIVIDED_PROGRAMS + (_DIVIDED_STARTS - _DIVIDED_PROGRAMS) * spent)
             speeds[start] = self.tok_per_s(start)
         start = max(speeds, key=lambda policy: speeds[policy], default=best)
         if start is best or speeds[start] <= NEAR * reached:
             return best
         begun = evaluator.steps
-        divided = self._improved(
-            start, neighbours, lambda: evaluator.steps - begun >= FINE_BUDGET, lambda: report(_CHANGES)
-        )
+
+        def spent_on_changes() -> float:
+            return (evaluator.steps - begun) / FINE_BUDGET
+
+        with part(_DIVIDED_STARTS, 1.0):
+            divided = self._improved(
+                start, neighbours, lambda: spent_on_changes() >= 1, lambda: report(spent_on_changes())
+            )
         # On all layers, too, as what is not divided was.
         full = evaluator.full_tok_per_s
         return divided if self.tok_per_s(divided) > GAIN * reached and full(divided) > GAIN * full(best) else best
 
     def _divided_starts(self, best: Policy, least: float) -> Iterator[Policy]:
-        """None if no program's bound is above ``least``."""
-        candidates = self._solver.divided(best, least)[:OF_A_KIND]
-        for fitted in map(self._solver.fitted, candidates):
+        """Of both schedules in turn, since what one loses to waiting is not in its bound; none if no program's bound is
+        above ``least``."""
+        with part(0.0, _DIVIDED_PROGRAMS):
+            candidates = self._solver.divided(best, least, report)
+        of_each = ([one for one in candidates if one.policy.schedule is schedule] for schedule in Schedule)
+        in_turn = filter(None, chain.from_iterable(zip_longest(*of_each)))
+        for fitted in map(self._solver.fitted, islice(in_turn, 2 * OF_A_KIND)):
             if fitted is not None:
                 yield fitted.policy
         if candidates and best.kv_cache.share(Tier.CPU):

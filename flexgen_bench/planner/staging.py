@@ -23,6 +23,15 @@ class KVSlotBytes:
     tails: Mapping[int | None, tuple[int, ...]]
     hidden: tuple[int, ...]
 
+    def moved(self, kv_slot: KVSlot, job: ScheduledJob) -> int:
+        """Of the cache in host memory, what goes to the accelerator in every decode pass. kv_slot: the one it is of."""
+        return sum(
+            size * sum(unit.site.is_accelerator for unit in layers)
+            for ring, layers in job.rings.items()
+            for span, size in zip(kv_slot.kv, self.kv[ring], strict=True)
+            if span.tier is Tier.CPU and span.is_moved
+        )
+
 
 @dataclass(frozen=True)
 class Staging:

@@ -13,6 +13,7 @@ from flexgen_bench.core.units import format_bytes
 from flexgen_bench.planner.forecast import Forecast
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.planner.search_space import SearchSpace
+from flexgen_bench.schedule.scheduled_job import UnitKind
 
 _LANES = {
     LaneKind.DISK_READ: "reading from disk",
@@ -26,6 +27,7 @@ _LANES = {
     LaneKind.NET_TOKENS: "waiting for tokens",
 }
 _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
+_PLACED = (("weights", "weights"), ("experts", "experts"), ("KV cache", "kv_cache"), ("hidden states", "activations"))
 _WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
 _HARDLY = 0.005  # of the speed: what loses less is as good
 _SOME = 0.02  # a share of the cache on the gpu that is another way of working
@@ -43,13 +45,15 @@ class Alternative:
 
 
 def way_of_working(policy: Policy) -> object:
-    """What makes two policies ways of working that have to be explained apart."""
+    """What makes two policies ways of working that have to be explained apart. Where nothing is below the gpu, what
+    would be done with it there makes no difference."""
+    weights, experts = policy.weights, policy.experts or policy.weights
     return (
         policy.schedule,
-        policy.attention,
+        policy.attention if policy.kv_cache.gpu < 1 else AttentionSite.COMPUTE,
         policy.kv_moved > 0,
-        policy.offloaded,
-        policy.expert_loads,
+        policy.offloaded if min(weights.gpu, experts.gpu) < 1 else Offloaded.MOVE,
+        policy.expert_loads if experts.gpu < 1 else ExpertLoads.ALL,
         policy.lossy,
         policy.kv_cache.share(Tier.GPU) > _SOME,
         policy.lowest_tier is Tier.DISK,
@@ -57,15 +61,15 @@ def way_of_working(policy: Policy) -> object:
 
 
 def busy_shares(times: Forecast, hardware: HardwareProfile) -> dict[Lane, float]:
-    """Of the job's time, by link or processor: of a link what its bytes take, as lanes that share it are both busy
-    while they do."""
+    """Of the job's time, by link or processor, 1 at most: of a link what its bytes take, as lanes that share it are
+    both busy while they do. Of few simulated passes, whose loads were ahead, that may look like more."""
     busy, moved = times.busy_s(), times.moved_bytes()
     shares = dict.fromkeys((lane.link for lane in hardware.lanes), 0.0)
     for lane, seconds in busy.items():
         rate = hardware.link_rate(lane) if lane.is_link else None
         share = (moved.get(lane, 0) / rate if rate else seconds) / times.total_s
         shares[lane.link] = shares.get(lane.link, 0.0) + share
-    return shares
+    return {link: min(1.0, share) for link, share in shares.items()}
 
 
 def _name(lane: Lane) -> str:
@@ -91,41 +95,50 @@ def _bound(busy: Mapping[Lane, float]) -> str:
 
 
 def _placed(space: SearchSpace, plan: MemoryPlan) -> Iterator[str]:
-    site, policy = plan.job.site, plan.policy
-    here = site.tier
-    there = f"{_TIERS[here]} of {format_bytes(round(space.capacity(here)))}"
+    policy, here = plan.policy, plan.job.site.tier
+    capacity = space.capacity(here)
+    left = capacity - plan.total(here, plan.job.device)
     held = {site.tier: parts.get("weights", 0) for site, parts in plan.bytes.items()}
-    yield f"{_lies('weights', held, here)}{_too_large(held, here, f'than the {there} has room for')}"
+    text = _lies("weights", held)
+    if _away(held, here) > left:
+        there = f"the {_TIERS[here]} of {format_bytes(round(capacity))} has room for"
+        text += f", more than {there}{'' if sum(held.values()) > capacity else ' beside the rest'}"
+    yield text
     if policy.experts is not None:
         yield _of_experts(plan, here)
     cache = {site.tier: parts.get("kv_cache", 0) for site, parts in plan.bytes.items()}
     if sum(cache.values()):
-        text = _lies(f"the KV cache of {policy.block_size} sequences", cache, here)
-        text += _too_large(cache, here, "than fits beside them")
-        away = sum(cache.values()) - cache.get(here, 0)
-        if away and here is Tier.GPU:
-            text += _attended(policy)
+        text = _lies(f"the KV cache of {policy.block_size} sequences", cache)
+        text += ", more than fits beside them" if _away(cache, here) > left else ""
+        if _away(cache, here) and here is Tier.GPU:
+            text += _attended(plan, cache)
         yield text
 
 
-def _attended(policy: Policy) -> str:
-    if policy.attention is AttentionSite.COMPUTE:
-        return ", and is moved to the gpu for every token"
+def _attended(plan: MemoryPlan, cache: Mapping[Tier, int]) -> str:
+    """Where what is not on the gpu is attended to. cache: its bytes."""
+    layers = [unit for unit in plan.job.units if unit.kind is UnitKind.LAYER]
+    if not any(unit.site.is_accelerator for unit in layers):
+        return ", where the processor computes the layers"
+    if plan.policy.attention is AttentionSite.COMPUTE:
+        here = all(unit.site.is_accelerator for unit in layers)
+        return f", and is moved to the gpu for every token{'' if here else ' of the layers that it computes'}"
     text = ", and the processor attends to it there"
-    return f"{text}, but for {policy.kv_moved:.0%} that is moved to the gpu" if policy.kv_moved else text
+    moved = plan.realised_kv_moved * cache.get(Tier.CPU, 0) / sum(cache.values())
+    return f"{text}, but for {moved:.0%} of the cache that is moved to the gpu" if moved else text
 
 
 def _of_experts(plan: MemoryPlan, here: Tier) -> str:
     held = {site.tier: parts.get("experts", 0) for site, parts in plan.bytes.items()}
-    text = _lies("experts", held, here)
-    if held.get(here, 0) == sum(held.values()):
+    text = _lies("experts", held)
+    if not _away(held, here):
         return text
     if plan.policy.offloaded is Offloaded.IN_PLACE:
         return f"{text}, computed where they lie"
     return f"{text}, of which those that are touched are loaded" if plan.job.units[-1].on_demand else text
 
 
-def _lies(what: str, held: Mapping[Tier, int], here: Tier) -> str:
+def _lies(what: str, held: Mapping[Tier, int]) -> str:
     total = sum(held.values())
     used = [(tier, size) for tier, size in held.items() if size]
     places = ", ".join(
@@ -135,9 +148,9 @@ def _lies(what: str, held: Mapping[Tier, int], here: Tier) -> str:
     return f"{what} ({format_bytes(total)}) {places}"
 
 
-def _too_large(held: Mapping[Tier, int], here: Tier, more: str) -> str:
-    """Why not all of it is where it is used."""
-    return f", more {more}" if held.get(here, 0) < sum(held.values()) else ""
+def _away(held: Mapping[Tier, int], here: Tier) -> int:
+    """Bytes that are not where they are used."""
+    return sum(held.values()) - held.get(here, 0)
 
 
 def _loses(policy: Policy, other: Alternative) -> str:
@@ -153,18 +166,23 @@ def _differences(policy: Policy, other: Policy) -> Iterator[str]:
     """What the other does otherwise."""
     if other.schedule is not policy.schedule:
         yield f"{'block by block' if other.schedule is Schedule.BLOCK else 'continuous schedule'}"
-    if other.attention is not policy.attention:
+    if other.attention is not policy.attention and other.kv_cache.gpu < 1:
         yield f"attention on the {'processor' if other.attention is AttentionSite.CPU else 'gpu'}"
-    if abs(other.kv_moved - policy.kv_moved) > _SHOWS:
+    # Where the gpu attends, all of it is moved, which the line before has said.
+    if other.attention is AttentionSite.CPU and abs(other.kv_moved - policy.kv_moved) > _SHOWS:
         yield f"{other.kv_moved:.0%} of the cache in host memory moved" if other.kv_moved else "none of the cache moved"
-    if other.offloaded is not policy.offloaded:
+    experts = other.experts or other.weights
+    if other.offloaded is not policy.offloaded and min(other.weights.gpu, experts.gpu) < 1:
         here = other.offloaded is Offloaded.IN_PLACE
         yield f"offloaded layers {'computed where they lie' if here else 'moved to the gpu'}"
-    if other.expert_loads is not policy.expert_loads:
+    if other.expert_loads is not policy.expert_loads and experts.gpu < 1:
         yield f"{'touched' if other.expert_loads is ExpertLoads.TOUCHED else 'all'} experts loaded"
     if other.lossy != policy.lossy:
         yield str(other.lossy)
-    for name, kind in (("weights", "weights"), ("experts", "experts"), ("KV cache", "kv_cache")):
+    apart = policy.experts is not None or other.experts is not None
+    for name, kind in _PLACED:
+        if kind == "experts" and not apart:
+            continue
         # Experts that have no placement of their own lie with their layers.
         mine, its = (one.placements.get(kind, one.weights) for one in (policy, other))
         if any(abs(mine.share(tier) - its.share(tier)) > _SHOWS for tier in Tier):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flexgen_bench.core.codec import as_mapping
 from flexgen_bench.core.digits import settled
 from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.metrics import DECODE, GENERATION, PREFILL, Summary, bytes_per_s, summarise
@@ -114,22 +115,22 @@ def group_key(record: Record) -> str:
     # What is known about a machine's speed changes with every calibration, and changes no result; nor do the words in
     # which a cap was asked for.
     known = ("sources", "rates", "weight_shares")
-    hardware = {k: v for k, v in _mapping(spec.get("hardware")).items() if k not in known}
+    hardware = {k: v for k, v in as_mapping(spec.get("hardware")).items() if k not in known}
     return json.dumps([*parts, hardware], sort_keys=True)
 
 
 def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
     record = stored.record
     spec = record.spec
-    model, workload = _mapping(spec.get("model")), _mapping(spec.get("workload"))
-    hardware = _mapping(spec.get("hardware"))
+    model, workload = as_mapping(spec.get("model")), as_mapping(spec.get("workload"))
+    hardware = as_mapping(spec.get("hardware"))
     ok = record.status is Status.OK
     return Row(
         group=group,
         machine=machine_of(record.environment),
         stored=stored,
         system=str(spec.get("system", "")),
-        model=str(_mapping(model.get("shape")).get("name", "")),
+        model=str(as_mapping(model.get("shape")).get("name", "")),
         weights=str(model.get("weights", "")),
         dtype=str(spec.get("dtype", "")),
         workload=str(workload.get("name", "")),
@@ -162,7 +163,7 @@ def _devices(hardware: Mapping[str, Any]) -> str:
 
 def _memory(record: Record, hardware: Mapping[str, Any]) -> Memory:
     cap, peaks = record.memory_cap, record.report.peak_bytes
-    process = _mapping(record.environment.get("process"))
+    process = as_mapping(record.environment.get("process"))
     counted = (cap.get("peak_bytes"), process.get("peak_resident_bytes"), peaks.get(Tier.CPU.value))
     limit = _count(cap.get("requested_bytes"))
     return Memory(
@@ -195,10 +196,10 @@ def _disk_reads(record: Record) -> DiskReads | None:
 
 def kernel_read_bytes(record: Record) -> int | None:
     """Bytes that the kernel fetched from storage for the cell's process, over all repetitions."""
-    per_repetition = _mapping(record.environment.get("process")).get("io_per_repetition")
+    per_repetition = as_mapping(record.environment.get("process")).get("io_per_repetition")
     if not isinstance(per_repetition, list) or len(per_repetition) != len(record.samples):
         return None
-    counts = [_count(_mapping(io).get("storage_read_bytes")) for io in per_repetition]
+    counts = [_count(as_mapping(io).get("storage_read_bytes")) for io in per_repetition]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
@@ -232,10 +233,6 @@ def _prompt_tokens(workload: Mapping[str, Any]) -> str:
     longest, shortest = workload.get("prompt_len"), workload.get("min_prompt_len")
     mixed = workload.get("kind") == "text" and shortest != longest
     return f"{shortest}-{longest}" if mixed else str(longest)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _count(value: Any) -> int | None:

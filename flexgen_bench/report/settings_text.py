@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_bench.core.codec import as_mapping
 from flexgen_bench.core.digits import significant
 
 # Told elsewhere on a card, or too long for a cell.
@@ -31,7 +32,8 @@ def policy_text(policy: Any) -> str:
     for key, name in _PLACED:
         if isinstance(policy.get(key), Mapping):
             parts.append(f"{name} {placement_text(policy[key])}")
-    if policy.get("attention") == "cpu":
+    # Of a cache that is on the gpu altogether it says nothing.
+    if policy.get("attention") == "cpu" and as_mapping(policy.get("kv_cache")).get("gpu") != 1:
         moved = policy.get("kv_moved")
         parts.append("attention on the cpu" + (f", {_percent(moved)} of the cache there moved" if moved else ""))
     if policy.get("offloaded") == "in_place":

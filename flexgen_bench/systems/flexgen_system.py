@@ -149,6 +149,7 @@ class FlexGenSystem(System):
                 "kv_cache": dict(plan.realised_kv_cache),
                 "activations": dict(plan.realised_activations),
                 **({} if plan.realised_experts is None else {"experts": dict(plan.realised_experts)}),
+                **({"kv_moved": plan.realised_kv_moved} if policy.kv_moved else {}),
                 "bytes": {site.name: dict(parts) for site, parts in plan.bytes.items()},
                 "allocated": {site.name: dict(parts) for site, parts in self._results[-1].allocated.items()},
             },

@@ -190,7 +190,14 @@ def test_values_that_hydra_would_stumble_over(run, override: str, message: str) 
 def test_the_engine_on_the_emulated_accelerator(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Real numerics over throttled links: the figure is marked, and says what was placed where."""
     answer = run(
-        "suite=tiny", "system=flexgen", "gpu=emulated", "policy=half-disk", "measure.repetitions=1", "calibrate=false"
+        "suite=tiny",
+        "system=flexgen",
+        "gpu=emulated",
+        "policy=half-disk",
+        "policy.attention=cpu",
+        "policy.kv_moved=0.5",
+        "measure.repetitions=1",
+        "calibrate=false",
     )
     assert answer.returncode == 0, answer.stderr
     names = document(answer)["records"]
@@ -200,5 +207,7 @@ def test_the_engine_on_the_emulated_accelerator(run, tmp_path: Path) -> None:  #
     assert "EMULATED" in answer.stdout
     report = record["report"]
     assert report["realised"]["weights"]["disk"] == pytest.approx(0.5, abs=0.1)
+    assert report["requested"]["kv_moved"] == 0.5
+    assert report["realised"]["kv_moved"] == pytest.approx(0.5, abs=0.2)
     assert report["links"]["h2d"]["bytes"] > 0
     assert report["links"]["disk_read"]["bytes"] > 0
