@@ -30,6 +30,7 @@ from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
 from flexgen_bench.engine.layers import Formulas
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
+from flexgen_bench.engine.packed_products import weights_path, with_packed_products
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.traceback_cleanup import release_frames
 from flexgen_bench.engine.weights import Weights
@@ -183,7 +184,8 @@ class Engine:
         logits_row_bytes: int = GREEDY_ROW_BYTES,
         scored_rows: int = 0,
     ) -> MemoryPlan:
-        return plan_job(self._model, policy, self._device.hardware, requests, logits_row_bytes, scored_rows)
+        plan = plan_job(self._model, policy, self._device.hardware, requests, logits_row_bytes, scored_rows)
+        return with_packed_products(plan, self._device)
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -305,7 +307,7 @@ class Engine:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
-        result.decode_path = graphs.path
+        result.decode_path = graphs.path + weights_path(plan)
         result.allocated = _together(plan.job, self._arenas.bytes, arenas.bytes)
 
 
