@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch.utils.cpp_extension as cpp_extension
+from torch.utils import cpp_extension
 
 from flexgen_bench.kernels.native.build import builds_folder
 
