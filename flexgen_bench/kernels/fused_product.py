@@ -2,7 +2,7 @@
 
 Unpacking it first moves 2.56 bytes for each value of 4 bits and 2 for the product with it, where 0.56 are enough
 (groups of 64, 16-bit types). ``cuda/quantized_product.cu`` is CUDA C++ for any compute capability that NVRTC compiles
-for: a T4's tensor cores would not help, since few rows are bound by reading codes. docs/notes/fused_product.md has the
+for: a T4's tensor cores would not help, since few rows are bound by reading codes. docs/notes/packed_products.md has the
 counts and the bounds.
 """
 
@@ -24,7 +24,7 @@ from flexgen_bench.kernels.trial import any_codes, passes, require_close
 
 SOURCE = Path(__file__).parent / "cuda" / "quantized_product.cu"
 # Rows of x up to which a weight is read as it lies. A T4 multiplies 16 rows at 1.4 to 2.3e11 values a second, and
-# unpacks and reads again at 6e10 (docs/notes/fused_product.md).
+# unpacks and reads again at 6e10 (docs/notes/packed_products.md).
 MOST_ROWS = 16
 ROWS = (1, 2, 4, 8, MOST_ROWS)  # of which there are kernels; fewer rows are multiplied with the next
 THREADS = 128

@@ -39,7 +39,7 @@ def packed_kernels(device: torch.device, compression: Compression, dtype: torch.
 @functools.cache
 def _tried(device: torch.device, compression: Compression, dtype: torch.dtype) -> PackedKernels | None:
     """Once, on two tokens. Triton promises to support compute capability 8.0 and later, and compiles these for a T4
-    (7.5): docs/notes/compression.md."""
+    (7.5): docs/notes/packed_products.md."""
     made: list[PackedKernels] = []
 
     def try_it() -> None:

@@ -24,7 +24,7 @@ def unpacking_kernel(device: torch.device, compression: Codes, dtype: torch.dtyp
 @functools.cache
 def _tried(device: torch.device, compression: Codes, dtype: torch.dtype, reference: Unpack) -> Unpack | None:
     """Triton promises to support compute capability 8.0 and later. It does compile these for a T4 (7.5), whose numbers
-    are looked at before they are used: docs/notes/compression.md."""
+    are looked at before they are used: docs/notes/packed_products.md."""
     made: list[Unpack] = []
 
     def try_it() -> None:
