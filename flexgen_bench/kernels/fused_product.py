@@ -2,8 +2,8 @@
 
 Unpacking it first moves 2.56 bytes for each value of 4 bits and 2 for the product with it, where 0.56 are enough
 (groups of 64, 16-bit types). ``cuda/quantized_product.cu`` is CUDA C++ for any compute capability that NVRTC compiles
-for: a T4's tensor cores would not help, since few rows are bound by reading codes. docs/notes/packed_products.md has the
-counts and the bounds.
+for: a T4's tensor cores would not help, since few rows are bound by reading codes. docs/notes/packed_products.md has
+the counts and the bounds.
 """
 
 from __future__ import annotations
