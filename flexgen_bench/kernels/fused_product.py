@@ -91,7 +91,7 @@ def fused_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Te
         return None
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    _launch(kernel, of, argument(x, weight, bias, y))
+    _launch(kernel, of, argument(x, weight, bias, y), x.device)
     return y
 
 
@@ -99,7 +99,8 @@ def is_fused(device: torch.device, compression: Codes, dtype: torch.dtype) -> bo
     """Whether such products are made here. Asked for the first time it compiles and tries one, on the device."""
     if device.type != "cuda" or compression.bits not in _BITS or dtype not in TYPES:
         return False
-    return _is_right(torch.device("cuda", device.index or 0), compression, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _is_right(torch.device("cuda", index), compression, dtype)
 
 
 def variant(x: Tensor, weight: QuantizedWeight) -> Variant:
@@ -157,8 +158,8 @@ def _made(device: torch.device, of: Variant) -> Kernel:
     return Kernel(compiled(of.text, f"sm_{major}{minor}"), NAME, device.index or 0)
 
 
-def _launch(kernel: Kernel, of: Variant, given: Product) -> None:
-    stream: int = torch.cuda.current_stream().cuda_stream
+def _launch(kernel: Kernel, of: Variant, given: Product, device: torch.device) -> None:
+    stream: int = torch.cuda.current_stream(device).cuda_stream
     kernel.launch(-(-given.outputs // of.outputs), THREADS, given, stream)
 
 
@@ -171,15 +172,17 @@ def _missing(codes: str, dtype: torch.dtype) -> tuple[str, str]:
 @functools.cache
 def _is_right(device: torch.device, compression: Codes, dtype: torch.dtype) -> bool:
     def try_it() -> None:
-        """Pieces that are whole and pieces that are not, more outputs than a block makes."""
+        """Every number of rows, so that none is compiled while somebody waits for a token; pieces that are whole and
+        pieces that are not; more outputs than a block makes."""
         size, outputs = compression.group_size, 37
-        for inputs in (8 * size, 5 * size if isinstance(compression, Microscaling) else 5 * size + 3):
+        ragged = 5 * size if isinstance(compression, Microscaling) else 5 * size + 3
+        for rows, inputs in (*((rows, 8 * size) for rows in ROWS), (3, ragged)):
             codes, params = any_codes(outputs, inputs, compression, device)
             weight = QuantizedWeight(codes, params, (outputs, inputs), compression, dtype)
-            x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-            y = torch.empty(3, outputs, dtype=dtype, device=device)
+            x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            y = torch.full((rows, outputs), torch.nan, dtype=dtype, device=device)
             of = variant(x, weight)
-            _launch(_made(device, of), of, argument(x, weight, None, y))
+            _launch(_made(device, of), of, argument(x, weight, None, y), device)
             values = torch.empty(outputs, inputs, device=device)
             dequantize_with_torch(codes, params, values, compression)
             require_close(y, x.double() @ values.double().t())

@@ -32,7 +32,7 @@ def _tried(device: torch.device, compression: Codes, dtype: torch.dtype, referen
 
         n = 3 * compression.group_size
         codes, params = any_codes(3, n, compression, device)
-        found, expected = (torch.empty(3, n, dtype=dtype, device=device) for _ in range(2))
+        found, expected = (torch.full((3, n), torch.nan, dtype=dtype, device=device) for _ in range(2))
         dequantize_with_triton(codes, params, found, compression)
         reference(codes, params, expected, compression)
         require_equal(found, expected)

@@ -48,7 +48,9 @@ CASES: list[Case] = [
     (HALF, Compression(4, 64), 7, 33, 1100, 0),
     (HALF, Compression(4, 64), 16, 9, 592, 0),
     (HALF, Compression(4, 64), 4, 5, 512, 1),
-    (HALF, Compression(4, 64), 3, 20, 576, 0),
+    (HALF, Compression(4, 64), 2, 20, 576, 0),
+    (HALF, Compression(4, 64), 3, 6, 128, 0),
+    (HALF, Compression(4, 64), 8, 5, 64, 0),
     (HALF, Compression(4, 8), 3, 4, 77, 0),
     (HALF, Compression(4, 24), 2, 6, 331, 3),
     (HALF, Compression(4, 16), 5, 16, 656, 0),
@@ -121,7 +123,7 @@ def on_host() -> dict[Variant, OnHost]:
 def pretended(on_host: dict[Variant, OnHost], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device that the host's kernels stand in for."""
     monkeypatch.setattr(module, "_made", lambda device, of: on_host[of])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     for cached in (module._kernel, module._is_right):
         cached.cache_clear()
     yield
@@ -160,7 +162,7 @@ def test_a_product_takes_the_kernel_for_its_rows(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "is_fused", lambda *_: True)
     weight = any_weight(20, 576, FOUR, HALF)
     bias = torch.randn(40).half()[::2]
-    for rows in (1, 3, MOST_ROWS):
+    for rows in (1, 3, 5, MOST_ROWS):
         x = torch.randn(rows, 576).half()
         for lies in (x, x.t().contiguous().t()):
             found = fused_product(lies, weight, bias)
