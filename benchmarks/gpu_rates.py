@@ -28,14 +28,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.units import GB, GIB, KIB, MIB
 from flexgen_bench.kernels.attention import PlainSegment, decode_attention
+from flexgen_bench.kernels.fused_product import is_fused
+from flexgen_bench.kernels.narrow_linear import tiled_linear
+from flexgen_bench.kernels.ops import linear
+from flexgen_bench.kernels.quantization import QuantizedWeight
 from flexgen_bench.memory.direct_file import DirectFile
 from flexgen_bench.memory.host import allocate
 
 ROUNDS = 5
 SIZES = (64 * KIB, MIB, 16 * MIB, 256 * MIB, GIB)
 ROWS = (1, 4, 16, 48, 64, 128, 512, 4096, 16384)  # decode rows of small and large micro-batches; prefill
+PACKED_ROWS = (1, 2, 4, 8, 16)  # as many as are multiplied with a packed weight as it lies
 WIDTHS = (7168, 28672)  # OPT-30B's feed-forward matrix
 HEADS, HEAD_DIM, TOKENS = 56, 128, 528
 Row = dict[str, Any]
@@ -128,6 +134,23 @@ def products(bench: Bench) -> Iterator[Row]:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def packed_products(bench: Bench) -> Iterator[Row]:
+    """x (rows, in) times a weight (out, in) in 4 bits: as it lies, where this device has a kernel for it, and unpacked
+    first. ``apart``: the largest difference of both, over the largest value."""
+    inner, outer = (256, 1024) if bench.quick else WIDTHS
+    compression, dtype = Compression(4), torch.float16
+    weight = QuantizedWeight.of(torch.randn(outer, inner, device=bench.device, dtype=dtype), compression)
+    fused = is_fused(bench.device, compression, dtype)
+    for rows in PACKED_ROWS[:2] if bench.quick else PACKED_ROWS:
+        x = torch.randn(rows, inner, device=bench.device, dtype=dtype)
+        lying, unpacked = (multiply(x, weight, None).float() for multiply in (linear, tiled_linear))
+        about = {"dtype": "float16/4", "rows": rows, "in": inner, "out": outer, "is_fused": fused}
+        about["apart"] = float((lying - unpacked).abs().max() / unpacked.abs().max())
+        for how, multiply in (("as it lies", linear), ("unpacked", tiled_linear)):
+            work = partial(multiply, x, weight, None)
+            yield bench.row("packed product", outer * inner, "values/s", work, how=how, **about)
+
+
 def attention(bench: Bench) -> Iterator[Row]:
     """Prefill (FLOP/s, causal counted as half) and decode over a cache (bytes of keys and values per second)."""
     heads, tokens = (2, 32) if bench.quick else (HEADS, TOKENS)
@@ -190,6 +213,7 @@ def disk(bench: Bench) -> Iterator[Row]:
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "links": links,
     "products": products,
+    "packed_products": packed_products,
     "attention": attention,
     "host_attention": host_attention,
     "disk": disk,

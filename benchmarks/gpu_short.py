@@ -23,6 +23,7 @@ from unittest import mock
 
 from common import Options
 from engine_runs import Measured, Shape, engine, predicted, run
+from gpu_rates import Bench, packed_products
 from gpu_short_jobs import JOBS, LAYER, ORIGINAL_BATCHES, THREADS, GpuJob, quick_job
 from hydra import initialize_config_dir
 
@@ -235,8 +236,17 @@ def _greedy(model: Any, prompts: Any, count: int) -> list[list[int]]:
     return [[int(t) for t in row[len(prompts[0]) :]] for row in made]
 
 
+def products(here: Here) -> Found:
+    """Of few rows with a packed weight."""
+    import torch
+
+    bench = Bench(torch.device("cpu" if here.quick else "cuda"), here.cache, here.quick)
+    return {"evidence": str(here.evidence), "rows": list(packed_products(bench))}
+
+
 STEPS: dict[str, Callable[[Here], Found]] = {
     "layer": layer,
+    "products": products,
     "threads": threads,
     "resident": plain("resident"),
     "original": original,

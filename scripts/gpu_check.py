@@ -51,9 +51,12 @@ class Step:
     expected_s: float = 0
 
 
+_QUIET = ("-q", "-p", "no:cacheprovider", "-W", "default", "--continue-on-collection-errors")
+GPU_TESTS = ("-m", "pytest", "-m", "gpu", *_QUIET)
 # Of a short stay: name, what it shows, seconds it is expected to take, seconds at most.
 SHORT = (
     ("layer", "12 resident layers of OPT-6.7B, eager and as graphs: launches, where the time goes", 60, 120),
+    ("products", "products of few rows with 4-bit weights, as they lie and unpacked", 20, 90),
     ("threads", "attention on the processor with all cores, and with 2 and 4 left to the lanes", 60, 120),
     ("resident", "OPT-6.7B, everything resident, 7 sequences", 60, 150),
     ("original", "FlexGen 0.1.8 on OPT-6.7B in batches of 2 and larger", 90, 180),
@@ -88,23 +91,12 @@ def all_steps(results: Path) -> list[Step]:
             120,
         ),
         Step(
-            "tests",
-            "pytest -m gpu: tokens, memory, copies, streams",
-            (
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-W",
-                "default",
-                "--continue-on-collection-errors",
-                "tests",
-            ),
-            560,
+            "kernels",
+            "pytest -m gpu tests/kernels: what is compiled here says what its reference says",
+            (*GPU_TESTS, "tests/kernels"),
+            200,
         ),
+        Step("tests", "pytest -m gpu: tokens, memory, copies, streams", (*GPU_TESTS, "tests"), 560),
         Step(
             "rates",
             "speed of the links, of matrix products, attention, the disk",

@@ -11,12 +11,14 @@ import psutil
 import torch
 from torch import Tensor
 
+from flexgen_bench.core.compression import Along, Compression
 from flexgen_bench.core.device_memory import gpu_room
 from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import NETWORK, Lane, LaneKind, Tier
 from flexgen_bench.engine.executor import LaneSettings
 from flexgen_bench.engine.throttle import Link
+from flexgen_bench.kernels.fused_product import MOST_ROWS, is_fused
 from flexgen_bench.machine.host import threads_beside_a_gpu
 from flexgen_bench.memory import host
 
@@ -54,6 +56,13 @@ class Device:
     def records_graphs(self) -> bool:
         """Whether what is issued can be recorded and launched again as one (``graphs.py``)."""
         return self.is_cuda
+
+    def packed_rows(self, weights: Compression, dtype: torch.dtype) -> int:
+        """Rows up to which matrices in this compression are multiplied with as they lie; 0: never. Asked for the first
+        time, kernels are compiled and tried."""
+        kinds = {weights, weights.of_vocabulary}
+        along = weights.along is Along.INPUTS
+        return MOST_ROWS if along and all(is_fused(self.torch_device, kind, dtype) for kind in kinds) else 0
 
     @property
     def compute_tier(self) -> Tier:

@@ -29,6 +29,7 @@ from flexgen_bench.engine.kept_prefix import KeptPrefixes, can_keep
 from flexgen_bench.engine.layers import Formulas
 from flexgen_bench.engine.memory_pool import KeptMemory
 from flexgen_bench.engine.open_job import OpenJob
+from flexgen_bench.engine.packed_products import weights_path, with_packed_products
 from flexgen_bench.engine.scoring import Found, LogProbabilities, Scoring
 from flexgen_bench.engine.traceback_cleanup import release_frames
 from flexgen_bench.engine.weights import Weights
@@ -204,7 +205,8 @@ class Engine:
         scored_rows: int = 0,
     ) -> MemoryPlan:
         hardware = self._device.hardware
-        return plan_job(self._model, policy, hardware, requests, logits_row_bytes, scored_rows, stage=self.stage)
+        plan = plan_job(self._model, policy, hardware, requests, logits_row_bytes, scored_rows, stage=self.stage)
+        return with_packed_products(plan, self._device)
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether a job of these requests can run under this engine's policy."""
@@ -342,5 +344,5 @@ class Engine:
                 executor.abort()
                 raise
         result.lanes, result.timeline = executor.use(), executor.timeline()
-        result.decode_path = graphs.path
+        result.decode_path = graphs.path + weights_path(plan)
         result.allocated = together(plan.job, self._arenas.bytes, arenas.bytes)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from flexgen_bench.core.errors import unknown_choice
 from flexgen_bench.kernels.eight_bit import linear_in_eighths
 from flexgen_bench.kernels.experts import route, through_experts
+from flexgen_bench.kernels.fused_product import fused_product
 from flexgen_bench.kernels.narrow_linear import (
     CPU_TILE_BYTES,
     DEVICE_TILE_BYTES,
@@ -57,7 +58,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight | OutputQuantizedWeight, 
     if isinstance(weight, QuantizedWeight):
         if weight.activations is not None:
             return linear_in_eighths(x, weight, bias)
-        return tiled_linear(x, weight, bias)
+        y = fused_product(x, weight, bias) if x.is_cuda else None
+        return tiled_linear(x, weight, bias) if y is None else y
     on_processor = x.dtype is torch.float32 and x.device.type == "cpu"
     if on_processor and FEWEST_LEFT_ROWS <= x.shape[0] <= MOST_LEFT_ROWS:
         y = torch.mm(weight, x.t()).t().contiguous()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,8 +10,10 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.compression import Compression, Scales
+from flexgen_bench.kernels.quantization import quantize
+from flexgen_bench.kernels.segments import PackedSegment
+from flexgen_bench.kernels.trial import passes, require_close, require_equal
 
-_log = logging.getLogger("flexgen_bench.kernels")
 _BITS = (4, 8)
 
 
@@ -27,8 +27,8 @@ class PackedKernels(NamedTuple):
 
 
 def packed_kernels(device: torch.device, compression: Compression, dtype: torch.dtype) -> PackedKernels | None:
-    """None where there are none: other numbers of bits, scales that are searched for, no CUDA device of compute
-    capability 8.0 or later, no Triton."""
+    """None where there are none: other numbers of bits, scales that are searched for, no CUDA device, no Triton, or one
+    that does not make them right."""
     if device.type != "cuda" or compression.bits not in _BITS:
         return None
     if compression.scales is not Scales.MINMAX:
@@ -38,33 +38,38 @@ def packed_kernels(device: torch.device, compression: Compression, dtype: torch.
 
 @functools.cache
 def _tried(device: torch.device, compression: Compression, dtype: torch.dtype) -> PackedKernels | None:
-    """Once on a token: what cannot be compiled here costs speed, and no run."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from flexgen_bench.kernels.packed_triton import append, attend
+    """Once, on two tokens. Triton promises to support compute capability 8.0 and later, and compiles these for a T4
+    (7.5): docs/notes/packed_products.md."""
+    made: list[PackedKernels] = []
 
-    kernels = PackedKernels(append, attend)
-    try:
+    def try_it() -> None:
+        from flexgen_bench.kernels.packed_triton import append, attend
+
+        kernels = PackedKernels(append, attend)
         with torch.cuda.device(device):
-            _try(kernels, device, compression, dtype)
-    except Exception as error:  # a compiler's errors have no type of their own
-        _log.warning(
-            "Triton cannot compile the kernels for a compressed KV cache here (%s: %s): it is unpacked with torch's "
-            "operators, some hundred kernels per layer instead of two.",
-            type(error).__name__,
-            str(error).strip().splitlines()[0] if str(error).strip() else "no reason given",
-        )
-        return None
-    return kernels
+            check(kernels, device, compression, dtype)
+        made.append(kernels)
+
+    lost = "it is unpacked by torch's operators, some hundred kernels per layer instead of two."
+    what = f"Triton kernels for a cache in {compression}"
+    return made[0] if passes(try_it, what, lost) else None
 
 
-def _try(kernels: PackedKernels, device: torch.device, compression: Compression, dtype: torch.dtype) -> None:
+def check(kernels: PackedKernels, device: torch.device, compression: Compression, dtype: torch.dtype) -> None:
+    """Raises what kernels raise, or WrongNumbers."""
     dim = compression.group_size
-    row = torch.ones(1, 1, dim, dtype=dtype, device=device)
-    codes = torch.zeros(2, 1, 1, 1, compression.code_bytes(dim), dtype=torch.uint8, device=device)
-    params = torch.zeros(2, 1, 1, 1, compression.groups(dim), 2, dtype=torch.float16, device=device)
-    kernels.append(row, row, codes[:, :, :, 0], params[:, :, :, 0], compression)
-    kernels.attend(row, codes, params, None, None, 1.0, compression)
-    torch.cuda.synchronize(device)
+    q, *kv = torch.randn(5, 1, 1, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    codes = torch.zeros(2, 1, 1, 2, compression.code_bytes(dim), dtype=torch.uint8, device=device)
+    params = torch.zeros(2, 1, 1, 2, compression.groups(dim), 2, dtype=torch.float16, device=device)
+    for token, (k, v) in enumerate((kv[:2], kv[2:])):
+        kernels.append(k, v, codes[:, :, :, token], params[:, :, :, token], compression)
+        for which, row in enumerate((k, v)):
+            expected = quantize(
+                row.cpu(), compression
+            )  # a GPU's torch multiplies by the inverse where it says it divides
+            require_equal(codes[which, :, :, token].cpu(), expected[0])
+            require_equal(params[which, :, :, token].cpu(), expected[1])
+    segment = PackedSegment(codes, params, compression, dim)
+    keys, values = segment.keys(dtype)[0, 0].double(), segment.values(dtype)[0, 0].double()
+    weights = (keys @ q[0, 0].double() * 0.5).softmax(0)
+    require_close(kernels.attend(q, codes, params, None, None, 0.5, compression)[0], weights @ values)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +39,7 @@ from flexgen_bench.kernels import microscaling
 from flexgen_bench.kernels.native import matrices
 from flexgen_bench.kernels.native.build import library
 from flexgen_bench.kernels.scale_search import least_squares
+from flexgen_bench.kernels.unpacking import unpacking_kernel
 
 # Values per tile on a processor: 256 KiB of float32 temporaries stay in a core's L2 cache. Elsewhere tiles only bound
 # memory.
@@ -164,8 +164,9 @@ def fake_quantize(x: Tensor, compression: Compression) -> Tensor:
 
 def _dequantize_rows(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:
     """Matrices of rows, ``out`` contiguous: the fastest way that this device has."""
-    if out.device.type == "cuda" and (fused := _triton(out.device)) is not None:
-        fused(codes, params, out, compression)
+    kernel = unpacking_kernel(out.device, compression, out.dtype, dequantize_with_torch)
+    if kernel is not None:
+        kernel(codes, params, out, compression)
     elif out.device.type == "cpu" and (native := library("quantization")) is not None:
         rows, n = out.shape
         codes, params = codes.contiguous(), params.contiguous()
@@ -185,18 +186,6 @@ def _in_threads(work: Callable[..., None], rows: int, n: int, *arguments: object
     """``work(*arguments, rows, threads)`` for rows of n values: few of them are no work for a second thread."""
     threads = max(1, min(torch.get_num_threads(), rows * n // THREAD_VALUES))
     work(*arguments, ctypes.c_int64(rows), ctypes.c_int64(threads))
-
-
-@functools.cache
-def _triton(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Codes], None] | None:
-    """The kernel for this device: Triton generates code for compute capability 8.0 and later (not for a T4)."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from flexgen_bench.kernels.quantized_triton import dequantize_with_triton
-
-    return dequantize_with_triton
 
 
 def dequantize_with_torch(codes: Tensor, params: Tensor, out: Tensor, compression: Codes) -> None:

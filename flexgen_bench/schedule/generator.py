@@ -44,7 +44,7 @@ def pass_steps(
     same micro-batch's projection in the next layer. So the accelerator, the cpu and the links always have a micro-batch
     to work on. Of a divided micro-batch, what is moved is attended to directly before the output.
     """
-    weights.begin_pass(is_last)
+    weights.begin_pass(is_last, max((one.rows for one in micro_batches), default=0))
     cpu_attended: list[MicroBatch] = []
     others: list[MicroBatch] = []
     for micro_batch in micro_batches:

@@ -102,7 +102,8 @@ class ScheduledJob:
 
     weight_buffers: staging buffers for streamed layers where they are computed, and as many in host memory for those on
     disk when an accelerator computes; as many again for experts that are placed apart.
-    dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each.
+    dequantized_buffers: room for unpacked weights, of dequantized_buffer_bytes each. packed_rows: in passes whose
+    micro-batches have no more rows than this, compressed weights are used as they are (``kernels/fused_product.py``).
     num_buffers: staging buffers for what belongs to a micro-batch; at least two, since one is attended while the next
     is projected. keep_kv is False for jobs that never decode (scoring): nothing is cached then. The *_bytes give steps
     their bytes. device: number of the accelerator (of the host, where there is none). units: of the whole model, in the
@@ -127,6 +128,7 @@ class ScheduledJob:
     dequantized_buffer_bytes: int = 0
     device: int = 0
     routed_row_bytes: int = 0
+    packed_rows: int = 0
     stage: Stage | None = None
     slices: int = 1
 

@@ -53,10 +53,12 @@ class WeightStream:
         self._buffers: dict[int, deque[int]] = {u.index: deque() for u in job.streamed}
         self._demands: dict[int, _Demand] = {}  # unit -> what was loaded of it in the present pass
         self._unpacked = 0
+        self._is_narrow = False
         self._dequantized: dict[int, int] = {}  # unit -> buffer of the present pass
 
-    def begin_pass(self, is_last: bool) -> None:
-        """Announce a pass. ``is_last``: nothing is loaded for a pass after it."""
+    def begin_pass(self, is_last: bool, most_rows: int) -> None:
+        """Announce a pass. ``is_last``: nothing is loaded for a pass after it. most_rows: of its micro-batches."""
+        self._is_narrow = most_rows <= self._job.packed_rows
         self._end += len(self._order)
         self._is_last = is_last
         self._dequantized.clear()
@@ -65,7 +67,7 @@ class WeightStream:
     def ready(self, unit: Unit) -> Iterator[Step]:
         """The steps to emit before the first use of ``unit`` in this pass."""
         yield from self._fill()
-        if unit.unpack and unit.index not in self._dequantized:
+        if unit.unpack and not self._is_narrow and unit.index not in self._dequantized:
             target = self._dequantized[unit.index] = self._unpacked % self._job.dequantized_buffers
             self._unpacked += 1
             packed, buffer = self._packed(unit)

@@ -75,13 +75,21 @@ def _load(name: str, arch: str) -> ctypes.CDLL | None:
         return None
 
 
+def builds_folder() -> Path:
+    """Where everything lies that is compiled on this machine; it may not exist yet."""
+    # It takes a tenth of a second to import, and only a first use needs it.
+    from torch.utils import cpp_extension
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / "flexgen_bench"
+
+
 def _built(name: str, arch: str) -> Path:
     """The compiled file, built first if this source, compiler, flags and processor have none yet.
 
     Two processes may build the same at once: each writes a file of its own and renames it, so there is no lock that a
     killed build could leave behind, and a file with the final name is complete.
     """
-    # It takes a tenth of a second to import, and only a first use needs it.
     from torch.utils import cpp_extension
 
     source = FOLDER / f"{name}.cpp"
@@ -90,8 +98,7 @@ def _built(name: str, arch: str) -> Path:
     for header in sorted(FOLDER.glob("*.h")):
         key.update(header.read_bytes())
     key.update("\0".join([*command, _processor()]).encode())
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(root) / "flexgen_bench"
+    folder = builds_folder()
     target = folder / f"{name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
