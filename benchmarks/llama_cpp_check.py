@@ -38,6 +38,8 @@ from baselines.llama_cpp.formats import Format
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.build import model_spec
 from flexgen_bench.config.paths import default_cache_dir
+from flexgen_bench.config.schema import SystemConf
+from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.cell import CellSpec, ModelSpec
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
@@ -116,7 +118,7 @@ def program(path: Path, form: Format, opts: Options) -> Mapping[str, Any]:
     command = [str(path), "-m", str(system(form, opts).file), "-c", str(MANY * 256), "-b", "2048", "-ub", "512"]
     command += ["-npp", str(PROMPT), "-ntg", str(NEW - 1), "-npl", str(MANY), "-t", str(opts.threads), "-tb"]
     command += [str(opts.threads), "--load-mode", "none", "--output-format", "jsonl"]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=plain)
     lines = [line for line in (run.stdout + run.stderr).splitlines() if line.lstrip().startswith("{")]
     if run.returncode or not lines:
@@ -163,7 +165,8 @@ def main() -> int:
         made: Any = KINDS[given.worker](given.format, opts)
         answer(lambda _: made.run())
         return 0
-    os.environ |= cell_environment(opts.threads)  # of those that are the suite's; others' OpenMP is left to itself
+    own = load_choice(SystemConf, "system", "llama_cpp").environment
+    os.environ |= cell_environment(opts.threads, own)  # of those that are the suite's; others' OpenMP is left to itself
     report = Report("llama.cpp check", Evidence.MEASURED, opts)
     report.settings = {"prompt": PROMPT, "new": NEW, "sequences": MANY, "shape": to_json(SHAPE)}
     kinds = ["suite", *([] if given.program else ["calls"])]
