@@ -1,10 +1,10 @@
 """llama.cpp in the suite beside its own benchmark program, on the same file and the same batch.
 
-``python benchmarks/llama_cpp_check.py --program llama-batched-bench [--out results/benchmarks/llama_cpp_check.json]``
+``python benchmarks/llama_cpp_check.py --program llama-batched-bench [--model smollm2-135m] [--out FILE.json]``
 
 The system runs as the runner starts it (``baselines/llama_cpp``, in a process with a cell's environment) and takes
-turns with ``llama-batched-bench``, on GGUF files that the system made. A 135M Llama with random weights, 32 prompts of
-32 tokens, 32 generated ones each. tokens/s: generated tokens over prefill and decode together; the program is asked for
+turns with ``llama-batched-bench``, on GGUF files that the system made of random weights. 32 prompts of 32 tokens, 32
+generated ones each. tokens/s: generated tokens over prefill and decode together; the program is asked for
 one token less, since its first step is what a prefill gives here.
 
 The wheel brings no programs. From its own sources (``pip download --no-deps --no-binary :all: xllamacpp==<version>``),
@@ -38,7 +38,9 @@ from baselines.llama_cpp.formats import Format
 from flexgen_bench.checkpoints.prepared import prepare_checkpoint
 from flexgen_bench.config.build import model_spec
 from flexgen_bench.config.paths import default_cache_dir
-from flexgen_bench.core.cell import CellSpec, ModelSpec
+from flexgen_bench.config.schema import SystemConf
+from flexgen_bench.config.typed import load_choice
+from flexgen_bench.core.cell import CellSpec, WeightSource
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
@@ -48,7 +50,7 @@ from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.systems.contract import ModelFiles
 
-SHAPE = model_spec("smollm2-135m").shape
+MODEL = "smollm2-135m"
 PROMPT, NEW, MANY = 32, 32, 32
 FORMATS = (Format.BF16, Format.Q4_0)
 BITS = {Format.Q4_0: 4, Format.Q4_K_M: 4, Format.Q8_0: 8}
@@ -60,11 +62,12 @@ def system(form: Format, opts: Options) -> Any:
     """Ready to be loaded."""
     from baselines.llama_cpp.system import LlamaCppSystem
 
-    folder = prepare_checkpoint(ModelSpec(SHAPE), DType.BFLOAT16, opts.cache, lambda *_: None)
+    model = model_spec(opts.small_model, WeightSource.DUMMY.value)
+    folder = prepare_checkpoint(model, DType.BFLOAT16, opts.cache, lambda *_: None)
     spec = CellSpec(
         system="llama_cpp",
         target="baselines.llama_cpp.system:LlamaCppSystem",
-        model=ModelSpec(SHAPE),
+        model=model,
         workload=Workload("32-32", PromptKind.SYNTHETIC, MANY, PROMPT, NEW),
         hardware=HardwareProfile("local", Accelerator.NONE),
         dtype=DType.BFLOAT16,
@@ -95,7 +98,9 @@ class Calls:
     """What the program does, called from here."""
 
     def __init__(self, form: Format, opts: Options) -> None:
-        self._model = LlamaCpp(system(form, opts).file, SHAPE.vocab_size, opts.threads, MANY, PROMPT + NEW)
+        made = system(form, opts)
+        vocab = made.spec.model.shape.vocab_size
+        self._model = LlamaCpp(made.file, vocab, opts.threads, MANY, PROMPT + NEW)
 
     def run(self) -> Mapping[str, Any]:
         batch = self._model.run(MANY, PROMPT, NEW)
@@ -107,7 +112,7 @@ KINDS = {"suite": Suite, "calls": Calls}
 
 def loaded(kind: str, form: Format, opts: Options) -> Any:
     command = [sys.executable, __file__, "--worker", kind, "--format", form.value]
-    command += ["--threads", str(opts.threads), "--cache", str(opts.cache)]
+    command += ["--model", opts.small_model, "--threads", str(opts.threads), "--cache", str(opts.cache)]
     return worker(f"{kind}-{form}", command, ours=kind == "suite")
 
 
@@ -116,7 +121,7 @@ def program(path: Path, form: Format, opts: Options) -> Mapping[str, Any]:
     command = [str(path), "-m", str(system(form, opts).file), "-c", str(MANY * 256), "-b", "2048", "-ub", "512"]
     command += ["-npp", str(PROMPT), "-ntg", str(NEW - 1), "-npl", str(MANY), "-t", str(opts.threads), "-tb"]
     command += [str(opts.threads), "--load-mode", "none", "--output-format", "jsonl"]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=plain)
     lines = [line for line in (run.stdout + run.stderr).splitlines() if line.lstrip().startswith("{")]
     if run.returncode or not lines:
@@ -151,6 +156,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round, no verdict")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default=MODEL, help=f"of conf/model, whose shape is taken (default {MODEL})")
     parser.add_argument("--formats", nargs="+", type=Format, default=FORMATS)
     parser.add_argument("--program", type=Path, help="llama-batched-bench, of the same version")
     parser.add_argument("--out", type=Path)
@@ -158,14 +164,16 @@ def main() -> int:
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--format", type=Format, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    opts = Options(given.quick, 1 if given.quick else given.rounds, given.threads, given.out, given.cache)
+    rounds = 1 if given.quick else given.rounds
+    opts = Options(given.quick, rounds, given.threads, given.out, given.cache, given.model)
     if given.worker:
         made: Any = KINDS[given.worker](given.format, opts)
         answer(lambda _: made.run())
         return 0
-    os.environ |= cell_environment(opts.threads)  # of those that are the suite's; others' OpenMP is left to itself
+    own = load_choice(SystemConf, "system", "llama_cpp").environment
+    os.environ |= cell_environment(opts.threads, own)  # of those that are the suite's; others' OpenMP is left to itself
     report = Report("llama.cpp check", Evidence.MEASURED, opts)
-    report.settings = {"prompt": PROMPT, "new": NEW, "sequences": MANY, "shape": to_json(SHAPE)}
+    report.settings = {"prompt": PROMPT, "new": NEW, "sequences": MANY, "shape": to_json(model_spec(given.model).shape)}
     kinds = ["suite", *([] if given.program else ["calls"])]
     with ExitStack() as stack:
         workers: dict[Format, dict[str, Worker]] = {

@@ -164,6 +164,7 @@ MEANS: dict[str, dict[str, str]] = {
         "predictor": "`module:Class` that says how fast it would be on a machine",
         "constants": "what the predictor is told, each explained in its file",
         "printed_as": "its name in the FlexGen paper, for quoted values",
+        "environment": "how OpenMP threads wait and where they run, in its process, where not as in all systems'",
         "options": "its own settings, `system.options.<key>=`",
         "choices": "what each option may be",
     },

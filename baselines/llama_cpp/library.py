@@ -11,9 +11,6 @@ another version with other structures is refused instead of being given numbers 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -200,8 +197,7 @@ def library() -> Any:
     if spec is None or spec.origin is None:
         raise CannotRun(f"not installed: {MODULE}. Install it with: pip install {MODULE}=={VERSION}")
     try:
-        with _own_waiting():
-            loaded = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
+        loaded = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{MODULE}*.so"))))
     except (OSError, StopIteration) as error:
         again = f"pip install --force-reinstall --no-deps {MODULE}=={VERSION}"
         raise CannotRun(f"the library of {MODULE} cannot be loaded ({error!r}). Install it again: {again}") from error
@@ -223,18 +219,6 @@ def library() -> Any:
     loaded.llama_log_set(callback, None)
     loaded.llama_backend_init()
     return loaded
-
-
-@contextmanager
-def _own_waiting() -> Iterator[None]:
-    """Its OpenMP library, which reads the environment while it is loaded, waits as llama.cpp's users know it: the
-    runner's setting is for programs whose threads have more than one to wait for."""
-    policy = os.environ.pop("OMP_WAIT_POLICY", None)
-    try:
-        yield
-    finally:
-        if policy is not None:
-            os.environ["OMP_WAIT_POLICY"] = policy
 
 
 def _heard(level: int, text: bytes, _: Any) -> None:

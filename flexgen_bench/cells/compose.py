@@ -19,7 +19,7 @@ from flexgen_bench.checkpoints.shape_of_weights import shape_at
 from flexgen_bench.config.build import FASTEST, cell_spec, shape_of, system_model
 from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.compose_errors import NOT_COMPOSED, user_error
-from flexgen_bench.config.ignored_options import refuse_ignored
+from flexgen_bench.config.ignored_options import refuse_environment, refuse_ignored
 from flexgen_bench.config.matrix import every_group
 from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.config.schema import AppConf, CellGroupConf, SystemConf
@@ -139,6 +139,7 @@ def _cells(
     given = frozenset() if suite else frozenset(map(key_of, overrides))
     for conf in confs.values():
         refuse_ignored(conf, given, refuses)
+        refuse_environment(conf, frozenset(map(key_of, user)))
     cells = {name: _cell(group, conf, lines[name], local) for name, conf in confs.items()}
     changes, note = _settled(group, confs, cells, local, user)
     settled_cells = []

@@ -24,6 +24,7 @@ from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.machine import host as machine
+from flexgen_bench.machine.environment import THREADING
 from flexgen_bench.models.registry import weight_bytes
 from flexgen_bench.planner.fastest_dtype import fastest_dtype
 
@@ -160,6 +161,9 @@ def _check_system(conf: SystemConf) -> None:
     for name, value in conf.options.items():
         if name in conf.choices and str(value) not in conf.choices[name]:
             raise unknown_choice(f"system.options.{name}", str(value), conf.choices[name])
+    for name in conf.environment:
+        if name not in THREADING:  # others are set alike for all systems, or no record would tell them
+            raise unknown_choice("system.environment", name, THREADING)
 
 
 def cell_spec(

@@ -4,6 +4,7 @@ added on the way holds the cell: ``PredictionRequest``, ``PlannedCell`` (runner)
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexgen_bench.config.schema import AppConf
@@ -57,6 +58,11 @@ class Cell:
     def chooses_policy(self) -> bool:
         """Whether its system follows policies and was given none."""
         return self.model.follows_policy and self.spec.policy is None
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of its process that are its system's own."""
+        return {} if self.conf.system is None else self.conf.system.environment
 
     @property
     def can_run(self) -> bool:

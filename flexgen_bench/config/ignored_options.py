@@ -129,6 +129,8 @@ RULES = (
     ),
     Rule(_tracker, "left out where nothing is sent anywhere", "Add tracker=wandb."),
 )
+# What is no part of what a cell is: a run with another one would pass for the same.
+_OF_A_FILE = "system.environment"
 
 # What says how something is measured, on this machine.
 _MEASURING = ("measure", "threads", "rerun", "calibrate", "tracker")
@@ -142,6 +144,17 @@ def refuse_ignored(conf: AppConf, given: frozenset[str], named: bool) -> None:
             value = value_of(conf, key)
             if value is not None:  # null asks for nothing
                 raise UserError(key, value, rule.allowed, rule.action)
+
+
+def refuse_environment(conf: AppConf, given: frozenset[str]) -> None:
+    """Raises UserError for variables of a system's process: records of the same cell would not be of the same run."""
+    for key in CommandLine(conf, given, False).keys(_OF_A_FILE):
+        raise UserError(
+            key,
+            value_of(conf, key),
+            "left as the system's file has it",
+            "Write a file of another name in conf/system, whose results are told apart.",
+        )
 
 
 def refuse_unmeasured(conf: AppConf, given: frozenset[str], machine: str) -> None:

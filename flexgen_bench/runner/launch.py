@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from flexgen_bench.core.cell import WeightSource
 from flexgen_bench.core.codec import from_json
@@ -79,10 +80,13 @@ def run_guarded(
     )
 
 
-def cell_environment(threads: int, weights: WeightSource | None = None) -> dict[str, str]:
-    """The environment of a cell's process: ours, with the settings every system gets alike.
+def cell_environment(
+    threads: int, own: Mapping[str, str] = MappingProxyType({}), weights: WeightSource | None = None
+) -> dict[str, str]:
+    """The environment of a cell's process: ours, with the settings every system gets alike, and its system's own.
 
-    ``weights``: where they come from, for the preparing process; only a hub model may use the network.
+    own: ``Cell.environment``. weights: where they come from, for the preparing process; only a hub model may use the
+    network.
     """
     ours = dict(os.environ)
     ours |= {
@@ -96,7 +100,7 @@ def cell_environment(threads: int, weights: WeightSource | None = None) -> dict[
     }
     if weights is not WeightSource.HUB:
         ours["HF_HUB_OFFLINE"] = "1"
-    return ours
+    return ours | dict(own)
 
 
 def _watch(process: subprocess.Popen[bytes], display: Display, time_limit_s: float | None) -> bool:

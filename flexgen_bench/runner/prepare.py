@@ -44,7 +44,7 @@ def prepare(spec: CellSpec, cache: Path, workdir: Path, display: Display) -> Pre
     request.write_text(json.dumps({"spec": to_json(spec), "cache": str(cache)}))
     display.stage("preparing the model")
     command = [sys.executable, "-m", "flexgen_bench.runner.prepare", str(request), str(answer)]
-    environment = cell_environment(spec.threads, spec.model.weights)
+    environment = cell_environment(spec.threads, weights=spec.model.weights)
     ending = run_guarded(command, workdir, display, environment=environment)
     if not answer.exists():
         tail = "\n".join(ending.log.splitlines()[-8:])

@@ -131,7 +131,7 @@ class _Runner:
         """Run a cell. The path of its record, and whether that one was there before."""
         cell = planned.cell
         started = datetime.now(UTC)
-        variables = cell_environment(cell.spec.threads)
+        variables = cell_environment(cell.spec.threads, cell.environment)
         environment = describe_environment(self.cache_dir, self.results_dir, variables)
         # On the cache's file system: offload files of a cell must lie on the disk that is measured.
         workdir = Path(tempfile.mkdtemp(prefix="cell-", dir=self.cache_dir)).absolute()
@@ -139,7 +139,7 @@ class _Runner:
             prediction = self._prediction(planned.forecast)
             if planned.refusal is None:
                 self.display.cell_runs(RunningCell(cell.spec, self.suite, prediction, environment))
-            state, cap = self._outcome(planned, workdir)
+            state, cap = self._outcome(planned, workdir, variables)
             prediction = self._of_what_ran(planned, state) or prediction
             trace = _bytes_of(workdir / TRACE_FILE)
         finally:
@@ -179,7 +179,9 @@ class _Runner:
         self.display.stage("predicting")
         return planned.forecast.of_policy(state.report.requested)
 
-    def _outcome(self, planned: PlannedCell, workdir: Path) -> tuple[CellState, MemoryCap]:
+    def _outcome(
+        self, planned: PlannedCell, workdir: Path, variables: Mapping[str, str]
+    ) -> tuple[CellState, MemoryCap]:
         spec = planned.cell.spec
         no_cap = MemoryCap(spec.hardware.cpu_memory_bytes, reason="the cell did not start")
         if planned.refusal is not None:
@@ -190,7 +192,7 @@ class _Runner:
         prepared = self.preparations[key]
         if prepared.status is not Status.OK:
             return CellState(status=prepared.status, reason=prepared.reason), no_cap
-        return run_cell(spec, prepared, self.cache_dir, workdir, self.display)
+        return run_cell(spec, prepared, self.cache_dir, workdir, self.display, variables)
 
     def _same_refusal(self, record: Record) -> Path | None:
         """The last record of the cell, if that says the same: every look would else leave one more."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from baselines.llama_cpp import layout
 from baselines.llama_cpp.formats import Format, usual_format
 from baselines.llama_cpp.generation import Clocks
 from baselines.llama_cpp.settings import Load, Settings, chosen_load, footprint
+from flexgen_bench.config.schema import SystemConf
+from flexgen_bench.config.typed import load_choice
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
 from flexgen_bench.core.compression import EXACT, Compression, Lossy
 from flexgen_bench.core.errors import CannotRun, UserError
@@ -24,6 +29,7 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.core.units import MIB
 from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.models.registry import shape_from_config
+from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.systems.contract import ModelFiles
 from tests.support.gguf_families import randomised
 from tests.support.shapes import no_progress
@@ -265,6 +271,19 @@ def test_another_version_of_the_wheel_names_the_command(monkeypatch: pytest.Monk
     finally:
         monkeypatch.undo()
         library.library.cache_clear()
+
+
+def test_its_threads_spin_as_its_users_know_them() -> None:
+    """A cell's process loads torch first, whose OpenMP library has the same name as the one that ggml asks for, so ggml
+    gets that one. It had been told to wait passively, and what was taken back from the environment afterwards it did
+    not see: ggml's threads slept at every operator."""
+    own = load_choice(SystemConf, "system", "llama_cpp").environment
+    script = "import torch; from baselines.llama_cpp.library import library; library()"
+    environment = cell_environment(1, own) | {"OMP_DISPLAY_ENV": "verbose"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", run.stderr)) == {"300000"}
 
 
 def test_clocks_that_differ_are_told() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,14 @@ def test_every_suite_is_made_of_cells_that_compose(name: str) -> None:
         assert f"suite={name}" in cell.overrides, "a record made again must land in the suite's table"
         again = cells(*cell.overrides, suite=name)
         assert [c.spec for c in again] == [cell.spec], "the rerun command must give the same cell"
+
+
+def test_a_systems_file_says_only_of_its_process_what_records_tell() -> None:
+    conf = composed(["system=accelerate"])
+    assert conf.system is not None
+    settled = replace(conf.system, environment={"LD_PRELOAD": "x"})
+    with pytest.raises(UserError, match=r"system\.environment.*OMP_WAIT_POLICY"):
+        cell_spec(replace(conf, system=settled))
 
 
 def test_default_suite_is_the_one_the_readme_describes() -> None:

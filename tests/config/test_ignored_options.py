@@ -31,6 +31,8 @@ IGNORED = [
     ((MODEL, "policy.lossy.group_size=32"), "policy.lossy.group_size"),
     ((MODEL, "location=/tmp"), "location"),
     ((MODEL, "weights=dummy", "location=/tmp"), "location"),
+    ((MODEL, "system=llama_cpp", "system.environment.GOMP_SPINCOUNT=0"), "system.environment.GOMP_SPINCOUNT"),
+    ((MODEL, "system=accelerate", "+system.environment.LD_PRELOAD=x"), "system.environment.LD_PRELOAD"),
     (("location=/tmp",), "location"),
     (("weights=hub", "location=facebook/opt-1.3b"), "location"),
     ((MODEL, "workload.min_prompt_len=4"), "workload.min_prompt_len"),

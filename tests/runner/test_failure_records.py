@@ -19,6 +19,7 @@ from flexgen_bench.runner.cell import run_cell
 from flexgen_bench.runner.events import SilentDisplay
 from flexgen_bench.runner.exit_status import ending
 from flexgen_bench.runner.job import CellState
+from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.prepare import Prepared
 from tests.support.failing_hardware import RIGS, flip, overflowing
 
@@ -44,7 +45,7 @@ def run_cell_with(
         policy,
     )
     prepared = Prepared(Status.OK, checkpoint=ckpt, prompts=[[5, 6, 7, 8, 9]] * 4)
-    state, _ = run_cell(spec, prepared, cache, folder / "work", SilentDisplay())
+    state, _ = run_cell(spec, prepared, cache, folder / "work", SilentDisplay(), cell_environment(spec.threads))
     return state
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import flexgen_bench.runner.suite
 from flexgen_bench.config.cell import Cell
+from flexgen_bench.config.schema import AppConf, SystemConf
 from flexgen_bench.core.cell import CellSpec, MeasureSpec, ModelSpec, WeightSource
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
@@ -32,6 +33,7 @@ from flexgen_bench.core.workload import PromptKind, Workload
 from flexgen_bench.runner import tuning
 from flexgen_bench.runner.cell import run_cell
 from flexgen_bench.runner.events import SilentDisplay
+from flexgen_bench.runner.launch import cell_environment
 from flexgen_bench.runner.memory_cap import MemoryCap
 from flexgen_bench.runner.prepare import Prepared
 from flexgen_bench.runner.suite import PlannedCell, run_suite
@@ -107,8 +109,13 @@ def test_a_good_cell_is_recorded_whole_and_not_run_twice(suite: Any, tmp_path: P
     assert record.rerun_command == "python -m flexgen_bench system=counting rerun=true"
     [again] = suite(spec_of("Counting"), on_record=told.append)
     assert again.run_id == record.run_id
-    [anew] = suite(spec_of("Counting"), rerun=True, on_record=told.append)
+    # And with a variable of its system's own, which its process has and the record tells.
+    spinning = AppConf(system=SystemConf(environment={"GOMP_SPINCOUNT": "7"}))
+    own = [PlannedCell(Cell("", spec_of("Counting"), conf=spinning))]
+    [anew] = suite(cells=own, rerun=True, on_record=told.append)
     assert anew.run_id != record.run_id
+    assert anew.report.realised["spins"] == anew.environment["variables"]["GOMP_SPINCOUNT"] == "7"
+    assert anew.environment["variables"]["OMP_WAIT_POLICY"] == "passive"
     assert len(told) == 2
 
 
@@ -349,7 +356,8 @@ def test_run_cell_without_cap_says_so(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     prepared = Prepared(Status.OK, checkpoint=checkpoint, prompts=[[1, 2]] * 4)
-    state, cap = run_cell(spec_of("Counting"), prepared, tmp_path / "cache", tmp_path, SilentDisplay())
+    spec = spec_of("Counting")
+    state, cap = run_cell(spec, prepared, tmp_path / "cache", tmp_path, SilentDisplay(), cell_environment(spec.threads))
     assert state.status is Status.OK
     assert cap == MemoryCap(reason="no cap was asked for")
 

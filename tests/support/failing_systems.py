@@ -32,7 +32,8 @@ class Counting(System):
         return Generation(ids, prefill_s=1.0, decode_s=float(gen_len - 1))
 
     def report(self) -> SystemReport:
-        return SystemReport(links={"disk_read": LinkUse(7, 0.5)}, notes=("counted",))
+        realised = {"spins": os.environ.get("GOMP_SPINCOUNT")}
+        return SystemReport(realised=realised, links={"disk_read": LinkUse(7, 0.5)}, notes=("counted",))
 
 
 class Raising(Counting):
