@@ -107,8 +107,8 @@ def test_how_far_a_batch_is_can_be_seen(parts: Parts, monkeypatch: pytest.Monkey
     assert seen == sorted(seen)
 
 
-def test_an_upload_that_fails_leaves_nothing(parts: Parts) -> None:
-    """Half of a file on a full disk stayed there, and nobody could ask for it or delete it."""
+def test_half_of_a_file_can_be_thrown_away(parts: Parts) -> None:
+    """What an upload had written before the disk was full stayed there: nobody could ask for it or delete it."""
     name, path = parts.files.new_path()
     path.write_text("half")
     parts.files.discard(name)
