@@ -201,11 +201,19 @@ def _decoded(raw: bytes) -> str:
 def _rows(path: Path, column: str | None) -> Iterator[Any]:
     """The values of a column: texts, lists of token ids, conversations (or what none of these is: its request is
     refused)."""
-    for batch in _parquet(path).iter_batches(batch_size=_ROWS, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            # A struct has every field that any row has, those that a row has not as null.
-            is_chat = isinstance(value, list) and all(isinstance(part, Mapping) for part in value)
-            yield [{k: v for k, v in part.items() if v is not None} for part in value] if is_chat else value
+    table = _parquet(path)
+    import pyarrow
+
+    try:
+        for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                # A struct has every field that any row has, those that a row has not as null.
+                is_chat = isinstance(value, list) and all(isinstance(part, Mapping) for part in value)
+                yield [{k: v for k, v in part.items() if v is not None} for part in value] if is_chat else value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # damaged behind its head; text that is no UTF-8
+        raise UserError(
+            "input", str(path), f"a parquet file whose column {column} can be read ({error})", "Write it anew."
+        ) from error
 
 
 def _parquet(path: Path) -> Any:

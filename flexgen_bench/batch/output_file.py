@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_bench.core.errors import CannotRun, UserError
+from flexgen_bench.requests.json_line import json_line
 
 _ID = re.compile(rb'\{"id": "batch_req_(\d+)", ')
 _SYNC_S = 1.0  # answers of at most so many seconds are lost with the machine's power; with the process none is
@@ -36,6 +37,8 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, belongs_to: Mapping[str, Any], positions: int) -> None:
+        # Where a link leads to: a file with answers in order takes the place of that, not of the link.
+        path = path.resolve() if path.is_symlink() else path
         self.path, self._state = path, path.with_name(f"{path.name}.state.json")
         self._lock = self._file = -1
         self._offsets = array("q", [_MISSING]) * positions
@@ -59,7 +62,7 @@ class OutputFile:
         """Add the answer to one line; when this returns, it survives the process."""
         assert not self.has(position), "answered once"
         head = {"id": f"batch_req_{position:09d}", "custom_id": custom_id}
-        data = _line({**head, **answer})
+        data = json_line({**head, **answer}) + b"\n"
         with self._disk():
             written = 0
             try:
@@ -203,13 +206,6 @@ class OutputFile:
             )
         self._offsets[position] = self._size
         self.done += 1
-
-
-def _line(answer: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a character in a custom_id: escaped, it can be written
-        return json.dumps(answer).encode() + b"\n"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -84,11 +84,14 @@ def _counted_interrupts() -> Iterator[list[int]]:
 
 
 def _read_turn(read: ReadLine) -> str:
-    """One turn: lines that end with a backslash go on in the next."""
+    """One turn: lines that end with a backslash go on in the next, if there is one."""
     lines = [read(PROMPT)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(read(MORE))
+        try:
+            lines.append(read(MORE))
+        except EOFError:
+            break  # what is written is a turn, and the end comes with the next one
     return "\n".join(lines)
 
 

@@ -206,7 +206,7 @@ def is_complete(folder: Path) -> bool:
     try:
         listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         return all((folder / name).stat().st_size == size for name, size in listed["files"].items())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return False
 
 

@@ -35,7 +35,8 @@ _EPILOG = f"""\
 words:
 {words_help()}
   {"name=":<17} how requests call the model (default: as model= does)
-  {"answer_tokens=":<17} most new tokens of a request (default: what the model has positions for)
+  {"answer_tokens=":<17} most new tokens of a request (default: what the model has positions for; of a
+  {"":<17} conversation that does not state max_tokens: {_ANSWER_TOKENS})
   of lines that are bare prompts: {", ".join(f"{key}=" for key in _SAMPLING)}
 
 input:
@@ -124,12 +125,19 @@ class Answering:
     def __init__(self, llm: LLM, options: argparse.Namespace, words: Mapping[str, str], scanned: Scan) -> None:
         from flexgen_bench.batch.run import Settings
         from flexgen_bench.requests.asked import Limits, Reader
+        from flexgen_bench.requests.forms import MOST_CHOICES
 
         name = words.get("name", words["model"])
         window = options.window or _window(scanned.lines)
         self._llm, self._options, self._scanned = llm, options, scanned
-        self._settings = Settings(window, name, {**DEFAULTS, **_sampling(words)})
-        limits = Limits(llm.shape.max_positions, _answer_tokens(words), choices=window)
+        stated, given = _answer_tokens(words), _sampling(words)
+        most = min(stated or llm.shape.max_positions, llm.shape.max_positions)
+        if given.get("max_tokens", 1) > most:
+            raise UserError("max_tokens", given["max_tokens"], f"at most {most}, which an answer may have here")
+        defaults = {**DEFAULTS, "max_tokens": min(DEFAULTS["max_tokens"], most), **given}
+        self._settings = Settings(window, name, defaults)
+        unstated = _ANSWER_TOKENS if stated is None else stated
+        limits = Limits(llm.shape.max_positions, most, max(window, MOST_CHOICES), unstated)
         self._reader = Reader(llm.tokenizer, llm.shape, (name,), limits)
         self._rows = scanned.order()
 
@@ -183,9 +191,11 @@ def _sampling(words: Mapping[str, str]) -> dict[str, Any]:
     return {key: number(words[key]) for key in _SAMPLING if key in words}
 
 
-def _answer_tokens(words: Mapping[str, str]) -> int:
-    stated = words.get("answer_tokens")
-    count = _ANSWER_TOKENS if stated is None else number(stated)
+def _answer_tokens(words: Mapping[str, str]) -> int | None:
+    """None: not stated."""
+    if "answer_tokens" not in words:
+        return None
+    count = number(words["answer_tokens"])
     if not isinstance(count, int) or count < 1:
-        raise UserError("answer_tokens", stated, "an integer of at least 1")
+        raise UserError("answer_tokens", words["answer_tokens"], "an integer of at least 1")
     return count

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -37,6 +38,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv``); the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     if words[:1] == ["--version"]:
         print(f"flexgen-bench {__version__}")
         return 0

@@ -16,6 +16,7 @@ from flexgen_bench.pictures.draw import svg
 from flexgen_bench.pictures.gallery import NAMES, Wanted, picture_json, pictures
 from flexgen_bench.pictures.gather import gather
 from flexgen_bench.pictures.picture import Picture
+from flexgen_bench.store.whole_file import write_text
 from flexgen_bench.trace.chart import chart
 from flexgen_bench.trace.runs import LATEST, find_run
 
@@ -36,7 +37,7 @@ def _main(options: argparse.Namespace) -> int:
     first, *rest = options.names
     if first == LANES:
         run = find_run(rest[0] if rest else LATEST, options.results)
-        print(_write(_file(options.out, f"lanes--{run.path.stem}"), chart(run)))
+        print(write_text(_file(options.out, f"lanes--{run.path.stem}"), chart(run)))
         return 0
     names = NAMES if options.names == [ALL] else tuple(options.names)
     for name in names:
@@ -59,7 +60,7 @@ def _main(options: argparse.Namespace) -> int:
 def _written(made: Sequence[Picture], out: Path) -> list[Path]:
     """Into a file if ``out`` is one: of a format, which for SVG holds one picture; else one file each in the folder."""
     if out.suffix == ".json":
-        return [_write(out, json.dumps([picture_json(one) for one in made], indent=1, allow_nan=False) + "\n")]
+        return [write_text(out, json.dumps([picture_json(one) for one in made], indent=1, allow_nan=False) + "\n")]
     if out.suffix == ".svg" and len(made) > 1:
         names = "\n  ".join(f"{one.name}: {'; '.join(one.facts.values())}" for one in made)
         raise UserError(
@@ -69,20 +70,11 @@ def _written(made: Sequence[Picture], out: Path) -> list[Path]:
             f"Or ask for one with --machine, --model, --workload:\n  {names}",
         )
     systems = systems_of(made)
-    return [_write(_file(out, one.key), svg(one, systems)) for one in made]
+    return [write_text(_file(out, one.key), svg(one, systems)) for one in made]
 
 
 def _file(out: Path, name: str) -> Path:
     return out if out.suffix == ".svg" else make_writable(out, "-o") / f"{name}.svg"
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
 
 
 def _price(text: str) -> tuple[str, float]:

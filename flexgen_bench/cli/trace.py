@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.folders import make_writable, path_argument
+from flexgen_bench.store.whole_file import write_text
 from flexgen_bench.trace.chart import chart
 from flexgen_bench.trace.chrome import trace_events
 from flexgen_bench.trace.runs import TracedRun, find_run
@@ -24,15 +25,7 @@ def write_files(run: TracedRun, out: Path) -> list[Path]:
     make_writable(out, "--out")
     name = run.path.stem
     events = json.dumps(trace_events(run), separators=(",", ":"), allow_nan=False)
-    return [_write(out / f"{name}.trace.json", events + "\n"), _write(out / f"{name}.svg", chart(run))]
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        path.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    return [write_text(out / f"{name}.trace.json", events + "\n"), write_text(out / f"{name}.svg", chart(run))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

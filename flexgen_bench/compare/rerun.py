@@ -98,7 +98,7 @@ def _run(words: Sequence[str], side: Side, results: Path) -> list[Path]:
     try:
         document = json.loads(done.stdout.strip().splitlines()[-1])
         paths = [Path(path) for path in document["records"]]
-    except (IndexError, KeyError, json.JSONDecodeError):
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
         paths = []
     if not paths:
         raise UserError(

@@ -11,6 +11,9 @@ from typing import Any
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.given import check_text, token_ids, whole_number
 
+# The likeliest token alone, as with everything below it: that would be zero in float32, and keep no token at all.
+_LEAST_TOP_P = 1e-30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -43,6 +46,7 @@ class SamplingParams:
         self._number("temperature", "a finite number of at least 0 (0 is greedy)")
         self._integer("top_k", 0, "an integer of at least 0 (0 keeps all tokens)")
         self._number("top_p", "above 0 and at most 1", above_zero=True, most=1)
+        object.__setattr__(self, "top_p", max(self.top_p, _LEAST_TOP_P))
         self._number("repetition_penalty", "a finite number above 0", above_zero=True)
         self._integer("seed", None, "an integer")
         if self.logprobs is not None:

@@ -145,4 +145,4 @@ class PageBuilder:
 def _stamp(rows: Sequence[PageRow]) -> str:
     """Equal for equal rows in equal order: files that were made together have the same."""
     runs = "\n".join(of.row.stored.record.run_id for of in rows)
-    return hashlib.sha256(runs.encode()).hexdigest()[:16]
+    return hashlib.sha256(runs.encode(errors="backslashreplace")).hexdigest()[:16]

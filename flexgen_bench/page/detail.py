@@ -10,10 +10,11 @@ from typing import Any
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.metrics import bytes_per_s, metrics, phases_overlap, summaries
 from flexgen_bench.core.record import Record, SystemReport
-from flexgen_bench.page.gather import ODD, PageRow, error_text
+from flexgen_bench.page.gather import PageRow
 from flexgen_bench.page.policy_words import busy_shares, chosen_by, policy_of, why
 from flexgen_bench.report.cells import one_line
 from flexgen_bench.report.rows import Memory
+from flexgen_bench.report.usable import ODD, error_text
 
 # Measured constants of the machine: hundreds of figures that decide what is predicted, and no result.
 _LONG = ("rates", "sources")

@@ -11,12 +11,9 @@ from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.page.policy_words import policy_of
 from flexgen_bench.report.rows import Row, build_rows
+from flexgen_bench.report.usable import what_is_odd
 from flexgen_bench.store.reader import StoredRecord, read_record, record_files
 from flexgen_bench.store.writer import suite_folder
-
-# What reading the free parts of a record, such as its spec, raises where they are of another version or nobody's.
-ODD = (UserError, StoreError, KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
-_ADVICE = "Measure the cell again, or read it with the version that wrote it."
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,10 @@ class Gatherer:
         found: StoredRecord | Broken
         try:
             found = StoredRecord(path, read_record(path))
-            _try(found)
+            odd = what_is_odd(found, policy_of)
+            found = Broken(str(path), odd) if odd else found
         except StoreError as error:
             found = Broken(str(path), str(error).removeprefix(f"{path} "))
-        except ODD as error:
-            found = Broken(str(path), f"holds what no cell of this version has ({error_text(error)}). {_ADVICE}")
         self._read[path] = (state, found)
         return found
 
@@ -104,17 +100,6 @@ def _newest(stored: Sequence[tuple[str, StoredRecord]]) -> set[Path]:
         if key not in last or one.age > last[key].age:
             last[key] = one
     return {one.path for one in last.values()}
-
-
-def _try(stored: StoredRecord) -> None:
-    """Make of a record alone what the table makes of all: one that is odd must not hide the others."""
-    build_rows([stored])
-    policy_of(stored.record)
-
-
-def error_text(error: Exception) -> str:
-    """``KeyError: 'shape'``: what is wrong with an odd record."""
-    return f"{type(error).__name__}: {error}"
 
 
 def _state(path: Path) -> tuple[int, int]:

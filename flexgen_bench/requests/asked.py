@@ -16,19 +16,20 @@ from flexgen_bench.engine.outputs import GenerationRequest
 from flexgen_bench.engine.tokenization import TextTokenizer
 from flexgen_bench.requests.chat_template import encode_chat
 from flexgen_bench.requests.errors import NOT_FOUND, RequestError, of_user_error, of_validation
-from flexgen_bench.requests.forms import FORMS, ChatForm, CompletionForm, Form
+from flexgen_bench.requests.forms import FORMS, MOST_CHOICES, ChatForm, CompletionForm, Form
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of a prompt, and of an answer (also what an answer of a conversation may have that states none);
-    choices: most answers that one request may ask for."""
+    """Most tokens of a prompt, and of an answer; choices: most answers that one request may ask for. unstated_tokens:
+    what an answer of a conversation may have that states none; None: as many as any."""
 
     prompt_tokens: int
     answer_tokens: int
-    choices: int = 128
+    choices: int = MOST_CHOICES
+    unstated_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,11 @@ class Reader:
         except UserError as error:
             raise of_user_error(error) from error
         stated = form.max_completion_tokens or form.max_tokens
-        room = self._shape.max_positions - len(ids) + 1
+        unstated = self._limits.answer_tokens if self._limits.unstated_tokens is None else self._limits.unstated_tokens
         return ParsedRequest(
             is_chat=True,
             model=form.model,
-            sequences=self._sequences(
-                form, "messages", [ids], stated, min(self._limits.answer_tokens, room), seed, with_logprobs
-            ),
+            sequences=self._sequences(form, "messages", [ids], stated, unstated, seed, with_logprobs),
             num_prompts=1,
             logprobs=with_logprobs,
             streams=bool(form.stream),
@@ -133,10 +132,11 @@ class Reader:
         field: str,
         prompts: Sequence[list[int]],
         max_tokens: int | None,
-        otherwise: int,
+        unstated: int,
         seed: int,
         logprobs: int | None,
     ) -> tuple[GenerationRequest, ...]:
+        """max_tokens: as the request states it; unstated: of one that does not, as far as there is room."""
         limits, choices = self._limits, form.n or 1
         if max_tokens is not None and max_tokens > limits.answer_tokens:
             message = f"max_tokens = {max_tokens}: at most {limits.answer_tokens} are answered here."
@@ -144,8 +144,11 @@ class Reader:
         if len(prompts) * choices > limits.choices:
             message = f"{len(prompts)} prompts with {choices} answers each: at most {limits.choices} answers a request."
             raise RequestError(message, "n", "invalid_value")
+        if max_tokens is None:
+            room = self._shape.max_positions - max(map(len, prompts)) + 1
+            max_tokens = max(1, min(unstated, limits.answer_tokens, room))
         try:
-            params = _params(form, max(1, otherwise) if max_tokens is None else max_tokens, seed, logprobs)
+            params = _params(form, max_tokens, seed, logprobs)
         except UserError as error:
             raise of_user_error(error) from error
         for prompt in prompts:

@@ -14,14 +14,16 @@ from flexgen_bench.core.given import check_text
 from flexgen_bench.engine.tokenization import TextTokenizer
 
 Message = Mapping[str, Any]
+_TAKEN = ("role", "content", "name")
 _WANTED = "a list of messages such as {'role': 'user', 'content': 'text'}"
 
 
 def encode_chat(tokenizer: TextTokenizer, messages: Any, field: str = "messages") -> list[int]:
     """Tokens of a conversation up to where the model's answer begins.
 
-    messages: each a mapping with ``role`` and ``content``, text or a list of ``{"type": "text", "text": ...}``. Raises
-    UserError for what is none, for a checkpoint without a template, and for what its template refuses.
+    messages: each a mapping with ``role`` and ``content``, text or a list of ``{"type": "text", "text": ...}``; what is
+    null or an empty list beside these says nothing, as in the messages that OpenAI's API answers with. Raises UserError
+    for what is none, for a checkpoint without a template, and for what its template refuses.
     """
     checked = check_messages(messages, field)
     hf_tokenizer = tokenizer.of_transformers
@@ -33,6 +35,7 @@ def encode_chat(tokenizer: TextTokenizer, messages: Any, field: str = "messages"
             "This checkpoint has none: it was not trained for conversations. Give it a prompt instead.",
         )
     text = _rendered(hf_tokenizer, checked, field)
+    check_text(text, field)  # a template may make anything
     return list(hf_tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -45,12 +48,15 @@ def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str
         name = f"{field}[{index}]"
         if not isinstance(message, Mapping):
             raise UserError(name, message, _WANTED.removeprefix("a list of "))
-        others = sorted(set(message) - {"role", "content", "name"})
+        others = sorted(
+            name for name, value in message.items() if name not in _TAKEN and value is not None and value != []
+        )
         if others:
             raise UserError(f"{name}.{others[0]}", message[others[0]], "left out", "Messages are role and content.")
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise UserError(f"{name}.role", role, "a role such as 'system', 'user' or 'assistant'")
+        check_text(role, f"{name}.role")
         # A template that knows nothing of names takes no notice of one.
         named = {} if message.get("name") is None else {"name": _text(message["name"], f"{name}.name")}
         checked.append({"role": role, "content": _text(message.get("content"), f"{name}.content"), **named})

@@ -14,10 +14,14 @@ BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TOO_SLOW = 400, 401, 404, 408
 NO_LENGTH, TOO_LARGE, TOO_MANY = 411, 413, 429
 SERVER_ERROR, UNAVAILABLE, TIMED_OUT = 500, 503, 504
 _SHOWN = 200  # characters of a value that is refused
+_MOST_MESSAGE, _MOST_PARAM = 1000, 100  # characters of what a request may have given in the middle of them
 
 
 class RequestError(Exception):
-    """A request that cannot be answered. param: its field; code: a word for programs; headers: of the answer."""
+    """A request that cannot be answered. param: its field; code: a word for programs; headers: of the answer.
+
+    Of what a request has given no more is repeated than fits into a message, and nothing that is no text.
+    """
 
     def __init__(
         self,
@@ -27,8 +31,10 @@ class RequestError(Exception):
         status: int = BAD_REQUEST,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = _shortened(message, _MOST_MESSAGE)
         super().__init__(message)
-        self.message, self.param, self.code, self.status = message, param, code, status
+        self.message, self.code, self.status = message, code, status
+        self.param = param and _shortened(param, _MOST_PARAM)
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -36,6 +42,15 @@ class RequestError(Exception):
         kind = "server_error" if self.status >= SERVER_ERROR else "invalid_request_error"
         kind = {TOO_MANY: "rate_limit_error", UNAUTHORIZED: "authentication_error"}.get(self.status, kind)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _shortened(text: str, most: int) -> str:
+    """The beginning and the end of a long text; half of a character (a surrogate) as its escape."""
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail]}...{text[-tail:]}"
 
 
 def of_user_error(error: UserError, param: str | None = None) -> RequestError:
@@ -49,6 +64,7 @@ def of_validation(error: ValidationError) -> RequestError:
     names = [str(part) for part in first["loc"]]
     name = names[0] if names else None
     kinds = [e["msg"] for e in error.errors(include_url=False) if [str(p) for p in e["loc"]][:1] == names[:1]]
+    subject = name or "The body"
     given = repr(first.get("input"))
     shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
     if first["type"] == "missing":
@@ -56,4 +72,4 @@ def of_validation(error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         message = f"{'.'.join(names)} is not a field of this request, or not one that is implemented. Leave it out."
         return RequestError(message, name, "unknown_parameter")
-    return RequestError(f"{name} = {shown}: {'; or: '.join(dict.fromkeys(kinds))}.", name, "invalid_value")
+    return RequestError(f"{subject} = {shown}: {'; or: '.join(dict.fromkeys(kinds))}.", name, "invalid_value")

@@ -167,7 +167,7 @@ def show(line: str, display: Display) -> None:
     """Show one event line. A line that is not an event (a library writing to the pipe) is shown nowhere."""
     try:
         event = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(event, dict):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from flexgen_bench.requests.answers import Writer, new_id, usage_of
 from flexgen_bench.requests.asked import ParsedRequest
 from flexgen_bench.requests.errors import TIMED_OUT, TOO_MANY, RequestError
+from flexgen_bench.requests.json_line import json_line
 from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Ticket
 from flexgen_bench.serve.metrics import Metrics
 from flexgen_bench.serve.pace import Pace
@@ -132,4 +132,4 @@ async def _disconnected(request: Request) -> None:
 
 
 def _sent(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json_line(data) + b"\n\n"

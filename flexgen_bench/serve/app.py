@@ -21,7 +21,7 @@ from flexgen_bench.llm.llm import LLM
 from flexgen_bench.requests.answers import Writer
 from flexgen_bench.requests.asked import Limits, ParsedRequest, Reader
 from flexgen_bench.requests.errors import NOT_FOUND, UNAVAILABLE, RequestError
-from flexgen_bench.requests.forms import CHAT, COMPLETIONS
+from flexgen_bench.requests.forms import CHAT, COMPLETIONS, MOST_CHOICES
 from flexgen_bench.schedule.sequence_groups import Capacity
 from flexgen_bench.serve.answering import Answering
 from flexgen_bench.serve.batch_routes import add_batch_routes
@@ -60,7 +60,9 @@ class Parts:
 def make_app(llm: LLM, name: str, settings: ServeSettings) -> FastAPI:
     """The server of one model. name: by which requests ask for it. What it needs lives from start-up to shut-down."""
     capacity = Capacity(settings.sequences, settings.prompt_tokens, settings.answer_tokens, settings.kept_tokens)
-    limits = Limits(settings.prompt_tokens, settings.answer_tokens)
+    # Of more answers than may run and wait nobody could ever be told when to come back.
+    choices = min(MOST_CHOICES, settings.sequences + settings.queue)
+    limits = Limits(settings.prompt_tokens, settings.answer_tokens, choices)
     reader, writer, metrics = LockedReader(llm.tokenizer, llm.shape, (name,), limits), Writer(llm.tokenizer), Metrics()
     loop = EngineLoop(llm, capacity, metrics.passes.inc)
     files = FileStore(settings.state_dir / "files")

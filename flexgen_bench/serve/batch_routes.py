@@ -52,9 +52,13 @@ def add_batch_routes(
             if purpose != "batch":
                 raise RequestError(f"purpose = {purpose!r}: must be 'batch'.", "purpose", "invalid_value")
             name, path = files.new_path()
-            with path.open("wb") as target:
-                await run_in_threadpool(shutil.copyfileobj, file.file, target)
-            return files.add(name, file.filename or "input.jsonl", "batch")
+            try:
+                with path.open("wb") as target:
+                    await run_in_threadpool(shutil.copyfileobj, file.file, target)
+                return files.add(name, file.filename or "input.jsonl", "batch")
+            except BaseException:  # a full disk: half of a file, which nobody could ask for or delete
+                files.discard(name)
+                raise
 
     @app.get("/v1/files")
     async def list_files(
@@ -82,8 +86,11 @@ def add_batch_routes(
 
     @app.post("/v1/batches")
     async def create(request: Request) -> Document:
+        body = await json_body(request, settings.body_bytes, settings.request_s)
+        if not isinstance(body, dict):
+            raise RequestError("The body must be a JSON object.", "body", "invalid_value")
         try:
-            form = BatchForm.model_validate(await json_body(request, settings.body_bytes, settings.request_s))
+            form = BatchForm.model_validate(body)
         except ValidationError as error:
             raise of_validation(error) from error
         if form.endpoint not in FORMS:

@@ -23,6 +23,7 @@ from flexgen_bench.serve.engine_loop import Answered, EngineLoop, Event, Ticket
 from flexgen_bench.serve.files import Document, Documents, FileStore
 
 _log = logging.getLogger("flexgen_bench.serve")
+_SHOW_S = 1.0  # between two times that a batch says how far it is
 _RETRY_S = 30.0  # until a batch whose answers could not be written is tried again
 
 
@@ -52,13 +53,17 @@ class Batches:
         self._todo: queue.Queue[str | None] = queue.Queue()
         self._stopping = threading.Event()
         self._cancelled: set[str] = set()
+        self._shown = float("-inf")  # when a batch has last said how far it is
         self._lock = threading.Lock()  # of documents: a cancellation comes from another thread
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
 
     def create(self, file_id: str, endpoint: str, window: str, metadata: Any) -> Document:
         """Queue a batch of a file. window: in hours or days (24h, 7d), after which what is not answered yet is given
         up. RequestError for a file that is not there."""
-        self._files.documents.get(file_id)
+        try:
+            self._files.documents.get(file_id)
+        except RequestError as error:
+            raise RequestError(error.message, "input_file_id", error.code, error.status) from error
         document = new_batch(self._documents.new_id(), file_id, endpoint, window, metadata)
         self._documents.put(document)
         self._todo.put(document["id"])
@@ -109,9 +114,14 @@ class Batches:
 
     def _work(self, name: str) -> None:
         document = self._documents.get(name)
+        if document["status"] not in UNDER_WAY:  # queued twice, by who made it and at the start
+            return
         self._files.documents.get(document["input_file_id"])  # deleted meanwhile?
         source = self._files.content(document["input_file_id"])
-        scanned = scan([source], None, Shard())
+        try:
+            scanned = scan([source], None, Shard())
+        except UserError as error:  # by the name that the client knows, and what this file could never be called
+            raise UserError("input_file_id", document["input_file_id"], error.allowed) from error
         counts = {"total": scanned.lines, "completed": 0, "failed": 0}
         self._change(name, status="in_progress", in_progress_at=int(time.time()), request_counts=counts)
         path = self._documents.path(name, ".answers.jsonl")
@@ -131,7 +141,7 @@ class Batches:
         name = document["id"]
         answers: queue.Queue[tuple[Ticket, Event]] = queue.Queue()
         under_way: dict[Ticket, tuple[Line, str | None]] = {}
-        counts["completed"] = output.done
+        self._show(name, counts, output)
         source = self._files.content(document["input_file_id"])
         rows = scanned.order()
         try:
@@ -149,11 +159,11 @@ class Batches:
                     self._refuse(output, line, custom_id, error)
                     continue
                 under_way[ticket] = (line, custom_id)
-                if output.done - counts["completed"] >= 100:  # so often is enough for who looks
-                    self._change(name, request_counts={**counts, "completed": output.done})
+                self._show(name, counts, output)
             while under_way:
                 self._check(document)
                 self._receive(answers, under_way, output)
+                self._show(name, counts, output)
         except Ended as end:
             if end.status == "expired":
                 self._give_up(output, rows, source)
@@ -162,6 +172,12 @@ class Batches:
             for ticket in under_way:
                 self._loop.cancel(ticket)
         return "completed"
+
+    def _show(self, name: str, counts: dict[str, int], output: OutputFile) -> None:
+        """How many are answered, for who looks: a file is written for it, so not for every one of many."""
+        if output.done > counts["completed"] and time.monotonic() - self._shown >= _SHOW_S:
+            counts["completed"], self._shown = output.done, time.monotonic()
+            self._change(name, request_counts=dict(counts))
 
     def _give_up(self, output: OutputFile, rows: Lines, source: Path) -> None:
         """Say of every line that is not answered that its time is over."""

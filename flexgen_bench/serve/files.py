@@ -109,5 +109,9 @@ class FileStore:
 
     def delete(self, name: str) -> None:
         self.documents.get(name)
+        self.discard(name)
+
+    def discard(self, name: str) -> None:
+        """Remove what is there of a file, whole or not."""
         self.documents.path(name).unlink(missing_ok=True)
         self.content(name).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexgen_bench.requests.errors import SERVER_ERROR, UNAUTHORIZED, RequestError
+from flexgen_bench.requests.errors import SERVER_ERROR, UNAUTHORIZED, UNAVAILABLE, RequestError
 from flexgen_bench.serve.metrics import Metrics
 
 _log = logging.getLogger("flexgen_bench.serve")
@@ -44,6 +45,10 @@ class Guard:
                 await self._app(scope, receive, noted)
             except ClientDisconnect:
                 pass  # in the middle of its body
+            except asyncio.CancelledError:  # the server goes down, and this took longer than it may then
+                if not status:
+                    refusal = RequestError("The server is going down.", None, "shutting_down", UNAVAILABLE)
+                    await JSONResponse(refusal.body(), refusal.status)(scope, receive, noted)
             except Exception as error:
                 _log.exception("%s %s", scope["method"], scope["path"])
                 if not status:

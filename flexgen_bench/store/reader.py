@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
-from flexgen_bench.store.schema import decode, parse_utc
+from flexgen_bench.store.schema import decode, parse, parse_utc
 from flexgen_bench.store.writer import suite_folder
 
 # Figures of the scripts in benchmarks/, and records of accuracy, lie beside the suites.
@@ -47,8 +45,8 @@ def read_record(path: Path) -> Record:
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read record {path}: {error}") from error
     try:
-        return decode(json.loads(text, parse_constant=_no_constant))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return decode(parse(text))
+    except (ValueError, OverflowError, RecursionError) as error:  # also a number of more digits than Python reads
         raise StoreError(
             f"{path} is not a whole JSON document ({error}). Delete it and measure the cell again."
         ) from error
@@ -107,7 +105,3 @@ def record_files(results_dir: Path) -> Iterator[Path]:
     except OSError as error:
         raise StoreError(f"cannot list the records in {results_dir}: {error}") from error
     return (f for f in files if f.suffix == ".json" and not f.name.startswith("."))
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise StoreError(f"holds {text}, which is not JSON. Delete it and measure the cell again.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from flexgen_bench.core.codec import from_json, hints_of, to_json, without_none
 from flexgen_bench.core.errors import StoreError, UserError
@@ -13,6 +14,9 @@ from flexgen_bench.core.record import SCHEMA_VERSION, Record
 
 Kind = TypeVar("Kind")
 
+# No figure of a record comes near it: bytes, tokens, seconds and their rates are below 1e20, seeds below 2**64.
+LEAST, MOST = 1e-30, 1e30
+_MOST_DIGITS = 31
 # From version n to n + 1. A change of the schema adds one entry, so records of every age stay readable.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda data: data | {"trace": ""},
@@ -42,6 +46,36 @@ def decode_as(data: Any, kind: type[Kind], at: str) -> Kind:
         return from_json(kind, data, at, complete=True)
     except UserError as error:
         raise StoreError(str(error)) from error
+
+
+def parse(text: str | bytes) -> Any:
+    """The JSON document in a record's file.
+
+    Raises ValueError or RecursionError for what is none, StoreError for a number that is none in JSON or beyond what
+    any figure of a run can be: what is computed of it may be infinite, and would hide the other records.
+    """
+    return json.loads(text, parse_constant=_no_constant, parse_float=_float, parse_int=_int)
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise StoreError(f"holds {text}, which is not JSON. Delete it and measure the cell again.")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if value == 0 or LEAST < abs(value) < MOST else _beyond(text)
+
+
+def _int(text: str) -> int:
+    return int(text) if len(text) <= _MOST_DIGITS else _beyond(text)
+
+
+def _beyond(text: str) -> NoReturn:
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise StoreError(
+        f"holds the number {shown}, which no figure of a run is ({LEAST:.0e} to {MOST:.0e}). "
+        "Delete it and measure the cell again."
+    )
 
 
 def decode(data: Any) -> Record:

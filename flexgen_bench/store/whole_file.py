@@ -16,7 +16,8 @@ def write_text(path: Path, text: str, remedy: str = "") -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
+            # Half of a character (a surrogate), such as of a path that is no text, as its escape.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.record import Record
-from flexgen_bench.store.schema import decode, encode
+from flexgen_bench.store.schema import decode, encode, parse
 
 # Records of cells that were asked for one by one, outside any suite.
 NO_SUITE = "single"
@@ -78,9 +78,8 @@ def suite_folder(suite: str) -> str:
 
 def to_bytes(record: Record) -> bytes:
     """The exact bytes of a record's file. Raises StoreError if reading them back would be refused."""
-    data = encode(record)
-    decode(data)
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(encode(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    decode(parse(text))
     # Only lone surrogates (bytes of a child's output that were no text) cannot be encoded; the replacement
     # \udcXX is the JSON escape of the same character, so it reads back unchanged.
     return text.encode("utf-8", errors="backslashreplace")

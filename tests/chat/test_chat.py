@@ -103,6 +103,20 @@ def test_lines_of_a_chat(conversation: Conversation, tmp_path: Path) -> None:
     assert conversation.messages == [{"role": "system", "content": "X"}]
 
 
+def test_the_end_of_the_input_ends_a_turn_that_was_to_go_on(conversation: Conversation) -> None:
+    """``printf 'Hi \\\\' | flexgen-bench chat`` ended without an answer."""
+    lines = iter(["Hi\\"])
+
+    def read(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    chat(conversation, read, io.StringIO())
+    assert [m["role"] for m in conversation.messages if m["role"] != "system"] == ["user", "assistant"]
+    assert conversation.messages[-2]["content"] == "Hi"
+
+
 def test_ctrl_c_while_nothing_is_computed_throws_the_line_away(conversation: Conversation) -> None:
     def read(prompt: str, calls: list[int] = [0]) -> str:  # noqa: B006
         calls[0] += 1

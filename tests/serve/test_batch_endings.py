@@ -35,11 +35,12 @@ class Parts:
         reader = Reader(llm.tokenizer, llm.shape, ("tiny",), Limits(100, 20))
         self.batches = Batches(self.documents, self.files, self.loop, reader, Writer(llm.tokenizer), 4)
 
-    def batch(self, window: str = "24h") -> str:
+    def batch(self, window: str = "24h", content: str = "") -> str:
         name, path = self.files.new_path()
         body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
         line = {"method": "POST", "url": "/v1/completions", "body": body}
-        path.write_text("".join(json.dumps({"custom_id": f"line {n}", **line}) + "\n" for n in range(LINES)))
+        lines = "".join(json.dumps({"custom_id": f"line {n}", **line}) + "\n" for n in range(LINES))
+        path.write_text(content or lines)
         self.files.add(name, "in.jsonl", "batch")
         return str(self.batches.create(name, "/v1/completions", window, None)["id"])
 
@@ -75,6 +76,43 @@ def test_what_is_answered_lies_in_one_place(parts: Parts) -> None:
     assert document["status"] == "completed"
     assert len(parts.answers(document["output_file_id"])) == LINES
     assert [path.name for path in (parts.documents.path(name).parent).iterdir()] == [f"{name}.json"]
+
+
+def test_a_file_that_is_none_is_named_as_its_owner_knows_it(parts: Parts) -> None:
+    """The error named a path of the server's disk, and told the client to call that file otherwise."""
+    name = parts.batch(content="hello\n" * 30)
+    with parts.at_work():
+        document = parts.ended(name)
+    said = document["errors"]["data"][0]["message"]
+    assert document["status"] == "failed"
+    assert said.startswith(f"input_file_id = '{document['input_file_id']}': must be JSONL")
+    assert "/" not in said
+    assert ".txt" not in said
+    with pytest.raises(RequestError) as caught:
+        parts.batches.create("file-x", "/v1/completions", "24h", None)
+    assert caught.value.param == "input_file_id"
+
+
+def test_how_far_a_batch_is_can_be_seen(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch of less than a hundred lines nothing was completed until all was; after a restart neither."""
+    monkeypatch.setattr(module, "_SHOW_S", 0.0)
+    name, seen = parts.batch(), list[int]()
+    put = parts.documents.put
+    monkeypatch.setattr(
+        parts.documents, "put", lambda document: (seen.append(document["request_counts"]["completed"]), put(document))
+    )
+    with parts.at_work():
+        parts.ended(name)
+    assert len(set(seen)) > 3
+    assert seen == sorted(seen)
+
+
+def test_half_of_a_file_can_be_thrown_away(parts: Parts) -> None:
+    """What an upload had written before the disk was full stayed there: nobody could ask for it or delete it."""
+    name, path = parts.files.new_path()
+    path.write_text("half")
+    parts.files.discard(name)
+    assert not list(path.parent.iterdir())
 
 
 def test_a_batch_expires(parts: Parts) -> None:

@@ -120,6 +120,30 @@ def test_a_full_queue_says_when_to_come_back(model: Path, tmp_path: Path) -> Non
         settled(server)
 
 
+def test_more_answers_than_may_ever_wait_are_refused_for_good(model: Path, tmp_path: Path) -> None:
+    """Such a request was told to come back, again and again. And one that the server's end cuts off gets an error in
+    the form of the others: it was "Internal Server Error", with a traceback in the log."""
+    limits = ("sequences=1", "queue=2", "prompt_tokens=100", "answer_tokens=400", "stop_s=0")
+    with serving(model, tmp_path / "state", *limits) as server:
+        found = httpx.post(server.url + URL, json=body(0, n=4), timeout=60)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == "n"
+        assert httpx.post(server.url + URL, json=body(0, n=3), timeout=100).status_code == 200
+
+        async def cut_off() -> httpx.Response:
+            async with httpx.AsyncClient(base_url=server.url, timeout=200) as client:
+                asking = asyncio.ensure_future(client.post(URL, json=body(0, max_tokens=400, ignore_eos=True)))
+                while not await asyncio.to_thread(server.metric, "flexgen_sequences"):
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(server.stop)
+                return await asking
+
+        last = asyncio.run(cut_off())
+        assert last.status_code == 503
+        assert last.json()["error"]["code"] == "shutting_down"
+        assert "Traceback" not in server.log.read_text()
+
+
 def test_an_answer_that_takes_too_long_is_ended(model: Path, tmp_path: Path) -> None:
     limits = ("sequences=1", "prompt_tokens=100", "answer_tokens=400", "request_s=1")
     with serving(model, tmp_path / "state", *limits) as server:

@@ -90,6 +90,16 @@ def test_streams(client: openai.OpenAI, llm: LLM) -> None:
     assert "".join(c.choices[0].text for c in plain) == llm.generate("abc", SamplingParams(max_tokens=9))[0].text
 
 
+def test_the_answer_is_part_of_the_next_turn(client: openai.OpenAI, llm: LLM) -> None:
+    """As OpenAI's documentation has it: the message itself is appended. Its ``refusal: null`` was refused."""
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=4, temperature=0)
+    said = first.choices[0].message
+    turns: Any = [*MESSAGES, said, {"role": "user", "content": "and"}]
+    second = client.chat.completions.create(model="tiny", messages=turns, max_tokens=4, temperature=0)
+    turns[-2] = {"role": "assistant", "content": said.content}
+    assert second.choices[0].message.content == llm.chat(turns, SamplingParams(max_tokens=4))[0].text
+
+
 def test_stop_strings(client: openai.OpenAI, llm: LLM) -> None:
     whole = llm.generate("Hello", SamplingParams(max_tokens=40, ignore_eos=True))[0].text
     stop = next(whole[i : i + 2] for i in range(4, len(whole)) if whole.count(whole[i : i + 2]) == 1)
@@ -169,7 +179,10 @@ def test_what_is_not_implemented_is_refused(client: openai.OpenAI, field: str, v
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"temperature": 1, "repetition_penalty": 1e-300}])
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 1e-300}, {"temperature": 1, "repetition_penalty": 1e-300}, {"temperature": 1, "top_p": 1e-300}],
+)
 def test_extreme_values_are_nobody_elses_trouble(server: ServerProcess, values: dict[str, float]) -> None:
     """They used to fail the pass, and with it every request that shared it (see ``test_sampling``)."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": 3, **values}

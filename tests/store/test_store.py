@@ -22,13 +22,14 @@ from flexgen_bench.core.record import SCHEMA_VERSION, LinkUse, Record, Sample, S
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.store import schema
 from flexgen_bench.store.reader import find_record, read_all, read_record
-from flexgen_bench.store.schema import decode, encode
+from flexgen_bench.store.schema import LEAST, MOST, decode, encode
 from flexgen_bench.store.writer import to_bytes, write_record
 from tests.support.record_factory import make_record, make_samples
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
+# As large and as small as a figure may be.
+finite = st.floats(-MOST / 2, MOST / 2).map(lambda value: value if abs(value) > 2 * LEAST else 0.0)
 count = st.integers(0, 2**60)
-amount = st.floats(0, allow_nan=False, allow_infinity=False)
+amount = finite.map(abs)
 name = st.text(max_size=12)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | finite | name,
