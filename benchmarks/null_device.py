@@ -99,11 +99,10 @@ def null_device() -> Iterator[None]:
     """Lanes of an accelerator issue to streams that do nothing; operators are carried out where they are issued."""
     settings = Device.lane_settings
 
-    def streams(self: Device) -> dict[Lane, LaneSettings]:
-        on_host = (Lane.CPU, Lane.DISK_READ, Lane.DISK_WRITE)
+    def streams(self: Device, network: bool = False) -> dict[Lane, LaneSettings]:
         return {
-            lane: own if lane in on_host else LaneSettings(own.threads, stream=NullStream())  # type: ignore[arg-type]
-            for lane, own in settings(self).items()
+            lane: LaneSettings(own.threads, stream=NullStream()) if lane.of_accelerator else own  # type: ignore[arg-type]
+            for lane, own in settings(self, network).items()
         }
 
     def event(**_: object) -> NullEvent:

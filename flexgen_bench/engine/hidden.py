@@ -44,8 +44,7 @@ class HiddenStates:
         self._row_bytes = plan.job.hidden_row_bytes
         self._compute = plan.job.compute_tier
         self._waves = plan.groups.waves
-        # Rows that live on the compute tier: of a whole micro-batch, by its wave and its number in the pass, or of its
-        # parts.
+        # Rows that live on the compute tier: of a whole micro-batch, by its place, or of its parts.
         self._whole: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[Home, Tensor] = {}
         self._memory: dict[tuple[int, int], Tensor] = {}  # (KV slot, span) -> rows on the host
@@ -72,7 +71,7 @@ class HiddenStates:
         """A compute step has made new hidden states; parts that live at its site are home with this."""
         micro_batch, tier = step.micro_batch, self._sites[step.unit]
         if micro_batch.hidden_tier is tier is self._compute:
-            self._whole[self._key(micro_batch)] = x
+            self._whole[micro_batch.place] = x
             if self._rows:  # the old rows, where a link has brought them back
                 for part in micro_batch.hidden_parts:
                     self._rows.pop(_home(micro_batch, part), None)
@@ -107,10 +106,8 @@ class HiddenStates:
     def take(self, step: Step) -> Tensor:
         """All rows of the micro-batch at the site of the step, in order."""
         micro_batch, tier = step.micro_batch, self._sites[step.unit]
-        if micro_batch.hidden_tier is tier is self._compute:
-            whole = self._whole.get(self._key(micro_batch))
-            if whole is not None:
-                return whole
+        if micro_batch.hidden_tier is tier is self._compute and micro_batch.place in self._whole:
+            return self._whole[micro_batch.place]
         parts = [self._part(step, micro_batch, part) for part in micro_batch.hidden_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -124,7 +121,7 @@ class HiddenStates:
 
     def _at_compute(self, micro_batch: MicroBatch, part: Part) -> Tensor:
         """A part's rows in their home on the compute tier."""
-        whole = self._whole.get(self._key(micro_batch))
+        whole = self._whole.get(micro_batch.place)
         return self._rows[_home(micro_batch, part)] if whole is None else whole[part.row : part.stop]
 
     def load(self, step: Step) -> None:
@@ -159,7 +156,7 @@ class HiddenStates:
         rows = self._current[self._site(step), step.buffer_index][part.row : part.stop]
         if step.lane.kind is LaneKind.H2D:
             self._rows[_home(micro_batch, part)] = self._device.to_compute(rows)
-            self._whole.pop(self._key(micro_batch), None)  # these are the old rows
+            self._whole.pop(micro_batch.place, None)  # these are the old rows
             return
         on_disk = part.tier is Tier.DISK
         target = self._as_rows(self._paged(step, part), part.rows) if on_disk else self._in_memory(micro_batch, part)
@@ -168,17 +165,11 @@ class HiddenStates:
     def begin_pass(self, first: MicroBatch) -> None:
         """No hidden states outlive a pass: what the last one of the same wave left on the compute tier is released.
         Other waves may be under way on other lanes. first: a micro-batch of the pass."""
-        wave = self._wave(first)
+        wave = first.place[0] % self._waves
         for home in [one for one in list(self._rows) if one[0] % self._waves == wave]:
             del self._rows[home]
-        for key in [one for one in list(self._whole) if one[0] == wave]:
-            del self._whole[key]
-
-    def _wave(self, micro_batch: MicroBatch) -> int:
-        return micro_batch.members[0].group.kv_slot % self._waves
-
-    def _key(self, micro_batch: MicroBatch) -> tuple[int, int]:
-        return self._wave(micro_batch), micro_batch.index
+        for place in [one for one in list(self._whole) if one[0] % self._waves == wave]:
+            del self._whole[place]
 
     def _site(self, step: Step) -> Tier:
         return self._sites[step.unit]

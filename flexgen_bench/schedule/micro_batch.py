@@ -208,6 +208,11 @@ class MicroBatch:
         return tuple(replace(part, index=index) for index, part in enumerate(with_rows))
 
     @cached_property
+    def place(self) -> tuple[int, int]:
+        """KV slot of its first sequences, and chunk: no other micro-batch that is under way has the same."""
+        return self.members[0].group.kv_slot, self.chunk
+
+    @cached_property
     def hidden_tier(self) -> Tier | None:
         """Where all of its hidden states live; None if they are on several tiers."""
         tiers = {part.tier for part in self.hidden_parts}
