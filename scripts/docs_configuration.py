@@ -109,8 +109,8 @@ MEANS: dict[str, dict[str, str]] = {
         "gpu_memory_is_cap": "the card is larger and held to `gpu_memory`: what its driver and a process' context take "
         "is outside of it",
         "device_match": "part of the device's name, for a profile that is one card's",
-        "count": "devices that compute a model together, each a rank with layers of its own ([guide](../guides/ranks.md)); "
-        "`gpu_memory` is one device's",
+        "count": "devices that compute a model together, each a rank with layers of its own "
+        "([guide](../guides/ranks.md)); `gpu_memory` is one device's",
         "layers_per_rank": "how many layers each of them has; null divides them",
         "tensor_parallel": "devices that share every layer, each with a slice of it "
         "([guide](../guides/ranks.md#sharing-every-layer)); `count` is 1 then",

@@ -7,6 +7,7 @@ way, 2 for bad input, 130 after Ctrl-C. After any of them the same command goes 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     from flexgen_bench.batch.output_file import OutputFile
     from flexgen_bench.batch.scan import scan
     from flexgen_bench.core.shard import Shard
+    from flexgen_bench.ranks.torchrun import Torchrun
 
     check_words(words, (*_SAMPLING, "name", "answer_tokens"))
     shard = Shard.parse(options.shard)
@@ -91,6 +93,9 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
         raise UserError("--window", options.window, "at least 1")
     SamplingParams(**_sampling(words))  # refuses now what every line would be refused for
     _answer_tokens(words)
+    torchrun = Torchrun.of(os.environ)
+    if torchrun is not None and torchrun.rank > 0:
+        open_llm(words)  # serves rank 0, which alone reads and writes, and ends with it
     check_inputs(options.input, options.column)
     if any(_is_same(options.output, path) for path in options.input):
         raise UserError("--output", str(options.output), "another file than the input")
@@ -103,7 +108,7 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     with OutputFile(options.output, _belongs_to(scanned, shard, words, options), scanned.positions) as output:
         if output.done:
             print(f"{output.done} of {scanned.lines} are answered already", file=sys.stderr, flush=True)
-        if output.done < scanned.lines:
+        if output.done < scanned.lines or torchrun is not None:  # whose other processes wait for this one's model
             with open_llm(words) as llm:
                 Answering(llm, options, words, scanned).run(output)
         elif not scanned.lines:

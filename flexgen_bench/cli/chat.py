@@ -79,6 +79,7 @@ def _run(words: Mapping[str, str], system: str) -> int:
     with _bars() as show:
         llm = open_llm(words, show)
     with llm:
+        llm.check_open_jobs()
         encode_chat(llm.tokenizer, [{"role": "user", "content": "?"}])  # refuses a model that cannot chat, now
         context = _context(words, llm)
         params = SamplingParams(**{**_DEFAULTS, "max_tokens": min(512, max(1, context // 4)), **given})

@@ -83,6 +83,7 @@ def _run(options: argparse.Namespace, words: Mapping[str, str]) -> int:
     except ImportError as error:
         raise CannotRun(how_to_install(error.name or "fastapi")) from error
     with claimed(settings.state_dir), open_llm(words) as llm:
+        llm.check_open_jobs()
         most = llm.shape.max_positions
         if settings.prompt_tokens + settings.answer_tokens - 1 > most:
             raise UserError(

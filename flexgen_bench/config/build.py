@@ -18,6 +18,7 @@ from flexgen_bench.core.folders import expanded
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.instructions import usable
 from flexgen_bench.core.model import DType, ModelShape
+from flexgen_bench.core.pipeline import divided
 from flexgen_bench.core.policy import Placement, Policy
 from flexgen_bench.core.simulated import SIMULATED_ONLY, SystemModel
 from flexgen_bench.core.tiers import Tier
@@ -196,6 +197,8 @@ def cell_spec(
     # Asked of a profile whose shares are of 16-bit weights: how much memory there is decides nothing about it.
     dtype = _dtype(conf.dtype, lambda: fastest(profile(DType.BFLOAT16), threads))
     hardware = profile(dtype)
+    if hardware.count > 1:
+        divided(model.shape.num_layers, hardware.count, hardware.layers_per_rank)
     return CellSpec(
         system=conf.system.name,
         target=conf.system.target or SIMULATED_ONLY,

@@ -137,7 +137,7 @@ def _check_ranks(machine: HardwareProfile) -> None:
             f"1 with gpu.count = {machine.count} and gpu.layers_per_rank = {machine.layers_per_rank}",
             "Ranks either share every layer or have layers of their own: leave one of them out.",
         )
-    if machine.layers_per_rank is not None and machine.count > 1 and len(machine.layers_per_rank) != machine.count:
+    if machine.layers_per_rank is not None and len(machine.layers_per_rank) != machine.count:
         raise UserError(
             "gpu.layers_per_rank",
             list(machine.layers_per_rank),

@@ -45,6 +45,11 @@ class Stage:
         return self.first <= unit - 1 < self.stop
 
 
+def divided(num_layers: int, ranks: int, layers: Sequence[int] | None = None) -> tuple[Stage, ...]:
+    """Stages of as many layers as stated, else as even as can be. UserError if they are not all of the model's."""
+    return even_stages(num_layers, ranks) if layers is None else stages_of(layers, num_layers)
+
+
 def even_stages(num_layers: int, ranks: int) -> tuple[Stage, ...]:
     """As nearly the same number of layers for every rank as whole layers allow, the larger ones in the middle: the
     first rank has the embedding beside them, the last one the head."""

@@ -11,6 +11,7 @@ from flexgen_bench.engine.engine import Engine
 from flexgen_bench.planner.forecast import forecast
 from flexgen_bench.planner.scoring import LOGIT_ROWS, typical
 from flexgen_bench.ranks.engines import AnyEngine, Engines
+from flexgen_bench.ranks.ranked_engine import OPEN_JOBS, SCORING
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Request
 
@@ -45,19 +46,21 @@ class ChosenEngine:
 
     def for_open_jobs(self, requests: Sequence[Request]) -> Engine:
         """UserError for several ranks, which have no such jobs."""
-        what = "jobs that take requests while they run (serve, chat, stream, open)"
-        self._engines.check_one(what)
-        return self._engines.one(self.for_generation(requests), what)
+        self.check_open_jobs()
+        return self._engines.one(self.for_generation(requests), OPEN_JOBS)
+
+    def check_open_jobs(self) -> None:
+        """UserError for several ranks."""
+        self._engines.check_one(OPEN_JOBS)
 
     def for_scoring(self, requests: Sequence[ScoreRequest]) -> Engine:
         """UserError for several ranks, which do not score."""
-        what = "scoring (log-likelihoods, logprobs of prompts)"
-        self._engines.check_one(what)
+        self._engines.check_one(SCORING)
 
         def can_score(engine: AnyEngine) -> bool:
-            return self._engines.one(engine, what).can_score(requests)
+            return self._engines.one(engine, SCORING).can_score(requests)
 
-        return self._engines.one(self._fitting(typical(requests), LOGIT_ROWS, can_score), what)
+        return self._engines.one(self._fitting(typical(requests), LOGIT_ROWS, can_score), SCORING)
 
     def log_probabilities(self, requests: Sequence[ScoreRequest]) -> Iterator[Tensor]:
         """Of each request in turn, the distributions of its tokens but the first; few are in memory at once."""

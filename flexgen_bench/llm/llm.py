@@ -49,9 +49,10 @@ from flexgen_bench.llm.sequences import Sequences, output_of
 from flexgen_bench.machine.host import physical_cores
 from flexgen_bench.planner.memory_plan import MemoryPlan
 from flexgen_bench.ranks.commands import Setup
-from flexgen_bench.ranks.division import Torchrun, divide
+from flexgen_bench.ranks.division import divide
 from flexgen_bench.ranks.engines import Engines
 from flexgen_bench.ranks.ranks import Ranks, join
+from flexgen_bench.ranks.torchrun import Torchrun
 from flexgen_bench.requests.chat_template import Message, encode_chat
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
@@ -252,6 +253,10 @@ class LLM(Closing):
             while not job.is_idle:
                 for _, piece in job.step():
                     yield piece
+
+    def check_open_jobs(self) -> None:
+        """UserError if ``open`` and ``stream`` are refused whatever is asked: several ranks have no such jobs."""
+        self._engine.check_open_jobs()
 
     def open(self, capacity: Capacity) -> OpenRequests:
         """A job that takes requests within a capacity while it runs; until it is closed this model does nothing else.

@@ -164,15 +164,20 @@ class StepCost:
             return self._attention(step, site)
         if step.kind is StepKind.DEQUANTIZE:
             return self._packed.units[step.unit].plain_bytes / site.unpack
+        return self._touched_bytes(step) / site.memory
+
+    def _touched_bytes(self, step: Step) -> int:
+        """Of a step that computes nothing, but reads or writes memory."""
+        micro_batch, job = step.micro_batch, self._job
         if step.kind is StepKind.GATHER_ROWS:
-            return step.micro_batch.rows * self._job.embed_row_bytes / site.memory
+            return micro_batch.rows * job.embed_row_bytes
         if step.kind is StepKind.SAMPLE:
-            return len(step.micro_batch.logit_rows) * self._job.logits_row_bytes / site.memory
+            return len(micro_batch.logit_rows) * job.logits_row_bytes
         if step.kind in (StepKind.ENTER, StepKind.LEAVE):  # read and written
-            return 2 * step.micro_batch.rows * self._job.hidden_row_bytes / site.memory
+            return 2 * micro_batch.rows * job.hidden_row_bytes
         if step.kind is StepKind.APPEND_KV:
-            part = step.micro_batch.kv_parts[step.part]
-            return part.rows * part.layout().token_bytes / site.memory
+            part = micro_batch.kv_parts[step.part]
+            return part.rows * part.layout().token_bytes
         raise AssertionError(f"a step of kind {step.kind} runs on no compute lane")
 
     def _product(self, step: Step, site: SiteRates, tier: Tier, flops: int) -> float:
@@ -248,10 +253,9 @@ class StepCost:
 def _network_rates(hardware: HardwareProfile, sender: HardwareProfile) -> dict[LaneKind, float]:
     sent, received = (network_rate(*one) for one in ((sender, LaneKind.NET_OUT), (hardware, LaneKind.NET_IN)))
     more_s = max(0.0, 1 / received - 1 / sent)
-    receives = dict.fromkeys(
-        (kind for kind in NETWORK if kind is not LaneKind.NET_OUT), 1 / more_s if more_s else math.inf
-    )
-    return {LaneKind.NET_OUT: network_rate(hardware, LaneKind.NET_OUT), **receives}
+    rate = 1 / more_s if more_s else math.inf
+    own = network_rate(hardware, LaneKind.NET_OUT)
+    return {kind: own if kind is LaneKind.NET_OUT else rate for kind in NETWORK}
 
 
 def _work_of(micro_batch: MicroBatch) -> tuple[object, ...]:

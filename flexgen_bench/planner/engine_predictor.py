@@ -33,7 +33,7 @@ class EnginePredictor(Predictor):
         in its memory. Several GPUs are the ranks of a pipeline, or share every layer: then the bytes and lanes are one
         rank's."""
         policy: Policy | None = self.options.get("policy")
-        if job.num_gpus > 1:
+        if job.num_gpus * job.hardware.count > 1:
             return predict_ranks(job, policy)
         if job.hardware.tensor_parallel > 1:
             job = slice_of(job)

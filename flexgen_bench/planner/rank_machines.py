@@ -25,14 +25,15 @@ class RankMachine:
 
 
 def machines_of(job: Job) -> tuple[RankMachine, ...]:
-    """Of a job on several GPUs: a machine each."""
-    return tuple(RankMachine(job.hardware, host) for host in range(job.num_gpus))
+    """Of a job: as many machines as it says, each with the devices that its profile counts."""
+    count = job.hardware.count
+    return tuple(one for host in range(job.num_gpus) for one in in_one_machine(job.hardware, count, host))
 
 
 def in_one_machine(hardware: HardwareProfile, ranks: int, host: int = 0) -> tuple[RankMachine, ...]:
     """Ranks of one machine. Each has a device with links of its own, and of the host's memory and cores an equal share:
-    an emulated device computes on these cores, too. What is measured of a network is between machines, so these send
-    each other what they do through memory, unless the profile states a link."""
+    an emulated device computes on these cores, too. What is known of a network is between machines, so these send each
+    other what they do through memory, unless the profile states a link."""
     return (RankMachine(_share(hardware, ranks), host),) * ranks
 
 
@@ -79,6 +80,7 @@ class _Contention:
 
 
 def _share(hardware: HardwareProfile, ranks: int) -> HardwareProfile:
+    hardware = replace(hardware, count=1, layers_per_rank=None)
     if ranks == 1:
         return hardware
 
@@ -98,10 +100,10 @@ def _share(hardware: HardwareProfile, ranks: int) -> HardwareProfile:
 def _within_memories(hardware: HardwareProfile, rates: Rates) -> HardwareProfile:
     """With these rates, and no stated link faster than what is left of the memories that it goes between."""
     links = dict(hardware.links)
-    for name in links:
+    for name, rate in links.items():
         ends = [rates.sites[tier].memory for tier in LINKS.get(LaneKind(name), ()) if tier in rates.sites]
         if ends:
-            links[name] = min(links[name], max(ends))
+            links[name] = min(rate, max(ends))
     return replace(hardware, links=links, rates=rates)
 
 

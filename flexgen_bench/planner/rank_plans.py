@@ -7,13 +7,14 @@ fast a pipeline is whose ranks all have work. Then all ranks are planned and sim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from flexgen_bench.core.compression import Lossy
 from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.job import Job
-from flexgen_bench.core.pipeline import Stage
+from flexgen_bench.core.pipeline import Stage, stages_of
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.models.model import Model
@@ -30,19 +31,19 @@ _SMALLER = 0.9  # of a block that does not fit all ranks, what is tried next
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a job. available: bytes free for a plan on each of them, where that is less than its machine has.
-    layers: of each rank; None: as suits the machines."""
+    """The ranks of a job. available: bytes free for a plan on each of them, where that is less than its machine has."""
 
     job: Job
     machines: tuple[RankMachine, ...]
     lossies: tuple[Lossy, ...]
     available: Mapping[Tier, int] = field(default_factory=dict)
-    layers: tuple[Stage, ...] | None = None
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        if self.layers is not None:
-            return self.layers
+        """As the profile says how many layers each has, else as suits the machines."""
+        stated = self.job.hardware.layers_per_rank
+        if stated is not None and len(stated) == len(self.machines):
+            return stages_of(stated, self.job.shape.num_layers)
         model = Model.of(self.job.shape, self.job.dtype, self.lossies[0].weights)
         return divided(model, self.machines, Request(self.job.prompt_len, self.job.gen_len))
 
@@ -83,25 +84,21 @@ class RankChoice:
 def choose_for_ranks(ranks: Ranks) -> RankChoice:
     """The policy under which all ranks together are fastest, of those that are found for each kind of them. Raises
     DoesNotFit if there is none, and UserError if nothing keeps to the job's latency."""
-    choices = [choice for rank in _kinds(ranks) for choice in _found(ranks, ranks.space(rank))]
+    choices = [_found(ranks, ranks.space(rank)) for rank in _kinds(ranks)]
     return max(choices, key=lambda one: _speed(ranks, one))
 
 
-def _found(ranks: Ranks, space: SearchSpace) -> Iterator[RankChoice]:
-    """The policies worth a simulation of all ranks: what is run after a search, and what is best of it."""
+def _found(ranks: Ranks, space: SearchSpace) -> RankChoice:
+    """What a search comes to, in as large blocks as fit all ranks: whole layers and sequences may take more on
+    another."""
     auto = auto_choice(space)
-    policy = fitting = auto.choice.policy
-    while True:
+    policy: Policy | None = auto.choice.policy
+    while policy is not None:
         try:
-            forecast = ranks.forecast(fitting, space.count(fitting))
-        except DoesNotFit:
-            smaller = _smaller(fitting)
-            if smaller is None:
-                raise
-            fitting = smaller
-        else:
-            yield RankChoice(fitting, forecast, space, auto if fitting is policy else replace(auto, gain=None))
-            return
+            return RankChoice(policy, ranks.forecast(policy, space.count(policy)), space, auto)
+        except DoesNotFit as error:
+            policy, refusal = _smaller(policy), error
+    raise refusal
 
 
 def _smaller(policy: Policy) -> Policy | None:
@@ -119,9 +116,8 @@ def _speed(ranks: Ranks, choice: RankChoice) -> float:
 
 def _kinds(ranks: Ranks) -> Sequence[int]:
     """A rank of every kind of machine: the one with the most layers."""
-    most: dict[RankMachine | object, int] = {}
-    for rank, machine in enumerate(ranks.machines):
-        key = repr(machine.hardware)
-        if key not in most or len(ranks.stages[rank].layers) > len(ranks.stages[most[key]].layers):
-            most[key] = rank
-    return list(most.values())
+    kinds: list[int] = []
+    for rank in sorted(range(len(ranks.machines)), key=lambda one: -len(ranks.stages[one].layers)):
+        if all(ranks.machines[rank].hardware != ranks.machines[other].hardware for other in kinds):
+            kinds.append(rank)
+    return kinds

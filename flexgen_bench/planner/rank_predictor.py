@@ -43,16 +43,10 @@ def predict_ranks(job: Job, policy: Policy | None) -> Prediction:
 
 
 def _why(space: SearchSpace, times: RankForecast) -> Iterator[str]:
-    rank = times.slowest
-    ranks = len(times.plans)
-    yield (
-        f"rank {rank} of {ranks} is the slowest; its {_computing(times, rank)} waits {times.bubble(rank):.0%} of the job"
-    )
+    rank, ranks = times.slowest, len(times.plans)
+    lane = times.plans[rank].job.site.lane.name
+    yield f"rank {rank} of {ranks} is the slowest; its {lane} waits {times.bubble(rank):.0%} of the job"
     yield why(space, times.plans[rank], times.of_rank(rank), None)
-
-
-def _computing(times: RankForecast, rank: int) -> str:
-    return times.plans[rank].job.site.lane.name
 
 
 def _prediction(space: SearchSpace, policy: Policy, times: RankForecast, words: Mapping[str, Any]) -> Prediction:

@@ -26,8 +26,8 @@ Ends = dict[Lane, int]
 
 
 class RankSimulator(SimulatedLanes):
-    """plans: one for each rank, of the same job. machines: what each rank runs on; None: a machine of its own, as in its
-    plan. keep: see ``SimulatedLanes``; the lanes of events are those of all ranks.
+    """plans: one for each rank, of the same job. machines: what each rank runs on; None: a machine of its own, as in
+    its plan. keep: see ``SimulatedLanes``; the lanes of events are those of all ranks.
 
     ``submit`` takes a pass of all ranks, ``finish`` lets time go on until one that was submitted is over: on every rank
     its last step that computes, and the tokens that have come.
@@ -68,6 +68,7 @@ class RankSimulator(SimulatedLanes):
                 elif step.kind is StepKind.SEND_TOKENS:
                     tokens[step.micro_batch_index] = number
             ends |= {lane: number for lane, number in rank.last.items() if ends_pass(lane, rank.tokens_stay)}
+            ends |= rank.previous
         last = self._ranks[-1].lanes[Lane(LaneKind.NET_OUT)]
         for rank, step in late:
             number, waits = self._add_of(rank, step, account)
@@ -148,4 +149,3 @@ class _Rank:
         self.previous: Ends = {}  # the step before, where each waits for that
         self.outbox = _Outbox(plan.staging.outbox, Lane(LaneKind.NET_IN, number + 1))
         self.sender = Lane(LaneKind.NET_OUT, max(0, number - 1))
-

@@ -8,6 +8,7 @@ is best: seconds of a block's life on what is known of a machine, or else the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from flexgen_bench.core.device_memory import job_bytes
 from flexgen_bench.core.errors import UserError
@@ -65,12 +66,12 @@ def _burdens(model: Model, hardware: Sequence[HardwareProfile], request: Request
             )
         return [filled(rank) for rank in range(last + 1)]
     costs = [_LifeCost(model, one, request, layer_bytes) for one in hardware]
-    return [lambda count, cost=cost, more=more: cost.seconds(count, more) for cost, more in zip(costs, beside)]
+    return [partial(cost.seconds, more) for cost, more in zip(costs, beside, strict=True)]
 
 
 class _LifeCost:
-    """Seconds of a block's life on a machine: its prompts, bound by arithmetic, and a pass for each token, bound by what
-    of the weights is read where they lie and what is brought there."""
+    """Seconds of a block's life on a machine: its prompts, bound by arithmetic, and a pass for each token, bound by
+    what of the weights is read where they lie and what is brought there."""
 
     def __init__(self, model: Model, hardware: HardwareProfile, request: Request, layer_bytes: float) -> None:
         site = _rates(hardware)
@@ -88,7 +89,7 @@ class _LifeCost:
         link = Lane.H2D if hardware.compute_tier is Tier.GPU else Lane.DISK_READ
         self._link = hardware.link_rate(link) or float("inf")
 
-    def seconds(self, layers: int, beside: float) -> float:
+    def seconds(self, beside: float, layers: int) -> float:
         there = layers * self._layer_bytes + beside
         moved_s = max(0.0, there - self._room) / self._link
         pass_s = max(layers * self._decode_s, there / self._memory, moved_s)

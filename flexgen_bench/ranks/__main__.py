@@ -17,8 +17,8 @@ def main() -> None:
 
     try:
         serve_child(find(sys.argv[3], port), rank, ranks)
-    except CannotRun as error:
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+    except (CannotRun, EOFError, OSError) as error:  # rank 0 has ended, and has told why if it could
+        print(f"rank {rank}: {error or 'rank 0 has ended'}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

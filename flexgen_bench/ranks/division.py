@@ -1,9 +1,8 @@
-"""How a machine is divided among its ranks: devices, threads, memory; and whether ``torchrun`` has started them."""
+"""How a machine is divided among its ranks: devices, threads, memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,49 +13,16 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType, ModelShape
-from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
+from flexgen_bench.core.pipeline import Stage, divided
 from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.tiers import LaneKind
 from flexgen_bench.engine.device import Device
 from flexgen_bench.machine.measured_rates import calibrated_rates, with_calibration
 from flexgen_bench.memory import host
 from flexgen_bench.models.model import Model
+from flexgen_bench.ranks.torchrun import Torchrun
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-@dataclass(frozen=True)
-class Torchrun:
-    """What torchrun (or whoever sets the same variables) says about this process. restart: how often it has started
-    all of them again; agent_store: the launcher has the store, not rank 0."""
-
-    rank: int
-    ranks: int
-    here: int
-    local_rank: int
-    host: str
-    port: int
-    agent_store: bool = False
-    restart: int = 0
-
-    @staticmethod
-    def of(environment: Mapping[str, str]) -> Torchrun | None:
-        """None where nobody has started several processes."""
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if any(name not in environment for name in names) or environment["WORLD_SIZE"] == "1":
-            return None
-        ranks = _integer(environment, "WORLD_SIZE", 1, 2**16)
-        rank = _integer(environment, "RANK", 0, ranks - 1)
-        return Torchrun(
-            rank=rank,
-            ranks=ranks,
-            here=_integer(environment, "LOCAL_WORLD_SIZE", 1, ranks, 1),
-            local_rank=_integer(environment, "LOCAL_RANK", 0, ranks - 1, 0),
-            host=environment["MASTER_ADDR"],
-            port=_integer(environment, "MASTER_PORT", 1, 65535),
-            agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true"),
-            restart=_integer(environment, "TORCHELASTIC_RESTART_COUNT", 0, 2**31, 0),
-        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +53,7 @@ class Division:
         the model, and for more ranks than layers."""
         if self.shared:
             return (None,) * self.ranks
-        return even_stages(num_layers, self.ranks) if self.layers is None else stages_of(self.layers, num_layers)
+        return divided(num_layers, self.ranks, self.layers)
 
     def check(self, shape: ModelShape, dtype: DType, compression: Compression | None) -> None:
         """UserError if the ranks cannot divide a model like this: its layers, or what they share of each."""
@@ -178,12 +144,3 @@ def _take_own_device(torchrun: Torchrun) -> None:
             f"anything else touches CUDA, or set {VISIBLE} to one device for each process."
         )
     os.environ.update(environment_of(torchrun.local_rank))
-
-
-def _integer(environment: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.isdecimal() or not least <= int(text) <= most:
-        raise UserError(name, text, f"an integer from {least} to {most}")
-    return int(text)

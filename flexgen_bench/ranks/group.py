@@ -161,10 +161,7 @@ class RankGroup(Closing):
                     self._controls[came[0]] = came[1]
         finally:
             door.close()
-        if self._children is not None:
-            for control in self._controls.values():
-                control.send(setup)
-        hellos = {rank: self._hello(rank, control) for rank, control in self._controls.items()}
+        hellos = {rank: self._hello(rank, control, setup) for rank, control in self._controls.items()}
         check_alike(hello(0, setup.checkpoint, setup.dtype, setup.compression), hellos)
         self._replies = {rank: deque() for rank in sorted(self._controls)}
 
@@ -173,8 +170,10 @@ class RankGroup(Closing):
         if ended is not None:
             raise self._lost(ended)
 
-    def _hello(self, rank: int, control: Control) -> Hello:
+    def _hello(self, rank: int, control: Control, setup: Setup) -> Hello:
         try:
+            if self._children is not None:  # others know what they are
+                control.send(setup)
             said: Hello = control.recv()
         except (EOFError, OSError) as error:
             raise self._lost(rank, error) from error

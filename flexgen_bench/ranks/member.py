@@ -117,6 +117,8 @@ def _receive(control: Control, commands: queue.SimpleQueue[Any], rank: int, pati
     try:
         while not isinstance(command := control.recv(), Abandon):
             commands.put(command)
+            if isinstance(command, End):  # what comes after it is the end of the connection
+                return
         reason = f"rank 0 has ended the job: {command.reason}"
     except (EOFError, OSError):
         pass

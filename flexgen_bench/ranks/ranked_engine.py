@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
-from flexgen_bench.core.errors import DoesNotFit, UserError
+from flexgen_bench.core.errors import DoesNotFit, RankLost, UserError
 from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
@@ -23,6 +23,10 @@ from flexgen_bench.ranks.commands import Check, Generate, Load, RankReport, Sequ
 from flexgen_bench.ranks.group import RankGroup
 from flexgen_bench.ranks.ranks import Ranks
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
+
+# What several ranks do not do.
+OPEN_JOBS = "jobs that take requests while they run (serve, chat, stream, open)"
+SCORING = "scoring (log-likelihoods, logprobs of prompts)"
 
 
 class RankedEngine:
@@ -93,7 +97,8 @@ class RankedEngine:
         """Release the weights on all ranks, which stay for another engine. A second time does nothing."""
         self._own.close()
         if self._group.error is None:
-            self._group.ask(Unload())
+            with suppress(RankLost):  # it holds nothing any more
+                self._group.ask(Unload())
 
     def _check(self, requests: Sequence[Request], logits_row_bytes: int) -> None:
         self._own.check(requests, logits_row_bytes)
@@ -107,9 +112,6 @@ class RankedEngine:
             self._own.wire = group.wire
             self._group = group
         return group
-
-    def open(self, capacity: Capacity) -> NoReturn:
-        raise refused("jobs that take requests while they run (serve, chat, stream, open)", self._ranks)
 
 
 def refused(what: str, ranks: Ranks) -> UserError:

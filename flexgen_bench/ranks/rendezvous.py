@@ -13,7 +13,7 @@ from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # 
 
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.ranks.control import Control
-from flexgen_bench.ranks.division import Torchrun
+from flexgen_bench.ranks.torchrun import Torchrun
 
 LOOPBACK = "127.0.0.1"
 # Ranks of other hosts may still be fetching the model.

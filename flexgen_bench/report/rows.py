@@ -137,7 +137,7 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         gen_len=_count(workload.get("gen_len")),
         num_prompts=_count(workload.get("num_prompts")),
         threads=_count(spec.get("threads")),
-        hardware=str(hardware.get("name", "")),
+        hardware=_devices(hardware),
         batch_size=record.batch_size,
         lowest_tier=record.report.lowest_tier,
         status=record.status,
@@ -152,6 +152,12 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         predicted=_rate(record.prediction.get("tok_per_s")),
         lossy="" if lossy_of(record).is_exact else str(lossy_of(record)),
     )
+
+
+def _devices(hardware: Mapping[str, Any]) -> str:
+    """The machine's name, and how many of its devices work together if that is more than one."""
+    name, count = str(hardware.get("name", "")), _count(hardware.get("count"))
+    return name if count is None or count == 1 else f"{count} x {name}"
 
 
 def _memory(record: Record, hardware: Mapping[str, Any]) -> Memory:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
@@ -118,6 +119,8 @@ class FlexGenSystem(System):
 
     def scorer(self, batch_size: int | None) -> Scorer:
         """Batches are cut by tokens, so no number of sequences is needed."""
+        if self.spec.hardware.count > 1:
+            raise CannotRun(f"{self.spec.system} scores on one device, not on gpu.count={self.spec.hardware.count}")
         llm = LLM(
             self.files.checkpoint,
             policy=self.spec.policy,

@@ -1,4 +1,4 @@
-"""What this engine is predicted to do: one GPU, and phases only where they are apart."""
+"""What this engine is predicted to do: phases only where they are apart."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.prediction import Prediction
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.engine_predictor import EnginePredictor
-from tests.support.planner_machines import accelerator, host, small_opt
+from tests.support.planner_machines import host, small_opt
 
 CPU = Placement.all_on(Tier.CPU)
 # Micro-batches of two sequences, two of them to a block.
@@ -23,13 +22,6 @@ CONTINUOUS = Policy(2, 2, CPU, CPU, CPU, schedule=Schedule.CONTINUOUS)
 def predicted(policy: Policy, prompts: int) -> Prediction:
     job = Job(small_opt(), DType.FLOAT16, host(), 32, 8, num_prompts=prompts)
     return EnginePredictor({}, {"policy": policy}).predict(job)
-
-
-def test_it_cannot_use_several_gpus() -> None:
-    """Beside the paper's values of four GPUs stood what it does on one."""
-    job = Job(small_opt(), DType.FLOAT16, accelerator(), 32, 8, num_gpus=4)
-    with pytest.raises(CannotRun, match="this engine uses one GPU"):
-        EnginePredictor({}, {"policy": None}).predict(job)
 
 
 def test_phases_of_blocks_that_overlap_are_not_told() -> None:

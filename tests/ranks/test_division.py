@@ -14,9 +14,10 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.ranks.commands import Setup
-from flexgen_bench.ranks.division import Torchrun, divide
+from flexgen_bench.ranks.division import divide
 from flexgen_bench.ranks.engines import divided_block
 from flexgen_bench.ranks.ranks import Ranks
+from flexgen_bench.ranks.torchrun import Torchrun
 from tests.support.tiny_models import EMULATED, HOST, random_model, save
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -63,7 +64,6 @@ def test_layers_are_divided_evenly_unless_stated() -> None:
         (HOST, 0, "ranks"),
         (HOST, True, "ranks"),
         (replace(HOST, count=2, layers_per_rank=(1, 2)), 3, "gpu.layers_per_rank"),
-        (replace(HOST, layers_per_rank=(1, 2)), None, "gpu.layers_per_rank"),
     ],
 )
 def test_numbers_that_contradict_each_other_are_named(machine: HardwareProfile, ranks: int | None, field: str) -> None:
@@ -124,5 +124,6 @@ def test_profiles_of_one_device_are_written_as_before() -> None:
     assert from_json(HardwareProfile, to_json(ranks), "gpu") == ranks
     with pytest.raises(UserError, match=r"gpu.count"):
         replace(HOST, count=0)
-    with pytest.raises(UserError, match=r"gpu.layers_per_rank"):
-        replace(HOST, count=2, layers_per_rank=(3,))
+    for count, layers in ((2, (3,)), (1, (1, 2))):
+        with pytest.raises(UserError, match=r"gpu.layers_per_rank"):
+            replace(HOST, count=count, layers_per_rank=layers)
