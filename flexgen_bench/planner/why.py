@@ -21,9 +21,8 @@ _LANES = {
     LaneKind.D2H: "the link from the gpu",
     LaneKind.GPU: "the gpu",
     LaneKind.CPU: "the processor",
-    LaneKind.NET_OUT: "sending to other ranks",
-    LaneKind.NET_IN: "receiving from another rank",
-    LaneKind.NET_TOKENS: "waiting for tokens",
+    LaneKind.NET_OUT: "the link to other ranks",
+    LaneKind.NET_IN: "the link from other ranks",
 }
 _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
 _WAITS = 0.7  # a lane that is busy for less of a job is not what bounds it alone
