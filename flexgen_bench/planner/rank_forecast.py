@@ -94,15 +94,14 @@ def rank_forecast(
 
 def round_kinds(plan: MemoryPlan) -> list[PassKind]:
     """Of every round of a job in which no sequence ends early, from the plan of any rank."""
-    turns, kinds, before = _Turns([plan]), [], None
+    turns, kinds = _Turns([plan]), list[PassKind]()
+    before: object = None  # passes of neighbouring rounds are under way together
     while not turns.is_done:
-        passes = [turns.scheduled(wave)[0] for wave in turns.next_round()]
-        if not passes:
-            break
-        own = [kind_of(batches) for batches in passes]
-        only_prompts = all(batch.is_prefill for batches in passes for batch in batches)
-        kinds.append(PassKind((tuple(one.kind for one in own), before), sum(one.amount for one in own)))
-        before = only_prompts
+        passes = [kind_of(turns.scheduled(wave)[0]) for wave in turns.next_round()]
+        if passes:
+            own = tuple(one.kind for one in passes)
+            kinds.append(PassKind((own, before), sum(one.amount for one in passes)))
+            before = own
     # Nothing is loaded beyond the last.
     return [*kinds[:-1], PassKind((*kinds[-1].kind, "last"), kinds[-1].amount)]
 

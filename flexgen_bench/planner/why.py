@@ -22,9 +22,8 @@ _LANES = {
     LaneKind.D2H: "the link from the gpu",
     LaneKind.GPU: "the gpu",
     LaneKind.CPU: "the processor",
-    LaneKind.NET_OUT: "sending to other ranks",
-    LaneKind.NET_IN: "receiving from another rank",
-    LaneKind.NET_TOKENS: "waiting for tokens",
+    LaneKind.NET_OUT: "the link to other ranks",
+    LaneKind.NET_IN: "the link from other ranks",
 }
 _TIERS = {Tier.GPU: "gpu memory", Tier.CPU: "host memory", Tier.DISK: "disk"}
 _PLACED = (("weights", "weights"), ("experts", "experts"), ("KV cache", "kv_cache"), ("hidden states", "activations"))

@@ -69,6 +69,12 @@ def test_a_policy_is_found_that_fits_every_rank() -> None:
     assert done.num_prompts == 4 * done.batch_size
 
 
+def test_a_network_that_binds_is_named() -> None:
+    done = predicted(job(accelerator(net_out=2e5, net_in=2e5), 2), Policy(2, 1, GPU, GPU, GPU))
+    assert done.bottleneck.startswith("net_out of rank 0")
+    assert "the link to other ranks" in " ".join(done.settings["why"])
+
+
 def test_what_fits_no_rank_says_so() -> None:
     with pytest.raises(DoesNotFit):
         predicted(job(accelerator(gpu_memory=MIB, cpu_memory=MIB, disk=MIB), 2), Policy(2, 1, CPU, CPU, CPU))

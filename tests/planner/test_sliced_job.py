@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flexgen_bench.core.codec import to_json
+from flexgen_bench.core.errors import DoesNotFit
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Placement, Policy
@@ -64,10 +65,11 @@ def test_a_policy_is_searched_for_with_a_slice() -> None:
     """What fits no single device fits four, a quarter on each."""
     weights = sum(u.num_bytes for u in Model.of(SHAPE, DTYPE).packed.units)
     small = replace(EMULATED, gpu_memory_bytes=int(0.8 * weights))
-    one = EnginePredictor({}, {"policy": None}).predict(job(small))
+    resident = replace(FEW, weights=Placement(gpu=1.0))
+    with pytest.raises(DoesNotFit):
+        predicted(small, resident)
     four = EnginePredictor({}, {"policy": None}).predict(job(replace(small, tensor_parallel=4)))
     assert four.settings["policy"]["weights"]["gpu"] == 1
-    assert one.settings["policy"]["weights"]["gpu"] < 1
 
 
 @pytest.mark.parametrize("policy", [FEW, replace(FEW, num_gpu_batches=4), replace(FEW, overlap=False)])
