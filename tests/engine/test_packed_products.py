@@ -25,10 +25,9 @@ GPU = Placement.all_on(Tier.GPU)
 
 
 @pytest.mark.parametrize("schedule", Schedule)
-@pytest.mark.parametrize("weights", [GPU, Placement(0.5, 0.25, 0.25)], ids=["resident", "moved"])
 @pytest.mark.parametrize("rows", [0, 2, MOST_ROWS])
 def test_only_passes_of_many_rows_unpack(
-    rows: int, weights: Placement, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sequences decode at a time: with room for two rows only their prompts are computed from unpacked weights.
     Tokens are the same, of units that live there and of such that take turns in a slot."""
@@ -45,7 +44,8 @@ def test_only_passes_of_many_rows_unpack(
     model = random_model("opt")
     expected = greedy_reference(fake_quantized(random_model("opt"), FOUR), prompts, NEW_TOKENS)
     packed = convert(model, tmp_path, FOUR)
-    policy = Policy(2, 2, weights, GPU, GPU, schedule=schedule, lossy=Lossy(weights=FOUR))
+    half = Placement(0.5, 0.25, 0.25)
+    policy = Policy(2, 2, half, GPU, GPU, schedule=schedule, lossy=Lossy(weights=FOUR))
     engine = packed.engine(policy, Device.open(EMULATED, 1), tmp_path)
     try:
         sequences = to_full_length(prompts, SamplingParams(max_tokens=NEW_TOKENS))
