@@ -80,7 +80,8 @@ def read_all(results_dir: Path, odd: Odd | None = None) -> tuple[list[StoredReco
 
     Suites are kept apart: the same cell may stand in two of them, and each has its own table. So are machines: records
     of several are collected by copying their folders into one. An absent folder holds no records. odd: see
-    ``read_paths``; what is odd stands in no older record's place. Raises StoreError if ``results_dir`` cannot be listed.
+    ``read_paths``; none that is odd stands in an older one's place. Raises StoreError if ``results_dir``
+    cannot be listed.
     """
     records, problems = read_paths(record_files(Path(results_dir)), odd)
     newest: dict[tuple[str, str, str], StoredRecord] = {}
