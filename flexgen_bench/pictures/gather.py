@@ -38,7 +38,11 @@ def gather(results_dir: Path, predictions: Sequence[Path] = (), prices: Mapping[
     if not results_dir.is_dir():
         action = "Measure something first: python -m flexgen_bench"
         raise UserError("results_dir", str(results_dir), "an existing folder of records", action)
-    records, problems = read_all(results_dir, what_is_odd)
+
+    def odd(stored: StoredRecord) -> str:
+        return what_is_odd(stored, lambda _: run_of_record(stored, results_dir, prices or {}))
+
+    records, problems = read_all(results_dir, odd)
     stored = read_accuracy(results_dir)
     predicted = [row for path in predictions for row in _predicted(path, prices or {})]
     return material(
