@@ -27,7 +27,7 @@ from flexgen_bench.report.ladder.predicted import predicted_page
 from flexgen_bench.report.page import index_page, suite_page
 from flexgen_bench.report.rows import Row, build_rows
 from flexgen_bench.report.table import to_csv, to_markdown
-from flexgen_bench.report.usable import usable
+from flexgen_bench.report.usable import what_is_odd
 from flexgen_bench.store.kept_predictions import FILE
 from flexgen_bench.store.reader import Problem, read_all
 from flexgen_bench.store.whole_file import write_text
@@ -82,7 +82,7 @@ def build_paper_tables(
     wrong."""
     if own is not None and not own.is_dir():
         raise UserError("--config-dir", str(own), "a folder with table/<name>.yaml")
-    records, problems = usable(*read_all(results_dir))
+    records, problems = read_all(results_dir, what_is_odd)
     return build_paper(
         records,
         problems,
@@ -137,7 +137,7 @@ def _load(results_dir: Path) -> tuple[dict[str, list[Row]], list[Problem]]:
             "an existing folder of records",
             "Measure something first: python -m flexgen_bench",
         )
-    records, problems = usable(*read_all(results_dir))
+    records, problems = read_all(results_dir, what_is_odd)
     names = sorted({suite_folder(s.record.suite) for s in records})
     suites = {name: build_rows([s for s in records if suite_folder(s.record.suite) == name]) for name in names}
     return suites, problems

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 from flexgen_bench.core.errors import UserError
-from flexgen_bench.report.usable import usable
+from flexgen_bench.report.usable import what_is_odd
 from flexgen_bench.store.reader import Problem, StoredRecord, read_paths, record_files
 
 RESULTS = "results"
@@ -37,7 +37,7 @@ def read_side(field: str, text: str, *, needs_code: bool = False) -> Iterator[Si
     """
     path = Path(text).expanduser()
     if path.is_file():
-        records, problems = usable(*read_paths([path]))
+        records, problems = read_paths([path], what_is_odd)
         if problems:
             raise UserError(field, text, f"a usable record ({problems[0].message})")
         yield Side(text, tuple(records), ())
@@ -50,7 +50,7 @@ def read_side(field: str, text: str, *, needs_code: bool = False) -> Iterator[Si
             if needs_code and not (Path(folder) / "flexgen_bench" / "__init__.py").is_file():
                 allowed = "a commit that holds flexgen_bench/, to run it"
                 raise UserError(field, text, allowed, "Leave out --rerun to compare its records.")
-            records, problems = usable(*read_paths(record_files(Path(folder) / RESULTS)))
+            records, problems = read_paths(record_files(Path(folder) / RESULTS), what_is_odd)
             yield Side(f"{text} ({commit[:10]})", tuple(records), tuple(problems), Path(folder) if needs_code else None)
 
 
@@ -58,7 +58,7 @@ def _of_folder(field: str, text: str, path: Path) -> Side:
     is_checkout = (path / "flexgen_bench" / "__init__.py").is_file()
     where = path / RESULTS if is_checkout else path
     own = [f for f in sorted(where.glob("*.json")) if not f.name.startswith(".") and "--" in f.name]
-    records, problems = usable(*read_paths([*own, *record_files(where)]))
+    records, problems = read_paths([*own, *record_files(where)], what_is_odd)
     if not (records or problems or is_checkout):
         raise UserError(field, text, "a folder with records, a record, a checkout or a commit")
     return Side(text, tuple(records), tuple(problems), path.absolute() if is_checkout else None)

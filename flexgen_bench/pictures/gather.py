@@ -14,7 +14,7 @@ from flexgen_bench.core.errors import UserError
 from flexgen_bench.pictures.from_prediction import run_of_prediction
 from flexgen_bench.pictures.from_record import run_of_record
 from flexgen_bench.pictures.run import Run
-from flexgen_bench.report.usable import usable
+from flexgen_bench.report.usable import what_is_odd
 from flexgen_bench.store.accuracy_store import read_accuracy
 from flexgen_bench.store.reader import Problem, StoredRecord, read_all
 
@@ -38,7 +38,11 @@ def gather(results_dir: Path, predictions: Sequence[Path] = (), prices: Mapping[
     if not results_dir.is_dir():
         action = "Measure something first: python -m flexgen_bench"
         raise UserError("results_dir", str(results_dir), "an existing folder of records", action)
-    records, problems = usable(*read_all(results_dir))
+
+    def odd(stored: StoredRecord) -> str:
+        return what_is_odd(stored, lambda _: run_of_record(stored, results_dir, prices or {}))
+
+    records, problems = read_all(results_dir, odd)
     stored = read_accuracy(results_dir)
     predicted = [row for path in predictions for row in _predicted(path, prices or {})]
     return material(

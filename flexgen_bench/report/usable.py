@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from flexgen_bench.core.errors import StoreError, UserError
 from flexgen_bench.core.metrics import metrics
 from flexgen_bench.core.record import Record
 from flexgen_bench.report.rows import build_rows
-from flexgen_bench.store.reader import Problem, StoredRecord
+from flexgen_bench.store.reader import StoredRecord
 
 # What comes of a record whose free fields (its spec, its environment, what it wrote) hold what nobody writes there.
 ODD = (UserError, StoreError, KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
@@ -25,13 +25,6 @@ def what_is_odd(stored: StoredRecord, also: Callable[[Record], object] = lambda 
     except ODD as error:
         return f"holds what no cell of this version has ({error_text(error)}). {_ADVICE}"
     return ""
-
-
-def usable(records: Sequence[StoredRecord], problems: Sequence[Problem]) -> tuple[list[StoredRecord], list[Problem]]:
-    """The records that are not odd; and the problems, with those that are."""
-    odd = {stored.path: said for stored in records if (said := what_is_odd(stored))}
-    found = [Problem(path, f"{path} {said}") for path, said in odd.items()]
-    return [stored for stored in records if stored.path not in odd], [*problems, *found]
 
 
 def error_text(error: Exception) -> str:

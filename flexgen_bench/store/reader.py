@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +38,9 @@ class Problem:
     message: str
 
 
+Odd = Callable[[StoredRecord], str]
+
+
 def read_record(path: Path) -> Record:
     """The record in a file. Raises StoreError naming the file, what is wrong with it and what to do."""
     try:
@@ -54,25 +57,33 @@ def read_record(path: Path) -> Record:
         raise StoreError(f"{path} is not a usable record: {error}") from error
 
 
-def read_paths(paths: Iterable[Path]) -> tuple[list[StoredRecord], list[Problem]]:
-    """Every record that can be read, in the order given, and what is wrong with the others."""
+def read_paths(paths: Iterable[Path], odd: Odd | None = None) -> tuple[list[StoredRecord], list[Problem]]:
+    """Every record that can be read, in the order given, and what is wrong with the others. odd: says of a record that
+    can be read why it cannot be used all the same."""
     records, problems = [], []
-    for path in paths:
+    for path in map(Path, paths):
         try:
-            records.append(StoredRecord(Path(path), read_record(path)))
+            stored = StoredRecord(path, read_record(path))
         except StoreError as error:
-            problems.append(Problem(Path(path), str(error)))
+            problems.append(Problem(path, str(error)))
+            continue
+        said = odd(stored) if odd is not None else ""
+        if said:
+            problems.append(Problem(path, f"{path} {said}"))
+        else:
+            records.append(stored)
     return records, problems
 
 
-def read_all(results_dir: Path) -> tuple[list[StoredRecord], list[Problem]]:
+def read_all(results_dir: Path, odd: Odd | None = None) -> tuple[list[StoredRecord], list[Problem]]:
     """The newest record of every spec in every suite on every kind of machine, and the files that could not be used.
 
     Suites are kept apart: the same cell may stand in two of them, and each has its own table. So are machines: records
-    of several are collected by copying their folders into one. An absent folder holds no records. Raises StoreError if
-    ``results_dir`` cannot be listed.
+    of several are collected by copying their folders into one. An absent folder holds no records. odd: see
+    ``read_paths``; none that is odd stands in an older one's place. Raises StoreError if ``results_dir``
+    cannot be listed.
     """
-    records, problems = read_paths(record_files(Path(results_dir)))
+    records, problems = read_paths(record_files(Path(results_dir)), odd)
     newest: dict[tuple[str, str, str], StoredRecord] = {}
     for stored in sorted(records, key=lambda s: s.age):
         machine = machine_of(stored.record.environment)

@@ -40,6 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, number in enumerate(NUMBERS):
         odd(suite, f"sample{place}", '"decode_s": 3.0', f'"decode_s": {number}')
         odd(suite, f"free{place}", '"num_prompts": 4', f'"num_prompts": {number}')
+    # Of the same cell as the first, and later.
     odd(suite, "tokens", '"token_ids": [\n', '"token_ids": [\n null,\n')
     odd(suite, "spec", '"shape": {', '"shape": null, "other": {')
     odd(suite, "half", '"rerun_command": "', '"rerun_command": "\\ud800')
