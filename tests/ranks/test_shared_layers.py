@@ -19,27 +19,24 @@ from flexgen_bench.ranks import gloo_wire
 from flexgen_bench.ranks.division import divide
 from tests.ranks.test_gloo_wire import failing, wires
 from tests.support.sliced_models import MODELS
-from tests.support.tiny_models import EMULATED, HOST, random_prompts, save, with_random_weights
+from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_prompts, save, with_random_weights
 from tests.support.tiny_text_models import save_tokenizer
 
 PROMPTS = random_prompts([1, 19, 2, 9, 9, 17])
-FULL = SamplingParams(max_tokens=12, ignore_eos=True)
+NEW_TOKENS = 8
+FULL = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
 def test_two_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = save(with_random_weights(MODELS["llama"](), "llama"), tmp_path / "model")
+    model = with_random_weights(MODELS["llama"](), "llama")
+    expected = greedy_reference(model, PROMPTS, NEW_TOKENS)
+    folder = save(model, tmp_path / "model")
     save_tokenizer(folder)
-
-    def opened(gpu: HardwareProfile, policy: Policy) -> LLM:
-        return LLM(folder, gpu=gpu, dtype="float32", threads=2, cache_dir=tmp_path / "cache", policy=policy)
-
     thirds = Placement(0.4, 0.3, 0.3)
-    policy = Policy(2, 3, thirds, thirds, thirds)
-    with opened(EMULATED, policy) as one:
-        expected = one.generate(PROMPTS, FULL)
-    with opened(replace(EMULATED, tensor_parallel=2), policy) as two:
-        assert two.generate(PROMPTS, FULL) == expected
+    policy, gpu = Policy(2, 3, thirds, thirds, thirds), replace(EMULATED, tensor_parallel=2)
+    with LLM(folder, gpu=gpu, dtype="float32", threads=2, cache_dir=tmp_path / "cache", policy=policy) as two:
+        assert [list(output.token_ids) for output in two.generate(PROMPTS, FULL)] == expected
         assert two.last_job is not None
         lanes = {str(lane): use for lane, use in two.last_job.lanes.items()}
         assert lanes["net_out"].bytes == lanes["net_out:1"].bytes > 0
