@@ -32,7 +32,7 @@ model = sys.argv[2] if os.environ.get("RANK") == "1" and len(sys.argv) > 2 else 
 with LLM(model, gpu="cpu", dtype="float32", cache_dir=CACHE, threads=1, ranks=RANKS) as llm:
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     print("begins", flush=True)
-    prompts = [[5 + i, 6, 7] for i in range(PROMPTS)]
+    prompts = [[5 + i % 100, 6, 7] for i in range(PROMPTS)]
     print(json.dumps([output.token_ids for output in llm.generate(prompts, params)]), flush=True)
 """
 
