@@ -104,6 +104,7 @@ class Scheduler:
             else [admission]
         )
         self._running: dict[int, RunningGroup] = {}  # by KV slot
+        self._under_way: set[int] = set()  # waves of which a pass has been scheduled and is not over
 
     @property
     def is_done(self) -> bool:
@@ -127,6 +128,7 @@ class Scheduler:
     def schedule(self, wave: int = 0) -> list[MicroBatch]:
         """Let sequence groups move in; the micro-batches of the wave's next pass."""
         self.admit(wave)
+        self._under_way.add(wave)
         return form_micro_batches(
             self._job,
             [self._running[kv_slot] for kv_slot in self._of(wave)],
@@ -149,6 +151,7 @@ class Scheduler:
     def postprocess(self, ended: Ended = nobody, wave: int = 0) -> list[SequenceGroup]:
         """After a pass: sequences that have come to their end leave, the others feed their next token in the wave's
         next pass. Returns the sequence groups of which nobody is left: their KV slots are free."""
+        self._under_way.discard(wave)
         for kv_slot in self._of(wave):
             one = self._running[kv_slot]
             self._running[kv_slot] = replace(one, token=one.token + 1)
@@ -175,7 +178,10 @@ class Scheduler:
 
     @property
     def _is_last(self) -> bool:
-        """Whether no pass can follow. Sequences that end early may make an earlier one the last: its loads were for
-        nothing."""
+        """Whether no pass can follow, of any wave. Sequences that end early may make an earlier one the last: its loads
+        were for nothing."""
         over = all(admission.is_over for admission in self._admissions)
-        return over and all(r.token + 1 >= r.group.gen_len for r in self._running.values())
+        return over and all(
+            one.token + 1 >= one.group.gen_len and kv_slot % self.waves in self._under_way
+            for kv_slot, one in self._running.items()
+        )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.pipeline import Stage, even_stages, stages_of
-from flexgen_bench.core.policy import Policy, Schedule
+from flexgen_bench.core.policy import Placement, Policy, Schedule
 from flexgen_bench.core.tiers import Lane, LaneKind, Tier
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.schedule.dependencies import DependencyTracker
@@ -242,3 +242,20 @@ def test_one_rank_is_no_pipeline() -> None:
     assert alone.job.stage is None
     assert alone.job.own == alone.job.units
     assert all(unit.kind is not UnitKind.EXPERTS for unit in alone.job.sweep)
+
+
+def test_loads_go_on_while_another_wave_has_a_pass_to_come() -> None:
+    """The last pass of the first wave was taken for the job's last one, so those of all other waves waited for weights
+    that could have been on their way."""
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=1, weights=Placement(disk=1))
+    requests = (Request(3, 2),) * 6
+    plan = plan_job(MODEL, policy, HOST, requests, stage=even_stages(LAYERS, 3)[1])
+    scheduler, loads = Scheduler(policy, plan), []
+    for wave in (0, 1, 2, 0, 1, 2):
+        steps = list(scheduler.steps(scheduler.schedule(wave)))
+        loads.append(sum(step.kind is StepKind.LOAD_WEIGHTS for step in steps))
+        if wave == 2:
+            for one in range(3):
+                scheduler.postprocess(wave=one)
+    assert sum(loads) == 6, "one layer, once a pass"
+    assert loads[-1] == 0, "of the last pass, all were on their way before"
