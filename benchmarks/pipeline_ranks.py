@@ -164,21 +164,20 @@ def main() -> int:
         "model": to_json(MODEL),
         "cases": {case.name: {"policy": to_json(case.policy), "hardware": to_json(case.hardware)} for case in cases},
     }
-    rounds: list[list[Ran]] = []
+    by_case: list[list[Ran]] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=opts.cache) as scratch:
-        for number in range(opts.rounds):
-            rounds.append([])
-            for case in cases:
-                known = with_calibration(case.hardware, rates)
-                simulated = rank_forecast(_plans(weights, case, job, known), in_one_machine(known, case.ranks))
-                with _engine(weights, case, opts, Path(scratch)) as made:
-                    run(made, WARM_UP, VOCABULARY)
-                    ran = Ran(case, simulated, run(made, job, VOCABULARY, seed=number))
-                rounds[-1].append(ran)
-                print(*ran.lines(), sep="\n", flush=True)
-            assert all(ran.measured.tokens == rounds[-1][0].measured.tokens for ran in rounds[-1])
+        for case in cases:
+            known = with_calibration(case.hardware, rates)
+            simulated = rank_forecast(_plans(weights, case, job, known), in_one_machine(known, case.ranks))
+            with _engine(weights, case, opts, Path(scratch)) as made:
+                run(made, WARM_UP, VOCABULARY)
+                measured = [run(made, job, VOCABULARY, seed=number) for number in range(opts.rounds)]
+            by_case.append([Ran(case, simulated, one) for one in measured])
+            print(*by_case[-1][-1].lines(), sep="\n", flush=True)
+    rounds = [*zip(*by_case, strict=True)]
+    assert all(ran.measured.tokens == alone.measured.tokens for alone, *others in rounds for ran in others)
     report.rounds = [{"cases": [ran.to_dict() for ran in one]} for one in rounds]
-    report.bars = [*_bars(rounds)]
+    report.bars = [*_bars(*by_case)]
     report.where_time_goes = [line for ran in rounds[-1] for line in ran.lines()]
     return report.finish()
 
@@ -241,8 +240,7 @@ def _engine(weights: PackedWeights, case: Case, opts: Options, scratch: Path) ->
             ranks.close()
 
 
-def _bars(rounds: list[list[Ran]]) -> Iterator[Bar]:
-    alone, *others = zip(*rounds, strict=True)
+def _bars(alone: list[Ran], *others: list[Ran]) -> Iterator[Bar]:
     for same in (alone, *others):
         yield Bar(
             f"{same[0].case.name}: error of the simulation",
