@@ -116,8 +116,9 @@ class Device:
         stated = self.hardware.links
         links = {lane.link for lane in lanes if lane.is_link}
         rates: dict[Lane, float | None] = {link: stated[link.kind] for link in links if link.kind in stated}
-        if Lane.NET_IN in rates:
-            rates[Lane.NET_IN] = receiving_rate(stated[LaneKind.NET_IN], stated.get(LaneKind.NET_OUT))
+        into = Lane(LaneKind.NET_IN)
+        if into in rates:
+            rates[into] = receiving_rate(stated[into.kind], stated.get(LaneKind.NET_OUT))
         return {link: Link(rate) for link, rate in rates.items() if rate is not None}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:
