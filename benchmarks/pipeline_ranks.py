@@ -51,9 +51,9 @@ H2D = 0.025 * GB
 # A decoding micro-batch' hidden states, 2 KB, take 130 ms of the slow one: with four of them under way a pass waits for
 # the network, not for the cores that ranks share here.
 NETWORKS = {"slow network": 16 * KB, "fast network": 1.0 * GB}
-JOB = Shape(prompts=8, prompt_len=4, gen_len=12)
+JOB = Shape(prompts=8, prompt_len=2, gen_len=6)
 QUICK_JOB = replace(JOB, gen_len=3)
-WARM_UP = replace(JOB, gen_len=2)
+WARM_UP = replace(JOB, gen_len=1)
 VOCABULARY = 8192
 MODEL = ModelShape(
     name="opt-of-16-layers",
@@ -153,7 +153,7 @@ class Ran:
 
 
 def main() -> int:
-    opts = options(__doc__)
+    opts = options(__doc__, rounds=2)
     job = QUICK_JOB if opts.quick else JOB
     weights = dummy_weights_of(ModelSpec(MODEL), opts)
     rates = ensure_calibrated(opts.cache, opts.threads, print)
