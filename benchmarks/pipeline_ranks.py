@@ -153,7 +153,7 @@ class Ran:
 
 
 def main() -> int:
-    opts = options(__doc__, rounds=2)
+    opts = options(__doc__)
     job = QUICK_JOB if opts.quick else JOB
     weights = dummy_weights_of(ModelSpec(MODEL), opts)
     rates = ensure_calibrated(opts.cache, opts.threads, print)
