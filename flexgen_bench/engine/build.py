@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from flexgen_bench.checkpoints.source import open_source
@@ -86,10 +87,15 @@ class PackedWeights:
         lossy: Lossy = EXACT,
         scored_rows: int = 0,
         max_latency_s: float | None = None,
+        stages: Sequence[Stage] = (),
     ) -> Policy:
         """A policy for these requests on this device, which changes no more of the results than ``lossy`` says. Where
         the device's rates are known it is searched for, in another process. A little is kept back: the engine looks at
-        what is free again. Raises DoesNotFit."""
+        what is free again. Raises DoesNotFit.
+
+        stages: of several ranks, each with a device like this one; block_size is then that of all their waves together.
+        It is looked for with the layers of the largest stage, and a wave of every rank under way.
+        """
         free = device.available(make_writable(offload_dir, "offload_dir"))
         worst = worst_of(requests)
         job = Job(
@@ -99,7 +105,10 @@ class PackedWeights:
             part=self.part,
         )
         available = {tier: int(count * KEPT) for tier, count in free.items()}
-        return choose(SearchSpace(job, (lossy,), available, block_size, scored_rows))
+        ranks = max(1, len(stages))
+        layers = max((len(stage.layers) for stage in stages), default=None)
+        block = None if block_size is None else ceil(block_size / ranks)
+        return choose(SearchSpace(job, (lossy,), available, block, scored_rows, ranks, layers))
 
     def engine(
         self, policy: Policy, device: Device, offload_dir: Path, stage: Stage | None = None, wire: Wire | None = None

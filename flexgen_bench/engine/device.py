@@ -17,6 +17,7 @@ from flexgen_bench.core.errors import CannotRun
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.tiers import NETWORK, Lane, LaneKind, Tier
 from flexgen_bench.engine.executor import LaneSettings
+from flexgen_bench.engine.network_lane import receiving_rate
 from flexgen_bench.engine.throttle import Link
 from flexgen_bench.kernels.fused_product import MOST_ROWS, is_fused
 from flexgen_bench.machine.host import threads_beside_a_gpu
@@ -108,12 +109,17 @@ class Device:
         }
 
     def _throttled(self, lanes: Iterable[Lane]) -> dict[Lane, Link]:
-        """Only an emulated accelerator's links are slowed down; real links have the speed they have."""
+        """Only an emulated accelerator's links are slowed down; real links have the speed they have. Other ranks are
+        taken to send as fast as this one."""
         if self.hardware.accelerator is not Accelerator.EMULATED:
             return {}
         stated = self.hardware.links
         links = {lane.link for lane in lanes if lane.is_link}
-        return {link: Link(stated[link.kind]) for link in links if link.kind in stated}
+        rates: dict[Lane, float | None] = {link: stated[link.kind] for link in links if link.kind in stated}
+        into = Lane(LaneKind.NET_IN)
+        if into in rates:
+            rates[into] = receiving_rate(stated[into.kind], stated.get(LaneKind.NET_OUT))
+        return {link: Link(rate) for link, rate in rates.items() if rate is not None}
 
     def available(self, offload_dir: Path) -> dict[Tier, int]:
         """Bytes that a plan may use now, per tier: what is free, and under a cap also what the process has left of

@@ -1,5 +1,5 @@
-"""Lanes between ranks: what is received takes time from when it has been sent, what is sent is there when that is
-over."""
+"""Lanes between ranks: what is sent is there when that is over, and has been received by then, unless that takes
+longer. So a message takes the time of the slower of both ends, as the simulator has it (``planner/cost.py``)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ class SendingLane(LaneWorker):
             begin, _ = self._throttle.hold(self._throttle.begin(task.step.bytes, was_waiting))
         task.action(task.step)
         self.account(task.step, begin, time.perf_counter())
+
+
+def receiving_rate(net_in: float, net_out: float | None) -> float | None:
+    """Bytes/s, counted from when a message has been sent, until an emulated network has delivered it; None: it is there
+    then. net_in, net_out: of a rank, and of those that send to it (None: not throttled)."""
+    more_s = 1 / net_in - (0.0 if net_out is None else 1 / net_out)
+    return 1 / more_s if more_s > 0 else None
 
 
 WORKERS: dict[LaneKind, type[LaneWorker]] = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from math import ceil
 from pathlib import Path
 
 from flexgen_bench.core.compression import EXACT, Lossy
@@ -58,22 +56,9 @@ class Engines:
         scored_rows: int = 0,
         max_latency_s: float | None = None,
     ) -> Policy:
-        """A policy for these requests (``PackedWeights.choose_policy``): of several ranks, as of a model that has the
-        layers of the largest stage, or a slice of each."""
-        weights = self._weights
+        """A policy for these requests, on one device or on each rank of several (``PackedWeights.choose_policy``)."""
         of_ranks = () if self._ranks is None else self._ranks.stages
-        layers = max((len(stage.layers) for stage in of_ranks if stage is not None), default=0)
-        if layers:
-            weights = replace(weights, shape=replace(weights.shape, num_layers=layers))
-        policy = weights.choose_policy(
-            *(self._device, self._offload_dir, requests, block_size, lossy, scored_rows, max_latency_s)
+        return self._weights.choose_policy(
+            *(self._device, self._offload_dir, requests, block_size, lossy, scored_rows, max_latency_s),
+            stages=[stage for stage in of_ranks if stage is not None],
         )
-        return divided_block(policy, self.count) if layers else policy
-
-
-def divided_block(policy: Policy, waves: int) -> Policy:
-    """A policy whose block is one of ``waves`` parts: so many passes are under way, each with a block of its own."""
-    if policy.num_gpu_batches >= waves:
-        return replace(policy, num_gpu_batches=policy.num_gpu_batches // waves)
-    size = ceil(policy.gpu_batch_size * policy.num_gpu_batches / waves)
-    return replace(policy, gpu_batch_size=size, num_gpu_batches=1)

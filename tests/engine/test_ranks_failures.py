@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flexgen_bench.core.errors import DoesNotFit, NotFinite, UserError
+from flexgen_bench.core.hardware import Accelerator
 from flexgen_bench.core.pipeline import even_stages
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.sampling_params import SamplingParams
@@ -22,12 +23,14 @@ from flexgen_bench.engine.executor import Executor, LaneSettings
 from flexgen_bench.engine.generation import to_full_length
 from flexgen_bench.engine.local_wire import LocalWire, RankFailed, local_wires
 from flexgen_bench.engine.throttle import Throttle, Transfer
-from flexgen_bench.planner.memory_plan import MemoryPlan
+from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.planner.rank_forecast import rank_forecast
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 from flexgen_bench.schedule.steps import Step, StepKind
 from tests.engine.test_engine_tokens import LENGTHS, Reference, on, reference_of
 from tests.engine.test_ranks import sequences_of
+from tests.support.planner_machines import a_job, accelerator, model_of, small_opt
 from tests.support.poisoned_layers import Projected, poison
 from tests.support.rank_engines import Rank, all_well, on_ranks
 from tests.support.tiny_models import EMULATED, random_prompts
@@ -170,8 +173,8 @@ def test_what_several_ranks_cannot_do(reference: Reference, tmp_path: Path) -> N
 
 
 def test_an_emulated_network_delivers_when_a_transfer_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent is there when the link has moved it; what is received takes its time from then on, and waiting for
-    it is no work. Hidden states and tokens share the link into a rank."""
+    """What is sent is there when the link has moved it; what is received takes, from then on, what that is slower, and
+    waiting for it is no work. Hidden states and tokens share the link into a rank."""
     happened: list[str] = []
     hold = Throttle.hold
 
@@ -196,3 +199,23 @@ def test_an_emulated_network_delivers_when_a_transfer_is_over(monkeypatch: pytes
     free.wait([ticket])
     assert free.use()[Lane.NET_IN].busy_s == 0
     free.close()
+
+
+@pytest.mark.parametrize("rates", [(2e5, 2e5), (2e5, 1e5), (1e5, 2e5)], ids=str)
+def test_a_message_takes_as_long_as_it_is_simulated_to(rates: tuple[float, float]) -> None:
+    """An emulated network took each message twice, out of one rank and then into the next one, where the simulator has
+    it received while it is sent (four emulated ranks behind a slow network took a third longer than simulated)."""
+    net_out, net_in = rates
+    machine = accelerator(kind=Accelerator.EMULATED, net_out=net_out, net_in=net_in)
+    job = a_job(Policy(2, 1, on(Tier.GPU), on(Tier.GPU), on(Tier.GPU)), machine, small_opt(layers=2))
+    plans = [
+        plan_job(model_of(job.shape), job.policy, machine, job.requests, stage=stage) for stage in even_stages(2, 2)
+    ]
+    events = rank_forecast(plans, points=None, keep=True).times.events
+    links = [Device.open(machine, 1).lane_settings(network=True)[lane].link for lane in (Lane.NET_OUT, Lane.NET_IN)]
+    for kind, link in zip((StepKind.SEND_HIDDEN, StepKind.RECV_HIDDEN), links, strict=True):
+        message = next(event for event in events if event.step.kind is kind)
+        emulated_s = 0.0 if link is None else message.step.bytes / link.bytes_per_s
+        assert message.end_s - message.begin_s == pytest.approx(emulated_s, abs=1e-5)
+    whole_s = sum(message.step.bytes / link.bytes_per_s for link in links if link is not None)
+    assert whole_s == pytest.approx(message.step.bytes / min(rates))

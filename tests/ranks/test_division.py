@@ -12,12 +12,17 @@ from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
-from flexgen_bench.core.policy import Policy
+from flexgen_bench.core.pipeline import even_stages
+from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.tiers import Site, Tier
+from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
+from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import divide
-from flexgen_bench.ranks.engines import divided_block
 from flexgen_bench.ranks.ranks import Ranks
 from flexgen_bench.ranks.torchrun import Torchrun
+from flexgen_bench.schedule.sequence_groups import Request
 from tests.support.tiny_models import EMULATED, HOST, random_model, save
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -110,10 +115,26 @@ def test_variables_that_cannot_be_are_named(name: str, value: str) -> None:
         Torchrun.of({**TORCHRUN, name: value})
 
 
-def test_a_block_is_divided_among_the_passes_that_are_under_way() -> None:
-    assert divided_block(Policy(8, 4), 2) == Policy(8, 2)
-    assert divided_block(Policy(8, 1), 2) == Policy(4, 1)
-    assert divided_block(Policy(1, 1), 3) == Policy(1, 1)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_policy_is_chosen_for_one_rank_of_several(ranks: int, tmp_path: Path) -> None:
+    """On devices that only together have room for all: everything stays on them, in as many blocks as there are ranks.
+    (It was chosen as for a model with so few layers that was alone, and its block was divided afterwards: caches of all
+    sequences of the job had to fit into one block's room, and a rank had room for more than it took.)"""
+    folder = save(random_model("qwen2"), tmp_path / "model")
+    weights = PackedWeights.from_checkpoint(folder, DType.FLOAT32, tmp_path / "cache")
+    requests, stages, gpu = [Request(9, 6)] * 8, even_stages(4, ranks), Placement.all_on(Tier.GPU)
+
+    def plans(policy: Policy, machine: HardwareProfile) -> list[MemoryPlan]:
+        return [plan_job(weights.model, policy, machine, requests, stage=stage) for stage in stages]
+
+    block = len(requests) // ranks
+    needed = [sum(plan.bytes[Site.GPU].values()) for plan in plans(Policy(block, 1, gpu, gpu, gpu), EMULATED)]
+    device = Device.open(replace(EMULATED, gpu_memory_bytes=max(needed)), 1)
+    chosen = weights.choose_policy(device, tmp_path, requests, stages=stages)
+    assert (chosen.block_size, chosen.weights, chosen.kv_cache) == (block, gpu, gpu)
+    for plan in plans(chosen, device.hardware):
+        plan.check({})
+    assert weights.choose_policy(device, tmp_path, requests, ranks, stages=stages).block_size == 1
 
 
 def test_profiles_of_one_device_are_written_as_before() -> None:
