@@ -46,7 +46,7 @@ from flexgen_bench.schedule.sequence_groups import Request
 
 RANKS = 4
 AS_SIMULATED, FASTER = 0.10, 4.0
-# One rank streams some 103 of 109 MB in each pass, 4.1 s on this link; computing it takes 0.1 s.
+# One rank streams 97 of 109 MB in each pass, 3.9 s on this link; computing it takes 0.1 s.
 H2D = 0.025 * GB
 # A decoding micro-batch' hidden states, 2 KB, take 130 ms of the slow one: with four of them under way a pass waits for
 # the network, not for the cores that ranks share here.
