@@ -54,6 +54,6 @@ def _asks(cells: Sequence[Cell]) -> list[Ask]:
     for cell in cells:
         hardware = cell.spec.hardware
         whole = hardware.cpu_memory_bytes is not None and hardware.disk_bytes is not None
-        if cell.model.predictor is not None and hardware.rates is not None and whole:
+        if hardware.rates is not None and whole:
             asks += questions(as_in_paper(cell), default_cache_dir())
     return asks

@@ -8,11 +8,12 @@ from typing import Any
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.pictures.picture import Source
 from flexgen_bench.pictures.run import Quantity, Run, Setting
+from flexgen_bench.report.devices import devices
 
 
 def run_of_prediction(row: Mapping[str, Any], file: str, prices: Mapping[str, float]) -> Run:
     """file: which holds the row. Raises KeyError, TypeError or ValueError for what is no such row."""
-    name = str(row["hardware"])
+    name = devices({**row, "name": row["hardware"]})
     capacity = row["capacity_bytes_by_tier"]
     asked = row["prompts_asked_for"]
     many = "as many prompts as a block holds" if asked is None else f"{asked} prompts"

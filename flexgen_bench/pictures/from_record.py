@@ -22,6 +22,7 @@ from flexgen_bench.core.workload import PromptKind
 from flexgen_bench.models import registry
 from flexgen_bench.pictures.picture import Source
 from flexgen_bench.pictures.run import Quantity, Run, Setting
+from flexgen_bench.report.devices import devices
 from flexgen_bench.report.same_tokens import lossy_of
 from flexgen_bench.store.reader import StoredRecord
 
@@ -29,13 +30,13 @@ _PRICE = "rates.price_per_hour"
 
 
 def run_of_record(stored: StoredRecord, results_dir: Path, prices: Mapping[str, float]) -> Run:
-    """prices: USD per hour by the name of the hardware, before what the record states.
+    """prices: USD per hour by the name of the hardware (``4 x t4`` of several devices), before what the record states.
 
     Raises KeyError, TypeError, ValueError or UserError for a record whose spec is not one of this project's.
     """
     record = stored.record
     hardware = record.spec["hardware"]
-    name = str(hardware["name"])
+    name = devices(hardware)
     rates = hardware.get("rates") or {}
     ok = record.status is Status.OK
     lossy = lossy_of(record)
@@ -87,7 +88,7 @@ def _setting(record: Record) -> Setting:
     links = [f"{lane} {rate / GB:g} GB/s" for lane, rate in sorted((hardware.get("links") or {}).items())]
     return Setting(
         machine=machine_of(record.environment) or "a machine that its record does not name",
-        hardware=", ".join([str(hardware["name"]), *links]),
+        hardware=", ".join([devices(hardware), *links]),
         model=str(model["shape"]["name"]),
         weights=str(model.get("weights", "")),
         dtype=str(spec["dtype"]),

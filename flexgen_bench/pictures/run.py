@@ -48,7 +48,8 @@ class Setting:
 class Run:
     """One record or prediction. Seconds, bytes, tokens/s; None where it does not tell.
 
-    hardware, workload: their names in the configuration. block_s: from the start of a batch to its last token.
+    hardware, workload: their names in the configuration, and how many devices (``4 x t4``). block_s: from the start of
+    a batch to its last token.
     input_s, output_s: seconds of prefill for each prompt token, and of decoding for each generated one; times a price
     both together are the whole bill. weight_bytes: of the uncompressed model. price_per_hour: USD.
     """

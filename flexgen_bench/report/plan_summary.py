@@ -18,6 +18,7 @@ from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.report.cells import number, one_line
+from flexgen_bench.report.devices import devices_of
 from flexgen_bench.report.settings_text import policy_text, settings_text
 
 _PLAIN_WIDTH = 160
@@ -70,7 +71,7 @@ def title(summary: PlanSummary) -> str:
     named = f"{summary.cell.name}: " if summary.cell.name else ""
     return (
         f"{named}{row.label}, {job.shape.name} ({row.spec.model.weights} weights), {job.dtype}, on "
-        f"{row.hardware.name}; "
+        f"{devices_of(row.hardware)}; "
         f"{count}, {job.prompt_len} + {job.gen_len} tokens [{Evidence.SIMULATED}]"
     )
 

@@ -18,6 +18,7 @@ from flexgen_bench.core.tiers import Tier
 from flexgen_bench.core.units import format_bytes, format_seconds
 from flexgen_bench.published.comparison import published_for, ratio_to_published, why_no_ratio
 from flexgen_bench.report.cells import MARKS, STATUS_WORDS, UNKNOWN, number, one_line
+from flexgen_bench.report.devices import devices_of
 from flexgen_bench.report.settings_text import settings_text
 
 _PLAIN_WIDTH = 160
@@ -83,7 +84,7 @@ def heading(row: Simulated) -> str:
     many = "as many as a block holds" if job.num_prompts is None else f"{job.num_prompts} of them"
     return (
         f"SIMULATED, nothing was run: {job.shape.name}, {job.dtype}; prompts of {job.prompt_len} tokens, "
-        f"{job.gen_len} generated each, {many}; hardware {hardware.name} ({held})"
+        f"{job.gen_len} generated each, {many}; hardware {devices_of(hardware)} ({held})"
     )
 
 
@@ -164,7 +165,7 @@ def _job(row: Simulated) -> tuple[Any, ...]:
         job.prompt_len,
         job.gen_len,
         job.num_prompts or 0,
-        hardware.name,
+        devices_of(hardware),
         hardware.gpu_memory_bytes or 0,
         hardware.cpu_memory_bytes or 0,
         tuple(sorted(hardware.links.items())),

@@ -15,6 +15,7 @@ from flexgen_bench.core.metrics import DECODE, GENERATION, PREFILL, Summary, byt
 from flexgen_bench.core.record import Record
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Lane, Tier
+from flexgen_bench.report.devices import devices
 from flexgen_bench.report.same_tokens import Agreement, compare_group, lossy_of
 from flexgen_bench.store.reader import StoredRecord
 
@@ -138,7 +139,7 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         gen_len=_count(workload.get("gen_len")),
         num_prompts=_count(workload.get("num_prompts")),
         threads=_count(spec.get("threads")),
-        hardware=_devices(hardware),
+        hardware=devices(hardware),
         batch_size=record.batch_size,
         lowest_tier=record.report.lowest_tier,
         status=record.status,
@@ -153,12 +154,6 @@ def _row(group: str, stored: StoredRecord, agreement: Agreement) -> Row:
         predicted=_rate(record.prediction.get("tok_per_s")),
         lossy="" if lossy_of(record).is_exact else str(lossy_of(record)),
     )
-
-
-def _devices(hardware: Mapping[str, Any]) -> str:
-    """The machine's name, and how many of its devices work together if that is more than one."""
-    name, count = str(hardware.get("name", "")), _count(hardware.get("count"))
-    return name if count is None or count == 1 else f"{count} x {name}"
 
 
 def _memory(record: Record, hardware: Mapping[str, Any]) -> Memory:

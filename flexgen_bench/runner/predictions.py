@@ -12,6 +12,7 @@ from flexgen_bench.config.cell import Cell
 from flexgen_bench.config.paths import shipped_predictions
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.compression import Compression, Lossy
+from flexgen_bench.core.errors import CannotRun, UserError
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
 from flexgen_bench.core.policy import Policy
@@ -79,7 +80,7 @@ def simulate(
         (n, lossy): _ask(request, lossy, cache)
         for n, request in enumerate(requests)
         for lossy in request.lossies
-        if request.cell.model.predictor is not None
+        if not why_unpredicted(request.cell)
     }
     known = {one: answer for one, ask in asks.items() if (answer := kept.find(ask.key)) is not None}
     to_search = [
@@ -128,15 +129,38 @@ def _rows(request: PredictionRequest, row: Callable[[Lossy], Simulated]) -> Iter
 def predict(request: PredictionRequest, lossy: Lossy, cache: Path) -> Simulated:
     """One row. What the system's model refuses, or fails of, is in the row, never raised."""
     cell, ask = request.cell, _ask(request, lossy, cache)
-    if cell.model.predictor is None:
-        return Simulated(cell.spec, ask.job, cell.model, Status.UNAVAILABLE, NO_MODEL)
+    if reason := why_unpredicted(cell):
+        return Simulated(cell.spec, ask.job, cell.model, Status.UNAVAILABLE, reason)
     answer = _guarded(cell, ask.job, ask.answer)
     return _row(cell, ask.job, answer) if isinstance(answer, Answer) else answer
+
+
+def why_unpredicted(cell: Cell) -> str:
+    """Why the system's predictor is not asked; "" if it is. Predictors of systems that know of one device read nothing
+    of several, and would answer for one."""
+    if cell.model.predictor is None:
+        return NO_MODEL
+    if cell.spec.hardware.ranks == 1:
+        return ""
+    try:
+        # Systems bring torch, which reports and predictions for one device do without.
+        from flexgen_bench.systems.contract import Capabilities
+        from flexgen_bench.systems.load_system import check_devices, load_target
+
+        # What is only simulated declares nothing.
+        check_devices(load_target(cell.spec.target).capabilities if cell.can_run else Capabilities(), cell.spec)
+    except CannotRun as error:
+        return str(error)
+    except (ImportError, UserError) as error:
+        return f"whether it computes on several devices is not known: {error}"
+    return ""
 
 
 def questions(request: PredictionRequest, cache: Path) -> list[Ask]:
     """All that the rows of a cell may be made of. (A system that searches for its policy can do the first of each
     group.)"""
+    if why_unpredicted(request.cell):
+        return []
     return [_ask(request, lossy, cache) for lossy in request.searched or request.lossies]
 
 

@@ -119,8 +119,10 @@ class FlexGenSystem(System):
 
     def scorer(self, batch_size: int | None) -> Scorer:
         """Batches are cut by tokens, so no number of sequences is needed."""
-        if self.spec.hardware.count > 1:
-            raise CannotRun(f"{self.spec.system} scores on one device, not on gpu.count={self.spec.hardware.count}")
+        hardware = self.spec.hardware
+        if hardware.ranks > 1:
+            name = "count" if hardware.count > 1 else "tensor_parallel"
+            raise CannotRun(f"{self.spec.system} scores on one device, not on gpu.{name}={hardware.ranks}")
         llm = LLM(
             self.files.checkpoint,
             policy=self.spec.policy,

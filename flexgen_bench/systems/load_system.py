@@ -9,7 +9,7 @@ from typing import Any
 from flexgen_bench.core.cell import CellSpec
 from flexgen_bench.core.errors import CannotRun, UserError, unknown_choice
 from flexgen_bench.core.extras import how_to_install
-from flexgen_bench.systems.contract import System
+from flexgen_bench.systems.contract import Capabilities, System
 
 
 def load_target(target: str) -> type[System]:
@@ -41,13 +41,18 @@ def check_capable(kind: type[System], spec: CellSpec) -> None:
     if accelerator not in able.accelerators:
         known = ", ".join(able.accelerators)
         raise CannotRun(f"{spec.system} runs on {known}, not on {accelerator}")
-    for name in ("count", "tensor_parallel"):
-        ranks = getattr(spec.hardware, name)
-        if ranks > 1 and not able.ranks:
-            raise CannotRun(f"{spec.system} computes on one device here, not on gpu.{name}={ranks}")
+    check_devices(able, spec)
     refused = [name for name in spec.lossy.changed if name not in able.lossy]
     if refused:
         keys = ", ".join(f"policy.lossy.{name}" for name in refused)
         raise CannotRun(
             f"{spec.system} cannot follow {keys} ({spec.lossy}): it computes with what the checkpoint holds"
         )
+
+
+def check_devices(able: Capabilities, spec: CellSpec) -> None:
+    """Raise CannotRun if the cell is for several devices, and the system knows of one."""
+    for name in ("count", "tensor_parallel"):
+        ranks = getattr(spec.hardware, name)
+        if ranks > 1 and not able.ranks:
+            raise CannotRun(f"{spec.system} computes on one device here, not on gpu.{name}={ranks}")

@@ -19,6 +19,7 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Lane
 from flexgen_bench.core.units import format_bytes
 from flexgen_bench.models import registry
+from flexgen_bench.report.devices import devices
 from flexgen_bench.report.rows import build_rows
 from flexgen_bench.report.table import csv_values
 from flexgen_bench.store.reader import StoredRecord
@@ -145,7 +146,7 @@ def _named(spec: Mapping[str, Any]) -> dict[str, Any]:
         "num_prompts": workload.get("num_prompts"),
         "prompt_len": workload.get("prompt_len"),
         "gen_len": workload.get("gen_len"),
-        "hardware": str(hardware.get("name", "")),
+        "hardware": devices(hardware),
         "threads": spec.get("threads"),
     }
 

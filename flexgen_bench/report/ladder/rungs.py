@@ -11,6 +11,7 @@ from flexgen_bench.core.model import DType
 from flexgen_bench.core.simulated import Simulated
 from flexgen_bench.core.status import Evidence, Status
 from flexgen_bench.core.tiers import Tier
+from flexgen_bench.report.devices import devices_of
 from flexgen_bench.report.rows import Row
 from flexgen_bench.report.same_tokens import lossy_of
 
@@ -204,5 +205,5 @@ def _heading_of(row: Simulated) -> str:
     prompts = "as many prompts as a block holds" if job.num_prompts is None else f"{job.num_prompts} prompts"
     return (
         f"{job.shape.name}, {job.dtype.value}; {prompts} of {job.prompt_len} tokens, {job.gen_len} generated each; "
-        f"{job.hardware.name}"
+        f"{devices_of(job.hardware)}"
     )
