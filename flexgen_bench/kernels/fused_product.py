@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from flexgen_bench.core.microscaling import Codes, Microscaling
-from flexgen_bench.kernels.cuda.driver import Kernel
+from flexgen_bench.kernels.cuda.driver import CannotLaunch, Kernel
 from flexgen_bench.kernels.cuda.nvrtc import compiled
 from flexgen_bench.kernels.quantization import QuantizedWeight, dequantize_with_torch
-from flexgen_bench.kernels.trial import any_codes, passes, require_close
+from flexgen_bench.kernels.trial import any_codes, passes, require_close, warn
 
 SOURCE = Path(__file__).parent / "cuda" / "quantized_product.cu"
 # Rows of x up to which a weight is read as it lies. A T4 multiplies 16 rows at 1.4 to 2.3e11 values a second, and
@@ -79,19 +80,24 @@ class Variant(NamedTuple):
 def fused_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
     """x (N, in), on a CUDA device, times weight (out, in) transposed plus bias (out), summed in float32 and rounded
     once to x's type; None if it must be done in another way: more than MOST_ROWS rows, other codes, a device for which
-    there is no kernel."""
+    there is no kernel, or whose driver refuses it."""
     if not 0 < x.shape[0] <= MOST_ROWS or weight.codes.data_ptr() % 4 or weight.params.data_ptr() % 4:
         return None
     if not is_fused(x.device, weight.compression, x.dtype):
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
     of = variant(x, weight)
-    kernel = _kernel(x.device, of)
-    if kernel is None:
+    if (x.device, of) in _refused:
         return None
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    _launch(kernel, of, argument(x, weight, bias, y), x.device)
+    given = argument(x, weight, bias, y)
+    try:
+        _launch(x.device, of, given)
+    except CannotLaunch as error:
+        _refused.add((x.device, of))
+        warn(error, *_missing(str(weight.compression), x.dtype))
+        return None
     return y
 
 
@@ -142,15 +148,14 @@ def argument(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, y: Tensor)
     )
 
 
+# Passed their trial, and were refused by the driver when they were needed: not asked for again.
+_refused: set[tuple[torch.device, Variant]] = set()
+
+
 @functools.cache
-def _kernel(device: torch.device, of: Variant) -> Kernel | None:
-    """None where it cannot be compiled or loaded, with one warning."""
-    made: list[Kernel] = []
-
-    def make() -> None:
-        made.append(_made(device, of))
-
-    return made[0] if passes(make, *_missing(f"{of.bits}-bit", of.dtype)) else None
+def _kernel(device: torch.device, of: Variant) -> Kernel:
+    """Raises CannotCompile, CannotLaunch."""
+    return _made(device, of)
 
 
 def _made(device: torch.device, of: Variant) -> Kernel:
@@ -158,9 +163,9 @@ def _made(device: torch.device, of: Variant) -> Kernel:
     return Kernel(compiled(of.text, f"sm_{major}{minor}"), NAME, device.index or 0)
 
 
-def _launch(kernel: Kernel, of: Variant, given: Product, device: torch.device) -> None:
+def _launch(device: torch.device, of: Variant, given: Product) -> None:
     stream: int = torch.cuda.current_stream(device).cuda_stream
-    kernel.launch(-(-given.outputs // of.outputs), THREADS, given, stream)
+    _kernel(device, of).launch(-(-given.outputs // of.outputs), THREADS, given, stream)
 
 
 def _missing(codes: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -172,17 +177,17 @@ def _missing(codes: str, dtype: torch.dtype) -> tuple[str, str]:
 @functools.cache
 def _is_right(device: torch.device, compression: Codes, dtype: torch.dtype) -> bool:
     def try_it() -> None:
-        """Every number of rows, so that none is compiled while somebody waits for a token; pieces that are whole and
-        pieces that are not; more outputs than a block makes."""
+        """Every variant that there is, so that none is used untried or compiled while somebody waits for a token: each
+        number of rows, with pieces that are whole and, since x's rows are apart by an odd number, with pieces that are
+        not; more outputs than a block makes."""
         size, outputs = compression.group_size, 37
         ragged = 5 * size if isinstance(compression, Microscaling) else 5 * size + 3
-        for rows, inputs in (*((rows, 8 * size) for rows in ROWS), (3, ragged)):
+        for rows, (inputs, apart) in itertools.product(ROWS, ((8 * size, 8 * size), (ragged, ragged // 2 * 2 + 1))):
             codes, params = any_codes(outputs, inputs, compression, device)
             weight = QuantizedWeight(codes, params, (outputs, inputs), compression, dtype)
-            x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            x = torch.randn(rows, apart, generator=torch.Generator().manual_seed(0)).to(device, dtype)[:, :inputs]
             y = torch.full((rows, outputs), torch.nan, dtype=dtype, device=device)
-            of = variant(x, weight)
-            _launch(_made(device, of), of, argument(x, weight, None, y), device)
+            _launch(device, variant(x, weight), argument(x, weight, None, y))
             values = torch.empty(outputs, inputs, device=device)
             dequantize_with_torch(codes, params, values, compression)
             require_close(y, x.double() @ values.double().t())

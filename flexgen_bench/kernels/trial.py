@@ -1,6 +1,7 @@
 """Kernels that are compiled where they run, for a device nobody has seen: tried once, on numbers whose result is known.
 
-What cannot be compiled, or says something else than torch's operators do, costs speed and no run.
+What cannot be compiled or launched, or says something else than torch's operators do, costs speed and no run. One that
+reaches for memory that is not its own may break the device's context, and the run with it: no trial can prevent that.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ def passes(trial: Callable[[], None], what: str, lost: str) -> bool:
     try:
         trial()
     except Exception as error:  # compilers, loaders and drivers have no type of error in common
-        lines = str(error).strip().splitlines()
-        _log.warning("No %s here (%s: %s): %s", what, type(error).__name__, lines[0] if lines else "no reason", lost)
+        warn(error, what, lost)
         return False
     return True
+
+
+def warn(error: Exception, what: str, lost: str) -> None:
+    """``what`` there is none of here, for ``error``, and what is ``lost``."""
+    lines = str(error).strip().splitlines()
+    _log.warning("No %s here (%s: %s): %s", what, type(error).__name__, lines[0] if lines else "no reason", lost)
 
 
 def require_equal(found: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flexgen_bench.core.errors import StoreError
 from flexgen_bench.core.machine_name import machine_of
 from flexgen_bench.core.record import Record
-from flexgen_bench.store.schema import decode, parse, parse_utc
+from flexgen_bench.store.schema import bounded, decode, parse, parse_utc
 from flexgen_bench.store.writer import suite_folder
 
 # Figures of the scripts in benchmarks/, and records of accuracy, lie beside the suites.
@@ -48,7 +48,7 @@ def read_record(path: Path) -> Record:
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read record {path}: {error}") from error
     try:
-        return decode(parse(text))
+        return decode(bounded(parse(text)))
     except (ValueError, OverflowError, RecursionError) as error:  # also a number of more digits than Python reads
         raise StoreError(
             f"{path} is not a whole JSON document ({error}). Delete it and measure the cell again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ Kind = TypeVar("Kind")
 
 # No figure of a record comes near it: bytes, tokens, seconds and their rates are below 1e20, seeds below 2**64.
 LEAST, MOST = 1e-30, 1e30
-_MOST_DIGITS = 31
+# Nothing is computed of them, so they may be any numbers.
+_ANY_NUMBERS = "record.spec.system_options"
 # From version n to n + 1. A change of the schema adds one entry, so records of every age stay readable.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda data: data | {"trace": ""},
@@ -51,10 +53,28 @@ def decode_as(data: Any, kind: type[Kind], at: str) -> Kind:
 def parse(text: str | bytes) -> Any:
     """The JSON document in a record's file.
 
-    Raises ValueError or RecursionError for what is none, StoreError for a number that is none in JSON or beyond what
-    any figure of a run can be: what is computed of it may be infinite, and would hide the other records.
+    Raises ValueError or RecursionError for what is none, StoreError for a number that is none in JSON or infinite.
     """
-    return json.loads(text, parse_constant=_no_constant, parse_float=_float, parse_int=_int)
+    return json.loads(text, parse_constant=_no_constant, parse_float=_float)
+
+
+def bounded(data: Any, at: str = "record") -> Any:
+    """A record's JSON values for computing with them: what is closer to 0 than any figure, such as an underflow, is 0.
+
+    Raises StoreError naming the field beyond what any figure of a run can be: what is computed of it may be infinite,
+    and would hide the other records. Options of the system, of which nothing is computed, stay as they are.
+    """
+    if at == _ANY_NUMBERS:
+        return data
+    if isinstance(data, dict):
+        return {key: bounded(item, f"{at}.{key}") for key, item in data.items()}
+    if isinstance(data, list):
+        return [bounded(item, at) for item in data]
+    if not isinstance(data, int | float):
+        return data
+    if abs(data) >= MOST:
+        _beyond(str(data), at)
+    return 0.0 if 0 < abs(data) <= LEAST else data
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -63,18 +83,14 @@ def _no_constant(text: str) -> NoReturn:
 
 def _float(text: str) -> float:
     value = float(text)
-    return value if value == 0 or LEAST < abs(value) < MOST else _beyond(text)
+    return value if math.isfinite(value) else _beyond(text, "a field")
 
 
-def _int(text: str) -> int:
-    return int(text) if len(text) <= _MOST_DIGITS else _beyond(text)
-
-
-def _beyond(text: str) -> NoReturn:
+def _beyond(text: str, at: str) -> NoReturn:
     shown = text if len(text) <= 40 else f"{text[:40]}..."
     raise StoreError(
-        f"holds the number {shown}, which no figure of a run is ({LEAST:.0e} to {MOST:.0e}). "
-        "Delete it and measure the cell again."
+        f"{at[:200]} holds the number {shown}, which no figure of a run is (below {MOST:.0e}). "
+        "Delete the record and measure the cell again."
     )
 
 

@@ -77,7 +77,10 @@ def suite_folder(suite: str) -> str:
 
 
 def to_bytes(record: Record) -> bytes:
-    """The exact bytes of a record's file. Raises StoreError if reading them back would be refused."""
+    """The exact bytes of a record's file. Raises StoreError if they would be none of this schema, as with a NaN.
+
+    A number that no figure can be is no reason: hours of measuring would be lost for it. Whoever reads it is told.
+    """
     text = json.dumps(encode(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     decode(parse(text))
     # Only lone surrogates (bytes of a child's output that were no text) cannot be encoded; the replacement

@@ -51,6 +51,9 @@ CASES: list[Case] = [
     (HALF, Compression(4, 64), 2, 20, 576, 0),
     (HALF, Compression(4, 64), 3, 6, 128, 0),
     (HALF, Compression(4, 64), 8, 5, 64, 0),
+    (HALF, Compression(4, 64), 1, 6, 320, 1),
+    (HALF, Compression(4, 64), 2, 5, 203, 0),
+    (HALF, Compression(4, 64), 15, 7, 192, 3),
     (HALF, Compression(4, 8), 3, 4, 77, 0),
     (HALF, Compression(4, 24), 2, 6, 331, 3),
     (HALF, Compression(4, 16), 5, 16, 656, 0),
@@ -124,11 +127,15 @@ def pretended(on_host: dict[Variant, OnHost], monkeypatch: pytest.MonkeyPatch) -
     """A device that the host's kernels stand in for."""
     monkeypatch.setattr(module, "_made", lambda device, of: on_host[of])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    for cached in (module._kernel, module._is_right):
-        cached.cache_clear()
+    forget()
     yield
-    for cached in (module._kernel, module._is_right):
-        cached.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    module._kernel.cache_clear()
+    module._is_right.cache_clear()
+    module._refused.clear()
 
 
 def name_of(case: Case) -> str:
@@ -196,13 +203,65 @@ def test_a_kernel_is_used_once_its_numbers_are_right(
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     for made, reason in reasons.items():
         monkeypatch.setattr(module, "_made", made)
-        module._is_right.cache_clear()
+        forget()
         caplog.clear()
         assert not module._is_right(CPU, FOUR, HALF)
         assert not module._is_right(CPU, FOUR, HALF)
         [record] = caplog.records
         assert reason in record.getMessage()
         assert "unpacked before" in record.getMessage()
+
+
+@pytest.mark.parametrize("codes", [FOUR, MXFP4, Compression(8, 24)], ids=str)
+def test_no_variant_is_used_untried(codes: Codes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that are not whole were tried with 4 rows alone, of MXFP4 never; the others were compiled while somebody
+    waited, and used whatever they said. What was tried was compiled and loaded again for use."""
+    made: list[Variant] = []
+
+    def noted(device: torch.device, of: Variant) -> Any:
+        made.append(of)
+        return SimpleNamespace(launch=lambda *_: None)
+
+    monkeypatch.setattr(module, "_made", noted)
+    monkeypatch.setattr(module, "require_close", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    forget()
+    try:
+        assert module._is_right(CPU, codes, HALF)
+        tried = list(made)
+        assert len(set(tried)) == len(tried)
+        monkeypatch.setattr(module, "is_fused", lambda *_: True)
+        for rows in range(1, MOST_ROWS + 1):
+            for skipped, inputs in ((0, 192), (1, 192), (0, 480)):
+                x, weight, bias = drawn(HALF, codes, rows, 5, inputs, skipped)
+                assert fused_product(x, weight, bias) is not None
+        assert made == tried
+    finally:
+        forget()
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_launch_that_is_refused_later_costs_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A launch that failed after the trial ended the run, though other operators could have made the product."""
+    monkeypatch.setattr(module, "is_fused", lambda *_: True)
+    asked: list[Variant] = []
+
+    def refused(*_: Any) -> None:
+        raise CannotLaunch("CUDA driver: too many resources requested for launch")
+
+    def made(device: torch.device, of: Variant) -> Any:
+        asked.append(of)
+        return SimpleNamespace(launch=refused)
+
+    monkeypatch.setattr(module, "_made", made)
+    weight = any_weight(20, 576, FOUR, HALF)
+    for _ in range(3):
+        assert fused_product(torch.randn(2, 576).half(), weight, None) is None
+    [record] = caplog.records
+    assert "too many resources" in record.getMessage()
+    assert len(asked) == 1
 
 
 def test_where_there_are_no_such_products() -> None:
