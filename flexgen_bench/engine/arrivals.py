@@ -18,6 +18,7 @@ class Arrivals:
     def __init__(self, progress: Progress, take: Callable[[int, Any], None]) -> None:
         self._progress, self._take = progress, take
         self._waiting: deque[tuple[int, Any]] = deque()  # safe between threads
+        self._has_failed = False
 
     def put(self, index: int, result: Any) -> None:
         """Called by a lane."""
@@ -29,6 +30,8 @@ class Arrivals:
         self._progress(what, done, total)
 
     def deliver(self) -> None:
-        """Hand over what has arrived."""
-        while self._waiting:
+        """Hand over what has arrived; to a ``take`` that has failed, nothing more."""
+        while self._waiting and not self._has_failed:
+            self._has_failed = True
             self._take(*self._waiting.popleft())
+            self._has_failed = False

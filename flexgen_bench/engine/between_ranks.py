@@ -5,7 +5,6 @@ R rows of a micro-batch.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.engine.arenas import Arenas
+from flexgen_bench.engine.chosen_payload import decoded, encoded
 from flexgen_bench.engine.device import Device, crossing
 from flexgen_bench.engine.hidden import HiddenStates
 from flexgen_bench.engine.nan_checks import Health, Watched
@@ -96,7 +96,7 @@ class BetweenRanks:
 
     def recv_tokens(self, step: Step) -> None:
         """RECV_TOKENS: tell the sequences what the last rank has chosen."""
-        self._reader.take(step.micro_batch, pickle.loads(self._wire.recv_tokens(step.micro_batch_index)))
+        self._reader.take(step.micro_batch, decoded(self._wire.recv_tokens(step.micro_batch_index)))
 
     def _received(self, step: Step) -> Tensor:
         raw = self._inbox[step.buffer_index][: step.micro_batch.rows * self._row_bytes]
@@ -127,8 +127,8 @@ class BetweenRanks:
         self._wire.send_hidden(step.micro_batch_index, rows)
 
     def send_tokens(self, step: Step) -> None:
-        """SEND_TOKENS: to all other ranks, what has been chosen for the micro-batch (a pickled list of ``Chosen``)."""
-        self._wire.send_tokens(step.micro_batch_index, pickle.dumps(self._next.chosen_for(step.micro_batch)))
+        """SEND_TOKENS: to all other ranks, what has been chosen for the micro-batch."""
+        self._wire.send_tokens(step.micro_batch_index, encoded(self._next.chosen_for(step.micro_batch)))
 
 
 def _sums(watched: Sequence[Watched]) -> Tensor | None:

@@ -15,7 +15,7 @@ from flexgen_bench.config.paths import default_cache_dir
 from flexgen_bench.core.cell import ModelSpec, check_latency
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.core.compression import EXACT, Lossy
-from flexgen_bench.core.errors import RankLost, UserError
+from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.folders import make_writable
 from flexgen_bench.core.given import as_list, token_ids
 from flexgen_bench.core.hardware import HardwareProfile
@@ -169,9 +169,8 @@ class LLM(Closing):
         """Continue every prompt: texts or lists of token ids, any number, any mixture of lengths.
 
         Empty text is the model's start token. Ids may be arrays of numpy or torch, one-dimensional.
-        Results come in the order of the prompts and do not depend on how they are batched.
-        ``on_output`` gets each as soon as it is there. Raises UserError for the first prompt that
-        cannot be used, before any is computed.
+        Results come in the order of the prompts and do not depend on how they are batched. ``on_output`` gets each as
+        soon as it is there. Raises UserError for the first prompt that cannot be used, before any is computed.
         """
         prompt_list = prompts_of(prompts)
         params = per_prompt(sampling_params, len(prompt_list))
@@ -198,8 +197,9 @@ class LLM(Closing):
         engine = self._engine.for_generation(engine_requests)
         try:
             self.last_job = engine.generate(sequences, arrivals.progress)
-        except RankLost:
-            arrivals.deliver()  # what had ended before is whole
+        except BaseException:
+            if self._ranks is not None:  # what had ended before is whole on all of them
+                arrivals.deliver()
             raise
         arrivals.deliver()
         return [outputs[index] for index in range(len(requests))]
@@ -331,12 +331,14 @@ class LLM(Closing):
     def close(self) -> None:
         """Release the weights, end other ranks, and delete the offload directory if it was made here."""
         self._closed = True
-        if self._chosen is not None:
-            self._chosen.close()
-        if self._ranks is not None:
-            self._ranks.close()
-        if self._own_dir is not None:
-            self._own_dir.cleanup()
+        try:
+            if self._chosen is not None:
+                self._chosen.close()
+        finally:
+            if self._ranks is not None:
+                self._ranks.close()
+            if self._own_dir is not None:
+                self._own_dir.cleanup()
 
     @property
     def _engine(self) -> ChosenEngine:

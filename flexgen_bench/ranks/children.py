@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from flexgen_bench.ranks.division import environment_of
 from flexgen_bench.ranks.rendezvous import Meeting
@@ -18,13 +19,13 @@ _LEAVE_S = 5.0
 
 
 class Children:
-    """The processes of ranks 1 to ``ranks`` - 1."""
+    """The processes of ranks 1 to ``ranks`` - 1. way: to rank 0's door, which nobody else is told."""
 
-    def __init__(self, meeting: Meeting, ranks: int, threads: int) -> None:
+    def __init__(self, meeting: Meeting, ranks: int, threads: int, way: str) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
             for rank in range(1, ranks):
-                self._processes[rank] = _start(meeting, rank, ranks, threads)
+                self._processes[rank] = _start(meeting, rank, ranks, threads, way)
         except BaseException:
             self.kill()
             raise
@@ -66,12 +67,17 @@ class Children:
             process.wait()
 
 
-def _start(meeting: Meeting, rank: int, ranks: int, threads: int) -> subprocess.Popen[bytes]:
+def _start(meeting: Meeting, rank: int, ranks: int, threads: int, way: str) -> subprocess.Popen[bytes]:
     words: Sequence[str] = [str(rank), str(ranks), meeting.host, str(meeting.port), str(os.getpid())]
     environment = {**os.environ, **environment_of(rank), "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "flexgen_bench.ranks", *words], env=environment, stdin=subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexgen_bench.ranks", *words], env=environment, stdin=subprocess.PIPE
     )
+    assert process.stdin is not None
+    # Other users of the machine see a process' words, and can read the store.
+    with suppress(OSError), process.stdin as told:  # one that has ended is seen by who waits for it
+        told.write(f"{way}\n".encode())
+    return process
 
 
 def end_with(parent: int) -> None:

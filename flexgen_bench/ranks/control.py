@@ -12,12 +12,14 @@ import socket
 import struct
 import threading
 from io import BytesIO
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from types import MappingProxyType
 from typing import Any
 
 SILENCE_S = 5
 _GREETING_S = 10
+_LONGEST_NUMBER = 8
 
 
 def _frozen(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
@@ -39,18 +41,24 @@ def _written(message: Any) -> memoryview:
 
 
 class Control:
-    """One end. Messages are pickled: whoever has the key is trusted."""
+    """One end. Messages are pickled: whoever has the key is trusted. rank: of the side that is not rank 0."""
 
-    def __init__(self, connected: socket.socket, key: bytes, asks: bool) -> None:
-        """asks: this side asks for the key first, the other one shows it. Raises AuthenticationError, EOFError or
-        OSError for whoever does not have it, or says nothing."""
+    def __init__(self, connected: socket.socket, key: bytes, rank: int | None = None) -> None:
+        """rank: of this side, which shows the key and says its number; None: this is rank 0, which asks for both first.
+        Raises AuthenticationError, EOFError or OSError for whoever does not have the key, or says nothing."""
         _keep_alive(connected)
         _limit_silence(connected, _GREETING_S)
         self._connection = Connection(connected.detach())
         self._sending = threading.Lock()
         try:
-            for step in (deliver_challenge, answer_challenge) if asks else (answer_challenge, deliver_challenge):
+            steps = (deliver_challenge, answer_challenge) if rank is None else (answer_challenge, deliver_challenge)
+            for step in steps:
                 step(self._connection, key)
+            if rank is None:
+                self.rank = _number(self._connection.recv_bytes(_LONGEST_NUMBER))
+            else:
+                self.rank = rank
+                self._connection.send_bytes(b"%d" % rank)
             with socket.fromfd(self.fileno(), socket.AF_INET, socket.SOCK_STREAM) as same:
                 _limit_silence(same, 0)
         except BaseException:
@@ -73,6 +81,12 @@ class Control:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _number(said: bytes) -> int:
+    if not said.isdigit():
+        raise AuthenticationError(f"{said!r} is no rank")
+    return int(said)
 
 
 def _limit_silence(connected: socket.socket, seconds: int) -> None:

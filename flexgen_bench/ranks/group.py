@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -31,8 +32,9 @@ _met: list[int] = []  # generations of ranks of torchrun that this process has m
 class RankGroup(Closing):
     """The ranks of one model, ready to be asked. ``wire``: this process' own.
 
-    A rank that is lost, and a job that fails on any of them, ends them all (``error`` says of what). Raises UserError
-    for ranks that differ from this one, CannotRun where they do not come.
+    A rank that is lost, and a job that fails on any of them, ends them all (``error`` says of what). on_this_host:
+    those that have this process' clock. Raises UserError for ranks that differ from this one, CannotRun where they do
+    not come.
     """
 
     def __init__(self, division: Division, setup: Setup) -> None:
@@ -60,23 +62,29 @@ class RankGroup(Closing):
         except BaseException as error:
             self.end(error)
             raise
+        # A program that never closes them ends well all the same: those of torchrun would take it for a failure.
+        atexit.register(self.close)
 
     error: BaseException | None
+    on_this_host: frozenset[int]
 
     def ask(self, command: Any, own: Callable[[], None] = lambda: None) -> list[Any]:
         """What all other ranks reply, in their order, while this one does ``own``. Raises the first error of any, when
         all have replied."""
-        self._tell(command)
         try:
-            own()
+            self._tell(command)
+            try:
+                own()
+            except Exception:
+                with suppress(Exception):
+                    self._collect()
+                raise
+            return self._collect()
         except Exception:
-            with suppress(Exception):
-                self._collect()
             raise
-        except BaseException as error:  # an interrupt does not wait
+        except BaseException as error:  # an interrupt does not wait, and leaves replies that nobody has taken
             self.end(error)
             raise
-        return self._collect()
 
     def run(self, command: Any, own: Callable[[], _T]) -> tuple[_T, list[Any]]:
         """A job of all ranks, ``own`` being this one's part of it. Whatever fails ends all ranks."""
@@ -129,6 +137,7 @@ class RankGroup(Closing):
             if is_first:
                 self.error = error
                 self._changed.notify_all()
+        atexit.unregister(self.close)
         if not is_first:
             self._over.wait(_END_S)
             return
@@ -146,10 +155,10 @@ class RankGroup(Closing):
     def _gather(self, setup: Setup) -> None:
         """Until all have come and said who they are."""
         meeting, division = self._meeting, self._division
-        door = Door(meeting)
+        door = Door(meeting, self.ranks, is_open=division.torchrun is not None)
         try:
             if division.torchrun is None:
-                self._children = Children(meeting, self.ranks, setup.threads)
+                self._children = Children(meeting, self.ranks, setup.threads, door.way)
             deadline = time.monotonic() + _COME_S
             while len(self._controls) < self.ranks - 1:
                 if time.monotonic() > deadline:
@@ -158,11 +167,13 @@ class RankGroup(Closing):
                 self._check_children()
                 came = door.next(_POLL_S)
                 if came is not None:
-                    self._controls[came[0]] = came[1]
+                    self._controls[came.rank] = came
         finally:
             door.close()
         hellos = {rank: self._hello(rank, control, setup) for rank, control in self._controls.items()}
-        check_alike(hello(0, setup.checkpoint, setup.dtype, setup.compression), hellos)
+        own = hello(0, setup.checkpoint, setup.dtype, setup.compression)
+        check_alike(own, hellos)
+        self.on_this_host = frozenset(rank for rank, one in hellos.items() if one.host == own.host)
         self._replies = {rank: deque() for rank in sorted(self._controls)}
 
     def _check_children(self) -> None:
@@ -211,7 +222,9 @@ class RankGroup(Closing):
                 with self._changed:
                     self._changed.wait_for(lambda: self.error, timeout=SILENCE_S)
                 self._check()
-                raise self._lost(rank) from error
+                lost = self._lost(rank)
+                self.end(lost)  # ranks before this one have been told
+                raise lost from error
 
     def _check(self) -> None:
         """Raise what has ended the ranks."""

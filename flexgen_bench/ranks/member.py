@@ -85,9 +85,9 @@ class Member:
         return RankReport(result.lanes, result.timeline, result.allocated, result.plan.bytes)
 
 
-def serve_child(meeting: Meeting, rank: int, ranks: int) -> None:
-    """Of a process that rank 0 has started: it says what this rank is made of."""
-    control = go_in(meeting, rank)
+def serve_child(meeting: Meeting, rank: int, ranks: int, way: str) -> None:
+    """Of a process that rank 0 has started: it says what this rank is made of. way: to its door."""
+    control = go_in(meeting, rank, way)
     setup: Setup = control.recv()
     torch.set_num_threads(setup.threads)
     if setup.gpu_cap:

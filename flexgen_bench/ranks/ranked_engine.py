@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from flexgen_bench.core.moment import JobState
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.progress import Progress, quiet
 from flexgen_bench.core.tiers import Lane, Site
-from flexgen_bench.core.timeline import LaneTimeline, Timeline
+from flexgen_bench.core.timeline import Timeline
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
 from flexgen_bench.engine.engine import GREEDY_ROW_BYTES, Engine
@@ -50,6 +50,9 @@ class RankedEngine:
         except BaseException:
             for engine in own:
                 engine.close()
+            if self._group.error is None:
+                with suppress(Exception):  # of what has failed before
+                    self._group.ask(Unload())  # some have their weights
             raise
         self._own = own[0]
         self.direct_io = self._own.direct_io
@@ -67,7 +70,7 @@ class RankedEngine:
         command = Generate(tuple(SequenceOfJob.of(sequence) for sequence in sequences))
         group = self._ready()
         result, reports = group.run(command, lambda: self._own.generate(sequences, progress))
-        return _of_all(result, dict(enumerate(reports, start=1)))
+        return _of_all(result, dict(enumerate(reports, start=1)), group.on_this_host)
 
     def plan(self, requests: Sequence[Request] | Capacity, logits_row_bytes: int = GREEDY_ROW_BYTES) -> MemoryPlan:
         """Of this rank."""
@@ -124,8 +127,12 @@ def refused(what: str, ranks: Ranks) -> UserError:
     )
 
 
-def _of_all(result: JobResult, reports: Mapping[int, RankReport]) -> JobResult:
-    """What rank 0 has seen of a job, and the lanes, memory and plans of the others under their own numbers."""
+def _of_all(result: JobResult, reports: Mapping[int, RankReport], on_this_host: Collection[int]) -> JobResult:
+    """What rank 0 has seen of a job, and the lanes, memory and plans of the others under their own numbers.
+
+    Processes of one machine have one clock, which is rank 0's. That of another host says nothing of this one's, so that
+    a rank's times there count from its own job's beginning.
+    """
     assert result.plan is not None
     planned = {site: dict(parts) for site, parts in result.plan.bytes.items()}
     lanes, allocated = dict(result.lanes), dict(result.allocated)
@@ -135,20 +142,9 @@ def _of_all(result: JobResult, reports: Mapping[int, RankReport]) -> JobResult:
         planned |= {Site(site.kind, rank): dict(parts) for site, parts in report.planned.items()}
         allocated |= {Site(site.kind, rank): dict(parts) for site, parts in report.allocated.items()}
         lanes |= {Lane(lane.kind, rank): use for lane, use in report.lanes.items()}
-        timeline |= {
-            str(Lane(Lane.parse(name).kind, rank)): _since(one, origin_s) for name, one in report.timeline.lanes.items()
-        }
+        for name, one in report.timeline.lanes.items():
+            on_clock = replace(one, origin_s=origin_s) if rank in on_this_host else one
+            timeline[str(Lane(Lane.parse(name).kind, rank))] = on_clock
     return replace(
         result, plan=replace(result.plan, bytes=planned), lanes=lanes, allocated=allocated, timeline=Timeline(timeline)
     )
-
-
-def _since(lane: LaneTimeline, origin_s: float) -> LaneTimeline:
-    """On rank 0's clock. Processes of one machine have the same; one of another host says nothing of this one's, so
-    that its first step counts from its own job's beginning."""
-    is_same = abs(lane.origin_s - origin_s) < _SAME_CLOCK_S
-    return replace(lane, origin_s=origin_s) if is_same else lane
-
-
-# Ranks begin a job within this of each other.
-_SAME_CLOCK_S = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import socket
 from contextlib import suppress
@@ -19,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 # Ranks of other hosts may still be fetching the model.
 PATIENCE_S = 1800
 _CONTROL = "control"
+SECRET = "FLEXGEN_BENCH_SECRET"
 
 
 @dataclass(frozen=True)
@@ -79,40 +81,76 @@ def meet_by_torchrun(torchrun: Torchrun) -> Meeting:
 
 
 class Door:
-    """Where rank 0 lets the others in. Use ``close`` when all are there."""
+    """Where rank 0 lets the others in. Use ``close`` when all are there.
 
-    def __init__(self, meeting: Meeting) -> None:
-        self._key = os.urandom(32)
+    is_open: ranks of torchrun find it by the meeting's store, which everybody can read who reaches its port; the key is
+    made of a secret that all ranks have in ``SECRET``, and lies in the store where there is none. Otherwise only those
+    come in who are told ``way``.
+    """
+
+    def __init__(self, meeting: Meeting, ranks: int, is_open: bool) -> None:
         if meeting.interface is not None:
             self._server = socket.create_server((meeting.interface, 0))
         else:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
             self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-        meeting.store.set(_CONTROL, f"{self._server.getsockname()[1]} {self._key.hex()}")
+        self._awaited = set(range(1, ranks))
+        port = int(self._server.getsockname()[1])
+        secret = os.environ.get(SECRET, "") if is_open else ""
+        self._key = _key_of(secret, port) if secret else os.urandom(32)
+        self.way = f"{port} {self._key.hex()}"
+        if is_open:
+            meeting.store.set(_CONTROL, str(port) if secret else self.way)
 
-    def next(self, seconds: float) -> tuple[int, Control] | None:
-        """Who has come, with its rank; None if nobody has. Whoever does not have the key is sent away."""
+    def next(self, seconds: float) -> Control | None:
+        """Who has come; None if nobody has. Whoever does not have the key, or is no rank that is still awaited, is sent
+        away."""
         self._server.settimeout(seconds)
         with suppress(TimeoutError, AuthenticationError, EOFError, OSError):
             connected, _ = self._server.accept()
             connected.setblocking(True)
-            control = Control(connected, self._key, asks=True)
-            return int(control.recv()), control
+            control = Control(connected, self._key)
+            if control.rank in self._awaited:
+                self._awaited.remove(control.rank)
+                return control
+            control.close()
         return None
 
     def close(self) -> None:
         self._server.close()
 
 
-def go_in(meeting: Meeting, rank: int) -> Control:
-    """The connection to rank 0. Raises CannotRun if that is not there."""
+def go_in(meeting: Meeting, rank: int, way: str | None = None) -> Control:
+    """The connection to rank 0. way: what its ``Door`` says; None: what is in the store. Raises CannotRun if rank 0 is
+    not there, UserError if only one of both has a secret."""
     try:
-        port, key = meeting.store.get(_CONTROL).decode().split(" ")
-        connected = socket.create_connection((meeting.host, int(port)), timeout=60)
+        port, key = _found(meeting) if way is None else _parsed(way)
+        connected = socket.create_connection((meeting.host, port), timeout=60)
         connected.settimeout(None)
-        control = Control(connected, bytes.fromhex(key), asks=False)
-        control.send(rank)
+        return Control(connected, key, rank)
     except (RuntimeError, OSError, EOFError, AuthenticationError) as error:
         raise CannotRun(f"rank {rank} cannot reach rank 0 at {meeting.host}: {error}") from error
-    return control
+
+
+def _found(meeting: Meeting) -> tuple[int, bytes]:
+    way, secret = meeting.store.get(_CONTROL).decode(), os.environ.get(SECRET, "")
+    has_key = " " in way
+    if has_key is bool(secret):
+        raise UserError(
+            SECRET,
+            "set here, not on rank 0" if secret else "set on rank 0, not here",
+            "the same on all ranks",
+            "Set it to the same text on every machine, or nowhere.",
+        )
+    return _parsed(way) if has_key else (int(way), _key_of(secret, int(way)))
+
+
+def _parsed(way: str) -> tuple[int, bytes]:
+    port, key = way.split(" ")
+    return int(port), bytes.fromhex(key)
+
+
+def _key_of(secret: str, port: int) -> bytes:
+    """Of one port: who changes the port in the store cannot stand between two ranks and pass on what they say."""
+    return hmac.digest(secret.encode(), b"flexgen-bench control %d" % port, "sha256")

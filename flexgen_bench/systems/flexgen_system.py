@@ -178,10 +178,12 @@ class FlexGenSystem(System):
         return None if self._engine is None else self._engine.job_state()
 
     def close(self) -> None:
-        self._release()
-        if self._ranks is not None:
-            self._ranks.close()
-            self._ranks = None
+        try:
+            self._release()
+        finally:
+            if self._ranks is not None:
+                self._ranks.close()
+                self._ranks = None
 
     def _release(self) -> None:
         if self._engine is not None:

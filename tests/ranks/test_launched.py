@@ -93,6 +93,17 @@ def test_torchrun_gives_the_tokens_of_one_process(tmp_path: Path, processes: int
 
 
 @pytest.mark.slow
+def test_a_program_of_torchrun_that_never_closes_its_model_ends_well(tmp_path: Path) -> None:
+    """The other ranks took its end for a failure."""
+    folder, program = save(random_model("opt"), tmp_path / "model"), script(tmp_path)
+    text = program.read_text()
+    program.write_text(text.replace("with LLM(", "if llm := LLM(").replace(") as llm:", "):"))
+    ended = torchrun(2, program, folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "begins" in ended.stdout
+
+
+@pytest.mark.slow
 def test_ranks_of_different_models_are_named_before_weights_are_read(tmp_path: Path) -> None:
     """torchrun once ended rank 0, which knows the reason, before it had told it."""
     folder, other = (save(random_model(n), tmp_path / n) for n in ("llama-multi-query", "opt"))

@@ -16,6 +16,7 @@ import pytest
 
 from flexgen_bench import LLM, Output, Policy, SamplingParams
 from flexgen_bench.core.errors import RankLost, UserError
+from flexgen_bench.ranks.group import RankGroup
 from tests.support.tiny_models import random_model, random_prompts, save
 from tests.support.tiny_text_models import text_model
 
@@ -61,6 +62,7 @@ def test_two_ranks_give_the_tokens_of_one_and_a_kill_is_named(tmp_path: Path) ->
         assert two.last_job.plan is not None
         assert {"cpu", "cpu:1"} <= {str(lane) for lane in two.last_job.lanes}
         assert {"cpu", "cpu:1"} <= {site.name for site in two.last_job.plan.bytes}
+        assert len({lane.origin_s for lane in two.last_job.timeline.lanes.values()}) == 1, "one machine, one clock"
         for refused in (lambda: two.stream("abc"), lambda: two.score(["a"], ["b"])):
             with pytest.raises(UserError, match=r"gpu.count = 2: must be 1 for"):
                 list(refused())
@@ -76,6 +78,24 @@ def test_two_ranks_give_the_tokens_of_one_and_a_kill_is_named(tmp_path: Path) ->
         assert rank_processes() == []
         assert 3 <= len(came) < len(PROMPTS)
         assert all(output == expected[0][index] for index, output in came.items())
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_ranks_reply_ends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one while rank 0 had work of its own did; after another, a reply was taken for that to the next command."""
+    folder = save(random_model("opt"), tmp_path / "model")
+
+    def interrupted(group: RankGroup) -> list[object]:
+        raise KeyboardInterrupt
+
+    with opened(folder, 2, SMALL) as two:
+        expected = ids(two.generate(PROMPTS[:3], FULL))
+        with monkeypatch.context() as patched:
+            patched.setattr(RankGroup, "_collect", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                two.generate(PROMPTS[:3], FULL)
+        assert rank_processes() == []
+        assert ids(two.generate(PROMPTS[:3], FULL)) == expected
 
 
 @pytest.mark.slow
