@@ -36,6 +36,8 @@ def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], scanned: Scan, se
     disk = format_bytes(scanned.lines * _ANSWER_BYTES + new_tokens * _TOKEN_BYTES)
     job = sorted(requests, key=lambda r: (r.gen_len, r.prompt_len), reverse=True)[: settings.window]
     plan = llm.plan(job)
+    ranks = plan.job.slices if plan.job.stage is None else plan.job.stage.ranks
+    of_each = f" of each of {ranks} ranks" if ranks > 1 else ""
     memory = ", ".join(
         f"{site} {format_bytes(sum(parts.values()))} (KV cache {format_bytes(parts.get('kv_cache', 0))})"
         for site, parts in plan.bytes.items()
@@ -44,14 +46,16 @@ def plan_text(llm: LLM, reader: Reader, lines: Iterator[Line], scanned: Scan, se
     return "\n".join(
         [
             amounts,
-            f"memory: {memory}, planned for the largest jobs",
+            f"memory{of_each}: {memory}, planned for the largest jobs",
             f"disk: the answers take up to {disk}",
-            f"time: {_time(llm, job, len(requests) * scale)}",
+            f"time: {_time(llm, job, len(requests) * scale, ranks)}",
         ]
     )
 
 
-def _time(llm: LLM, job: Sequence[Request], sequences: float) -> str:
+def _time(llm: LLM, job: Sequence[Request], sequences: float, ranks: int) -> str:
+    if ranks > 1:
+        return f"nobody knows before the first answers: it is not predicted for {ranks} ranks"
     try:
         seconds = llm.predicted_seconds(job)
     except UserError:

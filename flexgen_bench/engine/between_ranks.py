@@ -54,6 +54,7 @@ class BetweenRanks:
         self._row_bytes = plan.job.hidden_row_bytes
         # The outbox is made of what leaves, and is free when the wire has let go of it.
         arenas.note(Tier.CPU, "outbox", plan.staging.outbox)
+        wire.begin(plan.staging.outbox)
         size, count = plan.staging.inbox, plan.staging.num_buffers + plan.staging.cpu_attention_buffers
         self._inbox = [arenas.allocate(Tier.CPU, "inbox", size) for _ in range(count if size else 0)]
         self._arrived: dict[int, Tensor] = {}

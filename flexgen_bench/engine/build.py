@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -98,8 +98,11 @@ class PackedWeights:
         """
         free = device.available(make_writable(offload_dir, "offload_dir"))
         worst = worst_of(requests)
+        # The search places the experts of a mixture apart, and ranks that share layers keep them together.
+        is_searched = self.part is None or self.model.experts_for_one <= 1
+        hardware = device.hardware if is_searched else replace(device.hardware, rates=None)
         job = Job(
-            *(self.shape, self.dtype, device.hardware, worst.prompt_len, worst.gen_len, len(requests)),
+            *(self.shape, self.dtype, hardware, worst.prompt_len, worst.gen_len, len(requests)),
             lossy=lossy,
             max_latency_s=max_latency_s,
             part=self.part,

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flexgen_bench.engine.wire import has_room
+
 _Address = tuple[int, str, int]  # rank that receives it, kind, number of the micro-batch
 
 
@@ -23,6 +25,28 @@ class _Mail:
         self._posted: defaultdict[_Address, deque[Any]] = defaultdict(deque)
         self._changed = threading.Condition()
         self._failed: tuple[int, BaseException] | None = None
+        self._room: dict[int, int] = {}  # bytes, by the rank that sends
+        self._under_way: defaultdict[int, int] = defaultdict(int)
+
+    def begin(self, rank: int, room_bytes: int) -> None:
+        with self._changed:
+            self._room[rank] = room_bytes
+
+    def post_hidden(self, rank: int, number: int, rows: Tensor) -> None:
+        """To the next rank, once there is room."""
+        with self._changed:
+            room = self._room.get(rank)
+            self._changed.wait_for(lambda: self._failed or has_room(self._under_way[rank], rows.nbytes, room))
+            self._check(rank)
+            self._under_way[rank] += rows.nbytes
+        self.post(rank + 1, "hidden", number, rows)
+
+    def fetch_hidden(self, rank: int, number: int, into: Tensor) -> None:
+        rows: Tensor = self.fetch(rank, "hidden", number)
+        into.copy_(rows)
+        with self._changed:
+            self._under_way[rank - 1] -= rows.nbytes
+            self._changed.notify_all()
 
     def post(self, to: int, kind: str, number: int, what: Tensor | bytes) -> None:
         with self._changed:
@@ -33,9 +57,14 @@ class _Mail:
         with self._changed:
             posted = self._posted[rank, kind, number]
             self._changed.wait_for(lambda: posted or self._failed)
-            if self._failed is None:
-                return posted.popleft()
-            failed, error = self._failed
+            self._check(rank)
+            return posted.popleft()
+
+    def _check(self, rank: int) -> None:
+        """Raise what has failed, as ``rank`` sees it."""
+        if self._failed is None:
+            return
+        failed, error = self._failed
         if failed == rank:
             raise error
         raise RankFailed(f"rank {failed} has failed: {type(error).__name__}: {error}") from error
@@ -52,11 +81,14 @@ class LocalWire:
     def __init__(self, rank: int, mail: _Mail) -> None:
         self._rank, self._mail = rank, mail
 
+    def begin(self, room_bytes: int) -> None:
+        self._mail.begin(self._rank, room_bytes)
+
     def send_hidden(self, number: int, rows: Tensor) -> None:
-        self._mail.post(self._rank + 1, "hidden", number, rows)
+        self._mail.post_hidden(self._rank, number, rows)
 
     def recv_hidden(self, number: int, into: Tensor) -> None:
-        into.copy_(self._mail.fetch(self._rank, "hidden", number))
+        self._mail.fetch_hidden(self._rank, number, into)
 
     def send_tokens(self, number: int, payload: bytes) -> None:
         for rank in range(self._mail.ranks):

@@ -23,6 +23,7 @@ class Engines:
     def __init__(self, weights: PackedWeights, device: Device, offload_dir: Path, ranks: Ranks | None = None) -> None:
         self._weights, self._device, self._offload_dir, self._ranks = weights, device, offload_dir, ranks
         if ranks is not None:
+            self._device = ranks.own(device, offload_dir)
             ranks.pack(weights)
 
     @property

@@ -10,13 +10,14 @@ import queue
 import threading
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from flexgen_bench.core.errors import RankLost
+from flexgen_bench.engine.wire import has_room
 
 CONNECT_S = 60
 # gloo wants a limit of every wait. Who ends one is whoever watches the ranks.
@@ -25,6 +26,14 @@ _EVER = timedelta(days=365)
 _NEWS_S = 10.0
 _LENGTH = 8  # bytes of an int64
 _HIDDEN, _TOKENS, _OF_ABORT = 0, 1, 2**31 - 1
+
+
+class _Sent(NamedTuple):
+    """hidden_bytes: of hidden states, whose room this takes."""
+
+    work: Any
+    content: Tensor
+    hidden_bytes: int
 
 
 class GlooWire:
@@ -41,11 +50,25 @@ class GlooWire:
         self._rank, self._ranks = rank, ranks
         self._error: BaseException | None = None
         self._told = threading.Event()
-        self._under_way: queue.SimpleQueue[tuple[Any, Tensor] | None] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._room: int | None = None
+        self._hidden_bytes = 0  # under way
         threading.Thread(target=self._let_go, name="sent", daemon=True).start()
 
+    def begin(self, room_bytes: int) -> None:
+        with self._changed:
+            self._room = room_bytes
+
     def send_hidden(self, number: int, rows: Tensor) -> None:
-        self._send(_bytes_of(rows.contiguous()), self._rank + 1, number, _HIDDEN)
+        # ``_let_go`` sees what is received in the order in which it was sent. That is soon enough: all of a pass have
+        # room together, and whoever receives takes passes in order.
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or has_room(self._hidden_bytes, rows.nbytes, self._room))
+            if self._error is not None:
+                raise self._error
+            self._hidden_bytes += rows.nbytes
+        self._send(_bytes_of(rows.contiguous()), self._rank + 1, number, _HIDDEN, rows.nbytes)
 
     def recv_hidden(self, number: int, into: Tensor) -> None:
         whole = into if into.is_contiguous() else torch.empty_like(into, memory_format=torch.contiguous_format)
@@ -82,7 +105,9 @@ class GlooWire:
         raise self._error
 
     def abort(self, error: BaseException) -> None:
-        self._error = self._error or error
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
         self._told.set()
         # A wait that is too long for its limit closes every pair of a group, which ends all others' waits. gloo has no
         # other way to end them (``abort`` does not).
@@ -91,12 +116,12 @@ class GlooWire:
             self._group.recv([torch.empty(1, dtype=torch.uint8)], other, _OF_ABORT).wait(timedelta(milliseconds=1))
         self._under_way.put(None)
 
-    def _send(self, content: Tensor, to: int, number: int, kind: int) -> None:
+    def _send(self, content: Tensor, to: int, number: int, kind: int, hidden_bytes: int = 0) -> None:
         try:
             work = self._group.send([content], to, 2 * number + kind)
         except RuntimeError as error:
             raise self._why(error, to) from error
-        self._under_way.put((work, content))
+        self._under_way.put(_Sent(work, content, hidden_bytes))
 
     def _recv(self, into: Tensor, source: int, number: int, kind: int) -> None:
         try:
@@ -115,7 +140,12 @@ class GlooWire:
     def _let_go(self) -> None:
         while (sent := self._under_way.get()) is not None:
             with suppress(RuntimeError):  # a receiver that is gone: who waits for it tells
-                sent[0].wait(_EVER)
+                sent.work.wait(_EVER)
+            hidden_bytes = sent.hidden_bytes
+            del sent  # before there is room for more
+            with self._changed:
+                self._hidden_bytes -= hidden_bytes
+                self._changed.notify_all()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from flexgen_bench.core.compression import Compression
 from flexgen_bench.core.errors import UserError
 from flexgen_bench.core.model import DType
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.machine.environment import cpu_model
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,19 @@ class Identity:
 
 @dataclass(frozen=True)
 class Hello:
-    """The first word of a rank. host: the name of its machine; device: of what it computes on."""
+    """The first word of a rank. host: the name of its machine; device, threads: what it computes on, and with."""
 
     rank: int
     identity: Identity
     host: str
     device: str
+    threads: int
 
 
-def hello(rank: int, checkpoint: Path, dtype: DType, compression: Compression | None) -> Hello:
-    """Of this process. Reads the shape of the model, no weights."""
+def hello(
+    rank: int, checkpoint: Path, dtype: DType, compression: Compression | None, threads: int | None = None
+) -> Hello:
+    """Of this process. threads: None for those that torch has here. Reads the shape of the model, no weights."""
     with open_source(checkpoint) as source:
         shape = source.shape
     identity = Identity(
@@ -59,27 +63,34 @@ def hello(rank: int, checkpoint: Path, dtype: DType, compression: Compression | 
         dtype=str(dtype),
         compression="none" if compression is None else _digest(to_json(compression)),
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return Hello(rank, identity, socket.gethostname(), device)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+    return Hello(rank, identity, socket.gethostname(), device, torch.get_num_threads() if threads is None else threads)
 
 
-def check_alike(own: Hello, others: Mapping[int, Hello]) -> None:
-    """UserError that names the ranks that differ from ``own``, and in what."""
+def check_alike(own: Hello, others: Mapping[int, Hello], shared: bool = False) -> None:
+    """UserError that names the ranks that differ from ``own``, and in what. shared: they share every layer, so each
+    chooses the tokens for itself and must come to the same bits: on such a device, with as many threads."""
+    mine = _compared(own, shared)
     differing = [
-        f"rank {rank} ({one.host}) has {field.name} {getattr(one.identity, field.name)!r}"
+        (name, f"rank {rank} ({one.host}) has {name} {value!r}")
         for rank, one in sorted(others.items())
-        for field in fields(Identity)
-        if getattr(one.identity, field.name) != getattr(own.identity, field.name)
+        for name, value in _compared(one, shared).items()
+        if value != mine[name]
     ]
     if differing:
-        names = {word for line in differing for word in [line.split(" has ")[1].split(" ")[0]]}
-        mine = ", ".join(f"{name} {getattr(own.identity, name)!r}" for name in sorted(names))
+        names = sorted({name for name, _ in differing})
         raise UserError(
             "ranks",
-            "; ".join(differing),
-            f"all like rank 0 ({own.host}): {mine}",
-            "Install the same versions on every machine, and open the same model with the same settings.",
+            "; ".join(words for _, words in differing),
+            f"all like rank 0 ({own.host}): {', '.join(f'{name} {mine[name]!r}' for name in names)}",
+            "Install the same versions on every machine, and open the same model with the same settings. Ranks that "
+            "share layers also need devices of one kind and as many threads.",
         )
+
+
+def _compared(one: Hello, shared: bool) -> dict[str, str | int]:
+    compared: dict[str, str | int] = {field.name: getattr(one.identity, field.name) for field in fields(Identity)}
+    return compared | ({"device": one.device, "threads": one.threads} if shared else {})
 
 
 def weights_digest(weights: PackedWeights) -> str:

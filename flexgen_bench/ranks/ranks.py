@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from flexgen_bench.checkpoints.source import open_source
 from flexgen_bench.core.closing import Closing
 from flexgen_bench.engine.build import PackedWeights
+from flexgen_bench.engine.device import Device
 from flexgen_bench.ranks.commands import Setup
 from flexgen_bench.ranks.division import Division
 from flexgen_bench.ranks.group import RankGroup
@@ -26,13 +29,18 @@ class Ranks(Closing):
     """
 
     def __init__(self, division: Division, setup: Setup) -> None:
-        self._division, self._setup = division, setup
+        self._division = division
+        self._setup = setup = replace(setup, hardware=division.with_disk(setup.hardware, setup.offload_dir))
         self.setting = division.setting
         with open_source(setup.checkpoint) as source:
             division.check(source.shape, setup.dtype, setup.compression)
             self.stages = division.stages(source.shape.num_layers)
         self._weights: PackedWeights | None = None
         self._group: RankGroup | None = RankGroup(division, setup)
+
+    def own(self, device: Device, offload_dir: Path) -> Device:
+        """Rank 0's device, with its part of the disk."""
+        return replace(device, hardware=self._division.with_disk(device.hardware, offload_dir))
 
     def pack(self, weights: PackedWeights) -> None:
         """Have them open the same packed weights as this rank."""
@@ -66,6 +74,7 @@ def join(division: Division, setup: Setup) -> Ranks | None:
 def serve_by_torchrun(division: Division, setup: Setup) -> NoReturn:
     torchrun = division.torchrun
     assert torchrun is not None
+    setup = replace(setup, hardware=division.with_disk(setup.hardware, setup.offload_dir))
     torch.set_num_threads(setup.threads)
     meeting = meet_by_torchrun(torchrun)
     # torchrun ends all processes as soon as one fails: rank 0, which knows why, is to be the first.

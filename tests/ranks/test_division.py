@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -14,15 +16,20 @@ from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.pipeline import even_stages
 from flexgen_bench.core.policy import Placement, Policy
+from flexgen_bench.core.rates import Rates
 from flexgen_bench.core.tiers import Site, Tier
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
+from flexgen_bench.machine.measured_rates import Calibration, describe, path_for
+from flexgen_bench.machine.measured_rates import save as save_rates
 from flexgen_bench.planner.memory_plan import MemoryPlan, plan_job
+from flexgen_bench.ranks import division
 from flexgen_bench.ranks.commands import Setup
-from flexgen_bench.ranks.division import divide
+from flexgen_bench.ranks.division import VISIBLE, divide
 from flexgen_bench.ranks.ranks import Ranks
 from flexgen_bench.ranks.torchrun import Torchrun
 from flexgen_bench.schedule.sequence_groups import Request
+from tests.support import planner_machines
 from tests.support.tiny_models import EMULATED, HOST, random_model, save
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -55,6 +62,29 @@ def test_what_is_free_is_divided_where_nothing_is_stated() -> None:
     assert one.cpu_memory_bytes is not None
     assert two.cpu_memory_bytes is not None
     assert 1.5 < one.cpu_memory_bytes / two.cpu_memory_bytes < 2.5
+
+
+def test_free_disk_is_divided_too(tmp_path: Path) -> None:
+    """Each rank planned with all that was free of it."""
+    free = psutil.disk_usage(str(tmp_path)).free
+    part = divide(HOST, 4, ranks=4)
+    assert part.hardware.disk_bytes is None
+    found = part.with_disk(part.hardware, tmp_path).disk_bytes
+    assert found is not None
+    assert 0.5 < 4 * found / free < 1.5
+    assert part.with_disk(replace(part.hardware, disk_bytes=5), tmp_path).disk_bytes == 5
+
+
+def test_rates_are_those_of_the_whole_machine_divided(tmp_path: Path) -> None:
+    """They were looked for as if each rank's few threads had been calibrated, and never found."""
+    links = {"disk_read": 8e8, "disk_write": 4e8}
+    rates = Rates({Tier.CPU: planner_machines.CPU_SITE}, links=links)
+    save_rates(Calibration(rates, describe(4), "quick", "now"), path_for(tmp_path, 4))
+    found = divide(HOST, 4, ranks=2).open_device(tmp_path).hardware.rates
+    assert found is not None
+    assert found.sites[Tier.CPU].memory == planner_machines.CPU_SITE.memory / 2
+    assert found.links == {"disk_read": 4e8, "disk_write": 2e8}
+    assert divide(HOST, 4).open_device(tmp_path).hardware.rates == rates
 
 
 def test_layers_are_divided_evenly_unless_stated() -> None:
@@ -102,6 +132,28 @@ def test_torchrun_says_how_many_there_are() -> None:
         divide(HOST, 8, ranks=3, torchrun=torchrun)
     with pytest.raises(UserError, match=r"gpu.count = 2: must be 4"):
         divide(replace(HOST, count=2), 8, torchrun=torchrun)
+
+
+def test_a_device_that_each_process_has_been_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes that see one device each, the second was refused, for too few, or took the first one's."""
+    torchrun = Torchrun.of({**TORCHRUN, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert torchrun is not None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    machine = HardwareProfile("h200", Accelerator.CUDA)
+    monkeypatch.setenv(VISIBLE, "7")
+    assert divide(machine, 8, torchrun=torchrun).ranks == 4
+    division._take_own_device(torchrun)
+    assert os.environ[VISIBLE] == "7"
+    monkeypatch.delenv(VISIBLE)
+    with pytest.raises(CannotRun, match="has 1 CUDA devices"):
+        divide(machine, 8, torchrun=torchrun)
+
+
+def test_a_model_of_one_rank_does_not_mind_torchrun() -> None:
+    """Programs whose processes each have a model of their own."""
+    alone = divide(HOST, 8, 1, Torchrun.of(TORCHRUN))
+    assert (alone.ranks, alone.rank, alone.torchrun, alone.threads) == (1, 0, None, 8)
 
 
 def test_one_process_of_torchrun_is_no_rank() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch.distributed import HashStore
 
 from flexgen_bench.core.errors import RankLost
+from flexgen_bench.engine.local_wire import local_wires
+from flexgen_bench.engine.wire import Wire
 from flexgen_bench.ranks import gloo_wire
 from flexgen_bench.ranks.gloo_wire import GlooWire
 
@@ -86,3 +88,33 @@ def test_an_abort_ends_every_wait_with_its_error(monkeypatch: pytest.MonkeyPatch
     for late in (lambda: first.recv_tokens(0), lambda: first.send_hidden(0, torch.zeros(1, 1))):
         with pytest.raises(RankLost, match="rank 1 is lost: killed"):
             late()
+
+
+@pytest.mark.parametrize("make", [wires, local_wires])
+def test_no_more_is_under_way_than_there_is_room_for(
+    make: Callable[[int], Sequence[Wire]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts one pass of hidden states on their way. Nothing held a rank to that: one that was ahead of the
+    next by several waves kept them all in memory."""
+    monkeypatch.setattr(gloo_wire, "_NEWS_S", 0.2)
+    first, last = make(2)
+    rows = torch.zeros(2, 8)
+    first.begin(2 * rows.nbytes)
+    first.send_hidden(0, torch.zeros(20, 8))  # more than there is room for goes alone
+    thread, raised = failing(lambda: [first.send_hidden(number, rows) for number in (1, 2, 3)])
+    thread.join(0.2)
+    assert thread.is_alive()
+    last.recv_hidden(0, torch.empty(20, 8))
+    thread.join(0.2)
+    assert thread.is_alive()
+    last.recv_hidden(1, torch.empty(2, 8))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not raised
+    thread, raised = failing(lambda: first.send_hidden(4, rows))
+    thread.join(0.2)
+    assert thread.is_alive()
+    reason = RankLost(1, "killed")
+    first.abort(reason)
+    thread.join(30)
+    assert raised == [reason]

@@ -37,6 +37,16 @@ def test_a_difference_is_named_with_its_rank_and_machine(own: Hello, name: str) 
     assert "rank 1" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("device", "another"), ("threads", 99)])
+def test_ranks_that_share_layers_compute_on_alike_machines(own: Hello, name: str, value: str | int) -> None:
+    """Each chooses the tokens for itself: of two kinds of devices they could differ, and the ranks would go apart."""
+    unlike = replace(own, rank=1, host="node2", **{name: value})  # type: ignore[arg-type]
+    check_alike(own, {1: unlike})
+    check_alike(own, {1: replace(own, rank=1)}, shared=True)
+    with pytest.raises(UserError, match=rf"rank 1 \(node2\) has {name} {value!r}.* all like rank 0 .*: {name} "):
+        check_alike(own, {1: unlike}, shared=True)
+
+
 def test_another_model_is_another_identity(own: Hello, tmp_path: Path) -> None:
     folder = save(random_model("opt-no-bias"), tmp_path / "other")
     with pytest.raises(UserError, match="has model"):

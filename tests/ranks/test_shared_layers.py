@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,10 +16,13 @@ from flexgen_bench.core.codec import from_json, to_json
 from flexgen_bench.core.errors import RankLost, UserError
 from flexgen_bench.core.hardware import HardwareProfile
 from flexgen_bench.core.slices import Slice
+from flexgen_bench.engine.device import Device
 from flexgen_bench.ranks import gloo_wire
 from flexgen_bench.ranks.division import divide
+from flexgen_bench.schedule.sequence_groups import Request
 from tests.ranks.test_gloo_wire import failing, wires
-from tests.support.sliced_models import MODELS
+from tests.support import planner_machines
+from tests.support.sliced_models import MODELS, slices_of
 from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_prompts, save, with_random_weights
 from tests.support.tiny_text_models import save_tokenizer
 
@@ -42,6 +46,17 @@ def test_two_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
         assert lanes["net_out"].bytes == lanes["net_out:1"].bytes > 0
         with pytest.raises(UserError, match=r"must be 1 for"):
             two.score(["a"], ["b"])
+
+
+def test_a_policy_for_a_mixture_is_the_plain_rules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The search places experts apart, which ranks that share layers refuse: it always failed, with a warning."""
+    folder = save(with_random_weights(MODELS["mixtral"](), "mixtral"), tmp_path / "model")
+    first = slices_of(folder, 2, tmp_path / "cache")[0]
+    device = Device.open(planner_machines.HOST, 1)
+    with caplog.at_level(logging.WARNING):
+        policy = first.choose_policy(device, tmp_path, [Request(4, 4)] * 3)
+    assert policy.experts is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
