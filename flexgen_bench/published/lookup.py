@@ -97,9 +97,8 @@ def is_published_machine(tables: Path, hardware: HardwareProfile) -> bool:
         stated = sizes.get(name) or 0.0
         return stated * GB, stated * GIB, stated * GIB * _WITHOUT_ECC
 
-    return hardware.device_match == _DEVICE and all(
-        getattr(hardware, key) in may_be(name) for key, name in _MACHINE.items()
-    )
+    one = hardware.device_match == _DEVICE and hardware.ranks == 1
+    return one and all(getattr(hardware, key) in may_be(name) for key, name in _MACHINE.items())
 
 
 @cache

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_bench.config.build import hardware_profile
+from flexgen_bench.config.paths import conf_dir
 from flexgen_bench.core.codec import to_json
 from flexgen_bench.core.hardware import Accelerator, HardwareProfile
 from flexgen_bench.core.job import Job
@@ -16,6 +18,7 @@ from flexgen_bench.core.status import Status
 from flexgen_bench.pictures.facets import facets
 from flexgen_bench.pictures.from_prediction import run_of_prediction
 from flexgen_bench.pictures.from_record import run_of_record
+from flexgen_bench.published.lookup import is_published_machine
 from flexgen_bench.report.devices import devices, devices_of
 from flexgen_bench.report.prediction_json import row_json
 from flexgen_bench.report.prediction_table import by_job, heading
@@ -62,3 +65,11 @@ def test_other_devices_are_another_table_and_another_picture() -> None:
     assert len(by_job(rows)) == len(MACHINES)
     runs = [run_of_prediction(row_json(row, Path()), "f", {}) for row in rows]
     assert len({facet.key("latency") for facet in facets(runs)}) == len(MACHINES)
+
+
+def test_several_devices_are_not_the_papers_machine() -> None:
+    """The tables are of one T4: four would have been divided by it, as the model's error or as a speed-up."""
+    tables, t4 = conf_dir() / "paper" / "tables.csv", hardware_profile("t4")
+    assert is_published_machine(tables, t4)
+    assert not is_published_machine(tables, replace(t4, count=4))
+    assert not is_published_machine(tables, replace(t4, tensor_parallel=4))
