@@ -171,8 +171,8 @@ class RankGroup(Closing):
         finally:
             door.close()
         hellos = {rank: self._hello(rank, control, setup) for rank, control in self._controls.items()}
-        own = hello(0, setup.checkpoint, setup.dtype, setup.compression)
-        check_alike(own, hellos)
+        own = hello(0, setup.checkpoint, setup.dtype, setup.compression, setup.threads)
+        check_alike(own, hellos, setup.shared)
         self.on_this_host = frozenset(rank for rank, one in hellos.items() if one.host == own.host)
         self._replies = {rank: deque() for rank in sorted(self._controls)}
 
