@@ -97,7 +97,7 @@ def test_several_conversations(llm: LLM) -> None:
         ("Hi", "messages"),
         ([{"role": "user"}], "content"),
         ([{"content": "a"}], "role"),
-        ([{"role": "user", "content": "a", "tool_calls": []}], "tool_calls"),
+        ([{"role": "user", "content": "a", "tool_calls": [{"id": "1"}]}], "tool_calls"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "image_url"),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
         ([{"role": "assistant", "content": "a"}], "the user begins"),

@@ -169,7 +169,7 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, change: Any, error: Any, 
         ("max_completion_tokens", 3),
         ("presence_penalty", 1),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-        ("messages", [{"role": "user", "content": "x", "tool_calls": []}]),
+        ("messages", [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]),
     ],
 )
 def test_what_is_not_implemented_is_refused(client: openai.OpenAI, field: str, value: Any) -> None:

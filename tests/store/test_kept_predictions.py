@@ -16,6 +16,7 @@ from flexgen_bench.core.job import Job
 from flexgen_bench.core.model import DType
 from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.prediction import Prediction
+from flexgen_bench.core.slices import Slice
 from flexgen_bench.core.status import Status
 from flexgen_bench.core.tiers import Tier
 from flexgen_bench.planner.ask import Ask
@@ -62,6 +63,7 @@ DIFFERENT = {
     "num_prompts": changed(num_prompts=None),
     "lossy": changed(lossy=Lossy(weights=Compression(4))),
     "num_gpus": changed(num_gpus=2),
+    "part": changed(part=Slice(0, 2)),
     "max_latency_s": changed(max_latency_s=9.0),
     "memory": changed(hardware=replace(MACHINE, cpu_memory_bytes=65 * MIB)),
     "a link": changed(hardware=replace(MACHINE, links={"disk_read": 1.5e9})),
