@@ -68,7 +68,9 @@ TABLE: dict[str, How] = {
         swap={"python -m": BATCH}, says="1 answered", slow=True
     ),
     "python -m flexgen_bench model=opt-125m system=flexgen gpu=cpu gpu.count=2": How(PLAN, says="opt-125m", slow=True),
-    "python -m flexgen_bench model=opt-125m system=flexgen gpu=cpu gpu.tensor_parallel=2": How(PLAN, says="opt-125m", slow=True),
+    "python -m flexgen_bench model=opt-125m system=flexgen gpu=cpu gpu.tensor_parallel=2": How(
+        PLAN, says="opt-125m", slow=True
+    ),
     "python -m flexgen_bench chat model=smollm2": How("max_tokens=4 <<< 'Say yes.'", says="tokens of context"),
     "python -m flexgen_bench chat --help": How(says="Ctrl-C"),
     "pip install 'flexgen-bench[serve]'": How(skip="installs; the environment of the tests was made so"),
