@@ -26,7 +26,8 @@ from flexgen_bench.engine.sampling import Sampler
 from flexgen_bench.schedule.prefix_tree import ScoreRequest
 from flexgen_bench.schedule.sequence_groups import Capacity, Request
 from tests.engine.test_engine_tokens import check_allocated_as_planned, random_policy, until
-from tests.support.sliced_models import MODELS, Rank, on_slices, slices_of
+from tests.support.rank_engines import Rank
+from tests.support.sliced_models import MODELS, on_slices, slices_of
 from tests.support.tiny_models import EMULATED, HOST, greedy_reference, random_prompts, save, with_random_weights
 
 NEW_TOKENS = 6

@@ -47,11 +47,28 @@ def on_ranks(
     on_engine: Callable[[Engine], None] = lambda engine: None,
 ) -> list[Rank]:
     """A job on all ranks; every rank has sequences of its own, and a policy. Raises Stuck where they do not end."""
-    wires, ranks = local_wires(len(stages)), [Rank() for _ in stages]
 
-    def work(rank: Rank, policy: Policy, stage: Stage, wire: LocalWire) -> None:
+    def engine(number: int, wire: LocalWire) -> Engine:
+        own = wire if len(stages) > 1 else None
+        return weights.engine(policies[number], Device.open(hardware, 1), folder, stages[number], own)
+
+    return in_threads(len(stages), engine, sequences, f"{policies[0]}, {stages}", on_engine)
+
+
+def in_threads(
+    count: int,
+    engine_of: Callable[[int, LocalWire], Engine],
+    sequences: Callable[[], list[Running]],
+    what: str,
+    on_engine: Callable[[Engine], None] = lambda engine: None,
+) -> list[Rank]:
+    """A job on so many ranks. engine_of: of a rank, by its number and wire. Raises Stuck where they do not end, saying
+    ``what`` it was that they did."""
+    wires, ranks = local_wires(count), [Rank() for _ in range(count)]
+
+    def work(number: int, rank: Rank, wire: LocalWire) -> None:
         try:
-            engine = weights.engine(policy, Device.open(hardware, 1), folder, stage, wire if len(stages) > 1 else None)
+            engine = engine_of(number, wire)
             try:
                 on_engine(engine)
                 rank.sequences = sequences()
@@ -63,8 +80,8 @@ def on_ranks(
             wire.abort(error)
 
     threads = [
-        threading.Thread(target=work, args=each, name=f"rank-{number}", daemon=True)
-        for number, each in enumerate(zip(ranks, policies, stages, wires, strict=True))
+        threading.Thread(target=work, args=(number, *each), name=f"rank-{number}", daemon=True)
+        for number, each in enumerate(zip(ranks, wires, strict=True))
     ]
     for thread in threads:
         thread.start()
@@ -73,7 +90,7 @@ def on_ranks(
     stuck = [thread.name for thread in threads if thread.is_alive()]
     if stuck:
         wires[0].abort(Stuck("given up"))
-        raise Stuck(f"{', '.join(stuck)} did not end within {LIMIT_S:.0f} s: {policies[0]}, {stages}")
+        raise Stuck(f"{', '.join(stuck)} did not end within {LIMIT_S:.0f} s: {what}")
     return ranks
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,10 @@ from flexgen_bench.core.policy import Policy
 from flexgen_bench.core.slices import Slice
 from flexgen_bench.engine.build import PackedWeights
 from flexgen_bench.engine.device import Device
+from flexgen_bench.engine.engine import Engine
 from flexgen_bench.engine.generation import Running
-from flexgen_bench.engine.job_run import JobResult
-from flexgen_bench.engine.local_wire import LocalWire, local_wires
+from flexgen_bench.engine.local_wire import LocalWire
+from tests.support.rank_engines import Rank, all_well, in_threads
 from tests.support.tiny_models import _GPT, _MIXTURE, _ODD, VOCAB, _llama, _of, _opt
 
 _FOUR = _ODD | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 92}
@@ -89,20 +88,6 @@ MODELS: dict[str, Callable[[], Any]] = {
         attention_bias=True,
     ),
 }
-LIMIT_S = 120.0  # no job of a tiny model takes so long: ranks that wait for each other do
-
-
-@dataclass
-class Rank:
-    """What became of one rank's part of a job."""
-
-    sequences: list[Running] = field(default_factory=list)
-    result: JobResult = field(default_factory=JobResult)
-    error: BaseException | None = None
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        return [sequence.new for sequence in self.sequences]
 
 
 def slices_of(
@@ -121,32 +106,8 @@ def on_slices(
     sequences: Callable[[], list[Running]],
 ) -> list[Rank]:
     """A job on all ranks; every rank has sequences of its own. Raises what a rank has failed with."""
-    wires, ranks = local_wires(len(slices)), [Rank() for _ in slices]
 
-    def work(rank: Rank, weights: PackedWeights, wire: LocalWire) -> None:
-        try:
-            engine = weights.engine(policy, Device.open(hardware, 1), folder, wire=wire)
-            try:
-                rank.sequences = sequences()
-                rank.result = engine.generate(rank.sequences)
-            finally:
-                engine.close()
-        except BaseException as error:
-            rank.error = error
-            wire.abort(error)
+    def engine(number: int, wire: LocalWire) -> Engine:
+        return slices[number].engine(policy, Device.open(hardware, 1), folder, wire=wire)
 
-    threads = [
-        threading.Thread(target=work, args=each, name=f"rank-{number}", daemon=True)
-        for number, each in enumerate(zip(ranks, slices, wires, strict=True))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S)
-    if any(thread.is_alive() for thread in threads):
-        wires[0].abort(AssertionError("given up"))
-        raise AssertionError(f"ranks wait for each other: {policy}")
-    errors = [rank.error for rank in ranks if rank.error is not None]
-    for error in sorted(errors, key=lambda error: type(error).__name__ == "RankFailed"):
-        raise error
-    return ranks
+    return all_well(in_threads(len(slices), engine, sequences, str(policy)))
